@@ -1,0 +1,1 @@
+"""Frames of unlabelled video -> frame-pair batches on the device."""

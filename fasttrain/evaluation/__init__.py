@@ -1,0 +1,1 @@
+"""The benchmarks that prove what a projection bought."""

@@ -1,0 +1,1 @@
+"""Fused kernels for temporal cycle consistency and semantic separability."""

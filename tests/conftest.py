@@ -1,0 +1,25 @@
+"""Fixtures for the whole suite: the shared reference data, where this checkout has it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of golden vectors and real videos beside the checkout; skips where there is none."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the reference data at {SHARED}, which this machine does not have")
+    return SHARED
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
