@@ -1,0 +1,58 @@
+"""Checkpoints: atomic, strict, resumable.
+
+`checkpoints/step_00000500.pt` holds tensors, numbers and text only, so that `torch.load(weights_only=True)`
+reads it. A file appears under its name only when it is whole.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fasttrain.errors import InputError
+
+_NAME = re.compile(r"step_(\d{8})\.pt")
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int) -> Path:
+    """Write `state` as the checkpoint after `step` optimiser steps, then drop all but the newest `keep`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step_{step:08d}.pt"
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    for old in saved_steps(folder)[:-keep]:
+        (folder / f"step_{old:08d}.pt").unlink()
+    return path
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """The steps that have a checkpoint in `folder`, ascending."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(match[1]) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name)))
+
+
+def load_checkpoint(folder: Path, step: int) -> dict[str, Any]:
+    """Read the checkpoint of `step` onto the CPU.
+
+    Raises:
+        InputError: the file is damaged; the line says how to go on from the one before.
+    """
+    path = folder / f"step_{step:08d}.pt"
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"checkpoint {str(path)!r} cannot be read ({first_line}); delete it to go on from the one before"
+        ) from error
+    return state

@@ -1,0 +1,115 @@
+"""One process or many: the only place that touches torch.distributed.
+
+`torchrun` starts the processes and names them in the environment; without it a run is a world of one and no
+process group exists.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fasttrain.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among all of a run."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """`module` with its gradients averaged over the processes at the end of each backward pass."""
+        if self.size == 1:
+            return module
+        device_ids = [self.device] if self.device.type == "cuda" else None
+        # Small head, one bucket: views spare the copy into it.
+        return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
+
+    def without_averaging(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Context in which a wrapped module keeps its gradients to itself (accumulation)."""
+        if isinstance(module, DistributedDataParallel):
+            return module.no_sync()
+        return nullcontext()
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over the processes, on the device."""
+        if self.size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.SUM)
+            values /= self.size
+        return values
+
+    def maximum(self, values: Tensor) -> Tensor:
+        """Maximum over the processes, on the device."""
+        if self.size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def rank_from_environment() -> int:
+    """The rank that torchrun gave this process; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextmanager
+def start(device: Literal["auto", "cuda", "cpu"] = "auto") -> Iterator[World]:
+    """Join the run that torchrun started, NCCL on GPUs and gloo on CPUs; leave it at the end.
+
+    Raises:
+        InputError: `cuda` was asked for and is not there, or more processes than GPUs were started on a node.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    place = _place(device, local_rank)
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1:
+        backend = "nccl" if place.type == "cuda" else "gloo"
+        dist.init_process_group(backend, device_id=place if place.type == "cuda" else None)
+    try:
+        yield World(
+            rank=rank_from_environment(),
+            size=size,
+            local_rank=local_rank,
+            local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            device=place,
+        )
+    finally:
+        if size > 1:
+            dist.destroy_process_group()
+
+
+def _place(device: str, local_rank: int) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise InputError("device: 'cuda' was asked for, but torch sees no GPU; use device=cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise InputError(
+            f"process {local_rank} of this node has no GPU of its own; expected at most "
+            f"{torch.cuda.device_count()} processes: torchrun --nproc-per-node={torch.cuda.device_count()}"
+        )
+    place = torch.device("cuda", local_rank)
+    torch.cuda.set_device(place)
+    return place

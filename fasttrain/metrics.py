@@ -1,0 +1,166 @@
+"""Meters that never wait for the GPU, and where their readings go: JSONL, TensorBoard, the terminal.
+
+A `Meter` adds up on the device; `read()` is the one place where the host waits, on log steps only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from fasttrain.distributed import World
+
+
+class Meter:
+    """Running means of a step's scalars, and the first step whose loss was not finite. Lives on the device."""
+
+    NAMES = ("loss", "cycle", "separability")
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(len(self.NAMES), device=device, dtype=torch.float64)
+        self._passes = 0
+        # Negated, so that a maximum over steps, passes and processes finds the earliest.
+        self._minus_bad_step = torch.full((), -torch.inf, device=device, dtype=torch.float64)
+
+    def add(self, step: int, loss: Tensor, cycle: Tensor, separability: Tensor) -> None:
+        """Take in one forward pass; three scalars with or without gradient."""
+        self._sums += torch.stack((loss, cycle, separability)).detach()
+        self._passes += 1
+        bad = torch.where(loss.detach().isfinite(), -torch.inf, -float(step))
+        self._minus_bad_step = torch.maximum(self._minus_bad_step, bad)
+
+    def read(self, world: World) -> tuple[dict[str, float], int | None]:
+        """Means since the last reading over all processes, and the first bad step; waits for the device."""
+        means = world.mean(self._sums / self._passes)
+        minus_bad_step = world.maximum(self._minus_bad_step)
+        *values, earliest = torch.cat((means, minus_bad_step[None])).tolist()
+        self._sums.zero_()
+        self._passes = 0
+        bad_step = None if earliest == -float("inf") else int(-earliest)
+        return dict(zip(self.NAMES, values, strict=True)), bad_step
+
+
+class MetricsLog:
+    """`metrics.jsonl` and TensorBoard events of one run folder; written by the main process only."""
+
+    def __init__(self, folder: Path, *, first_step: int, tensorboard: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        _drop_lines_from(path, first_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._writer = None
+        if tensorboard:
+            # Imported late: it costs a second that a run without it need not pay.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+
+    def write(self, step: int, record: dict[str, Any]) -> None:
+        """Append one line; numbers go to TensorBoard as well."""
+        self._file.write(json.dumps({"step": step, **record}) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in record.items():
+                if isinstance(value, int | float):
+                    self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _drop_lines_from(path: Path, first_step: int) -> None:
+    """Take out what a run that was cut off wrote after its last checkpoint, so that no step stands twice."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            # The run was cut off in the middle of this line.
+            continue
+        if record["step"] <= first_step:
+            kept.append(line + "\n")
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)
+
+
+class Clock:
+    """Pairs per second since the last reading."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self._pairs = 0
+
+    def count(self, pairs: int) -> None:
+        self._pairs += pairs
+
+    def read(self) -> tuple[float, float]:
+        """(pairs per second since the last reading, seconds since the beginning)."""
+        now = time.perf_counter()
+        rate = self._pairs / (now - self._last)
+        self._last, self._pairs = now, 0
+        return rate, now - self._start
+
+
+class ProgressReport:
+    """A rich progress bar on a terminal, plain lines elsewhere; silent on all but the main process."""
+
+    def __init__(self, console: Console, *, total_steps: int, first_step: int, enabled: bool) -> None:
+        self._console = console
+        self._total = total_steps
+        self._enabled = enabled
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        if enabled and console.is_terminal:
+            self._bar = Progress(
+                TextColumn("[bold]step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.fields[status]}"),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self._task = self._bar.add_task("train", total=total_steps, completed=first_step, status="")
+            self._bar.start()
+
+    def advance(self, step: int) -> None:
+        """`step` steps are done (issued to the device: the bar does not wait either)."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=step)
+
+    def show(self, step: int, name: str, record: dict[str, Any], seconds_left: float) -> None:
+        """The readings of a log step."""
+        if not self._enabled:
+            return
+        status = (
+            f"{record['pairs_per_second']:.1f} pairs/s  loss {record['loss']:.4f}  cycle {record['cycle']:.4f}  "
+            f"separability {record['separability']:.4f}  accuracy {record['cycle_accuracy']:.3f}  "
+            f"lr {record['lr']:.2e}"
+        )
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, status=f"{name}  {status}")
+        else:
+            left = time.strftime("%H:%M:%S", time.gmtime(seconds_left))
+            self._console.print(f"{name}  step {step}/{self._total}  {status}  left {left}", highlight=False)
+
+    def message(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        if self._enabled:
+            self._console.print(text, highlight=False, markup=False)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
