@@ -7,3 +7,7 @@ and keeps its traceback.
 
 class InputError(ValueError):
     """Bad input from the user. The message names the value, what was expected and what to do."""
+
+
+class LocalInputError(InputError):
+    """Bad input that this process met and the others did not: it prints its line whatever its rank."""

@@ -1,0 +1,84 @@
+"""The command line: `python -m fasttrain RECIPE [key=value ...]`, or a subcommand.
+
+A subcommand is a module with `add_arguments(parser)` and `run(arguments)`. Bad input (`InputError`) ends in one
+line on stderr and exit code 2; every other exception is ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fasttrain.distributed import rank_from_environment
+from fasttrain.errors import InputError, LocalInputError
+
+# Imported when asked for: `--help` of one command does not load torch for all.
+COMMANDS = {
+    "train": ("fasttrain.train", "train a projection; the word `train` may be left out"),
+    "pack": ("fasttrain.data.pack", "turn videos or frame folders into shards for fast random access"),
+    "eval": ("fasttrain.evaluation.command", "measure a run on a benchmark, before and after"),
+    "report": ("fasttrain.evaluation.report", "gather runs into one HTML page"),
+    "export": ("fasttrain.export", "write a trained video encoder as one self-contained file"),
+    "doctor": ("fasttrain.doctor", "say what this machine has, what it lacks and what that costs"),
+    "demo": ("fasttrain.demo", "train on made-up video and show what it bought"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    name = words.pop(0) if words[0] in COMMANDS else "train"
+    module = importlib.import_module(COMMANDS[name][0])
+    parser = argparse.ArgumentParser(prog=f"fasttrain {name}", description=module.__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    module.add_arguments(parser)
+    arguments = parser.parse_args(words)
+    if name == "train":
+        _refuse_mistyped_command(arguments.recipe)
+    try:
+        module.run(arguments)
+    except InputError as error:
+        # All processes meet the same bad input and one line is enough, unless only this one met it.
+        if rank_from_environment() == 0 or isinstance(error, LocalInputError):
+            print(f"fasttrain: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fasttrain: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {meaning}" for name, (_, meaning) in COMMANDS.items()]
+    return "\n".join(
+        (
+            "usage: fasttrain RECIPE [key=value ...]",
+            "       fasttrain COMMAND --help",
+            "       torchrun --nproc-per-node=8 -m fasttrain RECIPE [key=value ...]",
+            "",
+            "Turn a frozen image encoder into a video encoder.",
+            "",
+            "commands:",
+            *lines,
+        )
+    )
+
+
+def _refuse_mistyped_command(word: str) -> None:
+    """`fasttrain evla` means a command, not a recipe of that name."""
+    close = difflib.get_close_matches(word, COMMANDS, n=1)
+    if close and not Path(word).exists() and Path(word).suffix == "":
+        print(f"fasttrain: {word!r} is neither a recipe nor a command; did you mean {close[0]!r}?", file=sys.stderr)
+        raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

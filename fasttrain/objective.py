@@ -1,0 +1,53 @@
+"""Tokens -> losses: the head and Co-Settle's objective as one module, the only caller of the kernels.
+
+Shape suffixes: B samples, 3 views, N tokens, D channels.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from fasttrain_kernels import CosettleLoss, cosettle_loss
+from torch import Tensor, nn
+
+from fasttrain.projection import Projection
+from fasttrain.recipe import ObjectiveRecipe
+
+
+class CosettleObjective(nn.Module):
+    """The trained head with its losses (Co-Settle, arXiv 2603.26597, section 3)."""
+
+    def __init__(self, projection: Projection, recipe: ObjectiveRecipe) -> None:
+        super().__init__()
+        self.projection = projection
+        self.recipe = recipe
+
+    def forward(self, frozen_B3ND: Tensor, grid: tuple[int, int], diagnostics: bool) -> CosettleLoss:
+        """Losses of the frozen tokens of frame 1, frame 2 and frame 1 with asymmetric positions.
+
+        Args:
+            frozen_B3ND: (B, 3, N, D) frozen tokens, any floating dtype.
+            grid: (h, w) with h * w = N.
+            diagnostics: also form the two diagnostics, which need all of the N x N cycle.
+        """
+        return cosettle_loss(
+            frozen_B3ND,
+            self.projection(frozen_B3ND),
+            grid=grid,
+            temperature=self.recipe.temperature,
+            window=self.recipe.window,
+            lambda_reg=self.recipe.lambda_reg,
+            regularizer=self.recipe.regularizer,
+            backend=self.recipe.backend,
+            diagnostics=diagnostics,
+        )
+
+
+def asymmetric_offset(seed: int, step: int, count: int) -> tuple[int, int]:
+    """Where view 3's positions are cropped in this step: (row, column), each uniform on [0, count).
+
+    A pure function, the same on all processes and in all accumulated passes of a step, so that a step does not
+    depend on how its batch is divided.
+    """
+    generator = np.random.Generator(np.random.Philox(key=np.array([seed, step], dtype=np.uint64)))
+    row, column = generator.integers(0, count, size=2)
+    return int(row), int(column)

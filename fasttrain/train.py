@@ -1,0 +1,63 @@
+"""Train the recipe's projection: `fasttrain RECIPE [key=value ...]`, alone or under torchrun.
+
+The run folder (`output`) gets recipe.yaml, projection.safetensors, checkpoints/, metrics.jsonl, tensorboard/,
+figures/ and train.json. The same command goes on where a run stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from fasttrain import distributed
+from fasttrain.backbones import Backbone
+from fasttrain.data import FrameIndex
+from fasttrain.projection import Projection
+from fasttrain.recipe import Recipe, load_recipe
+from fasttrain.trainer import Validate, student_recipes, train
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a YAML file, such as recipes/dinov2.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="dotted recipe keys, such as data.source=PATH train.epochs=1"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    run_recipe(recipe)
+
+
+def run_recipe(recipe: Recipe) -> None:
+    """Train in this process and draw the learning curves of what came out."""
+    with distributed.start(recipe.device) as world:
+        results = train(recipe, world, validate=_validation(recipe))
+        if world.is_main and results:
+            from fasttrain.evaluation.figures import learning_curves
+
+            for student in student_recipes(recipe):
+                if student.backbone.name in results:
+                    learning_curves([Path(student.output)], Path(student.output) / "figures" / "learning.png")
+
+
+def _validation(recipe: Recipe) -> Validate | None:
+    if not recipe.eval.every:
+        return None
+    from fasttrain.evaluation.validation import validate
+
+    def before_and_after(
+        encoder: Backbone, projection: Projection, index: FrameIndex, device: torch.device
+    ) -> dict[str, float]:
+        return validate(
+            encoder,
+            projection,
+            index,
+            device,
+            num_videos=recipe.eval.num_videos,
+            num_frames=recipe.eval.num_frames,
+        )
+
+    return before_and_after

@@ -1,0 +1,430 @@
+"""Training: set-up, one step, the loop.
+
+A `Student` is one backbone with its head and all that trains it; it owns one run folder. A `Trainer` feeds one
+stream of frame pairs to one student or many. What a run computes is a function of recipe, data and seed:
+nothing here draws a random number that does not follow from (seed, step).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from fasttrain.backbones import Backbone, load_backbone
+from fasttrain.checkpoint import load_checkpoint, save_checkpoint, saved_steps
+from fasttrain.data import FrameIndex, FramePairs, PairLoader, PairSampling, open_source
+from fasttrain.distributed import World
+from fasttrain.errors import InputError, LocalInputError
+from fasttrain.metrics import Clock, Meter, MetricsLog, ProgressReport
+from fasttrain.objective import CosettleObjective, asymmetric_offset
+from fasttrain.optimizer import build_optimizer, learning_rate_factor, set_lr
+from fasttrain.projection import Projection
+from fasttrain.recipe import Recipe, differences, identity, load_recipe, to_dict, to_yaml
+from fasttrain.video_encoder import projection_metadata
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# (encoder, projection, index, device) -> figures, before and after the projection.
+Validate = Callable[[Backbone, Projection, FrameIndex, torch.device], dict[str, float]]
+
+
+class Student:
+    """One frozen backbone, its trained head, optimiser, loss scale and meters."""
+
+    def __init__(self, recipe: Recipe, world: World) -> None:
+        self.recipe, self.world = recipe, world
+        self.name = recipe.backbone.name
+        self.folder = Path(recipe.output)
+        self.dtype = DTYPES[recipe.train.precision]
+        self.backbone_settings = {
+            **dataclasses.asdict(recipe.backbone),
+            "image_size": recipe.data.image_size,
+            "seed": recipe.seed,
+        }
+        self.encoder = load_backbone(**self.backbone_settings).to(world.device, self.dtype)
+        self.grid = self.encoder.grid(recipe.data.image_size, recipe.data.image_size)
+        self._three_views = self.encoder.three_views
+        if recipe.encoder.compile:
+            self._three_views = torch.compile(self._three_views)
+        self.projection = Projection(
+            self.encoder.embed_dim, head=recipe.projection.head, seed=recipe.seed
+        ).to(world.device)
+        self.objective = world.wrap(CosettleObjective(self.projection, recipe.objective))
+        self.optimizer = build_optimizer(recipe.optimizer, self.projection)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
+        self.meter = Meter(world.device)
+        self.diagnostics: list[torch.Tensor] = []
+
+    def accumulate(self, pairs: FramePairs, step: int, *, last: bool, diagnostics: bool) -> None:
+        """Forward and backward pass of one micro-batch; processes average gradients in the `last` one."""
+        offset_count = self.encoder.asymmetric_range(self.recipe.objective.asymmetric_ratio)
+        positions = self.encoder.asymmetric_positions(
+            ratio=self.recipe.objective.asymmetric_ratio,
+            offset=asymmetric_offset(self.recipe.seed, step, offset_count),
+        )
+        with torch.no_grad():
+            frozen_B3ND = self._three_views(pairs.frames.to(self.dtype), positions)
+        autocast = torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        with nullcontext() if last else self.world.without_averaging(self.objective):
+            with autocast:
+                losses = self.objective(frozen_B3ND, self.grid, diagnostics)
+            self.scaler.scale(losses.loss / self.recipe.train.accumulate).backward()
+        self.meter.add(step, losses.loss, losses.cycle, losses.separability)
+        if diagnostics:
+            self.diagnostics.append(torch.stack((losses.cycle_accuracy, losses.identity_similarity)))
+
+    def update(self, lr: float) -> None:
+        """One optimiser step."""
+        set_lr(self.optimizer, lr)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=False)
+
+    def read_meters(self) -> tuple[dict[str, float], int | None]:
+        """Readings since the last call and the first step whose loss was not finite; waits for the device."""
+        readings, bad_step = self.meter.read(self.world)
+        accuracy, similarity = self.world.mean(torch.stack(self.diagnostics).mean(dim=0)).tolist()
+        self.diagnostics.clear()
+        return {**readings, "cycle_accuracy": accuracy, "identity_similarity": similarity}, bad_step
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "projection": self.projection.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.projection.load_state_dict(state["projection"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+    def save(self, step: int, facts: dict[str, Any]) -> None:
+        """Write checkpoint and projection; the main process only."""
+        state = {"step": step, **facts, **self.state()}
+        save_checkpoint(self.folder / "checkpoints", step, state, keep=self.recipe.train.keep)
+        metadata = projection_metadata(
+            self.backbone_settings, self.encoder, self.projection, to_dict(self.recipe)
+        )
+        self.projection.save(self.folder / "projection.safetensors", metadata)
+
+
+class Trainer:
+    """One run: its data, its students, its place in the schedule."""
+
+    def __init__(self, recipe: Recipe, world: World, console: Console, validate: Validate | None = None) -> None:
+        self.recipe, self.world, self.console, self.validate = recipe, world, console, validate
+        recipes = student_recipes(recipe)
+        for student_recipe in recipes:
+            check_run_folder(student_recipe)
+        self.index = self._open_source()
+        train = recipe.train
+        self.global_batch = train.batch_size * train.accumulate * world.size
+        samples = len(self.index) * recipe.data.pairs_per_video
+        self.steps_per_epoch = samples / self.global_batch
+        self.total_steps = train.steps or max(1, int(train.epochs * samples) // self.global_batch)
+        self.peak_lr = recipe.optimizer.lr * self.global_batch / 256
+        # What a resumed run must find unchanged, beside the recipe's identity.
+        self.facts = {"global_batch": self.global_batch, "data": self.index.fingerprint()}
+        self.students = self._build_students(recipes)
+        self.first_step = self._resume()
+        self._stop_asked = False
+
+    def fit(self) -> dict[str, dict[str, Any]]:
+        """Train to the end. Returns the last readings by backbone."""
+        loader = self._open_loader()
+        self._write_recipes()
+        progress = ProgressReport(
+            self.console, total_steps=self.total_steps, first_step=self.first_step, enabled=self.world.is_main
+        )
+        logs = {student.name: self._open_log(student) for student in self.students}
+        clock = Clock()
+        results: dict[str, dict[str, Any]] = {}
+        try:
+            batches = iter(loader)
+            for step in range(self.first_step, self.total_steps):
+                reports = self._is_due(step, self.recipe.train.log_every) or self._saves_after(step)
+                self._step(batches, step, diagnostics=reports)
+                clock.count(self.global_batch)
+                progress.advance(step + 1)
+                if reports:
+                    results = self._report(step + 1, clock, loader, logs, progress)
+                if self._saves_after(step):
+                    self._save(step + 1)
+                if self._asked_to_stop(at_report=reports):
+                    self._save(step + 1)
+                    raise KeyboardInterrupt
+        finally:
+            progress.close()
+            loader.close()
+            for log in logs.values():
+                if log is not None:
+                    log.close()
+        return results
+
+    def _step(self, batches: Iterator[FramePairs], step: int, *, diagnostics: bool) -> None:
+        passes = self.recipe.train.accumulate
+        for i in range(passes):
+            try:
+                pairs = next(batches)
+            except InputError as error:
+                raise LocalInputError(str(error)) from error
+            for student in self.students:
+                student.accumulate(pairs, step, last=i == passes - 1, diagnostics=diagnostics)
+        lr = self.lr(step)
+        for student in self.students:
+            student.update(lr)
+
+    def lr(self, step: int) -> float:
+        """Learning rate of step `step` (0-based)."""
+        train = self.recipe.train
+        return self.peak_lr * learning_rate_factor(
+            step, total_steps=self.total_steps, epochs=train.epochs, warmup_epochs=train.warmup_epochs
+        )
+
+    def _report(
+        self,
+        step: int,
+        clock: Clock,
+        loader: PairLoader,
+        logs: dict[str, MetricsLog | None],
+        progress: ProgressReport,
+    ) -> dict[str, dict[str, Any]]:
+        """Read all meters (the one place where the host waits), write them down, stop on a non-finite loss."""
+        readings = {student.name: student.read_meters() for student in self.students}
+        rate, seconds = clock.read()
+        faults = loader.drain_faults()
+        for fault in faults:
+            self.console.print(f"replaced a sample that cannot be read: {fault}", highlight=False, markup=False)
+        common = {
+            "epoch": step / self.steps_per_epoch,
+            "lr": self.lr(step - 1),
+            "pairs_per_second": rate,
+            "seconds": seconds,
+            "bad_samples": len(loader.faults),
+            "bad_files": len(self.index.skipped),
+        }
+        records: dict[str, dict[str, Any]] = {}
+        for student in list(self.students):
+            values, bad_step = readings[student.name]
+            if bad_step is not None:
+                self._drop_non_finite(student, bad_step, loader, logs)
+                continue
+            record: dict[str, Any] = {**values, **common}
+            if self.validate and self._is_due(step - 1, self.recipe.eval.every) and self.world.is_main:
+                record |= self.validate(
+                    student.encoder, student.projection, self.index, self.world.device
+                )
+            log = logs[student.name]
+            if log is not None:
+                faulty = {"faults": [str(fault) for fault in faults]} if faults else {}
+                log.write(step, {**record, **faulty})
+            progress.show(step, student.name, record, (self.total_steps - step) * self.global_batch / rate)
+            records[student.name] = record
+        return records
+
+    def _drop_non_finite(
+        self, student: Student, step: int, loader: PairLoader, logs: dict[str, MetricsLog | None]
+    ) -> None:
+        """Name step and samples; a run of many backbones goes on without this one."""
+        ids, names = loader.samples_of_step(step)
+        log = logs[student.name]
+        if log is not None:
+            log.write(step + 1, {"event": "non-finite loss", "samples": [int(i) for i in ids], "names": names})
+        shown = ", ".join(f"{i} ({name})" for i, name in list(zip(ids, names, strict=True))[:8])
+        more = f" and {len(ids) - 8} more, all listed in metrics.jsonl" if len(ids) > 8 else ""
+        line = (
+            f"{student.name}: the loss is not finite in step {step} (0-based), samples {shown}{more}; look at these "
+            f"frames, lower optimizer.lr or use train.precision=fp32"
+        )
+        self.students.remove(student)
+        if not self.students:
+            raise InputError(line)
+        if self.world.is_main:
+            self.console.print(f"dropped {line}", highlight=False, markup=False)
+
+    def _save(self, step: int) -> None:
+        if self.world.is_main:
+            for student in self.students:
+                student.save(step, self.facts)
+        self.world.barrier()
+
+    def _is_due(self, step: int, every: int) -> bool:
+        """Whether something that happens every `every` steps (0: never) happens after `step`."""
+        return every > 0 and ((step + 1) % every == 0 or step + 1 == self.total_steps)
+
+    def _saves_after(self, step: int) -> bool:
+        return self._is_due(step, self.recipe.train.save_every)
+
+    def ask_to_stop(self, signal_number: int, frame: FrameType | None) -> None:
+        """Signal handler: finish the step, write a checkpoint, leave."""
+        self._stop_asked = True
+
+    def _asked_to_stop(self, *, at_report: bool) -> bool:
+        # Processes get their signal at different times; on report steps they meet anyway and agree.
+        if self.world.size == 1:
+            return self._stop_asked
+        if not at_report:
+            return False
+        flag = torch.tensor(float(self._stop_asked), device=self.world.device)
+        return bool(self.world.maximum(flag).item())
+
+    # --- set-up ----------------------------------------------------------------------------------------
+
+    def _open_source(self) -> FrameIndex:
+        data = self.recipe.data
+        if not data.source:
+            raise InputError("data.source is not set; expected frame folders or videos: data.source=PATH")
+        index = open_source(data.source, kind=data.kind)
+        if self.world.is_main:
+            for name, reason in index.skipped:
+                self.console.print(f"skipped {name}: {reason}", highlight=False, markup=False)
+        return index
+
+    def _build_students(self, recipes: list[Recipe]) -> list[Student]:
+        """All students; of several, one that cannot be built is reported and left out."""
+        students = []
+        for recipe in recipes:
+            try:
+                students.append(Student(recipe, self.world))
+            except InputError as error:
+                if len(recipes) == 1:
+                    raise
+                if self.world.is_main:
+                    self.console.print(f"dropped {recipe.backbone.name}: {error}", highlight=False, markup=False)
+        if not students:
+            raise InputError("none of the recipe's backbones could be built; see the lines above")
+        return students
+
+    def _resume(self) -> int:
+        """Load the newest checkpoint that all students have; returns the step to go on from."""
+        steps = [set(saved_steps(student.folder / "checkpoints")) for student in self.students]
+        common = set.intersection(*steps)
+        if not common:
+            return 0
+        step = max(common)
+        for student in self.students:
+            state = load_checkpoint(student.folder / "checkpoints", step)
+            for key, value in self.facts.items():
+                if state[key] != value:
+                    raise InputError(
+                        f"{student.folder}: its run had {key} {state[key]!r}, this one has {value!r}; to go on, "
+                        f"{RESUME_ADVICE[key]}, or choose another folder with output=DIR"
+                    )
+            student.load_state(state)
+        if self.world.is_main:
+            self.console.print(f"going on from step {step} of {self.total_steps}", highlight=False)
+        return step
+
+    def _write_recipes(self) -> None:
+        if self.world.is_main:
+            for student in self.students:
+                student.folder.mkdir(parents=True, exist_ok=True)
+                partial = student.folder / "recipe.partial"
+                partial.write_text(to_yaml(student.recipe), encoding="utf-8")
+                os.replace(partial, student.folder / "recipe.yaml")
+
+    def _open_log(self, student: Student) -> MetricsLog | None:
+        if not self.world.is_main:
+            return None
+        return MetricsLog(
+            student.folder, first_step=self.first_step, tensorboard=self.recipe.train.tensorboard
+        )
+
+    def _open_loader(self) -> PairLoader:
+        data, train = self.recipe.data, self.recipe.train
+        cores = len(os.sched_getaffinity(0))
+        return PairLoader(
+            index=self.index,
+            sampling=PairSampling(
+                seed=self.recipe.seed,
+                gap=data.gap,
+                crop_area=data.crop_area,
+                crop_ratio=data.crop_ratio,
+                flip=data.flip,
+                pairs_per_video=data.pairs_per_video,
+            ),
+            image_size=data.image_size,
+            batch_size=train.batch_size,
+            accumulate=train.accumulate,
+            first_step=self.first_step,
+            num_steps=self.total_steps - self.first_step,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            device=self.world.device,
+            num_threads=data.num_threads or max(1, cores // self.world.local_size),
+            prefetch=data.prefetch,
+            decoder=data.decoder,
+            dtype=DTYPES[train.precision],
+            max_bad_fraction=data.max_bad_fraction,
+        )
+
+
+RESUME_ADVICE = {
+    "global_batch": "set train.batch_size and train.accumulate so that times the processes they give the same",
+    "data": "use the same data.source",
+}
+
+
+def student_recipes(recipe: Recipe) -> list[Recipe]:
+    """The recipe of each backbone's own run: itself, or one per entry of `backbones` in `output/NAME`."""
+    if not recipe.backbones:
+        return [recipe]
+    return [
+        dataclasses.replace(
+            recipe, backbone=backbone, backbones=(), output=str(Path(recipe.output) / backbone.name)
+        )
+        for backbone in recipe.backbones
+    ]
+
+
+def check_run_folder(recipe: Recipe) -> None:
+    """Refuse a folder that holds another recipe's run, or any run where the recipe says `resume: never`."""
+    folder = Path(recipe.output)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output: {str(folder)!r} is a file; expected a folder: output=DIR")
+    path = folder / "recipe.yaml"
+    if not path.exists():
+        return
+    if recipe.resume == "never":
+        raise InputError(f"output: {str(folder)!r} holds a run; use resume=auto to go on, or output=DIR")
+    there = load_recipe(path)
+    if identity(there) != identity(recipe):
+        changed = "; ".join(differences(there, recipe)[:4])
+        raise InputError(f"output: {str(folder)!r} holds another recipe's run ({changed}); use output=DIR")
+
+
+def train(recipe: Recipe, world: World, *, validate: Validate | None = None) -> dict[str, dict[str, Any]]:
+    """Run `recipe` in this process of `world`; returns the last readings by backbone.
+
+    Raises:
+        InputError: the recipe, its data, its weights or its folder are not fit to train.
+        KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint was written.
+    """
+    console = Console()
+    trainer = Trainer(recipe, world, console, validate)
+    if trainer.first_step >= trainer.total_steps:
+        if world.is_main:
+            console.print(f"{recipe.output} is trained: all {trainer.total_steps} steps are done", highlight=False)
+        return {}
+    previous = {number: signal.signal(number, trainer.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        results = trainer.fit()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if world.is_main:
+        for student in trainer.students:
+            text = json.dumps({"backbone": student.name, **results[student.name]}, indent=2)
+            (student.folder / "train.json").write_text(text + "\n", encoding="utf-8")
+    return results
