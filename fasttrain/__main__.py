@@ -50,7 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"fasttrain: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("fasttrain: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
 

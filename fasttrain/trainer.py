@@ -163,6 +163,7 @@ class Trainer:
                     self._save(step + 1)
                 if self._asked_to_stop(at_report=reports):
                     self._save(step + 1)
+                    progress.message(f"stopped after step {step + 1}; the same command goes on from there")
                     raise KeyboardInterrupt
         finally:
             progress.close()

@@ -1,0 +1,164 @@
+"""Recipes: strict, complete, and resolved so that they rerun."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fasttrain.errors import InputError
+from fasttrain.recipe import (
+    BackboneRecipe,
+    Recipe,
+    TrainRecipe,
+    describe_keys,
+    differences,
+    identity,
+    load_recipe,
+    recipe_from_dict,
+    to_dict,
+    to_yaml,
+)
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+FAMILIES = ("mae", "ijepa", "clip", "blip", "mocov3", "ibot", "dino", "dinov2")
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_the_papers_hyperparameters(family: str) -> None:
+    recipe = load_recipe(RECIPES / f"{family}.yaml")
+    assert recipe.backbone.name == family
+    assert recipe.backbone.weights.startswith("hf://yafeng19/Co-Settle/ckpts/base/")
+    assert recipe.objective.temperature == 0.03
+    assert recipe.objective.lambda_reg == 3.0
+    assert recipe.objective.asymmetric_ratio == 10.0
+    assert recipe.optimizer.lr == 1e-4
+    assert recipe.optimizer.betas == (0.9, 0.95)
+    assert recipe.optimizer.weight_decay == 0.05
+    assert recipe.train.batch_size * recipe.train.accumulate == 512
+    assert (recipe.train.epochs, recipe.train.warmup_epochs) == (5, 1)
+    assert recipe.data.gap == 0.15
+    assert recipe.data.crop_area == (0.5, 1.0)
+
+
+def test_all_trains_every_family_with_the_weights_of_its_own_recipe() -> None:
+    backbones = load_recipe(RECIPES / "all.yaml").backbones
+    assert backbones == tuple(load_recipe(RECIPES / f"{family}.yaml").backbone for family in FAMILIES)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_resolved_recipe_reads_back_equal(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path)
+    assert load_recipe(write(tmp_path, to_yaml(recipe))) == recipe
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-4", "0.0001", "+1e-4", ".1e-3"])
+def test_scientific_notation_is_a_float(text: str, tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path, f"optimizer: {{lr: {text}}}")).optimizer.lr == 1e-4
+    assert load_recipe(write(tmp_path, ""), [f"optimizer.lr={text}"]).optimizer.lr == 1e-4
+
+
+@given(st.floats(min_value=1e-12, max_value=1e12))
+def test_every_printed_float_reads_back(value: float) -> None:
+    recipe = recipe_from_dict({"optimizer": {"lr": value}})
+    assert recipe_from_dict(yaml.safe_load(to_yaml(recipe))) == recipe
+
+
+def test_overrides_win_over_the_file_and_the_file_over_its_base(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("seed: 1\ntrain: {epochs: 2, batch_size: 3}\n")
+    path = write(tmp_path, "base: base.yaml\ntrain: {epochs: 4}\n")
+    recipe = load_recipe(path, ["data.source=some/where", "train.batch_size=7", "output=2024"])
+    assert (recipe.seed, recipe.train.epochs, recipe.train.batch_size) == (1, 4.0, 7)
+    assert recipe.data.source == "some/where"
+    assert recipe.output == "2024"
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("train.epochz=3", ("'train.epochz'", "'train.epochs'")),
+        ("epochs=3", ("'epochs'", "'train.epochs'")),
+        ("objective.temprature=1", ("'objective.temprature'", "'objective.temperature'")),
+        ("train.epochs=five", ("train.epochs", "float", "'five'")),
+        ("train.batch_size=2.5", ("train.batch_size", "int", "2.5")),
+        ("train.batch_size=0", ("train.batch_size", "0", "at least 1")),
+        ("train.tensorboard=3", ("train.tensorboard", "bool", "3")),
+        ("train.epochs=true", ("train.epochs", "float", "True")),
+        ("train.epochs=.nan", ("train.epochs", "nan")),
+        ("train.epochs=.inf", ("train.epochs", "inf")),
+        ("train.precision=bf15", ("train.precision", "fp32, bf16, fp16", "'bf16'")),
+        ("objective.temperature=0", ("objective.temperature", "above 0")),
+        ("data.crop_area=[0.9, 0.5]", ("data.crop_area", "smaller number first")),
+        ("data.crop_area=[0.9]", ("data.crop_area", "2 values")),
+        ("data.flip=1.5", ("data.flip", "at most 1")),
+        ("optimizer.betas=[0.9, 1.0]", ("optimizer.betas[1]", "below 1")),
+        ("train.warmup_epochs=9", ("train.warmup_epochs", "9", "train.epochs=5")),
+        ("train=3", ("train", "section")),
+        ("train.epochs.x=3", ("train.epochs.x", "not a section")),
+        ("backbones=[{name: mae}, {name: mae}]", ("'mae'", "twice")),
+        ("backbones=[{nam: mae}]", ("'backbones[0].nam'", "'backbone.name'")),
+        ("nonsense", ("'nonsense'", "key=value")),
+    ],
+)
+def test_bad_keys_and_values_name_themselves(override: str, parts: tuple[str, ...]) -> None:
+    with pytest.raises(InputError) as error:
+        load_recipe(RECIPES / "base.yaml", [override])
+    message = str(error.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("a: [", "no valid YAML"),
+        ("- 1\n- 2", "holds a list"),
+        ("seed: 1\nseed: 2", "twice"),
+        ("base: recipe.yaml", "leads back to itself"),
+        ("base: nowhere.yaml", "nowhere.yaml"),
+    ],
+)
+def test_bad_files_name_themselves(text: str, part: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=part):
+        load_recipe(write(tmp_path, text))
+
+
+def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nowhere"):
+        load_recipe(tmp_path / "nowhere.yaml")
+
+
+def test_identity_ignores_what_may_change_on_resume_and_nothing_else() -> None:
+    recipe = Recipe()
+    moved = dataclasses.replace(
+        recipe, output="elsewhere", train=dataclasses.replace(recipe.train, log_every=3, batch_size=1)
+    )
+    assert identity(moved) == identity(recipe)
+    assert differences(recipe, moved) == []
+    other = dataclasses.replace(recipe, train=TrainRecipe(epochs=6.0), backbone=BackboneRecipe(name="mae"))
+    assert identity(other) != identity(recipe)
+    assert differences(recipe, other) == ["backbone.name: 'dinov2' -> 'mae'", "train.epochs: 5.0 -> 6.0"]
+
+
+def test_every_key_has_a_meaning_and_the_readme_tells_it() -> None:
+    readme = (RECIPES.parent / "README.md").read_text()
+    for path, kind, default, meaning in describe_keys():
+        assert meaning.endswith("."), path
+        assert f"| `{path}` | {kind} | `{default}` | {meaning} |" in readme
+
+
+def test_to_dict_holds_every_key() -> None:
+    tree = to_dict(Recipe())
+    for path, *_ in describe_keys():
+        node = tree
+        for key in path.split("."):
+            node = node[key]
