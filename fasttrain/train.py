@@ -15,7 +15,7 @@ from fasttrain import distributed
 from fasttrain.backbones import Backbone
 from fasttrain.data import FrameIndex
 from fasttrain.projection import Projection
-from fasttrain.recipe import Recipe, load_recipe
+from fasttrain.recipe import Recipe, describe_keys, load_recipe
 from fasttrain.trainer import Validate, student_recipes, train
 
 
@@ -24,6 +24,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="dotted recipe keys, such as data.source=PATH train.epochs=1"
     )
+
+
+    parser.add_argument("--keys", action=_PrintKeys, nargs=0, help="print every recipe key as a table and leave")
+
+
+class _PrintKeys(argparse.Action):
+    """Print the table of keys, as Markdown; the README holds the same lines."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(keys_table())
+        parser.exit()
+
+
+def keys_table() -> str:
+    """Every recipe key with type, default and meaning, as a Markdown table."""
+    rows = [f"| `{path}` | {kind} | `{default}` | {meaning} |" for path, kind, default, meaning in describe_keys()]
+    return "\n".join(("| key | type | default | meaning |", "|---|---|---|---|", *rows))
 
 
 def run(arguments: argparse.Namespace) -> None:
