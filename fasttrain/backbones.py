@@ -1,0 +1,389 @@
+"""The frozen image encoders: eight families as their authors publish them, and any timm ViT by its name.
+
+`load_backbone` builds one on timm's VisionTransformer and fills it from `weights`. `trainer` takes three
+views a step from it, `evaluation` and `video_encoder` take plain tokens.
+
+Shape suffixes: B images, C colours, H and W pixels, N patch tokens on an h x w grid, P class and register
+tokens, L tokens in all, S cells on a side of the encoder's own square grid, D channels.
+"""
+
+import difflib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import QuickGELU, build_sincos2d_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from fasttrain.errors import InputError
+from fasttrain.projection import Init
+from fasttrain.weights import Layout, StateDict, hash_state_dict, load_encoder_weights, seeded
+
+Resize = Literal["plain", "offset", "antialias"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sets one family apart, after its authors' code (as republished in github.com/yafeng19/Co-Settle).
+
+    layout: of the published checkpoint.
+    vit: arguments to timm's VisionTransformer beyond the sizes.
+    layer_norm_eps: of every LayerNorm.
+    sincos: positions start as fixed sines and cosines, not as a draw.
+    norm_plain: whether tokens at the encoder's own positions pass the final norm. The published I-JEPA code
+        leaves it out there, in training and in evaluation, and applies it to the asymmetric view alone.
+    resize: how positions follow the image size (see `resize_positions`).
+    resize_once: how a checkpoint of another image size is fitted to the encoder's own; None: as `resize`.
+    projection_init: how the published code initialises the head for this family.
+    """
+
+    layout: Layout
+    vit: dict[str, Any] = field(default_factory=dict)
+    layer_norm_eps: float = 1e-6
+    sincos: bool = False
+    norm_plain: bool = True
+    resize: Resize = "offset"
+    resize_once: Resize | None = None
+    projection_init: Init = "trunc_normal"
+
+
+FAMILIES: dict[str, Family] = {
+    "mae": Family(Layout(("model",)), sincos=True, projection_init="xavier_uniform"),
+    "ijepa": Family(Layout(("encoder",)), {"class_token": False}, sincos=True, norm_plain=False),
+    "clip": Family(
+        Layout(("state_dict",), "visual."),
+        {"pre_norm": True, "act_layer": QuickGELU},
+        layer_norm_eps=1e-5,
+        resize="antialias",
+        projection_init="default",
+    ),
+    "blip": Family(Layout(("model",), "visual_encoder."), resize="antialias", resize_once="plain"),
+    "mocov3": Family(
+        Layout(("state_dict",), "momentum_encoder."), sincos=True, projection_init="xavier_uniform"
+    ),
+    "ibot": Family(Layout(("state_dict", "teacher"), "backbone.")),
+    "dino": Family(Layout(("teacher",), "backbone.")),
+    "dinov2": Family(
+        Layout(("teacher",), "backbone."), {"reg_tokens": 4, "init_values": 1.0}, resize="antialias"
+    ),
+}
+
+# A ViT named after a timm model: timm's own construction and its way of resizing positions.
+_TIMM = Family(Layout(("state_dict",)), resize="antialias")
+
+# Arguments that leave a VisionTransformer without a classification head and open to any image size.
+_TOKENS_ONLY: dict[str, Any] = {"num_classes": 0, "global_pool": "", "dynamic_img_size": True}
+
+
+def load_backbone(
+    name: str,
+    *,
+    weights: str = "random",
+    image_size: int = 224,
+    patch_size: int | None = None,
+    embed_dim: int | None = None,
+    depth: int | None = None,
+    num_heads: int | None = None,
+    seed: int = 0,
+) -> "Backbone":
+    """A frozen encoder in float32 on the CPU, in evaluation mode.
+
+    Args:
+        name: mae | ijepa | clip | blip | mocov3 | ibot | dino | dinov2, or the name of a timm ViT with
+            absolute positions, such as vit_tiny_patch16_224.
+        weights: a local path, hf://owner/repo/path, timm://name, or random.
+        image_size: side of the square training images in pixels. If the checkpoint was made for another, its
+            positions are resized once.
+        patch_size, embed_dim, depth, num_heads: read from the checkpoint where left out; with random weights
+            ViT-B/16 (or the timm model's own). The number of heads is in no checkpoint: embed_dim / 64.
+        seed: of the random weights, which are a function of it alone.
+
+    Raises InputError for an unknown name, weights that cannot be had, and a checkpoint that does not fit.
+    """
+    family = FAMILIES.get(name, _TIMM)
+    if name not in FAMILIES and not timm.is_model(name):
+        known = [*FAMILIES, *timm.list_models("*vit*")]
+        close = ", ".join(difflib.get_close_matches(name, known, n=3)) or "none"
+        raise InputError(
+            f"backbone {name!r}: expected one of {', '.join(FAMILIES)}, or a timm ViT (close to it: {close})"
+        )
+    sizes = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+    given = {size: value for size, value in sizes.items() if value is not None}
+    for size, value in {"image_size": image_size, **given}.items():
+        if value < 1:
+            raise InputError(f"{size} {value}: expected a positive number")
+    build = partial(_build_family, family) if name in FAMILIES else partial(_build_timm, name)
+    with seeded(seed):
+        if weights == "random":
+            vit = build(img_size=image_size, **given)
+        else:
+            state = load_encoder_weights(weights, family.layout)
+            vit = build(**((_sizes(state) if name in FAMILIES else {}) | given))
+            _fill(vit, state, f"weights {weights} do not fit {name}")
+    return Backbone(vit, family, name=name, weights=weights, image_size=image_size)
+
+
+def _build_family(family: Family, *, embed_dim: int = 768, num_heads: int | None = None, **sizes: Any) -> Any:
+    heads = num_heads or embed_dim // 64
+    if heads == 0 or embed_dim % heads:
+        raise InputError(
+            f"embed_dim {embed_dim} is no multiple of num_heads {heads} (left out: embed_dim / 64)"
+        )
+    vit = VisionTransformer(
+        embed_dim=embed_dim,
+        num_heads=heads,
+        norm_layer=partial(nn.LayerNorm, eps=family.layer_norm_eps),
+        no_embed_class=True,
+        **_TOKENS_ONLY,
+        **(family.vit | sizes),
+    )
+    if family.sincos:
+        if embed_dim % 4:
+            raise InputError(f"embed_dim {embed_dim}: sine-cosine positions need a multiple of 4")
+        # MAE, I-JEPA and MoCo v3 share one map, whose first half of the channels encodes the column.
+        positions_ND = build_sincos2d_pos_embed(vit.patch_embed.grid_size, embed_dim, reverse_coord=True)
+        vit.pos_embed.data.copy_(positions_ND)
+    return vit
+
+
+def _build_timm(name: str, **sizes: Any) -> Any:
+    try:
+        vit = timm.create_model(name, num_classes=0, dynamic_img_size=True, **sizes)
+    # Networks of other kinds take other arguments.
+    except TypeError as error:
+        raise InputError(f"backbone {name} is no plain ViT of timm's ({error})") from error
+    if not isinstance(vit, VisionTransformer) or vit.pos_embed is None:
+        raise InputError(f"backbone {name} is a {type(vit).__name__}; expected a ViT with absolute positions")
+    return vit
+
+
+def _sizes(state: StateDict) -> dict[str, Any]:
+    """The sizes that a checkpoint shows; what it lacks is left to `_fill` to report."""
+    sizes: dict[str, Any] = {}
+    blocks = [int(key.split(".")[1]) for key in state if key.startswith("blocks.")]
+    if blocks:
+        sizes["depth"] = max(blocks) + 1
+    projection = state.get("patch_embed.proj.weight")
+    if projection is not None and projection.ndim == 4:
+        sizes["embed_dim"], sizes["patch_size"] = projection.shape[0], projection.shape[-1]
+        hidden = state.get("blocks.0.mlp.fc1.weight")
+        if hidden is not None:
+            # timm takes the ratio and truncates; the half keeps rounding from losing a unit.
+            sizes["mlp_ratio"] = (hidden.shape[0] + 0.5) / projection.shape[0]
+    sizes["reg_tokens"] = state["reg_token"].shape[1] if "reg_token" in state else 0
+    sizes["init_values"] = 1.0 if "blocks.0.ls1.gamma" in state else None
+    return sizes
+
+
+def _fill(vit: Any, state: StateDict, problem: str) -> None:
+    """Load strictly, with the checkpoint's own number of positions; InputError names what does not fit."""
+    if "pos_embed" in state and state["pos_embed"].ndim == 3:
+        vit.pos_embed = nn.Parameter(torch.empty(1, state["pos_embed"].shape[1], vit.embed_dim))
+    expected = vit.state_dict()
+    wrong_shape = [
+        f"{key} {tuple(state[key].shape)} (expected {tuple(tensor.shape)})"
+        for key, tensor in expected.items()
+        if key in state and state[key].shape != tensor.shape
+    ]
+    faults = {
+        "missing": [key for key in expected if key not in state],
+        "left over": [key for key in state if key not in expected],
+        "wrong shape": wrong_shape,
+    }
+    if any(faults.values()):
+        told = (
+            f"{kind}: {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
+            for kind, keys in faults.items()
+            if keys
+        )
+        raise InputError(f"{problem} (width {vit.embed_dim}, depth {len(vit.blocks)}): {'; '.join(told)}")
+    vit.load_state_dict(state)
+
+
+def resize_positions(positions_SSD: Tensor, grid: tuple[int, int], how: Resize) -> Tensor:
+    """Positions on an S x S grid, bicubically brought to (h, w, D).
+
+    how: plain, to the wanted size; offset, by scale factors (cells + 0.1) / S, which moves the sampling
+    points a little (DINO's code and those that took it over); antialias, as plain but antialiased.
+    """
+    side = positions_SSD.shape[0]
+    if grid == (side, side):
+        return positions_SSD
+    size: dict[str, Any] = {"size": grid}
+    if how == "offset":
+        size = {"scale_factor": tuple((cells + 0.1) / side for cells in grid)}
+    positions_1DSS = positions_SSD.permute(2, 0, 1)[None]
+    resized_1Dhw = F.interpolate(
+        positions_1DSS, **size, mode="bicubic", align_corners=False, antialias=how == "antialias"
+    )
+    return resized_1Dhw[0].permute(1, 2, 0).contiguous()
+
+
+class Backbone(nn.Module):
+    """A frozen ViT that gives the patch tokens after its final norm, without class and register tokens.
+
+    Cast and move it as a whole (`.to(device, dtype)`). Positions are resized in float32 on the CPU, whatever
+    the dtype of the rest, and then cast, so every device sees the same ones.
+
+    Attributes: name and weights (as asked for), weights_hash (SHA-256 of the parameters as loaded, in
+    float32, whatever the file format), embed_dim, patch_size, image_size, num_parameters, projection_init.
+    """
+
+    positions_ND: Tensor
+    prefix_PD: Tensor
+
+    def __init__(self, vit: Any, family: Family, *, name: str, weights: str, image_size: int) -> None:
+        """Take over the parts of a timm VisionTransformer; use `load_backbone`."""
+        super().__init__()
+        self.name, self.weights, self.image_size = name, weights, image_size
+        self.weights_hash = hash_state_dict(vit.state_dict())
+        self.num_parameters = sum(parameter.numel() for parameter in vit.parameters())
+        self.embed_dim: int = vit.embed_dim
+        self.patch_size = _square(vit.patch_embed.feat_ratio(), f"backbone {name}: patches")
+        self.projection_init: Init = family.projection_init
+        self._resize: Resize = family.resize
+        self._norm_plain = family.norm_plain
+
+        self.patch_embed, self.norm_pre, self.blocks = vit.patch_embed, vit.norm_pre, vit.blocks
+        # Models that pool before their last norm (timm's *_gap) keep it in fc_norm.
+        self.norm = vit.fc_norm if isinstance(vit.norm, nn.Identity) else vit.norm
+
+        prefix_PD, checkpoint_SSD = _split_positions(vit, name)
+        side = self.grid(image_size, image_size)[0]
+        # Out of reach of `.to`: what is resized later starts from these float32 values.
+        self._positions_SSD = resize_positions(
+            checkpoint_SSD, (side, side), family.resize_once or family.resize
+        )
+        self._resized: dict[tuple[int, int], Tensor] = {}
+        self._asymmetric: tuple[float, Tensor] | None = None
+        self.register_buffer("prefix_PD", prefix_PD, persistent=False)
+        self.register_buffer("positions_ND", self._positions_SSD.flatten(0, 1), persistent=False)
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Frozen: stays in evaluation mode."""
+        return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Backbone":
+        # Moved or cast: cached maps follow at their next use.
+        self._resized.clear()
+        self._asymmetric = None
+        return super()._apply(fn, recurse)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Patches (h, w) of an image of height x width pixels, which must be multiples of the patch size.
+
+        The families differ beyond that (DINOv2 refuses, DINO drops the rest of the image), and tokens that
+        cover only a part of the image would shift every label map; so it is an InputError.
+        """
+        patch = self.patch_size
+        if height < patch or width < patch or height % patch or width % patch:
+            nearest = " x ".join(str(max(1, round(side / patch)) * patch) for side in (height, width))
+            raise InputError(
+                f"image of {height} x {width}: {self.name} needs multiples of {patch}; resize it to {nearest}"
+            )
+        return height // patch, width // patch
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """Position embedding of the patches of a grid (h, w), resized as the family's authors do: (N, D)."""
+        if grid == self._positions_SSD.shape[:2]:
+            return self.positions_ND
+        if grid not in self._resized:
+            resized = resize_positions(self._positions_SSD, grid, self._resize)
+            self._resized[grid] = resized.flatten(0, 1).to(self.positions_ND)
+        return self._resized[grid]
+
+    def asymmetric_range(self, ratio: float = 10.0) -> int:
+        """Number of offsets per axis that `asymmetric_positions` takes: 0 <= i < asymmetric_range(ratio)."""
+        side = self._positions_SSD.shape[0]
+        return int((1 + ratio) * side) - side + 1
+
+    def asymmetric_positions(self, ratio: float = 10.0, *, offset: tuple[int, int]) -> Tensor:
+        """Positions (N, D) of the training grid, cut at `offset` (row, column) from an enlarged map.
+
+        As `interpolate_and_crop_pos_embed` of the published models: S x S positions are resized bicubically
+        to int((1 + ratio) S) squared and cropped back to S x S. The map is made once; a step slices it.
+        """
+        if ratio < 0:
+            raise InputError(f"ratio of the asymmetric positions {ratio}: expected 0 or more")
+        count = self.asymmetric_range(ratio)
+        if not all(0 <= start < count for start in offset):
+            raise InputError(
+                f"offset {offset} of the asymmetric positions: expected two numbers in [0, {count})"
+            )
+        side = self._positions_SSD.shape[0]
+        if self._asymmetric is None or self._asymmetric[0] != ratio:
+            large = side + count - 1
+            # Enlarged by size and without antialiasing in every family.
+            enlarged = resize_positions(self._positions_SSD, (large, large), "plain")
+            self._asymmetric = ratio, enlarged.to(self.positions_ND)
+        row, column = offset
+        return self._asymmetric[1][row : row + side, column : column + side].reshape(side * side, -1)
+
+    def tokens(self, images: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Patch tokens (B, N, D) of ImageNet-normalised images (B, 3, H, W), row by row.
+
+        positions: (N, D), in place of the encoder's own; class and register tokens keep theirs.
+        """
+        grid = self.grid(images.shape[-2], images.shape[-1])
+        if positions is not None and positions.shape[0] != grid[0] * grid[1]:
+            raise InputError(
+                f"positions for {positions.shape[0]} patches, but the images have {grid[0]} x {grid[1]}"
+            )
+        added_ND = self.positions(grid) if positions is None else positions
+        tokens_BND = self._blocks(self._patches(images) + added_ND)
+        return tokens_BND if positions is None and not self._norm_plain else self.norm(tokens_BND)
+
+    forward = tokens
+
+    def three_views(self, frames: Tensor, positions: Tensor) -> Tensor:
+        """Tokens (B, 3, N, D), contiguous, of frame 1, frame 2 and frame 1 at other positions.
+
+        frames: (2, B, 3, H, W), ImageNet-normalised, of the training size; positions: (N, D), asymmetric.
+        One batch of 3 B goes through the blocks, and frame 1 is cut into patches once. Nothing here waits for
+        the device.
+        """
+        own_ND = self.positions(self.grid(frames.shape[-2], frames.shape[-1]))
+        first_BND, second_BND = self._patches(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).unbind(0)
+        patches_B3ND = torch.stack((first_BND, second_BND, first_BND), 1)
+        inputs_B3ND = patches_B3ND + torch.stack((own_ND, own_ND, positions))
+        views_B3ND = self._blocks(inputs_B3ND.flatten(0, 1)).unflatten(0, inputs_B3ND.shape[:2])
+        if self._norm_plain:
+            return self.norm(views_B3ND).contiguous()
+        return torch.cat((views_B3ND[:, :2], self.norm(views_B3ND[:, 2:])), 1)
+
+    def _patches(self, images_BCHW: Tensor) -> Tensor:
+        return self.patch_embed(images_BCHW).flatten(1, 2)
+
+    def _blocks(self, patches_BND: Tensor) -> Tensor:
+        prefix_BPD = self.prefix_PD.to(patches_BND.dtype).expand(len(patches_BND), -1, -1)
+        sequence = self.norm_pre(torch.cat((prefix_BPD, patches_BND), 1))
+        return self.blocks(sequence)[:, len(self.prefix_PD) :]
+
+
+def _square(value: int | tuple[int, int], what: str) -> int:
+    sides = {value} if isinstance(value, int) else set(value)
+    if len(sides) > 1:
+        raise InputError(f"{what} of {value}: expected squares")
+    return sides.pop()
+
+
+def _split_positions(vit: Any, name: str) -> tuple[Tensor, Tensor]:
+    """Class and register tokens with their positions added (P, D), and the patches' positions (S, S, D)."""
+    names = ("cls_token", "dist_token", "reg_token")
+    parts = [token.detach()[0] for token in (getattr(vit, n, None) for n in names) if token is not None]
+    positions_LD = vit.pos_embed.detach()[0]
+    prefix_PD = torch.cat(parts) if parts else positions_LD[:0]
+    # In a published checkpoint the class token may have a position; in timm's models all such tokens or none.
+    for count in (0, 1) if vit.no_embed_class else (len(prefix_PD),):
+        side = math.isqrt(max(len(positions_LD) - count, 0))
+        if count <= len(prefix_PD) and side and side * side == len(positions_LD) - count:
+            prefix_PD = torch.cat((prefix_PD[:count] + positions_LD[:count], prefix_PD[count:]))
+            return prefix_PD, positions_LD[count:].unflatten(0, (side, side)).clone()
+    raise InputError(f"backbone {name}: {len(positions_LD)} positions are no square grid of patches")

@@ -1,0 +1,163 @@
+"""The projection head g, the only part that is trained: parameters, files, import of published checkpoints.
+
+Stands between the frozen tokens of `backbones` and the losses of `objective`. A trained projection is one
+safetensors file whose metadata says which encoder it belongs to (`video_encoder` reads it).
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from fasttrain.errors import InputError
+from fasttrain.weights import find_file, find_state_dict, read_checkpoint, seeded
+
+Head = Literal["linear", "mlp2", "mlp3"]
+Init = Literal["trunc_normal", "xavier_uniform", "default"]
+
+# Number of linear layers.
+_DEPTH: dict[Head, int] = {"linear": 1, "mlp2": 2, "mlp3": 3}
+
+
+class Projection(nn.Module):
+    """The head g of the paper (`ST_adapter.py` of github.com/yafeng19/Co-Settle).
+
+        linear:  Linear, tanh, LayerNorm
+        mlp2:    Linear, tanh, Linear, LayerNorm
+        mlp3:    Linear, tanh, Linear, tanh, Linear, LayerNorm
+
+    All layers are D to D. Tokens (..., D) come out as (..., D), before L2 normalisation.
+
+    A fused kernel takes the pieces: `hidden(tokens)` is the input of `final_linear`; `final_tanh` says
+    whether a tanh stands between `final_linear` and `norm`.
+
+    Args:
+        dim: D, the encoder's width.
+        head: linear | mlp2 | mlp3.
+        init: how the weights start, in which the published models differ (`Backbone.projection_init`):
+            trunc_normal (std 0.02, zero bias) | xavier_uniform (zero bias) | default (of `nn.Linear`).
+        seed: the parameters are a function of it; the global generator is not touched.
+    """
+
+    def __init__(
+        self, dim: int, *, head: Head = "linear", init: Init = "trunc_normal", seed: int = 0
+    ) -> None:
+        super().__init__()
+        if head not in _DEPTH:
+            raise InputError(f"head {head!r}: expected one of {', '.join(_DEPTH)}")
+        if init not in get_args(Init):
+            raise InputError(f"init {init!r}: expected one of {', '.join(get_args(Init))}")
+        self.dim = dim
+        self.head: Head = head
+        self.metadata: dict[str, str] = {}
+        with seeded(seed):
+            self.linears = nn.ModuleList(_linear(dim, init) for _ in range(_DEPTH[head]))
+        self.norm = nn.LayerNorm(dim)
+
+    @property
+    def final_linear(self) -> nn.Linear:
+        return cast(nn.Linear, self.linears[-1])
+
+    @property
+    def final_tanh(self) -> bool:
+        return self.head == "linear"
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """The input of `final_linear`, (..., D): the tokens themselves for the linear head."""
+        for linear in self.linears[:-1]:
+            tokens = linear(tokens).tanh()
+        return tokens
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out = self.final_linear(self.hidden(tokens))
+        return self.norm(out.tanh() if self.final_tanh else out)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, head={self.head!r}"
+
+    def save(self, path: str | Path, metadata: dict[str, str] | None = None) -> None:
+        """Write the parameters as safetensors, atomically: `path` is the old file or the whole new one.
+
+        metadata: what `load` gives back as `.metadata`; the head is always added.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            partial.write_bytes(save(tensors, {**(metadata or {}), "head": self.head}))
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Projection":
+        """The projection that `save` wrote, on the CPU, with its `.metadata`.
+
+        Raises InputError for any other file.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise InputError(f"projection {path}: no such file; expected one that training wrote")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = dict(file.metadata() or {})
+                names = file.keys()
+                state = {name: file.get_tensor(name) for name in names}
+        except SafetensorError as error:
+            raise InputError(f"projection {path} is damaged or no safetensors file ({error})") from error
+        if metadata.get("head") not in _DEPTH or "norm.weight" not in state:
+            raise InputError(f"projection {path} is a safetensors file, but no projection of fasttrain")
+        projection = _from_state_dict(cast(Head, metadata["head"]), state, f"projection {path}")
+        projection.metadata = metadata
+        return projection
+
+    @classmethod
+    def from_cosettle(cls, path: str | Path) -> "Projection":
+        """The projection of a checkpoint that the paper's authors published (`ckpts/ours/<family>+ours`).
+
+        path: a local file or hf://owner/repo/path. The head follows from the keys. Raises InputError for a
+        file without `adapter.adapter.*`.
+        """
+        prefix = "adapter.adapter.adapter_"
+        published = find_state_dict(read_checkpoint(find_file(str(path))), str(path), ("model",))
+        state = {
+            _own_name(key.removeprefix(prefix)): tensor.float()
+            for key, tensor in published.items()
+            if key.startswith(prefix)
+        }
+        depth = sum(key.startswith("linears.") and key.endswith(".weight") for key in state)
+        head = next((head for head, layers in _DEPTH.items() if layers == depth), None)
+        if head is None or "norm.weight" not in state:
+            raise InputError(f"checkpoint {path} holds no Co-Settle projection (keys {prefix}*)")
+        return _from_state_dict(head, state, f"checkpoint {path}")
+
+
+def _own_name(published: str) -> str:
+    # A single layer is called `linear`, those of an MLP `linear1`, `linear2`, `linear3`.
+    name = re.sub(r"^linear(\d?)\.", lambda match: f"linears.{int(match[1] or 1) - 1}.", published)
+    return name.replace("layer_norm1.", "norm.")
+
+
+def _linear(dim: int, init: Init) -> nn.Linear:
+    linear = nn.Linear(dim, dim)
+    if init == "trunc_normal":
+        nn.init.trunc_normal_(linear.weight, std=0.02)
+    elif init == "xavier_uniform":
+        nn.init.xavier_uniform_(linear.weight)
+    if init != "default":
+        nn.init.zeros_(linear.bias)
+    return linear
+
+
+def _from_state_dict(head: Head, state: dict[str, Tensor], source: str) -> Projection:
+    projection = Projection(state["norm.weight"].shape[0], head=head)
+    try:
+        projection.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(f"{source} does not fit a {head} head: {' '.join(str(error).split())}") from error
+    return projection

@@ -1,0 +1,252 @@
+"""Where weights come from: a local file, the Hugging Face Hub or timm, as one state dict in timm's names.
+
+`backbones` and `projection` read every checkpoint through this file. Nothing here knows a model; a published
+layout is a `Layout`: where in the file the state dict lies, and the prefix of the encoder's keys in it.
+"""
+
+import argparse
+import difflib
+import hashlib
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PosixPath
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import timm
+import torch
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fasttrain.errors import InputError
+
+StateDict = dict[str, Tensor]
+
+SOURCES = "a local path, hf://owner/repo/path, timm://name, or random"
+
+# What published checkpoints hold besides tensors. Allowed by name, because `torch.load` runs with
+# `weights_only=True`; any other class makes the file an error that names it.
+_NUMPY_SCALAR = np.float64(0).__reduce__()[0]
+_SAFE_GLOBALS: list[Any] = [
+    argparse.Namespace,
+    PosixPath,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("float32", "float64", "int64")),
+    *((_NUMPY_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
+
+# Parts of a checkpoint that patch tokens never pass through: MAE's decoder, mask tokens, classification and
+# projection heads, and the projection that a Co-Settle release keeps beside the encoder.
+_NOT_ENCODER = re.compile(
+    r"(adapter|decoder_\w+|head|head_dist|attn_pool|mask_token|masked_embed|proj)(\.|$)"
+)
+
+# OpenAI's CLIP and Meta's DINOv2 (registers, block chunks) in the names of timm's VisionTransformer.
+_TIMM_NAMES = [
+    (re.compile(pattern), name)
+    for pattern, name in [
+        (r"^class_embedding$", "cls_token"),
+        (r"^positional_embedding$", "pos_embed"),
+        (r"^conv1\.", "patch_embed.proj."),
+        (r"^ln_pre\.", "norm_pre."),
+        (r"^ln_post\.", "norm."),
+        (r"^transformer\.resblocks\.", "blocks."),
+        (r"\.ln_([12])\.", r".norm\1."),
+        (r"\.attn\.in_proj_", ".attn.qkv."),
+        (r"\.attn\.out_proj\.", ".attn.proj."),
+        (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+        (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+        (r"^register_tokens$", "reg_token"),
+        (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),
+    ]
+]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a family publishes its checkpoints.
+
+    containers: entries under which the state dict may lie, first match wins; else it is the file itself.
+    prefix: if any key starts with it, only those keys are the encoder's, without it.
+    """
+
+    containers: tuple[str, ...] = ()
+    prefix: str = ""
+
+
+def load_encoder_weights(weights: str, layout: Layout) -> StateDict:
+    """The encoder's tensors at `weights`, float32 on the CPU, in the names of timm's VisionTransformer.
+
+    `weights` is one of `SOURCES` but `random`. The paper's release (the encoder under `model`, with
+    `adapter.adapter.*` beside it) loads for every family. Raises InputError where the weights cannot be had
+    or hold no state dict.
+    """
+    if weights.startswith("timm://"):
+        checkpoint: Any = _load_timm(weights)
+    else:
+        checkpoint = read_checkpoint(find_file(weights))
+    state = find_state_dict(checkpoint, weights, (*layout.containers, "model"))
+    if any(key.startswith(layout.prefix) for key in state):
+        state = {
+            key.removeprefix(layout.prefix): t for key, t in state.items() if key.startswith(layout.prefix)
+        }
+    return {
+        _timm_name(key): tensor.float().reshape(1, -1, tensor.shape[-1])
+        if _is_embedding(key)
+        else tensor.float()
+        for key, tensor in state.items()
+        if not _NOT_ENCODER.match(key)
+    }
+
+
+def _timm_name(key: str) -> str:
+    for pattern, name in _TIMM_NAMES:
+        key = pattern.sub(name, key)
+    return key
+
+
+def _is_embedding(key: str) -> bool:
+    # CLIP's have no batch axis.
+    return key in ("class_embedding", "positional_embedding")
+
+
+def find_state_dict(checkpoint: Any, weights: str, containers: tuple[str, ...]) -> StateDict:
+    """The tensors of the first container present, else of the checkpoint itself, without DDP's `module.`."""
+    if not isinstance(checkpoint, Mapping):
+        raise InputError(f"weights {weights} hold a {type(checkpoint).__name__}, not a state dict")
+    found = next(
+        (checkpoint[name] for name in containers if isinstance(checkpoint.get(name), Mapping)), checkpoint
+    )
+    state = {
+        str(key).removeprefix("module."): value for key, value in found.items() if torch.is_tensor(value)
+    }
+    if not state:
+        raise InputError(
+            f"weights {weights} hold no state dict: looked under {', '.join(containers)} and at the top, "
+            f"found only {', '.join(map(str, list(checkpoint)[:5])) or 'nothing'}"
+        )
+    return state
+
+
+def find_file(weights: str) -> Path:
+    """The local file that a path or `hf://owner/repo[@revision]/path` names, downloaded if need be."""
+    if weights.startswith("hf://"):
+        return _download(weights)
+    path = Path(weights).expanduser()
+    if not path.is_file():
+        raise InputError(f"weights {weights}: no such file; expected {SOURCES}")
+    return path
+
+
+def _download(weights: str) -> Path:
+    match = re.fullmatch(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", weights)
+    if match is None:
+        raise InputError(f"weights {weights}: expected hf://owner/repo/path or hf://owner/repo@revision/path")
+    repo, revision, path = match.groups()
+    try:
+        try:
+            return Path(huggingface_hub.hf_hub_download(repo, path, revision=revision))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            # The paper's release is named by folder, one checkpoint in each.
+            files = [
+                f
+                for f in huggingface_hub.list_repo_files(repo, revision=revision)
+                if f.startswith(path + "/")
+            ]
+            if len(files) != 1:
+                names = ", ".join(files[:5]) or "no files there"
+                raise InputError(f"weights {weights}: no such file in the repository ({names})") from None
+            return Path(huggingface_hub.hf_hub_download(repo, files[0], revision=revision))
+    # Offline, the client raises LocalEntryNotFoundError and, as the rest of the network's errors, OSError.
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise InputError(
+            f"weights {weights} could not be downloaded ({type(error).__name__}); without the Hub, download "
+            f"https://huggingface.co/{repo}/resolve/{revision or 'main'}/{path} elsewhere, copy it here and "
+            f"give its local path as the weights"
+        ) from error
+
+
+def _load_timm(weights: str) -> StateDict:
+    name = weights.removeprefix("timm://")
+    if not timm.is_model(name) or not timm.is_model_pretrained(name):
+        close = difflib.get_close_matches(name, timm.list_pretrained("*vit*"), n=3)
+        raise InputError(
+            f"weights {weights}: timm has no such pretrained model; close to it: {', '.join(close)}"
+        )
+    try:
+        with seeded(0):
+            return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+    except (HfHubHTTPError, OSError) as error:
+        raise InputError(
+            f"weights {weights} could not be downloaded ({type(error).__name__}); without the Hub, download "
+            f"model.safetensors of https://huggingface.co/timm/{name} elsewhere, copy it here and give its "
+            f"local path as the weights"
+        ) from error
+
+
+def read_checkpoint(path: Path) -> Any:
+    """What a .safetensors file, a TorchScript archive or a `torch.save` file holds, on the CPU.
+
+    Pickles are read with `weights_only=True`. Raises InputError for a damaged file or one that is none of
+    these.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if _is_torchscript(path):
+            return torch.jit.load(path, map_location="cpu").state_dict()
+        with torch.serialization.safe_globals(_SAFE_GLOBALS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"weights {path} hold {_unsafe_global(error)}, which is not loaded for safety; save their state "
+            f"dict alone"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"weights {path} are damaged or no checkpoint ({reason})") from error
+
+
+def _unsafe_global(error: pickle.UnpicklingError) -> str:
+    match = re.search(r"GLOBAL (\S+)", str(error))
+    return match.group(1) if match else str(error).splitlines()[0]
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(Path(name).name == "constants.pkl" for name in archive.namelist())
+
+
+def hash_state_dict(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and values in the order of the names; the same for every file format."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draws on the CPU inside are a function of `seed` alone; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed, which would reseed the GPUs as well, and for good.
+        torch.default_generator.manual_seed(seed)
+        yield
