@@ -135,7 +135,7 @@ def _build_family(family: Family, *, embed_dim: int = 768, num_heads: int | None
         raise InputError(
             f"embed_dim {embed_dim} is no multiple of num_heads {heads} (left out: embed_dim / 64)"
         )
-    vit = VisionTransformer(
+    vit: Any = VisionTransformer(
         embed_dim=embed_dim,
         num_heads=heads,
         norm_layer=partial(nn.LayerNorm, eps=family.layer_norm_eps),
@@ -254,8 +254,8 @@ class Backbone(nn.Module):
         # Models that pool before their last norm (timm's *_gap) keep it in fc_norm.
         self.norm = vit.fc_norm if isinstance(vit.norm, nn.Identity) else vit.norm
 
-        prefix_PD, checkpoint_SSD = _split_positions(vit, name)
         side = self.grid(image_size, image_size)[0]
+        prefix_PD, checkpoint_SSD = _split_positions(vit, name)
         # Out of reach of `.to`: what is resized later starts from these float32 values.
         self._positions_SSD = resize_positions(
             checkpoint_SSD, (side, side), family.resize_once or family.resize

@@ -188,8 +188,7 @@ def _load_timm(weights: str) -> StateDict:
             f"weights {weights}: timm has no such pretrained model; close to it: {', '.join(close)}"
         )
     try:
-        with seeded(0):
-            return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+        return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
     except (HfHubHTTPError, OSError) as error:
         raise InputError(
             f"weights {weights} could not be downloaded ({type(error).__name__}); without the Hub, download "

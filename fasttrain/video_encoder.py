@@ -1,0 +1,99 @@
+"""Using the result: the frozen backbone and its trained projection as one video encoder.
+
+`projection_metadata` is what `trainer` writes into `projection.safetensors`, `load_video_encoder` reads it
+back from a run folder. Shape suffixes: B videos, T frames, H and W pixels, N patch tokens, D channels.
+"""
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fasttrain.backbones import Backbone, load_backbone
+from fasttrain.errors import InputError
+from fasttrain.projection import Projection
+
+PROJECTION_FILE = "projection.safetensors"
+
+
+class VideoEncoder(nn.Module):
+    """Frames to projected patch tokens. Frozen and in evaluation mode; move it with `.to(device)`."""
+
+    def __init__(self, encoder: Backbone, projection: Projection) -> None:
+        super().__init__()
+        self.encoder, self.projection = encoder, projection
+        self.requires_grad_(False).eval()
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Patches (h, w) of a frame of height x width pixels; N = h w."""
+        return self.encoder.grid(height, width)
+
+    def frozen(self, frames: Tensor) -> Tensor:
+        """The backbone's own tokens (B, T, N, D), before the projection: the baseline of every comparison."""
+        return self.encoder.tokens(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+
+    def forward(self, frames: Tensor, *, normalize: bool = False) -> Tensor:
+        """Projected tokens (B, T, N, D) of ImageNet-normalised frames (B, T, 3, H, W), row by row.
+
+        normalize: divide every token by its L2 norm, p = g(z) / ||g(z)||, which is what the losses and the
+        label propagation compare. Off, it is the head's output g(z).
+        """
+        tokens_BTND = self.projection(self.frozen(frames))
+        return F.normalize(tokens_BTND, dim=-1) if normalize else tokens_BTND
+
+
+def projection_metadata(
+    backbone_settings: dict[str, Any], encoder: Backbone, projection: Projection, recipe: dict[str, Any]
+) -> dict[str, str]:
+    """Metadata of a projection file: which encoder it was trained on, and how.
+
+    backbone_settings: the arguments that `load_backbone` got; recipe: the resolved recipe as plain data.
+    """
+    return {
+        "backbone": json.dumps(backbone_settings),
+        "weights": encoder.weights,
+        "weights_hash": encoder.weights_hash,
+        "head": projection.head,
+        "recipe": json.dumps(recipe),
+    }
+
+
+def load_video_encoder(
+    run: str | Path, device: str | torch.device | None = None, *, weights: str | None = None
+) -> VideoEncoder:
+    """The video encoder that training left in the folder `run`, in float32 on `device` (default: the CPU).
+
+    weights: where the backbone's weights lie now, if no longer where the recipe said. Their hash must be that
+    of the training. Raises InputError where the folder holds no projection, or the weights cannot be had or
+    are others.
+    """
+    path = Path(run) / PROJECTION_FILE
+    if not path.is_file():
+        raise InputError(f"run {run}: no {PROJECTION_FILE} there; give the output folder of a training run")
+    projection = Projection.load(path)
+    encoder = load_backbone(
+        **_backbone_settings(projection, path) | ({"weights": weights} if weights else {})
+    )
+    if encoder.weights_hash != projection.metadata.get("weights_hash"):
+        raise InputError(
+            f"run {run}: weights {encoder.weights} of {encoder.name} are not those it was trained on (their "
+            f"hash differs); give the same file, or for random weights the same version of torch and timm"
+        )
+    if encoder.embed_dim != projection.dim:
+        raise InputError(f"run {run}: projection of width {projection.dim}, encoder of {encoder.embed_dim}")
+    return VideoEncoder(encoder, projection).to(device)
+
+
+def _backbone_settings(projection: Projection, path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(projection.metadata["backbone"])
+        inspect.signature(load_backbone).bind(**settings)
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise InputError(
+            f"projection {path}: its metadata names no backbone as fasttrain writes it"
+        ) from error
+    return settings
