@@ -17,7 +17,7 @@ from typing import Any, Literal
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import QuickGELU, build_sincos2d_pos_embed
+from timm.layers import QuickGELU
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -25,6 +25,7 @@ from fasttrain.errors import InputError
 from fasttrain.projection import Init
 from fasttrain.weights import Layout, StateDict, hash_state_dict, load_encoder_weights, seeded
 
+Axis = Literal["row", "column"]
 Resize = Literal["plain", "offset", "antialias"]
 
 
@@ -35,7 +36,8 @@ class Family:
     layout: of the published checkpoint.
     vit: arguments to timm's VisionTransformer beyond the sizes.
     layer_norm_eps: of every LayerNorm.
-    sincos: positions start as fixed sines and cosines, not as a draw.
+    sincos: positions start as fixed sines and cosines, not as a draw; the axis that the first half of the
+        channels encodes.
     norm_plain: whether tokens at the encoder's own positions pass the final norm. The published I-JEPA code
         leaves it out there, in training and in evaluation, and applies it to the asymmetric view alone.
     resize: how positions follow the image size (see `resize_positions`).
@@ -46,7 +48,7 @@ class Family:
     layout: Layout
     vit: dict[str, Any] = field(default_factory=dict)
     layer_norm_eps: float = 1e-6
-    sincos: bool = False
+    sincos: Axis | None = None
     norm_plain: bool = True
     resize: Resize = "offset"
     resize_once: Resize | None = None
@@ -54,8 +56,8 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "mae": Family(Layout(("model",)), sincos=True, projection_init="xavier_uniform"),
-    "ijepa": Family(Layout(("encoder",)), {"class_token": False}, sincos=True, norm_plain=False),
+    "mae": Family(Layout(("model",)), sincos="column", projection_init="xavier_uniform"),
+    "ijepa": Family(Layout(("encoder",)), {"class_token": False}, sincos="column", norm_plain=False),
     "clip": Family(
         Layout(("state_dict",), "visual."),
         {"pre_norm": True, "act_layer": QuickGELU},
@@ -65,7 +67,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "blip": Family(Layout(("model",), "visual_encoder."), resize="antialias", resize_once="plain"),
     "mocov3": Family(
-        Layout(("state_dict",), "momentum_encoder."), sincos=True, projection_init="xavier_uniform"
+        Layout(("state_dict",), "momentum_encoder."), sincos="row", projection_init="xavier_uniform"
     ),
     "ibot": Family(Layout(("state_dict", "teacher"), "backbone.")),
     "dino": Family(Layout(("teacher",), "backbone.")),
@@ -146,10 +148,20 @@ def _build_family(family: Family, *, embed_dim: int = 768, num_heads: int | None
     if family.sincos:
         if embed_dim % 4:
             raise InputError(f"embed_dim {embed_dim}: sine-cosine positions need a multiple of 4")
-        # MAE, I-JEPA and MoCo v3 share one map, whose first half of the channels encodes the column.
-        positions_ND = build_sincos2d_pos_embed(vit.patch_embed.grid_size, embed_dim, reverse_coord=True)
-        vit.pos_embed.data.copy_(positions_ND)
+        vit.pos_embed.data.copy_(sincos_positions(vit.patch_embed.grid_size, embed_dim, family.sincos))
     return vit
+
+
+def sincos_positions(grid: tuple[int, int], dim: int, first: Axis) -> Tensor:
+    """Fixed positions (N, D) of MAE, I-JEPA and MoCo v3, with D / 4 frequencies f = 10000^(-4 i / D).
+
+    The channels are sin(x f), cos(x f), sin(y f), cos(y f), a quarter each, with x the axis `first` and y the
+    other one, in cells.
+    """
+    frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    cells_N2 = torch.cartesian_prod(*(torch.arange(side, dtype=torch.float64) for side in grid))
+    x, y = (cells_N2[:, axis, None] * frequencies for axis in ((0, 1) if first == "row" else (1, 0)))
+    return torch.cat((x.sin(), x.cos(), y.sin(), y.cos()), 1).float()
 
 
 def _build_timm(name: str, **sizes: Any) -> Any:
@@ -362,7 +374,7 @@ class Backbone(nn.Module):
         return self.patch_embed(images_BCHW).flatten(1, 2)
 
     def _blocks(self, patches_BND: Tensor) -> Tensor:
-        prefix_BPD = self.prefix_PD.to(patches_BND.dtype).expand(len(patches_BND), -1, -1)
+        prefix_BPD = self.prefix_PD.to(patches_BND.dtype).expand(patches_BND.shape[0], -1, -1)
         sequence = self.norm_pre(torch.cat((prefix_BPD, patches_BND), 1))
         return self.blocks(sequence)[:, len(self.prefix_PD) :]
 

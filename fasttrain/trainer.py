@@ -56,8 +56,16 @@ class Student:
         self._three_views = self.encoder.three_views
         if recipe.encoder.compile:
             self._three_views = torch.compile(self._three_views)
+        if recipe.objective.window > min(self.grid):
+            raise InputError(
+                f"objective.window: {recipe.objective.window} does not fit on the {self.grid[0]} x {self.grid[1]} "
+                f"tokens of {self.name}; expected at most {min(self.grid)}"
+            )
         self.projection = Projection(
-            self.encoder.embed_dim, head=recipe.projection.head, seed=recipe.seed
+            self.encoder.embed_dim,
+            head=recipe.projection.head,
+            init=self.encoder.projection_init,
+            seed=recipe.seed,
         ).to(world.device)
         self.objective = world.wrap(CosettleObjective(self.projection, recipe.objective))
         self.optimizer = build_optimizer(recipe.optimizer, self.projection)

@@ -1,0 +1,80 @@
+"""Write a trained video encoder as one self-contained file, a `torch.export` program.
+
+It needs torch alone: `torch.export.load("encoder.pt2").module()(frames)` maps ImageNet-normalised frames
+(T, 3, H, W) to projected tokens (T, N, D). T is free, H and W are fixed by --size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from fasttrain.errors import InputError
+from fasttrain.video_encoder import VideoEncoder, load_video_encoder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="output folder of a training run")
+    parser.add_argument("file", help="what to write, such as encoder.pt2")
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="frame size in pixels, multiples of the patch size; default: the training crop",
+    )
+    parser.add_argument("--weights", help="where the backbone's weights lie now, if they moved")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    path = export(arguments.run, arguments.file, size=arguments.size, weights=arguments.weights)
+    megabytes = path.stat().st_size / 1e6
+    Console().print(f"wrote {path} ({megabytes:.1f} MB)", highlight=False)
+
+
+class _PerFrame(nn.Module):
+    """Frames (T, 3, H, W) -> tokens (T, N, D): one free dimension is what torch.export follows reliably."""
+
+    def __init__(self, encoder: VideoEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, frames: Tensor) -> Tensor:
+        tokens: Tensor = self.encoder.projection(self.encoder.encoder.tokens(frames))
+        return tokens
+
+
+def export(
+    run: str | Path, file: str | Path, *, size: tuple[int, int] | None = None, weights: str | None = None
+) -> Path:
+    """Export the encoder of the run folder `run` to `file`, atomically.
+
+    Raises:
+        InputError: `run` holds no projection, `size` does not fit the patches, or `file` is no .pt2.
+    """
+    path = Path(file)
+    if path.suffix != ".pt2":
+        raise InputError(f"cannot export to {str(path)!r}; expected a file name that ends in .pt2")
+    encoder = load_video_encoder(run, weights=weights)
+    height, width = size or (encoder.encoder.image_size,) * 2
+    # Made ahead of the tracing, the resized positions are a constant of the program.
+    encoder.encoder.positions(encoder.grid(height, width))
+    # Two frames: torch.export takes a size of one for a constant.
+    frames = torch.zeros(2, 3, height, width)
+    with torch.no_grad():
+        program = torch.export.export(
+            _PerFrame(encoder), (frames,), dynamic_shapes=({0: torch.export.Dim("frames")},)
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.pt2")
+    try:
+        torch.export.save(program, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path

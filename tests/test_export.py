@@ -1,0 +1,55 @@
+"""The exported program computes what the run's encoder does."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fasttrain.backbones import load_backbone
+from fasttrain.errors import InputError
+from fasttrain.export import export
+from fasttrain.projection import Projection
+from fasttrain.video_encoder import load_video_encoder, projection_metadata
+
+SETTINGS = {
+    "name": "dinov2",
+    "weights": "random",
+    "image_size": 32,
+    "patch_size": 16,
+    "embed_dim": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "seed": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    encoder = load_backbone(**SETTINGS)
+    projection = Projection(encoder.embed_dim, seed=1)
+    projection.save(
+        folder / "projection.safetensors", projection_metadata(SETTINGS, encoder, projection, {})
+    )
+    return folder
+
+
+def test_the_program_agrees_at_another_length_and_size(run: Path, tmp_path: Path) -> None:
+    path = export(run, tmp_path / "new" / "encoder.pt2", size=(32, 48))
+    frames = torch.randn(5, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    tokens = torch.export.load(path).module()(frames)
+    truth = load_video_encoder(run).double()(frames.double()[None])[0]
+    eager = load_video_encoder(run)(frames[None])[0]
+    assert tokens.shape == (5, 6, 32)
+    assert (tokens - truth).norm() <= 2 * (eager - truth).norm()
+
+
+@pytest.mark.parametrize(
+    ("file", "size", "part"), [("encoder.onnx", None, "pt2"), ("encoder.pt2", (32, 40), "40")]
+)
+def test_bad_input_writes_nothing(
+    file: str, size: tuple[int, int] | None, part: str, run: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=part):
+        export(run, tmp_path / file, size=size)
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,87 @@
+"""The command line: every command has help; bad input is one line and exit code 2."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fasttrain.__main__ import COMMANDS, main
+from fasttrain.doctor import examine
+from fasttrain.recipe import describe_keys
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+
+
+def test_overview_lists_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    for name in COMMANDS:
+        assert f"\n  {name} " in out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leave:
+        main([name, "--help"])
+    assert leave.value.code == 0
+    assert f"usage: fasttrain {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["nowhere.yaml"], "nowhere.yaml"),
+        ([str(RECIPES / "dinov2.yaml"), "train.epochz=3"], "'train.epochs'"),
+        ([str(RECIPES / "quickstart.yaml"), "data.source=nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(
+    words: list[str], part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = [f"output={tmp_path / 'run'}"] if len(words) > 1 else []
+    assert main([*words, *overrides]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fasttrain: ")
+    assert error.count("\n") == 1
+    assert part in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(RECIPES / "quickstart.yaml"), "device=cuda"]) == 2
+    assert "'cuda' was asked for" in capsys.readouterr().err
+
+
+def test_a_mistyped_command_is_told_apart_from_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leave:
+        main(["docter"])
+    assert leave.value.code == 2
+    assert "did you mean 'doctor'?" in capsys.readouterr().err
+
+
+def test_keys_prints_the_whole_table(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--keys"])
+    assert len(capsys.readouterr().out.splitlines()) == len(describe_keys()) + 2
+
+
+def test_as_a_module() -> None:
+    command = [sys.executable, "-m", "fasttrain", "nowhere.yaml"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr == "fasttrain: cannot read recipe 'nowhere.yaml': No such file or directory; give a YAML file\n"
+
+
+def test_doctor_finds_what_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    assert all(finding.found for finding in examine() if finding.required)
+    assert main(["doctor"]) == 0
+    assert "torch" in capsys.readouterr().out
+
+
+def test_doctor_tells_pypis_apex_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fasttrain.doctor._has_module", lambda name: name == "apex")
+    finding = next(finding for finding in examine() if finding.name == "NVIDIA Apex")
+    assert finding.found is None
+    assert "unrelated project" in finding.cost

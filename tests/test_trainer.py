@@ -1,0 +1,301 @@
+"""Training end to end on small made-up frame folders: the same steps however they are cut."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+
+from fasttrain import distributed
+from fasttrain.errors import InputError
+from fasttrain.recipe import Recipe, load_recipe, recipe_from_dict, to_yaml
+from fasttrain.scenes import render_scene
+from fasttrain.trainer import Trainer, train
+
+VIDEOS = 6
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six videos of eight JPEG frames."""
+    root = tmp_path_factory.mktemp("frames")
+    for video in range(VIDEOS):
+        folder = root / "class" / f"video{video}"
+        folder.mkdir(parents=True)
+        scene = render_scene(video, num_frames=8, height=48, width=64, num_objects=1)
+        for t, image in enumerate(scene.frames_THWC):
+            Image.fromarray(image).save(folder / f"{t:05d}.jpg")
+    return root
+
+
+def tiny(source: Path, output: Path, **sections: Any) -> Recipe:
+    """Four steps of four pairs over six videos: the batches straddle the epochs."""
+    tree: dict[str, Any] = {
+        "output": str(output),
+        "device": "cpu",
+        "backbone": {
+            "name": "dino",
+            "weights": "random",
+            "patch_size": 16,
+            "embed_dim": 32,
+            "depth": 1,
+            "num_heads": 2,
+        },
+        "data": {"source": str(source), "image_size": 64, "num_threads": 1},
+        "optimizer": {"lr": 0.1},
+        "train": {
+            "steps": 4,
+            "batch_size": 4,
+            "precision": "fp32",
+            "log_every": 2,
+            "save_every": 2,
+            "tensorboard": False,
+        },
+    }
+    for section, keys in sections.items():
+        if isinstance(keys, dict) and section in tree:
+            tree[section] |= keys
+        else:
+            tree[section] = keys
+    return recipe_from_dict(tree)
+
+
+def run(recipe: Recipe) -> dict[str, Any]:
+    with distributed.start("cpu") as world:
+        return train(recipe, world)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "projection.safetensors")
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def torchrun(processes: int, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+        "-m", "fasttrain", *words,
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(scope="module")
+def finished(frames: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of four uninterrupted steps."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    run(tiny(frames, folder))
+    return folder
+
+
+def test_a_run_folder_has_everything(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert names >= {"recipe.yaml", "projection.safetensors", "checkpoints", "metrics.jsonl", "train.json"}
+    lines = metrics(finished)
+    assert [line["step"] for line in lines] == [2, 4]
+    wanted = {
+        "loss", "cycle", "separability", "cycle_accuracy", "identity_similarity", "lr", "pairs_per_second", "epoch",
+        "bad_samples", "bad_files",
+    }  # fmt: skip
+    assert wanted <= lines[0].keys()
+    assert lines[-1]["epoch"] == pytest.approx(16 / VIDEOS)
+    assert lines[0]["loss"] == pytest.approx(lines[0]["cycle"] + 3 * lines[0]["separability"])
+
+
+def test_the_head_moves_and_the_resolved_recipe_reruns_to_the_same_bits(finished: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(finished / "recipe.yaml", [f"output={tmp_path / 'again'}"])
+    run(recipe)
+    assert_same_bits(finished, tmp_path / "again")
+    run(dataclasses.replace(recipe, output=str(tmp_path / "seeded"), seed=1))
+    assert not torch.equal(
+        *(next(iter(weights(tmp_path / name).values())) for name in ("again", "seeded"))
+    )
+
+
+@pytest.mark.parametrize("crash_at", [1, 2, 3])
+def test_resume_goes_on_to_the_same_bits(
+    crash_at: int, frames: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that dies in the middle of an epoch, before or after its checkpoint at step 2."""
+    take_step = Trainer._step
+
+    def crash(self: Trainer, batches: Any, step: int, **options: Any) -> None:
+        if step == crash_at:
+            raise RuntimeError("pulled the plug")
+        take_step(self, batches, step, **options)
+
+    recipe = tiny(frames, tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="pulled the plug"):
+        patch.setattr(Trainer, "_step", crash)
+        run(recipe)
+    run(recipe)
+    assert_same_bits(finished, tmp_path)
+    assert [line["step"] for line in metrics(tmp_path)] == [2, 4]
+
+
+def test_a_signal_ends_with_a_checkpoint_and_resumes_to_the_same_bits(
+    frames: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_step = Trainer._step
+
+    def signalled(self: Trainer, batches: Any, step: int, **options: Any) -> None:
+        take_step(self, batches, step, **options)
+        if step == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    recipe = tiny(frames, tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_step", signalled)
+        run(recipe)
+    assert (tmp_path / "checkpoints" / "step_00000001.pt").exists()
+    run(recipe)
+    assert_same_bits(finished, tmp_path)
+
+
+def test_a_finished_run_stays_as_it_is(finished: Path) -> None:
+    before = (finished / "projection.safetensors").read_bytes()
+    assert run(load_recipe(finished / "recipe.yaml")) == {}
+    assert (finished / "projection.safetensors").read_bytes() == before
+
+
+def test_processes_and_accumulated_passes_take_the_same_steps(
+    frames: Path, finished: Path, tmp_path: Path
+) -> None:
+    """Two processes of 2 pairs and one of 2 x 2 accumulated: to the last bit, since halving is exact. One batch of 4 sums in another order:
+    the paths may part by rounding only, small against the way that the weights went."""
+    accumulated = tiny(frames, tmp_path / "accumulated", train={"batch_size": 2, "accumulate": 2})
+    run(accumulated)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(to_yaml(tiny(frames, tmp_path / "two", train={"batch_size": 2})))
+    result = torchrun(2, str(path))
+    assert result.returncode == 0, result.stderr
+    assert_same_bits(tmp_path / "accumulated", tmp_path / "two")
+    start = Trainer(tiny(frames, tmp_path / "start"), distributed.World(
+        rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu")
+    ), Console(quiet=True)).students[0].projection.state_dict()  # fmt: skip
+    one, two = weights(finished), weights(tmp_path / "two")
+    for name in one:
+        way = (one[name] - start[name]).norm()
+        assert way > 0
+        assert (one[name] - two[name]).norm() < 1e-3 * way, name
+
+
+def test_all_backbones_from_one_stream_equal_single_runs(
+    frames: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    single = tiny(frames, tmp_path / "single")
+    other = dataclasses.replace(single.backbone, name="mae")
+    missing = dataclasses.replace(single.backbone, name="clip", weights="nowhere.pth")
+    together = dataclasses.replace(
+        single, output=str(tmp_path / "all"), backbones=(single.backbone, other, missing)
+    )
+    run(together)
+    assert "dropped clip: " in capsys.readouterr().out
+    assert_same_bits(finished, tmp_path / "all" / "dino")
+    run(dataclasses.replace(single, backbone=other))
+    assert_same_bits(tmp_path / "single", tmp_path / "all" / "mae")
+    assert not (tmp_path / "all" / "clip").exists()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_follows_full_precision(
+    precision: str, frames: Path, finished: Path, tmp_path: Path
+) -> None:
+    run(tiny(frames, tmp_path, train={"precision": precision}))
+    epsilon = torch.finfo({"bf16": torch.bfloat16, "fp16": torch.float16}[precision]).eps
+    for low, full in zip(metrics(tmp_path), metrics(finished), strict=True):
+        assert low["loss"] == pytest.approx(full["loss"], rel=4 * epsilon)
+
+
+@pytest.mark.parametrize(("head", "regularizer"), [("mlp2", "kl"), ("mlp3", "mse")])
+def test_other_heads_and_regularisers_learn(
+    head: str, regularizer: str, frames: Path, tmp_path: Path
+) -> None:
+    recipe = tiny(
+        frames,
+        tmp_path,
+        projection={"head": head},
+        objective={"regularizer": regularizer},
+        train={"steps": 24, "log_every": 4},
+    )
+    run(recipe)
+    losses = [line["loss"] for line in metrics(tmp_path)]
+    assert losses[-1] < losses[0]
+
+
+def test_a_non_finite_loss_names_step_and_samples(frames: Path, tmp_path: Path) -> None:
+    recipe = tiny(frames, tmp_path, optimizer={"lr": 1e38}, train={"warmup_epochs": 0.0, "save_every": 1})
+    with pytest.raises(InputError, match=r"not finite in step 1 .*samples \d+ \(class/video\d"):
+        run(recipe)
+    event = metrics(tmp_path)[-1]
+    assert event["event"] == "non-finite loss"
+    assert len(event["samples"]) == 4
+    assert (tmp_path / "checkpoints" / "step_00000001.pt").exists()
+    assert not (tmp_path / "checkpoints" / "step_00000002.pt").exists()
+
+
+def test_the_encoder_stays_frozen(frames: Path, tmp_path: Path) -> None:
+    with distributed.start("cpu") as world:
+        trainer = Trainer(tiny(frames, tmp_path), world, Console(quiet=True))
+        encoder = trainer.students[0].encoder
+        before = {name: value.clone() for name, value in encoder.state_dict().items()}
+        trainer.fit()
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"data": {"source": ""}}, "data.source"),
+        ({"data": {"source": "nowhere"}}, "nowhere"),
+        ({"train": {"batch_size": 7}}, "7"),
+        ({"objective": {"window": 5}}, "objective.window"),
+        ({"data": {"image_size": 60}}, "60"),
+        ({"backbone": {"weights": "nowhere.pth"}}, "nowhere.pth"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(
+    changes: dict[str, Any], part: str, frames: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=part):
+        run(tiny(frames, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_recipes_folder_is_refused(frames: Path, finished: Path) -> None:
+    with pytest.raises(InputError, match="another recipe's run .*optimizer.lr"):
+        run(tiny(frames, finished, optimizer={"lr": 0.2}))
+    with pytest.raises(InputError, match="resume=auto"):
+        run(dataclasses.replace(tiny(frames, finished), resume="never"))
+
+
+def test_another_batch_or_other_data_are_refused_on_resume(
+    frames: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    run(tiny(frames, tmp_path))
+    with pytest.raises(InputError, match="global_batch"):
+        run(tiny(frames, tmp_path, train={"batch_size": 3}))
+    fewer = tmp_path_factory.mktemp("fewer")
+    for video in range(VIDEOS - 1):
+        (fewer / f"video{video}").symlink_to(frames / "class" / f"video{video}")
+    with pytest.raises(InputError, match="data"):
+        run(tiny(fewer, tmp_path))
