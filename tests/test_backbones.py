@@ -1,0 +1,302 @@
+"""The frozen encoders against the published code's numbers, timm's own models and plain formulas."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fasttrain.backbones import FAMILIES, Backbone, load_backbone, resize_positions, sincos_positions
+from fasttrain.errors import InputError
+from fasttrain.weights import seeded
+
+TINY: dict[str, Any] = {"image_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}
+MEAN_311 = torch.tensor((0.485, 0.456, 0.406))[:, None, None]
+STD_311 = torch.tensor((0.229, 0.224, 0.225))[:, None, None]
+
+
+def normalised(frames: np.ndarray) -> Tensor:
+    return (torch.from_numpy(frames) / 255 - MEAN_311) / STD_311
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    return ((value - expected).norm() / expected.norm()).item()
+
+
+def random_images(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def published(shared: Path, family: str, kind: str = "pretrained", image_size: int = 64) -> Backbone:
+    path = shared / "golden" / "backbones" / f"{family}.{kind}.pth"
+    return load_backbone(family, weights=str(path), image_size=image_size, num_heads=2)
+
+
+@pytest.mark.parametrize("kind", ["pretrained", "cosettle"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_are_those_of_the_published_code(shared: Path, family: str, kind: str) -> None:
+    golden = np.load(shared / "golden" / "backbones" / f"{family}.npz")
+    encoder = published(shared, family, kind)
+    row, column = (int(start) for start in golden["crop_offset"])
+    positions = encoder.asymmetric_positions(ratio=float(golden["asym_ratio"]), offset=(row, column))
+    frames = torch.stack([normalised(golden["frame1"]), normalised(golden["frame2"])])
+    tokens = {
+        "tokens1": encoder.tokens(frames[0]),
+        "tokens2": encoder.tokens(frames[1]),
+        "tokens1_asym": encoder.tokens(frames[0], positions=positions),
+    }
+    # The published MAE code cannot run at other sizes.
+    if "other_tokens" in golden:
+        tokens["other_tokens"] = encoder.tokens(normalised(golden["other_frame"]))
+    for name, value in tokens.items():
+        assert relative_error(value, torch.from_numpy(golden[name])) < 1e-5, name
+    views_B3ND = encoder.three_views(frames, positions)
+    expected = [torch.from_numpy(golden[name]) for name in ("tokens1", "tokens2", "tokens1_asym")]
+    assert relative_error(views_B3ND, torch.stack(expected, 1)) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_three_views_are_one_batch_of_the_separate_tokens(family: str) -> None:
+    encoder = load_backbone(family, **TINY)
+    frames = random_images(2, 3, 3, 64, 64)
+    positions = encoder.asymmetric_positions(offset=(3, 29))
+    cut, passed = [], []
+    encoder.patch_embed.register_forward_hook(lambda module, args, out: cut.append(len(out)))
+    encoder.blocks.register_forward_hook(lambda module, args, out: passed.append(len(out)))
+    views_B3ND = encoder.three_views(frames, positions)
+    # Two frames are cut into patches, three views pass the blocks.
+    assert (cut, passed) == ([6], [9])
+    assert views_B3ND.shape == (3, 3, 16, 32)
+    assert views_B3ND.is_contiguous()
+    separate = [encoder.tokens(frames[0]), encoder.tokens(frames[1]), encoder.tokens(frames[0], positions)]
+    torch.testing.assert_close(views_B3ND, torch.stack(separate, 1), rtol=1e-5, atol=1e-6)
+    assert (views_B3ND[:, 2] - views_B3ND[:, 0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["ijepa", "dinov2"])
+def test_three_views_in_half_precision(family: str, dtype: torch.dtype) -> None:
+    frames = random_images(2, 2, 3, 64, 64)
+    exact = load_backbone(family, **TINY).double()
+    expected = exact.three_views(frames.double(), exact.asymmetric_positions(offset=(3, 29)))
+    encoder = load_backbone(family, **TINY).to(dtype)
+    positions = encoder.asymmetric_positions(offset=(3, 29))
+    views_B3ND = encoder.three_views(frames.to(dtype), positions)
+    assert views_B3ND.dtype == positions.dtype == dtype
+    assert views_B3ND.is_contiguous()
+    separate = torch.stack(
+        [
+            encoder.tokens(frames[0].to(dtype)),
+            encoder.tokens(frames[1].to(dtype)),
+            encoder.tokens(frames[0].to(dtype), positions),
+        ],
+        1,
+    )
+    # One batch must lose no more than three do.
+    assert relative_error(views_B3ND.double(), expected) < 1.1 * relative_error(separate.double(), expected)
+
+
+@pytest.mark.parametrize("first_use_before_cast", [True, False])
+def test_positions_are_resized_in_float32_and_then_cast(first_use_before_cast: bool) -> None:
+    exact = load_backbone("dino", **TINY)
+    encoder = load_backbone("dino", **TINY)
+    if first_use_before_cast:
+        encoder.positions((3, 5))
+        encoder.asymmetric_positions(offset=(7, 2))
+    encoder.to(torch.bfloat16)
+    for cast, full in [
+        (encoder.positions((4, 4)), exact.positions((4, 4))),
+        (encoder.positions((3, 5)), exact.positions((3, 5))),
+        (encoder.asymmetric_positions(offset=(7, 2)), exact.asymmetric_positions(offset=(7, 2))),
+    ]:
+        assert torch.equal(cast, full.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_three_views_trace_into_one_graph(family: str) -> None:
+    encoder = load_backbone(family, **(TINY | {"depth": 1}))
+    frames, positions = random_images(2, 1, 3, 64, 64), encoder.asymmetric_positions(offset=(0, 1))
+    compiled = torch.compile(encoder.three_views, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(frames, positions), encoder.three_views(frames, positions))
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data(), ratio=st.sampled_from([0.0, 0.1, 0.5, 3.0, 10.0]))
+def test_asymmetric_positions_are_a_crop_of_the_enlarged_map(data: st.DataObject, ratio: float) -> None:
+    encoder = load_backbone("mae", **(TINY | {"depth": 1}))
+    count = encoder.asymmetric_range(ratio)
+    row, column = (data.draw(st.integers(0, count - 1)) for _ in range(2))
+    side = int((1 + ratio) * 4)
+    assert count == side - 4 + 1
+    own_1D44 = encoder.positions((4, 4)).T.reshape(1, 32, 4, 4)
+    large_1DSS = F.interpolate(own_1D44, (side, side), mode="bicubic", align_corners=False)
+    expected_ND = large_1DSS[0, :, row : row + 4, column : column + 4].reshape(32, 16).T
+    assert torch.equal(encoder.asymmetric_positions(ratio, offset=(row, column)), expected_ND)
+
+
+def test_asymmetric_positions_of_the_paper() -> None:
+    encoder = load_backbone("dino", embed_dim=32, num_heads=2, depth=1)
+    # 154 x 154 positions hold 141 x 141 crops of 14 x 14.
+    assert encoder.asymmetric_range() == 141
+    assert encoder.asymmetric_positions(offset=(140, 140)).shape == (196, 32)
+    for offset in [(141, 0), (0, 141), (-1, 0)]:
+        with pytest.raises(InputError, match=r"offset .* \[0, 141\)"):
+            encoder.asymmetric_positions(offset=offset)
+    with pytest.raises(InputError, match=r"ratio .* -0\.5"):
+        encoder.asymmetric_positions(ratio=-0.5, offset=(0, 0))
+
+
+@pytest.mark.parametrize("family", ["mae", "ijepa", "mocov3"])
+def test_random_positions_are_those_of_the_published_code(shared: Path, family: str) -> None:
+    expected_ND = published(shared, family).positions((4, 4))
+    torch.testing.assert_close(
+        load_backbone(family, **TINY).positions((4, 4)), expected_ND, rtol=0, atol=1e-6
+    )
+
+
+def test_sincos_positions_written_out() -> None:
+    positions_34D = sincos_positions((3, 4), 8, "column").view(3, 4, 8).double()
+    for row, column in itertools.product(range(3), range(4)):
+        angles = [column, column / 100, row, row / 100]
+        (a, b), (c, d) = angles[:2], angles[2:]
+        expected = [np.sin(a), np.sin(b), np.cos(a), np.cos(b), np.sin(c), np.sin(d), np.cos(c), np.cos(d)]
+        np.testing.assert_allclose(positions_34D[row, column], expected, atol=1e-7)
+
+
+def test_random_weights_are_a_function_of_the_seed() -> None:
+    state = torch.get_rng_state()
+    hashes = [load_backbone("dinov2", seed=seed, **TINY).weights_hash for seed in (0, 0, 1)]
+    assert hashes[0] == hashes[1] != hashes[2]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_defaults_are_vit_base_of_patch_16() -> None:
+    encoder = load_backbone("dinov2", depth=1)
+    assert (encoder.embed_dim, encoder.patch_size, encoder.image_size) == (768, 16, 224)
+    assert encoder.blocks[0].attn.num_heads == 12
+    assert encoder.blocks[0].mlp.fc1.out_features == 4 * 768
+    # Class token and four registers.
+    assert encoder.prefix_PD.shape == (5, 768)
+    assert encoder.grid(224, 448) == (14, 28)
+    assert (encoder.name, encoder.weights) == ("dinov2", "random")
+
+
+def test_sizes_are_read_from_the_checkpoint(shared: Path) -> None:
+    encoder = load_backbone("mae", weights=str(shared / "weights" / "mae_vit_tiny_patch16.pth"))
+    assert (encoder.embed_dim, encoder.patch_size, len(encoder.blocks)) == (192, 16, 12)
+    assert encoder.blocks[0].attn.num_heads == 3
+    assert next(encoder.parameters()).dtype == torch.float32
+    assert encoder.tokens(random_images(1, 3, 224, 224)).shape == (1, 196, 192)
+    assert published(shared, "dinov2").prefix_PD.shape == (5, 32)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions_of_a_checkpoint_follow_the_image_size(shared: Path, family: str) -> None:
+    own_441D = published(shared, family).positions((4, 4)).view(4, 4, 32)
+    encoder = published(shared, family, image_size=96)
+    # BLIP's authors resize without antialiasing when they load, with it in the forward pass.
+    how = "plain" if family == "blip" else FAMILIES[family].resize
+    assert torch.equal(encoder.positions((6, 6)), resize_positions(own_441D, (6, 6), how).flatten(0, 1))
+    assert encoder.asymmetric_positions(offset=(60, 60)).shape == (36, 32)
+    assert encoder.weights_hash == published(shared, family).weights_hash
+
+
+def test_ways_of_resizing_differ() -> None:
+    positions_SSD = random_images(6, 6, 4)
+    resized = [resize_positions(positions_SSD, (3, 4), how) for how in ("plain", "offset", "antialias")]
+    assert all(hwD.shape == (3, 4, 4) for hwD in resized)
+    distances = [(resized[i] - resized[j]).abs().max() for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert min(distances) > 1e-3
+    assert all(
+        torch.equal(resize_positions(positions_SSD, (6, 6), how), positions_SSD)
+        for how in ("plain", "offset", "antialias")
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("vit_tiny_patch16_224", {}),
+        ("deit_tiny_distilled_patch16_224", {}),
+        ("vit_small_patch14_reg4_dinov2", {"patch_size": 16}),
+        ("vit_medium_patch16_gap_240", {}),
+        ("vit_base_patch16_clip_quickgelu_224", {"embed_dim": 64, "num_heads": 2}),
+        ("vit_base_patch16_siglip_224", {"embed_dim": 64, "num_heads": 2}),
+    ],
+)
+def test_a_timm_vit_by_name_gives_timms_tokens(name: str, sizes: dict[str, int]) -> None:
+    encoder = load_backbone(name, image_size=64, depth=2, seed=3, **sizes)
+    with seeded(3):
+        reference = timm.create_model(
+            name, num_classes=0, img_size=64, depth=2, dynamic_img_size=True, **sizes
+        )
+    reference.eval()
+    images = random_images(2, 3, 64, 96)
+    with torch.no_grad():
+        expected = reference.fc_norm(reference.forward_features(images)[:, reference.num_prefix_tokens :])
+    torch.testing.assert_close(encoder.tokens(images), expected, rtol=1e-4, atol=1e-5)
+    assert encoder.grid(64, 96) == (4, 6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "dinov3"}, "'dinov3'.*mae, ijepa, .*dinov2"),
+        ({"name": "vit_tiny_patch16_223"}, "close to it: vit_tiny_patch16_224"),
+        ({"name": "resnet18"}, "resnet18 is no plain ViT"),
+        ({"name": "eva02_tiny_patch14_224"}, "eva02_tiny_patch14_224 is a Eva"),
+        ({"name": "mae", "image_size": 100}, "100 x 100: mae needs multiples of 16; resize it to 96 x 96"),
+        ({"name": "mae", "image_size": 0}, "image_size 0"),
+        ({"name": "mae", "depth": 0}, "depth 0"),
+        ({"name": "mae", "embed_dim": 32}, "embed_dim 32"),
+        ({"name": "mae", "embed_dim": 32, "num_heads": 3}, "embed_dim 32 .* num_heads 3"),
+        ({"name": "mae", "embed_dim": 30, "num_heads": 3, "depth": 1}, "multiple of 4"),
+    ],
+)
+def test_impossible_backbones(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_backbone(**arguments)
+
+
+def test_images_that_do_not_fit() -> None:
+    encoder = load_backbone("dino", **TINY)
+    with pytest.raises(InputError, match="50 x 64: dino needs multiples of 16; resize it to 48 x 64"):
+        encoder.tokens(random_images(1, 3, 50, 64))
+    with pytest.raises(InputError, match="positions for 16 patches, but the images have 4 x 5"):
+        encoder.tokens(random_images(1, 3, 64, 80), encoder.asymmetric_positions(offset=(0, 0)))
+
+
+def test_the_encoder_is_frozen() -> None:
+    encoder = load_backbone("mocov3", **TINY).train()
+    assert not encoder.training
+    assert not any(module.training for module in encoder.modules())
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    assert not encoder.tokens(random_images(1, 3, 64, 64)).requires_grad
+    assert encoder.num_parameters == sum(
+        tensor.numel() for tensor in timm_parameters(depth=2, width=32, patches=16)
+    )
+
+
+def timm_parameters(*, depth: int, width: int, patches: int) -> list[Tensor]:
+    """The shapes of a plain ViT written out: 12 D^2 + 13 D per block."""
+    block = [12 * width * width + 13 * width] * depth
+    rest = [3 * 16 * 16 * width + width, 2 * width, width, patches * width]
+    return [torch.empty(count) for count in block + rest]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_on_the_gpu(family: str) -> None:
+    encoder = load_backbone(family, **TINY)
+    frames = random_images(2, 2, 3, 64, 64)
+    expected = encoder.three_views(frames, encoder.asymmetric_positions(offset=(5, 7)))
+    encoder.cuda()
+    actual = encoder.three_views(frames.cuda(), encoder.asymmetric_positions(offset=(5, 7)))
+    assert relative_error(actual.cpu(), expected) < 1e-4
