@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -207,22 +208,19 @@ def read_checkpoint(path: Path) -> Any:
         if path.suffix == ".safetensors":
             return load_file(path)
         if _is_torchscript(path):
-            return torch.jit.load(path, map_location="cpu").state_dict()
+            return _read_torchscript(path)
         with torch.serialization.safe_globals(_SAFE_GLOBALS):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"weights {path} hold {_unsafe_global(error)}, which is not loaded for safety; save their state "
-            f"dict alone"
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"weights {path} are damaged or no checkpoint ({reason})") from error
-
-
-def _unsafe_global(error: pickle.UnpicklingError) -> str:
-    match = re.search(r"GLOBAL (\S+)", str(error))
-    return match.group(1) if match else str(error).splitlines()[0]
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        unsafe = re.search(r"GLOBAL (\S+)", str(error))
+        if unsafe:
+            problem = f"hold {unsafe[1]}, which is not loaded for safety; save their state dict alone"
+        elif isinstance(error, pickle.UnpicklingError):
+            problem = "are damaged or no checkpoint"
+        else:
+            reason = str(error).split(". ")[0].split("\n")[0] or type(error).__name__
+            problem = f"are damaged or no checkpoint ({reason})"
+        raise InputError(f"weights {path} {problem}") from error
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -230,6 +228,13 @@ def _is_torchscript(path: Path) -> bool:
         return False
     with zipfile.ZipFile(path) as archive:
         return any(Path(name).name == "constants.pkl" for name in archive.namelist())
+
+
+def _read_torchscript(path: Path) -> StateDict:
+    with warnings.catch_warnings():
+        # torch advises against making such archives; OpenAI's CLIP is published as one.
+        warnings.filterwarnings("ignore", message=".*torch.jit.load", category=FutureWarning)
+        return torch.jit.load(path, map_location="cpu").state_dict()
 
 
 def hash_state_dict(state: Mapping[str, Tensor]) -> str:

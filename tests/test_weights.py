@@ -1,0 +1,352 @@
+"""Weights from every source and in every published layout; whatever cannot be had is a clear error."""
+
+import argparse
+import os
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import pytest
+import timm
+import torch
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from fasttrain.backbones import FAMILIES, Backbone, load_backbone
+from fasttrain.errors import InputError
+from fasttrain.weights import hash_state_dict, read_checkpoint, seeded
+
+WIDTH = 32
+
+
+def timm_state(**options: Any) -> dict[str, Tensor]:
+    """A random plain ViT in timm's names: image 64, patch 16, width 32, depth 2."""
+    with seeded(7):
+        vit = VisionTransformer(
+            img_size=64, embed_dim=WIDTH, depth=2, num_heads=2, num_classes=0, global_pool="", **options
+        )
+    return vit.state_dict()
+
+
+def load(path: Path, family: str = "dino") -> Backbone:
+    return load_backbone(family, weights=str(path), image_size=64, num_heads=2)
+
+
+@pytest.fixture
+def state() -> dict[str, Tensor]:
+    return timm_state()
+
+
+class Node(nn.Module):
+    """A module with a child or parameter for every part of dotted names."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        for name in {key.split(".")[0] for key in tensors}:
+            if name in tensors:
+                self.register_parameter(name, nn.Parameter(tensors[name], requires_grad=False))
+            else:
+                prefix = f"{name}."
+                inner = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+                self.add_module(name, Node(inner))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def openai_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """timm's names to those of OpenAI's CLIP, by a table of their own."""
+    pairs = [
+        ("patch_embed.proj", "conv1"),
+        ("blocks", "transformer.resblocks"),
+        ("attn.qkv.", "attn.in_proj_"),
+        ("attn.proj", "attn.out_proj"),
+        ("mlp.fc1", "mlp.c_fc"),
+        ("mlp.fc2", "mlp.c_proj"),
+        ("norm_pre", "ln_pre"),
+        ("norm1", "ln_1"),
+        ("norm2", "ln_2"),
+    ]
+    renamed = {}
+    for key, tensor in state.items():
+        for ours, theirs in pairs:
+            key = key.replace(ours, theirs)
+        renamed[f"ln_post.{key[5:]}" if key.startswith("norm.") else key] = tensor
+    renamed["class_embedding"] = renamed.pop("cls_token")[0, 0]
+    renamed["positional_embedding"] = renamed.pop("pos_embed")[0]
+    return renamed
+
+
+def test_one_file_in_every_format_is_one_encoder(state: dict[str, Tensor], tmp_path: Path) -> None:
+    torch.save(state, tmp_path / "plain.pth")
+    torch.save({"model": state, "args": argparse.Namespace(lr=1e-4)}, tmp_path / "release.pth")
+    torch.save({"teacher": {f"backbone.{k}": t for k, t in state.items()}}, tmp_path / "teacher.pth")
+    torch.save({f"module.{k}": t for k, t in state.items()}, tmp_path / "parallel.pth")
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    save_file(state, tmp_path / "plain.safetensors")
+    encoders = [load(path) for path in sorted(tmp_path.iterdir())]
+    assert len(encoders) == 6
+    assert {encoder.weights_hash for encoder in encoders} == {hash_state_dict(state)}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:FutureWarning")
+def test_clip_as_a_torchscript_archive_in_half_precision(tmp_path: Path) -> None:
+    state = {k: t.half() for k, t in timm_state(pre_norm=True).items()}
+    archive = {f"visual.{k}": t for k, t in openai_names(state).items()}
+    archive |= {"visual.proj": torch.zeros(WIDTH, 8), "transformer.resblocks.0.ln_1.weight": torch.ones(8)}
+    torch.jit.trace(Node(archive), torch.zeros(1)).save(str(tmp_path / "clip.pt"))
+    torch.save(archive, tmp_path / "clip.pth")
+    scripted, plain = load(tmp_path / "clip.pt", "clip"), load(tmp_path / "clip.pth", "clip")
+    expected = hash_state_dict({k: t.float() for k, t in state.items()})
+    assert scripted.weights_hash == plain.weights_hash == expected
+    assert next(scripted.parameters()).dtype == torch.float32
+
+
+def test_dinov2_in_block_chunks(tmp_path: Path) -> None:
+    state = timm_state(init_values=1.0)
+    chunked = {re.sub(r"^blocks\.", "blocks.0.", key): tensor for key, tensor in state.items()}
+    torch.save({"teacher": {f"backbone.{k}": t for k, t in chunked.items()}}, tmp_path / "chunked.pth")
+    assert load(tmp_path / "chunked.pth", "dinov2").weights_hash == hash_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    ["mask_token", "decoder_blocks.0.norm1.weight", "decoder_pos_embed", "head.weight", "head.0.weight",
+     "adapter.adapter.adapter_linear.weight"],
+)  # fmt: skip
+def test_parts_that_give_no_tokens_are_left_out(state: dict[str, Tensor], extra: str, tmp_path: Path) -> None:
+    torch.save({"model": state | {extra: torch.zeros(3)}, "epoch": 4}, tmp_path / "mae.pth")
+    assert load(tmp_path / "mae.pth", "mae").weights_hash == hash_state_dict(state)
+
+
+def test_momentum_encoder_is_taken(state: dict[str, Tensor], tmp_path: Path) -> None:
+    other = {k: t + 1 for k, t in state.items()}
+    both = {f"module.momentum_encoder.{k}": t for k, t in state.items()}
+    both |= {f"module.base_encoder.{k}": t for k, t in other.items()}
+    torch.save({"state_dict": both, "arch": "vit_base"}, tmp_path / "moco.pth.tar")
+    assert load(tmp_path / "moco.pth.tar", "mocov3").weights_hash == hash_state_dict(state)
+
+
+def drop(key: str) -> Callable[[dict[str, Tensor]], None]:
+    def change(state: dict[str, Tensor]) -> None:
+        del state[key]
+
+    return change
+
+
+def put(key: str, tensor: Tensor) -> Callable[[dict[str, Tensor]], None]:
+    return lambda state: state.update({key: tensor})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop("blocks.1.attn.qkv.bias"), r"missing: blocks\.1\.attn\.qkv\.bias$"),
+        (drop("pos_embed"), "missing: pos_embed"),
+        (drop("patch_embed.proj.weight"), r"missing: patch_embed\.proj\.weight"),
+        (put("blocks.0.attn.gate.weight", torch.zeros(3)), r"left over: blocks\.0\.attn\.gate\.weight$"),
+        (put("norm.weight", torch.zeros(7)), r"wrong shape: norm\.weight \(7,\) \(expected \(32,\)\)$"),
+        (put("blocks.2.norm1.weight", torch.zeros(32)), r"missing: blocks\.2\..*, .*, .* and \d+ more$"),
+        (put("pos_embed", torch.zeros(1, 19, 32)), "19 positions are no square grid"),
+        (put("pos_embed", torch.zeros(1, 17, 8)), r"wrong shape: pos_embed \(1, 17, 8\)"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_names_the_keys(
+    state: dict[str, Tensor], change: Callable[[dict[str, Tensor]], None], message: str, tmp_path: Path
+) -> None:
+    change(state)
+    torch.save(state, tmp_path / "dino.pth")
+    with pytest.raises(InputError, match=message) as caught:
+        load(tmp_path / "dino.pth")
+    assert "\n" not in str(caught.value)
+
+
+def test_sizes_that_contradict_the_checkpoint(state: dict[str, Tensor], tmp_path: Path) -> None:
+    torch.save(state, tmp_path / "dino.pth")
+    arguments = {"weights": str(tmp_path / "dino.pth"), "image_size": 64, "num_heads": 2}
+    with pytest.raises(InputError, match=r"left over: blocks\.1\."):
+        load_backbone("dino", depth=1, **arguments)
+    with pytest.raises(
+        InputError,
+        match=r"wrong shape: patch_embed\.proj\.weight \(32, 3, 16, 16\) \(expected \(32, 3, 8, 8\)",
+    ):
+        load_backbone("dino", patch_size=8, **arguments)
+
+
+class Harmful:
+    """Unpickled, it would make a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_pickles_run_no_code(state: dict[str, Tensor], tmp_path: Path) -> None:
+    torch.save({"model": state, "extra": Harmful(tmp_path / "made")}, tmp_path / "bad.pth")
+    with pytest.raises(InputError, match=r"bad\.pth hold \w+\.mkdir, which is not loaded for safety"):
+        load(tmp_path / "bad.pth")
+    assert not (tmp_path / "made").exists()
+
+
+def test_what_published_checkpoints_hold_besides_tensors(tmp_path: Path) -> None:
+    facts = {
+        "args": argparse.Namespace(lr=1e-4, output_dir=Path("runs")),
+        "epoch": np.int64(4),
+        "loss": np.float64(0.5),
+        "accuracy": np.float32(0.25),
+    }
+    torch.save(facts, tmp_path / "facts.pth")
+    assert read_checkpoint(tmp_path / "facts.pth") == facts
+
+
+def make_damaged(folder: Path) -> dict[str, Path]:
+    state = timm_state()
+    torch.save(state, folder / "whole.pth")
+    save_file(state, folder / "whole.safetensors")
+    for suffix in ("pth", "safetensors"):
+        content = (folder / f"whole.{suffix}").read_bytes()
+        (folder / f"truncated.{suffix}").write_bytes(content[: len(content) // 2])
+    (folder / "empty.pth").touch()
+    (folder / "page.pth").write_text("<html>404</html>")
+    (folder / "pickle.pth").write_bytes(pickle.dumps([1, 2]))
+    torch.save([1, 2], folder / "list.pth")
+    torch.save({"model": {"epoch": 4}}, folder / "no_tensors.pth")
+    return {path.name: path for path in folder.iterdir() if path.stem != "whole"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "truncated.pth",
+        "truncated.safetensors",
+        "empty.pth",
+        "page.pth",
+        "pickle.pth",
+        "list.pth",
+        "no_tensors.pth",
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_files_that_are_no_checkpoint(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=name) as caught:
+        load(make_damaged(tmp_path)[name])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("weights", ["nowhere.pth", "rnadom", ""])
+def test_missing_files(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for asked in (weights, f"{tmp_path}/{weights}"):
+        with pytest.raises(InputError, match="no such file; expected a local path, hf://"):
+            load_backbone("mae", weights=asked)
+
+
+def test_hub_files_by_path_and_by_folder(
+    state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save({"model": state}, tmp_path / "checkpoint.pth")
+    asked = []
+
+    def download(repo: str, path: str, revision: str | None = None) -> str:
+        asked.append((repo, path, revision))
+        if not path.endswith(".pth"):
+            raise EntryNotFoundError("404")
+        return str(tmp_path / "checkpoint.pth")
+
+    files = ["README.md", "ckpts/base/MAE/checkpoint.pth", "two/a.pth", "two/b.pth"]
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo, revision=None: files)
+    for weights in ("hf://owner/repo@main/x/checkpoint.pth", "hf://owner/repo/ckpts/base/MAE"):
+        encoder = load_backbone("mae", weights=weights, image_size=64, num_heads=2)
+        assert encoder.weights_hash == hash_state_dict(state)
+        assert encoder.weights == weights
+    assert asked == [
+        ("owner/repo", "x/checkpoint.pth", "main"),
+        ("owner/repo", "ckpts/base/MAE", None),
+        ("owner/repo", "ckpts/base/MAE/checkpoint.pth", None),
+    ]
+    with pytest.raises(InputError, match=r"hf://owner/repo/two: no such file .* \(two/a\.pth, two/b\.pth\)"):
+        load_backbone("mae", weights="hf://owner/repo/two")
+    with pytest.raises(InputError, match=r"hf://owner/repo/other: no such file .* \(no files there\)"):
+        load_backbone("mae", weights="hf://owner/repo/other")
+    with pytest.raises(InputError, match="expected hf://owner/repo/path"):
+        load_backbone("mae", weights="hf://owner/repo")
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(
+    ("weights", "file"),
+    [
+        ("hf://owner/repo/a/b.pth", r"https://huggingface\.co/owner/repo/resolve/main/a/b\.pth"),
+        ("timm://vit_tiny_patch16_224.augreg_in21k", r"https://huggingface\.co/timm/vit_tiny_patch16_224"),
+    ],
+)
+def test_without_the_hub_the_error_says_what_to_download(weights: str, file: str) -> None:
+    with pytest.raises(
+        InputError, match=rf"{weights} could not be downloaded .* download .*{file}.* local path"
+    ):
+        load_backbone("mae", weights=weights)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224.nonsense", "nonsense", "vit_tiny_patch16_223"])
+def test_timm_names_that_have_no_weights(name: str) -> None:
+    with pytest.raises(InputError, match=f"timm://{name}: timm has no such pretrained model"):
+        load_backbone("mae", weights=f"timm://{name}")
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("mae", "vit_base_patch16_224.mae"),
+        ("dino", "vit_small_patch16_224.dino"),
+        ("dinov2", "vit_small_patch14_reg4_dinov2.lvd142m"),
+        ("clip", "vit_base_patch16_clip_quickgelu_224.openai"),
+        ("vit_tiny_patch16_224", "vit_tiny_patch16_224.augreg_in21k"),
+    ],
+)
+def test_timm_weights_give_timms_tokens(family: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    create = timm.create_model
+
+    def small(model: str, *, pretrained: bool = False, **options: Any) -> nn.Module:
+        """timm's model, made shallow; what would be downloaded is drawn from one seed."""
+        with seeded(11 if pretrained else 0):
+            return create(model, **(options | {"depth": 1}))
+
+    monkeypatch.setattr(timm, "create_model", small)
+    reference = small(name, pretrained=True, num_classes=0, dynamic_img_size=True).eval()
+    patch = reference.patch_embed.patch_size[0]
+    image_size = reference.patch_embed.img_size[0]
+    sizes = {} if family in FAMILIES else {"depth": 1}
+    encoder = load_backbone(family, weights=f"timm://{name}", image_size=image_size, **sizes)
+    assert encoder.patch_size == patch
+    images = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = reference.forward_features(images)[:, reference.num_prefix_tokens :]
+    torch.testing.assert_close(encoder.tokens(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_hash_sees_names_shapes_and_values() -> None:
+    state = {"b": torch.arange(6.0), "a": torch.ones(())}
+    variants = [
+        state,
+        {"c": state["b"], "a": state["a"]},
+        state | {"b": torch.arange(6.0).view(2, 3)},
+        state | {"b": torch.arange(6.0) + 1e-6},
+        state | {"b": torch.arange(6.0).half()},
+    ]
+    assert len({hash_state_dict(variant) for variant in variants}) == len(variants)
+    assert hash_state_dict({"a": state["a"], "b": state["b"]}) == hash_state_dict(state)
