@@ -1,1 +1,7 @@
 """Frames of unlabelled video -> frame-pair batches on the device."""
+
+from fasttrain.data.loader import FramePairs, PairLoader
+from fasttrain.data.sampling import PairSampling
+from fasttrain.data.sources import FrameIndex, open_source
+
+__all__ = ["FrameIndex", "FramePairs", "PairLoader", "PairSampling", "open_source"]

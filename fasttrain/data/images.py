@@ -1,0 +1,73 @@
+"""Single images on the host: is the file whole, decode it, crop and resize it.
+
+Leaf of fasttrain.data. Training decodes with DALI (pipeline.py); `decode_image` serves evaluation and pack.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+Bytes = npt.NDArray[np.uint8]
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
+_PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+
+
+class UnreadableFrameError(Exception):
+    """A frame that cannot be had: its message is the reason, `frame` its number in the video."""
+
+    def __init__(self, reason: str, frame: int = 0) -> None:
+        super().__init__(reason)
+        self.frame = frame
+
+
+def check_encoded(data: Bytes) -> None:
+    """Raise UnreadableFrameError for an encoded image (n,) that is empty or was cut off.
+
+    Cheap (a look at the end), and the same whichever decoder follows: some decode a truncated file to garbage
+    and say nothing.
+    """
+    if not len(data):
+        raise UnreadableFrameError("the file is empty")
+    head, tail = data[:8].tobytes(), data[-8:].tobytes()
+    if head.startswith(_JPEG_START) and not tail.endswith(_JPEG_END) and _JPEG_END not in data.tobytes():
+        raise UnreadableFrameError("truncated JPEG, it has no end-of-image marker")
+    if head == _PNG_START and tail != _PNG_END and _PNG_END not in data.tobytes():
+        raise UnreadableFrameError("truncated PNG, it has no end chunk")
+
+
+def decode_image(data: Bytes) -> npt.NDArray[np.uint8]:
+    """An encoded image (n,) -> RGB (H, W, 3) uint8, upright by its EXIF tag. Raises UnreadableFrameError."""
+    check_encoded(data)
+    try:
+        with Image.open(io.BytesIO(data.tobytes())) as image:
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):
+                # Pillow clips 16-bit grey to 255 instead of scaling it.
+                grey = np.asarray(upright, dtype=np.float64) / 257
+                return np.repeat(np.rint(grey).astype(np.uint8)[..., None], 3, axis=2)
+            return np.asarray(upright.convert("RGB"))
+    # Pillow raises SyntaxError for a broken PNG chunk, ValueError and OSError for the rest.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UnreadableFrameError(f"cannot be decoded: {error}") from error
+
+
+def crop_resize(frame_HW3: npt.NDArray[np.uint8], box: tuple[int, int, int, int], size: int) -> Tensor:
+    """The crop top, left, bottom, right of a frame -> (3, size, size) uint8: antialiased bicubic, one step.
+
+    PyTorch's uint8 kernel gives what Pillow gives, four times faster.
+    """
+    top, left, bottom, right = box
+    crop_HW3 = np.ascontiguousarray(frame_HW3[top:bottom, left:right])
+    crop_13HW = torch.from_numpy(crop_HW3).permute(2, 0, 1)[None]
+    return torch.nn.functional.interpolate(crop_13HW, size=(size, size), mode="bicubic", antialias=True)[0]

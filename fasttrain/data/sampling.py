@@ -1,0 +1,175 @@
+"""Which pair of frames and which crop a sample is: pure functions of (seed, epoch, sample).
+
+Nothing here has state and nothing reads a frame. The random numbers come from Philox, a counter-based
+generator (Salmon et al., SC 2011): its key is (seed, epoch), its counter is (sample, attempt), so a sample's
+draw depends on neither the order, the rank, the number of workers nor what was drawn before.
+
+Legend: B samples, n frames of a video, V videos.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
+CROP_TRIES = 10
+# Slots of a sample's random numbers; all are drawn, used or not, so that none depends on another's outcome.
+_FRAMES = slice(0, 2)
+_CROP = slice(2, 2 + 2 * CROP_TRIES + 2)
+_FLIP = 2 + 2 * CROP_TRIES + 2
+_SUBSTITUTE = _FLIP + 1
+_SLOTS = _SUBSTITUTE + 1
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What B samples are: the video, its two frames, and the crop and flip that both frames share."""
+
+    samples: Ints  # (B,) sample ids, video * pairs_per_video + k
+    videos: Ints  # (B,)
+    frames: Ints  # (B, 2)
+    boxes: Floats  # (B, 4) top, left, bottom, right on the unit square
+    flips: Bools  # (B,) mirror left and right
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSampling:
+    """The rule by which samples are drawn (Co-Settle, section 3; the defaults stand in fasttrain/recipe.py).
+
+    gap is the distance of the two frames as a share of the video's length; crop_area and crop_ratio bound the
+    crop's area and its aspect ratio (width / height); flip is the probability of a horizontal flip.
+    """
+
+    seed: int
+    gap: float
+    crop_area: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    flip: float
+    pairs_per_video: int
+
+    def num_samples(self, num_videos: int) -> int:
+        """Samples of one epoch."""
+        return num_videos * self.pairs_per_video
+
+    def order(self, positions: npt.ArrayLike, num_samples: int) -> tuple[Ints, Ints]:
+        """Epoch and sample id at positions (B,) of the endless training stream.
+
+        The stream is the concatenation of every epoch's permutation of the sample ids.
+        """
+        epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), num_samples)
+        samples = np.empty_like(epochs)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            samples[here] = _permutation(self.seed, int(epoch), num_samples)[places[here]]
+        return epochs, samples
+
+    def draw(self, num_frames: Ints, epochs: Ints, samples: Ints, attempt: int = 0) -> Draws:
+        """Pairs, crops and flips of samples (B,) in epochs (B,), given the frames (V,) of every video.
+
+        attempt > 0 draws the sample that stands in when attempt - 1 could not be read.
+        """
+        uniforms = _uniforms(self.seed, epochs, samples, attempt)
+        samples = (
+            _below(uniforms[:, _SUBSTITUTE], self.num_samples(len(num_frames)))
+            if attempt
+            else np.array(samples)
+        )
+        videos = samples // self.pairs_per_video
+        return Draws(
+            samples=samples,
+            videos=videos,
+            frames=draw_pair(num_frames[videos], uniforms[:, _FRAMES], gap=self.gap),
+            boxes=draw_crop(uniforms[:, _CROP], area=self.crop_area, ratio=self.crop_ratio),
+            flips=uniforms[:, _FLIP] < self.flip,
+        )
+
+
+def draw_pair(num_frames: npt.ArrayLike, uniforms: npt.ArrayLike, *, gap: float) -> Ints:
+    """Two frame numbers (B, 2), 0-based, of videos with num_frames (B,), from uniforms (B, 2) in [0, 1).
+
+    With distance = int(gap n): frame 1 is uniform on [1, n - distance) and frame 2 = frame 1 + distance (that
+    frame 0 is never frame 1 is the published code's choice). Where n <= 4 or distance < 1, the two are drawn
+    independently from all n frames.
+    """
+    n = np.asarray(num_frames, dtype=np.int64)
+    u = np.asarray(uniforms, dtype=np.float64)
+    distance = (gap * n).astype(np.int64)
+    # A distance of n - 1 or more leaves no room for frame 1.
+    independent = (n <= 4) | (distance < 1) | (distance > n - 2)
+    either = _below(u, n[:, None])
+    first = 1 + _below(u[:, 0], np.maximum(n - distance - 1, 1))
+    spaced = np.stack([first, first + distance], axis=1)
+    return np.where(independent[:, None], either, spaced)
+
+
+def draw_crop(uniforms: npt.ArrayLike, *, area: tuple[float, float], ratio: tuple[float, float]) -> Floats:
+    """Boxes (B, 4) top, left, bottom, right on the unit square, from uniforms (B, 22) in [0, 1).
+
+    torchvision's RandomResizedCrop on a square frame: of ten tries of (area, log-uniform ratio) the first
+    that fits, at a uniform place; if none fits, the largest centred box whose ratio is within bounds.
+    """
+    u = np.asarray(uniforms, dtype=np.float64)
+    areas = area[0] + (area[1] - area[0]) * u[:, :CROP_TRIES]
+    low, high = np.log(ratio)
+    ratios = np.exp(low + (high - low) * u[:, CROP_TRIES : 2 * CROP_TRIES])
+    # Rounding may put the square root of a whole frame a hair above 1.
+    widths, heights = np.sqrt(areas * ratios), np.sqrt(areas / ratios)
+    fits = (widths <= 1) & (heights <= 1)
+    rows, first = np.arange(len(u)), fits.argmax(axis=1)
+    found = fits.any(axis=1)
+    width = np.where(found, widths[rows, first], min(1.0, ratio[1]))
+    height = np.where(found, heights[rows, first], min(1.0, 1 / ratio[0]))
+    top = np.where(found, u[:, -2], 0.5) * (1 - height)
+    left = np.where(found, u[:, -1], 0.5) * (1 - width)
+    return np.stack([top, left, top + height, left + width], axis=1)
+
+
+def pixel_box(box: Floats, height: int, width: int) -> tuple[int, int, int, int]:
+    """A box (4,) on the unit square -> top, left, bottom, right in whole pixels of a frame, never empty.
+
+    Whole pixels are what torchvision crops; they move an edge by half a pixel at most.
+    """
+    top, left = int(box[0] * height + 0.5), int(box[1] * width + 0.5)
+    bottom, right = int(box[2] * height + 0.5), int(box[3] * width + 0.5)
+    top, left = min(top, height - 1), min(left, width - 1)
+    return top, left, min(max(bottom, top + 1), height), min(max(right, left + 1), width)
+
+
+def _below(uniforms: Floats, bounds: Ints | int) -> Ints:
+    """Integers uniform on [0, bound), from uniforms in [0, 1)."""
+    return np.minimum((uniforms * bounds).astype(np.int64), np.asarray(bounds) - 1)
+
+
+def _uniforms(seed: int, epochs: Ints, samples: Ints, attempt: int) -> Floats:
+    """(B, slots) numbers uniform on [0, 1), a row for every (epoch, sample, attempt)."""
+    bits = _philox(seed, 0, (0, 0, 0, 0))
+    generator = np.random.Generator(bits)
+    # Setting the state of one generator is three times faster than making one for each sample.
+    state = bits.state
+    rows = np.empty((len(samples), _SLOTS))
+    for row, epoch, sample in zip(rows, epochs, samples, strict=True):
+        state["state"]["key"][1] = epoch
+        state["state"]["counter"][:] = (0, sample, attempt, 0)
+        bits.state = state
+        generator.random(out=row)
+    return rows
+
+
+@lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, num_samples: int) -> Ints:
+    # The last word of the counter keeps this stream apart from those of the samples.
+    order = np.random.Generator(_philox(seed, epoch, (0, 0, 0, 1))).permutation(num_samples)
+    order.flags.writeable = False
+    return order
+
+
+def _philox(seed: int, epoch: int, counter: tuple[int, int, int, int]) -> np.random.Philox:
+    key = np.array([seed % 2**64, epoch], dtype=np.uint64)
+    return np.random.Philox(key=key, counter=np.array(counter, dtype=np.uint64))

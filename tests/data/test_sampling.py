@@ -1,0 +1,179 @@
+"""Pairs, crops and order against the paper's words, and their independence of everything but the seed."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from makers import make_sampling
+
+from fasttrain.data.sampling import draw_crop, draw_pair, pixel_box
+
+PAPER = {"area": (0.5, 1.0), "ratio": (3 / 4, 4 / 3)}
+
+
+def uniforms(rows: int, columns: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).random((rows, columns))
+
+
+@given(n=st.integers(5, 2000), seed=st.integers(0, 1000))
+def test_frame_two_follows_at_the_gap(n: int, seed: int) -> None:
+    gap = int(0.15 * n)
+    first, second = draw_pair(np.full(64, n), uniforms(64, 2, seed), gap=0.15).T
+    if gap < 1:
+        assert set(first) | set(second) <= set(range(n))
+        assert not np.array_equal(first, second)
+    else:
+        assert (second - first == gap).all()
+        assert first.min() >= 1
+        assert first.max() < n - gap
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 6])
+def test_short_videos_give_two_independent_frames(n: int) -> None:
+    pairs = draw_pair(np.full(4000, n), uniforms(4000, 2), gap=0.15)
+    counts = np.zeros((n, n))
+    np.add.at(counts, (pairs[:, 0], pairs[:, 1]), 1)
+    # Each of the n^2 pairs within five standard deviations of its share.
+    share = 1 / n**2
+    assert np.abs(counts / 4000 - share).max() <= 5 * math.sqrt(share * (1 - share) / 4000)
+
+
+@pytest.mark.parametrize("n", [7, 40])
+def test_frame_one_is_uniform_on_its_range(n: int) -> None:
+    gap = int(0.15 * n)
+    first = draw_pair(np.full(20000, n), uniforms(20000, 2), gap=0.15)[:, 0]
+    assert set(first) == set(range(1, n - gap))
+    share = 1 / (n - gap - 1)
+    counts = np.bincount(first, minlength=n - gap)[1:]
+    assert np.abs(counts / 20000 - share).max() <= 5 * math.sqrt(share * (1 - share) / 20000)
+
+
+@pytest.mark.parametrize("u", [0.0, np.nextafter(1, 0)])
+@pytest.mark.parametrize("gap", [0.0, 0.15, 1.0])
+@pytest.mark.parametrize("n", [1, 2, 5, 7, 10**6 + 3])
+def test_pairs_stay_in_the_video_at_the_ends_of_the_unit_interval(n: int, gap: float, u: float) -> None:
+    pair = draw_pair([n], [[u, u]], gap=gap)
+    assert pair.min() >= 0
+    assert pair.max() < n
+
+
+def test_crops_have_the_papers_area_and_ratio() -> None:
+    boxes = draw_crop(uniforms(20000, 22), **PAPER)
+    top, left, bottom, right = boxes.T
+    height, width = bottom - top, right - left
+    assert boxes.min() >= 0
+    assert boxes.max() <= 1 + 1e-12
+    assert (height * width).min() >= 0.5
+    assert (width / height).min() >= 3 / 4 - 1e-12
+    assert (width / height).max() <= 4 / 3 + 1e-12
+    # Symmetric in height and width, which "ratio uniform" instead of log-uniform would not be.
+    assert abs(np.log(width / height).mean()) < 5 * np.log(width / height).std() / math.sqrt(20000)
+    # Places are uniform over what the size leaves.
+    assert abs((top / np.maximum(1 - height, 1e-9)).mean() - 0.5) < 0.02
+
+
+def test_crops_follow_the_distribution_of_torchvision() -> None:
+    import torch
+    from torchvision.transforms import RandomResizedCrop
+
+    torch.manual_seed(0)
+    square = torch.empty(1, 1000, 1000)
+    theirs = np.array([RandomResizedCrop.get_params(square, [0.5, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)])
+    boxes = 1000 * draw_crop(uniforms(20000, 22), **PAPER)
+    ours = np.stack([boxes[:, 0], boxes[:, 1], boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]], axis=1)
+    for quantile in (0.1, 0.5, 0.9):
+        assert np.abs(np.quantile(ours, quantile, axis=0) - np.quantile(theirs, quantile, axis=0)).max() < 20
+
+
+def test_a_crop_that_never_fits_is_the_largest_centred_one() -> None:
+    wide = draw_crop(uniforms(5, 22), area=(0.9, 1.0), ratio=(2.0, 3.0))
+    np.testing.assert_allclose(wide, np.tile([0.25, 0, 0.75, 1], (5, 1)))
+    tall = draw_crop(uniforms(5, 22), area=(0.9, 1.0), ratio=(1 / 3, 1 / 2))
+    np.testing.assert_allclose(tall, np.tile([0, 0.25, 1, 0.75], (5, 1)))
+
+
+@given(
+    box=st.tuples(st.floats(0, 0.49), st.floats(0, 0.49), st.floats(0.5, 1), st.floats(0.5, 1)),
+    height=st.integers(1, 500),
+    width=st.integers(1, 500),
+)
+def test_pixel_boxes_are_near_and_never_empty(box: tuple[float, ...], height: int, width: int) -> None:
+    top, left, bottom, right = pixel_box(np.array(box), height, width)
+    assert 0 <= top < bottom <= height
+    assert 0 <= left < right <= width
+    for pixel, edge, extent in zip((top, left, bottom, right), box, (height, width) * 2, strict=True):
+        assert abs(pixel - edge * extent) <= (0.5 if extent > 2 else 1)
+
+
+@settings(max_examples=50)
+@given(
+    samples=st.integers(1, 40),
+    seed=st.integers(0, 2**63),
+    start=st.integers(0, 200),
+    length=st.integers(1, 100),
+)
+def test_the_stream_is_one_permutation_after_the_other(
+    samples: int, seed: int, start: int, length: int
+) -> None:
+    sampling = make_sampling(seed=seed)
+    epochs, ids = sampling.order(np.arange(0, samples * 3), samples)
+    for epoch in range(3):
+        assert sorted(ids[epochs == epoch]) == list(range(samples))
+    whole = sampling.order(np.arange(0, 300), samples)
+    part = sampling.order(np.arange(start, start + length), samples)
+    np.testing.assert_array_equal(whole[0][start : start + length], part[0])
+    np.testing.assert_array_equal(whole[1][start : start + length], part[1])
+
+
+def test_order_depends_on_seed_and_epoch() -> None:
+    orders = [make_sampling(seed=seed).order(np.arange(200), 100)[1] for seed in (0, 1)]
+    assert not np.array_equal(orders[0], orders[1])
+    assert not np.array_equal(orders[0][:100], orders[0][100:])
+
+
+def test_a_draw_is_a_function_of_seed_epoch_sample_and_attempt_alone() -> None:
+    sampling = make_sampling(pairs_per_video=3)
+    lengths = np.arange(20, 60)
+    epochs, samples = np.array([0, 0, 5, 0]), np.array([7, 8, 7, 100])
+    together = sampling.draw(lengths, epochs, samples)
+    for row in range(4):
+        alone = sampling.draw(lengths, epochs[row : row + 1], samples[row : row + 1])
+        np.testing.assert_array_equal(together.frames[row], alone.frames[0])
+        np.testing.assert_array_equal(together.boxes[row], alone.boxes[0])
+        assert together.flips[row] == alone.flips[0]
+    np.testing.assert_array_equal(together.videos, samples // 3)
+    # Same video, another sample or epoch: another crop.
+    assert len({tuple(box) for box in together.boxes}) == 4
+    other = make_sampling(seed=1, pairs_per_video=3).draw(lengths, epochs, samples)
+    assert not np.array_equal(other.boxes, together.boxes)
+
+
+def test_replacements_are_spread_over_the_data() -> None:
+    sampling = make_sampling()
+    lengths = np.full(50, 30)
+    drawn = [sampling.draw(lengths, np.array([2]), np.array([9]), attempt) for attempt in range(1, 200)]
+    videos = np.array([draw.videos[0] for draw in drawn])
+    assert len(set(videos)) > 40
+    again = sampling.draw(lengths, np.array([2]), np.array([9]), 17)
+    np.testing.assert_array_equal(again.boxes, drawn[16].boxes)
+
+
+def test_flips_happen_at_their_probability() -> None:
+    epochs, samples = np.zeros(4000, dtype=int), np.arange(4000)
+    lengths = np.full(4000, 10)
+    for flip in (0.0, 0.5, 1.0):
+        flips = make_sampling(flip=flip).draw(lengths, epochs, samples).flips
+        assert abs(flips.mean() - flip) < 5 * 0.5 / math.sqrt(4000) * (0 < flip < 1) + 1e-9
+
+
+def test_draws_do_not_change_between_releases() -> None:
+    """Numbers written down once: a change here breaks the resumption of every run made before it."""
+    draws = make_sampling(seed=3).draw(np.full(10, 100), np.array([0, 1]), np.array([4, 4]))
+    _, order = make_sampling(seed=3).order(np.arange(10), 10)
+    assert draws.frames.tolist() == [[2, 17], [14, 29]]
+    assert order.tolist() == [2, 3, 6, 1, 7, 4, 8, 0, 9, 5]
+    assert draws.flips.tolist() == [True, False]
+    box = [0.0036791857541395826, 0.18741649678956068, 0.9753930143116414, 0.9847324785077956]
+    np.testing.assert_allclose(draws.boxes[0], box, rtol=1e-12)

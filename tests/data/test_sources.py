@@ -1,0 +1,172 @@
+"""What `open_source` finds, in which order, and what it says of what it cannot read."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from makers import encode_video, picture, write_folders
+from PIL import Image
+
+from fasttrain.data import open_source
+from fasttrain.data.images import UnreadableFrameError
+from fasttrain.errors import InputError
+
+
+def test_frame_folders_at_any_depth_in_order_of_their_names(tmp_path: Path) -> None:
+    root = write_folders(tmp_path / "frames", [5, 3, 4])
+    write_folders(root / "deeper" / "still", [2], suffix=".png")
+    index = open_source(root)
+    assert index.kind == "folders"
+    assert index.names == [
+        "class_0/video_0",
+        "class_0/video_2",
+        "class_1/video_1",
+        "deeper/still/class_0/video_0",
+    ]
+    assert index.num_frames.tolist() == [5, 4, 3, 2]
+    assert index.num_frames.dtype == np.int64
+    assert index.skipped == []
+    np.testing.assert_array_equal(index.read_frame(3, 1), picture(0, 1))
+
+
+def test_frames_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for frame in (0, 1, 2, 9, 10, 11, 100):
+        Image.fromarray(picture(0, frame)).save(tmp_path / f"img_{frame}.png")
+    (tmp_path / ".hidden.png").write_bytes(b"")
+    (tmp_path / "notes.txt").write_text("not a frame")
+    index = open_source(tmp_path)
+    assert index.names == [tmp_path.name]
+    for number, frame in enumerate((0, 1, 2, 9, 10, 11, 100)):
+        np.testing.assert_array_equal(index.read_frame(0, number), picture(0, frame))
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    real = write_folders(tmp_path / "real", [3])
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "linked").symlink_to(real, target_is_directory=True)
+    (root / "loop").symlink_to(root, target_is_directory=True)
+    assert open_source(root).names == ["linked/class_0/video_0"]
+
+
+def test_a_list_of_folders_is_relative_to_the_list(tmp_path: Path) -> None:
+    root = write_folders(tmp_path / "frames", [5, 4])
+    spaced = tmp_path / "with space 7"
+    spaced.mkdir()
+    Image.fromarray(picture(0, 0)).save(spaced / "0.jpg")
+    listing = tmp_path / "train.txt"
+    listing.write_text(
+        f"# a comment\nframes/class_0/video_0 3\n\n{root / 'class_1/video_1'}\nwith space 7\n"
+        "frames/class_1/video_1 9\nframes/nowhere\nframes\n"
+    )
+    index = open_source(listing)
+    assert index.names == sorted([str(root / "class_1/video_1"), "frames/class_0/video_0", "with space 7"])
+    lengths = dict(zip(index.names, index.num_frames.tolist(), strict=True))
+    assert lengths == {str(root / "class_1/video_1"): 4, "frames/class_0/video_0": 3, "with space 7": 1}
+    assert index.skipped == [
+        ("frames/class_1/video_1", "the list says 9 frames, the folder holds 4"),
+        ("frames/nowhere", "does not exist"),
+        ("frames", "no jpg, jpeg or png in it"),
+    ]
+
+
+def test_a_folder_of_videos_names_what_it_skips(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    whole = encode_video(tmp_path / "b" / "whole.mp4", [picture(0, t) for t in range(6)])
+    (tmp_path / "a.mkv").write_bytes(b"")
+    (tmp_path / "c.mp4").write_bytes(whole.read_bytes()[:400])
+    (tmp_path / "readme.txt").write_text("not a video")
+    index = open_source(tmp_path)
+    assert index.kind == "videos"
+    assert index.names == ["b/whole.mp4"]
+    assert index.num_frames.tolist() == [6]
+    assert [name for name, _ in index.skipped] == ["a.mkv", "c.mp4"]
+    assert all(reason for _, reason in index.skipped)
+    assert open_source(whole).names == ["whole.mp4"]
+
+
+def test_a_list_of_videos(tmp_path: Path) -> None:
+    encode_video(tmp_path / "one.mp4", [picture(0, t) for t in range(4)])
+    (tmp_path / "list.txt").write_text("one.mp4\nmissing.mp4\n")
+    index = open_source(tmp_path / "list.txt", kind="list")
+    assert (index.kind, index.names, index.skipped) == (
+        "videos",
+        ["one.mp4"],
+        [("missing.mp4", "does not exist")],
+    )
+
+
+def test_the_real_videos(shared: Path) -> None:
+    index = open_source(shared / "videos")
+    lengths = dict(zip(index.names, index.num_frames.tolist(), strict=True))
+    assert lengths == {
+        "av1_video.mkv": 125,
+        "bt709_full_range.mp4": 30,
+        "flipping_a_pancake.mkv": 310,
+        "h265_video.mp4": 10,
+        "nasa_13013.mp4": 325,
+        "rotated_180.mov": 3,
+    }
+    ((name, reason),) = index.skipped
+    assert name == "corrupted.mp4"
+    assert "damaged" in reason
+
+
+def test_the_fingerprint_is_of_names_and_lengths(tmp_path: Path) -> None:
+    first = open_source(write_folders(tmp_path / "one", [5, 3]))
+    same = open_source(write_folders(tmp_path / "two", [5, 3], suffix=".png"))
+    longer = open_source(write_folders(tmp_path / "three", [5, 4]))
+    fewer = open_source(write_folders(tmp_path / "four", [5]))
+    assert first.fingerprint() == same.fingerprint()
+    assert len({index.fingerprint() for index in (first, longer, fewer)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "words"),
+    [
+        (lambda root: root / "nowhere", "auto", "does not exist"),
+        (lambda root: root, "auto", "nothing in"),
+        (lambda root: root, "frames", "expected one of auto, folders, list, videos, packed"),
+        (lambda root: root, "list", "expected a text file"),
+        (
+            lambda root: _write(root / "x.txt", b"\xff\xfe\x00binary"),
+            "auto",
+            "neither a video file nor a text",
+        ),
+        (lambda root: _write(root / "x.txt", b"nowhere\n"), "auto", "nowhere: does not exist"),
+        (lambda root: _write(root / "x.txt", b""), "folders", "is a file"),
+        (lambda root: _write(root / "x.mp4", b"no video"), "auto", "x.mp4: "),
+    ],
+)
+def test_bad_sources_are_one_clear_line(tmp_path: Path, make, kind: str, words: str) -> None:
+    with pytest.raises(InputError, match=words) as caught:
+        open_source(make(tmp_path), kind=kind)
+    assert "\n" not in str(caught.value)
+
+
+def _write(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def test_images_beside_videos_need_a_choice(tmp_path: Path) -> None:
+    root = write_folders(tmp_path / "mixed", [3])
+    encode_video(root / "clip.mp4", [picture(0, t) for t in range(4)])
+    with pytest.raises(InputError, match=r"data\.kind=folders or data\.kind=videos"):
+        open_source(root)
+    assert open_source(root, kind="folders").names == ["class_0/video_0"]
+    assert open_source(root, kind="videos").names == ["clip.mp4"]
+
+
+def test_reading_names_the_frame_that_cannot_be_had(tmp_path: Path) -> None:
+    root = write_folders(tmp_path / "frames", [4])
+    index = open_source(root)
+    folder = root / "class_0" / "video_0"
+    (folder / "00001.jpg").write_bytes((folder / "00001.jpg").read_bytes()[:-300])
+    (folder / "00002.jpg").write_bytes(b"")
+    (folder / "00003.jpg").unlink()
+    index.read(0, [0])
+    for frame, words in ((1, "truncated JPEG"), (2, "empty"), (3, "no such file")):
+        with pytest.raises(UnreadableFrameError, match=words) as caught:
+            index.read(0, [0, frame])
+        assert caught.value.frame == frame

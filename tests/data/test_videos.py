@@ -1,0 +1,141 @@
+"""Random access to video frames against decoding from the start, for real files and awkward ones."""
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from makers import encode_video, picture
+
+from fasttrain.data.images import UnreadableFrameError
+from fasttrain.data.videos import iterate_video, probe_video, read_video_frames, to_rgb
+
+
+def sequential(path: Path) -> list[np.ndarray]:
+    with av.open(str(path)) as container:
+        return [to_rgb(picture) for picture in container.decode(video=0)]
+
+
+REAL = [
+    "av1_video.mkv",
+    "bt709_full_range.mp4",
+    "flipping_a_pancake.mkv",
+    "h265_video.mp4",
+    "nasa_13013.mp4",
+    "rotated_180.mov",
+]
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_videos_frame_by_frame(shared: Path, name: str) -> None:
+    video = probe_video(shared / "videos" / name)
+    truth = sequential(video.path)
+    assert video.num_frames == len(truth)
+    last = len(truth) - 1
+    # A frame alone, pairs within and across groups of pictures, backwards, and twice the same.
+    requests = [[0], [last], [last // 2, last // 2 + 1], [1, last], [last, 0], [last // 3] * 2]
+    for frames in requests:
+        for frame, got in zip(frames, read_video_frames(video, frames), strict=True):
+            np.testing.assert_array_equal(got, truth[frame])
+
+
+def test_every_frame_of_a_stream_with_open_groups_of_pictures(tmp_path: Path) -> None:
+    frames = [picture(0, t) for t in range(40)]
+    options = {"x264-params": "open-gop=1:keyint=8:min-keyint=8:bframes=3:scenecut=0:b-adapt=0"}
+    video = probe_video(encode_video(tmp_path / "open.mp4", frames, **options))
+    truth = sequential(video.path)
+    assert len(video.key_times) > 3
+    for frame in range(40):
+        (got,) = read_video_frames(video, [frame])
+        np.testing.assert_array_equal(got, truth[frame])
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_variable_frame_rate(tmp_path: Path, suffix: str) -> None:
+    times = list(np.cumsum(np.random.default_rng(0).integers(10, 200, 30)))
+    frames = [picture(1, t) for t in range(30)]
+    path = encode_video(tmp_path / f"vfr{suffix}", frames, times=[int(t) for t in times], g=7)
+    video = probe_video(path)
+    truth = sequential(path)
+    assert video.num_frames == 30
+    for frame in (0, 6, 7, 13, 29):
+        np.testing.assert_array_equal(read_video_frames(video, [frame])[0], truth[frame])
+
+
+@pytest.mark.parametrize(
+    ("codec", "suffix", "pix_fmt", "level"),
+    [
+        ("libx265", ".mp4", "yuv420p10le", 6),
+        ("libvpx-vp9", ".webm", "yuv420p", 6),
+        ("mpeg4", ".avi", "yuv420p", 6),
+        ("mjpeg", ".mov", "yuvj420p", 6),
+        ("libsvtav1", ".mp4", "yuv420p10le", 8),
+    ],
+)
+def test_codecs_and_bit_depths_come_out_near_what_went_in(
+    tmp_path: Path, codec: str, suffix: str, pix_fmt: str, level: float
+) -> None:
+    frames = [picture(2, t, 128, 192) for t in range(12)]
+    options = {"x265-params": "log-level=none"} if codec == "libx265" else {"b": 8_000_000}
+    path = encode_video(tmp_path / f"x{suffix}", frames, codec, pix_fmt=pix_fmt, **options)
+    video = probe_video(path)
+    assert video.num_frames == 12
+    for frame in (11, 5):
+        (got,) = read_video_frames(video, [frame])
+        assert np.abs(got.astype(float) - frames[frame]).mean() < level
+
+
+def test_full_range_uses_the_streams_own_matrix(shared: Path) -> None:
+    """Against the formula of BT.709 at full range, written out."""
+    path = shared / "videos" / "bt709_full_range.mp4"
+    with av.open(str(path)) as container:
+        planes = [
+            np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
+            for plane in next(container.decode(video=0)).planes
+        ]
+    y, u, v = (plane.astype(float) for plane in planes)
+    u, v = (np.kron(plane - 128, np.ones((2, 2))) for plane in (u, v))
+    red, blue = y + 2 * (1 - 0.2126) * v, y + 2 * (1 - 0.0722) * u
+    green = (y - 0.2126 * red - 0.0722 * blue) / 0.7152
+    truth = np.clip(np.stack([red, green, blue], axis=-1), 0, 255)
+    (got,) = read_video_frames(probe_video(path), [0])
+    assert np.abs(got - truth).mean() < 1
+
+
+def test_rotation_turns_the_frame_upright(shared: Path) -> None:
+    video = probe_video(shared / "videos" / "rotated_180.mov")
+    assert video.quarter_turns == 2
+    with av.open(str(video.path)) as container:
+        stored = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    np.testing.assert_array_equal(read_video_frames(video, [0])[0], stored[::-1, ::-1])
+
+
+def test_iterating_gives_every_frame(shared: Path) -> None:
+    video = probe_video(shared / "videos" / "h265_video.mp4")
+    for got, truth in zip(iterate_video(video), sequential(video.path), strict=True):
+        np.testing.assert_array_equal(got, truth)
+
+
+def test_damage_is_found_without_decoding_it_all(shared: Path) -> None:
+    with pytest.raises(UnreadableFrameError, match="packet 30 is damaged"):
+        probe_video(shared / "videos" / "corrupted.mp4")
+
+
+def test_a_video_that_vanishes_names_the_frame(tmp_path: Path) -> None:
+    path = encode_video(tmp_path / "x.mp4", [picture(0, t) for t in range(5)])
+    video = probe_video(path)
+    path.unlink()
+    with pytest.raises(UnreadableFrameError, match="no such file"):
+        read_video_frames(video, [3])
+
+
+def test_a_file_with_sound_only_is_no_video(tmp_path: Path) -> None:
+    path = tmp_path / "sound.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with pytest.raises(UnreadableFrameError, match="no video stream"):
+        probe_video(path)
