@@ -1,0 +1,227 @@
+"""The projection head: its formulas, its files, and the published code's losses and gradients through it."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fasttrain.backbones import FAMILIES, load_backbone
+from fasttrain.errors import InputError
+from fasttrain.projection import Head, Init, Projection
+from fasttrain_kernels import cosettle_loss
+
+HEADS = get_args(Head)
+MEAN_311 = torch.tensor((0.485, 0.456, 0.406))[:, None, None]
+STD_311 = torch.tensor((0.229, 0.224, 0.225))[:, None, None]
+
+
+def published_name(name: str, head: Head) -> str:
+    """A parameter's name in the published checkpoints, from `linears.I.*` or `norm.*`."""
+    layer, parameter = name.rsplit(".", 1)
+    if layer == "norm":
+        return f"adapter_layer_norm1.{parameter}"
+    number = "" if head == "linear" else str(int(layer.removeprefix("linears.")) + 1)
+    return f"adapter_linear{number}.{parameter}"
+
+
+def save_release(path: Path, parameters: dict[str, Tensor]) -> None:
+    """A checkpoint in the layout of the paper's release."""
+    model = {f"adapter.adapter.{name}": tensor for name, tensor in parameters.items()}
+    encoder = {"cls_token": torch.zeros(1, 1, 4)}
+    torch.save({"model": encoder | model, "args": argparse.Namespace(lr=1e-4), "epoch": 4}, path)
+
+
+def relative_error(value: Tensor, expected: np.ndarray) -> float:
+    return ((value - torch.from_numpy(expected)).norm() / np.linalg.norm(expected)).item()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_and_gradients_of_the_published_code(shared: Path, family: str) -> None:
+    folder = shared / "golden" / "backbones"
+    golden = np.load(folder / f"{family}.npz")
+    encoder = load_backbone(
+        family, weights=str(folder / f"{family}.pretrained.pth"), image_size=64, num_heads=2
+    )
+    projection = Projection.from_cosettle(folder / f"{family}.cosettle.pth")
+    frames = [(torch.from_numpy(golden[name]) / 255 - MEAN_311) / STD_311 for name in ("frame1", "frame2")]
+    row, column = (int(start) for start in golden["crop_offset"])
+    positions = encoder.asymmetric_positions(ratio=float(golden["asym_ratio"]), offset=(row, column))
+    frozen_B3ND = encoder.three_views(torch.stack(frames), positions)
+    out = cosettle_loss(
+        frozen_B3ND,
+        projection(frozen_B3ND),
+        grid=(4, 4),
+        temperature=float(golden["temperature"]),
+        window=2,
+        lambda_reg=float(golden["lambda_reg"]),
+        regularizer="kl",
+        backend="eager",
+    )
+    for value, name in [
+        (out.loss, "loss"),
+        (out.cycle, "cycle_loss"),
+        (out.separability, "separability_loss"),
+    ]:
+        assert value.item() == pytest.approx(float(golden[name]), rel=1e-5)
+    out.loss.backward()
+    for name, parameter in projection.named_parameters():
+        assert parameter.grad is not None
+        assert relative_error(parameter.grad, golden[f"grad.{published_name(name, 'linear')}"]) < 1e-4, name
+        assert np.array_equal(parameter.detach(), golden[f"projection.{published_name(name, 'linear')}"])
+
+
+@pytest.mark.parametrize(("case", "head"), [("linear_kl", "linear"), ("mlp2", "mlp2"), ("mlp3", "mlp3")])
+def test_published_heads_give_the_published_loss(shared: Path, case: str, head: Head, tmp_path: Path) -> None:
+    golden = np.load(shared / "golden" / "loss" / f"{case}.npz")
+    prefix = "projection."
+    parameters = {k.removeprefix(prefix): torch.from_numpy(golden[k]) for k in golden if k.startswith(prefix)}
+    save_release(tmp_path / "ours.pth", parameters)
+    projection = Projection.from_cosettle(tmp_path / "ours.pth")
+    assert projection.head == head == str(golden["head"])
+    frozen_B3ND = torch.from_numpy(golden["z"])
+    side = int(frozen_B3ND.shape[2] ** 0.5)
+    out = cosettle_loss(
+        frozen_B3ND,
+        projection(frozen_B3ND),
+        grid=(side, side),
+        temperature=float(golden["temperature"]),
+        window=int(golden["window"]),
+        lambda_reg=float(golden["lambda_reg"]),
+        regularizer=str(golden["regularizer"]),
+        backend="eager",
+    )
+    assert out.loss.item() == pytest.approx(float(golden["loss"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_written_out(head: Head) -> None:
+    projection = Projection(6, head=head, seed=1).double()
+    with torch.no_grad():
+        projection.norm.weight.uniform_(0.5, 2)
+        projection.norm.bias.uniform_(-1, 1)
+    tokens = torch.randn(2, 3, 5, 6, dtype=torch.float64)
+    x = tokens.numpy()
+    layers = list(projection.linears)
+    for i, linear in enumerate(layers):
+        assert isinstance(linear, nn.Linear)
+        x = x @ linear.weight.detach().numpy().T + linear.bias.detach().numpy()
+        # The last layer of an MLP goes into the norm as it is.
+        if head == "linear" or i < len(layers) - 1:
+            x = np.tanh(x)
+    centred = x - x.mean(-1, keepdims=True)
+    scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+    expected = scaled * projection.norm.weight.detach().numpy() + projection.norm.bias.detach().numpy()
+    np.testing.assert_allclose(projection(tokens).detach(), expected, rtol=1e-12, atol=1e-12)
+    assert len(layers) == {"linear": 1, "mlp2": 2, "mlp3": 3}[head]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_pieces_for_a_fused_kernel_compose_to_the_head(head: Head) -> None:
+    projection = Projection(8, head=head)
+    tokens = torch.randn(4, 8)
+    out = projection.final_linear(projection.hidden(tokens))
+    out = projection.norm(out.tanh() if projection.final_tanh else out)
+    assert torch.equal(out, projection(tokens))
+
+
+@pytest.mark.parametrize("init", get_args(Init))
+def test_parameters_are_a_function_of_the_seed(init: Init) -> None:
+    state = torch.get_rng_state()
+    first, again, other = (Projection(64, head="mlp3", init=init, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, parameter in first.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name))
+    for i in range(3):
+        weight = first.get_parameter(f"linears.{i}.weight")
+        assert not torch.equal(weight, other.get_parameter(f"linears.{i}.weight"))
+        # The layers of one head differ as well.
+        assert not torch.equal(weight, first.get_parameter(f"linears.{(i + 1) % 3}.weight"))
+        # Standard deviations: 0.02; sqrt(2 / (64 + 64)); uniform on +- 1 / sqrt(64).
+        expected = {"trunc_normal": 0.02, "xavier_uniform": 0.125, "default": 0.125 / 3**0.5}[init]
+        assert weight.std().item() == pytest.approx(expected, rel=0.05)
+        assert (first.get_parameter(f"linears.{i}.bias").abs().max() == 0) == (init != "default")
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_save_and_load(head: Head, tmp_path: Path) -> None:
+    path = tmp_path / "run" / "projection.safetensors"
+    projection = Projection(8, head=head, seed=3)
+    projection.save(path, {"backbone": "{}", "recipe": "ä"})
+    loaded = Projection.load(path)
+    assert (loaded.head, loaded.dim) == (head, 8)
+    assert loaded.metadata == {"backbone": "{}", "recipe": "ä", "head": head}
+    for name, tensor in projection.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "projection.safetensors"
+    Projection(8, seed=1).save(path)
+    before = path.read_bytes()
+
+    def fail(source: Path, target: Path) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        Projection(8, seed=2).save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_files_that_are_no_projection(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.safetensors"
+    projection = Projection(8)
+    projection.save(whole)
+    state = projection.state_dict()
+    (tmp_path / "truncated").write_bytes(whole.read_bytes()[:200])
+    (tmp_path / "text").write_text("projection")
+    save_file(state, tmp_path / "no_metadata")
+    save_file({"norm.weight": state["norm.weight"]}, tmp_path / "no_linear", {"head": "linear"})
+    save_file(state, tmp_path / "other_head", {"head": "mlp2"})
+    save_file({"x": torch.zeros(1)}, tmp_path / "other_model", {"head": "linear"})
+    messages = {
+        "truncated": "damaged",
+        "text": "damaged",
+        "no_metadata": "no projection of fasttrain",
+        "other_model": "no projection of fasttrain",
+        "no_linear": "does not fit a linear head: .*linears.0.weight",
+        "other_head": "does not fit a mlp2 head: .*linears.1.weight",
+        "missing": "no such file",
+    }
+    for name, message in messages.items():
+        with pytest.raises(InputError, match=f"{tmp_path / name}.*{message}") as caught:
+            Projection.load(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+def test_releases_that_hold_no_projection(tmp_path: Path) -> None:
+    path = tmp_path / "ours.pth"
+    whole = {published_name(k, "mlp2"): t for k, t in Projection(8, head="mlp2").state_dict().items()}
+    for left_out, message in [
+        ("adapter_", "holds no Co-Settle projection"),
+        ("adapter_layer_norm1", "holds no Co-Settle projection"),
+        ("adapter_linear1", "does not fit a linear head"),
+        ("adapter_linear2.bias", "does not fit a mlp2 head: .*linears.1.bias"),
+    ]:
+        save_release(path, {k: t for k, t in whole.items() if not k.startswith(left_out)})
+        with pytest.raises(InputError, match=message):
+            Projection.from_cosettle(path)
+    with pytest.raises(InputError, match="no such file"):
+        Projection.from_cosettle(tmp_path / "nowhere.pth")
+
+
+def test_choices_are_listed() -> None:
+    with pytest.raises(InputError, match="head 'mlp4': expected one of linear, mlp2, mlp3"):
+        Projection(8, head="mlp4")
+    with pytest.raises(
+        InputError, match="init 'zeros': expected one of trunc_normal, xavier_uniform, default"
+    ):
+        Projection(8, init="zeros")
