@@ -1,0 +1,249 @@
+"""Pictures of an evaluation: masks, poses and arrows on frames, short videos, learning curves, the trade-off.
+
+Draws only what it is given; knows nothing of models. Frames are uint8 RGB. Shape suffixes: T frames,
+H height, W width, C colours, J joints, M matches.
+"""
+
+import json
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import numpy.typing as npt
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+from fasttrain.errors import InputError
+from fasttrain.evaluation.frames import spread
+
+Frame = npt.NDArray[np.uint8]
+Labels = npt.NDArray[Any]
+Matches = npt.NDArray[np.floating[Any]]
+
+# Limbs of a JHMDB pose, as pairs of joints (`jhmdb.JOINTS`).
+LIMBS = (
+    *((0, 1), (0, 2), (0, 3), (0, 4), (1, 5), (1, 6), (3, 7), (4, 8)),
+    *((5, 9), (6, 10), (7, 11), (8, 12), (9, 13), (10, 14)),
+)
+CAPTION_HEIGHT = 22
+_BACKGROUND = (255, 255, 255)
+_INK = (30, 30, 30)
+
+
+def voc_palette() -> npt.NDArray[np.uint8]:
+    """(256, 3) colours of label maps, as PASCAL VOC and DAVIS define them: its bits, reversed."""
+    labels = np.arange(256)
+    colors = np.zeros((256, 3), dtype=np.uint8)
+    for plane in range(8):
+        for channel in range(3):
+            bit = (labels >> (3 * plane + channel)) & 1
+            colors[:, channel] |= (bit << (7 - plane)).astype(np.uint8)
+    return colors
+
+
+def write_label_map(labels_HW: Labels, path: Path) -> None:
+    """Write a label map (0..255) as palette PNG, the format of the DAVIS and VIP annotations."""
+    image = Image.fromarray(np.asarray(labels_HW).astype(np.uint8), mode="P")
+    image.putpalette(voc_palette().tobytes())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+def overlay_masks(frame_HWC: Frame, labels_HW: Labels, opacity: float = 0.5) -> Frame:
+    """The frame with every object tinted in its palette colour and outlined."""
+    labels_HW = np.asarray(labels_HW).astype(np.uint8)
+    colors_HWC = voc_palette()[labels_HW]
+    inside_HW1 = (labels_HW > 0)[..., None]
+    mixed_HWC = frame_HWC * (1 - opacity) + colors_HWC * opacity
+    edge_HW = np.zeros(labels_HW.shape, dtype=bool)
+    edge_HW[:, 1:] |= labels_HW[:, 1:] != labels_HW[:, :-1]
+    edge_HW[1:] |= labels_HW[1:] != labels_HW[:-1]
+    tinted_HWC = np.where(inside_HW1, mixed_HWC, frame_HWC)
+    return np.where(edge_HW[..., None], 255, tinted_HWC).astype(np.uint8)
+
+
+def overlay_pose(frame_HWC: Frame, joints_2J: npt.ArrayLike) -> Frame:
+    """The frame with the limbs and joints of one pose in pixels; joints at a negative x are left out."""
+    joints_J2 = np.asarray(joints_2J, dtype=float).T
+    image = Image.fromarray(frame_HWC)
+    draw = ImageDraw.Draw(image)
+    palette = voc_palette()
+    size = max(2, round(min(image.size) / 80))
+    for limb, (start, end) in enumerate(LIMBS):
+        if joints_J2[start, 0] >= 0 and joints_J2[end, 0] >= 0:
+            ends = [*joints_J2[start], *joints_J2[end]]
+            draw.line(ends, fill=_rgb(palette[limb + 1]), width=size)
+    for x, y in joints_J2[joints_J2[:, 0] >= 0]:
+        draw.ellipse((x - size, y - size, x + size, y + size), fill=_BACKGROUND, outline=_INK)
+    return np.asarray(image)
+
+
+def overlay_sheet(rows: Sequence[tuple[str, Frame, Labels]], path: str | Path, columns: int = 6) -> Path:
+    """A contact sheet of label maps on their frames, one captioned row per (name, frames THWC, labels THW).
+
+    Shows `columns` frames, evenly spread over each row.
+    """
+    pictures = []
+    for name, frames_THWC, labels_THW in rows:
+        if len(frames_THWC) != len(labels_THW):
+            raise InputError(f"row {name!r}: {len(frames_THWC)} frames, {len(labels_THW)} label maps")
+        shown = spread(len(frames_THWC), columns)
+        pictures.append((name, [overlay_masks(frames_THWC[t], labels_THW[t]) for t in shown]))
+    return contact_sheet(pictures, path)
+
+
+def contact_sheet(
+    rows: Sequence[tuple[str, Sequence[Frame]]], path: str | Path, tile_width: int = 240
+) -> Path:
+    """Rows of pictures, each under its caption, scaled to one width."""
+    if not rows or not all(len(pictures) for _, pictures in rows):
+        raise InputError("a contact sheet needs at least one picture in every row")
+    strips = [_strip(name, pictures, tile_width) for name, pictures in rows]
+    width, height = max(strip.width for strip in strips), sum(strip.height for strip in strips)
+    sheet = Image.new("RGB", (width, height), _BACKGROUND)
+    top = 0
+    for strip in strips:
+        sheet.paste(strip, (0, top))
+        top += strip.height
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+    return path
+
+
+def write_video(frames: Sequence[Frame], path: str | Path, rate: int = 12) -> Path:
+    """Encode frames of one size as H.264 that browsers play; odd sizes lose their last row or column."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    height, width = (size // 2 * 2 for size in frames[0].shape[:2])
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(rate), options={"crf": "23"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for frame_HWC in frames:
+            picture = np.ascontiguousarray(frame_HWC[:height, :width])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def side_by_side(left: Frame, right: Frame) -> Frame:
+    """Two pictures of one height, next to each other."""
+    return np.concatenate([left, right], axis=1)
+
+
+def correspondence_arrows(rows: Sequence[tuple[str, Frame, Frame, Matches]], path: str | Path) -> Path:
+    """Lines from places of one frame to where their features are found in another, one row per encoder.
+
+    A row is (name, first HWC, second HWC, matches M4); a match is x, y in the first frame and x, y in the
+    second, as shares of width and height. Matches are coloured by their place in the first frame.
+    """
+    pictures = []
+    for name, first_HWC, second_HWC, matches_M4 in rows:
+        image = Image.fromarray(side_by_side(first_HWC, second_HWC))
+        draw = ImageDraw.Draw(image)
+        height, width = first_HWC.shape[:2]
+        for x, y, x_there, y_there in np.asarray(matches_M4, dtype=float):
+            start, end = (x * width, y * height), (width + x_there * width, y_there * height)
+            color = (round(255 * x), round(255 * y), round(255 * (1 - x)))
+            draw.line([start, end], fill=color, width=max(1, width // 320))
+            for place in (start, end):
+                draw.circle(place, max(2, width // 160), fill=color, outline=_BACKGROUND)
+        pictures.append((name, [np.asarray(image)]))
+    return contact_sheet(pictures, path, tile_width=960)
+
+
+def learning_curves(runs: Sequence[str | Path], path: str | Path) -> Path:
+    """Everything that the runs' `metrics.jsonl` recorded over the steps: one panel per quantity."""
+    histories = {Path(run).name: _read_history(Path(run)) for run in runs}
+    names = _panel_names(histories.values())
+    if not names:
+        raise InputError(
+            f"no figures in the metrics.jsonl of {', '.join(map(str, runs))}; train some steps first"
+        )
+    columns = min(3, len(names))
+    figure = Figure(figsize=(4.2 * columns, 2.9 * -(-len(names) // columns)), layout="constrained")
+    for place, name in enumerate(names, start=1):
+        axes = figure.add_subplot(-(-len(names) // columns), columns, place)
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("step", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+        for run, records in histories.items():
+            points = [(record["step"], record[name]) for record in records if _is_number(record.get(name))]
+            if points:
+                steps, values = zip(*points, strict=True)
+                axes.plot(steps, values, label=run, marker="." if len(points) < 30 else None)
+        if len(histories) > 1:
+            axes.legend(fontsize=7)
+    return _save_figure(figure, path)
+
+
+def trade_off(points: Sequence[tuple[str, dict[str, float], dict[str, float]]], path: str | Path) -> Path:
+    """Intra- against inter-video distance (over the 95 % diameter), an arrow from before to after per run.
+
+    A point is (name, before, after), each with the keys of `consistency_separability`.
+    """
+    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+    axes = figure.add_subplot()
+    for number, (name, before, after) in enumerate(points):
+        color = f"C{number % 10}"
+        (x, y), (x_after, y_after) = _trade_off_point(before), _trade_off_point(after)
+        axes.annotate("", (x_after, y_after), (x, y), arrowprops={"arrowstyle": "->", "color": color})
+        axes.scatter([x], [y], facecolors="none", edgecolors=color)
+        axes.scatter([x_after], [y_after], color=color, label=name)
+    axes.set_xlabel("intra-video distance / 95 % diameter (consistent: left)")
+    axes.set_ylabel("inter-video distance / 95 % diameter (separable: up)")
+    axes.set_title("Before (ring) and after (dot) the projection")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return _save_figure(figure, path)
+
+
+def _trade_off_point(figures: dict[str, float]) -> tuple[float, float]:
+    return figures["intra_normalized_95"], figures["inter_normalized_95"]
+
+
+def _panel_names(histories: Any) -> list[str]:
+    names: dict[str, None] = {}
+    for records in histories:
+        for record in records:
+            names |= {name: None for name, value in record.items() if name != "step" and _is_number(value)}
+    return list(names)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _read_history(run: Path) -> list[dict[str, Any]]:
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise InputError(f"run {run} has no metrics.jsonl; give the output folder of a training run")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _strip(name: str, pictures: Sequence[Frame], tile_width: int) -> Image.Image:
+    """One row of a contact sheet."""
+    images = [Image.fromarray(picture) for picture in pictures]
+    sizes = [(tile_width, max(1, round(image.height * tile_width / image.width))) for image in images]
+    height = CAPTION_HEIGHT + max(size[1] for size in sizes)
+    strip = Image.new("RGB", (len(images) * tile_width, height), _BACKGROUND)
+    ImageDraw.Draw(strip).text((6, 3), name, fill=_INK, font=ImageFont.load_default(14))
+    for column, (image, size) in enumerate(zip(images, sizes, strict=True)):
+        strip.paste(image.resize(size, Image.Resampling.LANCZOS), (column * tile_width, CAPTION_HEIGHT))
+    return strip
+
+
+def _rgb(color: npt.NDArray[np.uint8]) -> tuple[int, int, int]:
+    red, green, blue = color.tolist()
+    return red, green, blue
+
+
+def _save_figure(figure: Figure, path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return path

@@ -1,0 +1,72 @@
+"""Frames as the encoders take them: read, resized or cropped, normalised with the ImageNet mean and std.
+
+Below the tasks, above `data.sources`. Shape suffixes: T frames, H W pixels, C colours, S side of a crop.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from fasttrain.data.images import IMAGENET_MEAN, IMAGENET_STD, UnreadableFrameError, decode_image
+from fasttrain.data.sources import FrameIndex
+from fasttrain.errors import InputError
+
+Frame = npt.NDArray[np.uint8]
+
+
+def read_image(path: Path) -> Frame:
+    """An image file as (H, W, 3) uint8 RGB. Raises InputError where it is missing or damaged."""
+    try:
+        return decode_image(np.fromfile(path, dtype=np.uint8))
+    except (OSError, UnreadableFrameError) as error:
+        raise InputError(f"frame {path} cannot be read ({error}); replace it") from error
+
+
+def read_label_map(path: Path) -> npt.NDArray[np.uint8]:
+    """The labels (H, W) of a palette or grey PNG. Raises InputError for anything else."""
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("P", "L"):
+                raise InputError(f"annotation {path} has mode {image.mode}; expected a palette or grey PNG")
+            return np.asarray(image)
+    except OSError as error:
+        raise InputError(f"annotation {path} cannot be read ({error}); replace it") from error
+
+
+def read_clip(index: FrameIndex, video: int, frames: Sequence[int]) -> list[Frame]:
+    """Frames of one video, (H, W, 3) uint8 RGB. Raises UnreadableFrameError."""
+    stored = index.read(video, frames)
+    return [decode_image(data) for data in stored] if index.encoded else stored
+
+
+def spread(length: int, count: int) -> list[int]:
+    """At most `count` different places, evenly over 0..length-1, both ends among them."""
+    return sorted(set(np.linspace(0, length - 1, min(count, length)).round().astype(int).tolist()))
+
+
+def resize(frame_HWC: Frame, size: tuple[int, int]) -> Tensor:
+    """(3, height, width) float32, normalised, of the whole frame at another size (bilinear, antialiased)."""
+    frame_13HW = torch.from_numpy(np.ascontiguousarray(frame_HWC)).permute(2, 0, 1)[None]
+    return normalise(functional.interpolate(frame_13HW, size=size, mode="bilinear", antialias=True)[0])
+
+
+def centre_crop(frame_HWC: Frame, side: int) -> Tensor:
+    """(3, S, S) float32, normalised: short side resized to 8/7 S (256 for 224), then the middle."""
+    height, width = frame_HWC.shape[:2]
+    scale = round(side * 8 / 7) / min(height, width)
+    size = (max(side, round(height * scale)), max(side, round(width * scale)))
+    top, left = (size[0] - side) // 2, (size[1] - side) // 2
+    return resize(frame_HWC, size)[:, top : top + side, left : left + side]
+
+
+def normalise(frames_3HW: Tensor) -> Tensor:
+    """uint8 RGB (..., 3, H, W) as float32 with the ImageNet mean and standard deviation."""
+    mean = torch.tensor(IMAGENET_MEAN, device=frames_3HW.device)[:, None, None]
+    std = torch.tensor(IMAGENET_STD, device=frames_3HW.device)[:, None, None]
+    return (frames_3HW.float() / 255 - mean) / std
