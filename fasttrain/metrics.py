@@ -154,12 +154,12 @@ class ProgressReport:
             self._bar.update(self._task, status=f"{name}  {status}")
         else:
             left = time.strftime("%H:%M:%S", time.gmtime(seconds_left))
-            self._console.print(f"{name}  step {step}/{self._total}  {status}  left {left}", highlight=False)
+            self._console.print(f"{name}  step {step}/{self._total}  {status}  left {left}", highlight=False, soft_wrap=True)
 
     def message(self, text: str) -> None:
         """A line of its own, above the bar."""
         if self._enabled:
-            self._console.print(text, highlight=False, markup=False)
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         if self._bar is not None:

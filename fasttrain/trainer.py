@@ -214,7 +214,7 @@ class Trainer:
         rate, seconds = clock.read()
         faults = loader.drain_faults()
         for fault in faults:
-            self.console.print(f"replaced a sample that cannot be read: {fault}", highlight=False, markup=False)
+            self.say(f"replaced a sample that cannot be read: {fault}", always=True)
         common = {
             "epoch": step / self.steps_per_epoch,
             "lr": self.lr(step - 1),
@@ -259,8 +259,7 @@ class Trainer:
         self.students.remove(student)
         if not self.students:
             raise InputError(line)
-        if self.world.is_main:
-            self.console.print(f"dropped {line}", highlight=False, markup=False)
+        self.say(f"dropped {line}")
 
     def _save(self, step: int) -> None:
         if self.world.is_main:
@@ -288,6 +287,11 @@ class Trainer:
         flag = torch.tensor(float(self._stop_asked), device=self.world.device)
         return bool(self.world.maximum(flag).item())
 
+    def say(self, line: str, *, always: bool = False) -> None:
+        """One line on the terminal; `always` for what only this process knows."""
+        if always or self.world.is_main:
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     # --- set-up ----------------------------------------------------------------------------------------
 
     def _open_source(self) -> FrameIndex:
@@ -295,9 +299,8 @@ class Trainer:
         if not data.source:
             raise InputError("data.source is not set; expected frame folders or videos: data.source=PATH")
         index = open_source(data.source, kind=data.kind)
-        if self.world.is_main:
-            for name, reason in index.skipped:
-                self.console.print(f"skipped {name}: {reason}", highlight=False, markup=False)
+        for name, reason in index.skipped:
+            self.say(f"skipped {name}: {reason}")
         return index
 
     def _build_students(self, recipes: list[Recipe]) -> list[Student]:
@@ -309,8 +312,7 @@ class Trainer:
             except InputError as error:
                 if len(recipes) == 1:
                     raise
-                if self.world.is_main:
-                    self.console.print(f"dropped {recipe.backbone.name}: {error}", highlight=False, markup=False)
+                self.say(f"dropped {recipe.backbone.name}: {error}")
         if not students:
             raise InputError("none of the recipe's backbones could be built; see the lines above")
         return students
@@ -331,8 +333,7 @@ class Trainer:
                         f"{RESUME_ADVICE[key]}, or choose another folder with output=DIR"
                     )
             student.load_state(state)
-        if self.world.is_main:
-            self.console.print(f"going on from step {step} of {self.total_steps}", highlight=False)
+        self.say(f"going on from step {step} of {self.total_steps}")
         return step
 
     def _write_recipes(self) -> None:
@@ -423,8 +424,7 @@ def train(recipe: Recipe, world: World, *, validate: Validate | None = None) -> 
     console = Console()
     trainer = Trainer(recipe, world, console, validate)
     if trainer.first_step >= trainer.total_steps:
-        if world.is_main:
-            console.print(f"{recipe.output} is trained: all {trainer.total_steps} steps are done", highlight=False)
+        trainer.say(f"{recipe.output} is trained: all {trainer.total_steps} steps are done")
         return {}
     previous = {number: signal.signal(number, trainer.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
