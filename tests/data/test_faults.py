@@ -1,4 +1,4 @@
-"""Data that is not perfect, on two ranks: it works, or it is replaced, counted and named, and nobody waits."""
+"""Data that is not perfect, on two ranks: it works, or is replaced, counted and named, and nobody waits."""
 
 import io
 from collections.abc import Callable
@@ -101,7 +101,7 @@ def test_the_same_faults_whatever_the_threads(tmp_path: Path) -> None:
         (root / "class_0" / "video_0" / f"{frame:05d}.jpg").write_bytes(b"no image")
         (root / "class_1" / "video_1" / f"{frame:05d}.jpg").write_bytes(b"")
     index = open_source(root)
-    runs = [run_ranks(index, num_threads=threads, prefetch=prefetch) for threads, prefetch in ((1, 1), (3, 4))]
+    runs = [run_ranks(index, num_threads=n, prefetch=ahead) for n, ahead in ((1, 1), (3, 4))]
     assert runs[0][0].faults == runs[1][0].faults
     assert runs[0][1].faults == runs[1][1].faults
     assert {fault.reason for fault in runs[0][0].faults} == {
