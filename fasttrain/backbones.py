@@ -79,9 +79,6 @@ FAMILIES: dict[str, Family] = {
 # A ViT named after a timm model: timm's own construction and its way of resizing positions.
 _TIMM = Family(Layout(("state_dict",)), resize="antialias")
 
-# Arguments that leave a VisionTransformer without a classification head and open to any image size.
-_TOKENS_ONLY: dict[str, Any] = {"num_classes": 0, "global_pool": "", "dynamic_img_size": True}
-
 
 def load_backbone(
     name: str,
@@ -132,17 +129,21 @@ def load_backbone(
 
 
 def _build_family(family: Family, *, embed_dim: int = 768, num_heads: int | None = None, **sizes: Any) -> Any:
-    heads = num_heads or embed_dim // 64
-    if heads == 0 or embed_dim % heads:
+    if num_heads is None and embed_dim % 64:
         raise InputError(
-            f"embed_dim {embed_dim} is no multiple of num_heads {heads} (left out: embed_dim / 64)"
+            f"embed_dim {embed_dim} is no multiple of 64, the default width of a head: give num_heads"
         )
+    heads = num_heads or embed_dim // 64
+    if embed_dim % heads:
+        raise InputError(f"embed_dim {embed_dim} is no multiple of num_heads {heads}")
     vit: Any = VisionTransformer(
         embed_dim=embed_dim,
         num_heads=heads,
         norm_layer=partial(nn.LayerNorm, eps=family.layer_norm_eps),
         no_embed_class=True,
-        **_TOKENS_ONLY,
+        num_classes=0,
+        global_pool="",
+        dynamic_img_size=True,
         **(family.vit | sizes),
     )
     if family.sincos:
@@ -167,11 +168,13 @@ def sincos_positions(grid: tuple[int, int], dim: int, first: Axis) -> Tensor:
 def _build_timm(name: str, **sizes: Any) -> Any:
     try:
         vit = timm.create_model(name, num_classes=0, dynamic_img_size=True, **sizes)
-    # Networks of other kinds take other arguments.
-    except TypeError as error:
-        raise InputError(f"backbone {name} is no plain ViT of timm's ({error})") from error
+    # Networks of other kinds take other arguments; sizes that do not go together fail timm's assertions.
+    except (TypeError, AssertionError) as error:
+        raise InputError(f"backbone {name} is no plain ViT of timm's of these sizes ({error})") from error
     if not isinstance(vit, VisionTransformer) or vit.pos_embed is None:
         raise InputError(f"backbone {name} is a {type(vit).__name__}; expected a ViT with absolute positions")
+    # SigLIP's pooling: tokens do not pass it, and checkpoints are read without it.
+    del vit.attn_pool
     return vit
 
 
@@ -189,7 +192,6 @@ def _sizes(state: StateDict) -> dict[str, Any]:
             # timm takes the ratio and truncates; the half keeps rounding from losing a unit.
             sizes["mlp_ratio"] = (hidden.shape[0] + 0.5) / projection.shape[0]
     sizes["reg_tokens"] = state["reg_token"].shape[1] if "reg_token" in state else 0
-    sizes["init_values"] = 1.0 if "blocks.0.ls1.gamma" in state else None
     return sizes
 
 

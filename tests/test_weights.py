@@ -115,6 +115,16 @@ def test_dinov2_in_block_chunks(tmp_path: Path) -> None:
     assert load(tmp_path / "chunked.pth", "dinov2").weights_hash == hash_state_dict(state)
 
 
+@pytest.mark.parametrize("registers", [0, 2])
+def test_dinov2_has_any_number_of_registers_but_always_layer_scale(registers: int, tmp_path: Path) -> None:
+    state = timm_state(init_values=1.0) | ({"register_tokens": torch.ones(1, 2, WIDTH)} if registers else {})
+    torch.save(state, tmp_path / "dinov2.pth")
+    assert len(load(tmp_path / "dinov2.pth", "dinov2").prefix_PD) == 1 + registers
+    torch.save(timm_state(), tmp_path / "dino.pth")
+    with pytest.raises(InputError, match=r"missing: blocks\.0\.ls1\.gamma"):
+        load(tmp_path / "dino.pth", "dinov2")
+
+
 @pytest.mark.parametrize(
     "extra",
     ["mask_token", "decoder_blocks.0.norm1.weight", "decoder_pos_embed", "head.weight", "head.0.weight",
@@ -316,6 +326,9 @@ def test_timm_names_that_have_no_weights(name: str) -> None:
         ("dinov2", "vit_small_patch14_reg4_dinov2.lvd142m"),
         ("clip", "vit_base_patch16_clip_quickgelu_224.openai"),
         ("vit_tiny_patch16_224", "vit_tiny_patch16_224.augreg_in21k"),
+        ("vit_base_patch16_siglip_224", "vit_base_patch16_siglip_224.webli"),
+        ("deit_tiny_distilled_patch16_224", "deit_tiny_distilled_patch16_224.fb_in1k"),
+        ("vit_medium_patch16_gap_240", "vit_medium_patch16_gap_240.sw_in12k"),
     ],
 )
 def test_timm_weights_give_timms_tokens(family: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,7 +348,7 @@ def test_timm_weights_give_timms_tokens(family: str, name: str, monkeypatch: pyt
     assert encoder.patch_size == patch
     images = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = reference.forward_features(images)[:, reference.num_prefix_tokens :]
+        expected = reference.fc_norm(reference.forward_features(images)[:, reference.num_prefix_tokens :])
     torch.testing.assert_close(encoder.tokens(images), expected, rtol=1e-4, atol=1e-5)
 
 
