@@ -197,7 +197,7 @@ def _sizes(state: StateDict) -> dict[str, Any]:
 
 def _fill(vit: Any, state: StateDict, problem: str) -> None:
     """Load strictly, with the checkpoint's own number of positions; InputError names what does not fit."""
-    if "pos_embed" in state and state["pos_embed"].ndim == 3:
+    if "pos_embed" in state:
         vit.pos_embed = nn.Parameter(torch.empty(1, state["pos_embed"].shape[1], vit.embed_dim))
     expected = vit.state_dict()
     wrong_shape = [

@@ -103,24 +103,17 @@ def load_encoder_weights(weights: str, layout: Layout) -> StateDict:
         state = {
             key.removeprefix(layout.prefix): t for key, t in state.items() if key.startswith(layout.prefix)
         }
-    return {
-        _timm_name(key): tensor.float().reshape(1, -1, tensor.shape[-1])
-        if _is_embedding(key)
-        else tensor.float()
-        for key, tensor in state.items()
-        if not _NOT_ENCODER.match(key)
-    }
+    tensors = {_timm_name(key): t.float() for key, t in state.items() if not _NOT_ENCODER.match(key)}
+    for embedding in {"cls_token", "pos_embed"} & tensors.keys():
+        # CLIP's have no batch axis.
+        tensors[embedding] = tensors[embedding].reshape(1, -1, tensors[embedding].shape[-1])
+    return tensors
 
 
 def _timm_name(key: str) -> str:
     for pattern, name in _TIMM_NAMES:
         key = pattern.sub(name, key)
     return key
-
-
-def _is_embedding(key: str) -> bool:
-    # CLIP's have no batch axis.
-    return key in ("class_embedding", "positional_embedding")
 
 
 def find_state_dict(checkpoint: Any, weights: str, containers: tuple[str, ...]) -> StateDict:
