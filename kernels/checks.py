@@ -49,7 +49,7 @@ def check_grid(grid: tuple[int, int], window: int, tokens: int) -> None:
         raise ValueError(f"grid must be two positive integers (h, w), got {grid!r}")
     if grid[0] * grid[1] != tokens:
         raise ValueError(
-            f"grid {tuple(grid)} has {grid[0] * grid[1]} cells, but there are {tokens} tokens: h * w must be N"
+            f"grid must have h * w == N == {tokens} cells, got {tuple(grid)} with {grid[0] * grid[1]} cells"
         )
     if not _is_count(window) or window > min(grid):
         raise ValueError(

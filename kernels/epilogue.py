@@ -1,0 +1,424 @@
+"""From the head's last matrix product to the separability term and the pooled tokens, in one pass over memory.
+
+Per token, with x the input, z the frozen token and E the layer norm's epsilon:
+
+    v = layer_norm(tanh(x + bias); weight, shift, E)        with HEAD, else v = x
+    p = v / max(||v||, 1e-12),  y = z / max(||z||, 1e-12)
+    kl:  q = softmax(y);  KL(q || softmax(p)) = log(sum_d q_d exp(p_d - y_d)) - sum_d q_d (p_d - y_d)
+    mse: sum_d (p_d - y_d)^2
+    pooled = mean of p over the cells of one window
+
+The KL divergence in this form is a difference of small numbers, where the textbook's form subtracts two numbers
+near log D: it keeps six digits in fp32 where that keeps three.
+
+Backward, from the gradients s of each separability term and G of the pooled tokens, all recomputed from x and z:
+
+    dp = s (softmax(p) - q)  or  2 s (p - y),  plus  G / window^2
+    dv = (dp - p (p . dp)) / ||v||                           (dp / 1e-12 for a token below the norm's floor)
+    dx = dv, or through layer norm and tanh; the parameters' gradients are summed over tokens
+
+One warp (two backward) holds one token at a time, so that its eight reductions over channels are shuffles.
+
+Source: arXiv 2603.26597, section 3. Shape suffixes: B samples, T views, N tokens, M whole windows, D channels;
+what has no suffix inside the kernels is one token's row.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .elementary import exp2, log1p, tanh
+from .rows import (
+    add_rows,
+    dot_rows,
+    inverse_norm,
+    load_row,
+    multiply_add_rows,
+    multiply_rows,
+    row_blocks,
+    scale_row,
+    store_row,
+    sum_row,
+    zero_row,
+)
+from .runtime import jit, multiprocessors, on_device, power_of_two, tl, triton
+
+
+class HeadParameters(NamedTuple):
+    """Bias of the head's last linear layer, weight and bias of its layer norm: (D,) each."""
+
+    bias: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    norm_eps: float
+
+
+class Cells(NamedTuple):
+    """How the grid is cut: cells of `window` tokens (rows, columns); partial ones at the far edges count too."""
+
+    grid: tuple[int, int]
+    window: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return triton.cdiv(self.grid[0], self.window[0]), triton.cdiv(self.grid[1], self.window[1])
+
+    @property
+    def whole(self) -> int:
+        return (self.grid[0] // self.window[0]) * (self.grid[1] // self.window[1])
+
+
+# log2(e). Normalised tokens are held times this, so that exp(p) is one exp2 and nothing else.
+LOG2_E = 1.4426950408889634
+
+
+@jit
+def _token_of_cell(
+    cell: tl.tensor,
+    slot: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+    WINDOW_H: tl.constexpr,
+    WINDOW_W: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Index of a cell's token on the grid, and whether it exists: a cell at the far edges may be partial."""
+    cells_wide = tl.cdiv(width, WINDOW_W)
+    row = cell // cells_wide * WINDOW_H + slot // WINDOW_W
+    column = cell % cells_wide * WINDOW_W + slot % WINDOW_W
+    return (row * width + column).to(tl.int64), (row < height) & (column < width)
+
+
+@jit
+def _whole_cell(
+    cell: tl.tensor, height: tl.tensor, width: tl.tensor, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Index of a cell among the whole ones, and whether it is one."""
+    cells_wide = tl.cdiv(width, WINDOW_W)
+    row = cell // cells_wide
+    column = cell % cells_wide
+    return row * (width // WINDOW_W) + column, (row < height // WINDOW_H) & (column < width // WINDOW_W)
+
+
+@jit
+def _standardise(
+    values: tl.tensor,
+    bias: tl.tensor,
+    eps: tl.tensor,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """tanh(x + bias), its layer norm without the affine part, and 1 / (standard deviation)."""
+    hidden = ()
+    for c in tl.static_range(CHUNKS):
+        hidden = hidden + (tanh(values[c] + bias[c], HALF),)
+    mean = sum_row(hidden, CHUNKS) * (1.0 / D)
+    centred = ()
+    for c in tl.static_range(CHUNKS):
+        channel = c * BLOCK + tl.arange(0, BLOCK) < D
+        centred = centred + (tl.where(channel, hidden[c] - mean, 0.0),)
+    inverse_std = 1.0 / tl.sqrt(dot_rows(centred, centred, CHUNKS) * (1.0 / D) + eps)
+    return hidden, scale_row(centred, inverse_std, CHUNKS), inverse_std
+
+
+@jit
+def _growth(
+    frozen: tl.tensor, difference: tl.tensor, D: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """exp(y), its sum, exp(p - y) - 1, and the mean of that under q = softmax(y)."""
+    weight = ()
+    growth = ()
+    for c in tl.static_range(CHUNKS):
+        channel = c * BLOCK + tl.arange(0, BLOCK) < D
+        weight = weight + (tl.where(channel, exp2(frozen[c]), 0.0),)
+        growth = growth + (exp2(difference[c]) - 1.0,)
+    total = sum_row(weight, CHUNKS)
+    return weight, total, growth, dot_rows(weight, growth, CHUNKS) / total
+
+
+@jit
+def _forward_kernel(
+    input_ptr: tl.tensor,
+    frozen_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    norm_weight_ptr: tl.tensor,
+    norm_bias_ptr: tl.tensor,
+    terms_ptr: tl.tensor,
+    pooled_ptr: tl.tensor,
+    input_stride_b: tl.tensor,
+    input_stride_t: tl.tensor,
+    input_stride_n: tl.tensor,
+    frozen_stride_b: tl.tensor,
+    frozen_stride_t: tl.tensor,
+    frozen_stride_n: tl.tensor,
+    views: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+    whole_cells: tl.tensor,
+    eps: tl.tensor,
+    D: tl.constexpr,
+    WINDOW_H: tl.constexpr,
+    WINDOW_W: tl.constexpr,
+    HEAD: tl.constexpr,
+    KL: tl.constexpr,
+    POOL: tl.constexpr,
+    HALF: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+) -> None:
+    """One program per (cell, view of a sample): terms (B, T, N) and pooled tokens (B, T, M, D)."""
+    cell = tl.program_id(0)
+    view = tl.program_id(1) % views
+    sample = (tl.program_id(1) // views).to(tl.int64)
+    input_base = input_ptr + sample * input_stride_b + view * input_stride_t
+    frozen_base = frozen_ptr + sample * frozen_stride_b + view * frozen_stride_t
+    terms_base = terms_ptr + (sample * views + view) * height * width
+    pooled = zero_row(BLOCK, CHUNKS)
+
+    for slot in range(WINDOW_H * WINDOW_W):
+        token, exists = _token_of_cell(cell, slot, height, width, WINDOW_H, WINDOW_W)
+        values = load_row(input_base + token * input_stride_n, exists, D, BLOCK, CHUNKS)
+        frozen = load_row(frozen_base + token * frozen_stride_n, exists, D, BLOCK, CHUNKS)
+        if HEAD:
+            bias = load_row(bias_ptr, True, D, BLOCK, CHUNKS)
+            norm_weight = load_row(norm_weight_ptr, True, D, BLOCK, CHUNKS)
+            norm_bias = load_row(norm_bias_ptr, True, D, BLOCK, CHUNKS)
+            _, standard, _ = _standardise(values, bias, eps, D, HALF, BLOCK, CHUNKS)
+            values = multiply_add_rows(standard, norm_weight, norm_bias, CHUNKS)
+        unit = scale_row(values, UNIT * inverse_norm(values, CHUNKS), CHUNKS)
+        frozen = scale_row(frozen, UNIT * inverse_norm(frozen, CHUNKS), CHUNKS)
+        difference = add_rows(unit, frozen, -1.0, CHUNKS)
+        if KL:
+            weight, total, _, mean_growth = _growth(frozen, difference, D, BLOCK, CHUNKS)
+            term = log1p(mean_growth) - dot_rows(weight, difference, CHUNKS) / (UNIT * total)
+        else:
+            term = dot_rows(difference, difference, CHUNKS) / (UNIT * UNIT)
+        tl.store(terms_base + token, term, mask=exists)
+        if POOL:
+            pooled = add_rows(pooled, unit, 1.0 / (UNIT * WINDOW_H * WINDOW_W), CHUNKS)
+
+    if POOL:
+        whole_cell, is_whole = _whole_cell(cell, height, width, WINDOW_H, WINDOW_W)
+        pooled_row = pooled_ptr + ((sample * views + view) * whole_cells + whole_cell) * D
+        store_row(pooled_row, pooled, is_whole, D, BLOCK, CHUNKS)
+
+
+@jit
+def _backward_kernel(
+    input_ptr: tl.tensor,
+    frozen_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    norm_weight_ptr: tl.tensor,
+    norm_bias_ptr: tl.tensor,
+    grad_term_ptr: tl.tensor,
+    grad_cycle_ptr: tl.tensor,
+    grad_pooled_ptr: tl.tensor,
+    grad_input_ptr: tl.tensor,
+    grad_parameters_ptr: tl.tensor,
+    input_stride_b: tl.tensor,
+    input_stride_t: tl.tensor,
+    input_stride_n: tl.tensor,
+    frozen_stride_b: tl.tensor,
+    frozen_stride_t: tl.tensor,
+    frozen_stride_n: tl.tensor,
+    samples: tl.tensor,
+    views: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+    whole_cells: tl.tensor,
+    eps: tl.tensor,
+    term_scale: tl.tensor,
+    pooled_scale: tl.tensor,
+    D: tl.constexpr,
+    WINDOW_H: tl.constexpr,
+    WINDOW_W: tl.constexpr,
+    HEAD: tl.constexpr,
+    KL: tl.constexpr,
+    POOL: tl.constexpr,
+    HALF: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+) -> None:
+    """Each program walks through every num_programs-th cell and keeps its sums for the parameters in registers.
+
+    grad_input (B, T, N, D); grad_parameters (programs, 3, D): bias, layer norm weight, layer norm bias.
+    """
+    program = tl.program_id(0)
+    cells = tl.cdiv(height, WINDOW_H) * tl.cdiv(width, WINDOW_W)
+    grad_term = tl.load(grad_term_ptr).to(tl.float32) * term_scale
+    if POOL:
+        grad_cycle = tl.load(grad_cycle_ptr).to(tl.float32) * (pooled_scale / (WINDOW_H * WINDOW_W))
+    if HEAD:
+        grad_bias = zero_row(BLOCK, CHUNKS)
+        grad_norm_weight = zero_row(BLOCK, CHUNKS)
+        grad_norm_bias = zero_row(BLOCK, CHUNKS)
+
+    for work in range(program, samples * views * cells, tl.num_programs(0)):
+        cell = work % cells
+        view_of_sample = (work // cells).to(tl.int64)
+        view = view_of_sample % views
+        sample = view_of_sample // views
+        input_base = input_ptr + sample * input_stride_b + view * input_stride_t
+        frozen_base = frozen_ptr + sample * frozen_stride_b + view * frozen_stride_t
+        grad_base = grad_input_ptr + view_of_sample * height * width * D
+        if POOL:
+            whole_cell, is_whole = _whole_cell(cell, height, width, WINDOW_H, WINDOW_W)
+            pooled_row = grad_pooled_ptr + (view_of_sample * whole_cells + whole_cell) * D
+
+        for slot in range(WINDOW_H * WINDOW_W):
+            token, exists = _token_of_cell(cell, slot, height, width, WINDOW_H, WINDOW_W)
+            values = load_row(input_base + token * input_stride_n, exists, D, BLOCK, CHUNKS)
+            frozen = load_row(frozen_base + token * frozen_stride_n, exists, D, BLOCK, CHUNKS)
+            if HEAD:
+                bias = load_row(bias_ptr, True, D, BLOCK, CHUNKS)
+                norm_weight = load_row(norm_weight_ptr, True, D, BLOCK, CHUNKS)
+                norm_bias = load_row(norm_bias_ptr, True, D, BLOCK, CHUNKS)
+                hidden, standard, inverse_std = _standardise(values, bias, eps, D, HALF, BLOCK, CHUNKS)
+                values = multiply_add_rows(standard, norm_weight, norm_bias, CHUNKS)
+            scale = inverse_norm(values, CHUNKS)
+            unit = scale_row(values, UNIT * scale, CHUNKS)
+            frozen = scale_row(frozen, UNIT * inverse_norm(frozen, CHUNKS), CHUNKS)
+            difference = add_rows(unit, frozen, -1.0, CHUNKS)
+            if KL:
+                weight, total, growth, mean_growth = _growth(frozen, difference, D, BLOCK, CHUNKS)
+                factor = grad_term / (total * (1.0 + mean_growth))
+                grad = ()
+                for c in tl.static_range(CHUNKS):
+                    grad = grad + (weight[c] * (growth[c] * factor - mean_growth * factor),)
+            else:
+                grad = scale_row(difference, 2.0 * grad_term / UNIT, CHUNKS)
+            if POOL:
+                grad_pooled = load_row(pooled_row, is_whole, D, BLOCK, CHUNKS)
+                grad = add_rows(grad, grad_pooled, grad_cycle, CHUNKS)
+
+            # A norm below its floor is a constant, so nothing flows through it.
+            along = tl.where(scale < 1e12, dot_rows(unit, grad, CHUNKS) / (UNIT * UNIT), 0.0)
+            # A token that does not exist has no gradient, but the head's bias would give it one.
+            scale = tl.where(exists, scale, 0.0)
+            grad = scale_row(add_rows(grad, unit, -along, CHUNKS), scale, CHUNKS)
+            if HEAD:
+                grad_norm_bias = add_rows(grad_norm_bias, grad, 1.0, CHUNKS)
+                grad_norm_weight = multiply_add_rows(grad, standard, grad_norm_weight, CHUNKS)
+                grad = multiply_rows(grad, norm_weight, CHUNKS)
+                mean = sum_row(grad, CHUNKS) * (inverse_std / D)
+                along = dot_rows(grad, standard, CHUNKS) * (inverse_std / D)
+                through = ()
+                for c in tl.static_range(CHUNKS):
+                    centred = grad[c] * inverse_std - mean - standard[c] * along
+                    through = through + (centred * (1.0 - hidden[c] * hidden[c]),)
+                grad = through
+                grad_bias = add_rows(grad_bias, grad, 1.0, CHUNKS)
+            store_row(grad_base + token * D, grad, exists, D, BLOCK, CHUNKS)
+
+    if HEAD:
+        parameters_row = grad_parameters_ptr + program * 3 * D
+        store_row(parameters_row, grad_bias, True, D, BLOCK, CHUNKS)
+        store_row(parameters_row + D, grad_norm_weight, True, D, BLOCK, CHUNKS)
+        store_row(parameters_row + 2 * D, grad_norm_bias, True, D, BLOCK, CHUNKS)
+
+
+def pooled_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Half precision is pooled into fp16: normalised components are below one, and fp16 has the finer grid there."""
+    return torch.float32 if dtype == torch.float32 else torch.float16
+
+
+def launch_forward(
+    inputs_BTND: Tensor, frozen_BTND: Tensor, head: HeadParameters | None, cells: Cells, *, kl: bool, pool: bool
+) -> tuple[Tensor, Tensor]:
+    """Separability terms (B, T, N) in fp32; pooled tokens (B, T, M, D) in `pooled_dtype`, empty without `pool`."""
+    samples, views, tokens, channels = inputs_BTND.shape
+    terms_BTN = inputs_BTND.new_empty((samples, views, tokens), dtype=torch.float32)
+    pooled_shape = (samples, views, cells.whole, channels) if pool else (0,)
+    pooled_BTMD = inputs_BTND.new_empty(pooled_shape, dtype=pooled_dtype(inputs_BTND.dtype))
+    with on_device(inputs_BTND):
+        _forward_kernel[(cells.shape[0] * cells.shape[1], samples * views)](
+            inputs_BTND,
+            frozen_BTND,
+            *(head[:3] if head else (inputs_BTND,) * 3),
+            terms_BTN,
+            pooled_BTMD,
+            *inputs_BTND.stride()[:3],
+            *frozen_BTND.stride()[:3],
+            views,
+            *cells.grid,
+            cells.whole,
+            head.norm_eps if head else 0.0,
+            **_constants(inputs_BTND, cells, head=head, kl=kl, pool=pool, channels_per_warp=1024),
+        )
+    return terms_BTN, pooled_BTMD
+
+
+def launch_backward(
+    inputs_BTND: Tensor,
+    frozen_BTND: Tensor,
+    head: HeadParameters | None,
+    cells: Cells,
+    grad_term: Tensor,
+    grad_cycle: Tensor,
+    grad_pooled_BTMD: Tensor | None,
+    *,
+    kl: bool,
+    term_scale: float,
+    pooled_scale: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the inputs (B, T, N, D) and, with a head, of its parameters (3, D) in fp32.
+
+    `grad_term` and `grad_cycle` are 0-d and read on the device: the gradient of every separability term is
+    grad_term x term_scale, that of the pooled tokens grad_pooled x grad_cycle x pooled_scale.
+    """
+    samples, views, _, channels = inputs_BTND.shape
+    pool = grad_pooled_BTMD is not None
+    constants = _constants(inputs_BTND, cells, head=head, kl=kl, pool=pool, channels_per_warp=384)
+    # Twelve warps to a multiprocessor is what the registers of this kernel leave room for.
+    resident = max(1, 12 // constants["num_warps"]) * multiprocessors(inputs_BTND.device)
+    programs = min(cells.shape[0] * cells.shape[1] * samples * views, resident)
+    grad_BTND = torch.empty_like(inputs_BTND, memory_format=torch.contiguous_format)
+    partial_P3D = inputs_BTND.new_empty((programs, 3, channels), dtype=torch.float32) if head else None
+    with on_device(inputs_BTND):
+        _backward_kernel[(programs,)](
+            inputs_BTND,
+            frozen_BTND,
+            *(head[:3] if head else (inputs_BTND,) * 3),
+            grad_term,
+            grad_cycle,
+            grad_pooled_BTMD if pool else inputs_BTND,
+            grad_BTND,
+            inputs_BTND if partial_P3D is None else partial_P3D,
+            *inputs_BTND.stride()[:3],
+            *frozen_BTND.stride()[:3],
+            samples,
+            views,
+            *cells.grid,
+            cells.whole,
+            head.norm_eps if head else 0.0,
+            term_scale,
+            pooled_scale,
+            **constants,
+        )
+    return grad_BTND, None if partial_P3D is None else partial_P3D.sum(0)
+
+
+def _constants(
+    inputs: Tensor, cells: Cells, *, head: HeadParameters | None, kl: bool, pool: bool, channels_per_warp: int
+) -> dict[str, Any]:
+    """The kernels' compile-time arguments, and as many warps as keep a row in registers without spilling."""
+    block, chunks = row_blocks(inputs.shape[-1])
+    return {
+        "D": inputs.shape[-1],
+        "WINDOW_H": cells.window[0],
+        "WINDOW_W": cells.window[1],
+        "HEAD": head is not None,
+        "KL": kl,
+        "POOL": pool,
+        "HALF": inputs.dtype != torch.float32,
+        "UNIT": LOG2_E,
+        "BLOCK": block,
+        "CHUNKS": chunks,
+        "num_warps": max(1, power_of_two(triton.cdiv(block * chunks, channels_per_warp))),
+    }

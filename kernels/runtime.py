@@ -1,0 +1,85 @@
+"""Where the kernels run: the one import of Triton, the choice of the backend, launch helpers.
+
+Every module takes `jit`, `tl` and `triton` from here, so that the package imports on a machine without Triton;
+there the kernels are plain functions that nobody calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import triton
+    import triton.language as tl
+else:
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:
+        triton = tl = None
+
+Backend = Literal["auto", "triton", "eager"]
+
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+# Operators live under the package's own import name: a copy of this folder inside another project registers
+# its own, and never collides with an installed fasttrain_kernels.
+NAMESPACE = (__package__ or "fasttrain_kernels").replace(".", "_")
+
+# True where TRITON_INTERPRET=1 was set when the kernels were imported: they then run on CPU tensors.
+INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
+
+
+def jit(kernel: Callable[..., Any]) -> Any:
+    """`triton.jit` where Triton is installed, else the function itself."""
+    return kernel if triton is None else triton.jit(kernel)
+
+
+def use_triton(backend: str, **tensors: Tensor) -> bool:
+    """Whether the Triton kernels take these tensors.
+
+    Raises:
+        ValueError: `backend` is no backend, or it is `triton` and the kernels cannot take one of the tensors.
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
+    obstacle = _obstacle(tensors)
+    if backend == "triton" and obstacle:
+        raise ValueError(obstacle)
+    return backend == "triton" or (backend == "auto" and not obstacle and not INTERPRETED)
+
+
+def _obstacle(tensors: dict[str, Tensor]) -> str | None:
+    """Why the Triton kernels cannot take these tensors, or None."""
+    if triton is None:
+        return "backend 'triton' needs the package triton, which is not installed: pip install triton, or use 'eager'"
+    for name, tensor in tensors.items():
+        if tensor.dtype not in TRITON_DTYPES:
+            return f"{name} must be float16, bfloat16 or float32 for backend 'triton', got {tensor.dtype}"
+        if not tensor.is_cuda and not INTERPRETED:
+            return f"{name} must be a CUDA tensor for backend 'triton', got one on {tensor.device}: use 'eager' there"
+    return None
+
+
+def unit_stride(tensor: Tensor) -> Tensor:
+    """The tensor itself where its channels lie side by side, else a contiguous copy: kernels take any other stride."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Number of streaming multiprocessors of the device; 1 under the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def on_device(tensor: Tensor) -> torch.cuda.device:
+    """Context in which kernels launch on the tensor's GPU; does nothing for CPU tensors."""
+    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is not below `size`."""
+    return 1 << (size - 1).bit_length()
