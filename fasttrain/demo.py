@@ -89,9 +89,9 @@ def measure(scenes: list[Scene], encoder: VideoEncoder, *, projected: bool) -> O
         frames_1TCHW = normalise(scene.frames_THWC)[None]
         with torch.inference_mode():
             tokens_TPD = (encoder if projected else encoder.frozen)(frames_1TCHW)[0].float().cpu()
-        features_VTPD.append(tokens_TPD)
-        height, width = scene.labels_THW.shape[1:]
-        labels_THW = propagate(tokens_TPD, encoder.grid(height, width), scene.labels_THW)
+        grid = encoder.grid(*scene.labels_THW.shape[1:])
+        features_VTPD.append(central_square(tokens_TPD.unflatten(1, grid)).flatten(1, 2))
+        labels_THW = propagate(tokens_TPD, grid, scene.labels_THW)
         labels_VTHW.append(labels_THW)
         similarities += [
             region_similarity(labels_THW[t] == label, scene.labels_THW[t] == label)
@@ -116,6 +116,14 @@ def normalise(frames_THWC: np.ndarray) -> Tensor:
     """uint8 RGB frames as (T, 3, H, W) float32, normalised with the ImageNet mean and std."""
     frames_THWC_float = torch.from_numpy(frames_THWC).float() / 255
     return ((frames_THWC_float - IMAGENET_MEAN) / IMAGENET_STD).movedim(-1, 1)
+
+
+def central_square(tokens_ThwD: Tensor) -> Tensor:
+    """The middle of the grid: the paper's analysis is defined on squares."""
+    height, width = tokens_ThwD.shape[1:3]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return tokens_ThwD[:, top : top + side, left : left + side]
 
 
 def draw(scene: Scene, before_THW: np.ndarray, after_THW: np.ndarray, path: Path) -> None:
