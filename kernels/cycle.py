@@ -34,16 +34,21 @@ from .runtime import jit, on_device, power_of_two, tl, triton
 
 MAX_FUSED_TOKENS = 64
 
-# Gradients leave the kernels as this many times (tau B M) their value: in fp16 the smallest that survives is then
-# 1e-9 of the largest, and the largest, 2 x 64 x 2 x 64, still fits.
-GRAD_SCALE = 64.0
+
+def grad_scale(tokens: int) -> float:
+    """Gradients leave the cycle kernels as this many times (tau B M) their value.
+
+    The largest is at most 4 M times a token's component, so that fp16 holds it for components up to one, and
+    keeps as much as can be of the small ones.
+    """
+    return 4096.0 / power_of_two(tokens)
 
 
 class CycleResult(NamedTuple):
     """What the cycle kernels return; `sums` / (B M) are the means over rows.
 
     `sums` (4,) in fp32: cross-entropy, rows whose arg-max is the diagonal, squares of C, diagonal of C; the
-    second and third are 0 without diagnostics. `grad` (B, 3, M, D): GRAD_SCALE x tau x B x M x the gradient.
+    second and third are 0 without diagnostics. `grad` (B, 3, M, D): grad_scale(M) x tau x B x M x the gradient.
     """
 
     sums: Tensor
@@ -174,13 +179,13 @@ def launch_cycle(
             1.0 / temperature,
             D=channels,
             EPS=CYCLE_EPS,
-            SCALE=GRAD_SCALE,
+            SCALE=grad_scale(tokens),
             GRAD=grad_dtype is not None,
             DIAGNOSTICS=diagnostics,
             BLOCK_M=block,
             BLOCK_D=block_channels,
             D_PER_PROGRAM=per_program,
-            num_warps=4,
+            num_warps=4 if walk_B3MD.element_size() == 2 else 8,
             num_stages=3,
         )
     return CycleResult(sums_B4.sum(0), grad_B3MD)

@@ -1,0 +1,359 @@
+"""Cycle consistency of a walk over three views of any size, in memory that grows with M and never with M squared.
+
+The maths of cycle.py, in tiles of 64 x 64 logits that each kernel recomputes from the tokens. What goes from one
+kernel to the next is one number a token:
+
+    1. back normaliser   L'_j = log sum_i exp(p2_j . p3_i / tau)
+    2. return            L_i  = log sum_j exp(p1_i . p2_j / tau),  C_ii = sum_j exp(s_ij - L_i + t_ij - L'_j)
+    3. through           W_j  = sum_i w_ij
+    4. gradient of p1 and p3, a sum over j;  5. of p2, a sum over i;  6. diagnostics, tiles of C itself
+
+with s and t the logits there and back. Step 2 keeps a running maximum, as FlashAttention does (Dao et al., 2022,
+arXiv 2205.14135).
+
+Shape suffixes: B samples, M tokens of a view, D channels; inside the kernels I tokens of frame 1 (either time),
+J tokens of frame 2, K channels of one step, O channels of the gradient. Logarithms are to base 2 there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cycle import CycleResult, grad_scale
+from .elementary import exp2
+from .epilogue import LOG2_E
+from .reference import CYCLE_EPS
+from .runtime import jit, on_device, power_of_two, tl, triton
+
+BLOCK = 64
+
+
+@jit
+def _logits(
+    query_ptr: tl.tensor,
+    key_ptr: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    tokens: tl.tensor,
+    scale: tl.tensor,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> tl.tensor:
+    """One tile of query key^T / tau, in units of log2."""
+    step = tl.arange(0, BLOCK_K)
+    logits = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
+    for start in range(0, D, BLOCK_K):
+        channel = (start + step < D)[None, :]
+        query = tl.load(
+            query_ptr + rows[:, None] * D + start + step[None, :],
+            mask=(rows < tokens)[:, None] & channel,
+            other=0.0,
+        )
+        key = tl.load(
+            key_ptr + columns[:, None] * D + start + step[None, :],
+            mask=(columns < tokens)[:, None] & channel,
+            other=0.0,
+        )
+        logits = tl.dot(query, tl.trans(key), logits, input_precision="tf32x3")
+    return logits * scale
+
+
+@jit
+def _load_tokens(
+    view_ptr: tl.tensor, rows: tl.tensor, channels: tl.tensor, tokens: tl.tensor, D: tl.constexpr
+) -> tl.tensor:
+    mask = (rows < tokens)[:, None] & (channels < D)[None, :]
+    return tl.load(view_ptr + rows[:, None] * D + channels[None, :], mask=mask, other=0.0)
+
+
+@jit
+def _transitions(
+    first_ptr: tl.tensor,
+    second_ptr: tl.tensor,
+    third_ptr: tl.tensor,
+    there_ptr: tl.tensor,
+    back_ptr: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    tokens: tl.tensor,
+    scale: tl.tensor,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Tiles of A_ij and A'_ji, both [I, J], from the normalisers; 0 beyond the last token."""
+    exists = (rows < tokens)[:, None] & (columns < tokens)[None, :]
+    normaliser_I = tl.load(there_ptr + rows, mask=rows < tokens, other=0.0)
+    there_IJ = _logits(first_ptr, second_ptr, rows, columns, tokens, scale, D, BLOCK, BLOCK_K)
+    there_IJ = tl.where(exists, exp2(there_IJ - normaliser_I[:, None]), 0.0)
+    normaliser_J = tl.load(back_ptr + columns, mask=columns < tokens, other=0.0)
+    back_IJ = _logits(third_ptr, second_ptr, rows, columns, tokens, scale, D, BLOCK, BLOCK_K)
+    return there_IJ, tl.where(exists, exp2(back_IJ - normaliser_J[None, :]), 0.0)
+
+
+@jit
+def _back_normaliser_kernel(
+    walk_ptr: tl.tensor,
+    back_ptr: tl.tensor,
+    tokens: tl.tensor,
+    scale: tl.tensor,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    """Step 1, one program per (block of j, sample)."""
+    sample = tl.program_id(1).to(tl.int64)
+    second_ptr = walk_ptr + (sample * 3 + 1) * tokens * D
+    third_ptr = second_ptr + tokens * D
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    largest_J = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
+    total_J = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, tokens, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        back_IJ = _logits(third_ptr, second_ptr, rows, columns, tokens, scale, D, BLOCK, BLOCK_K)
+        back_IJ = tl.where((rows < tokens)[:, None], back_IJ, float("-inf"))
+        larger_J = tl.maximum(largest_J, tl.max(back_IJ, 0))
+        total_J = total_J * exp2(largest_J - larger_J) + tl.sum(exp2(back_IJ - larger_J[None, :]), 0)
+        largest_J = larger_J
+    tl.store(back_ptr + sample * tokens + columns, largest_J + tl.log2(total_J), mask=columns < tokens)
+
+
+@jit
+def _return_kernel(
+    walk_ptr: tl.tensor,
+    back_ptr: tl.tensor,
+    there_ptr: tl.tensor,
+    return_ptr: tl.tensor,
+    tokens: tl.tensor,
+    scale: tl.tensor,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    """Step 2, one program per (block of i, sample)."""
+    sample = tl.program_id(1).to(tl.int64)
+    first_ptr = walk_ptr + sample * 3 * tokens * D
+    second_ptr = first_ptr + tokens * D
+    third_ptr = second_ptr + tokens * D
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    largest_I = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
+    total_I = tl.zeros([BLOCK], dtype=tl.float32)
+    return_I = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, tokens, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        exists = (columns < tokens)[None, :]
+        there_IJ = _logits(first_ptr, second_ptr, rows, columns, tokens, scale, D, BLOCK, BLOCK_K)
+        there_IJ = tl.where(exists, there_IJ, float("-inf"))
+        back_IJ = _logits(third_ptr, second_ptr, rows, columns, tokens, scale, D, BLOCK, BLOCK_K)
+        normaliser_J = tl.load(back_ptr + sample * tokens + columns, mask=columns < tokens, other=0.0)
+        larger_I = tl.maximum(largest_I, tl.max(there_IJ, 1))
+        shrink_I = exp2(largest_I - larger_I)
+        weight_IJ = exp2(there_IJ - larger_I[:, None])
+        total_I = total_I * shrink_I + tl.sum(weight_IJ, 1)
+        arrived_IJ = tl.where(exists, weight_IJ * exp2(back_IJ - normaliser_J[None, :]), 0.0)
+        return_I = return_I * shrink_I + tl.sum(arrived_IJ, 1)
+        largest_I = larger_I
+    tl.store(there_ptr + sample * tokens + rows, largest_I + tl.log2(total_I), mask=rows < tokens)
+    tl.store(return_ptr + sample * tokens + rows, return_I / total_I, mask=rows < tokens)
+
+
+@jit
+def _through_kernel(
+    walk_ptr: tl.tensor,
+    there_ptr: tl.tensor,
+    back_ptr: tl.tensor,
+    return_ptr: tl.tensor,
+    through_ptr: tl.tensor,
+    tokens: tl.tensor,
+    scale: tl.tensor,
+    EPS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    """Step 3, one program per (block of j, sample)."""
+    sample = tl.program_id(1).to(tl.int64)
+    first_ptr = walk_ptr + sample * 3 * tokens * D
+    second_ptr = first_ptr + tokens * D
+    third_ptr = second_ptr + tokens * D
+    there_ptr += sample * tokens
+    back_ptr += sample * tokens
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    through_J = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, tokens, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        there_IJ, back_IJ = _transitions(
+            first_ptr, second_ptr, third_ptr, there_ptr, back_ptr,
+            rows, columns, tokens, scale, D, BLOCK, BLOCK_K,
+        )  # fmt: skip
+        return_I = tl.load(return_ptr + sample * tokens + rows, mask=rows < tokens, other=0.0)
+        through_J += tl.sum(there_IJ * back_IJ / (return_I + EPS)[:, None], 0)
+    tl.store(through_ptr + sample * tokens + columns, through_J, mask=columns < tokens)
+
+
+@jit
+def _gradient_kernel(
+    walk_ptr: tl.tensor,
+    there_ptr: tl.tensor,
+    back_ptr: tl.tensor,
+    return_ptr: tl.tensor,
+    through_ptr: tl.tensor,
+    grad_ptr: tl.tensor,
+    tokens: tl.tensor,
+    scale: tl.tensor,
+    EPS: tl.constexpr,
+    GRAD_SCALE: tl.constexpr,
+    OF_SECOND: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+) -> None:
+    """Steps 4 and 5, one program per (block of the view's tokens, slice of channels, sample)."""
+    sample = tl.program_id(2).to(tl.int64)
+    first_ptr = walk_ptr + sample * 3 * tokens * D
+    second_ptr = first_ptr + tokens * D
+    third_ptr = second_ptr + tokens * D
+    there_ptr += sample * tokens
+    back_ptr += sample * tokens
+    own = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    channels = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    grad_there = tl.zeros([BLOCK, BLOCK_O], dtype=tl.float32)
+    grad_back = tl.zeros([BLOCK, BLOCK_O], dtype=tl.float32)
+    for start in range(0, tokens, BLOCK):
+        other = start + tl.arange(0, BLOCK)
+        rows = other if OF_SECOND else own
+        columns = own if OF_SECOND else other
+        there_IJ, back_IJ = _transitions(
+            first_ptr, second_ptr, third_ptr, there_ptr, back_ptr,
+            rows, columns, tokens, scale, D, BLOCK, BLOCK_K,
+        )  # fmt: skip
+        return_I = tl.load(return_ptr + sample * tokens + rows, mask=rows < tokens, other=0.0)
+        through_J = tl.load(through_ptr + sample * tokens + columns, mask=columns < tokens, other=0.0)
+        path_IJ = there_IJ * back_IJ / (return_I + EPS)[:, None]
+        back_IJ = (back_IJ * through_J[None, :] - path_IJ) * GRAD_SCALE
+        there_IJ = (there_IJ * (return_I / (return_I + EPS))[:, None] - path_IJ) * GRAD_SCALE
+        there = there_IJ.to(walk_ptr.dtype.element_ty)
+        back = back_IJ.to(walk_ptr.dtype.element_ty)
+        if OF_SECOND:
+            first_IO = _load_tokens(first_ptr, rows, channels, tokens, D)
+            grad_there = tl.dot(tl.trans(there), first_IO, grad_there, input_precision="tf32x3")
+            third_IO = _load_tokens(third_ptr, rows, channels, tokens, D)
+            grad_there = tl.dot(tl.trans(back), third_IO, grad_there, input_precision="tf32x3")
+        else:
+            second_JO = _load_tokens(second_ptr, columns, channels, tokens, D)
+            grad_there = tl.dot(there, second_JO, grad_there, input_precision="tf32x3")
+            grad_back = tl.dot(back, second_JO, grad_back, input_precision="tf32x3")
+
+    element = grad_ptr.dtype.element_ty
+    mask = (own < tokens)[:, None] & (channels < D)[None, :]
+    grad_base = grad_ptr + sample * 3 * tokens * D + own[:, None] * D + channels[None, :]
+    if OF_SECOND:
+        tl.store(grad_base + tokens * D, grad_there.to(element), mask=mask)
+    else:
+        tl.store(grad_base, grad_there.to(element), mask=mask)
+        tl.store(grad_base + 2 * tokens * D, grad_back.to(element), mask=mask)
+
+
+@jit
+def _diagnostics_kernel(
+    walk_ptr: tl.tensor,
+    there_ptr: tl.tensor,
+    back_ptr: tl.tensor,
+    return_ptr: tl.tensor,
+    correct_ptr: tl.tensor,
+    squares_ptr: tl.tensor,
+    tokens: tl.tensor,
+    scale: tl.tensor,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    """Step 6, one program per (block of i, sample): is the row's arg-max the diagonal, and the sum of its squares."""
+    sample = tl.program_id(1).to(tl.int64)
+    first_ptr = walk_ptr + sample * 3 * tokens * D
+    second_ptr = first_ptr + tokens * D
+    third_ptr = second_ptr + tokens * D
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    normaliser_I = tl.load(there_ptr + sample * tokens + rows, mask=rows < tokens, other=0.0)
+    return_I = tl.load(return_ptr + sample * tokens + rows, mask=rows < tokens, other=0.0)
+    beaten_I = tl.zeros([BLOCK], dtype=tl.int32)
+    squares_I = tl.zeros([BLOCK], dtype=tl.float32)
+    for target in range(0, tokens, BLOCK):
+        ends = target + tl.arange(0, BLOCK)
+        cycle_IE = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
+        for start in range(0, tokens, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            there_IJ = _logits(first_ptr, second_ptr, rows, columns, tokens, scale, D, BLOCK, BLOCK_K)
+            exists = (columns < tokens)[None, :]
+            there_IJ = tl.where(exists, exp2(there_IJ - normaliser_I[:, None]), 0.0)
+            back_EJ = _logits(third_ptr, second_ptr, ends, columns, tokens, scale, D, BLOCK, BLOCK_K)
+            normaliser_J = tl.load(back_ptr + sample * tokens + columns, mask=columns < tokens, other=0.0)
+            back_EJ = tl.where(exists, exp2(back_EJ - normaliser_J[None, :]), 0.0)
+            cycle_IE = tl.dot(there_IJ, tl.trans(back_EJ), cycle_IE, input_precision="tf32x3")
+        is_end = (ends < tokens)[None, :]
+        cycle_IE = tl.where(is_end, cycle_IE, 0.0)
+        squares_I += tl.sum(cycle_IE * cycle_IE, 1)
+        earlier = ends[None, :] < rows[:, None]
+        other = is_end & (ends[None, :] != rows[:, None])
+        diagonal = return_I[:, None]
+        beats = other & ((cycle_IE > diagonal) | ((cycle_IE == diagonal) & earlier))
+        beaten_I = tl.maximum(beaten_I, tl.max(beats.to(tl.int32), 1))
+    tl.store(correct_ptr + sample * tokens + rows, 1.0 - beaten_I.to(tl.float32), mask=rows < tokens)
+    tl.store(squares_ptr + sample * tokens + rows, squares_I, mask=rows < tokens)
+
+
+def launch_streaming(
+    walk_B3MD: Tensor, temperature: float, *, grad_dtype: torch.dtype | None, diagnostics: bool
+) -> CycleResult:
+    """As `launch_cycle`, for any number of tokens M: contiguous views (B, 3, M, D)."""
+    samples, _, tokens, channels = walk_B3MD.shape
+    there_BM, back_BM, return_BM, through_BM, correct_BM, squares_BM = walk_B3MD.new_empty(
+        (6, samples, tokens), dtype=torch.float32
+    ).unbind()
+    blocks = triton.cdiv(tokens, BLOCK)
+    scale = LOG2_E / temperature
+    half = walk_B3MD.element_size() == 2
+    tile: dict[str, Any] = {
+        "D": channels,
+        "BLOCK": BLOCK,
+        "BLOCK_K": min(max(power_of_two(channels), 16), 64 if half else 32),
+        "num_warps": 4 if half else 8,
+    }
+    grad_B3MD = torch.empty(
+        walk_B3MD.shape if grad_dtype else (0,), device=walk_B3MD.device, dtype=grad_dtype or walk_B3MD.dtype
+    )
+    with on_device(walk_B3MD):
+        launch = (blocks, samples)
+        _back_normaliser_kernel[launch](walk_B3MD, back_BM, tokens, scale, **tile)
+        _return_kernel[launch](walk_B3MD, back_BM, there_BM, return_BM, tokens, scale, **tile)
+        if grad_dtype:
+            rows = (walk_B3MD, there_BM, back_BM, return_BM, through_BM)
+            _through_kernel[launch](*rows, tokens, scale, EPS=CYCLE_EPS, **tile)
+            slice_channels = min(max(power_of_two(channels), 16), 128 if half else 64)
+            launch_sliced = (blocks, triton.cdiv(channels, slice_channels), samples)
+            for of_second in (False, True):
+                _gradient_kernel[launch_sliced](
+                    *rows,
+                    grad_B3MD,
+                    tokens,
+                    scale,
+                    EPS=CYCLE_EPS,
+                    GRAD_SCALE=grad_scale(tokens),
+                    OF_SECOND=of_second,
+                    BLOCK_O=slice_channels,
+                    **{**tile, "num_warps": 8},
+                )
+        if diagnostics:
+            _diagnostics_kernel[launch](
+                walk_B3MD, there_BM, back_BM, return_BM, correct_BM, squares_BM, tokens, scale, **tile
+            )
+        else:
+            correct_BM, squares_BM = torch.zeros_like(return_BM), torch.zeros_like(return_BM)
+    losses_BM = torch.log((1.0 + tokens * CYCLE_EPS) / (return_BM + CYCLE_EPS))
+    sums = torch.stack([losses_BM, correct_BM, squares_BM, return_BM]).sum((1, 2))
+    return CycleResult(sums, grad_B3MD)
