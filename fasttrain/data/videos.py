@@ -7,9 +7,12 @@ rounded to 8, turned upright by the display matrix.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import av
 import numpy as np
@@ -20,6 +23,8 @@ from fasttrain.data.images import UnreadableFrameError
 
 Frame = npt.NDArray[np.uint8]
 Times = Sequence[int] | npt.NDArray[np.int64]
+PacketTimes = list[int | None]
+Matrix = Literal["bt601", "bt709", "bt2020"]
 
 VIDEO_SUFFIXES = frozenset(
     {
@@ -28,8 +33,14 @@ VIDEO_SUFFIXES = frozenset(
     }
 )  # fmt: skip
 
+# ffmpeg's numbers of the matrices (AVColorSpace); all others are close to BT.601 or rare.
+_MATRICES: dict[int, Matrix] = {1: "bt709", 9: "bt2020", 10: "bt2020"}
+
 # Filters that walk the length-prefixed NAL units of a stream: they find a damaged one without decoding.
 _STRUCTURE_FILTERS = {"h264": "h264_mp4toannexb", "hevc": "hevc_mp4toannexb"}
+# An H.264 picture that resets the decoder. ffmpeg also marks mere recovery points as key frames; a decoder
+# that starts there may miss references.
+_IDR = re.compile(rb"\x00\x00\x01[\x05\x25\x45\x65]")
 
 
 @dataclass(frozen=True)
@@ -40,10 +51,14 @@ class VideoInfo:
     codec: str
     quarter_turns: int
     """Counter-clockwise quarter turns that set a decoded frame upright."""
+    matrix: Matrix
+    """The YCbCr matrix of its colours; ffmpeg takes BT.601 where a stream does not say."""
     times: Times | None
     """Presentation time of every frame, ascending; None where the container has none (some AVI)."""
     key_times: Sequence[int]
     """Presentation times of the key frames, ascending."""
+    reset_times: Sequence[int]
+    """Those of the key frames that reset the decoder, so that nothing before them is needed."""
     num_frames: int
 
 
@@ -52,20 +67,22 @@ def probe_video(path: Path) -> VideoInfo:
     try:
         with av.open(str(path)) as container:
             stream = _video_stream(container)
-            times, key_times = _packet_times(container, stream)
+            times, key_times, reset_times = _packet_times(container, stream)
             if not times:
                 raise UnreadableFrameError("it holds no video frames")
             container.seek(0)
             first = next(container.decode(stream), None)
             if first is None:
                 raise UnreadableFrameError("its first frame cannot be decoded")
-            known = [time for time in times if time is not None]
+            known = _sorted(times)
             return VideoInfo(
                 path=path,
-                codec=stream.codec_context.name,
+                codec=stream.codec_context.codec.canonical_name,
                 quarter_turns=_quarter_turns(first),
-                times=_compact(sorted(known)) if len(known) == len(times) else None,
-                key_times=sorted(time for time in key_times if time is not None),
+                matrix=_MATRICES.get(int(first.colorspace), "bt601"),
+                times=_compact(known) if len(known) == len(times) else None,
+                key_times=_sorted(key_times),
+                reset_times=_sorted(reset_times),
                 num_frames=len(times),
             )
     except (av.FFmpegError, OSError) as error:
@@ -77,31 +94,79 @@ def read_video_frames(video: VideoInfo, frames: Sequence[int]) -> list[Frame]:
 
     Raises UnreadableFrameError, with the number of the frame that could not be had.
     """
-    found: dict[int, Frame] = {}
+    wanted = sorted(set(frames))
+    found = dict(zip(wanted, stream_video_frames(video, wanted), strict=True))
+    return [found[frame] for frame in frames]
+
+
+def stream_video_frames(video: VideoInfo, frames: Iterable[int]) -> Iterator[Frame]:
+    """The frames of these ascending numbers, one at a time, as read_video_frames gives them."""
     frame = 0
     try:
         with av.open(str(video.path)) as container:
             stream = _video_stream(container)
-            # Samples are decoded in parallel; threads inside each would only get in the way.
+            # Videos are decoded in parallel; threads inside each would only get in the way.
             stream.codec_context.thread_count = 1
             reader = _FrameReader(container, stream, video)
-            for frame in sorted(set(frames)):
-                found[frame] = to_rgb(reader.read(frame))
+            for frame in frames:
+                yield to_rgb(reader.read(frame))
     except (av.FFmpegError, OSError) as error:
         raise UnreadableFrameError(_reason(error), frame) from error
-    return [found[frame] for frame in frames]
 
 
-def iterate_video(video: VideoInfo) -> Iterator[Frame]:
-    """All frames of a video in order, each (H, W, 3) uint8 RGB. Raises UnreadableFrameError."""
-    frame = 0
+def cut_clip(video: VideoInfo, frames: Sequence[int]) -> tuple[Frame, list[int]]:
+    """The packets that decoding these frames takes, as a small Matroska file, and the frames' numbers in it.
+
+    Nothing is decoded, so a GPU's decoder gets a dozen pictures instead of the whole video. The file is
+    (bytes,) uint8. Raises UnreadableFrameError.
+    """
+    if video.times is None:
+        raise UnreadableFrameError("its container has no time stamps to seek by", frames[0])
+    packets: dict[int, av.Packet] = {}
+    targets = [int(video.times[frame]) for frame in frames]
+    buffer = io.BytesIO()
     try:
-        with av.open(str(video.path)) as container:
-            for picture in container.decode(_video_stream(container)):
-                yield to_rgb(picture)
-                frame += 1
+        with av.open(str(video.path)) as source, av.open(buffer, "w", format="matroska") as clip:
+            stream = _video_stream(source)
+            for target in sorted(targets):
+                if target not in packets:
+                    start = max(time for time in video.reset_times if time <= target)
+                    packets |= _packets_between(source, stream, start, target)
+            out = _copy_stream(clip, stream)
+            for packet in packets.values():
+                packet.stream = out
+                clip.mux(packet)
     except (av.FFmpegError, OSError) as error:
-        raise UnreadableFrameError(_reason(error), frame) from error
+        raise UnreadableFrameError(_reason(error), frames[0]) from error
+    # A decoder counts frames in the order in which they are shown.
+    shown = sorted(packets)
+    return np.frombuffer(buffer.getvalue(), dtype=np.uint8), [shown.index(target) for target in targets]
+
+
+def _copy_stream(clip: av.container.OutputContainer, stream: av.VideoStream) -> av.stream.Stream:
+    if stream.codec_context.codec.canonical_name == "av1":
+        # PyAV looks for an encoder of the decoder's name, which dav1d is not.
+        return clip.add_mux_stream(
+            "av1", width=stream.width, height=stream.height, time_base=stream.time_base
+        )
+    return clip.add_stream_from_template(stream)
+
+
+def _packets_between(
+    container: av.container.InputContainer, stream: av.VideoStream, start: int, target: int
+) -> dict[int, av.Packet]:
+    """By time and in decoding order: from the key frame shown at `start` to the packet of `target`."""
+    container.seek(start, stream=stream)
+    packets: dict[int, av.Packet] = {}
+    for packet in container.demux(stream):
+        time = packet.pts
+        # What comes before the key frame, or is shown before it, is needed by nothing after it.
+        if time is None or time < start or not (packets or time == start):
+            continue
+        packets[time] = packet
+        if time == target:
+            return packets
+    raise UnreadableFrameError("its packets changed since it was indexed")
 
 
 def to_rgb(picture: av.VideoFrame) -> Frame:
@@ -163,26 +228,37 @@ def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
 
 def _packet_times(
     container: av.container.InputContainer, stream: av.VideoStream
-) -> tuple[list[int | None], list[int | None]]:
-    """Presentation times of all packets and of the key packets, in file order."""
+) -> tuple[PacketTimes, PacketTimes, PacketTimes]:
+    """Presentation times of all packets, of key frames and of decoder resets, in file order."""
     name = _STRUCTURE_FILTERS.get(stream.codec_context.name)
     structure = BitStreamFilterContext(name, stream) if name else None
-    times: list[int | None] = []
-    key_times: list[int | None] = []
+    times: PacketTimes = []
+    key_times: PacketTimes = []
+    reset_times: PacketTimes = []
     for packet in container.demux(stream):
         if not packet.size or packet.is_discard:
             continue
         if packet.is_corrupt:
             raise UnreadableFrameError(f"packet {len(times)} is corrupt")
-        times.append(packet.pts)
+        # The filter takes the packet's contents away.
+        time, resets = packet.pts, packet.is_keyframe
+        times.append(time)
         if packet.is_keyframe:
-            key_times.append(packet.pts)
+            key_times.append(time)
         if structure:
             try:
-                structure.filter(packet)
+                units = structure.filter(packet)
             except av.FFmpegError as error:
                 raise UnreadableFrameError(f"packet {len(times) - 1} is damaged: {_reason(error)}") from error
-    return times, key_times
+            if name == "h264_mp4toannexb":
+                resets = resets and any(_IDR.search(bytes(unit)) for unit in units)
+        if resets:
+            reset_times.append(time)
+    return times, key_times, reset_times
+
+
+def _sorted(times: PacketTimes) -> list[int]:
+    return sorted(time for time in times if time is not None)
 
 
 def _quarter_turns(picture: av.VideoFrame) -> int:

@@ -1,5 +1,6 @@
 """Random access to video frames against decoding from the start, for real files and awkward ones."""
 
+import io
 from pathlib import Path
 
 import av
@@ -8,7 +9,7 @@ import pytest
 from makers import encode_video, picture
 
 from fasttrain.data.images import UnreadableFrameError
-from fasttrain.data.videos import iterate_video, probe_video, read_video_frames, to_rgb
+from fasttrain.data.videos import cut_clip, probe_video, read_video_frames, stream_video_frames, to_rgb
 
 
 def sequential(path: Path) -> list[np.ndarray]:
@@ -45,6 +46,7 @@ def test_every_frame_of_a_stream_with_open_groups_of_pictures(tmp_path: Path) ->
     video = probe_video(encode_video(tmp_path / "open.mp4", frames, **options))
     truth = sequential(video.path)
     assert len(video.key_times) > 3
+    assert len(video.reset_times) == 1
     for frame in range(40):
         (got,) = read_video_frames(video, [frame])
         np.testing.assert_array_equal(got, truth[frame])
@@ -110,10 +112,11 @@ def test_rotation_turns_the_frame_upright(shared: Path) -> None:
     np.testing.assert_array_equal(read_video_frames(video, [0])[0], stored[::-1, ::-1])
 
 
-def test_iterating_gives_every_frame(shared: Path) -> None:
-    video = probe_video(shared / "videos" / "h265_video.mp4")
-    for got, truth in zip(iterate_video(video), sequential(video.path), strict=True):
-        np.testing.assert_array_equal(got, truth)
+def test_streaming_gives_every_frame_asked_for(shared: Path) -> None:
+    video = probe_video(shared / "videos" / "nasa_13013.mp4")
+    truth = sequential(video.path)[::20]
+    for got, expected in zip(stream_video_frames(video, range(0, 325, 20)), truth, strict=True):
+        np.testing.assert_array_equal(got, expected)
 
 
 def test_damage_is_found_without_decoding_it_all(shared: Path) -> None:
@@ -139,3 +142,50 @@ def test_a_file_with_sound_only_is_no_video(tmp_path: Path) -> None:
         container.mux(stream.encode(None))
     with pytest.raises(UnreadableFrameError, match="no video stream"):
         probe_video(path)
+
+
+def check_clips(path: Path, pairs: list[tuple[int, int]]) -> None:
+    """A decoder that knows only the clip gives the frames of the whole file."""
+    video, truth = probe_video(path), sequential(path)
+    for pair in pairs:
+        data, numbers = cut_clip(video, pair)
+        with av.open(io.BytesIO(data.tobytes())) as container:
+            decoded = [to_rgb(frame) for frame in container.decode(video=0)]
+        for frame, number in zip(pair, numbers, strict=True):
+            np.testing.assert_array_equal(decoded[number], truth[frame])
+
+
+@pytest.mark.parametrize("name", [name for name in REAL if not name.startswith("rotated")])
+def test_clips_of_real_videos(shared: Path, name: str) -> None:
+    path = shared / "videos" / name
+    last = probe_video(path).num_frames - 1
+    check_clips(path, [(0, 0), (last, last), (1, last), (last // 2, last // 2 + 1), (last, last // 3)])
+
+
+@pytest.mark.parametrize(
+    ("codec", "suffix", "options"),
+    [
+        (
+            "libx264",
+            ".mp4",
+            {"x264-params": "open-gop=1:keyint=8:min-keyint=8:bframes=3:scenecut=0:b-adapt=0"},
+        ),
+        (
+            "libx265",
+            ".mp4",
+            {"x265-params": "open-gop=1:keyint=8:min-keyint=8:bframes=3:scenecut=0:log-level=none"},
+        ),
+        ("libvpx-vp9", ".webm", {"g": 8}),
+    ],
+)
+def test_every_frame_of_a_clip(tmp_path: Path, codec: str, suffix: str, options: dict) -> None:
+    frames = [picture(0, t) for t in range(30)]
+    path = encode_video(tmp_path / f"x{suffix}", frames, codec, **options)
+    check_clips(path, [(frame, min(frame + 4, 29)) for frame in range(30)] + [(2, 27), (29, 0)])
+
+
+def test_a_clip_is_much_smaller_than_its_video(tmp_path: Path) -> None:
+    path = encode_video(tmp_path / "x.mp4", [picture(0, t) for t in range(100)], g=10, bf=0)
+    data, numbers = cut_clip(probe_video(path), [43, 58])
+    assert numbers == [3, 12]
+    assert len(data) < path.stat().st_size / 3
