@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from fasttrain.data.images import UnreadableFrameError
-from fasttrain.data.pipeline import Decoder, Stage, Stored, open_stage
+from fasttrain.data.pipeline import Decoder, Stage, Upright, open_stage
 from fasttrain.data.sampling import Draws, Ints, PairSampling
-from fasttrain.data.sources import FrameIndex
+from fasttrain.data.sources import ClipIndex, FrameIndex, StoredPair, VideoIndex
+from fasttrain.data.videos import nvdec_decodes
 from fasttrain.errors import InputError
 
 # So many in a row mean that nothing can be read: at half the samples bad this happens once in 4 billion.
@@ -59,7 +60,7 @@ class _Batch:
     epochs: Ints
     wanted: Ints
     draws: Draws
-    frames: list[Stored]
+    pairs: list[StoredPair]
     attempts: list[int]
     faults: list[Fault] = field(default_factory=list)
 
@@ -96,7 +97,7 @@ class PairLoader:
         dtype: torch.dtype,
         max_bad_fraction: float,
     ) -> None:
-        self.index, self.sampling = index, sampling
+        self.index, self.sampling = _for_device(index, device, decoder), sampling
         self.num_samples = sampling.num_samples(len(index))
         self.global_batch = accumulate * world_size * batch_size
         if self.global_batch > self.num_samples:
@@ -114,7 +115,8 @@ class PairLoader:
         self._fetchers = ThreadPoolExecutor(num_threads, thread_name_prefix="fetch")
         self._num_threads = num_threads
         self._stage: Stage = open_stage(
-            encoded=index.encoded,
+            storage=self.index.storage,
+            videos=_upright(self.index, device),
             device=device,
             decoder=decoder,
             batch_size=batch_size,
@@ -176,11 +178,10 @@ class PairLoader:
     def _read_part(self, epochs: Ints, samples: Ints) -> _Batch:
         draws = self.sampling.draw(self.index.num_frames, epochs, samples)
         batch = _Batch(epochs, samples, draws, [], [0] * len(samples))
-        pairs = [self._read_pair(batch, row) for row in range(len(samples))]
-        batch.frames = [first for first, _ in pairs] + [second for _, second in pairs]
+        batch.pairs = [self._read_pair(batch, row) for row in range(len(samples))]
         return batch
 
-    def _read_pair(self, batch: _Batch, row: int) -> list[Stored]:
+    def _read_pair(self, batch: _Batch, row: int) -> StoredPair:
         """Both frames of a row of the batch; of its replacement where they cannot be read."""
         while True:
             try:
@@ -208,7 +209,7 @@ class PairLoader:
         batch.faults.append(Fault(name, frame, reason, self.index.names[other.videos[0]]))
 
     def _submit(self, batch: _Batch) -> None:
-        self._stage.submit(batch.frames, batch.draws.boxes, batch.draws.flips)
+        self._stage.submit(batch.pairs, batch.draws)
 
     def _collect(self, decoding: deque[_Batch]) -> Tensor:
         """The first batch's frames, with every sample that does not decode replaced."""
@@ -228,28 +229,28 @@ class PairLoader:
             except RuntimeError:
                 continue
         batch = decoding[0]
-        pairs = len(batch.wanted)
         found = False
-        for row in range(pairs):
-            while (which := self._undecodable([batch.frames[row], batch.frames[pairs + row]])) is not None:
+        for row in range(len(batch.wanted)):
+            while (frame := self._undecodable(batch, row)) is not None:
                 found = True
-                self._replace(
-                    batch, row, int(batch.draws.frames[row, which]), "cannot be decoded, the file is damaged"
-                )
-                batch.frames[row], batch.frames[pairs + row] = self._read_pair(batch, row)
+                self._replace(batch, row, frame, "cannot be decoded, the file is damaged")
+                batch.pairs[row] = self._read_pair(batch, row)
         if not found:
             raise error
         for waiting in decoding:
             self._submit(waiting)
 
-    def _undecodable(self, pair: list[Stored]) -> int | None:
-        """Which frame of a pair the stage cannot decode, if any."""
-        for which, frame in enumerate(pair):
-            self._stage.submit([frame, frame], np.array([[0.0, 0.0, 1.0, 1.0]]), np.array([False]))
+    def _undecodable(self, batch: _Batch, row: int) -> int | None:
+        """The frame of a row that the stage cannot decode, if any."""
+        pair, frames = batch.pairs[row], batch.draws.frames[row]
+        # A clip holds both frames; images are tried one by one, so that the right one is named.
+        alone = [pair] if self.index.storage == "clips" else [[stored, stored] for stored in pair]
+        for frame, stored in zip(frames, alone, strict=False):
+            self._stage.submit([stored], Draws(*(column[row : row + 1] for column in _columns(batch.draws))))
             try:
                 self._stage.collect()
             except RuntimeError:
-                return which
+                return int(frame)
         return None
 
     def _count(self, batch: _Batch) -> None:
@@ -263,20 +264,34 @@ class PairLoader:
             )
 
 
+def _for_device(index: FrameIndex, device: torch.device, decoder: Decoder) -> FrameIndex:
+    """Raw video as clips for NVDEC, where there is a GPU and it can decode them all."""
+    if not isinstance(index, VideoIndex) or device.type != "cuda" or decoder == "cpu":
+        return index
+    if decoder == "mixed" or all(map(nvdec_decodes, index.videos)):
+        return index.as_clips()
+    return index
+
+
+def _upright(index: FrameIndex, device: torch.device) -> Upright | None:
+    if not isinstance(index, ClipIndex):
+        return None
+    turns = np.array([video.quarter_turns for video in index.videos], dtype=np.int64)
+    return Upright(turns, [video.matrix for video in index.videos], device)
+
+
 def _columns(draws: Draws) -> list[Any]:
     return [draws.samples, draws.videos, draws.frames, draws.boxes, draws.flips]
 
 
 def _join(parts: list[_Batch]) -> _Batch:
-    """The parts that several threads read, as one batch: first frames, then second frames."""
-    firsts = [frame for part in parts for frame in part.frames[: len(part.wanted)]]
-    seconds = [frame for part in parts for frame in part.frames[len(part.wanted) :]]
+    """The parts that several threads read, as one batch."""
     columns = zip(*(_columns(part.draws) for part in parts), strict=True)
     return _Batch(
         epochs=np.concatenate([part.epochs for part in parts]),
         wanted=np.concatenate([part.wanted for part in parts]),
         draws=Draws(*(np.concatenate(column) for column in columns)),
-        frames=firsts + seconds,
+        pairs=[pair for part in parts for pair in part.pairs],
         attempts=[attempt for part in parts for attempt in part.attempts],
         faults=[fault for part in parts for fault in part.faults],
     )

@@ -14,16 +14,27 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from fasttrain.data.images import IMAGE_SUFFIXES, Bytes, UnreadableFrameError, check_encoded, decode_image
-from fasttrain.data.videos import VIDEO_SUFFIXES, VideoInfo, probe_video, read_video_frames
+from fasttrain.data.videos import (
+    VIDEO_SUFFIXES,
+    VideoInfo,
+    cut_clip,
+    nvdec_decodes,
+    probe_video,
+    read_video_frames,
+)
 from fasttrain.errors import InputError
 
 Kind = Literal["auto", "folders", "list", "videos", "packed"]
+# What `read` gives: images, encoded JPEG or PNG (n,); frames, RGB (H, W, 3); clips, a Matroska file (n,) for
+# the GPU's decoder and the numbers of the frames in it.
+Storage = Literal["images", "frames", "clips"]
+StoredPair = Sequence[npt.NDArray[Any]]
 Skipped = list[tuple[str, str]]
 # By name: the folder and the file names of its frames.
 FrameFolders = dict[str, tuple[Path, tuple[str, ...]]]
@@ -37,8 +48,7 @@ class FrameIndex(ABC):
     """V videos and their frames, in the order of their names."""
 
     kind: str
-    encoded: bool
-    """Whether `read` gives encoded images (n,) rather than RGB frames (H, W, 3)."""
+    storage: Storage
 
     def __init__(self, names: Sequence[str], num_frames: Iterable[int], skipped: Skipped) -> None:
         self.names: list[str] = list(names)
@@ -56,20 +66,20 @@ class FrameIndex(ABC):
         return digest.hexdigest()[:32]
 
     @abstractmethod
-    def read(self, video: int, frames: Sequence[int]) -> list[npt.NDArray[np.uint8]]:
-        """The frames of these numbers as they are stored: see `encoded`. Raises UnreadableFrameError."""
+    def read(self, video: int, frames: Sequence[int]) -> StoredPair:
+        """The frames of these numbers as they are stored: see `storage`. Raises UnreadableFrameError."""
 
     def read_frame(self, video: int, frame: int) -> npt.NDArray[np.uint8]:
         """One frame, (H, W, 3) uint8 RGB. Raises UnreadableFrameError."""
         (stored,) = self.read(video, [frame])
-        return decode_image(stored) if self.encoded else stored
+        return decode_image(stored) if self.storage == "images" else stored
 
 
 class FolderIndex(FrameIndex):
     """A folder of image files per video."""
 
     kind = "folders"
-    encoded = True
+    storage: Storage = "images"
 
     def __init__(self, folders: FrameFolders, skipped: Skipped) -> None:
         names = sorted(folders)
@@ -95,15 +105,39 @@ class VideoIndex(FrameIndex):
     """A video file per video."""
 
     kind = "videos"
-    encoded = False
+    storage: Storage = "frames"
 
     def __init__(self, videos: dict[str, VideoInfo], skipped: Skipped) -> None:
         names = sorted(videos)
         self.videos = [videos[name] for name in names]
         super().__init__(names, (video.num_frames for video in self.videos), skipped)
 
-    def read(self, video: int, frames: Sequence[int]) -> list[npt.NDArray[np.uint8]]:
+    def read(self, video: int, frames: Sequence[int]) -> StoredPair:
         return read_video_frames(self.videos[video], [int(frame) for frame in frames])
+
+    def as_clips(self) -> ClipIndex:
+        """The same videos for a GPU's decoder. Raises InputError if there is one that it cannot decode."""
+        for name, video in zip(self.names, self.videos, strict=True):
+            if not nvdec_decodes(video):
+                raise InputError(
+                    f"{name} ({video.codec}, {video.pix_fmt}, {video.width} x {video.height}) is not for "
+                    "NVDEC; use data.decoder=auto or cpu"
+                )
+        return ClipIndex(dict(zip(self.names, self.videos, strict=True)), self.skipped)
+
+
+class ClipIndex(VideoIndex):
+    """Video files whose frames are decoded on the GPU: `read` gives the packets that this takes."""
+
+    storage: Storage = "clips"
+
+    def read(self, video: int, frames: Sequence[int]) -> StoredPair:
+        data, numbers = cut_clip(self.videos[video], [int(frame) for frame in frames])
+        return [data, np.array(numbers)]
+
+    def read_frame(self, video: int, frame: int) -> npt.NDArray[np.uint8]:
+        (rgb,) = read_video_frames(self.videos[video], [frame])
+        return rgb
 
 
 def os_reason(error: OSError) -> str:

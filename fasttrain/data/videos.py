@@ -36,6 +36,15 @@ VIDEO_SUFFIXES = frozenset(
 # ffmpeg's numbers of the matrices (AVColorSpace); all others are close to BT.601 or rare.
 _MATRICES: dict[int, Matrix] = {1: "bt709", 9: "bt2020", 10: "bt2020"}
 
+# What NVDEC decodes on every GPU since Ampere: pixel formats, and the least side in pixels.
+_NVDEC: dict[str, tuple[frozenset[str], int]] = {
+    "h264": (frozenset({"yuv420p", "yuvj420p"}), 48),
+    "hevc": (frozenset({"yuv420p", "yuvj420p", "yuv420p10le"}), 144),
+    "vp8": (frozenset({"yuv420p"}), 48),
+    "vp9": (frozenset({"yuv420p", "yuv420p10le"}), 128),
+    "av1": (frozenset({"yuv420p", "yuv420p10le"}), 128),
+}
+
 # Filters that walk the length-prefixed NAL units of a stream: they find a damaged one without decoding.
 _STRUCTURE_FILTERS = {"h264": "h264_mp4toannexb", "hevc": "hevc_mp4toannexb"}
 # An H.264 picture that resets the decoder. ffmpeg also marks mere recovery points as key frames; a decoder
@@ -49,6 +58,10 @@ class VideoInfo:
 
     path: Path
     codec: str
+    pix_fmt: str
+    width: int
+    """As stored, before it is turned upright."""
+    height: int
     quarter_turns: int
     """Counter-clockwise quarter turns that set a decoded frame upright."""
     matrix: Matrix
@@ -78,6 +91,9 @@ def probe_video(path: Path) -> VideoInfo:
             return VideoInfo(
                 path=path,
                 codec=stream.codec_context.codec.canonical_name,
+                pix_fmt=first.format.name,
+                width=first.width,
+                height=first.height,
                 quarter_turns=_quarter_turns(first),
                 matrix=_MATRICES.get(int(first.colorspace), "bt601"),
                 times=_compact(known) if len(known) == len(times) else None,
@@ -112,6 +128,13 @@ def stream_video_frames(video: VideoInfo, frames: Iterable[int]) -> Iterator[Fra
                 yield to_rgb(reader.read(frame))
     except (av.FFmpegError, OSError) as error:
         raise UnreadableFrameError(_reason(error), frame) from error
+
+
+def nvdec_decodes(video: VideoInfo) -> bool:
+    """Whether a GPU's decoder takes this video, and its frames can be found by time."""
+    formats, least = _NVDEC.get(video.codec, (frozenset(), 0))
+    has_times = video.times is not None and bool(video.reset_times)
+    return has_times and video.pix_fmt in formats and min(video.width, video.height) >= least
 
 
 def cut_clip(video: VideoInfo, frames: Sequence[int]) -> tuple[Frame, list[int]]:

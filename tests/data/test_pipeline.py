@@ -1,0 +1,240 @@
+"""The DALI graph of the GPU, run on the CPU's operators against Pillow; and on a GPU where there is one."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from makers import encode_video, make_loader, make_sampling, picture, write_folders
+from test_loader import levels, reference_pairs
+
+from fasttrain.data import FrameIndex, open_source
+from fasttrain.data.pipeline import GraphStage, Upright, open_stage, rgb_correction
+from fasttrain.data.sampling import Draws
+from fasttrain.data.sources import VideoIndex
+from fasttrain.errors import InputError
+
+SIZE = 40
+PAIRS = 3
+
+
+def make_stage(index: FrameIndex, videos: Upright | None = None, prefetch: int = 1) -> GraphStage:
+    return GraphStage(
+        storage=index.storage,
+        videos=videos,
+        device=torch.device("cpu"),
+        decoder="cpu",
+        batch_size=PAIRS,
+        image_size=SIZE,
+        num_threads=2,
+        prefetch=prefetch,
+        dtype=torch.float32,
+    )
+
+
+def upright(index: VideoIndex, turns: int = 0, matrix: str = "bt601") -> Upright:
+    return Upright(np.full(len(index), turns), [matrix] * len(index), torch.device("cpu"))
+
+
+def drawn(index: FrameIndex, number: int, **changes) -> tuple[list, Draws]:
+    draws = make_sampling(pairs_per_video=8, **changes).draw(
+        index.num_frames, np.zeros(PAIRS, dtype=int), np.arange(PAIRS) * 7 + number
+    )
+    return [index.read(int(v), f) for v, f in zip(draws.videos, draws.frames, strict=True)], draws
+
+
+def check_against_pillow(index: FrameIndex, stage: GraphStage, frames: FrameIndex) -> None:
+    sampling = make_sampling(pairs_per_video=8)
+    for number in range(2):
+        pairs, draws = drawn(index, number)
+        stage.submit(pairs, draws)
+        got = stage.collect()
+        assert got.shape == (2, PAIRS, 3, SIZE, SIZE)
+        expected = reference_pairs(frames, sampling, np.zeros(PAIRS, dtype=int), draws.samples, SIZE)
+        assert np.abs(levels(got) - expected).mean() < 2
+
+
+def test_the_graph_on_images(tmp_path: Path) -> None:
+    index = open_source(write_folders(tmp_path, [20, 9, 30]))
+    check_against_pillow(index, make_stage(index), index)
+
+
+def test_the_graph_on_real_images(shared: Path) -> None:
+    index = open_source(shared / "davis" / "JPEGImages" / "480p")
+    check_against_pillow(index, make_stage(index), index)
+
+
+def test_the_graph_on_raw_frames(shared: Path) -> None:
+    index = open_source(shared / "videos")
+    check_against_pillow(index, make_stage(index), index)
+
+
+def vp9_videos(folder: Path) -> VideoIndex:
+    """VP9 is what DALI decodes on a CPU too."""
+    for video in range(3):
+        encode_video(
+            folder / f"{video}.webm",
+            [picture(video, t, 130, 160) for t in range(24)],
+            "libvpx-vp9",
+            g=6,
+            b=4_000_000,
+        )
+    return open_source(folder)
+
+
+def test_the_graph_on_clips(tmp_path: Path) -> None:
+    index = vp9_videos(tmp_path)
+    clips = index.as_clips()
+    assert clips.fingerprint() == index.fingerprint()
+    np.testing.assert_array_equal(clips.read_frame(1, 5), index.read_frame(1, 5))
+    check_against_pillow(clips, make_stage(clips, upright(index)), index)
+
+
+class Turned(VideoIndex):
+    """The same videos as if their display matrix turned them."""
+
+    def __init__(self, index: VideoIndex, turns: int) -> None:
+        super().__init__(dict(zip(index.names, index.videos, strict=True)), [])
+        self.turns = turns
+
+    def read_frame(self, video: int, frame: int) -> np.ndarray:
+        return np.ascontiguousarray(np.rot90(super().read_frame(video, frame), self.turns))
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_clips_are_turned_upright(tmp_path: Path, turns: int) -> None:
+    index = vp9_videos(tmp_path)
+    stage = make_stage(index.as_clips(), upright(index, turns))
+    check_against_pillow(index.as_clips(), stage, Turned(index, turns))
+
+
+@pytest.mark.parametrize("matrix", ["bt709", "bt2020"])
+def test_clips_get_the_matrix_of_their_stream(tmp_path: Path, matrix: str) -> None:
+    """What BT.601 made of a colour becomes what its own matrix makes of it."""
+    index = vp9_videos(tmp_path)
+    pairs, draws = drawn(index.as_clips(), 0)
+    plain, corrected = (make_stage(index.as_clips(), upright(index, 0, m)) for m in ("bt601", matrix))
+    results = []
+    for stage in (plain, corrected):
+        stage.submit(pairs, draws)
+        results.append(levels(stage.collect()))
+    expected = np.einsum("ij,vbjhw->vbihw", rgb_correction(matrix), results[0]).clip(0, 255)
+    np.testing.assert_allclose(results[1], expected, atol=0.01)
+    # A grey has no colour to change, and pure red is where the two matrices part.
+    np.testing.assert_allclose(rgb_correction(matrix).sum(axis=1), 1, atol=1e-12)
+    assert np.abs(results[1] - results[0]).max() > 5
+
+
+def test_a_clip_that_does_not_decode_spoils_no_other_batch(tmp_path: Path) -> None:
+    index = vp9_videos(tmp_path)
+    stage = make_stage(index.as_clips(), upright(index), prefetch=2)
+    good, draws = drawn(index.as_clips(), 0)
+    bad = [[np.zeros(500, dtype=np.uint8), good[0][1]], *good[1:]]
+    stage.submit(bad, draws)
+    stage.submit(good, draws)
+    with pytest.raises(RuntimeError):
+        stage.collect()
+    stage.submit(good, draws)
+    first, second = stage.collect(), stage.collect()
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    past_the_end = [[good[0][0], good[0][1] + 100], *good[1:]]
+    stage.submit(past_the_end, draws)
+    with pytest.raises(RuntimeError):
+        stage.collect()
+
+
+def test_a_gpu_decoder_needs_a_gpu() -> None:
+    with pytest.raises(InputError, match=r"data\.decoder=mixed needs a GPU"):
+        open_stage(
+            storage="images",
+            videos=None,
+            device=torch.device("cpu"),
+            decoder="mixed",
+            batch_size=1,
+            image_size=8,
+            num_threads=1,
+            prefetch=1,
+            dtype=torch.float32,
+        )
+
+
+def test_videos_that_nvdec_cannot_decode_are_named(tmp_path: Path) -> None:
+    encode_video(tmp_path / "small.mp4", [picture(0, t, 32, 32) for t in range(5)])
+    with pytest.raises(InputError, match=r"small\.mp4 \(h264, yuv420p, 32 x 32\) is not for NVDEC"):
+        open_source(tmp_path).as_clips()
+
+
+def on_gpu(index: FrameIndex, decoder: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    loader = make_loader(
+        index,
+        make_sampling(pairs_per_video=8),
+        device=torch.device("cuda"),
+        decoder=decoder,
+        dtype=dtype,
+        image_size=96,
+        batch_size=4,
+        num_steps=4,
+    )
+    frames = [pairs.frames for pairs in loader]
+    assert all(part.device.type == "cuda" and part.dtype == dtype for part in frames)
+    assert loader.faults == []
+    loader.close()
+    return [part.float().cpu() for part in frames]
+
+
+def on_cpu(index: FrameIndex) -> list[torch.Tensor]:
+    loader = make_loader(index, make_sampling(pairs_per_video=8), image_size=96, batch_size=4, num_steps=4)
+    frames = [pairs.frames for pairs in loader]
+    loader.close()
+    return frames
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decoder", ["cpu", "mixed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_images_on_the_gpu_are_those_of_the_cpu(tmp_path: Path, decoder: str, dtype: torch.dtype) -> None:
+    index = open_source(write_folders(tmp_path, [20, 9, 30]))
+    for got, expected in zip(on_gpu(index, decoder, dtype), on_cpu(index), strict=True):
+        assert np.abs(levels(got) - levels(expected)).mean() < 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("codec", "pix_fmt"),
+    [("libx264", "yuv420p"), ("libx265", "yuv420p10le"), ("libvpx-vp9", "yuv420p"), ("libsvtav1", "yuv420p")],
+)
+def test_videos_on_the_gpu_are_those_of_the_cpu(tmp_path: Path, codec: str, pix_fmt: str) -> None:
+    for video in range(3):
+        frames = [picture(video, t, 160, 208) for t in range(24)]
+        encode_video(tmp_path / f"{video}.mp4", frames, codec, pix_fmt=pix_fmt)
+    index = open_source(tmp_path)
+    for got, expected in zip(on_gpu(index, "mixed", torch.float32), on_cpu(index), strict=True):
+        assert np.abs(levels(got) - levels(expected)).mean() < 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "name", ["nasa_13013.mp4", "bt709_full_range.mp4", "flipping_a_pancake.mkv", "rotated_180.mov"]
+)
+def test_real_videos_on_the_gpu_are_those_of_the_cpu(shared: Path, name: str) -> None:
+    index = open_source(shared / "videos" / name)
+    for got, expected in zip(on_gpu(index, "mixed", torch.float32), on_cpu(index), strict=True):
+        assert np.abs(levels(got) - levels(expected)).mean() < 4
+
+
+@pytest.mark.gpu
+def test_a_damaged_frame_is_replaced_on_the_gpu(tmp_path: Path) -> None:
+    root = write_folders(tmp_path, [8] * 6)
+    for path in (root / "class_0" / "video_0").iterdir():
+        path.write_bytes(b"no image")
+    for decoder in ("cpu", "mixed"):
+        loader = make_loader(
+            open_source(root),
+            device=torch.device("cuda"),
+            decoder=decoder,
+            num_steps=3,
+            max_bad_fraction=1.0,
+        )
+        assert len(list(loader)) == 3
+        assert {fault.name for fault in loader.faults} == {"class_0/video_0"}
+        loader.close()
