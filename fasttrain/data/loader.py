@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from fasttrain.data.images import UnreadableFrameError
+from fasttrain.data.index import ClipIndex, FrameIndex, StoredPair, VideoIndex
 from fasttrain.data.pipeline import Decoder, Stage, Upright, open_stage
 from fasttrain.data.sampling import Draws, Ints, PairSampling
-from fasttrain.data.sources import ClipIndex, FrameIndex, StoredPair, VideoIndex
 from fasttrain.data.videos import nvdec_decodes
 from fasttrain.errors import InputError
 

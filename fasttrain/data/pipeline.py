@@ -31,8 +31,8 @@ from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 from torch import Tensor
 
 from fasttrain.data.images import IMAGENET_MEAN, IMAGENET_STD, crop_resize
+from fasttrain.data.index import Storage, StoredPair
 from fasttrain.data.sampling import Bools, Draws, Floats, Ints, pixel_box
-from fasttrain.data.sources import Storage, StoredPair
 from fasttrain.data.videos import Matrix
 from fasttrain.errors import InputError
 
@@ -310,6 +310,37 @@ class GraphStage:
             dtype=DALIDataType.FLOAT if self._dtype == torch.float32 else DALIDataType.FLOAT16,
             output_layout="FCHW" if first_axis else "CHW",
         )
+
+
+class ClipDecoder:
+    """Frames of one clip at a time, made smaller, on the host: what `pack` does with a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        pipeline = new_pipeline(device=device, batch_size=1, num_threads=1, prefetch=1)
+        with pipeline:
+            numbers = fn.external_source(name="numbers", batch=True, ndim=1, dtype=DALIDataType.INT32)
+            short_side = fn.external_source(name="short_side", batch=True, ndim=0, dtype=DALIDataType.FLOAT)
+            frames = decode_clips(_bytes_input(), numbers, device="mixed" if device.type == "cuda" else "cpu")
+            pipeline.set_outputs(
+                fn.resize(
+                    frames,
+                    resize_shorter=short_side,
+                    interp_type=DALIInterpType.INTERP_CUBIC,
+                    antialias=True,
+                )
+            )
+        self._graph = Graph(pipeline, prefetch=1)
+
+    def decode(
+        self, clip: npt.NDArray[np.uint8], numbers: Sequence[int], short_side: int
+    ) -> npt.NDArray[np.uint8]:
+        """The frames of these numbers, (F, H, W, 3) uint8. Raises RuntimeError."""
+        self._graph.submit(
+            stored=[clip],
+            numbers=[np.array(numbers, dtype=np.int32)],
+            short_side=np.array([short_side], dtype=np.float32),
+        )
+        return np.asarray(self._graph.collect().as_cpu()[0])
 
 
 class Upright:

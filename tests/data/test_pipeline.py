@@ -9,9 +9,9 @@ from makers import encode_video, make_loader, make_sampling, picture, write_fold
 from test_loader import levels, reference_pairs
 
 from fasttrain.data import FrameIndex, open_source
+from fasttrain.data.index import VideoIndex
 from fasttrain.data.pipeline import GraphStage, Upright, open_stage, rgb_correction
 from fasttrain.data.sampling import Draws
-from fasttrain.data.sources import VideoIndex
 from fasttrain.errors import InputError
 
 SIZE = 40

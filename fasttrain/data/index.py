@@ -1,0 +1,130 @@
+"""The index of a source: V videos, how long they are, and their frames as they are stored.
+
+Made by sources.py; read by the loader, by evaluation and by pack. A frame is (number of the video, number of
+the frame), whatever it is stored in. No DALI here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fasttrain.data.images import Bytes, UnreadableFrameError, check_encoded, decode_image
+from fasttrain.data.videos import VideoInfo, cut_clip, nvdec_decodes, read_video_frames
+from fasttrain.errors import InputError
+
+# What `read` gives: images, encoded JPEG or PNG (n,); frames, RGB (H, W, 3); clips, a Matroska file (n,) for
+# the GPU's decoder and the numbers of the frames in it.
+Storage = Literal["images", "frames", "clips"]
+StoredPair = Sequence[npt.NDArray[Any]]
+Skipped = list[tuple[str, str]]
+# By name: the folder and the file names of its frames.
+FrameFolders = dict[str, tuple[Path, tuple[str, ...]]]
+
+
+class FrameIndex(ABC):
+    """V videos and their frames, in the order of their names."""
+
+    kind: str
+    storage: Storage
+
+    def __init__(self, names: Sequence[str], num_frames: Iterable[int], skipped: Skipped) -> None:
+        self.names: list[str] = list(names)
+        self.num_frames: npt.NDArray[np.int64] = np.fromiter(num_frames, dtype=np.int64)
+        self.skipped = skipped
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def fingerprint(self) -> str:
+        """Identity of the list of names and lengths: a run may not be resumed on another."""
+        digest = hashlib.sha256()
+        for name, frames in zip(self.names, self.num_frames, strict=True):
+            digest.update(f"{name}\0{frames}\n".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()[:32]
+
+    @abstractmethod
+    def read(self, video: int, frames: Sequence[int]) -> StoredPair:
+        """The frames of these numbers as they are stored: see `storage`. Raises UnreadableFrameError."""
+
+    def read_frame(self, video: int, frame: int) -> npt.NDArray[np.uint8]:
+        """One frame, (H, W, 3) uint8 RGB. Raises UnreadableFrameError."""
+        (stored,) = self.read(video, [frame])
+        return decode_image(stored) if self.storage == "images" else stored
+
+
+class FolderIndex(FrameIndex):
+    """A folder of image files per video."""
+
+    kind = "folders"
+    storage: Storage = "images"
+
+    def __init__(self, folders: FrameFolders, skipped: Skipped) -> None:
+        names = sorted(folders)
+        self._folders = [str(folders[name][0]) for name in names]
+        self._files = [folders[name][1] for name in names]
+        super().__init__(names, map(len, self._files), skipped)
+
+    def read(self, video: int, frames: Sequence[int]) -> list[Bytes]:
+        return [self._read_file(video, int(frame)) for frame in frames]
+
+    def _read_file(self, video: int, frame: int) -> Bytes:
+        try:
+            data = np.fromfile(os.path.join(self._folders[video], self._files[video][frame]), dtype=np.uint8)
+            check_encoded(data)
+        except OSError as error:
+            raise UnreadableFrameError(os_reason(error), frame) from error
+        except UnreadableFrameError as error:
+            raise UnreadableFrameError(str(error), frame) from error
+        return data
+
+
+class VideoIndex(FrameIndex):
+    """A video file per video."""
+
+    kind = "videos"
+    storage: Storage = "frames"
+
+    def __init__(self, videos: dict[str, VideoInfo], skipped: Skipped) -> None:
+        names = sorted(videos)
+        self.videos = [videos[name] for name in names]
+        super().__init__(names, (video.num_frames for video in self.videos), skipped)
+
+    def read(self, video: int, frames: Sequence[int]) -> StoredPair:
+        return read_video_frames(self.videos[video], [int(frame) for frame in frames])
+
+    def as_clips(self) -> ClipIndex:
+        """The same videos for a GPU's decoder. Raises InputError if there is one that it cannot decode."""
+        for name, video in zip(self.names, self.videos, strict=True):
+            if not nvdec_decodes(video):
+                raise InputError(
+                    f"{name} ({video.codec}, {video.pix_fmt}, {video.width} x {video.height}) is not for "
+                    "NVDEC; use data.decoder=auto or cpu"
+                )
+        return ClipIndex(dict(zip(self.names, self.videos, strict=True)), self.skipped)
+
+
+class ClipIndex(VideoIndex):
+    """Video files whose frames are decoded on the GPU: `read` gives the packets that this takes."""
+
+    storage: Storage = "clips"
+
+    def read(self, video: int, frames: Sequence[int]) -> StoredPair:
+        data, numbers = cut_clip(self.videos[video], [int(frame) for frame in frames])
+        return [data, np.array(numbers)]
+
+    def read_frame(self, video: int, frame: int) -> npt.NDArray[np.uint8]:
+        (rgb,) = read_video_frames(self.videos[video], [frame])
+        return rgb
+
+
+def os_reason(error: OSError) -> str:
+    """What went wrong with a file, in a few words."""
+    return (error.strerror or str(error)).lower()

@@ -1,0 +1,391 @@
+"""Pack videos or frame folders into tar shards of JPEG frames with random access.
+
+    fasttrain pack SOURCE DESTINATION              pack; run it again and it goes on where it was
+    fasttrain pack SOURCE DESTINATION --shard 1/4  the first of four machines that share the work
+    fasttrain pack --check DESTINATION             verify every byte of a packed set
+
+Any WebDataset reader takes the shards; training reads two byte ranges per pair (`data.source=DESTINATION`).
+What could not be read is printed and listed, with the reason, in DESTINATION/pack-IofN.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import io
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fasttrain.data.images import UnreadableFrameError, check_encoded, decode_image
+from fasttrain.data.index import Skipped, os_reason
+from fasttrain.data.packed import (
+    Part,
+    ShardWriter,
+    check_shard,
+    finished_parts,
+    read_manifest,
+    write_manifest,
+)
+from fasttrain.data.sources import Found, Kind, find_source
+from fasttrain.data.videos import (
+    VideoInfo,
+    cut_clip,
+    nvdec_decodes,
+    probe_video,
+    stream_video_frames,
+)
+from fasttrain.errors import InputError
+
+Frame = npt.NDArray[np.uint8]
+
+# Frames that the GPU decodes at once; a clip of 1080p frames then takes 400 MB.
+GPU_FRAMES = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackOptions:
+    """What decides the bytes of a packed set."""
+
+    frames: int
+    """Frames kept of each video, evenly spread; 0 keeps all."""
+    short_side: int
+    """Short side of a frame in pixels; smaller frames are left as they are."""
+    quality: int
+    """JPEG quality, 1..100."""
+    shard_bytes: int
+    """A shard is closed after the video that takes it past so many bytes."""
+    decoder: Literal["pyav", "nvdec"]
+
+
+@dataclass(frozen=True)
+class PackedVideo:
+    """A video's frames as JPEG, and what of it could not be read."""
+
+    frames: list[bytes]
+    skipped: Skipped
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, help="frame folders, videos, or a text file that lists them")
+    parser.add_argument("destination", type=Path, nargs="?", help="folder for the shards")
+    parser.add_argument("--kind", choices=("auto", "folders", "list", "videos"), default="auto")
+    parser.add_argument("--frames", type=int, default=0, help="frames per video, evenly spread (0: all)")
+    parser.add_argument("--short-side", type=int, default=256, help="short side in pixels (256)")
+    parser.add_argument("--quality", type=int, default=90, help="JPEG quality (90)")
+    parser.add_argument("--shard-size", type=int, default=1024, help="size of a shard in MB (1024)")
+    parser.add_argument("--workers", type=int, default=0, help="threads (0: one per core)")
+    parser.add_argument("--shard", default="1/1", metavar="I/N", help="part I of N machines, from 1 (1/1)")
+    parser.add_argument(
+        "--decoder",
+        choices=("auto", "cpu", "gpu"),
+        default="auto",
+        help="PyAV, or NVDEC on a GPU",
+    )
+    parser.add_argument("--check", action="store_true", help="verify the packed set SOURCE")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Pack or check, as the arguments say. Raises InputError."""
+    console = Console()
+    workers = args.workers or len(os.sched_getaffinity(0))
+    if args.check:
+        frames = check(args.source, workers=workers, console=console)
+        console.print(f"{args.source}: {frames} frames, every byte as it was packed", soft_wrap=True)
+        return
+    if args.destination is None:
+        raise InputError("pack needs a DESTINATION folder: fasttrain pack SOURCE DESTINATION")
+    _check_numbers(args)
+    options = PackOptions(
+        frames=args.frames,
+        short_side=args.short_side,
+        quality=args.quality,
+        shard_bytes=args.shard_size * 2**20,
+        decoder=_choose_decoder(args.decoder),
+    )
+    pack(
+        args.source,
+        args.destination,
+        kind=args.kind,
+        part=_parse_part(args.shard),
+        options=options,
+        workers=workers,
+        console=console,
+    )
+
+
+def pack(
+    source: Path,
+    destination: Path,
+    *,
+    kind: Kind,
+    part: Part,
+    options: PackOptions,
+    workers: int,
+    console: Console,
+) -> None:
+    """Write one part of a packed set, or what is missing of it. Raises InputError.
+
+    The bytes follow from the source and the options alone: neither the number of workers nor where an
+    earlier run was stopped shows in them.
+    """
+    found = find_source(source, kind=kind)
+    names = sorted(found.folders or found.videos)[part.number - 1 :: part.count]
+    if not names and part.number == 1:
+        raise InputError(f"nothing in {source} to pack; expected frame folders or video files")
+    destination.mkdir(parents=True, exist_ok=True)
+    identity = {**dataclasses.asdict(options), "source": _digest(names)}
+    if _is_complete(part.manifest(destination), identity):
+        console.print(
+            f"{destination} is already packed; `fasttrain pack --check {destination}` verifies it",
+            soft_wrap=True,
+        )
+        return
+    write_manifest(part.manifest(destination), identity, complete=False, skipped=[])
+    for partial in destination.glob(f"*-{part.number}of{part.count}*.partial"):
+        partial.unlink()
+    done = [shard for _, shard in part.shards(destination)]
+    writer = ShardWriter(destination, part, options.shard_bytes, done)
+    # What is missing before any video is opened belongs to the first part's report.
+    skipped = found.skipped if part.number == 1 else []
+    encode = _make_encoder(found, options)
+    with PackProgress(console, total=len(names), done=writer.videos_done) as progress:
+        for name, video in _in_order(encode, names[writer.videos_done :], workers):
+            writer.add(name, video.frames, video.skipped)
+            progress.advance(len(video.frames), len(video.skipped))
+    writer.close()
+    skipped = skipped + writer.all_skipped
+    totals = {"shards": writer.number, "total_frames": writer.num_frames, "total_bytes": writer.num_bytes}
+    if part.count == 1 and not writer.num_frames:
+        raise InputError(f"no video of {source} can be read; the first, {skipped[0][0]}: {skipped[0][1]}")
+    write_manifest(part.manifest(destination), {**identity, **totals}, complete=True, skipped=skipped)
+    _report(console, part.manifest(destination), totals, skipped)
+
+
+def check(root: Path, *, workers: int, console: Console) -> int:
+    """Verify all shards of a packed set; returns the number of frames. Raises InputError if it is damaged."""
+    shards = [path for part in finished_parts(root) for path, _ in part.shards(root)]
+    expected = sum(read_manifest(part.manifest(root))["shards"] for part in finished_parts(root))
+    damage: list[str] = [f"{expected - len(shards)} shards are missing"] if expected != len(shards) else []
+    frames = 0
+    with PackProgress(console, total=len(shards), done=0) as progress, ThreadPoolExecutor(workers) as pool:
+        for count, found in pool.map(check_shard, shards):
+            frames += count
+            damage += found
+            progress.advance(count, len(found))
+    for line in damage:
+        console.print(line, highlight=False, markup=False)
+    if damage:
+        raise InputError(
+            f"{root} is damaged in {len(damage)} places, the first: {damage[0]}; delete the shards named and "
+            "their .json, set `complete` to false in the pack-*.json, and pack again"
+        )
+    return frames
+
+
+class PackProgress:
+    """A bar with rate, time left and bad files; a line every minute where there is no terminal."""
+
+    def __init__(self, console: Console, *, total: int, done: int) -> None:
+        self._console, self._total, self._done = console, total, done
+        self._bad = self._frames = 0
+        self._start = self._said = time.monotonic()
+        self._bar = Progress(
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]:.0f} frames/s"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[bad]} bad"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=total, completed=done, rate=0.0, bad=0)
+
+    def __enter__(self) -> PackProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def advance(self, frames: int, bad: int) -> None:
+        """One more video or shard is done."""
+        self._done += 1
+        self._frames += frames
+        self._bad += bad
+        now = time.monotonic()
+        rate = self._frames / max(now - self._start, 1e-9)
+        self._bar.update(self._task, completed=self._done, rate=rate, bad=self._bad)
+        if not self._console.is_terminal and now - self._said > 60:
+            self._said = now
+            self._console.print(f"{self._done}/{self._total}, {rate:.0f} frames/s, {self._bad} bad")
+
+
+def _make_encoder(found: Found, options: PackOptions) -> Callable[[str], PackedVideo]:
+    """The function that turns the video of a name into JPEG frames. It is called from many threads."""
+    gpu = _GpuFrames(options.short_side) if options.decoder == "nvdec" else None
+
+    def encode(name: str) -> PackedVideo:
+        if found.folders:
+            return _encode_folder(name, *found.folders[name], options)
+        try:
+            video = probe_video(found.videos[name])
+            wanted = spread(video.num_frames, options.frames)
+            decode = gpu.stream if gpu and nvdec_decodes(video) else stream_video_frames
+            return PackedVideo([encode_jpeg(frame, options) for frame in decode(video, wanted)], [])
+        # DALI has one exception for everything that it cannot decode.
+        except (UnreadableFrameError, RuntimeError) as error:
+            return PackedVideo([], [(name, str(error).splitlines()[0])])
+
+    return encode
+
+
+def _encode_folder(name: str, folder: Path, files: Sequence[str], options: PackOptions) -> PackedVideo:
+    """A frame that cannot be read is left out; the others move up."""
+    frames, skipped = [], []
+    for number in spread(len(files), options.frames):
+        file = files[number]
+        try:
+            data = np.fromfile(folder / file, dtype=np.uint8)
+            frames.append(_reencode(data, options))
+        except (UnreadableFrameError, OSError) as error:
+            reason = os_reason(error) if isinstance(error, OSError) else str(error)
+            skipped.append((f"{name}/{file}", reason))
+    return PackedVideo(frames, skipped)
+
+
+def _reencode(data: Frame, options: PackOptions) -> bytes:
+    """A stored image as JPEG of the wanted size; a JPEG that fits already keeps its bytes."""
+    check_encoded(data)
+    frame = decode_image(data)
+    content = data.tobytes()
+    with Image.open(io.BytesIO(content)) as image:
+        fits = image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(0x0112, 1) == 1
+    return content if fits and min(frame.shape[:2]) <= options.short_side else encode_jpeg(frame, options)
+
+
+def encode_jpeg(frame: Frame, options: PackOptions) -> bytes:
+    """RGB (H, W, 3) -> JPEG, made smaller (antialiased bicubic) where its short side is too long."""
+    image = Image.fromarray(frame)
+    scale = options.short_side / min(image.size)
+    if scale < 1:
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=options.quality)
+    return buffer.getvalue()
+
+
+def spread(num_frames: int, wanted: int) -> list[int]:
+    """`wanted` frame numbers from first to last, evenly; all of them for 0 or where there are no more."""
+    if not 0 < wanted < num_frames:
+        return list(range(num_frames))
+    return [int(number) for number in np.linspace(0, num_frames - 1, wanted).round()]
+
+
+class _GpuFrames:
+    """stream_video_frames through NVDEC; each thread has a decoder of its own."""
+
+    def __init__(self, short_side: int) -> None:
+        # DALI is imported where there is a GPU to use it.
+        from fasttrain.data.pipeline import ClipDecoder, rgb_correction
+
+        self._new_decoder, self._correction = ClipDecoder, rgb_correction
+        self._short_side = short_side
+        self._local = threading.local()
+
+    def stream(self, video: VideoInfo, frames: Sequence[int]) -> Iterator[Frame]:
+        if not hasattr(self._local, "decoder"):
+            self._local.decoder = self._new_decoder(torch.device("cuda", torch.cuda.current_device()))
+        short_side = min(self._short_side, video.width, video.height)
+        for start in range(0, len(frames), GPU_FRAMES):
+            data, numbers = cut_clip(video, frames[start : start + GPU_FRAMES])
+            for frame in self._local.decoder.decode(data, numbers, short_side):
+                turned = np.rot90(frame, video.quarter_turns)
+                if video.matrix != "bt601":
+                    turned = np.rint(turned @ self._correction(video.matrix).T).clip(0, 255).astype(np.uint8)
+                yield np.ascontiguousarray(turned)
+
+
+def _in_order(
+    encode: Callable[[str], PackedVideo], names: Sequence[str], workers: int
+) -> Iterator[tuple[str, PackedVideo]]:
+    """Results in the order of the names, with a few videos in work or waiting at any time."""
+    waiting: deque[tuple[str, Future[PackedVideo]]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for name in names:
+                waiting.append((name, pool.submit(encode, name)))
+                if len(waiting) >= 2 * workers:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            for name, future in waiting:
+                yield name, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    limits = {"frames": (0, None), "short_side": (16, None), "quality": (1, 100), "shard_size": (1, None)}
+    for name, (low, high) in limits.items():
+        value = getattr(args, name)
+        if value < low or (high is not None and value > high):
+            bounds = f"at least {low}" if high is None else f"{low} to {high}"
+            raise InputError(f"--{name.replace('_', '-')}={value} is out of range; expected {bounds}")
+
+
+def _choose_decoder(choice: str) -> Literal["pyav", "nvdec"]:
+    if choice == "gpu" and not torch.cuda.is_available():
+        raise InputError("--decoder=gpu needs a GPU, and this machine shows none; use auto or cpu")
+    return "nvdec" if choice != "cpu" and torch.cuda.is_available() else "pyav"
+
+
+def _parse_part(text: str) -> Part:
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise InputError(f"--shard={text} is not I/N with I from 1 to N, such as 2/4")
+    return Part(int(number), int(count))
+
+
+def _digest(names: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def _is_complete(path: Path, identity: dict[str, Any]) -> bool:
+    """Whether this part is done. Raises InputError if it was begun from other videos or options."""
+    if not path.exists():
+        return False
+    manifest = read_manifest(path)
+    for key, value in identity.items():
+        if manifest.get(key) != value:
+            raise InputError(
+                f"{path.parent} was begun with {key}={manifest.get(key)}, now it is {value}; "
+                "use the same source and options, or another folder"
+            )
+    return bool(manifest["complete"])
+
+
+def _report(console: Console, manifest: Path, totals: dict[str, int], skipped: Skipped) -> None:
+    for name, reason in skipped:
+        console.print(f"could not be read: {name}: {reason}", highlight=False, markup=False, soft_wrap=True)
+    listed = f", listed in {manifest}" if skipped else ""
+    console.print(
+        f"{totals['total_frames']} frames in {totals['shards']} shards, "
+        f"{totals['total_bytes'] / 2**20:.1f} MB; {len(skipped)} files could not be read{listed}",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,321 @@
+"""Packing: what is in the shards, going on after a kill, several machines, and damage."""
+
+import argparse
+import io
+import json
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from makers import encode_video, make_loader, picture, write_folders
+from PIL import Image
+from rich.console import Console
+from test_loader import check_pixels
+
+from fasttrain.data import open_source
+from fasttrain.data.pack import PackOptions, add_arguments, check, pack, run, spread
+from fasttrain.data.packed import Part
+from fasttrain.data.pipeline import ClipDecoder
+from fasttrain.data.videos import cut_clip, probe_video, read_video_frames
+from fasttrain.errors import InputError
+
+WHOLE = Part(1, 1)
+
+
+def options(**changes) -> PackOptions:
+    small = {"frames": 0, "short_side": 256, "quality": 90, "shard_bytes": 20_000, "decoder": "pyav"}
+    return PackOptions(**{**small, **changes})
+
+
+def packed(source: Path, destination: Path, part: Part = WHOLE, workers: int = 2, **changes) -> str:
+    """Pack; returns what was printed."""
+    console = Console(file=io.StringIO(), width=200)
+    pack(
+        source,
+        destination,
+        kind="auto",
+        part=part,
+        options=options(**changes),
+        workers=workers,
+        console=console,
+    )
+    return console.file.getvalue()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def command(*words: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    run(parser.parse_args(list(words)))
+
+
+def test_a_packed_set_is_its_source(tmp_path: Path) -> None:
+    source = open_source(write_folders(tmp_path / "frames", [9, 4, 12, 1]))
+    packed(tmp_path / "frames", tmp_path / "packed")
+    index = open_source(tmp_path / "packed")
+    assert index.kind == "packed"
+    assert index.names == source.names
+    assert index.fingerprint() == source.fingerprint()
+    for video in range(4):
+        for frame in range(int(index.num_frames[video])):
+            # JPEG files that fit already are kept byte for byte.
+            np.testing.assert_array_equal(index.read(video, [frame])[0], source.read(video, [frame])[0])
+
+
+def test_any_tar_reader_finds_the_frames(tmp_path: Path) -> None:
+    write_folders(tmp_path / "frames", [5] * 12)
+    packed(tmp_path / "frames", tmp_path / "packed")
+    shards = sorted((tmp_path / "packed").glob("*.tar"))
+    assert len(shards) > 2
+    members = {}
+    for shard in shards:
+        with tarfile.open(shard) as tar:
+            members |= {member.name: tar.extractfile(member).read() for member in tar}
+    assert len(members) == 60
+    original = tmp_path / "frames" / "class_1" / "video_3" / "00002.jpg"
+    assert members["class_1/video_3/000002.jpg"] == original.read_bytes()
+
+
+def test_training_reads_packed_frames_as_pillow_does(tmp_path: Path) -> None:
+    write_folders(tmp_path / "frames", [20, 9, 30])
+    packed(tmp_path / "frames", tmp_path / "packed")
+    check_pixels(open_source(tmp_path / "packed"), size=40)
+
+
+def test_packed_and_unpacked_give_the_same_batches(tmp_path: Path) -> None:
+    write_folders(tmp_path / "frames", [20, 9, 30])
+    packed(tmp_path / "frames", tmp_path / "packed")
+    loaders = [make_loader(open_source(tmp_path / name)) for name in ("frames", "packed")]
+    for plain, from_shard in zip(*loaders, strict=True):
+        torch.testing.assert_close(plain.frames, from_shard.frames, rtol=0, atol=0)
+    for loader in loaders:
+        loader.close()
+
+
+def test_videos_are_packed_near_lossless_and_small(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    for video in range(3):
+        frames = [picture(video, t, 96, 144) for t in range(10)]
+        encode_video(tmp_path / "videos" / f"{video}.mp4", frames)
+    packed(tmp_path / "videos", tmp_path / "packed", short_side=64, frames=4, quality=95)
+    source, index = open_source(tmp_path / "videos"), open_source(tmp_path / "packed")
+    assert index.names == source.names
+    assert index.num_frames.tolist() == [4, 4, 4]
+    for number, frame in enumerate((0, 3, 6, 9)):
+        whole = Image.fromarray(source.read_frame(1, frame))
+        expected = np.asarray(whole.resize((96, 64), Image.Resampling.BICUBIC)).astype(int)
+        assert np.abs(index.read_frame(1, number) - expected).mean() < 3
+
+
+def test_real_videos_are_packed_and_the_bad_one_reported(shared: Path, tmp_path: Path) -> None:
+    said = packed(shared / "videos", tmp_path, frames=4, short_side=120)
+    assert "corrupted.mp4: packet 30 is damaged" in said
+    index = open_source(tmp_path)
+    assert index.names == open_source(shared / "videos").names
+    assert index.num_frames.tolist() == [4, 4, 4, 4, 4, 3]
+    assert [name for name, _ in index.skipped] == ["corrupted.mp4"]
+
+
+def test_bad_frames_are_left_out_and_listed(tmp_path: Path) -> None:
+    root = write_folders(tmp_path / "frames", [6, 6])
+    (root / "class_0" / "video_0" / "00002.jpg").write_bytes(b"")
+    (root / "class_0" / "video_0" / "00004.jpg").write_bytes(b"no image")
+    for path in (root / "class_1" / "video_1").iterdir():
+        path.write_bytes(path.read_bytes()[:-100])
+    said = packed(root, tmp_path / "packed")
+    index = open_source(tmp_path / "packed")
+    assert index.names == ["class_0/video_0"]
+    assert index.num_frames.tolist() == [4]
+    bad = [name for name, _ in index.skipped]
+    assert bad[:2] == ["class_0/video_0/00002.jpg", "class_0/video_0/00004.jpg"]
+    assert len(bad) == 8
+    assert all(f"{name}: {reason}" in said for name, reason in index.skipped)
+
+
+@pytest.mark.parametrize("workers", [1, 5])
+def test_the_bytes_do_not_depend_on_the_workers(tmp_path: Path, workers: int) -> None:
+    write_folders(tmp_path / "frames", [5] * 12, suffix=".png")
+    packed(tmp_path / "frames", tmp_path / "one", workers=2)
+    packed(tmp_path / "frames", tmp_path / "other", workers=workers)
+    assert contents(tmp_path / "one") == contents(tmp_path / "other")
+
+
+KILLED = """
+import io, sys
+from pathlib import Path
+from rich.console import Console
+from fasttrain.data.pack import PackOptions, pack
+from fasttrain.data.packed import Part
+pack(Path(sys.argv[1]), Path(sys.argv[2]), kind="auto", part=Part(1, 1), workers=1, console=Console(),
+     options=PackOptions(frames=0, short_side=256, quality=90, shard_bytes=20_000, decoder="pyav"))
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    source = write_folders(tmp_path / "frames", [12] * 60, suffix=".png")
+    (source / "class_0" / "video_4" / "00003.png").write_bytes(b"")
+    killed = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(source), str(killed)])
+    third = killed / "frames-1of1-000002.json"
+    deadline = time.monotonic() + 60
+    while not third.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert third.exists()
+    assert not json.loads((killed / "pack-1of1.json").read_text())["complete"]
+    with pytest.raises(InputError, match=r"part 1 of 1 of the packed set .* is not finished"):
+        open_source(killed)
+    kept = third.stat().st_mtime_ns
+    packed(source, killed)
+    packed(source, tmp_path / "whole")
+    assert third.stat().st_mtime_ns == kept
+    assert contents(killed) == contents(tmp_path / "whole")
+    assert "already packed" in packed(source, killed)
+
+
+def test_several_machines_share_the_work(tmp_path: Path) -> None:
+    source = write_folders(tmp_path / "frames", [3] * 11)
+    whole = tmp_path / "packed"
+    for number in (3, 1):
+        packed(source, whole, Part(number, 3))
+    with pytest.raises(InputError, match=r"part 2 of 3 .* --shard 2/3 again"):
+        open_source(whole)
+    packed(source, whole, Part(2, 3))
+    assert open_source(whole).fingerprint() == open_source(source).fingerprint()
+    assert check(whole, workers=2, console=Console(file=io.StringIO())) == 33
+
+
+def test_other_options_or_another_source_are_refused(tmp_path: Path) -> None:
+    source = write_folders(tmp_path / "frames", [3] * 4)
+    packed(source, tmp_path / "packed")
+    with pytest.raises(InputError, match="was begun with quality=90, now it is 50"):
+        packed(source, tmp_path / "packed", quality=50)
+    with pytest.raises(InputError, match="was begun with source="):
+        packed(write_folders(tmp_path / "more", [3] * 5), tmp_path / "packed")
+
+
+def flip_a_byte(shard: Path) -> None:
+    data = bytearray(shard.read_bytes())
+    data[1000] ^= 1
+    shard.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (flip_a_byte, "frame 0 of class_0/video_0 is not what was packed"),
+        (lambda shard: shard.write_bytes(shard.read_bytes()[:-600]), "bytes, expected"),
+        (lambda shard: shard.unlink(), "No such file"),
+        (lambda shard: shard.with_suffix(".json").unlink(), "shards are missing"),
+        (lambda shard: shard.with_suffix(".json").write_text("{}"), "is damaged"),
+    ],
+)
+def test_check_names_the_damage(tmp_path: Path, damage, words: str) -> None:
+    packed(write_folders(tmp_path / "frames", [6] * 8), tmp_path / "packed")
+    assert check(tmp_path / "packed", workers=1, console=Console(file=io.StringIO())) == 48
+    damage(tmp_path / "packed" / "frames-1of1-000000.tar")
+    with pytest.raises(InputError, match=words):
+        check(tmp_path / "packed", workers=1, console=Console(file=io.StringIO()))
+
+
+def test_a_shard_of_the_wrong_size_is_not_opened(tmp_path: Path) -> None:
+    packed(write_folders(tmp_path / "frames", [6] * 8), tmp_path / "packed")
+    shard = tmp_path / "packed" / "frames-1of1-000000.tar"
+    shard.write_bytes(shard.read_bytes()[:-512])
+    with pytest.raises(InputError, match="run `fasttrain pack --check`"):
+        open_source(tmp_path / "packed")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["frames"], "pack needs a DESTINATION"),
+        (["frames", "out", "--shard", "3/2"], "--shard=3/2 is not I/N"),
+        (["frames", "out", "--quality", "101"], "--quality=101 is out of range; expected 1 to 100"),
+        (["frames", "out", "--frames", "-1"], "--frames=-1 is out of range"),
+        (["nowhere", "out"], "does not exist"),
+        (["empty", "out"], "nothing in .* to pack"),
+        (["--check", "frames"], "is no packed set"),
+        (["--check", "nowhere"], "is no packed set"),
+    ],
+)
+def test_bad_input_is_one_clear_line(tmp_path: Path, words: list[str], message: str) -> None:
+    write_folders(tmp_path / "frames", [3])
+    (tmp_path / "empty").mkdir()
+    places = [
+        str(tmp_path / word) if word in ("frames", "out", "nowhere", "empty") else word for word in words
+    ]
+    with pytest.raises(InputError, match=message) as caught:
+        command(*words)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_packing_on_a_gpu_needs_one(tmp_path: Path) -> None:
+    write_folders(tmp_path / "frames", [3])
+    with pytest.raises(InputError, match="--decoder=gpu needs a GPU"):
+        command(str(tmp_path / "frames"), str(tmp_path / "out"), "--decoder", "gpu")
+
+
+def test_the_command_packs_and_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_folders(tmp_path / "frames", [3, 4])
+    command(str(tmp_path / "frames"), str(tmp_path / "out"), "--workers", "2")
+    command("--check", str(tmp_path / "out"))
+    said = capsys.readouterr().out
+    assert "7 frames in 1 shards" in said
+    assert "7 frames, every byte as it was packed" in said
+
+
+def test_nothing_readable_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "a.mp4").write_bytes(b"no video")
+    with pytest.raises(InputError, match=r"no video of .* can be read; the first, a\.mp4"):
+        packed(tmp_path / "videos", tmp_path / "packed")
+
+
+def test_spread_keeps_both_ends() -> None:
+    assert spread(10, 4) == [0, 3, 6, 9]
+    assert spread(5, 0) == spread(5, 9) == [0, 1, 2, 3, 4]
+    assert spread(9, 1) == [0]
+    for wanted in range(2, 30):
+        frames = spread(30, wanted)
+        assert frames[0] == 0
+        assert frames[-1] == 29
+        assert len(set(frames)) == wanted
+
+
+def test_the_gpus_clip_decoder_on_the_cpu(tmp_path: Path) -> None:
+    """The graph that packs with NVDEC, on VP9, which DALI decodes on the CPU too."""
+    frames = [picture(0, t, 130, 160) for t in range(20)]
+    path = encode_video(tmp_path / "x.webm", frames, "libvpx-vp9", g=6, b=4_000_000)
+    video = probe_video(path)
+    wanted = [0, 5, 6, 17, 19]
+    decoder = ClipDecoder(torch.device("cpu"))
+    for _ in range(2):
+        got = decoder.decode(*cut_clip(video, wanted), short_side=65)
+        assert got.shape == (5, 65, 80, 3)
+        for frame, truth in zip(got, read_video_frames(video, wanted), strict=True):
+            small = Image.fromarray(truth).resize((80, 65), Image.Resampling.BICUBIC)
+            assert np.abs(frame.astype(int) - np.asarray(small)).mean() < 2
+
+
+@pytest.mark.gpu
+def test_packing_with_nvdec_agrees_with_pyav(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    encode_video(tmp_path / "videos" / "x.mp4", [picture(0, t, 160, 208) for t in range(80)])
+    packed(tmp_path / "videos", tmp_path / "gpu", decoder="nvdec", quality=95)
+    packed(tmp_path / "videos", tmp_path / "cpu", decoder="pyav", quality=95)
+    gpu, cpu = open_source(tmp_path / "gpu"), open_source(tmp_path / "cpu")
+    assert gpu.fingerprint() == cpu.fingerprint()
+    for frame in range(80):
+        assert np.abs(gpu.read_frame(0, frame).astype(int) - cpu.read_frame(0, frame)).mean() < 4
