@@ -252,9 +252,8 @@ def test_a_shard_of_the_wrong_size_is_not_opened(tmp_path: Path) -> None:
 def test_bad_input_is_one_clear_line(tmp_path: Path, words: list[str], message: str) -> None:
     write_folders(tmp_path / "frames", [3])
     (tmp_path / "empty").mkdir()
-    places = [
-        str(tmp_path / word) if word in ("frames", "out", "nowhere", "empty") else word for word in words
-    ]
+    places = ("frames", "out", "nowhere", "empty")
+    words = [str(tmp_path / word) if word in places else word for word in words]
     with pytest.raises(InputError, match=message) as caught:
         command(*words)
     assert "\n" not in str(caught.value)
