@@ -19,13 +19,8 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
-CROP_TRIES = 10
 # Slots of a sample's random numbers; all are drawn, used or not, so that none depends on another's outcome.
-_FRAMES = slice(0, 2)
-_CROP = slice(2, 2 + 2 * CROP_TRIES + 2)
-_FLIP = 2 + 2 * CROP_TRIES + 2
-_SUBSTITUTE = _FLIP + 1
-_SLOTS = _SUBSTITUTE + 1
+_FRAMES, _CROP, _FLIP, _SUBSTITUTE, _SLOTS = slice(0, 2), slice(2, 6), 6, 7, 8
 
 
 @dataclass(frozen=True)
@@ -110,24 +105,18 @@ def draw_pair(num_frames: npt.ArrayLike, uniforms: npt.ArrayLike, *, gap: float)
 
 
 def draw_crop(uniforms: npt.ArrayLike, *, area: tuple[float, float], ratio: tuple[float, float]) -> Floats:
-    """Boxes (B, 4) top, left, bottom, right on the unit square, from uniforms (B, 22) in [0, 1).
+    """Boxes (B, 4) top, left, bottom, right on the unit square, from uniforms (B, 4) in [0, 1).
 
-    torchvision's RandomResizedCrop on a square frame: of ten tries of (area, log-uniform ratio) the first
-    that fits, at a uniform place; if none fits, the largest centred box whose ratio is within bounds.
+    One draw of area and log-uniform ratio (width / height), each side cut to the frame, at a uniform place:
+    the rule of the published code (its util/video/image_utils.py, after BYOL). torchvision's own
+    RandomResizedCrop draws again instead of cutting.
     """
     u = np.asarray(uniforms, dtype=np.float64)
-    areas = area[0] + (area[1] - area[0]) * u[:, :CROP_TRIES]
+    areas = area[0] + (area[1] - area[0]) * u[:, 0]
     low, high = np.log(ratio)
-    ratios = np.exp(low + (high - low) * u[:, CROP_TRIES : 2 * CROP_TRIES])
-    # Rounding may put the square root of a whole frame a hair above 1.
-    widths, heights = np.sqrt(areas * ratios), np.sqrt(areas / ratios)
-    fits = (widths <= 1) & (heights <= 1)
-    rows, first = np.arange(len(u)), fits.argmax(axis=1)
-    found = fits.any(axis=1)
-    width = np.where(found, widths[rows, first], min(1.0, ratio[1]))
-    height = np.where(found, heights[rows, first], min(1.0, 1 / ratio[0]))
-    top = np.where(found, u[:, -2], 0.5) * (1 - height)
-    left = np.where(found, u[:, -1], 0.5) * (1 - width)
+    ratios = np.exp(low + (high - low) * u[:, 1])
+    height, width = np.minimum(np.sqrt(areas / ratios), 1), np.minimum(np.sqrt(areas * ratios), 1)
+    top, left = u[:, 2] * (1 - height), u[:, 3] * (1 - width)
     return np.stack([top, left, top + height, left + width], axis=1)
 
 
