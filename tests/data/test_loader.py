@@ -73,7 +73,7 @@ def test_both_frames_of_a_pair_have_the_same_crop_and_flip(tmp_path: Path) -> No
     folder = tmp_path / "still"
     folder.mkdir()
     for frame in range(20):
-        Image.fromarray(picture(0, 0)).save(folder / f"{frame:03d}.png")
+        Image.fromarray(picture(0, 0, 200, 300)).save(folder / f"{frame:03d}.png")
     loader = make_loader(open_source(tmp_path), make_sampling(pairs_per_video=64), batch_size=32)
     for pairs in loader:
         torch.testing.assert_close(pairs.frames[0], pairs.frames[1], rtol=0, atol=0)
