@@ -17,6 +17,7 @@ Legend: B pairs, S side of the crop in pixels.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -171,8 +172,7 @@ class HostStage:
 
     def __init__(self, decoder: HostDecoder | None, *, image_size: int, num_threads: int) -> None:
         self._decoder, self._size = decoder, image_size
-        # Frames are spread over the pool; threads inside each would only get in the way.
-        self._pool = ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,))
+        self._pool = _single_threaded_workers(num_threads)
         self._waiting: deque[tuple[list[npt.NDArray[np.uint8]], Draws]] = deque()
         mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
         self._scale = (1 / (255 * std)).view(3, 1, 1)
@@ -204,6 +204,25 @@ class HostStage:
 
     def close(self) -> None:
         self._pool.shutdown()
+
+
+def _single_threaded_workers(number: int) -> ThreadPoolExecutor:
+    """A pool in whose threads PyTorch runs single-threaded: frames are spread over the pool instead.
+
+    torch.set_num_threads also becomes the number of every thread that is started later, so it is set back
+    once all workers have begun.
+    """
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(number)
+    all_started = threading.Barrier(number)
+
+    def begin(_: int) -> None:
+        torch.set_num_threads(1)
+        all_started.wait()
+
+    list(pool.map(begin, range(number)))
+    torch.set_num_threads(before)
+    return pool
 
 
 class GraphStage:

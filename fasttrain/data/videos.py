@@ -67,7 +67,7 @@ class VideoInfo:
     matrix: Matrix
     """The YCbCr matrix of its colours; ffmpeg takes BT.601 where a stream does not say."""
     times: Times | None
-    """Presentation time of every frame, ascending; None where the container has none (some AVI)."""
+    """Presentation time of every frame, ascending; None where the container has none (AVI)."""
     key_times: Sequence[int]
     """Presentation times of the key frames, ascending."""
     reset_times: Sequence[int]
@@ -88,6 +88,8 @@ def probe_video(path: Path) -> VideoInfo:
             if first is None:
                 raise UnreadableFrameError("its first frame cannot be decoded")
             known = _sorted(times)
+            # AVI has no presentation times; ffmpeg's guesses at them are wrong where there are B-frames.
+            seekable = len(set(known)) == len(times) and container.format.name != "avi"
             return VideoInfo(
                 path=path,
                 codec=stream.codec_context.codec.canonical_name,
@@ -96,7 +98,7 @@ def probe_video(path: Path) -> VideoInfo:
                 height=first.height,
                 quarter_turns=_quarter_turns(first),
                 matrix=_MATRICES.get(int(first.colorspace), "bt601"),
-                times=_compact(known) if len(known) == len(times) else None,
+                times=_compact(known) if seekable else None,
                 key_times=_sorted(key_times),
                 reset_times=_sorted(reset_times),
                 num_frames=len(times),

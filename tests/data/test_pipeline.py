@@ -1,5 +1,6 @@
 """The DALI graph of the GPU, run on the CPU's operators against Pillow; and on a GPU where there is one."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,17 @@ def test_a_clip_that_does_not_decode_spoils_no_other_batch(tmp_path: Path) -> No
     stage.submit(past_the_end, draws)
     with pytest.raises(RuntimeError):
         stage.collect()
+
+
+def test_a_stage_leaves_the_threads_of_others_alone(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    loader = make_loader(open_source(write_folders(tmp_path, [8] * 4)), num_threads=3)
+    later: list[int] = []
+    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert [torch.get_num_threads(), *later] == [before, before]
+    loader.close()
 
 
 def test_a_gpu_decoder_needs_a_gpu() -> None:

@@ -9,7 +9,14 @@ import pytest
 from makers import encode_video, picture
 
 from fasttrain.data.images import UnreadableFrameError
-from fasttrain.data.videos import cut_clip, probe_video, read_video_frames, stream_video_frames, to_rgb
+from fasttrain.data.videos import (
+    cut_clip,
+    nvdec_decodes,
+    probe_video,
+    read_video_frames,
+    stream_video_frames,
+    to_rgb,
+)
 
 
 def sequential(path: Path) -> list[np.ndarray]:
@@ -50,6 +57,19 @@ def test_every_frame_of_a_stream_with_open_groups_of_pictures(tmp_path: Path) ->
     for frame in range(40):
         (got,) = read_video_frames(video, [frame])
         np.testing.assert_array_equal(got, truth[frame])
+
+
+def test_a_container_without_time_stamps(tmp_path: Path) -> None:
+    """AVI knows no presentation times: frames are counted from the start."""
+    path = encode_video(tmp_path / "x.avi", [picture(0, t) for t in range(20)], bf=2)
+    video = probe_video(path)
+    assert video.times is None
+    assert not nvdec_decodes(video)
+    truth = sequential(path)
+    assert video.num_frames == len(truth)
+    for pair in ([0, 19], [7, 3], [5, 5]):
+        for frame, got in zip(pair, read_video_frames(video, pair), strict=True):
+            np.testing.assert_array_equal(got, truth[frame])
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
