@@ -4,6 +4,7 @@ The measures alone; `jhmdb_task.py` runs the benchmark. Jhuang et al., "Towards 
 Recognition" (ICCV 2013), evaluated as in github ajabri/videowalk.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -61,9 +62,9 @@ def pck_per_joint(
 def joint_maps(joints_2J: npt.ArrayLike, grid: tuple[int, int], sigma: float = 0.5) -> Tensor:
     """(h, w, 1 + J) float32: for each joint a Gaussian of peak 1 about its cell, behind the background.
 
-    `joints_2J` holds x, y in cells. The peak stands on the whole cell that holds the joint and the Gaussian
-    is cut off at 3 sigma; a joint whose Gaussian lies outside the grid has an empty map. The background is 1
-    where no joint is. (Newell's drawing, as github ajabri/videowalk uses it.)
+    `joints_2J` holds x, y in cells. The peak stands on the nearest cell and the Gaussian is cut off at 3
+    sigma; a joint whose Gaussian lies outside the grid has an empty map. The background is 1 where no joint
+    is. (Newell's drawing, as github ajabri/videowalk uses it, but rounded alike at all borders.)
     """
     height, width = grid
     joints_2J = np.asarray(joints_2J, dtype=np.float64)
@@ -71,8 +72,8 @@ def joint_maps(joints_2J: npt.ArrayLike, grid: tuple[int, int], sigma: float = 0
     offset_S = np.arange(int(np.ceil(6 * sigma + 1))) - (6 * sigma + 1) // 2
     bell_SS = np.exp(-(offset_S[:, None] ** 2 + offset_S**2) / (2 * sigma**2))
     for joint, (x, y) in enumerate(joints_2J.T):
-        left, top = int(x - 3 * sigma), int(y - 3 * sigma)
-        right, bottom = int(x + 3 * sigma + 1), int(y + 3 * sigma + 1)
+        left, top = math.floor(x - 3 * sigma), math.floor(y - 3 * sigma)
+        right, bottom = math.floor(x + 3 * sigma + 1), math.floor(y + 3 * sigma + 1)
         if left >= width or top >= height or right < 0 or bottom < 0:
             continue
         rows, columns = slice(max(0, top), min(bottom, height)), slice(max(0, left), min(right, width))

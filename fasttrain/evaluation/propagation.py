@@ -19,6 +19,7 @@ Shape suffixes: T frames, H W grid, N = H * W tokens, D channels, C classes, Q q
 M candidates, k neighbours, P = d + 1 channels of the bound.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -258,7 +259,7 @@ def _bound_channels(tokens_TND: Tensor, scale_TN: Tensor) -> Tensor:
 
 def _tiles(height: int, width: int, radius: float, context: int, device: torch.device) -> Iterator[_Tile]:
     """Rectangles that cover the grid, each with the keys within `radius` of any of its queries."""
-    reach = max(1, int(min(radius, height + width)))
+    reach = max(1, math.ceil(min(radius, height + width)))
     if device.type == "cuda":
         side = max(1, int((GPU_AFFINITIES / ((context + 1) * height * width)) ** 0.5))
         rows, columns = (height, width) if side * side >= height * width else (side, side)

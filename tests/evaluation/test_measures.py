@@ -1,0 +1,136 @@
+"""J, F, PCK and mIoU against the official toolkits' numbers, and at the edges that those define."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from PIL import Image
+
+from fasttrain.errors import InputError
+from fasttrain.evaluation import boundary_accuracy, mean_iou, pck, region_similarity
+from fasttrain.evaluation.davis import statistics
+from fasttrain.evaluation.jhmdb import joint_maps, joints_from_maps, pck_per_joint
+
+EMPTY = np.zeros((20, 30), dtype=bool)
+SQUARE = EMPTY.copy()
+SQUARE[5:12, 8:20] = True
+
+
+@pytest.mark.parametrize("sequence", ["car-shadow", "motocross-jump"])
+def test_davis_measures_equal_the_toolkit(shared: Path, sequence: str) -> None:
+    golden = json.loads((shared / "golden/eval/osvos_jf.json").read_text())[sequence]
+    for frame in range(0, len(golden["J"]), 3):
+        mask, truth = (
+            np.asarray(Image.open(shared / "davis" / folder / sequence / f"{frame:05d}.png")) > 0
+            for folder in ("osvos", "Annotations/480p")
+        )
+        assert region_similarity(mask, truth) == pytest.approx(golden["J"][frame], abs=1e-15)
+        assert boundary_accuracy(mask, truth) == pytest.approx(golden["F"][frame], abs=1e-15)
+
+
+def test_empty_masks() -> None:
+    assert region_similarity(EMPTY, EMPTY) == boundary_accuracy(EMPTY, EMPTY) == 1
+    assert region_similarity(EMPTY, SQUARE) == boundary_accuracy(EMPTY, SQUARE) == 0
+    assert region_similarity(SQUARE, EMPTY) == boundary_accuracy(SQUARE, EMPTY) == 0
+
+
+@given(arrays(bool, array_shapes(min_dims=2, max_dims=2, min_side=2, max_side=20)))
+def test_a_mask_equals_itself(mask: np.ndarray) -> None:
+    assert region_similarity(mask, torch.from_numpy(mask)) == 1
+    assert boundary_accuracy(mask, mask) == 1
+
+
+def test_contours_match_within_the_tolerance() -> None:
+    """A 400 x 300 image has a tolerance of 4 pixels: shifts up to it cost nothing, one more costs."""
+    mask = np.zeros((300, 400), dtype=bool)
+    mask[100:200, 100:200] = True
+    assert boundary_accuracy(np.roll(mask, 4, axis=1), mask) == 1
+    assert boundary_accuracy(np.roll(mask, 5, axis=1), mask) < 1
+
+
+def test_statistics_share_the_border_frames_of_their_bins() -> None:
+    """38 frames fall into bins that begin at 1, 10, 20, 29 and end at 10, 20, 29, 38 (counted from one)."""
+    values = np.linspace(1, 0, 38)
+    found = statistics(values)
+    assert found.mean == pytest.approx(0.5)
+    assert found.recall == pytest.approx(0.5)
+    assert found.decay == pytest.approx(values[0:10].mean() - values[28:38].mean())
+    assert np.isnan(statistics([]).mean)
+
+
+def load_poses(shared: Path) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
+    golden = np.load(shared / "golden/eval/jhmdb_pck.npz")
+    predictions, truths = [], []
+    for video in range(3):
+        (height, width), (rows, columns) = golden[f"size_{video}"], golden["grid"]
+        scale = np.array([width / columns, height / rows])[:, None, None]
+        predictions.append(golden[f"pred_grid_{video}"] * scale)
+        truths.append(golden[f"gt_{video}"])
+    return predictions, truths, golden["pck"]
+
+
+def test_pck_equals_the_published_numbers(shared: Path) -> None:
+    predictions, truths, expected = load_poses(shared)
+    np.testing.assert_allclose(pck(predictions, truths), expected, rtol=1e-12)
+    np.testing.assert_allclose(pck_per_joint(predictions, truths).mean(1), expected, rtol=1e-12)
+
+
+def test_pck_leaves_out_the_first_frame_and_joints_not_found() -> None:
+    truth = np.zeros((2, 3, 2))
+    truth[:, 1], truth[:, 2] = 30, 40
+    prediction = truth.copy()
+    prediction[:, :, 0] += 1000
+    prediction[:, 2] = -1
+    assert pck([prediction], [truth], thresholds=[0.1]) == [100]
+    prediction[0, 0, 1] += 0.1 * 0.6 * np.hypot(30, 30) + 0.01
+    np.testing.assert_array_equal(pck_per_joint([prediction], [truth], [0.1]), [[0, 100, np.nan]])
+
+
+def test_joint_maps_carry_joints() -> None:
+    joints = np.array([[3.0, 0.0, 9.7, 40.0], [2.0, 0.0, 5.2, 3.0]])
+    maps = joint_maps(joints, (8, 12))
+    assert maps.shape == (8, 12, 5)
+    torch.testing.assert_close(
+        joints_from_maps(maps)[:, :3], torch.tensor([[3.0, 0.0, 10.0], [2.0, 0.0, 5.0]]), atol=0.3, rtol=0
+    )
+    assert joints_from_maps(maps)[:, 3].tolist() == [-1, -1]
+    assert torch.equal(maps[..., 0] == 1, maps[..., 1:].sum(-1) == 0)
+
+
+def test_mean_iou_equals_the_published_number(shared: Path) -> None:
+    golden = np.load(shared / "golden/eval/vip_miou.npz")
+    names = [name.removeprefix("gt_") for name in golden.files if name.startswith("gt_")]
+    found = mean_iou(
+        [golden[f"pred_{name}"] for name in names],
+        [golden[f"gt_{name}"] for name in names],
+        num_classes=int(golden["num_classes"]),
+    )
+    assert found == pytest.approx(float(golden["miou"]), rel=1e-14)
+
+
+def test_mean_iou_leaves_out_classes_that_never_occur_and_void() -> None:
+    truth = np.array([[0, 0, 1, 255]])
+    assert mean_iou([np.array([[0, 1, 1, 0]])], [truth], num_classes=20) == pytest.approx((1 / 2 + 1 / 2) / 2)
+
+
+@given(st.lists(arrays(np.uint8, (4, 5), elements=st.integers(0, 19)), min_size=1, max_size=4))
+def test_mean_iou_of_the_truth_is_one(truths: list[np.ndarray]) -> None:
+    assert mean_iou(truths, truths) == 1
+
+
+def test_bad_input() -> None:
+    with pytest.raises(InputError, match="shape"):
+        region_similarity(EMPTY, EMPTY[:5])
+    with pytest.raises(InputError, match="as many"):
+        mean_iou([EMPTY], [])
+    with pytest.raises(InputError, match="predicted class 7"):
+        mean_iou([np.full((2, 2), 7)], [np.zeros((2, 2))], num_classes=5)
+    with pytest.raises(InputError, match="as many"):
+        pck([], [])
+    with pytest.raises(InputError, match="poses of shape"):
+        pck([np.zeros((2, 3))], [np.zeros((2, 3))])

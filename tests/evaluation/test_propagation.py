@@ -1,0 +1,182 @@
+"""Label propagation: the published numbers, a brute-force reference in float64, an oracle, bad input."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from fasttrain.errors import InputError
+from fasttrain.evaluation import propagate_labels
+from fasttrain.evaluation import propagation as module
+
+
+def brute_force(
+    features: Tensor, earlier: Tensor, context: int, radius: float, topk: int, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """The definition, word by word, in float64: all copies, all keys, one softmax.
+
+    Frame t is computed from the labels `earlier` (T, H, W, C) of the frames before it. Also says where the
+    k-th affinity stands clear of the next, so that float32 must choose the same keys.
+    """
+    frames, height, width, _ = features.shape
+    tokens = height * width
+    unit = functional.normalize(features.double(), dim=-1).reshape(frames, tokens, -1)
+    y, x = (
+        grid.flatten() for grid in torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    )
+    far = ((y[:, None] - y) ** 2 + (x[:, None] - x) ** 2).double().sqrt() >= radius
+    given = earlier.double().reshape(frames, tokens, -1)
+    labels, clear = [given[0]], [torch.ones(tokens, dtype=torch.bool)]
+    for t in range(1, frames):
+        sources = [0, *(max(0, s) for s in range(t - context, t))]
+        affinity = torch.stack([unit[t] @ unit[s].T for s in sources], dim=1)
+        affinity[:, 1:].masked_fill_(far[:, None], -torch.inf)
+        k = min(topk, tokens)
+        value, index = affinity.flatten(1).topk(k, dim=-1)
+        weight = (value / temperature).softmax(-1)
+        labels.append((weight[..., None] * given[sources].flatten(0, 1)[index]).sum(1))
+        # Copies of one key are exactly alike, and it matters not which of them is taken.
+        kth = value[:, -1:]
+        below = affinity.flatten(1).masked_fill(affinity.flatten(1) >= kth, -torch.inf).amax(-1)
+        clear.append(kth[:, 0] - below > 1e-6)
+    return torch.stack(labels).view(frames, height, width, -1), torch.stack(clear).view(frames, height, width)
+
+
+def assert_propagates(features: Tensor, first: Tensor, *options: float) -> None:
+    fast = propagate_labels(features, first, *options)
+    slow, clear = brute_force(features, fast, *options)
+    # Affinities are rounded to float32 and divided by the temperature.
+    atol = 4 * torch.finfo(torch.float32).eps / options[-1]
+    torch.testing.assert_close(fast[clear].double(), slow[clear], rtol=0, atol=atol)
+    assert clear.float().mean() > 0.9
+
+
+def make_features(seed: int, shape: tuple[int, int, int, int], rank: int, noise: float) -> Tensor:
+    """Random features about a common mean, of few strong directions unless `rank` is the width."""
+    generator = torch.Generator().manual_seed(seed)
+    frames, height, width, channels = shape
+    strong = torch.randn(frames, height, width, rank, generator=generator)
+    features = strong @ torch.randn(rank, channels, generator=generator)
+    features = features + 2 * torch.randn(channels, generator=generator)
+    return features + noise * torch.randn(shape, generator=generator)
+
+
+@pytest.mark.parametrize("name", ["propagation", "propagation_wide"])
+def test_published_numbers(shared: Path, name: str) -> None:
+    golden = np.load(shared / "golden" / "eval" / f"{name}.npz")
+    labels = propagate_labels(
+        torch.from_numpy(golden["features"]),
+        torch.from_numpy(golden["first_labels"]),
+        context=int(golden["context"]),
+        radius=int(golden["radius"]),
+        topk=int(golden["topk"]),
+        temperature=float(golden["temperature"]),
+    )
+    # The published numbers are float32 themselves: a few units in the last place.
+    np.testing.assert_allclose(labels.numpy(), golden["labels"], rtol=0, atol=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    grid=st.tuples(st.integers(1, 7), st.integers(1, 9)),
+    frames=st.integers(1, 7),
+    rank=st.sampled_from([1, 3, 32]),
+    noise=st.sampled_from([0.1, 0.5]),
+    context=st.integers(1, 9),
+    radius=st.sampled_from([0.5, 1.0, 2.0, 3.5, 20.0]),
+    topk=st.integers(1, 9),
+)
+def test_equals_brute_force(
+    seed: int,
+    grid: tuple[int, int],
+    frames: int,
+    rank: int,
+    noise: float,
+    context: int,
+    radius: float,
+    topk: int,
+) -> None:
+    features = make_features(seed, (frames, *grid, 32), rank, noise)
+    first = torch.rand(*grid, 3, generator=torch.Generator().manual_seed(seed))
+    assert_propagates(features, first, context, radius, topk, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("rank", "noise", "bounded"),
+    [(3, 0.02, True), (32, 0.0, False)],
+    ids=["few directions: searched through bounds", "flat spectrum: searched in full"],
+)
+def test_both_ways_of_searching(rank: int, noise: float, bounded: bool) -> None:
+    features = make_features(1, (5, 16, 20, 32), rank, noise)
+    tokens = features.flatten(1, 2)
+    bounds = module._bound_channels(tokens, 1 / tokens.norm(dim=-1))
+    assert (bounds.shape[-1] < 32) == bounded
+    first = torch.rand(16, 20, 4, generator=torch.Generator().manual_seed(0))
+    assert_propagates(features, first, 3, 6, 7, 0.7)
+
+
+def test_a_still_video_is_settled_in_full() -> None:
+    """All keys of a cell are nearly alike over time: bounds cannot tell them apart, the result must."""
+    still = make_features(2, (1, 12, 12, 32), 3, 0.3).expand(8, -1, -1, -1)
+    features = still + 0.05 * torch.randn(still.shape, generator=torch.Generator().manual_seed(3))
+    first = torch.rand(12, 12, 2, generator=torch.Generator().manual_seed(4))
+    assert_propagates(features, first, 5, 4, 3, 0.7)
+
+
+def test_oracle_features_return_the_true_masks() -> None:
+    """Features that name the material point under each cell carry the true masks of a drifting scene."""
+    frames, height, width = 9, 8, 12
+    points = torch.arange(height * (width + frames)).view(height, width + frames)
+    shown = torch.stack([points[:, t : t + width] for t in range(frames)])
+    features = functional.one_hot(shown, points.numel()).float()
+    object_of_point = (points % 5 < 2).long()
+    truth = torch.stack([object_of_point[:, t : t + width] for t in range(frames)])
+    first = functional.one_hot(truth[0], 2).float()
+    labels = propagate_labels(features, first, context=3, radius=2.5, topk=1, temperature=0.01)
+    for t in range(frames):
+        known = slice(0, width - t)  # later columns had not come into view in the first frame
+        assert torch.equal(labels[t, :, known].argmax(-1), truth[t, :, known])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    features = make_features(5, (5, 6, 6, 32), 3, 0.3).to(dtype)
+    first = torch.rand(6, 6, 2, generator=torch.Generator().manual_seed(4))
+    assert propagate_labels(features, first).dtype == torch.float32
+    assert_propagates(features, first, 20, 20, 7, 0.7)
+
+
+def test_one_frame_and_labels_that_are_all_zero() -> None:
+    features = make_features(6, (1, 3, 4, 8), 2, 0.1)
+    first = torch.zeros(3, 4, 5)
+    assert torch.equal(propagate_labels(features, first), first[None])
+
+
+@pytest.mark.gpu
+def test_gpu_equals_cpu() -> None:
+    features = make_features(7, (12, 30, 40, 64), 4, 0.1)
+    first = torch.rand(30, 40, 3, generator=torch.Generator().manual_seed(8))
+    on_gpu = propagate_labels(features.cuda(), first.cuda()).cpu()
+    torch.testing.assert_close(on_gpu, propagate_labels(features, first), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("features", "first", "options", "message"),
+    [
+        ((3, 4, 8), (4, 4, 2), {}, "features have shape"),
+        ((3, 4, 4, 0), (4, 4, 2), {}, "features have shape"),
+        ((3, 4, 4, 8), (4, 5, 2), {}, "first labels have shape"),
+        ((3, 4, 4, 8), (4, 4, 2), {"context": 0}, "context is 0"),
+        ((3, 4, 4, 8), (4, 4, 2), {"topk": 0}, "topk is 0"),
+        ((3, 4, 4, 8), (4, 4, 2), {"temperature": 0.0}, "temperature is 0"),
+    ],
+)
+def test_bad_input(features: tuple, first: tuple, options: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        propagate_labels(torch.ones(features), torch.ones(first), **options)
