@@ -225,6 +225,46 @@ def _single_threaded_workers(number: int) -> ThreadPoolExecutor:
     return pool
 
 
+def pair_graph(storage: Storage, *, decoder: str, image_size: int, on_gpu: bool, float32: bool) -> Any:
+    """The nodes from what the index stores to normalised crops, (3, S, S) or for clips (2, 3, S, S) each."""
+    box = fn.external_source(name="box", batch=True, ndim=1, dtype=DALIDataType.FLOAT)
+    mirror = fn.external_source(name="mirror", batch=True, ndim=0, dtype=DALIDataType.INT32)
+    first_axis = 0
+    if storage == "images":
+        frames = decode_images(_bytes_input(), device=decoder)
+    elif storage == "clips":
+        numbers = fn.external_source(name="numbers", batch=True, ndim=1, dtype=DALIDataType.INT32)
+        frames = decode_clips(_bytes_input(), numbers, device=decoder)
+        first_axis = 1
+    else:
+        frames = fn.external_source(
+            name="stored", batch=True, no_copy=True, ndim=3, dtype=DALIDataType.UINT8, layout="HWC"
+        )
+    size = frames.shape(dtype=DALIDataType.FLOAT)[first_axis : first_axis + 2]
+    # Whole pixels, by the rule of sampling.pixel_box.
+    start = dali_math.min(dali_math.floor(box[0:2] * size + 0.5), size - 1)
+    end = dali_math.max(dali_math.floor(box[2:4] * size + 0.5), start + 1)
+    if on_gpu:
+        frames = frames.gpu()
+    resized: Any = fn.resize(
+        frames,
+        size=[image_size, image_size],
+        roi_start=start,
+        roi_end=end,
+        interp_type=DALIInterpType.INTERP_CUBIC,
+        antialias=True,
+    )
+    return fn.crop_mirror_normalize(
+        resized,
+        mirror=mirror,
+        mean=[255 * value for value in IMAGENET_MEAN],
+        std=[255 * value for value in IMAGENET_STD],
+        # DALI has no bfloat16; PyTorch casts.
+        dtype=DALIDataType.FLOAT if float32 else DALIDataType.FLOAT16,
+        output_layout="FCHW" if first_axis else "CHW",
+    )
+
+
 class GraphStage:
     """Decode, crop, resize and normalise in one DALI graph, meant for a GPU.
 
@@ -251,7 +291,15 @@ class GraphStage:
             device=device, batch_size=2 * batch_size, num_threads=num_threads, prefetch=prefetch
         )
         with pipeline:
-            pipeline.set_outputs(self._build(decoder, image_size))
+            pipeline.set_outputs(
+                pair_graph(
+                    storage,
+                    decoder=decoder,
+                    image_size=image_size,
+                    on_gpu=device.type == "cuda",
+                    float32=dtype == torch.float32,
+                )
+            )
         self._graph = Graph(pipeline, prefetch)
         self._waiting: deque[tuple[list[npt.NDArray[np.uint8]], Draws]] = deque()
         # A copy to the device may still read the bytes of a batch that was collected.
@@ -291,44 +339,6 @@ class GraphStage:
     def close(self) -> None:
         self._waiting.clear()
         self._retired.clear()
-
-    def _build(self, decoder: str, image_size: int) -> Any:
-        box = fn.external_source(name="box", batch=True, ndim=1, dtype=DALIDataType.FLOAT)
-        mirror = fn.external_source(name="mirror", batch=True, ndim=0, dtype=DALIDataType.INT32)
-        first_axis = 0
-        if self._storage == "images":
-            frames = decode_images(_bytes_input(), device=decoder)
-        elif self._storage == "clips":
-            numbers = fn.external_source(name="numbers", batch=True, ndim=1, dtype=DALIDataType.INT32)
-            frames = decode_clips(_bytes_input(), numbers, device=decoder)
-            first_axis = 1
-        else:
-            frames = fn.external_source(
-                name="stored", batch=True, no_copy=True, ndim=3, dtype=DALIDataType.UINT8, layout="HWC"
-            )
-        size = frames.shape(dtype=DALIDataType.FLOAT)[first_axis : first_axis + 2]
-        # Whole pixels, by the rule of sampling.pixel_box.
-        start = dali_math.min(dali_math.floor(box[0:2] * size + 0.5), size - 1)
-        end = dali_math.max(dali_math.floor(box[2:4] * size + 0.5), start + 1)
-        if self._device.type == "cuda":
-            frames = frames.gpu()
-        resized: Any = fn.resize(
-            frames,
-            size=[image_size, image_size],
-            roi_start=start,
-            roi_end=end,
-            interp_type=DALIInterpType.INTERP_CUBIC,
-            antialias=True,
-        )
-        return fn.crop_mirror_normalize(
-            resized,
-            mirror=mirror,
-            mean=[255 * value for value in IMAGENET_MEAN],
-            std=[255 * value for value in IMAGENET_STD],
-            # DALI has no bfloat16; PyTorch casts.
-            dtype=DALIDataType.FLOAT if self._dtype == torch.float32 else DALIDataType.FLOAT16,
-            output_layout="FCHW" if first_axis else "CHW",
-        )
 
 
 class ClipDecoder:

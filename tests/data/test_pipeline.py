@@ -11,7 +11,14 @@ from test_loader import levels, reference_pairs
 
 from fasttrain.data import FrameIndex, open_source
 from fasttrain.data.index import VideoIndex
-from fasttrain.data.pipeline import GraphStage, Upright, open_stage, rgb_correction
+from fasttrain.data.pipeline import (
+    GraphStage,
+    Upright,
+    new_pipeline,
+    open_stage,
+    pair_graph,
+    rgb_correction,
+)
 from fasttrain.data.sampling import Draws
 from fasttrain.errors import InputError
 
@@ -124,6 +131,16 @@ def test_clips_get_the_matrix_of_their_stream(tmp_path: Path, matrix: str) -> No
     # A grey has no colour to change, and pure red is where the two matrices part.
     np.testing.assert_allclose(rgb_correction(matrix).sum(axis=1), 1, atol=1e-12)
     assert np.abs(results[1] - results[0]).max() > 5
+
+
+@pytest.mark.parametrize(
+    ("storage", "decoder"), [("images", "cpu"), ("images", "mixed"), ("frames", "cpu"), ("clips", "mixed")]
+)
+def test_the_graph_for_a_gpu_ends_on_it(storage: str, decoder: str) -> None:
+    """DALI checks operators and devices when a graph is defined, which takes no GPU."""
+    with new_pipeline(device=torch.device("cuda", 0), batch_size=2, num_threads=1, prefetch=1):
+        node = pair_graph(storage, decoder=decoder, image_size=8, on_gpu=True, float32=False)
+    assert node.device == "gpu"
 
 
 def test_a_clip_that_does_not_decode_spoils_no_other_batch(tmp_path: Path) -> None:
