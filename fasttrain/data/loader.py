@@ -137,14 +137,26 @@ class PairLoader:
             while fetched < min(self.num_batches, done + 2 * self._prefetch):
                 fetching.append(self._fetch(fetched))
                 fetched += 1
-            while fetching and len(decoding) < self._prefetch:
-                batch = _join([part.result() for part in fetching.popleft()])
-                self._submit(batch)
-                decoding.append(batch)
+            self._submit_fetched(fetching, decoding, wait=True)
             frames = self._collect(decoding)
             batch = decoding.popleft()
             self._count(batch)
+            # The stage gets its next batch before the caller goes off to train on this one.
+            self._submit_fetched(fetching, decoding, wait=False)
             yield FramePairs(frames=frames, samples=batch.draws.samples, videos=batch.draws.videos)
+
+    def _submit_fetched(
+        self, fetching: deque[list[Future[_Batch]]], decoding: deque[_Batch], *, wait: bool
+    ) -> None:
+        """Keep the stage supplied, with what is there or, if told to wait, with what is still being read."""
+        while fetching and len(decoding) < self._prefetch:
+            parts = fetching[0]
+            if not wait and not all(part.done() and part.exception() is None for part in parts):
+                return
+            batch = _join([part.result() for part in parts])
+            fetching.popleft()
+            self._submit(batch)
+            decoding.append(batch)
 
     def samples_of_step(self, step: int) -> tuple[Ints, list[str]]:
         """Ids (G,) of the samples of a step over all ranks, and the names of their videos."""
@@ -216,6 +228,9 @@ class PairLoader:
         while True:
             try:
                 return self._stage.collect()
+            # PyTorch's own: no frame is to blame.
+            except (torch.OutOfMemoryError, torch.AcceleratorError):
+                raise
             # DALI has one exception for everything; `_repair` raises it again if no frame is to blame.
             except RuntimeError as error:
                 self._repair(decoding, error)
