@@ -436,7 +436,7 @@ def main() -> None:
             {
                 "environment": environment(),
                 "frame": f"{WIDTH} x {HEIGHT} JPEG",
-                "source": "/".join(args.source.parts[-2:]) if args.source else f"{args.videos} made-up scenes",
+                "source": "/".join(args.source.parts[-2:]) if args.source else "made-up scenes",
                 "setting": {key: value for key, value in asdict(setting).items() if key not in places},
                 "goals": goals(loaders),
                 "loaders": loaders,
