@@ -209,8 +209,8 @@ class HostStage:
 def _single_threaded_workers(number: int) -> ThreadPoolExecutor:
     """A pool in whose threads PyTorch runs single-threaded: frames are spread over the pool instead.
 
-    torch.set_num_threads also becomes the number of every thread that is started later, so it is set back
-    once all workers have begun.
+    torch.set_num_threads acts on the calling thread and on all that start later. So it is set back once all
+    workers have begun, in a thread of its own: what the caller computes keeps its order of summation.
     """
     before = torch.get_num_threads()
     pool = ThreadPoolExecutor(number)
@@ -221,7 +221,9 @@ def _single_threaded_workers(number: int) -> ThreadPoolExecutor:
         all_started.wait()
 
     list(pool.map(begin, range(number)))
-    torch.set_num_threads(before)
+    reset = threading.Thread(target=torch.set_num_threads, args=(before,))
+    reset.start()
+    reset.join()
     return pool
 
 
