@@ -147,9 +147,11 @@ def pack(
     names = sorted(found.folders or found.videos)[part.number - 1 :: part.count]
     if not names and part.number == 1:
         raise InputError(f"nothing in {source} to pack; expected frame folders or video files")
+    if destination.exists() and not destination.is_dir():
+        raise InputError(f"the destination {destination} is a file; expected a folder")
     destination.mkdir(parents=True, exist_ok=True)
     identity = {**dataclasses.asdict(options), "source": _digest(names)}
-    if _is_complete(part.manifest(destination), identity):
+    if _is_packed(destination, part, identity):
         console.print(
             f"{destination} is already packed; `fasttrain pack --check {destination}` verifies it",
             soft_wrap=True,
@@ -179,8 +181,7 @@ def pack(
 def check(root: Path, *, workers: int, console: Console) -> int:
     """Verify all shards of a packed set; returns the number of frames. Raises InputError if it is damaged."""
     shards = [path for part in finished_parts(root) for path, _ in part.shards(root)]
-    expected = sum(read_manifest(part.manifest(root))["shards"] for part in finished_parts(root))
-    damage: list[str] = [f"{expected - len(shards)} shards are missing"] if expected != len(shards) else []
+    damage: list[str] = []
     frames = 0
     with PackProgress(console, total=len(shards), done=0) as progress, ThreadPoolExecutor(workers) as pool:
         for count, found in pool.map(check_shard, shards):
@@ -192,7 +193,7 @@ def check(root: Path, *, workers: int, console: Console) -> int:
     if damage:
         raise InputError(
             f"{root} is damaged in {len(damage)} places, the first: {damage[0]}; delete the shards named and "
-            "their .json, set `complete` to false in the pack-*.json, and pack again"
+            "their .json and pack again, which fills the gap"
         )
     return frames
 
@@ -365,18 +366,18 @@ def _digest(names: Sequence[str]) -> str:
     return hashlib.sha256("\0".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
-def _is_complete(path: Path, identity: dict[str, Any]) -> bool:
+def _is_packed(destination: Path, part: Part, identity: dict[str, Any]) -> bool:
     """Whether this part is done. Raises InputError if it was begun from other videos or options."""
-    if not path.exists():
+    if not part.manifest(destination).exists():
         return False
-    manifest = read_manifest(path)
+    manifest = read_manifest(part.manifest(destination))
     for key, value in identity.items():
         if manifest.get(key) != value:
             raise InputError(
-                f"{path.parent} was begun with {key}={manifest.get(key)}, now it is {value}; "
+                f"{destination} was begun with {key}={manifest.get(key)}, now it is {value}; "
                 "use the same source and options, or another folder"
             )
-    return bool(manifest["complete"])
+    return part.is_complete(destination)
 
 
 def _report(console: Console, manifest: Path, totals: dict[str, int], skipped: Skipped) -> None:

@@ -12,6 +12,7 @@ The JSON beside a shard is written after it, so a shard that has one is whole.
 
 from __future__ import annotations
 
+import itertools
 import json
 import mmap
 import os
@@ -67,12 +68,20 @@ class Part:
     def shard(self, root: Path, number: int) -> Path:
         return root / f"frames-{self.number}of{self.count}-{number:06d}.tar"
 
+    def is_complete(self, root: Path) -> bool:
+        """Whether this part was packed to its end and all its shards are there."""
+        manifest = read_manifest(self.manifest(root))
+        return bool(manifest["complete"]) and manifest["shards"] == sum(1 for _ in self._indexed(root))
+
     def shards(self, root: Path) -> Iterator[tuple[Path, ShardIndex]]:
         """The finished shards, in order."""
-        number = 0
-        while (index := self.shard(root, number).with_suffix(".json")).exists():
-            yield self.shard(root, number), read_shard_index(index)
-            number += 1
+        for path in self._indexed(root):
+            yield path, read_shard_index(path.with_suffix(".json"))
+
+    def _indexed(self, root: Path) -> Iterator[Path]:
+        """The shards that have their index, up to the first that has not."""
+        paths = (self.shard(root, number) for number in itertools.count())
+        return itertools.takewhile(lambda path: path.with_suffix(".json").exists(), paths)
 
 
 def is_packed(path: Path) -> bool:
@@ -116,9 +125,9 @@ def finished_parts(root: Path) -> list[Part]:
     (count,) = counts
     for number in range(1, count + 1):
         part = Part(number, count)
-        if part not in parts or not read_manifest(part.manifest(root))["complete"]:
+        if part not in parts or not part.is_complete(root):
             raise InputError(
-                f"part {number} of {count} of the packed set {root} is not finished; "
+                f"part {number} of {count} of the packed set {root} is not finished, or a shard is missing; "
                 f"run `fasttrain pack` with --shard {number}/{count} again, it goes on where it was"
             )
     return parts

@@ -216,7 +216,7 @@ def flip_a_byte(shard: Path) -> None:
         (flip_a_byte, "frame 0 of class_0/video_0 is not what was packed"),
         (lambda shard: shard.write_bytes(shard.read_bytes()[:-600]), "bytes, expected"),
         (lambda shard: shard.unlink(), "No such file"),
-        (lambda shard: shard.with_suffix(".json").unlink(), "shards are missing"),
+        (lambda shard: shard.with_suffix(".json").unlink(), "or a shard is missing"),
         (lambda shard: shard.with_suffix(".json").write_text("{}"), "is damaged"),
     ],
 )
@@ -226,6 +226,18 @@ def test_check_names_the_damage(tmp_path: Path, damage, words: str) -> None:
     damage(tmp_path / "packed" / "frames-1of1-000000.tar")
     with pytest.raises(InputError, match=words):
         check(tmp_path / "packed", workers=1, console=Console(file=io.StringIO()))
+
+
+def test_packing_again_fills_a_gap(tmp_path: Path) -> None:
+    source = write_folders(tmp_path / "frames", [6] * 12)
+    packed(source, tmp_path / "packed")
+    whole = contents(tmp_path / "packed")
+    for suffix in (".tar", ".json"):
+        (tmp_path / "packed" / "frames-1of1-000001.tar").with_suffix(suffix).unlink()
+    with pytest.raises(InputError, match="or a shard is missing"):
+        open_source(tmp_path / "packed")
+    packed(source, tmp_path / "packed")
+    assert contents(tmp_path / "packed") == whole
 
 
 def test_a_shard_of_the_wrong_size_is_not_opened(tmp_path: Path) -> None:
@@ -245,6 +257,7 @@ def test_a_shard_of_the_wrong_size_is_not_opened(tmp_path: Path) -> None:
         (["frames", "out", "--frames", "-1"], "--frames=-1 is out of range"),
         (["nowhere", "out"], "does not exist"),
         (["empty", "out"], "nothing in .* to pack"),
+        (["frames", "frames/class_0/video_0/00000.jpg"], "is a file; expected a folder"),
         (["--check", "frames"], "is no packed set"),
         (["--check", "nowhere"], "is no packed set"),
     ],
@@ -252,7 +265,7 @@ def test_a_shard_of_the_wrong_size_is_not_opened(tmp_path: Path) -> None:
 def test_bad_input_is_one_clear_line(tmp_path: Path, words: list[str], message: str) -> None:
     write_folders(tmp_path / "frames", [3])
     (tmp_path / "empty").mkdir()
-    places = ("frames", "out", "nowhere", "empty")
+    places = ("frames", "out", "nowhere", "empty", "frames/class_0/video_0/00000.jpg")
     words = [str(tmp_path / word) if word in places else word for word in words]
     with pytest.raises(InputError, match=message) as caught:
         command(*words)
