@@ -1,7 +1,7 @@
 """The command line: `python -m fasttrain RECIPE [key=value ...]`, or a subcommand.
 
-A subcommand is a module with `add_arguments(parser)` and `run(arguments)`. Bad input (`InputError`) ends in one
-line on stderr and exit code 2; every other exception is ours and keeps its traceback.
+A subcommand is a module with `add_arguments(parser)` and `run(arguments)`. Bad input (`InputError`) ends in
+one line on stderr and exit code 2; every other exception is ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -75,7 +75,10 @@ def _refuse_mistyped_command(word: str) -> None:
     """`fasttrain evla` means a command, not a recipe of that name."""
     close = difflib.get_close_matches(word, COMMANDS, n=1)
     if close and not Path(word).exists() and Path(word).suffix == "":
-        print(f"fasttrain: {word!r} is neither a recipe nor a command; did you mean {close[0]!r}?", file=sys.stderr)
+        print(
+            f"fasttrain: {word!r} is neither a recipe nor a command; did you mean {close[0]!r}?",
+            file=sys.stderr,
+        )
         raise SystemExit(2)
 
 

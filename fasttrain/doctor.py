@@ -39,12 +39,20 @@ def run(arguments: argparse.Namespace) -> None:
     for column in ("", "part", "found", "what it costs that it is missing"):
         table.add_column(column, overflow="fold")
     for finding in findings:
-        mark = "[green]ok[/]" if finding.found else "[red]missing[/]" if finding.required else "[yellow]absent[/]"
+        mark = (
+            "[green]ok[/]"
+            if finding.found
+            else "[red]missing[/]"
+            if finding.required
+            else "[yellow]absent[/]"
+        )
         table.add_row(mark, finding.name, finding.found or "-", "" if finding.found else finding.cost)
     Console().print(table)
     missing = [finding.name for finding in findings if finding.required and not finding.found]
     if missing:
-        raise InputError(f"cannot train without {', '.join(missing)}; install the project again: make install")
+        raise InputError(
+            f"cannot train without {', '.join(missing)}; install the project again: make install"
+        )
 
 
 def examine() -> list[Finding]:
@@ -106,10 +114,8 @@ def _gpu() -> str | None:
         return None
     names = []
     for i in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(i)
-        names.append(
-            f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
-        )
+        gpu = torch.cuda.get_device_properties(i)
+        names.append(f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}")
     return f"{'; '.join(names)}; CUDA {torch.version.cuda}"
 
 

@@ -20,7 +20,7 @@ from fasttrain.distributed import World
 
 
 class Meter:
-    """Running means of a step's scalars, and the first step whose loss was not finite. Lives on the device."""
+    """Running means of a step's scalars and the first step of a non-finite loss. Lives on the device."""
 
     NAMES = ("loss", "cycle", "separability")
 
@@ -146,7 +146,8 @@ class ProgressReport:
         if not self._enabled:
             return
         status = (
-            f"{record['pairs_per_second']:.1f} pairs/s  loss {record['loss']:.4f}  cycle {record['cycle']:.4f}  "
+            f"{record['pairs_per_second']:.1f} pairs/s  "
+            f"loss {record['loss']:.4f}  cycle {record['cycle']:.4f}  "
             f"separability {record['separability']:.4f}  accuracy {record['cycle_accuracy']:.3f}  "
             f"lr {record['lr']:.2e}"
         )
@@ -154,7 +155,9 @@ class ProgressReport:
             self._bar.update(self._task, status=f"{name}  {status}")
         else:
             left = time.strftime("%H:%M:%S", time.gmtime(seconds_left))
-            self._console.print(f"{name}  step {step}/{self._total}  {status}  left {left}", highlight=False, soft_wrap=True)
+            self._console.print(
+                f"{name}  step {step}/{self._total}  {status}  left {left}", highlight=False, soft_wrap=True
+            )
 
     def message(self, text: str) -> None:
         """A line of its own, above the bar."""

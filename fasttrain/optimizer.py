@@ -54,7 +54,9 @@ def import_apex_optimizers(asked_for: str) -> ModuleType:
     try:
         importlib.import_module("apex")
     except ImportError:
-        raise InputError(f"optimizer.name: {asked_for!r} needs NVIDIA Apex, which is absent. {APEX_HELP}") from None
+        raise InputError(
+            f"optimizer.name: {asked_for!r} needs NVIDIA Apex, which is absent. {APEX_HELP}"
+        ) from None
     try:
         return importlib.import_module("apex.optimizers")
     except ImportError:
@@ -65,7 +67,7 @@ def import_apex_optimizers(asked_for: str) -> ModuleType:
 
 
 def learning_rate_factor(step: int, *, total_steps: int, epochs: float, warmup_epochs: float) -> float:
-    """Share of the peak learning rate at `step` (0-based) of `total_steps`; `epochs` is the schedule's length."""
+    """Share of the peak rate at `step` (0-based) of `total_steps`; `epochs` is the schedule's length."""
     epoch = step / total_steps * epochs
     if epoch < warmup_epochs:
         return epoch / warmup_epochs

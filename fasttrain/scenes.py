@@ -1,7 +1,7 @@
 """Made-up video with known masks: textured shapes that drift, turn and grow over a panning background.
 
-Everything is a function of the seed. `write_scene` encodes a real H.264 file and, on request, the label maps as
-palette PNGs in the layout of DAVIS. Shape suffixes: T frames, H height, W width, C colours.
+Everything is a function of the seed. `write_scene` encodes a real H.264 file and, on request, the label maps
+as palette PNGs in the layout of DAVIS. Shape suffixes: T frames, H height, W width, C colours.
 """
 
 from __future__ import annotations

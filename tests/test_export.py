@@ -28,9 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     encoder = load_backbone(**SETTINGS)
     projection = Projection(encoder.embed_dim, seed=1)
-    projection.save(
-        folder / "projection.safetensors", projection_metadata(SETTINGS, encoder, projection, {})
-    )
+    projection.save(folder / "projection.safetensors", projection_metadata(SETTINGS, encoder, projection, {}))
     return folder
 
 

@@ -71,7 +71,10 @@ def test_as_a_module() -> None:
     command = [sys.executable, "-m", "fasttrain", "nowhere.yaml"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
-    assert result.stderr == "fasttrain: cannot read recipe 'nowhere.yaml': No such file or directory; give a YAML file\n"
+    assert (
+        result.stderr
+        == "fasttrain: cannot read recipe 'nowhere.yaml': No such file or directory; give a YAML file\n"
+    )
 
 
 def test_doctor_finds_what_is_required(capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,7 +42,8 @@ def test_frozen_parameters_are_left_out() -> None:
 )
 def test_schedule_rises_from_zero_to_one_and_falls_to_zero(total: int, epochs: float, warmup: float) -> None:
     factors = [
-        learning_rate_factor(step, total_steps=total, epochs=epochs, warmup_epochs=warmup) for step in range(total + 1)
+        learning_rate_factor(step, total_steps=total, epochs=epochs, warmup_epochs=warmup)
+        for step in range(total + 1)
     ]
     assert all(0 <= factor <= 1 for factor in factors)
     assert factors[0] == (0 if warmup > 0 else 1)

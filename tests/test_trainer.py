@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,15 @@ def tiny(source: Path, output: Path, **sections: Any) -> Recipe:
     return recipe_from_dict(tree)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As torchrun sets it for its processes: sums then run in one order everywhere."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def run(recipe: Recipe) -> dict[str, Any]:
     with distributed.start("cpu") as world:
         return train(recipe, world)
@@ -111,22 +121,22 @@ def test_a_run_folder_has_everything(finished: Path) -> None:
     lines = metrics(finished)
     assert [line["step"] for line in lines] == [2, 4]
     wanted = {
-        "loss", "cycle", "separability", "cycle_accuracy", "identity_similarity", "lr", "pairs_per_second", "epoch",
-        "bad_samples", "bad_files",
+        "loss", "cycle", "separability", "cycle_accuracy", "identity_similarity", "lr", "pairs_per_second",
+        "epoch", "bad_samples", "bad_files",
     }  # fmt: skip
     assert wanted <= lines[0].keys()
     assert lines[-1]["epoch"] == pytest.approx(16 / VIDEOS)
     assert lines[0]["loss"] == pytest.approx(lines[0]["cycle"] + 3 * lines[0]["separability"])
 
 
-def test_the_head_moves_and_the_resolved_recipe_reruns_to_the_same_bits(finished: Path, tmp_path: Path) -> None:
+def test_the_head_moves_and_the_resolved_recipe_reruns_to_the_same_bits(
+    finished: Path, tmp_path: Path
+) -> None:
     recipe = load_recipe(finished / "recipe.yaml", [f"output={tmp_path / 'again'}"])
     run(recipe)
     assert_same_bits(finished, tmp_path / "again")
     run(dataclasses.replace(recipe, output=str(tmp_path / "seeded"), seed=1))
-    assert not torch.equal(
-        *(next(iter(weights(tmp_path / name).values())) for name in ("again", "seeded"))
-    )
+    assert not torch.equal(*(next(iter(weights(tmp_path / name).values())) for name in ("again", "seeded")))
 
 
 @pytest.mark.parametrize("crash_at", [1, 2, 3])
@@ -142,9 +152,10 @@ def test_resume_goes_on_to_the_same_bits(
         take_step(self, batches, step, **options)
 
     recipe = tiny(frames, tmp_path)
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="pulled the plug"):
+    with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_step", crash)
-        run(recipe)
+        with pytest.raises(RuntimeError, match="pulled the plug"):
+            run(recipe)
     run(recipe)
     assert_same_bits(finished, tmp_path)
     assert [line["step"] for line in metrics(tmp_path)] == [2, 4]
@@ -161,9 +172,10 @@ def test_a_signal_ends_with_a_checkpoint_and_resumes_to_the_same_bits(
             os.kill(os.getpid(), signal.SIGTERM)
 
     recipe = tiny(frames, tmp_path)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_step", signalled)
-        run(recipe)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe)
     assert (tmp_path / "checkpoints" / "step_00000001.pt").exists()
     run(recipe)
     assert_same_bits(finished, tmp_path)
@@ -178,8 +190,8 @@ def test_a_finished_run_stays_as_it_is(finished: Path) -> None:
 def test_processes_and_accumulated_passes_take_the_same_steps(
     frames: Path, finished: Path, tmp_path: Path
 ) -> None:
-    """Two processes of 2 pairs and one of 2 x 2 accumulated: to the last bit, since halving is exact. One batch of 4 sums in another order:
-    the paths may part by rounding only, small against the way that the weights went."""
+    """Two processes of 2 pairs and one of 2 x 2 accumulated: to the last bit, since halving is exact. One
+    batch of 4 sums in another order: the paths may part by rounding, small against the way they went."""
     accumulated = tiny(frames, tmp_path / "accumulated", train={"batch_size": 2, "accumulate": 2})
     run(accumulated)
     path = tmp_path / "recipe.yaml"
@@ -284,7 +296,7 @@ def test_bad_input_is_refused_before_anything_is_written(
 
 
 def test_another_recipes_folder_is_refused(frames: Path, finished: Path) -> None:
-    with pytest.raises(InputError, match="another recipe's run .*optimizer.lr"):
+    with pytest.raises(InputError, match=r"another recipe's run .*optimizer\.lr"):
         run(tiny(frames, finished, optimizer={"lr": 0.2}))
     with pytest.raises(InputError, match="resume=auto"):
         run(dataclasses.replace(tiny(frames, finished), resume="never"))
