@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import re
@@ -75,8 +76,18 @@ class BackboneRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderRecipe:
-    compile: bool = False
-    """torch.compile the frozen encoder; pays after its warm-up on a GPU."""
+    precision: Literal["auto", "fp8"] = "auto"
+    """Format of the frozen blocks' matrix products: train.precision, or FP8 (Ada, Hopper and later)."""
+    compile: Annotated[Literal["auto", "none", "default", "max-autotune"], MAY_CHANGE] = "auto"
+    """torch.compile: not at all, usual, or with a search for the fastest kernels; `auto` is usual on a GPU."""
+    cuda_graph: Annotated[bool, MAY_CHANGE] = False
+    """Replay the forward and backward pass (with several processes: the encoder) as one CUDA graph."""
+    attention: Annotated[Literal["auto", "cudnn", "flash", "efficient", "math"], MAY_CHANGE] = "auto"
+    """Kernel of the scaled-dot-product attention; `auto` leaves the choice to PyTorch."""
+    batch_views: Annotated[bool, MAY_CHANGE] = True
+    """Three views in one batch, frame 1 cut into patches once; false takes three passes, less memory."""
+    cast_weights: Annotated[bool, MAY_CHANGE] = True
+    """Cast the frozen weights to train.precision once; false keeps float32 and casts at every step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +245,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read the recipe at `path`, apply `key=value` overrides in order, and check everything.
 
     Raises:
-        InputError: the file is missing or no YAML mapping; a key is unknown, of the wrong type or out of range.
+        InputError: the file is missing or no YAML mapping; a key is unknown, mistyped or out of range.
     """
     tree = _read_tree(Path(path), seen=())
     for override in overrides:
@@ -367,7 +378,9 @@ def _check(hint: Any, value: Any, path: str) -> Any:
         if value not in arguments:
             close = difflib.get_close_matches(str(value), arguments, n=1)
             hint_text = f" (did you mean {close[0]!r}?)" if close else ""
-            raise InputError(f"{path}: {value!r} is no choice; expected one of {', '.join(arguments)}{hint_text}")
+            raise InputError(
+                f"{path}: {value!r} is no choice; expected one of {', '.join(arguments)}{hint_text}"
+            )
         return value
     if origin is tuple:
         return _check_tuple(arguments, value, path)
@@ -390,7 +403,8 @@ def _check_tuple(arguments: tuple[Any, ...], value: Any, path: str) -> tuple[Any
     if len(value) != len(arguments):
         raise InputError(f"{path}: expected {len(arguments)} values, got {len(value)}: {value!r}")
     return tuple(
-        _check(hint, item, f"{path}[{i}]") for i, (hint, item) in enumerate(zip(arguments, value, strict=True))
+        _check(hint, item, f"{path}[{i}]")
+        for i, (hint, item) in enumerate(zip(arguments, value, strict=True))
     )
 
 
@@ -447,7 +461,9 @@ def _type_name(hint: Any) -> str:
     if origin is Annotated:
         return _type_name(arguments[0])
     if origin in (typing.Union, types.UnionType):
-        return " or ".join("null" if argument is type(None) else _type_name(argument) for argument in arguments)
+        return " or ".join(
+            "null" if argument is type(None) else _type_name(argument) for argument in arguments
+        )
     if origin is Literal:
         return " / ".join(arguments)
     if origin is tuple:
@@ -462,7 +478,7 @@ def _field_docs(cls: type) -> dict[str, str]:
     body = typing.cast(ast.ClassDef, ast.parse(inspect.getsource(cls)).body[0]).body
     return {
         typing.cast(ast.Name, item.target).id: str(typing.cast(ast.Constant, text.value).value)
-        for item, text in zip(body, body[1:], strict=False)
+        for item, text in itertools.pairwise(body)
         if isinstance(item, ast.AnnAssign) and isinstance(text, ast.Expr)
     }
 

@@ -22,11 +22,20 @@ from fasttrain.trainer import Validate, student_recipes, train
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="a YAML file, such as recipes/dinov2.yaml")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="dotted recipe keys, such as data.source=PATH train.epochs=1"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="dotted recipe keys, such as data.source=PATH train.epochs=1",
     )
 
-
-    parser.add_argument("--keys", action=_PrintKeys, nargs=0, help="print every recipe key as a table and leave")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="record a few steps: output/profile gets a Chrome trace and a summary of the time by part",
+    )
+    parser.add_argument(
+        "--keys", action=_PrintKeys, nargs=0, help="print every recipe key as a table and leave"
+    )
 
 
 class _PrintKeys(argparse.Action):
@@ -39,19 +48,21 @@ class _PrintKeys(argparse.Action):
 
 def keys_table() -> str:
     """Every recipe key with type, default and meaning, as a Markdown table."""
-    rows = [f"| `{path}` | {kind} | `{default}` | {meaning} |" for path, kind, default, meaning in describe_keys()]
+    rows = [
+        f"| `{path}` | {kind} | `{default}` | {meaning} |" for path, kind, default, meaning in describe_keys()
+    ]
     return "\n".join(("| key | type | default | meaning |", "|---|---|---|---|", *rows))
 
 
 def run(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    run_recipe(recipe)
+    run_recipe(recipe, profile=arguments.profile)
 
 
-def run_recipe(recipe: Recipe) -> None:
+def run_recipe(recipe: Recipe, *, profile: bool = False) -> None:
     """Train in this process and draw the learning curves of what came out."""
     with distributed.start(recipe.device) as world:
-        results = train(recipe, world, validate=_validation(recipe))
+        results = train(recipe, world, validate=_validation(recipe), profile=profile)
         if world.is_main and results:
             from fasttrain.evaluation.figures import learning_curves
 

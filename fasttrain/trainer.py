@@ -1,8 +1,8 @@
 """Training: set-up, one step, the loop.
 
-A `Student` is one backbone with its head and all that trains it; it owns one run folder. A `Trainer` feeds one
-stream of frame pairs to one student or many. What a run computes is a function of recipe, data and seed:
-nothing here draws a random number that does not follow from (seed, step).
+A `Trainer` feeds one stream of frame pairs to one `Student` (a backbone with its head, see student.py) or to
+many. What a run computes is a function of recipe, data and seed: nothing here draws a random number that does
+not follow from (seed, step).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,117 +19,28 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fasttrain.backbones import Backbone, load_backbone
-from fasttrain.checkpoint import load_checkpoint, save_checkpoint, saved_steps
+from fasttrain.backbones import Backbone
+from fasttrain.checkpoint import load_checkpoint, saved_steps
 from fasttrain.data import FrameIndex, FramePairs, PairLoader, PairSampling, open_source
 from fasttrain.distributed import World
 from fasttrain.errors import InputError, LocalInputError
-from fasttrain.metrics import Clock, Meter, MetricsLog, ProgressReport
-from fasttrain.objective import CosettleObjective, asymmetric_offset
-from fasttrain.optimizer import build_optimizer, learning_rate_factor, set_lr
+from fasttrain.metrics import Clock, MetricsLog, ProgressReport
+from fasttrain.optimizer import learning_rate_factor
+from fasttrain.profiling import SKIPPED, STEP, StepProfiler, part, summary_table
 from fasttrain.projection import Projection
-from fasttrain.recipe import Recipe, differences, identity, load_recipe, to_dict, to_yaml
-from fasttrain.video_encoder import projection_metadata
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from fasttrain.recipe import Recipe, differences, identity, load_recipe, to_yaml
+from fasttrain.student import DTYPES, Student
 
 # (encoder, projection, index, device) -> figures, before and after the projection.
 Validate = Callable[[Backbone, Projection, FrameIndex, torch.device], dict[str, float]]
 
 
-class Student:
-    """One frozen backbone, its trained head, optimiser, loss scale and meters."""
-
-    def __init__(self, recipe: Recipe, world: World) -> None:
-        self.recipe, self.world = recipe, world
-        self.name = recipe.backbone.name
-        self.folder = Path(recipe.output)
-        self.dtype = DTYPES[recipe.train.precision]
-        self.backbone_settings = {
-            **dataclasses.asdict(recipe.backbone),
-            "image_size": recipe.data.image_size,
-            "seed": recipe.seed,
-        }
-        self.encoder = load_backbone(**self.backbone_settings).to(world.device, self.dtype)
-        self.grid = self.encoder.grid(recipe.data.image_size, recipe.data.image_size)
-        self._three_views = self.encoder.three_views
-        if recipe.encoder.compile:
-            self._three_views = torch.compile(self._three_views)
-        if recipe.objective.window > min(self.grid):
-            raise InputError(
-                f"objective.window: {recipe.objective.window} does not fit on the {self.grid[0]} x {self.grid[1]} "
-                f"tokens of {self.name}; expected at most {min(self.grid)}"
-            )
-        self.projection = Projection(
-            self.encoder.embed_dim,
-            head=recipe.projection.head,
-            init=self.encoder.projection_init,
-            seed=recipe.seed,
-        ).to(world.device)
-        self.objective = world.wrap(CosettleObjective(self.projection, recipe.objective))
-        self.optimizer = build_optimizer(recipe.optimizer, self.projection)
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
-        self.meter = Meter(world.device)
-        self.diagnostics: list[torch.Tensor] = []
-
-    def accumulate(self, pairs: FramePairs, step: int, *, last: bool, diagnostics: bool) -> None:
-        """Forward and backward pass of one micro-batch; processes average gradients in the `last` one."""
-        offset_count = self.encoder.asymmetric_range(self.recipe.objective.asymmetric_ratio)
-        positions = self.encoder.asymmetric_positions(
-            ratio=self.recipe.objective.asymmetric_ratio,
-            offset=asymmetric_offset(self.recipe.seed, step, offset_count),
-        )
-        with torch.no_grad():
-            frozen_B3ND = self._three_views(pairs.frames.to(self.dtype), positions)
-        autocast = torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype != torch.float32)
-        with nullcontext() if last else self.world.without_averaging(self.objective):
-            with autocast:
-                losses = self.objective(frozen_B3ND, self.grid, diagnostics)
-            self.scaler.scale(losses.loss / self.recipe.train.accumulate).backward()
-        self.meter.add(step, losses.loss, losses.cycle, losses.separability)
-        if diagnostics:
-            self.diagnostics.append(torch.stack((losses.cycle_accuracy, losses.identity_similarity)))
-
-    def update(self, lr: float) -> None:
-        """One optimiser step."""
-        set_lr(self.optimizer, lr)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=False)
-
-    def read_meters(self) -> tuple[dict[str, float], int | None]:
-        """Readings since the last call and the first step whose loss was not finite; waits for the device."""
-        readings, bad_step = self.meter.read(self.world)
-        accuracy, similarity = self.world.mean(torch.stack(self.diagnostics).mean(dim=0)).tolist()
-        self.diagnostics.clear()
-        return {**readings, "cycle_accuracy": accuracy, "identity_similarity": similarity}, bad_step
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "projection": self.projection.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.projection.load_state_dict(state["projection"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-
-    def save(self, step: int, facts: dict[str, Any]) -> None:
-        """Write checkpoint and projection; the main process only."""
-        state = {"step": step, **facts, **self.state()}
-        save_checkpoint(self.folder / "checkpoints", step, state, keep=self.recipe.train.keep)
-        metadata = projection_metadata(
-            self.backbone_settings, self.encoder, self.projection, to_dict(self.recipe)
-        )
-        self.projection.save(self.folder / "projection.safetensors", metadata)
-
-
 class Trainer:
     """One run: its data, its students, its place in the schedule."""
 
-    def __init__(self, recipe: Recipe, world: World, console: Console, validate: Validate | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, world: World, console: Console, validate: Validate | None = None
+    ) -> None:
         self.recipe, self.world, self.console, self.validate = recipe, world, console, validate
         recipes = student_recipes(recipe)
         for student_recipe in recipes:
@@ -148,21 +58,25 @@ class Trainer:
         self.first_step = self._resume()
         self._stop_asked = False
 
-    def fit(self) -> dict[str, dict[str, Any]]:
-        """Train to the end. Returns the last readings by backbone."""
+    def fit(self, profiler: StepProfiler | None = None) -> dict[str, dict[str, Any]]:
+        """Train to the end, with some steps recorded by `profiler`. Returns the last readings by backbone."""
         loader = self._open_loader()
         self._write_recipes()
         progress = ProgressReport(
             self.console, total_steps=self.total_steps, first_step=self.first_step, enabled=self.world.is_main
         )
         logs = {student.name: self._open_log(student) for student in self.students}
+        self._warm_up()
         clock = Clock()
         results: dict[str, dict[str, Any]] = {}
         try:
             batches = iter(loader)
             for step in range(self.first_step, self.total_steps):
                 reports = self._is_due(step, self.recipe.train.log_every) or self._saves_after(step)
-                self._step(batches, step, diagnostics=reports)
+                with part(STEP):
+                    self._step(batches, step, diagnostics=reports)
+                if profiler is not None:
+                    profiler.step()
                 clock.count(self.global_batch)
                 progress.advance(step + 1)
                 if reports:
@@ -181,15 +95,23 @@ class Trainer:
                     log.close()
         return results
 
+    def _warm_up(self) -> None:
+        """Compile and record ahead of the first step, and tell how long it took."""
+        for student in self.students:
+            seconds = student.warm_up()
+            if seconds:
+                self.say(f"{student.name}: warmed up in {seconds:.1f} s")
+
     def _step(self, batches: Iterator[FramePairs], step: int, *, diagnostics: bool) -> None:
         passes = self.recipe.train.accumulate
         for i in range(passes):
             try:
-                pairs = next(batches)
+                with part("data"):
+                    pairs = next(batches)
             except InputError as error:
                 raise LocalInputError(str(error)) from error
             for student in self.students:
-                student.accumulate(pairs, step, last=i == passes - 1, diagnostics=diagnostics)
+                student.accumulate(pairs.frames, step, last=i == passes - 1, diagnostics=diagnostics)
         lr = self.lr(step)
         for student in self.students:
             student.update(lr)
@@ -209,7 +131,7 @@ class Trainer:
         logs: dict[str, MetricsLog | None],
         progress: ProgressReport,
     ) -> dict[str, dict[str, Any]]:
-        """Read all meters (the one place where the host waits), write them down, stop on a non-finite loss."""
+        """Read all meters (here alone the host waits), write them down, stop on a non-finite loss."""
         readings = {student.name: student.read_meters() for student in self.students}
         rate, seconds = clock.read()
         faults = loader.drain_faults()
@@ -231,9 +153,7 @@ class Trainer:
                 continue
             record: dict[str, Any] = {**values, **common}
             if self.validate and self._is_due(step - 1, self.recipe.eval.every) and self.world.is_main:
-                record |= self.validate(
-                    student.encoder, student.projection, self.index, self.world.device
-                )
+                record |= self.validate(student.encoder, student.projection, self.index, self.world.device)
             log = logs[student.name]
             if log is not None:
                 faulty = {"faults": [str(fault) for fault in faults]} if faults else {}
@@ -249,12 +169,14 @@ class Trainer:
         ids, names = loader.samples_of_step(step)
         log = logs[student.name]
         if log is not None:
-            log.write(step + 1, {"event": "non-finite loss", "samples": [int(i) for i in ids], "names": names})
+            log.write(
+                step + 1, {"event": "non-finite loss", "samples": [int(i) for i in ids], "names": names}
+            )
         shown = ", ".join(f"{i} ({name})" for i, name in list(zip(ids, names, strict=True))[:8])
         more = f" and {len(ids) - 8} more, all listed in metrics.jsonl" if len(ids) > 8 else ""
         line = (
-            f"{student.name}: the loss is not finite in step {step} (0-based), samples {shown}{more}; look at these "
-            f"frames, lower optimizer.lr or use train.precision=fp32"
+            f"{student.name}: the loss is not finite in step {step} (0-based), samples {shown}{more}; look "
+            f"at these frames, lower optimizer.lr or use train.precision=fp32"
         )
         self.students.remove(student)
         if not self.students:
@@ -329,8 +251,8 @@ class Trainer:
             for key, value in self.facts.items():
                 if state[key] != value:
                     raise InputError(
-                        f"{student.folder}: its run had {key} {state[key]!r}, this one has {value!r}; to go on, "
-                        f"{RESUME_ADVICE[key]}, or choose another folder with output=DIR"
+                        f"{student.folder}: its run had {key} {state[key]!r}, this one has {value!r}; "
+                        f"to go on, {RESUME_ADVICE[key]}, or choose another folder with output=DIR"
                     )
             student.load_state(state)
         self.say(f"going on from step {step} of {self.total_steps}")
@@ -381,7 +303,7 @@ class Trainer:
 
 
 RESUME_ADVICE = {
-    "global_batch": "set train.batch_size and train.accumulate so that times the processes they give the same",
+    "global_batch": "set train.batch_size and train.accumulate to give the same over all processes",
     "data": "use the same data.source",
 }
 
@@ -414,8 +336,12 @@ def check_run_folder(recipe: Recipe) -> None:
         raise InputError(f"output: {str(folder)!r} holds another recipe's run ({changed}); use output=DIR")
 
 
-def train(recipe: Recipe, world: World, *, validate: Validate | None = None) -> dict[str, dict[str, Any]]:
+def train(
+    recipe: Recipe, world: World, *, validate: Validate | None = None, profile: bool = False
+) -> dict[str, dict[str, Any]]:
     """Run `recipe` in this process of `world`; returns the last readings by backbone.
+
+    profile: record some steps into `output/profile` and print where their time went (the main process).
 
     Raises:
         InputError: the recipe, its data, its weights or its folder are not fit to train.
@@ -426,9 +352,14 @@ def train(recipe: Recipe, world: World, *, validate: Validate | None = None) -> 
     if trainer.first_step >= trainer.total_steps:
         trainer.say(f"{recipe.output} is trained: all {trainer.total_steps} steps are done")
         return {}
-    previous = {number: signal.signal(number, trainer.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {
+        number: signal.signal(number, trainer.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    profiler = (
+        StepProfiler(Path(recipe.output) / "profile", world.device) if profile and world.is_main else None
+    )
     try:
-        results = trainer.fit()
+        results = trainer.fit(profiler)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -436,4 +367,9 @@ def train(recipe: Recipe, world: World, *, validate: Validate | None = None) -> 
         for student in trainer.students:
             text = json.dumps({"backbone": student.name, **results[student.name]}, indent=2)
             (student.folder / "train.json").write_text(text + "\n", encoding="utf-8")
+    if profiler is not None:
+        summary = profiler.close()
+        trainer.say(
+            summary_table(summary) if summary else f"nothing recorded: a profile takes {SKIPPED + 1} steps"
+        )
     return results

@@ -1,0 +1,86 @@
+"""How the frozen encoder is run: number format, attention kernel, compilation. One switch per recipe key.
+
+`backbones` says what the encoder computes; this says how fast. `student` owns one `EncoderRuntime`. Every
+switch changes rounding at most, and each can be turned off (`encoder` section of the recipe).
+
+Shape suffixes: B samples, C colours, H and W pixels, N tokens, D channels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fasttrain.backbones import Backbone
+from fasttrain.fp8 import check_float8, use_float8
+from fasttrain.recipe import EncoderRecipe
+
+ATTENTION = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+# Graphs are recorded by cuda_graph.py, over more than the encoder.
+COMPILE_MODES = {"default": None, "max-autotune": "max-autotune-no-cudagraphs"}
+
+
+class EncoderRuntime:
+    """The three views of frame pairs through a frozen encoder, as the recipe wants them computed.
+
+    `encoder` is moved to the device and cast, or quantised, in place. `compiled` tells whether the first call
+    will be long.
+    """
+
+    def __init__(
+        self, encoder: Backbone, recipe: EncoderRecipe, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.encoder = encoder.to(device, dtype if recipe.cast_weights else torch.float32)
+        self._dtype, self._device, self._recipe = dtype, device, recipe
+        if recipe.precision == "fp8":
+            check_float8(device)
+            use_float8(encoder.blocks)
+        mode = recipe.compile
+        if mode == "auto":
+            mode = "default" if device.type == "cuda" else "none"
+        self.compiled = mode != "none"
+        views: Callable[[Tensor, Tensor], Tensor] = (
+            encoder.three_views if recipe.batch_views else self._views_apart
+        )
+        self._views = compile_cached(views, COMPILE_MODES[mode]) if self.compiled else views
+
+    @torch.no_grad()
+    def three_views(self, frames: Tensor, positions: Tensor) -> Tensor:
+        """Tokens (B, 3, N, D) of frame 1, frame 2 and frame 1 at other positions; never waits for the GPU.
+
+        frames: (2, B, 3, H, W), ImageNet-normalised, of the training size; positions: (N, D), asymmetric.
+        """
+        with self._attention(), self._autocast():
+            return self._views(frames.to(self.encoder.positions_ND.dtype), positions).to(self._dtype)
+
+    def _views_apart(self, frames: Tensor, positions: Tensor) -> Tensor:
+        first_BND, second_BND = self.encoder.tokens(frames[0]), self.encoder.tokens(frames[1])
+        return torch.stack((first_BND, second_BND, self.encoder.tokens(frames[0], positions)), 1)
+
+    def _attention(self) -> AbstractContextManager[None]:
+        choice = self._recipe.attention
+        return nullcontext() if choice == "auto" else sdpa_kernel(ATTENTION[choice])
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        needed = not self._recipe.cast_weights and self._dtype != torch.float32
+        return torch.autocast(self._device.type, self._dtype) if needed else nullcontext()
+
+
+def compile_cached(
+    function: Callable[[Tensor, Tensor], Tensor], mode: str | None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """torch.compile for fixed shapes, with its code kept in the user's cache folder from run to run."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fasttrain" / "inductor"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    return torch.compile(function, dynamic=False, mode=mode)

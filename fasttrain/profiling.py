@@ -1,0 +1,187 @@
+"""Where a step's time goes: a Chrome trace of a few steps, and from it a table by part.
+
+`student` and `trainer` name the parts of a step with `part`; `StepProfiler` records some early steps of a
+run (`train --profile`) and writes `profile/trace.json` (for chrome://tracing or Perfetto) and
+`profile/summary.json`. On a GPU a kernel belongs to the part during which the host launched it, on whatever
+thread; on a CPU the parts' own durations are taken. Nothing here imports another module of the project.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+PARTS = ("data", "encoder", "head and loss", "backward", "meters", "optimiser")
+# After the first steps, which still fill caches; short enough for a trace that a browser opens.
+SKIPPED, RECORDED = 3, 4
+STEP = "step"
+_ON_DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
+_LAUNCHES = {"cuda_runtime", "cuda_driver"}
+_WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize")
+# The host reads a number from the device: on a GPU each one waits for all work before it.
+_READS = "aten::_local_scalar_dense"
+_ALLOCATES = ("cudaMalloc", "cudaMallocAsync", "cudaFree", "cudaHostAlloc")
+
+
+def part(name: str) -> record_function:
+    """Context that names what is inside for the profiler; next to free without one."""
+    return record_function(name)
+
+
+class StepProfiler:
+    """Records steps SKIPPED .. SKIPPED + RECORDED - 1 of a run. Call `step` after each; `close` writes.
+
+    Args:
+        folder: where trace.json and summary.json go.
+        device: cuda adds the device's own activities.
+    """
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.folder, self._device, self._seen = folder, device, 0
+        activities = [ProfilerActivity.CPU]
+        if device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        self._profile = profile(activities=activities)
+        self._running = False
+        self.summary: dict[str, Any] | None = None
+
+    def step(self) -> None:
+        """A step is over: begin or end the recording where it is time."""
+        self._seen += 1
+        if self._seen == SKIPPED:
+            self._synchronize()
+            self._profile.start()
+            self._running = True
+        elif self._seen == SKIPPED + RECORDED:
+            self._stop()
+
+    def close(self) -> dict[str, Any] | None:
+        """The summary; None where the run was too short to record a step."""
+        if self._running and self._seen > SKIPPED:
+            self._stop()
+        return self.summary
+
+    def _stop(self) -> None:
+        self._synchronize()
+        self._profile.stop()
+        self._running = False
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "trace.json"
+        self._profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+        self.summary = summarise(events, steps=min(self._seen - SKIPPED, RECORDED))
+        text = json.dumps(self.summary, indent=2) + "\n"
+        (self.folder / "summary.json").write_text(text, encoding="utf-8")
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def summarise(events: Iterable[dict[str, Any]], *, steps: int) -> dict[str, Any]:
+    """A step's time by part, from a Chrome trace's events (times in microseconds).
+
+    Returns `device` (cuda | cpu), `steps`, `step_ms`, `parts` (name -> {"ms", "share"} a step: device time on
+    a GPU, host time on a CPU), `outside_ms` (work of no part), and of the step ranges alone `waits`,
+    `scalar_reads` and `allocations` a step; on a GPU also `busy_share`, the share of the recorded time in
+    which at least one kernel ran, and `streams` (part -> number of streams that its kernels were on).
+    """
+    complete = [event for event in events if event.get("ph") == "X"]
+    step_ranges = _ranges(complete, (STEP,))
+    part_ranges = _ranges(complete, PARTS)
+    work = [event for event in complete if event.get("cat") in _ON_DEVICE]
+    parts = dict.fromkeys(PARTS, 0.0)
+    streams: dict[str, set[Any]] = {name: set() for name in PARTS}
+    outside = 0.0
+    if work:
+        launched = {
+            event["args"]["correlation"]: event["ts"]
+            for event in complete
+            if event.get("cat") in _LAUNCHES and "correlation" in event.get("args", {})
+        }
+        for event in work:
+            name = _range_of(part_ranges, launched.get(event.get("args", {}).get("correlation")))
+            if name is None:
+                outside += event["dur"]
+            else:
+                parts[name] += event["dur"]
+                streams[name].add(event["args"].get("stream"))
+    else:
+        for start, end, name in part_ranges:
+            parts[name] += end - start
+        outside = sum(end - start for start, end, _ in step_ranges) - sum(parts.values())
+    total = sum(parts.values()) + outside
+    span = step_ranges[-1][1] - step_ranges[0][0] if step_ranges else 0.0
+
+    def per_step(names: tuple[str, ...]) -> float:
+        hits = [e for e in complete if e.get("name") in names and _range_of(step_ranges, e["ts"])]
+        return len(hits) / steps
+
+    summary: dict[str, Any] = {
+        "device": "cuda" if work else "cpu",
+        "steps": steps,
+        "step_ms": span / steps / 1e3,
+        "parts": {
+            name: {"ms": time / steps / 1e3, "share": time / total if total else 0.0}
+            for name, time in parts.items()
+        },
+        "outside_ms": outside / steps / 1e3,
+        "waits": per_step(_WAITS),
+        "scalar_reads": per_step((_READS,)),
+        "allocations": per_step(_ALLOCATES),
+    }
+    if work:
+        busy = _union([(event["ts"], event["ts"] + event["dur"]) for event in work])
+        window = max(e["ts"] + e["dur"] for e in work) - min(e["ts"] for e in work)
+        summary["busy_share"] = busy / window if window else 0.0
+        summary["streams"] = {name: len(found) for name, found in streams.items()}
+    return summary
+
+
+def summary_table(summary: dict[str, Any]) -> str:
+    """The summary as lines for a terminal."""
+    of = "GPU time" if summary["device"] == "cuda" else "host time"
+    lines = [f"{summary['step_ms']:.2f} ms a step, mean of {summary['steps']}; {of} by part:"]
+    lines += [
+        f"  {name:<14}{row['ms']:>10.3f} ms{row['share']:>8.1%}" for name, row in summary["parts"].items()
+    ]
+    lines.append(f"  {'outside':<14}{summary['outside_ms']:>10.3f} ms")
+    counts = "waits for the device", "numbers read from it", "allocations"
+    values = summary["waits"], summary["scalar_reads"], summary["allocations"]
+    lines.append("a step: " + ", ".join(f"{v:g} {c}" for v, c in zip(values, counts, strict=True)))
+    if "busy_share" in summary:
+        lines.append(f"GPU busy {summary['busy_share']:.1%} of the time")
+    return "\n".join(lines)
+
+
+def _ranges(events: list[dict[str, Any]], names: tuple[str, ...]) -> list[tuple[float, float, str]]:
+    """(start, end, name) of the host's ranges with these names, in order; they do not overlap."""
+    found = [
+        (event["ts"], event["ts"] + event["dur"], event["name"])
+        for event in events
+        if event.get("cat") == "user_annotation" and event["name"] in names
+    ]
+    return sorted(found)
+
+
+def _range_of(ranges: list[tuple[float, float, str]], time: float | None) -> str | None:
+    """Name of the range that holds a moment, if any."""
+    if time is None:
+        return None
+    position = bisect_right(ranges, time, key=lambda item: item[0]) - 1
+    return ranges[position][2] if position >= 0 and time <= ranges[position][1] else None
+
+
+def _union(intervals: list[tuple[float, float]]) -> float:
+    """Length of the union of intervals."""
+    covered, reach = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        covered += max(0.0, end - max(start, reach))
+        reach = max(reach, end)
+    return covered

@@ -1,0 +1,169 @@
+"""One backbone in training: its frozen encoder, the head that learns, and all that trains it.
+
+`trainer` feeds frame pairs to one student or many; each owns one run folder. Nothing here reads data, so that
+benchmarks can drive a student with frames that are on the device already.
+
+Shape suffixes: B pairs, N tokens, D channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttrain.backbones import load_backbone
+from fasttrain.checkpoint import save_checkpoint
+from fasttrain.cuda_graph import CapturedCall
+from fasttrain.distributed import World
+from fasttrain.encoder_runtime import EncoderRuntime
+from fasttrain.errors import InputError
+from fasttrain.metrics import Meter
+from fasttrain.objective import CosettleObjective, asymmetric_offset
+from fasttrain.optimizer import build_optimizer, set_lr
+from fasttrain.profiling import part
+from fasttrain.projection import Projection
+from fasttrain.recipe import Recipe, to_dict
+from fasttrain.video_encoder import projection_metadata
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Student:
+    """One frozen backbone, its trained head, optimiser, loss scale and meters."""
+
+    def __init__(self, recipe: Recipe, world: World) -> None:
+        self.recipe, self.world = recipe, world
+        self.name = recipe.backbone.name
+        self.folder = Path(recipe.output)
+        self.dtype = DTYPES[recipe.train.precision]
+        self.backbone_settings = {
+            **dataclasses.asdict(recipe.backbone),
+            "image_size": recipe.data.image_size,
+            "seed": recipe.seed,
+        }
+        self.encoder = load_backbone(**self.backbone_settings)
+        self.grid = self.encoder.grid(recipe.data.image_size, recipe.data.image_size)
+        if recipe.objective.window > min(self.grid):
+            raise InputError(
+                f"objective.window: {recipe.objective.window} does not fit on the {self.grid[0]} x "
+                f"{self.grid[1]} tokens of {self.name}; expected at most {min(self.grid)}"
+            )
+        self.runtime = EncoderRuntime(self.encoder, recipe.encoder, dtype=self.dtype, device=world.device)
+        self.projection = Projection(
+            self.encoder.embed_dim,
+            head=recipe.projection.head,
+            init=self.encoder.projection_init,
+            seed=recipe.seed,
+        ).to(world.device)
+        self.objective = world.wrap(CosettleObjective(self.projection, recipe.objective))
+        self.optimizer = build_optimizer(recipe.optimizer, self.projection)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
+        self.meter = Meter(world.device)
+        self.diagnostics: list[Tensor] = []
+        self._encode: Callable[[Tensor, Tensor], Tensor] = self.runtime.three_views
+        self._pass: CapturedCall | None = None
+
+    def warm_up(self) -> float:
+        """Compile and record what the recipe wants, ahead of the first step; returns the seconds it took.
+
+        Weights, optimiser, meters and the global random state are left as they were, gradients at zero.
+        """
+        recipe, device = self.recipe, self.world.device
+        uses_graph = recipe.encoder.cuda_graph and device.type == "cuda"
+        if not (self.runtime.compiled or uses_graph):
+            return 0.0
+        start = time.perf_counter()
+        size = recipe.data.image_size
+        frames = torch.zeros(2, recipe.train.batch_size, 3, size, size, device=device, dtype=self.dtype)
+        positions = self._positions(step=0)
+        with self.world.without_averaging(self.objective):
+            self._forward_backward(frames, positions, diagnostics=True)
+            if uses_graph and self.world.size == 1 and not self.scaler.is_enabled():
+                self._pass = CapturedCall(self._forward_backward, (frames, positions))
+            elif uses_graph:
+                # The gradients' average over processes and the loss scale stay outside.
+                self._encode = CapturedCall(self.runtime.three_views, (frames, positions))
+        self.optimizer.zero_grad(set_to_none=False)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    def accumulate(self, frames: Tensor, step: int, *, last: bool, diagnostics: bool) -> None:
+        """Forward and backward pass of one micro-batch, frames (2, B, 3, S, S).
+
+        Processes average their gradients in the `last` pass of a step. Diagnostics take the plain way, for
+        they need the whole cycle.
+        """
+        positions = self._positions(step)
+        with nullcontext() if last else self.world.without_averaging(self.objective):
+            if self._pass is not None and not diagnostics:
+                losses = self._pass(frames, positions)
+            else:
+                losses = self._forward_backward(frames, positions, diagnostics)
+        with part("meters"):
+            self.meter.add(step, losses.loss, losses.cycle, losses.separability)
+            if diagnostics:
+                self.diagnostics.append(torch.stack((losses.cycle_accuracy, losses.identity_similarity)))
+
+    def _positions(self, step: int) -> Tensor:
+        ratio = self.recipe.objective.asymmetric_ratio
+        count = self.encoder.asymmetric_range(ratio)
+        return self.encoder.asymmetric_positions(
+            ratio=ratio, offset=asymmetric_offset(self.recipe.seed, step, count)
+        )
+
+    def _forward_backward(self, frames: Tensor, positions: Tensor, diagnostics: bool = False) -> Any:
+        with part("encoder"):
+            frozen_B3ND = self._encode(frames, positions)
+        # A cast kept from one pass to the next would be frozen into a recorded graph.
+        autocast = torch.autocast(
+            self.world.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False
+        )
+        with part("head and loss"), autocast:
+            losses = self.objective(frozen_B3ND, self.grid, diagnostics)
+        with part("backward"):
+            self.scaler.scale(losses.loss / self.recipe.train.accumulate).backward()
+        return losses
+
+    def update(self, lr: float) -> None:
+        """One optimiser step."""
+        with part("optimiser"):
+            set_lr(self.optimizer, lr)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=False)
+
+    def read_meters(self) -> tuple[dict[str, float], int | None]:
+        """Readings since the last call and the first step whose loss was not finite; waits for the device."""
+        readings, bad_step = self.meter.read(self.world)
+        accuracy, similarity = self.world.mean(torch.stack(self.diagnostics).mean(dim=0)).tolist()
+        self.diagnostics.clear()
+        return {**readings, "cycle_accuracy": accuracy, "identity_similarity": similarity}, bad_step
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "projection": self.projection.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.projection.load_state_dict(state["projection"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+    def save(self, step: int, facts: dict[str, Any]) -> None:
+        """Write checkpoint and projection; the main process only."""
+        state = {"step": step, **facts, **self.state()}
+        save_checkpoint(self.folder / "checkpoints", step, state, keep=self.recipe.train.keep)
+        metadata = projection_metadata(
+            self.backbone_settings, self.encoder, self.projection, to_dict(self.recipe)
+        )
+        self.projection.save(self.folder / "projection.safetensors", metadata)

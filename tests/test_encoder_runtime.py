@@ -1,0 +1,144 @@
+"""Every switch of the encoder against the plain encoder, and FP8 against its own maths."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fasttrain.backbones import load_backbone
+from fasttrain.encoder_runtime import EncoderRuntime
+from fasttrain.fp8 import LARGEST, Float8Linear, quantize_rows, use_float8
+from fasttrain.recipe import EncoderRecipe
+
+CPU = torch.device("cpu")
+TINY: dict[str, Any] = {"image_size": 64, "patch_size": 16, "embed_dim": 64, "depth": 2, "num_heads": 2}
+# Half the spacing of e4m3 values relative to the value: three stored bits of mantissa.
+E4M3_ROUNDING = 2.0**-4
+
+
+def views(dtype: torch.dtype = torch.float32, name: str = "dinov2", **switches: Any) -> Tensor:
+    encoder = load_backbone(name, **TINY)
+    runtime = EncoderRuntime(encoder, EncoderRecipe(**switches), dtype=dtype, device=CPU)
+    frames = torch.randn(2, 3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    return runtime.three_views(frames, encoder.asymmetric_positions(offset=(3, 5)))
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    return ((value.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+# In float32 no switch may change more than the order of sums.
+@pytest.mark.parametrize("name", ["dinov2", "ijepa"])
+@pytest.mark.parametrize(
+    "switches",
+    [{"batch_views": False}, {"cast_weights": False}, {"attention": "math"}, {"attention": "flash"}],
+    ids=str,
+)
+def test_switches_agree_with_the_plain_encoder(name: str, switches: dict[str, Any]) -> None:
+    tokens = views(name=name, **switches)
+    assert tokens.shape == (3, 3, 16, 64)
+    assert relative_error(tokens, views(name=name, compile="none")) < 1e-6
+
+
+def test_compiled_agrees_with_eager() -> None:
+    assert relative_error(views(compile="default"), views(compile="none")) < 1e-6
+
+
+def test_auto_does_not_compile_on_a_cpu() -> None:
+    runtime = EncoderRuntime(load_backbone("dino", **TINY), EncoderRecipe(), dtype=torch.float32, device=CPU)
+    assert not runtime.compiled
+
+
+def test_casting_at_every_step_rounds_like_casting_once() -> None:
+    exact = views()
+    once, always = views(torch.bfloat16), views(torch.bfloat16, cast_weights=False)
+    assert once.dtype == always.dtype == torch.bfloat16
+    # Autocast keeps norms and the residual in float32, so it may only be the more exact one.
+    assert relative_error(always, exact) <= 1.1 * relative_error(once, exact)
+    assert relative_error(once, exact) < 4 * torch.finfo(torch.bfloat16).eps
+
+
+def test_fp8_tokens_stay_near_bf16() -> None:
+    exact = views()
+    error = relative_error(views(torch.bfloat16, precision="fp8"), exact)
+    assert relative_error(views(torch.bfloat16), exact) < error < E4M3_ROUNDING
+
+
+@given(
+    st.lists(
+        st.lists(st.floats(-1e4, 1e4, width=32), min_size=4, max_size=4),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_quantised_rows_come_back_within_half_a_step(rows: list[list[float]]) -> None:
+    values = torch.tensor(rows)
+    quantised, scale = quantize_rows(values)
+    back = quantised.double() * scale.double()
+    assert back.isfinite().all()
+    # Below the smallest normal value, 2^-6, the spacing is a fixed 2^-9 of the scale.
+    bound = (values.abs().double() * E4M3_ROUNDING).maximum(scale.double() * 2.0**-10) * (1 + 1e-6)
+    assert ((back - values.double()).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-30, 3e4, 1e30])
+def test_a_row_of_one_value_is_exact_at_any_magnitude(value: float) -> None:
+    quantised, scale = quantize_rows(torch.full((2, 16), value))
+    assert torch.equal(quantised.float(), torch.full((2, 16), LARGEST if value else 0.0))
+    assert torch.allclose(quantised.float() * scale, torch.full((2, 16), value), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_float8_linear_is_the_dequantised_product(bias: bool) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 48, bias=bias)
+    tokens = torch.randn(2, 5, 64)
+    layer = Float8Linear(linear)
+    rows, row_scale = quantize_rows(tokens.flatten(0, 1))
+    weight = layer.weight_OK.double() * layer.scale_1O.double().t()
+    expected = (rows.double() * row_scale.double()) @ weight.t()
+    if bias:
+        expected += linear.bias.double()
+    # The product comes out in bfloat16.
+    assert relative_error(layer(tokens), expected.unflatten(0, (2, 5))) < torch.finfo(torch.bfloat16).eps
+    exact = tokens.double() @ linear.weight.double().t() + (linear.bias.double() if bias else 0)
+    assert relative_error(layer(tokens), exact) < E4M3_ROUNDING
+
+
+def test_layers_of_other_sizes_stay_as_they_are() -> None:
+    module = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 10))
+    assert use_float8(module) == 1
+    assert isinstance(module[0], Float8Linear)
+    assert isinstance(module[2], nn.Linear)
+
+
+def test_a_quantised_encoder_is_small() -> None:
+    encoder = load_backbone("dino", **TINY)
+    assert use_float8(encoder.blocks) == 4 * TINY["depth"]
+    weight = encoder.blocks[0].mlp.fc1.weight_OK
+    assert weight.element_size() == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "switches", [{"compile": "default"}, {"attention": "cudnn"}, {"precision": "fp8"}], ids=str
+)
+def test_switches_agree_on_the_gpu(switches: dict[str, Any]) -> None:
+    """bf16 tokens of a ViT with heads of 64 channels, against float32 on the CPU."""
+    sizes = {**TINY, "embed_dim": 128}
+    frames = torch.randn(2, 3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    exact_encoder = load_backbone("dino", **sizes)
+    exact = EncoderRuntime(exact_encoder, EncoderRecipe(), dtype=torch.float32, device=CPU).three_views(
+        frames, exact_encoder.asymmetric_positions(offset=(3, 5))
+    )
+    encoder = load_backbone("dino", **sizes)
+    cuda = torch.device("cuda")
+    if switches.get("precision") == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("FP8 needs compute capability 8.9")
+    runtime = EncoderRuntime(encoder, EncoderRecipe(**switches), dtype=torch.bfloat16, device=cuda)
+    tokens = runtime.three_views(frames.cuda(), encoder.asymmetric_positions(offset=(3, 5)))
+    bound = E4M3_ROUNDING if "precision" in switches else 4 * torch.finfo(torch.bfloat16).eps
+    assert relative_error(tokens.cpu(), exact) < bound

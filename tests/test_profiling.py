@@ -1,0 +1,99 @@
+"""The table of a trace: on made-up events with known answers, and on a real recording."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fasttrain.profiling import PARTS, RECORDED, SKIPPED, STEP, StepProfiler, part, summarise, summary_table
+
+
+def host(name: str, ts: float, dur: float, cat: str = "user_annotation", **args: Any) -> dict[str, Any]:
+    return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "args": args}
+
+
+def kernel(correlation: int, ts: float, dur: float, stream: int) -> dict[str, Any]:
+    return host("k", ts, dur, "kernel", correlation=correlation, stream=stream)
+
+
+# Two kernels launched in `encoder` run later and overlap a copy on another stream, which belongs to `data`;
+# one kernel is launched during `backward` by another thread; one outside of all parts.
+GPU_EVENTS = [
+    host(STEP, 0, 100),
+    host("data", 0, 10),
+    host("encoder", 10, 20),
+    host("backward", 40, 20),
+    host("cudaMemcpyAsync", 5, 1, "cuda_runtime", correlation=1),
+    host("cudaLaunchKernel", 12, 1, "cuda_runtime", correlation=2),
+    host("cuLaunchKernelEx", 14, 1, "cuda_driver", correlation=3),
+    {**host("cudaLaunchKernel", 50, 1, "cuda_runtime", correlation=4), "tid": 7},
+    host("cudaLaunchKernel", 90, 1, "cuda_runtime", correlation=5),
+    host("cudaStreamSynchronize", 95, 1, "cuda_runtime"),
+    host("cudaStreamSynchronize", 195, 1, "cuda_runtime"),
+    host("copy", 100, 40, "gpu_memcpy", correlation=1, stream=9),
+    kernel(2, 100, 50, 7),
+    kernel(3, 150, 30, 7),
+    kernel(4, 190, 10, 7),
+    kernel(5, 200, 5, 7),
+    {"ph": "M", "name": "process_name"},
+]
+
+
+def test_device_time_goes_to_the_part_that_launched_it() -> None:
+    summary = summarise(GPU_EVENTS, steps=1)
+    milliseconds = {name: row["ms"] for name, row in summary["parts"].items()}
+    assert milliseconds == pytest.approx(
+        dict.fromkeys(PARTS, 0.0) | {"data": 0.040, "encoder": 0.080, "backward": 0.010}
+    )
+    assert summary["outside_ms"] == pytest.approx(0.005)
+    assert sum(row["share"] for row in summary["parts"].values()) == pytest.approx(130 / 135)
+    # 100..180 and 190..205 of 100..205.
+    assert summary["busy_share"] == pytest.approx(95 / 105)
+    assert (summary["streams"]["data"], summary["streams"]["encoder"]) == (1, 1)
+    # The second wait is after the step.
+    assert (summary["waits"], summary["scalar_reads"], summary["allocations"]) == (1, 0, 0)
+
+
+def test_host_time_is_taken_without_a_device() -> None:
+    events = [host(STEP, 0, 100), host("encoder", 10, 60), host("aten::_local_scalar_dense", 80, 1, "cpu_op")]
+    summary = summarise(events, steps=1)
+    assert summary["device"] == "cpu"
+    assert summary["parts"]["encoder"] == pytest.approx({"ms": 0.06, "share": 0.6})
+    assert summary["outside_ms"] == pytest.approx(0.04)
+    assert summary["scalar_reads"] == 1
+
+
+def run_steps(profiler: StepProfiler, count: int, *, reads: bool = False) -> None:
+    a = torch.randn(128, 128)
+    for _ in range(count):
+        with part(STEP), part("encoder"):
+            b = a @ a
+            if reads:
+                b.sum().item()
+        profiler.step()
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_recording_writes_trace_and_summary(tmp_path: Path, reads: bool) -> None:
+    profiler = StepProfiler(tmp_path / "profile", torch.device("cpu"))
+    run_steps(profiler, SKIPPED + RECORDED + 2, reads=reads)
+    summary = profiler.close()
+    assert summary is not None
+    assert summary["steps"] == RECORDED
+    assert summary["scalar_reads"] == (1 if reads else 0)
+    assert summary["parts"]["encoder"]["share"] > 0.5
+    assert "encoder" in summary_table(summary)
+    assert {path.name for path in (tmp_path / "profile").iterdir()} == {"trace.json", "summary.json"}
+
+
+def test_a_run_too_short_gives_nothing_and_a_cut_one_what_there_is(tmp_path: Path) -> None:
+    short = StepProfiler(tmp_path / "short", torch.device("cpu"))
+    run_steps(short, SKIPPED - 1)
+    assert short.close() is None
+    assert not (tmp_path / "short").exists()
+    cut = StepProfiler(tmp_path / "cut", torch.device("cpu"))
+    run_steps(cut, SKIPPED + 2)
+    summary = cut.close()
+    assert summary is not None
+    assert summary["steps"] == 2
