@@ -1,5 +1,9 @@
-"""Fused kernels for temporal cycle consistency and semantic separability."""
+"""Fused kernels for temporal cycle consistency and semantic separability.
 
-from .cosettle import CosettleLoss, cosettle_loss
+Needs torch alone; with Triton and a CUDA device the fused kernels run, else the eager reference. See
+README.md.
+"""
 
-__all__ = ["CosettleLoss", "cosettle_loss"]
+from .cosettle import CosettleLoss, cosettle_head_loss, cosettle_loss
+
+__all__ = ["CosettleLoss", "cosettle_head_loss", "cosettle_loss"]

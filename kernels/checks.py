@@ -38,6 +38,24 @@ def check_same(name: str, tokens: Tensor, other_name: str, other: Tensor) -> Non
     check_same_device(name, tokens, other_name, other)
 
 
+def check_views(name: str, tokens: Tensor, views: int) -> None:
+    if tokens.shape[1] != views:
+        raise ValueError(
+            f"{name} must hold {views} views in dimension 1, got the shape {tuple(tokens.shape)}"
+        )
+
+
+def check_parameter(name: str, parameter: Tensor, tokens_name: str, tokens: Tensor) -> None:
+    """A parameter must hold one number per channel of the tokens, on their device."""
+    check_tokens(name, parameter, "D")
+    if parameter.shape[0] != tokens.shape[-1]:
+        channels = tokens.shape[-1]
+        raise ValueError(
+            f"{name} must have the {channels} channels of {tokens_name}, got {tuple(parameter.shape)}"
+        )
+    check_same_device(name, parameter, tokens_name, tokens)
+
+
 def check_same_device(name: str, tokens: Tensor, other_name: str, other: Tensor) -> None:
     if tokens.device != other.device:
         raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {tokens.device}")

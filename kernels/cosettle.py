@@ -1,16 +1,236 @@
-"""`cosettle_loss`, the whole objective from frozen and projected tokens."""
+"""The whole objective: `cosettle_loss` from projected tokens, `cosettle_head_loss` from the linear layer.
+
+    loss = cycle + lambda_reg x separability
+
+On the Triton backend both are one operator of three launches and a few sums: epilogue.py reads every token
+once and leaves the separability terms and the pooled tokens, cycle.py turns the pooled tokens into the
+cycle loss and its gradient. The backward is one launch more, that recomputes a token's row and writes its
+gradient. Memory beyond the inputs: the pooled tokens and their gradient, a quarter of a token map each with
+2 x 2 windows.
+
+Source: arXiv 2603.26597, section 3. Shape suffixes: B samples, T = 3 views, N tokens, M pooled tokens, D
+channels.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import reference
-from .checks import check_grid, check_lambda, check_regularizer, check_same, check_temperature, check_tokens
+from .checks import (
+    check_grid,
+    check_lambda,
+    check_parameter,
+    check_regularizer,
+    check_same,
+    check_temperature,
+    check_tokens,
+    check_views,
+)
+from .cycle import grad_scale
+from .cycle_streaming import launch_three_views
+from .epilogue import Cells, HeadParameters, launch_backward, launch_forward, pooled_dtype
 from .reference import CosettleLoss, Regularizer
+from .runtime import Backend, operator, unit_stride, use_triton, wants_gradient
 
-Backend = Literal["auto", "triton", "eager"]
+_ARGUMENTS = (
+    "Tensor inputs, Tensor frozen, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, "
+    "int height, int width, int window, float temperature, bool kl"
+)
+
+
+def _head(
+    bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float
+) -> HeadParameters | None:
+    if bias is None or norm_weight is None or norm_bias is None:
+        return None
+    return HeadParameters(bias.contiguous(), norm_weight.contiguous(), norm_bias.contiguous(), norm_eps)
+
+
+def _term_scale(inputs: Tensor, kl: bool) -> float:
+    """What turns the sum of the separability terms into the loss."""
+    return 1.0 / (inputs.shape[0] if kl else inputs.numel())
+
+
+def _backward_fake(
+    grad_cycle: Tensor, grad_separability: Tensor, grad_pooled: Tensor, inputs: Tensor, *_: Any
+) -> tuple[Tensor, Tensor]:
+    return inputs.new_empty(inputs.shape), inputs.new_empty((3, inputs.shape[-1]), dtype=torch.float32)
+
+
+@operator(
+    "cosettle_backward",
+    f"(Tensor grad_cycle, Tensor grad_separability, Tensor grad_pooled, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    fake=_backward_fake,
+)
+def _cosettle_backward(
+    grad_cycle: Tensor,
+    grad_separability: Tensor,
+    grad_pooled: Tensor,
+    inputs: Tensor,
+    frozen: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float,
+    height: int,
+    width: int,
+    window: int,
+    temperature: float,
+    kl: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the inputs (B, T, N, D) and of the head's parameters (3, D), zeros without a head."""
+    samples, _, tokens, channels = grad_pooled.shape
+    grad_inputs, grad_parameters = launch_backward(
+        unit_stride(inputs),
+        unit_stride(frozen),
+        _head(bias, norm_weight, norm_bias, norm_eps),
+        Cells((height, width), (window, window)),
+        grad_separability,
+        grad_cycle,
+        grad_pooled,
+        kl=kl,
+        term_scale=_term_scale(inputs, kl),
+        pooled_scale=1.0 / (grad_scale(tokens) * temperature * samples * tokens),
+    )
+    if grad_parameters is None:
+        grad_parameters = inputs.new_zeros((3, channels), dtype=torch.float32)
+    return grad_inputs, grad_parameters
+
+
+def _forward_fake(
+    inputs: Tensor,
+    frozen: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float,
+    height: int,
+    width: int,
+    window: int,
+    temperature: float,
+    kl: bool,
+    grad: bool,
+    diagnostics: bool,
+) -> tuple[Tensor, ...]:
+    samples, views, _, channels = inputs.shape
+    pooled = (samples, views, (height // window) * (width // window), channels) if grad else (0,)
+    scalars = [inputs.new_empty((), dtype=torch.float32) for _ in range(4)]
+    return (*scalars, inputs.new_empty(pooled, dtype=pooled_dtype(inputs.dtype)))
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tokens, frozen, bias, norm_weight, norm_bias, *ctx.constants, _, _ = inputs
+    ctx.save_for_backward(output[4], tokens, frozen, bias, norm_weight, norm_bias)
+    ctx.mark_non_differentiable(*output[2:])
+
+
+def _differentiate(ctx: Any, grad_cycle: Tensor, grad_separability: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    grad_pooled, tokens, frozen, *parameters = ctx.saved_tensors
+    grad_tokens, grad_parameters = _cosettle_backward(
+        grad_cycle, grad_separability, grad_pooled, tokens, frozen, *parameters, *ctx.constants
+    )
+    of_head = [
+        None if parameter is None else grad.to(parameter.dtype)
+        for parameter, grad in zip(parameters, grad_parameters, strict=True)
+    ]
+    return grad_tokens, None, *of_head, *(None for _ in ctx.constants), None, None
+
+
+@operator(
+    "cosettle",
+    f"({_ARGUMENTS}, bool grad, bool diagnostics) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_forward_fake,
+    setup_context=_save_inputs,
+    backward=_differentiate,
+)
+def _cosettle(
+    inputs: Tensor,
+    frozen: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float,
+    height: int,
+    width: int,
+    window: int,
+    temperature: float,
+    kl: bool,
+    grad: bool,
+    diagnostics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Cycle, separability, accuracy and similarity, 0-d each; then the pooled tokens' scaled gradient."""
+    terms_BTN, pooled_BTMD = launch_forward(
+        unit_stride(inputs),
+        unit_stride(frozen),
+        _head(bias, norm_weight, norm_bias, norm_eps),
+        Cells((height, width), (window, window)),
+        kl=kl,
+        pool=True,
+    )
+    rows = pooled_BTMD.shape[0] * pooled_BTMD.shape[2]
+    sums, grad_pooled = launch_three_views(
+        pooled_BTMD, temperature, grad_dtype=pooled_BTMD.dtype if grad else None, diagnostics=diagnostics
+    )
+    separability = terms_BTN.sum() * _term_scale(inputs, kl)
+    accuracy = sums[1] / rows
+    similarity = sums[3] * torch.rsqrt(sums[2] * rows)
+    return sums[0] / rows, separability, accuracy, similarity, grad_pooled
+
+
+def _fused(
+    inputs: Tensor,
+    frozen: Tensor,
+    head: tuple[Tensor, Tensor, Tensor] | None,
+    norm_eps: float,
+    *,
+    grid: tuple[int, int],
+    temperature: float,
+    window: int,
+    lambda_reg: float,
+    regularizer: Regularizer,
+    diagnostics: bool,
+) -> CosettleLoss:
+    parameters = head or (None, None, None)
+    cycle, separability, accuracy, similarity, _ = _cosettle(
+        inputs,
+        frozen.detach(),
+        *parameters,
+        norm_eps,
+        *grid,
+        window,
+        temperature,
+        regularizer == "kl",
+        wants_gradient(inputs, *parameters),
+        diagnostics,
+    )
+    loss = cycle + lambda_reg * separability
+    return CosettleLoss(
+        loss, cycle, separability, accuracy if diagnostics else None, similarity if diagnostics else None
+    )
+
+
+def _check(
+    frozen: Tensor,
+    name: str,
+    tokens: Tensor,
+    grid: tuple[int, int],
+    temperature: float,
+    window: int,
+    lambda_reg: float,
+    regularizer: str,
+) -> None:
+    check_tokens("frozen", frozen, "B3ND")
+    check_tokens(name, tokens, "B3ND")
+    check_same(name, tokens, "frozen", frozen)
+    check_views("frozen", frozen, 3)
+    check_grid(grid, window, frozen.shape[2])
+    check_temperature(temperature)
+    check_lambda(lambda_reg)
+    check_regularizer(regularizer)
 
 
 def cosettle_loss(
@@ -28,8 +248,12 @@ def cosettle_loss(
     """The Co-Settle objective (arXiv 2603.26597, section 3): cycle consistency plus semantic separability.
 
     Args:
-        frozen: (B, 3, N, D) frozen tokens: frame 1, frame 2, frame 1 with asymmetric positions.
+        frozen: (B, 3, N, D) frozen tokens: frame 1, frame 2, frame 1 with asymmetric positions. float16,
+        bfloat16
+            or float32, on the eager backend float64 too; any strides.
         projected: (B, 3, N, D) the head's output for them, before L2 normalisation; alone gets gradients.
+        Its dtype
+            may differ from that of `frozen`; arithmetic is float32 at least.
         grid: (h, w) with h * w == N.
         temperature: of the transition probabilities, above 0.
         window: side of the average pooling ahead of the cycle, in cells; 1 is none.
@@ -41,24 +265,58 @@ def cosettle_loss(
     Raises:
         ValueError: an argument does not fit; the message names it, its value and what is expected.
     """
-    check_tokens("frozen", frozen, "B3ND")
-    check_tokens("projected", projected, "B3ND")
-    check_same("projected", projected, "frozen", frozen)
-    if frozen.shape[1] != 3:
-        raise ValueError(
-            f"frozen must hold 3 views in its second dimension, got the shape {tuple(frozen.shape)}"
-        )
-    check_grid(grid, window, frozen.shape[2])
-    check_temperature(temperature)
-    check_lambda(lambda_reg)
-    check_regularizer(regularizer)
-    return reference.cosettle_loss(
-        frozen,
-        projected,
-        grid=grid,
-        temperature=temperature,
-        window=window,
-        lambda_reg=lambda_reg,
-        regularizer=regularizer,
-        diagnostics=diagnostics,
-    )
+    _check(frozen, "projected", projected, grid, temperature, window, lambda_reg, regularizer)
+    options: dict[str, Any] = {
+        "grid": grid,
+        "temperature": temperature,
+        "window": window,
+        "lambda_reg": lambda_reg,
+        "regularizer": regularizer,
+        "diagnostics": diagnostics,
+    }
+    if use_triton(backend, frozen=frozen, projected=projected):
+        return _fused(projected, frozen, None, 0.0, **options)
+    return reference.cosettle_loss(frozen, projected, **options)
+
+
+def cosettle_head_loss(
+    frozen: Tensor,
+    linear: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    grid: tuple[int, int],
+    temperature: float = 0.03,
+    window: int = 2,
+    lambda_reg: float = 3.0,
+    regularizer: Regularizer = "kl",
+    backend: Backend = "auto",
+    *,
+    norm_eps: float = 1e-5,
+    diagnostics: bool = True,
+) -> CosettleLoss:
+    """`cosettle_loss` of layer_norm(tanh(linear + bias)), without that ever being in memory.
+
+    Args:
+        linear: (B, 3, N, D) the product of the head's last linear layer, before its bias.
+        bias: (D,) of that layer. norm_weight, norm_bias: (D,) of the layer norm. All four get gradients.
+        norm_eps: of the layer norm.
+
+    The other arguments, the result and the errors are those of `cosettle_loss`.
+    """
+    _check(frozen, "linear", linear, grid, temperature, window, lambda_reg, regularizer)
+    parameters = {"bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
+    for name, parameter in parameters.items():
+        check_parameter(name, parameter, "linear", linear)
+    options: dict[str, Any] = {
+        "grid": grid,
+        "temperature": temperature,
+        "window": window,
+        "lambda_reg": lambda_reg,
+        "regularizer": regularizer,
+        "diagnostics": diagnostics,
+    }
+    if use_triton(backend, frozen=frozen, linear=linear, **parameters):
+        return _fused(linear, frozen, (bias, norm_weight, norm_bias), norm_eps, **options)
+    projected = reference.head_epilogue(linear, bias, norm_weight, norm_bias, norm_eps)
+    return reference.cosettle_loss(frozen, projected, **options)

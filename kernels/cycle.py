@@ -1,4 +1,4 @@
-"""Cycle consistency of a walk over three views, up to 64 tokens each: loss, gradient and diagnostics in one launch.
+"""Cycle consistency of a walk over three views of up to 64 tokens: loss, gradient, diagnostics in one launch.
 
 With p1, p2, p3 the tokens of frame 1, frame 2 and frame 1 again, tau the temperature and e = 1e-6:
 
@@ -6,8 +6,8 @@ With p1, p2, p3 the tokens of frame 1, frame 2 and frame 1 again, tau the temper
     C_ii = sum_j A_ij A'_ji
     loss = mean_i  log(1 + M e) - log(C_ii + e)              since the rows of C = A A' sum to one
 
-The loss is a scalar, so its gradient is formed while A and A' are at hand. With w_ij = A_ij A'_ji / (C_ii + e),
-the probability that a walk from i back to i went through j, and W_j = sum_i w_ij:
+The loss is a scalar, so its gradient is formed while A and A' are at hand. With w_ij = A_ij A'_ji / (C_ii +
+e), the probability that a walk from i back to i went through j, and W_j = sum_i w_ij:
 
     dloss / d(p1_i . p2_j) = (A_ij C_ii / (C_ii + e) - w_ij) / (tau B M)
     dloss / d(p2_j . p3_i) = (A'_ji W_j - w_ij) / (tau B M)
@@ -18,8 +18,8 @@ over beyond 64 tokens.
 
 Source: arXiv 2603.26597, section 3; Jabri et al., NeurIPS 2020.
 
-Shape suffixes: B samples, M tokens of a view, D channels; inside the kernel I tokens of frame 1 (either time),
-J tokens of frame 2, K channels of one step.
+Shape suffixes: B samples, M tokens of a view, D channels; inside the kernel I tokens of frame 1 (either
+time), J tokens of frame 2, K channels of one step.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class CycleResult(NamedTuple):
     """What the cycle kernels return; `sums` / (B M) are the means over rows.
 
     `sums` (4,) in fp32: cross-entropy, rows whose arg-max is the diagonal, squares of C, diagonal of C; the
-    second and third are 0 without diagnostics. `grad` (B, 3, M, D): grad_scale(M) x tau x B x M x the gradient.
+    second and third are 0 without diagnostics. `grad` (B, 3, M, D): grad_scale(M) x tau x B x M x the
+    gradient.
     """
 
     sums: Tensor
@@ -97,7 +98,7 @@ def _cycle_kernel(
     BLOCK_D: tl.constexpr,
     D_PER_PROGRAM: tl.constexpr,
 ) -> None:
-    """One program per (slice of channels, sample): each forms A and A', and the gradient of its own channels."""
+    """One program per (slice of channels, sample): forms A and A', and the gradient of its own channels."""
     part = tl.program_id(0)
     sample = tl.program_id(1).to(tl.int64)
     row = tl.arange(0, BLOCK_M)
@@ -160,7 +161,7 @@ def _cycle_kernel(
 def launch_cycle(
     walk_B3MD: Tensor, temperature: float, *, grad_dtype: torch.dtype | None, diagnostics: bool
 ) -> CycleResult:
-    """Loss, diagnostics and, with a `grad_dtype`, the gradient, of contiguous views (B, 3, M, D) with M <= 64."""
+    """Loss, diagnostics and, with a `grad_dtype`, the gradient of contiguous views (B, 3, M, D), M <= 64."""
     samples, _, tokens, channels = walk_B3MD.shape
     sums_B4 = torch.zeros((samples, 4), device=walk_B3MD.device)
     grad_shape = walk_B3MD.shape if grad_dtype else (0,)

@@ -1,18 +1,19 @@
-"""Cycle consistency of a walk over three views of any size, in memory that grows with M and never with M squared.
+"""Cycle consistency of a walk over three views of any size, in memory linear in their number of tokens M.
 
-The maths of cycle.py, in tiles of 64 x 64 logits that each kernel recomputes from the tokens. What goes from one
-kernel to the next is one number a token:
+The maths of cycle.py, in tiles of 64 x 64 logits that each kernel recomputes from the tokens. What goes
+from one kernel to the next is one number a token:
 
     1. back normaliser   L'_j = log sum_i exp(p2_j . p3_i / tau)
     2. return            L_i  = log sum_j exp(p1_i . p2_j / tau),  C_ii = sum_j exp(s_ij - L_i + t_ij - L'_j)
     3. through           W_j  = sum_i w_ij
     4. gradient of p1 and p3, a sum over j;  5. of p2, a sum over i;  6. diagnostics, tiles of C itself
 
-with s and t the logits there and back. Step 2 keeps a running maximum, as FlashAttention does (Dao et al., 2022,
-arXiv 2205.14135).
+with s and t the logits there and back. Step 2 keeps a running maximum, as FlashAttention does (Dao et al.,
+2022, arXiv 2205.14135).
 
-Shape suffixes: B samples, M tokens of a view, D channels; inside the kernels I tokens of frame 1 (either time),
-J tokens of frame 2, K channels of one step, O channels of the gradient. Logarithms are to base 2 there.
+Shape suffixes: B samples, M tokens of a view, D channels; inside the kernels I tokens of frame 1 (either
+time), J tokens of frame 2, K channels of one step, O channels of the gradient. Logarithms are to base 2
+there.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cycle import CycleResult, grad_scale
+from .cycle import MAX_FUSED_TOKENS, CycleResult, grad_scale, launch_cycle
 from .elementary import exp2
 from .epilogue import LOG2_E
 from .reference import CYCLE_EPS
@@ -273,7 +274,7 @@ def _diagnostics_kernel(
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
-    """Step 6, one program per (block of i, sample): is the row's arg-max the diagonal, and the sum of its squares."""
+    """Step 6, one program per (block of i, sample): whether the arg-max is the diagonal, sum of squares."""
     sample = tl.program_id(1).to(tl.int64)
     first_ptr = walk_ptr + sample * 3 * tokens * D
     second_ptr = first_ptr + tokens * D
@@ -307,6 +308,14 @@ def _diagnostics_kernel(
     tl.store(squares_ptr + sample * tokens + rows, squares_I, mask=rows < tokens)
 
 
+def launch_three_views(
+    walk_B3MD: Tensor, temperature: float, *, grad_dtype: torch.dtype | None, diagnostics: bool
+) -> CycleResult:
+    """The fused kernel where the views are small enough for it, else the streaming form."""
+    launch = launch_cycle if walk_B3MD.shape[2] <= MAX_FUSED_TOKENS else launch_streaming
+    return launch(walk_B3MD, temperature, grad_dtype=grad_dtype, diagnostics=diagnostics)
+
+
 def launch_streaming(
     walk_B3MD: Tensor, temperature: float, *, grad_dtype: torch.dtype | None, diagnostics: bool
 ) -> CycleResult:
@@ -334,7 +343,8 @@ def launch_streaming(
         if grad_dtype:
             rows = (walk_B3MD, there_BM, back_BM, return_BM, through_BM)
             _through_kernel[launch](*rows, tokens, scale, EPS=CYCLE_EPS, **tile)
-            slice_channels = min(max(power_of_two(channels), 16), 128 if half else 64)
+            slice_channels = min(max(power_of_two(channels), 16), 256 if half else 64)
+            narrow = {**tile, "BLOCK_K": min(tile["BLOCK_K"], 32), "num_warps": 8}
             launch_sliced = (blocks, triton.cdiv(channels, slice_channels), samples)
             for of_second in (False, True):
                 _gradient_kernel[launch_sliced](
@@ -346,7 +356,7 @@ def launch_streaming(
                     GRAD_SCALE=grad_scale(tokens),
                     OF_SECOND=of_second,
                     BLOCK_O=slice_channels,
-                    **{**tile, "num_warps": 8},
+                    **narrow,
                 )
         if diagnostics:
             _diagnostics_kernel[launch](

@@ -1,8 +1,8 @@
 """Scalar functions that several kernels share.
 
 Compiled, they are single instructions of the GPU where Triton's own functions spend four more on denormal
-numbers; under the interpreter they are the same functions in NumPy. Accuracy is a few units in the last place of
-fp32, except for `tanh` where half precision is asked for.
+numbers; under the interpreter they are the same functions in NumPy. Accuracy is a few units in the last
+place of fp32, except for `tanh` where half precision is asked for.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def tanh(x: tl.tensor, HALF: tl.constexpr) -> tl.tensor:
 
 @jit
 def log1p(x: tl.tensor) -> tl.tensor:
-    """log(1 + x) = 2 artanh(x / (2 + x)): the series for |x| < 1/4 (relative remainder 3e-9), else the logarithm."""
+    """log(1 + x) = 2 artanh(x / (2 + x)), as a series for |x| < 1/4 (remainder 3e-9); else the logarithm."""
     ratio = x / (2.0 + x)
     square = ratio * ratio
     series = 2.0 * ratio * (1.0 + square * (1 / 3 + square * (1 / 5 + square * (1 / 7))))

@@ -1,4 +1,4 @@
-"""From the head's last matrix product to the separability term and the pooled tokens, in one pass over memory.
+"""From the head's last matrix product to separability terms and pooled tokens, in one pass over memory.
 
 Per token, with x the input, z the frozen token and E the layer norm's epsilon:
 
@@ -8,10 +8,11 @@ Per token, with x the input, z the frozen token and E the layer norm's epsilon:
     mse: sum_d (p_d - y_d)^2
     pooled = mean of p over the cells of one window
 
-The KL divergence in this form is a difference of small numbers, where the textbook's form subtracts two numbers
-near log D: it keeps six digits in fp32 where that keeps three.
+The KL divergence in this form is a difference of small numbers, where the textbook's form subtracts two
+numbers near log D: it keeps six digits in fp32 where that keeps three.
 
-Backward, from the gradients s of each separability term and G of the pooled tokens, all recomputed from x and z:
+Backward, from the gradients s of each separability term and G of the pooled tokens, all recomputed from x
+and z:
 
     dp = s (softmax(p) - q)  or  2 s (p - y),  plus  G / window^2
     dv = (dp - p (p . dp)) / ||v||                           (dp / 1e-12 for a token below the norm's floor)
@@ -19,8 +20,8 @@ Backward, from the gradients s of each separability term and G of the pooled tok
 
 One warp (two backward) holds one token at a time, so that its eight reductions over channels are shuffles.
 
-Source: arXiv 2603.26597, section 3. Shape suffixes: B samples, T views, N tokens, M whole windows, D channels;
-what has no suffix inside the kernels is one token's row.
+Source: arXiv 2603.26597, section 3. Shape suffixes: B samples, T views, N tokens, M whole windows, D
+channels; what has no suffix inside the kernels is one token's row.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from torch import Tensor
 from .elementary import exp2, log1p, tanh
 from .rows import (
     add_rows,
+    append,
     dot_rows,
     inverse_norm,
     load_row,
@@ -57,7 +59,7 @@ class HeadParameters(NamedTuple):
 
 
 class Cells(NamedTuple):
-    """How the grid is cut: cells of `window` tokens (rows, columns); partial ones at the far edges count too."""
+    """How the grid is cut: cells of `window` tokens (rows, columns), with partial ones at the far edges."""
 
     grid: tuple[int, int]
     window: tuple[int, int]
@@ -115,12 +117,12 @@ def _standardise(
     """tanh(x + bias), its layer norm without the affine part, and 1 / (standard deviation)."""
     hidden = ()
     for c in tl.static_range(CHUNKS):
-        hidden = hidden + (tanh(values[c] + bias[c], HALF),)
+        hidden = append(hidden, tanh(values[c] + bias[c], HALF))
     mean = sum_row(hidden, CHUNKS) * (1.0 / D)
     centred = ()
     for c in tl.static_range(CHUNKS):
         channel = c * BLOCK + tl.arange(0, BLOCK) < D
-        centred = centred + (tl.where(channel, hidden[c] - mean, 0.0),)
+        centred = append(centred, tl.where(channel, hidden[c] - mean, 0.0))
     inverse_std = 1.0 / tl.sqrt(dot_rows(centred, centred, CHUNKS) * (1.0 / D) + eps)
     return hidden, scale_row(centred, inverse_std, CHUNKS), inverse_std
 
@@ -134,8 +136,8 @@ def _growth(
     growth = ()
     for c in tl.static_range(CHUNKS):
         channel = c * BLOCK + tl.arange(0, BLOCK) < D
-        weight = weight + (tl.where(channel, exp2(frozen[c]), 0.0),)
-        growth = growth + (exp2(difference[c]) - 1.0,)
+        weight = append(weight, tl.where(channel, exp2(frozen[c]), 0.0))
+        growth = append(growth, exp2(difference[c]) - 1.0)
     total = sum_row(weight, CHUNKS)
     return weight, total, growth, dot_rows(weight, growth, CHUNKS) / total
 
@@ -245,7 +247,7 @@ def _backward_kernel(
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ) -> None:
-    """Each program walks through every num_programs-th cell and keeps its sums for the parameters in registers.
+    """Each program takes every num_programs-th cell and keeps its sums for the parameters in registers.
 
     grad_input (B, T, N, D); grad_parameters (programs, 3, D): bias, layer norm weight, layer norm bias.
     """
@@ -290,7 +292,7 @@ def _backward_kernel(
                 factor = grad_term / (total * (1.0 + mean_growth))
                 grad = ()
                 for c in tl.static_range(CHUNKS):
-                    grad = grad + (weight[c] * (growth[c] * factor - mean_growth * factor),)
+                    grad = append(grad, weight[c] * (growth[c] * factor - mean_growth * factor))
             else:
                 grad = scale_row(difference, 2.0 * grad_term / UNIT, CHUNKS)
             if POOL:
@@ -311,7 +313,7 @@ def _backward_kernel(
                 through = ()
                 for c in tl.static_range(CHUNKS):
                     centred = grad[c] * inverse_std - mean - standard[c] * along
-                    through = through + (centred * (1.0 - hidden[c] * hidden[c]),)
+                    through = append(through, centred * (1.0 - hidden[c] * hidden[c]))
                 grad = through
                 grad_bias = add_rows(grad_bias, grad, 1.0, CHUNKS)
             store_row(grad_base + token * D, grad, exists, D, BLOCK, CHUNKS)
@@ -324,14 +326,20 @@ def _backward_kernel(
 
 
 def pooled_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Half precision is pooled into fp16: normalised components are below one, and fp16 has the finer grid there."""
+    """Half precision is pooled into fp16: components are at most one, and fp16 has the finer grid there."""
     return torch.float32 if dtype == torch.float32 else torch.float16
 
 
 def launch_forward(
-    inputs_BTND: Tensor, frozen_BTND: Tensor, head: HeadParameters | None, cells: Cells, *, kl: bool, pool: bool
+    inputs_BTND: Tensor,
+    frozen_BTND: Tensor,
+    head: HeadParameters | None,
+    cells: Cells,
+    *,
+    kl: bool,
+    pool: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Separability terms (B, T, N) in fp32; pooled tokens (B, T, M, D) in `pooled_dtype`, empty without `pool`."""
+    """Separability terms (B, T, N), fp32; pooled tokens (B, T, M, D), `pooled_dtype`, empty without `pool`."""
     samples, views, tokens, channels = inputs_BTND.shape
     terms_BTN = inputs_BTND.new_empty((samples, views, tokens), dtype=torch.float32)
     pooled_shape = (samples, views, cells.whole, channels) if pool else (0,)

@@ -141,7 +141,8 @@ def head_epilogue(
 ) -> Tensor:
     """What follows the head's last matrix product: layer_norm(tanh(linear + bias)), any leading shape."""
     hidden = torch.tanh(at_least_float32(linear_BTND) + bias_D)
-    return functional.layer_norm(hidden, hidden.shape[-1:], norm_weight_D, norm_bias_D, eps)
+    affine = (norm_weight_D.to(hidden.dtype), norm_bias_D.to(hidden.dtype))
+    return functional.layer_norm(hidden, hidden.shape[-1:], *affine, eps)
 
 
 def cosettle_loss(

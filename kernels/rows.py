@@ -1,7 +1,8 @@
 """One token's D channels in registers, as a tuple of equal chunks.
 
-Triton's blocks are powers of two; three of them fit a ViT's 384, 768 or 1536 channels exactly, where one would
-leave a quarter of the lanes idle. A row is a tuple of CHUNKS blocks of BLOCK fp32 numbers, 0 beyond D.
+Triton's blocks are powers of two; three of them fit a ViT's 384, 768 or 1536 channels exactly, where one
+would leave a quarter of the lanes idle. A row is a tuple of CHUNKS blocks of BLOCK fp32 numbers, 0 beyond
+D.
 """
 
 from __future__ import annotations
@@ -17,6 +18,13 @@ def row_blocks(channels: int) -> tuple[int, int]:
 
 
 @jit
+def append(row: tl.tensor, block: tl.tensor) -> tl.tensor:
+    """The tuple with one block more."""
+    last = (block,)
+    return row + last
+
+
+@jit
 def load_row(
     row_ptr: tl.tensor, exists: tl.tensor, D: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr
 ) -> tl.tensor:
@@ -25,7 +33,7 @@ def load_row(
     row = ()
     for c in tl.static_range(CHUNKS):
         columns = c * BLOCK + tl.arange(0, BLOCK)
-        row = row + (tl.load(row_ptr + columns, mask=columns < limit, other=0.0).to(tl.float32),)
+        row = append(row, tl.load(row_ptr + columns, mask=columns < limit, other=0.0).to(tl.float32))
     return row
 
 
@@ -48,7 +56,7 @@ def store_row(
 def zero_row(BLOCK: tl.constexpr, CHUNKS: tl.constexpr) -> tl.tensor:
     row = ()
     for _ in tl.static_range(CHUNKS):
-        row = row + (tl.zeros([BLOCK], dtype=tl.float32),)
+        row = append(row, tl.zeros([BLOCK], dtype=tl.float32))
     return row
 
 
@@ -73,7 +81,7 @@ def scale_row(row: tl.tensor, factor: tl.tensor, CHUNKS: tl.constexpr) -> tl.ten
     """row * factor, a number."""
     scaled = ()
     for c in tl.static_range(CHUNKS):
-        scaled = scaled + (row[c] * factor,)
+        scaled = append(scaled, row[c] * factor)
     return scaled
 
 
@@ -82,7 +90,7 @@ def add_rows(left: tl.tensor, right: tl.tensor, factor: tl.tensor, CHUNKS: tl.co
     """left + right * factor, a number."""
     total = ()
     for c in tl.static_range(CHUNKS):
-        total = total + (left[c] + right[c] * factor,)
+        total = append(total, left[c] + right[c] * factor)
     return total
 
 
@@ -91,16 +99,18 @@ def multiply_rows(left: tl.tensor, right: tl.tensor, CHUNKS: tl.constexpr) -> tl
     """left * right, channel by channel."""
     product = ()
     for c in tl.static_range(CHUNKS):
-        product = product + (left[c] * right[c],)
+        product = append(product, left[c] * right[c])
     return product
 
 
 @jit
-def multiply_add_rows(row: tl.tensor, factor: tl.tensor, addend: tl.tensor, CHUNKS: tl.constexpr) -> tl.tensor:
+def multiply_add_rows(
+    row: tl.tensor, factor: tl.tensor, addend: tl.tensor, CHUNKS: tl.constexpr
+) -> tl.tensor:
     """row * factor + addend, channel by channel."""
     total = ()
     for c in tl.static_range(CHUNKS):
-        total = total + (row[c] * factor[c] + addend[c],)
+        total = append(total, row[c] * factor[c] + addend[c])
     return total
 
 

@@ -1,7 +1,7 @@
 """Where the kernels run: the one import of Triton, the choice of the backend, launch helpers.
 
-Every module takes `jit`, `tl` and `triton` from here, so that the package imports on a machine without Triton;
-there the kernels are plain functions that nobody calls.
+Every module takes `jit`, `tl` and `triton` from here, so that the package imports on a machine without
+Triton; there the kernels are plain functions that nobody calls.
 """
 
 from __future__ import annotations
@@ -56,17 +56,46 @@ def use_triton(backend: str, **tensors: Tensor) -> bool:
 def _obstacle(tensors: dict[str, Tensor]) -> str | None:
     """Why the Triton kernels cannot take these tensors, or None."""
     if triton is None:
-        return "backend 'triton' needs the package triton, which is not installed: pip install triton, or use 'eager'"
+        return "backend 'triton' needs the package triton: pip install triton, or use 'eager'"
     for name, tensor in tensors.items():
         if tensor.dtype not in TRITON_DTYPES:
             return f"{name} must be float16, bfloat16 or float32 for backend 'triton', got {tensor.dtype}"
         if not tensor.is_cuda and not INTERPRETED:
-            return f"{name} must be a CUDA tensor for backend 'triton', got one on {tensor.device}: use 'eager' there"
+            return f"{name} must be on a CUDA device for backend 'triton', got {tensor.device}: use 'eager'"
     return None
 
 
+def operator(
+    name: str,
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Callable[[Callable[..., Any]], Any]:
+    """Register a launcher as the torch operator NAMESPACE::name, opaque to torch.compile and torch.export.
+
+    `fake` gives the outputs' shapes and dtypes from tensors without data. A second registration under the
+    same name, as a reload makes, replaces the first.
+    """
+
+    def register(launcher: Callable[..., Any]) -> Any:
+        op = torch.library.custom_op(f"{NAMESPACE}::{name}", launcher, mutates_args=(), schema=schema)
+        op.register_fake(fake)
+        if backward is not None:
+            op.register_autograd(backward, setup_context=setup_context)
+        return op
+
+    return register
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for the gradient of any of them."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def unit_stride(tensor: Tensor) -> Tensor:
-    """The tensor itself where its channels lie side by side, else a contiguous copy: kernels take any other stride."""
+    """The tensor itself where its channels lie side by side, else a contiguous copy; other strides are free."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
