@@ -4,6 +4,16 @@ Needs torch alone; with Triton and a CUDA device the fused kernels run, else the
 README.md.
 """
 
+from .affinity import affinity_softmax
 from .cosettle import CosettleLoss, cosettle_head_loss, cosettle_loss
+from .separability import separability_loss
+from .walk import cycle_consistency_loss
 
-__all__ = ["CosettleLoss", "cosettle_head_loss", "cosettle_loss"]
+__all__ = [
+    "CosettleLoss",
+    "affinity_softmax",
+    "cosettle_head_loss",
+    "cosettle_loss",
+    "cycle_consistency_loss",
+    "separability_loss",
+]

@@ -24,51 +24,12 @@ import torch
 from torch import Tensor
 
 from .cycle import MAX_FUSED_TOKENS, CycleResult, grad_scale, launch_cycle
-from .elementary import exp2
-from .epilogue import LOG2_E
+from .elementary import LOG2_E, exp2
 from .reference import CYCLE_EPS
 from .runtime import jit, on_device, power_of_two, tl, triton
+from .tiles import load_tokens, logits_tile
 
 BLOCK = 64
-
-
-@jit
-def _logits(
-    query_ptr: tl.tensor,
-    key_ptr: tl.tensor,
-    rows: tl.tensor,
-    columns: tl.tensor,
-    tokens: tl.tensor,
-    scale: tl.tensor,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-) -> tl.tensor:
-    """One tile of query key^T / tau, in units of log2."""
-    step = tl.arange(0, BLOCK_K)
-    logits = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
-    for start in range(0, D, BLOCK_K):
-        channel = (start + step < D)[None, :]
-        query = tl.load(
-            query_ptr + rows[:, None] * D + start + step[None, :],
-            mask=(rows < tokens)[:, None] & channel,
-            other=0.0,
-        )
-        key = tl.load(
-            key_ptr + columns[:, None] * D + start + step[None, :],
-            mask=(columns < tokens)[:, None] & channel,
-            other=0.0,
-        )
-        logits = tl.dot(query, tl.trans(key), logits, input_precision="tf32x3")
-    return logits * scale
-
-
-@jit
-def _load_tokens(
-    view_ptr: tl.tensor, rows: tl.tensor, channels: tl.tensor, tokens: tl.tensor, D: tl.constexpr
-) -> tl.tensor:
-    mask = (rows < tokens)[:, None] & (channels < D)[None, :]
-    return tl.load(view_ptr + rows[:, None] * D + channels[None, :], mask=mask, other=0.0)
 
 
 @jit
@@ -89,10 +50,10 @@ def _transitions(
     """Tiles of A_ij and A'_ji, both [I, J], from the normalisers; 0 beyond the last token."""
     exists = (rows < tokens)[:, None] & (columns < tokens)[None, :]
     normaliser_I = tl.load(there_ptr + rows, mask=rows < tokens, other=0.0)
-    there_IJ = _logits(first_ptr, second_ptr, rows, columns, tokens, scale, D, BLOCK, BLOCK_K)
+    there_IJ = logits_tile(first_ptr, second_ptr, rows, columns, tokens, tokens, scale, D, BLOCK, BLOCK_K)
     there_IJ = tl.where(exists, exp2(there_IJ - normaliser_I[:, None]), 0.0)
     normaliser_J = tl.load(back_ptr + columns, mask=columns < tokens, other=0.0)
-    back_IJ = _logits(third_ptr, second_ptr, rows, columns, tokens, scale, D, BLOCK, BLOCK_K)
+    back_IJ = logits_tile(third_ptr, second_ptr, rows, columns, tokens, tokens, scale, D, BLOCK, BLOCK_K)
     return there_IJ, tl.where(exists, exp2(back_IJ - normaliser_J[None, :]), 0.0)
 
 
@@ -115,7 +76,7 @@ def _back_normaliser_kernel(
     total_J = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, tokens, BLOCK):
         rows = start + tl.arange(0, BLOCK)
-        back_IJ = _logits(third_ptr, second_ptr, rows, columns, tokens, scale, D, BLOCK, BLOCK_K)
+        back_IJ = logits_tile(third_ptr, second_ptr, rows, columns, tokens, tokens, scale, D, BLOCK, BLOCK_K)
         back_IJ = tl.where((rows < tokens)[:, None], back_IJ, float("-inf"))
         larger_J = tl.maximum(largest_J, tl.max(back_IJ, 0))
         total_J = total_J * exp2(largest_J - larger_J) + tl.sum(exp2(back_IJ - larger_J[None, :]), 0)
@@ -147,9 +108,9 @@ def _return_kernel(
     for start in range(0, tokens, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         exists = (columns < tokens)[None, :]
-        there_IJ = _logits(first_ptr, second_ptr, rows, columns, tokens, scale, D, BLOCK, BLOCK_K)
+        there_IJ = logits_tile(first_ptr, second_ptr, rows, columns, tokens, tokens, scale, D, BLOCK, BLOCK_K)
         there_IJ = tl.where(exists, there_IJ, float("-inf"))
-        back_IJ = _logits(third_ptr, second_ptr, rows, columns, tokens, scale, D, BLOCK, BLOCK_K)
+        back_IJ = logits_tile(third_ptr, second_ptr, rows, columns, tokens, tokens, scale, D, BLOCK, BLOCK_K)
         normaliser_J = tl.load(back_ptr + sample * tokens + columns, mask=columns < tokens, other=0.0)
         larger_I = tl.maximum(largest_I, tl.max(there_IJ, 1))
         shrink_I = exp2(largest_I - larger_I)
@@ -241,12 +202,12 @@ def _gradient_kernel(
         there = there_IJ.to(walk_ptr.dtype.element_ty)
         back = back_IJ.to(walk_ptr.dtype.element_ty)
         if OF_SECOND:
-            first_IO = _load_tokens(first_ptr, rows, channels, tokens, D)
+            first_IO = load_tokens(first_ptr, rows, channels, tokens, D)
             grad_there = tl.dot(tl.trans(there), first_IO, grad_there, input_precision="tf32x3")
-            third_IO = _load_tokens(third_ptr, rows, channels, tokens, D)
+            third_IO = load_tokens(third_ptr, rows, channels, tokens, D)
             grad_there = tl.dot(tl.trans(back), third_IO, grad_there, input_precision="tf32x3")
         else:
-            second_JO = _load_tokens(second_ptr, columns, channels, tokens, D)
+            second_JO = load_tokens(second_ptr, columns, channels, tokens, D)
             grad_there = tl.dot(there, second_JO, grad_there, input_precision="tf32x3")
             grad_back = tl.dot(back, second_JO, grad_back, input_precision="tf32x3")
 
@@ -289,10 +250,14 @@ def _diagnostics_kernel(
         cycle_IE = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
         for start in range(0, tokens, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            there_IJ = _logits(first_ptr, second_ptr, rows, columns, tokens, scale, D, BLOCK, BLOCK_K)
+            there_IJ = logits_tile(
+                first_ptr, second_ptr, rows, columns, tokens, tokens, scale, D, BLOCK, BLOCK_K
+            )
             exists = (columns < tokens)[None, :]
             there_IJ = tl.where(exists, exp2(there_IJ - normaliser_I[:, None]), 0.0)
-            back_EJ = _logits(third_ptr, second_ptr, ends, columns, tokens, scale, D, BLOCK, BLOCK_K)
+            back_EJ = logits_tile(
+                third_ptr, second_ptr, ends, columns, tokens, tokens, scale, D, BLOCK, BLOCK_K
+            )
             normaliser_J = tl.load(back_ptr + sample * tokens + columns, mask=columns < tokens, other=0.0)
             back_EJ = tl.where(exists, exp2(back_EJ - normaliser_J[None, :]), 0.0)
             cycle_IE = tl.dot(there_IJ, tl.trans(back_EJ), cycle_IE, input_precision="tf32x3")
@@ -306,6 +271,14 @@ def _diagnostics_kernel(
         beaten_I = tl.maximum(beaten_I, tl.max(beats.to(tl.int32), 1))
     tl.store(correct_ptr + sample * tokens + rows, 1.0 - beaten_I.to(tl.float32), mask=rows < tokens)
     tl.store(squares_ptr + sample * tokens + rows, squares_I, mask=rows < tokens)
+
+
+def tile_of(tokens: Tensor) -> dict[str, Any]:
+    """The compile-time arguments of a kernel that streams over tiles of these tokens' logits."""
+    half = tokens.element_size() == 2
+    channels = tokens.shape[-1]
+    step = min(max(power_of_two(channels), 16), 64 if half else 32)
+    return {"D": channels, "BLOCK": BLOCK, "BLOCK_K": step, "num_warps": 4 if half else 8}
 
 
 def launch_three_views(
@@ -326,13 +299,7 @@ def launch_streaming(
     ).unbind()
     blocks = triton.cdiv(tokens, BLOCK)
     scale = LOG2_E / temperature
-    half = walk_B3MD.element_size() == 2
-    tile: dict[str, Any] = {
-        "D": channels,
-        "BLOCK": BLOCK,
-        "BLOCK_K": min(max(power_of_two(channels), 16), 64 if half else 32),
-        "num_warps": 4 if half else 8,
-    }
+    tile = tile_of(walk_B3MD)
     grad_B3MD = torch.empty(
         walk_B3MD.shape if grad_dtype else (0,), device=walk_B3MD.device, dtype=grad_dtype or walk_B3MD.dtype
     )
@@ -343,7 +310,9 @@ def launch_streaming(
         if grad_dtype:
             rows = (walk_B3MD, there_BM, back_BM, return_BM, through_BM)
             _through_kernel[launch](*rows, tokens, scale, EPS=CYCLE_EPS, **tile)
-            slice_channels = min(max(power_of_two(channels), 16), 256 if half else 64)
+            slice_channels = min(
+                max(power_of_two(channels), 16), 256 if walk_B3MD.element_size() == 2 else 64
+            )
             narrow = {**tile, "BLOCK_K": min(tile["BLOCK_K"], 32), "num_warps": 8}
             launch_sliced = (blocks, triton.cdiv(channels, slice_channels), samples)
             for of_second in (False, True):

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from .runtime import INTERPRETED, jit, tl
 
+# log2(e). Kernels hold what they will exponentiate times this, so that exp is one exp2 and nothing else.
+LOG2_E = 1.4426950408889634
+
 if INTERPRETED:
 
     @jit

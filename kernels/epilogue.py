@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .elementary import exp2, log1p, tanh
+from .elementary import LOG2_E, exp2, log1p, tanh
 from .rows import (
     add_rows,
     append,
@@ -71,10 +71,6 @@ class Cells(NamedTuple):
     @property
     def whole(self) -> int:
         return (self.grid[0] // self.window[0]) * (self.grid[1] // self.window[1])
-
-
-# log2(e). Normalised tokens are held times this, so that exp(p) is one exp2 and nothing else.
-LOG2_E = 1.4426950408889634
 
 
 @jit
@@ -339,7 +335,7 @@ def launch_forward(
     kl: bool,
     pool: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Separability terms (B, T, N), fp32; pooled tokens (B, T, M, D), `pooled_dtype`, empty without `pool`."""
+    """Separability terms (B, T, N) in fp32; pooled tokens (B, T, M, D), empty without `pool`."""
     samples, views, tokens, channels = inputs_BTND.shape
     terms_BTN = inputs_BTND.new_empty((samples, views, tokens), dtype=torch.float32)
     pooled_shape = (samples, views, cells.whole, channels) if pool else (0,)

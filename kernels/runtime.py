@@ -95,7 +95,7 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 
 def unit_stride(tensor: Tensor) -> Tensor:
-    """The tensor itself where its channels lie side by side, else a contiguous copy; other strides are free."""
+    """The tensor itself where its channels lie side by side, else a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 

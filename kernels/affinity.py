@@ -1,0 +1,124 @@
+"""Transition probabilities between two sets of tokens: A = softmax(query key^T / tau) over keys.
+
+The result is M x K numbers by definition; the logits never are. Each program owns 64 queries: one pass over
+the keys keeps the running maximum and sum (Dao et al., FlashAttention, arXiv 2205.14135), a second writes A
+in fp32.
+
+    dlogits = A (dA - sum_k A dA),   dquery = dlogits key / tau,   dkey = dlogits^T query / tau
+
+The backward's row sums and products are matrix operations that cuBLAS does best.
+
+Source: arXiv 2603.26597, section 3. Shape suffixes: B samples, M queries, K keys, D channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .checks import check_same_device, check_temperature, check_tokens
+from .cycle_streaming import BLOCK, tile_of
+from .elementary import LOG2_E, exp2
+from .runtime import Backend, jit, on_device, operator, tl, triton, use_triton
+from .tiles import logits_tile
+
+
+@jit
+def _affinity_kernel(
+    query_ptr: tl.tensor,
+    key_ptr: tl.tensor,
+    affinity_ptr: tl.tensor,
+    queries: tl.tensor,
+    keys: tl.tensor,
+    scale: tl.tensor,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    """One program per (block of queries, sample)."""
+    sample = tl.program_id(1).to(tl.int64)
+    query_ptr += sample * queries * D
+    key_ptr += sample * keys * D
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    largest = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, keys, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        logits = logits_tile(query_ptr, key_ptr, rows, columns, queries, keys, scale, D, BLOCK, BLOCK_K)
+        logits = tl.where((columns < keys)[None, :], logits, float("-inf"))
+        larger = tl.maximum(largest, tl.max(logits, 1))
+        total = total * exp2(largest - larger) + tl.sum(exp2(logits - larger[:, None]), 1)
+        largest = larger
+    for start in range(0, keys, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        logits = logits_tile(query_ptr, key_ptr, rows, columns, queries, keys, scale, D, BLOCK, BLOCK_K)
+        affinity = exp2(logits - largest[:, None]) / total[:, None]
+        offsets = (sample * queries + rows[:, None]) * keys + columns[None, :]
+        tl.store(affinity_ptr + offsets, affinity, mask=(rows < queries)[:, None] & (columns < keys)[None, :])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    query, key, ctx.temperature = inputs
+    ctx.save_for_backward(query, key, output)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    query, key, affinity = ctx.saved_tensors
+    weighted = affinity * grad
+    grad_logits = (weighted - affinity * weighted.sum(-1, keepdim=True)) / ctx.temperature
+    grad_query = torch.bmm(grad_logits, key.float()).to(query.dtype)
+    return grad_query, torch.bmm(grad_logits.transpose(1, 2), query.float()).to(key.dtype), None
+
+
+@operator(
+    "affinity_softmax",
+    "(Tensor query, Tensor key, float temperature) -> Tensor",
+    fake=lambda query, key, temperature: query.new_empty(
+        (query.shape[0], query.shape[1], key.shape[1]), dtype=torch.float32
+    ),
+    setup_context=_save,
+    backward=_differentiate,
+)
+def _affinity(query_BMD: Tensor, key_BKD: Tensor, temperature: float) -> Tensor:
+    query_BMD, key_BKD = query_BMD.contiguous(), key_BKD.contiguous()
+    samples, queries, _ = query_BMD.shape
+    keys = key_BKD.shape[1]
+    affinity_BMK = query_BMD.new_empty((samples, queries, keys), dtype=torch.float32)
+    with on_device(query_BMD):
+        _affinity_kernel[(triton.cdiv(queries, BLOCK), samples)](
+            query_BMD, key_BKD, affinity_BMK, queries, keys, LOG2_E / temperature, **tile_of(query_BMD)
+        )
+    return affinity_BMK
+
+
+def affinity_softmax(
+    query: Tensor, key: Tensor, temperature: float = 0.03, backend: Backend = "auto"
+) -> Tensor:
+    """softmax(query key^T / temperature) over keys (arXiv 2603.26597, section 3), as float32 at least.
+
+    Args:
+        query: (B, M, D) tokens, as they are to be compared: normalise them first for a cosine.
+        key: (B, K, D) tokens of the same dtype. Both get gradients.
+        temperature: above 0.
+        backend: `auto` (Triton on CUDA tensors where Triton is installed, else eager), `triton` or `eager`.
+
+    Returns:
+        (B, M, K), rows summing to one.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, its value and what is expected.
+    """
+    check_tokens("query", query, "BMD")
+    check_tokens("key", key, "BKD")
+    if (key.shape[0], key.shape[2], key.dtype) != (query.shape[0], query.shape[2], query.dtype):
+        expected = f"B == {query.shape[0]}, D == {query.shape[2]} and dtype {query.dtype} of query"
+        raise ValueError(f"key must have the {expected}, got {tuple(key.shape)} and {key.dtype}")
+    check_same_device("key", key, "query", query)
+    check_temperature(temperature)
+    if use_triton(backend, query=query, key=key):
+        affinity: Tensor = _affinity(query, key, temperature)
+        return affinity
+    return reference.affinity_softmax(query, key, temperature)

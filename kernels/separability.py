@@ -1,0 +1,98 @@
+"""Semantic separability alone: how far the projected tokens' directions moved from the frozen ones.
+
+    kl:  (1 / B) sum over views and tokens of KL(softmax(z / ||z||) || softmax(g / ||g||)) over channels
+    mse: mean over everything of (z / ||z|| - g / ||g||)^2
+
+The kernels are those of epilogue.py, without head and pooling: one pass forward, one backward.
+
+Source: arXiv 2603.26597, section 3. Shape suffixes: B samples, T views, N tokens, D channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .checks import check_regularizer, check_same, check_tokens
+from .epilogue import Cells, launch_backward, launch_forward
+from .reference import Regularizer
+from .runtime import Backend, operator, unit_stride, use_triton
+
+
+def _cells(projected: Tensor) -> Cells:
+    """Four tokens to a program, as they come: without pooling the grid does not matter."""
+    return Cells((1, projected.shape[2]), (1, 4))
+
+
+def _scale(projected: Tensor, kl: bool) -> float:
+    return 1.0 / (projected.shape[0] if kl else projected.numel())
+
+
+@operator(
+    "separability_backward",
+    "(Tensor grad, Tensor projected, Tensor frozen, bool kl) -> Tensor",
+    fake=lambda grad, projected, frozen, kl: projected.new_empty(projected.shape),
+)
+def _separability_backward(grad: Tensor, projected: Tensor, frozen: Tensor, kl: bool) -> Tensor:
+    projected = unit_stride(projected)
+    return launch_backward(
+        projected,
+        unit_stride(frozen),
+        None,
+        _cells(projected),
+        grad,
+        grad,
+        None,
+        kl=kl,
+        term_scale=_scale(projected, kl),
+        pooled_scale=0.0,
+    )[0]
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    projected, frozen, ctx.kl = inputs
+    ctx.save_for_backward(projected, frozen)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return _separability_backward(grad, *ctx.saved_tensors, ctx.kl), None, None
+
+
+@operator(
+    "separability",
+    "(Tensor projected, Tensor frozen, bool kl) -> Tensor",
+    fake=lambda projected, frozen, kl: projected.new_empty((), dtype=torch.float32),
+    setup_context=_save_inputs,
+    backward=_differentiate,
+)
+def _separability(projected: Tensor, frozen: Tensor, kl: bool) -> Tensor:
+    projected = unit_stride(projected)
+    terms_BTN, _ = launch_forward(projected, unit_stride(frozen), None, _cells(projected), kl=kl, pool=False)
+    return terms_BTN.sum() * _scale(projected, kl)
+
+
+def separability_loss(
+    frozen: Tensor, projected: Tensor, regularizer: Regularizer = "kl", backend: Backend = "auto"
+) -> Tensor:
+    """Semantic separability (arXiv 2603.26597, section 3), a 0-d tensor.
+
+    Args:
+        frozen: (B, T, N, D) frozen tokens; no gradient reaches them.
+        projected: (B, T, N, D) the head's output for them, before L2 normalisation.
+        regularizer: `kl` or `mse`.
+        backend: `auto` (Triton on CUDA tensors where Triton is installed, else eager), `triton` or `eager`.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, its value and what is expected.
+    """
+    check_tokens("frozen", frozen, "BTND")
+    check_tokens("projected", projected, "BTND")
+    check_same("projected", projected, "frozen", frozen)
+    check_regularizer(regularizer)
+    if use_triton(backend, frozen=frozen, projected=projected):
+        value: Tensor = _separability(projected, frozen.detach(), regularizer == "kl")
+        return value
+    return reference.separability_loss(frozen, projected, regularizer)

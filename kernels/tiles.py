@@ -1,0 +1,40 @@
+"""One tile of logits from two sets of tokens, as the kernels that stream over them form it.
+
+Shape suffixes: Q queries and K keys of the tile; D channels.
+"""
+
+from __future__ import annotations
+
+from .runtime import jit, tl
+
+
+@jit
+def load_tokens(
+    tokens_ptr: tl.tensor, rows: tl.tensor, channels: tl.tensor, tokens: tl.tensor, D: tl.constexpr
+) -> tl.tensor:
+    """Some channels of some tokens of one view, 0 where there are none."""
+    mask = (rows < tokens)[:, None] & (channels < D)[None, :]
+    return tl.load(tokens_ptr + rows[:, None] * D + channels[None, :], mask=mask, other=0.0)
+
+
+@jit
+def logits_tile(
+    query_ptr: tl.tensor,
+    key_ptr: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    queries: tl.tensor,
+    keys: tl.tensor,
+    scale: tl.tensor,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> tl.tensor:
+    """scale x query key^T, (BLOCK, BLOCK) in fp32, accumulated over BLOCK_K channels at a time."""
+    logits_QK = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
+    for start in range(0, D, BLOCK_K):
+        channels = start + tl.arange(0, BLOCK_K)
+        query_QD = load_tokens(query_ptr, rows, channels, queries, D)
+        key_KD = load_tokens(key_ptr, columns, channels, keys, D)
+        logits_QK = tl.dot(query_QD, tl.trans(key_KD), logits_QK, input_precision="tf32x3")
+    return logits_QK * scale
