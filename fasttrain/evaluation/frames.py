@@ -41,8 +41,9 @@ def read_label_map(path: Path) -> npt.NDArray[np.uint8]:
 
 def read_clip(index: FrameIndex, video: int, frames: Sequence[int]) -> list[Frame]:
     """Frames of one video, (H, W, 3) uint8 RGB. Raises UnreadableFrameError."""
-    stored = index.read(video, frames)
-    return [decode_image(data) for data in stored] if index.encoded else stored
+    if index.storage == "frames":
+        return list(index.read(video, frames))
+    return [index.read_frame(video, frame) for frame in frames]
 
 
 def spread(length: int, count: int) -> list[int]:

@@ -41,9 +41,8 @@ def brute_force(
         weight = (value / temperature).softmax(-1)
         labels.append((weight[..., None] * given[sources].flatten(0, 1)[index]).sum(1))
         # Copies of one key are exactly alike, and it matters not which of them is taken.
-        kth = value[:, -1:]
-        below = affinity.flatten(1).masked_fill(affinity.flatten(1) >= kth, -torch.inf).amax(-1)
-        clear.append(kth[:, 0] - below > 1e-6)
+        off = (affinity.flatten(1) - value[:, -1:]).abs()
+        clear.append(~((off > 0) & (off < 1e-6)).any(-1))
     return torch.stack(labels).view(frames, height, width, -1), torch.stack(clear).view(frames, height, width)
 
 
