@@ -27,6 +27,8 @@ ATTENTION = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+# What a core's caches hold: larger batches ran slower on a CPU (benchmarks/results/throughput-cpu.json).
+CPU_CHUNK = 4
 # Graphs are recorded by cuda_graph.py, over more than the encoder.
 COMPILE_MODES = {"default": None, "max-autotune": "max-autotune-no-cudagraphs"}
 
@@ -53,6 +55,7 @@ class EncoderRuntime:
         views: Callable[[Tensor, Tensor], Tensor] = (
             encoder.three_views if recipe.batch_views else self._views_apart
         )
+        self._chunk = recipe.chunk or (CPU_CHUNK if device.type == "cpu" else 0)
         self._views = compile_cached(views, COMPILE_MODES[mode]) if self.compiled else views
 
     @torch.no_grad()
@@ -62,7 +65,11 @@ class EncoderRuntime:
         frames: (2, B, 3, H, W), ImageNet-normalised, of the training size; positions: (N, D), asymmetric.
         """
         with self._attention(), self._autocast():
-            return self._views(frames.to(self.encoder.positions_ND.dtype), positions).to(self._dtype)
+            inputs = frames.to(self.encoder.positions_ND.dtype)
+            if not self._chunk or self._chunk >= inputs.shape[1]:
+                return self._views(inputs, positions).to(self._dtype)
+            parts = [self._views(part, positions) for part in inputs.split(self._chunk, dim=1)]
+            return torch.cat(parts).to(self._dtype)
 
     def _views_apart(self, frames: Tensor, positions: Tensor) -> Tensor:
         first_BND, second_BND = self.encoder.tokens(frames[0]), self.encoder.tokens(frames[1])

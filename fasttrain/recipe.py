@@ -79,13 +79,15 @@ class EncoderRecipe:
     precision: Literal["auto", "fp8"] = "auto"
     """Format of the frozen blocks' matrix products: train.precision, or FP8 (Ada, Hopper and later)."""
     compile: Annotated[Literal["auto", "none", "default", "max-autotune"], MAY_CHANGE] = "auto"
-    """torch.compile: not at all, usual, or with a search for the fastest kernels; `auto` is usual on a GPU."""
+    """torch.compile: not at all, usual, or with a search for the fastest kernels; `auto`: usual on GPUs."""
     cuda_graph: Annotated[bool, MAY_CHANGE] = False
     """Replay the forward and backward pass (with several processes: the encoder) as one CUDA graph."""
     attention: Annotated[Literal["auto", "cudnn", "flash", "efficient", "math"], MAY_CHANGE] = "auto"
     """Kernel of the scaled-dot-product attention; `auto` leaves the choice to PyTorch."""
     batch_views: Annotated[bool, MAY_CHANGE] = True
     """Three views in one batch, frame 1 cut into patches once; false takes three passes, less memory."""
+    chunk: Annotated[int, Range(low=0), MAY_CHANGE] = 0
+    """Pairs that go through the encoder at a time, which bounds its memory; 0: all on a GPU, 4 on a CPU."""
     cast_weights: Annotated[bool, MAY_CHANGE] = True
     """Cast the frozen weights to train.precision once; false keeps float32 and casts at every step."""
 

@@ -167,3 +167,15 @@ class Student:
             self.backbone_settings, self.encoder, self.projection, to_dict(self.recipe)
         )
         self.projection.save(self.folder / "projection.safetensors", metadata)
+
+
+def student_recipes(recipe: Recipe) -> list[Recipe]:
+    """The recipe of each backbone's own run: itself, or one per entry of `backbones` in `output/NAME`."""
+    if not recipe.backbones:
+        return [recipe]
+    return [
+        dataclasses.replace(
+            recipe, backbone=backbone, backbones=(), output=str(Path(recipe.output) / backbone.name)
+        )
+        for backbone in recipe.backbones
+    ]

@@ -16,7 +16,8 @@ from fasttrain.backbones import Backbone
 from fasttrain.data import FrameIndex
 from fasttrain.projection import Projection
 from fasttrain.recipe import Recipe, describe_keys, load_recipe
-from fasttrain.trainer import Validate, student_recipes, train
+from fasttrain.student import student_recipes
+from fasttrain.trainer import Validate, train
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,6 @@ not follow from (seed, step).
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
@@ -29,7 +28,7 @@ from fasttrain.optimizer import learning_rate_factor
 from fasttrain.profiling import SKIPPED, STEP, StepProfiler, part, summary_table
 from fasttrain.projection import Projection
 from fasttrain.recipe import Recipe, differences, identity, load_recipe, to_yaml
-from fasttrain.student import DTYPES, Student
+from fasttrain.student import DTYPES, Student, student_recipes
 
 # (encoder, projection, index, device) -> figures, before and after the projection.
 Validate = Callable[[Backbone, Projection, FrameIndex, torch.device], dict[str, float]]
@@ -223,6 +222,9 @@ class Trainer:
         index = open_source(data.source, kind=data.kind)
         for name, reason in index.skipped:
             self.say(f"skipped {name}: {reason}")
+        single = int((index.num_frames == 1).sum())
+        if single:
+            self.say(f"{single} of {len(index)} videos have one frame; both frames of their pairs are it")
         return index
 
     def _build_students(self, recipes: list[Recipe]) -> list[Student]:
@@ -306,18 +308,6 @@ RESUME_ADVICE = {
     "global_batch": "set train.batch_size and train.accumulate to give the same over all processes",
     "data": "use the same data.source",
 }
-
-
-def student_recipes(recipe: Recipe) -> list[Recipe]:
-    """The recipe of each backbone's own run: itself, or one per entry of `backbones` in `output/NAME`."""
-    if not recipe.backbones:
-        return [recipe]
-    return [
-        dataclasses.replace(
-            recipe, backbone=backbone, backbones=(), output=str(Path(recipe.output) / backbone.name)
-        )
-        for backbone in recipe.backbones
-    ]
 
 
 def check_run_folder(recipe: Recipe) -> None:

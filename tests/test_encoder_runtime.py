@@ -34,7 +34,14 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("name", ["dinov2", "ijepa"])
 @pytest.mark.parametrize(
     "switches",
-    [{"batch_views": False}, {"cast_weights": False}, {"attention": "math"}, {"attention": "flash"}],
+    [
+        {"batch_views": False},
+        {"chunk": 2},
+        {"chunk": 1},
+        {"cast_weights": False},
+        {"attention": "math"},
+        {"attention": "flash"},
+    ],
     ids=str,
 )
 def test_switches_agree_with_the_plain_encoder(name: str, switches: dict[str, Any]) -> None:

@@ -1,0 +1,104 @@
+"""The published scheme, written plainly: what throughput.py measures fasttrain against, in the same run.
+
+Eager autocast over float32 weights, the three views one after the other through the whole encoder, the
+enlarged positions made anew at every step, all of the cycle matrix with both diagnostics at every step, the
+loss from PyTorch's own functions, the default AdamW, and waits for the device in every step (three numbers
+are read, then it synchronises), after the structure of the code at github.com/yafeng19/Co-Settle. Its frames
+come from `benchmarks.loaders` (PIL, four frames decoded for the two that are used). Its attention forms the
+L x L matrix as the published ViTs do; `fused_attention` gives it PyTorch's fused kernel instead.
+
+Shape suffixes: B pairs, N tokens, M tokens after pooling, D channels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fasttrain.backbones import load_backbone, resize_positions
+from fasttrain.projection import Projection
+from fasttrain.recipe import Recipe
+
+
+class PeerStep:
+    """One training step of the published scheme: `step(frames)` with frames (2, B, 3, S, S) on the device."""
+
+    def __init__(
+        self, recipe: Recipe, *, device: torch.device, dtype: torch.dtype, fused_attention: bool = False
+    ) -> None:
+        backbone, self.objective = recipe.backbone, recipe.objective
+        self.device, self.dtype, self.size = device, dtype, recipe.data.image_size
+        self.encoder = load_backbone(
+            backbone.name,
+            weights=backbone.weights,
+            image_size=self.size,
+            patch_size=backbone.patch_size,
+            embed_dim=backbone.embed_dim,
+            depth=backbone.depth,
+            num_heads=backbone.num_heads,
+            seed=recipe.seed,
+        ).to(device)
+        for block in self.encoder.blocks:
+            block.attn.fused_attn = fused_attention
+        self.head = Projection(self.encoder.embed_dim, head=recipe.projection.head, seed=recipe.seed).to(
+            device
+        )
+        self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=1e-4, betas=recipe.optimizer.betas)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    def __call__(self, frames: Tensor) -> tuple[float, float, float]:
+        """Takes the step; returns (loss, cycle accuracy, identity similarity), for which the host waits."""
+        enabled = self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype, enabled=enabled):
+            with torch.no_grad():
+                first_BND = self.encoder.tokens(frames[0])
+                second_BND = self.encoder.tokens(frames[1])
+                third_BND = self.encoder.tokens(frames[0], self._asymmetric_positions())
+            views = [first_BND, second_BND, third_BND]
+            loss, accuracy, similarity = self._losses(views, [self.head(view) for view in views])
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        readings = loss.item(), accuracy.item(), similarity.item()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return readings
+
+    def _asymmetric_positions(self) -> Tensor:
+        side = self.encoder.grid(self.size, self.size)[0]
+        positions_SSD = self.encoder.positions_ND.unflatten(0, (side, side))
+        large = int((1 + self.objective.asymmetric_ratio) * side)
+        enlarged = resize_positions(positions_SSD, (large, large), "plain")
+        row, column = torch.randint(0, large - side + 1, (2,)).tolist()
+        return enlarged[row : row + side, column : column + side].flatten(0, 1)
+
+    def _losses(self, frozen: list[Tensor], projected: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        frozen = [F.normalize(view.float(), dim=-1) for view in frozen]
+        projected = [F.normalize(view.float(), dim=-1) for view in projected]
+        one_BMD, two_BMD, back_BMD = (self._pool(view) for view in projected)
+        temperature = self.objective.temperature
+        there = torch.softmax(one_BMD @ two_BMD.transpose(1, 2) / temperature, dim=-1)
+        back = torch.softmax(two_BMD @ back_BMD.transpose(1, 2) / temperature, dim=-1)
+        cycle_BMM = there.float() @ back.float()
+        target = torch.arange(cycle_BMM.shape[1], device=self.device).repeat(cycle_BMM.shape[0])
+        cycle = F.cross_entropy(torch.log(cycle_BMM + 1e-6).flatten(0, 1), target)
+        separability = sum(
+            (
+                F.kl_div(p.log_softmax(-1), z.softmax(-1), reduction="sum") / z.shape[0]
+                if self.objective.regularizer == "kl"
+                else F.mse_loss(p, z) / len(projected)
+                for p, z in zip(projected, frozen, strict=True)
+            ),
+            start=torch.zeros((), device=self.device),
+        )
+        accuracy = (cycle_BMM.detach().flatten(0, 1).argmax(-1) == target).float().mean()
+        identity = torch.eye(cycle_BMM.shape[1], device=self.device).expand_as(cycle_BMM)
+        similarity = F.cosine_similarity(cycle_BMM.detach().flatten(), identity.flatten(), dim=0)
+        return cycle + self.objective.lambda_reg * separability, accuracy, similarity
+
+    def _pool(self, view_BND: Tensor) -> Tensor:
+        grid = self.encoder.grid(self.size, self.size)
+        cells_BDhw = view_BND.unflatten(1, grid).permute(0, 3, 1, 2)
+        return F.avg_pool2d(cells_BDhw, self.objective.window).flatten(2).transpose(1, 2)

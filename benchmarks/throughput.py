@@ -1,0 +1,423 @@
+"""How fast a recipe trains here, part by part, and beside it the published scheme, in one run.
+
+    python -m benchmarks.throughput RECIPE [key=value ...]     write results/throughput-{cpu,cuda}.json and plots
+    python -m benchmarks.throughput --short RECIPE             fewer rounds and sizes
+    python -m benchmarks.throughput --plot FILE.json           draw the plots again
+
+Weights are `random`: they do not matter here. On a CPU a small ViT stands in for the recipe's backbone
+(SMALL), and what counts are the ratios. Sections that cannot run (no DALI, no second GPU) stand in the JSON
+under `skipped` with the reason. Everything is measured in turns (measure.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.measure import Timing, copy_ceiling, interleave, matrix_ceiling, speedup
+from benchmarks.peer import PeerStep
+from benchmarks.record import RESULTS, environment, write_results
+from fasttrain import distributed
+from fasttrain.distributed import World
+from fasttrain.recipe import BackboneRecipe, Recipe, load_recipe
+from fasttrain.student import DTYPES, Student, student_recipes
+
+SMALL = (
+    "backbone.name=dino",
+    "backbone.embed_dim=192",
+    "backbone.depth=4",
+    "train.batch_size=16",
+    "train.precision=fp32",
+)
+KINETICS_VIDEOS, KINETICS_EPOCHS = 240_000, 5
+SWITCHES = {
+    "three passes": {"batch_views": False},
+    "weights cast at every step": {"cast_weights": False},
+    "not compiled": {"compile": "none"},
+    "compiled": {"compile": "default"},
+    "all pairs at once": {"chunk": 1_000_000},
+    "fp8": {"precision": "fp8"},
+}
+GPU_SWITCHES = {
+    "compiled, max-autotune": {"compile": "max-autotune"},
+    "CUDA graph": {"cuda_graph": True},
+    "compiled, CUDA graph": {"compile": "default", "cuda_graph": True},
+    "compiled, fp8": {"compile": "default", "precision": "fp8"},
+    "cuDNN attention": {"attention": "cudnn"},
+}
+
+
+class Run:
+    """One recipe on one device, with how often things are measured."""
+
+    def __init__(self, recipe: Recipe, world: World, *, short: bool) -> None:
+        self.recipe, self.world, self.device, self.short = recipe, world, world.device, short
+        self.rounds = 3 if short else 7
+        self.calls = 10 if self.device.type == "cuda" else 1
+        self.pairs = recipe.train.batch_size
+
+    def time(self, contenders: dict[str, Callable[[], Any]]) -> dict[str, Timing]:
+        return interleave(contenders, rounds=self.rounds, calls=self.calls, device=self.device)
+
+    def frames(self, recipe: Recipe | None = None) -> Tensor:
+        recipe = recipe or self.recipe
+        size = recipe.data.image_size
+        frames = torch.randn(2, recipe.train.batch_size, 3, size, size, device=self.device)
+        return frames.to(DTYPES[recipe.train.precision]) if self.device.type == "cuda" else frames
+
+    def student(self, recipe: Recipe | None = None) -> Student:
+        """A student ready to step; it says itself how long its warm-up took."""
+        student = Student(recipe or self.recipe, self.world)
+        student.warm_up()
+        return student
+
+
+def with_encoder(recipe: Recipe, **switches: Any) -> Recipe:
+    return dataclasses.replace(recipe, encoder=dataclasses.replace(recipe.encoder, **switches))
+
+
+def stepper(student: Student, frames: Tensor) -> Callable[[], None]:
+    """One training step on resident frames: forward, backward, optimiser; no log step."""
+
+    def step() -> None:
+        student.accumulate(frames, 1, last=True, diagnostics=False)
+        student.update(1e-4)
+
+    return step
+
+
+def ceilings(run: Run) -> dict[str, float]:
+    dtype = DTYPES[run.recipe.train.precision]
+    return {
+        "matrix_tflops": matrix_ceiling(dtype, run.device) / 1e12,
+        "copy_gb_per_second": copy_ceiling(run.device) / 1e9,
+    }
+
+
+def encoder_flops(student: Student, frames: Tensor) -> float:
+    """Multiplications and additions of the three views of one pair, as PyTorch counts them."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        one = frames[:, :1].to(student.encoder.positions_ND.dtype)
+        student.encoder.three_views(one, student._positions(0))
+    return float(counter.get_total_flops())
+
+
+def steps_against_the_peer(run: Run) -> dict[str, Any]:
+    """A training step on resident frames: ours, ours compiled, the published scheme at equal precision."""
+    frames = run.frames()
+    dtype = DTYPES[run.recipe.train.precision]
+    contenders: dict[str, Callable[[], Any]] = {
+        "ours": stepper(run.student(), frames),
+        "ours, compiled": stepper(run.student(with_encoder(run.recipe, compile="default")), frames),
+    }
+    peers = {"peer": PeerStep(run.recipe, device=run.device, dtype=dtype)}
+    peers["peer, fused attention"] = PeerStep(
+        run.recipe, device=run.device, dtype=dtype, fused_attention=True
+    )
+    if run.device.type == "cuda":
+        peers["peer, fp16"] = PeerStep(run.recipe, device=run.device, dtype=torch.float16)
+    for name, peer in peers.items():
+        contenders[name] = lambda peer=peer: peer(frames)
+    timings = run.time(contenders)
+    return {
+        "timings": {name: timing.result(run.pairs) for name, timing in timings.items()},
+        "speedup": {
+            f"{ours} over {peer}": speedup(timings[peer], timings[ours])
+            for ours in ("ours", "ours, compiled")
+            for peer in peers
+        },
+    }
+
+
+def parts_alone(run: Run, ceiling: dict[str, float]) -> dict[str, Any]:
+    """Encoder, head with losses (forward and backward) and optimiser, each alone, against its ceiling."""
+    student, frames = run.student(), run.frames()
+    positions = student._positions(0)
+    frozen_B3ND = student.runtime.three_views(frames, positions).clone()
+
+    def head_and_loss() -> None:
+        with torch.autocast(run.device.type, student.dtype, enabled=student.dtype != torch.float32):
+            losses = student.objective(frozen_B3ND, student.grid, False)
+        losses.loss.backward()
+
+    timings = run.time(
+        {
+            "encoder": lambda: student.runtime.three_views(frames, positions),
+            "head and loss": head_and_loss,
+            "optimiser": lambda: student.update(1e-4),
+        }
+    )
+    result: dict[str, Any] = {name: timing.result(run.pairs) for name, timing in timings.items()}
+    flops = encoder_flops(student, frames) * run.pairs
+    rate = flops / (result["encoder"]["ms"] / 1e3)
+    result["encoder"] |= {
+        "gflop_per_pair": flops / run.pairs / 1e9,
+        "tflops": rate / 1e12,
+        "utilisation": rate / 1e12 / ceiling["matrix_tflops"],
+    }
+    # Frozen tokens read in the forward and in the backward pass; the head's products stay on chip at best.
+    floor_bytes = 2 * frozen_B3ND.numel() * frozen_B3ND.element_size()
+    seconds = result["head and loss"]["ms"] / 1e3
+    result["head and loss"] |= {
+        "floor_bytes": floor_bytes,
+        "copy_share": floor_bytes / seconds / 1e9 / ceiling["copy_gb_per_second"],
+    }
+    return result
+
+
+def switches(run: Run) -> dict[str, Any]:
+    """Each switch of the encoder changed alone, against the recipe as it is."""
+    choices = SWITCHES | (GPU_SWITCHES if run.device.type == "cuda" else {})
+    if run.short:
+        choices = {name: c for name, c in choices.items() if c.get("compile") != "max-autotune"}
+    if run.device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        choices = {name: c for name, c in choices.items() if c.get("precision") != "fp8"}
+    frames = run.frames()
+    contenders, seconds = {}, {}
+    for name, choice in {"as it is": {}, **choices}.items():
+        student = Student(with_encoder(run.recipe, **choice), run.world)
+        seconds[name] = student.warm_up()
+        contenders[name] = stepper(student, frames)
+    timings = run.time(contenders)
+    return {
+        name: {
+            **timing.result(run.pairs),
+            "warm_up_seconds": seconds[name],
+            "times_as_it_is": speedup(timings["as it is"], timing),
+        }
+        for name, timing in timings.items()
+    }
+
+
+def fp8_error(run: Run) -> dict[str, float]:
+    """What FP8 does to tokens and loss, and beside it what bf16 does, against float32: relative."""
+    frames = run.frames().float()
+    outcome: dict[str, float] = {}
+    exact: tuple[Tensor, float] | None = None
+    for name, precision, encoder in (
+        ("fp32", "fp32", "auto"),
+        ("bf16", "bf16", "auto"),
+        ("fp8", "bf16", "fp8"),
+    ):
+        recipe = with_encoder(run.recipe, precision=encoder, compile="none")
+        recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, precision=precision))
+        student = Student(recipe, run.world)
+        tokens = student.runtime.three_views(frames, student._positions(0)).float()
+        with torch.no_grad():
+            loss = student.objective(tokens, student.grid, False).loss.item()
+        if exact is None:
+            exact = tokens, loss
+        else:
+            outcome[f"{name}_tokens"] = ((tokens - exact[0]).norm() / exact[0].norm()).item()
+            outcome[f"{name}_loss"] = abs(loss - exact[1]) / abs(exact[1])
+    return outcome
+
+
+def scaling(run: Run) -> dict[str, Any]:
+    """Time a pair over batch, resolution (tokens) and number of backbones from one stream."""
+    base = run.recipe
+    batches = (32, 64, 128, 256) if run.device.type == "cuda" else (4, 8, 16, 32)
+    sizes = (224, 288, 384, 518 // 16 * 16) if run.device.type == "cuda" or not run.short else (224, 288)
+    rows: dict[str, list[dict[str, float]]] = {"batch": [], "resolution": [], "backbones": []}
+    for batch in batches:
+        recipe = dataclasses.replace(base, train=dataclasses.replace(base.train, batch_size=batch))
+        rows["batch"].append({"batch": batch, **step_cost(run, recipe, 1)})
+    for size in sizes:
+        recipe = dataclasses.replace(base, data=dataclasses.replace(base.data, image_size=size))
+        side = size // (base.backbone.patch_size or 16)
+        rows["resolution"].append({"size": size, "tokens": side**2, **step_cost(run, recipe, 1)})
+    for count in (1, 2, 4, 8):
+        rows["backbones"].append({"backbones": count, **step_cost(run, base, count)})
+    return rows
+
+
+def step_cost(run: Run, recipe: Recipe, count: int) -> dict[str, float]:
+    """A step of `count` students on the same frames: time, and on a GPU the peak of its memory."""
+    gc.collect()
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    frames = run.frames(recipe)
+    steps = [stepper(run.student(recipe), frames) for _ in range(count)]
+    timing = run.time({"": lambda: [step() for step in steps]})[""]
+    result = timing.result(recipe.train.batch_size)
+    if run.device.type == "cuda":
+        result["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return result
+
+
+def end_to_end(run: Run) -> dict[str, Any]:
+    """With data: ours from packed JPEG, the peer through PIL (four frames decoded), of the same videos."""
+    # Needs DALI and PyAV; `main` asks for them first.
+    from benchmarks import loaders
+
+    cores = len(os.sched_getaffinity(0))
+    steps = 12 if run.short else 24
+    student, dtype = run.student(), DTYPES[run.recipe.train.precision]
+    peer = PeerStep(run.recipe, device=run.device, dtype=dtype)
+    resident = stepper(student, run.frames())
+    with tempfile.TemporaryDirectory() as folder:
+        places = loaders.prepare(Path(folder), None, 8)
+        setting = loaders.Setting(**places, batch=run.pairs, pairs=0, threads=cores, device=run.device.type)
+        total = steps * (run.rounds + 1)
+        published = loaders.FolderPairs(places["frames"], total * run.pairs, 4)
+        ours = loaders.our_pairs(setting, places["packed"], "auto", total)
+        theirs = loaders.workers(setting, published)
+        try:
+            contenders = {
+                "ours": lambda: take(ours, steps, lambda pairs: stepper(student, pairs.frames)()),
+                "peer": lambda: take(theirs, steps, lambda batch: peer(batch.transpose(0, 1).contiguous())),
+                "ours, resident": lambda: [resident() for _ in range(steps)],
+            }
+            timings = interleave(contenders, rounds=run.rounds, calls=1, device=run.device)
+        finally:
+            ours.close()
+    pairs = steps * run.pairs
+    rows = {name: timing.result(pairs) for name, timing in timings.items()}
+    hours = KINETICS_EPOCHS * KINETICS_VIDEOS / rows["ours"]["pairs_per_second"] / 3600
+    return {
+        "timings": rows,
+        "speedup": {"ours over peer": speedup(timings["peer"], timings["ours"])},
+        "data_overhead": rows["ours"]["ms"] / rows["ours, resident"]["ms"] - 1,
+        "kinetics400_hours": hours,
+    }
+
+
+def take(batches: Iterator[Any], count: int, use: Callable[[Any], Any]) -> None:
+    for _ in range(count):
+        use(next(batches))
+
+
+def over_processes(run: Run, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Two backbones on two processes: data parallel, or one backbone each with the frames gathered."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "spread.json"
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+            "-m", "benchmarks.spread", "--out", str(out), arguments.recipe, *arguments.overrides,
+        ]  # fmt: skip
+        threads = max(1, len(os.sched_getaffinity(0)) // 2)
+        environment_ = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        subprocess.run(command, check=True, env=environment_, timeout=240)
+        return dict(json.loads(out.read_text(encoding="utf-8")))
+
+
+def read_recipe(path: str, overrides: list[str], *, small: bool) -> Recipe:
+    """The first backbone of a recipe with random weights, one pass a step; on a CPU the stand-in."""
+    fixed = ["backbone.weights=random", "train.accumulate=1"]
+    recipe = load_recipe(path, [*fixed, *(SMALL if small else ()), *overrides])
+    first = student_recipes(recipe)[0]
+    weights: BackboneRecipe = dataclasses.replace(first.backbone, weights="random")
+    return dataclasses.replace(first, backbone=weights)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", nargs="?", default="recipes/dinov2.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--short", action="store_true", help="fewer rounds and sizes")
+    parser.add_argument("--out", type=Path, help="JSON file (results/throughput-cpu.json or -cuda.json)")
+    parser.add_argument("--plot", type=Path, help="only draw the plots of this JSON file")
+    arguments = parser.parse_args()
+    if arguments.plot:
+        plot(arguments.plot)
+        return
+    cuda = torch.cuda.is_available()
+    recipe = read_recipe(arguments.recipe, arguments.overrides, small=not cuda)
+    path = arguments.out or RESULTS / f"throughput-{'cuda' if cuda else 'cpu'}.json"
+    with distributed.start(recipe.device) as world:
+        run = Run(recipe, world, short=arguments.short)
+        ceiling = ceilings(run)
+        sections: dict[str, Callable[[], dict[str, Any]]] = {
+            "steps": lambda: steps_against_the_peer(run),
+            "parts": lambda: parts_alone(run, ceiling),
+            "switches": lambda: switches(run),
+            "fp8": lambda: fp8_error(run),
+            "scaling": lambda: scaling(run),
+            "end_to_end": lambda: end_to_end(run),
+            "processes": lambda: over_processes(run, arguments),
+        }
+        skipped = obstacles(world.device)
+        payload: dict[str, Any] = {
+            "environment": environment(),
+            "command": " ".join(["benchmarks.throughput", *sys.argv[1:]]),
+            "precision": recipe.train.precision,
+            "backbone": dataclasses.asdict(recipe.backbone),
+            "batch_size": recipe.train.batch_size,
+            "image_size": recipe.data.image_size,
+            "threads": torch.get_num_threads(),
+            "ceilings": ceiling,
+            "skipped": skipped,
+        }
+        for name, section in sections.items():
+            if name in skipped:
+                print(f"skipped {name}: {skipped[name]}", flush=True)
+                continue
+            payload[name] = section()
+            print(f"{name}: done", flush=True)
+    write_results(path, payload)
+    plot(path)
+    print(json.dumps({key: payload[key].get("speedup") for key in ("steps", "end_to_end") if key in payload}))
+
+
+def obstacles(device: torch.device) -> dict[str, str]:
+    """Sections that cannot run here, and why."""
+    found = {}
+    # find_spec imports the parent, which may be absent itself.
+    needed = {"DALI": ("nvidia", "nvidia.dali"), "PyAV": ("av",)}
+    missing = [
+        name for name, specs in needed.items() if not all(importlib.util.find_spec(spec) for spec in specs)
+    ]
+    if missing:
+        found["end_to_end"] = f"needs {' and '.join(missing)}, which is not installed"
+    if device.type == "cuda" and torch.cuda.device_count() < 2:
+        found["processes"] = "needs two GPUs"
+    return found
+
+
+def plot(results: Path) -> Path:
+    """Four panels from the JSON alone: the peer, the switches, and growth with batch and backbones."""
+    import matplotlib.pyplot as plt
+
+    content = json.loads(results.read_text(encoding="utf-8"))
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    bars(axes[0, 0], content["steps"]["timings"], "training step on resident frames")
+    bars(axes[0, 1], content["switches"], "one switch of the encoder changed")
+    for axis, section, key in ((axes[1, 0], "batch", "batch"), (axes[1, 1], "backbones", "backbones")):
+        rows = content["scaling"][section]
+        axis.plot([row[key] for row in rows], [row["ms"] for row in rows], marker="o")
+        axis.set(xlabel=key, ylabel="ms a step", xlim=(0, None), ylim=(0, None))
+    device = content["environment"]["device"] or content["environment"]["cpu"]["model"]
+    figure.suptitle(f"{device}, {content['precision']}, width {content['backbone']['embed_dim'] or 768}")
+    path = results.with_suffix(".png")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def bars(axis: Any, rows: dict[str, dict[str, float]], title: str) -> None:
+    names = list(rows)[::-1]
+    drawn = axis.barh(names, [rows[name]["pairs_per_second"] for name in names])
+    axis.bar_label(drawn, fmt="%.0f", padding=3)
+    axis.set(xlabel="pairs per second", title=title)
+
+
+if __name__ == "__main__":
+    main()
