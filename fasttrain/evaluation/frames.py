@@ -53,7 +53,7 @@ def spread(length: int, count: int) -> list[int]:
 
 def resize(frame_HWC: Frame, size: tuple[int, int]) -> Tensor:
     """(3, height, width) float32, normalised, of the whole frame at another size (bilinear, antialiased)."""
-    frame_13HW = torch.from_numpy(np.ascontiguousarray(frame_HWC)).permute(2, 0, 1)[None]
+    frame_13HW = torch.from_numpy(np.array(frame_HWC)).permute(2, 0, 1)[None]
     return normalise(functional.interpolate(frame_13HW, size=size, mode="bilinear", antialias=True)[0])
 
 

@@ -1,0 +1,63 @@
+"""Measure a run on a benchmark, before and after its projection: `python -m fasttrain eval TASK`.
+
+Writes OUTPUT/TASK.json, pictures and, for DAVIS, the masks; prints a table. Under torchrun the sequences are
+spread over the processes.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from types import ModuleType
+
+from fasttrain import distributed
+from fasttrain.errors import InputError
+from fasttrain.evaluation import consistency_task, davis_task
+from fasttrain.evaluation.harness import (
+    add_subject_arguments,
+    load_subject,
+    print_comparison,
+    with_difference,
+    write_figures,
+)
+
+# In order: module, what it measures.
+TASKS: dict[str, tuple[ModuleType, str]] = {
+    "davis": (davis_task, "video object segmentation by label propagation: J and F"),
+    "consistency": (consistency_task, "the paper's trade-off: distances within and between videos"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="{" + ",".join(TASKS) + "}")
+    for name, (task, meaning) in TASKS.items():
+        of_task = tasks.add_parser(name, help=meaning, description=task.__doc__)
+        of_task.formatter_class = argparse.RawDescriptionHelpFormatter
+        of_task.add_argument("--root", type=Path, required=True, help="the data set")
+        add_subject_arguments(of_task)
+        task.add_arguments(of_task)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Raises InputError for a data set or an encoder that cannot be had."""
+    if not arguments.root.exists():
+        raise InputError(f"--root {arguments.root} does not exist; give the folder of the data set")
+    task, meaning = TASKS[arguments.task]
+    output = arguments.output or (arguments.run or Path()) / "eval" / arguments.task
+    begun = time.perf_counter()
+    with distributed.start(arguments.device) as world:
+        subject = load_subject(arguments).to(world.device)
+        found = task.run(arguments, subject, output, world)
+        if found is None:
+            return
+        found["results"] = with_difference(found["results"])
+        settings = {
+            key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()
+        }
+        path = output / f"{arguments.task}.json"
+        about = {"task": arguments.task, "settings": settings, "model": subject.describe()}
+        write_figures(path, {**about, "seconds": time.perf_counter() - begun, **found})
+        print_comparison(
+            f"{arguments.task}: {meaning}\n{subject.encoder.name}, {subject.encoder.weights}",
+            found["results"],
+        )
+        print(f"written to {path}")

@@ -1,0 +1,168 @@
+"""What every benchmark shares: the encoder before and after its projection, work over ranks, files.
+
+Used by the tasks (`*_task.py`) and `command.py`. Shape suffixes: T frames, H W pixels, N tokens, D channels.
+"""
+
+import argparse
+import json
+import math
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from fasttrain.backbones import Backbone, load_backbone
+from fasttrain.distributed import World
+from fasttrain.errors import InputError
+from fasttrain.projection import Projection
+from fasttrain.video_encoder import load_video_encoder
+
+Item = TypeVar("Item")
+PACKAGES = ("fasttrain", "torch", "timm", "numpy", "scipy", "pillow")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """The encoder under evaluation and which sides of its projection to measure."""
+
+    encoder: Backbone
+    projection: Projection | None
+    moments: tuple[str, ...]
+    """Of `before` (frozen backbone alone) and `after` (with the projection)."""
+
+    def to(self, device: torch.device) -> "Subject":
+        self.encoder.to(device).eval()
+        if self.projection is not None:
+            self.projection.to(device).eval()
+        return self
+
+    @torch.inference_mode()
+    def tokens(self, frames: Iterator[Tensor], device: torch.device) -> dict[str, Tensor]:
+        """Tokens (T, N, D) float32 per moment of frames (3, H, W); frames are encoded one at a time."""
+        found: dict[str, list[Tensor]] = {moment: [] for moment in self.moments}
+        for frame_3HW in frames:
+            tokens_ND = self.encoder.tokens(frame_3HW[None].to(device))[0].float()
+            if "before" in found:
+                found["before"].append(tokens_ND)
+            if self.projection is not None and "after" in found:
+                found["after"].append(self.projection(tokens_ND).float())
+        return {moment: torch.stack(tokens) for moment, tokens in found.items()}
+
+    def describe(self) -> dict[str, Any]:
+        head = self.projection.head if self.projection else None
+        weights = {"weights": self.encoder.weights, "weights_hash": self.encoder.weights_hash}
+        return {"backbone": self.encoder.name, **weights, "head": head}
+
+
+def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", type=Path, help="output folder of a training run")
+    parser.add_argument(
+        "--backbone", help="evaluate this backbone without a run: mae, dino, ... or a timm ViT"
+    )
+    parser.add_argument("--weights", help="weights of --backbone (path, hf://, timm://, random)")
+    parser.add_argument("--projection", type=Path, help="a projection.safetensors to go with --backbone")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--baseline-only", action="store_true", help="the frozen backbone alone")
+    only.add_argument("--projection-only", action="store_true", help="with the projection alone")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument(
+        "--output", type=Path, help="folder for figures (default: RUN/eval/TASK, or eval/TASK)"
+    )
+
+
+def load_subject(arguments: argparse.Namespace) -> Subject:
+    """The encoder that the command line names. Raises InputError where it names none, or two."""
+    if (arguments.run is None) == (arguments.backbone is None):
+        raise InputError("give either --run FOLDER or --backbone NAME: which encoder is to be evaluated")
+    projection: Projection | None
+    if arguments.run is not None:
+        loaded = load_video_encoder(arguments.run, weights=arguments.weights)
+        encoder, projection = loaded.encoder, loaded.projection
+    else:
+        encoder = load_backbone(arguments.backbone, weights=arguments.weights or "random")
+        projection = Projection.load(arguments.projection) if arguments.projection else None
+    if projection is not None and projection.dim != encoder.embed_dim:
+        raise InputError(f"projection of width {projection.dim} for an encoder of width {encoder.embed_dim}")
+    if arguments.projection_only and projection is None:
+        raise InputError("--projection-only, but there is no projection; give --run or --projection")
+    moments = ("before",) if projection is None or arguments.baseline_only else ("before", "after")
+    return Subject(
+        encoder=encoder, projection=projection, moments=("after",) if arguments.projection_only else moments
+    )
+
+
+def fit_to_patches(size: tuple[int, int], patch: int) -> tuple[int, int]:
+    """The nearest height and width that whole patches cover."""
+    height, width = (max(patch, round(side / patch) * patch) for side in size)
+    return height, width
+
+
+def own_share(items: Sequence[Item], world: World) -> list[Item]:
+    """The items of this process: every process gets each `size`-th."""
+    return list(items[world.rank :: world.size])
+
+
+def gather(results: dict[str, Any], output: Path, world: World) -> dict[str, Any] | None:
+    """Results of all processes in the order of their names, on the main one; None on the others.
+
+    Goes through files in `output`, which all processes must see, as they do the pictures written there.
+    """
+    parts = output / ".parts"
+    parts.mkdir(parents=True, exist_ok=True)
+    (parts / f"{world.rank}.json").write_text(json.dumps(results), encoding="utf-8")
+    world.barrier()
+    merged: dict[str, Any] | None = None
+    if world.is_main:
+        merged = {}
+        for rank in range(world.size):
+            path = parts / f"{rank}.json"
+            merged |= json.loads(path.read_text(encoding="utf-8"))
+            path.unlink()
+        parts.rmdir()
+        merged = dict(sorted(merged.items()))
+    return merged
+
+
+def write_figures(path: Path, payload: Mapping[str, Any]) -> None:
+    """Write JSON with the versions of what computed it; what is not a finite number is null."""
+    versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_finite({**payload, "versions": versions}), indent=2, allow_nan=False)
+    partial = path.with_suffix(".partial")
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def with_difference(by_moment: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Adds after - before where both were measured."""
+    if set(by_moment) != {"before", "after"}:
+        return by_moment
+    difference = {key: by_moment["after"][key] - value for key, value in by_moment["before"].items()}
+    return {**by_moment, "difference": difference}
+
+
+def print_comparison(title: str, by_moment: dict[str, dict[str, float]]) -> None:
+    table = Table(title=title)
+    table.add_column("measure")
+    for moment in by_moment:
+        table.add_column(moment, justify="right")
+    for key in next(iter(by_moment.values())):
+        signs = ["+.4f" if moment == "difference" else ".4f" for moment in by_moment]
+        cells = [format(figures[key], sign) for figures, sign in zip(by_moment.values(), signs, strict=True)]
+        table.add_row(key, *cells)
+    Console().print(table)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

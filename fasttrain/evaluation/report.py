@@ -1,0 +1,90 @@
+"""Gather runs into one HTML page that opens without a network: curves, trade-off, figures and pictures."""
+
+import argparse
+import base64
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+from fasttrain.errors import InputError
+from fasttrain.evaluation import figures
+
+STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}"
+    "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.2rem .8rem;border-bottom:1px solid #ddd}"
+    "td+td,th+th{text-align:right}img{max-width:100%}"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a training run")
+    parser.add_argument(
+        "--output", type=Path, default=Path("report.html"), help="page (default: report.html)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Raises InputError where a run has neither a history nor evaluations."""
+    path = write_report(arguments.runs, arguments.output)
+    print(f"written to {path}")
+
+
+def write_report(runs: list[Path], output: Path) -> Path:
+    """The page of all runs; pictures are drawn beside it and carried inside."""
+    evaluations = {folder: _evaluations(folder) for folder in runs}
+    recorded = [folder for folder in runs if (folder / "metrics.jsonl").is_file()]
+    for folder in runs:
+        if folder not in recorded and not evaluations[folder]:
+            raise InputError(
+                f"{folder} holds neither metrics.jsonl nor eval/*/*.json; give the folder of a run"
+            )
+    pictures = output.parent / f"{output.stem}_figures"
+    body = []
+    if recorded:
+        body.append(
+            _section("Learning curves", _image(figures.learning_curves(recorded, pictures / "learning.png")))
+        )
+    points = [
+        (folder.name, found["results"]["before"], found["results"]["after"])
+        for folder, found_all in evaluations.items()
+        for found in found_all
+        if found["task"] == "consistency" and {"before", "after"} <= set(found["results"])
+    ]
+    if points:
+        body.append(_section("Trade-off", _image(figures.trade_off(points, pictures / "trade_off.png"))))
+    for folder, found_all in evaluations.items():
+        for found in found_all:
+            title = (
+                f"{folder.name}: {found['task']} ({found['model']['backbone']}, {found['model']['weights']})"
+            )
+            images = sorted((folder / "eval" / found["task"] / "figures").glob("*.png"))
+            body.append(_section(title, _table(found["results"]) + "".join(map(_image, images))))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    head = f'<!doctype html><meta charset="utf-8"><title>fasttrain</title><style>{STYLE}</style>'
+    output.write_text(f"{head}<h1>fasttrain</h1>{''.join(body)}\n", encoding="utf-8")
+    return output
+
+
+def _evaluations(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("eval/*/*.json"))]
+
+
+def _section(title: str, content: str) -> str:
+    return f"<h2>{html.escape(title)}</h2>{content}"
+
+
+def _image(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    name = html.escape(path.stem)
+    return f'<p>{name}</p><img alt="{name}" src="data:image/png;base64,{data}">'
+
+
+def _table(results: dict[str, dict[str, float | None]]) -> str:
+    head = "".join(f"<th>{html.escape(moment)}</th>" for moment in results)
+    rows = []
+    for key in next(iter(results.values())):
+        values = [figures_of[key] for figures_of in results.values()]
+        cells = "".join(f"<td>{'–' if value is None else format(value, '.4f')}</td>" for value in values)
+        rows.append(f"<tr><td>{html.escape(key)}</td>{cells}</tr>")
+    return f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
