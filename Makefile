@@ -29,5 +29,9 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Installs nothing: PYTHON is an interpreter that has torch, whatever else it lacks is told and left out.
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check --out $(OUT)
+
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,8 +1,8 @@
 """How fast a recipe trains here, part by part, and beside it the published scheme, in one run.
 
-    python -m benchmarks.throughput RECIPE [key=value ...]     write results/throughput-{cpu,cuda}.json and plots
-    python -m benchmarks.throughput --short RECIPE             fewer rounds and sizes
-    python -m benchmarks.throughput --plot FILE.json           draw the plots again
+    python -m benchmarks.throughput RECIPE [key=value ...]   write results/throughput-{cpu,cuda}.json, a plot
+    python -m benchmarks.throughput --short RECIPE           fewer rounds and sizes
+    python -m benchmarks.throughput --plot FILE.json         draw the plot again
 
 Weights are `random`: they do not matter here. On a CPU a small ViT stands in for the recipe's backbone
 (SMALL), and what counts are the ratios. Sections that cannot run (no DALI, no second GPU) stand in the JSON

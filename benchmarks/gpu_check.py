@@ -1,0 +1,201 @@
+"""Everything that wants a GPU, in under nine minutes: `make gpu-check`.
+
+Runs the tests marked `gpu` and the short form of every benchmark, each in a process of its own with a time
+limit, and installs nothing. A step writes into a scratch folder; only what a finished step wrote is copied
+to the folder `--out`, so that no half result is left. `gpu-check.json` there says of each step whether it
+passed, failed, ran out of time or was skipped, and why; the exit code is 1 if one failed or ran out of time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.record import environment, write_results
+
+ROOT = Path(__file__).resolve().parents[1]
+# Import name -> what it is called where people install it.
+PACKAGES = {
+    "nvidia.dali": "DALI",
+    "av": "PyAV",
+    "timm": "timm",
+    "triton": "Triton",
+    "rich": "rich",
+    "pytest": "pytest",
+    "hypothesis": "hypothesis",
+    "matplotlib": "matplotlib",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One program: `{out}` in its words is the scratch folder."""
+
+    name: str
+    command: tuple[str, ...]
+    seconds: int
+    needs: tuple[str, ...] = ()
+
+
+STEPS = (
+    Step(
+        name="tests",
+        command=(
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            "gpu",
+            "-p",
+            "no:cacheprovider",
+            "--junitxml={out}/gpu-tests.xml",
+        ),
+        seconds=110,
+        needs=("pytest", "hypothesis", "timm"),
+    ),
+    Step(
+        name="throughput",
+        command=(
+            "-m",
+            "benchmarks.throughput",
+            "--short",
+            "--out",
+            "{out}/throughput-cuda.json",
+            "recipes/dino.yaml",
+        ),
+        seconds=200,
+        needs=("timm", "matplotlib", "rich"),
+    ),
+    Step(
+        name="kernels",
+        command=("-m", "benchmarks.kernels", "--short", "--out", "{out}/kernels-cuda.json"),
+        seconds=90,
+        needs=("triton",),
+    ),
+    Step(
+        name="loaders",
+        command=("-m", "benchmarks.loaders", "--rounds", "1", "--out", "{out}/loaders-cuda.json"),
+        seconds=80,
+        needs=("nvidia.dali", "av", "matplotlib", "rich"),
+    ),
+    Step(
+        name="propagation",
+        command=("-m", "benchmarks.propagation", "--short", "--out", "{out}/propagation-cuda.json"),
+        seconds=50,
+    ),
+)
+
+
+def obstacle(step: Step) -> str | None:
+    """Why a step cannot run here, if so."""
+    missing = [PACKAGES[name] for name in step.needs if not installed(name)]
+    if missing:
+        return f"{', '.join(missing)} not installed"
+    module = step.command[1]
+    if module.startswith("benchmarks.") and not (ROOT / f"{module.replace('.', '/')}.py").is_file():
+        return f"{module} is not in this checkout"
+    return None
+
+
+def installed(name: str) -> bool:
+    # find_spec of a submodule imports its parent, which may be absent itself.
+    parent = name.partition(".")[0]
+    return importlib.util.find_spec(parent) is not None and importlib.util.find_spec(name) is not None
+
+
+def run_step(step: Step, out: Path) -> dict[str, Any]:
+    """Run a step to its end or its limit; on success its files go to `out`, whole."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, *(word.replace("{out}", scratch) for word in step.command)]
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "PYTHONPATH": search_path(scratch)},
+            # A group of its own, so that the workers it started end with it.
+            start_new_session=True,
+        )
+        try:
+            output, _ = process.communicate(timeout=step.seconds)
+            outcome = "passed" if process.returncode == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            outcome = "out of time"
+        files = sorted(path for path in Path(scratch).iterdir() if path.is_file())
+        # What the tests wrote tells which failed.
+        if outcome == "passed" or (outcome == "failed" and step.name == "tests"):
+            for path in files:
+                keep(path, out)
+        else:
+            files = []
+    return {
+        "outcome": outcome,
+        "seconds": round(time.perf_counter() - start, 1),
+        "limit_seconds": step.seconds,
+        "files": [path.name for path in files],
+        "output_tail": output[-4000:],
+    }
+
+
+def search_path(scratch: str) -> str:
+    """A path that finds the project uninstalled: `kernels/` also under its import name."""
+    names = Path(scratch) / "names"
+    names.mkdir()
+    (names / "fasttrain_kernels").symlink_to(ROOT / "kernels", target_is_directory=True)
+    return os.pathsep.join((str(ROOT), str(names), os.environ.get("PYTHONPATH", "")))
+
+
+def keep(path: Path, out: Path) -> None:
+    """Copy a file into `out` under its name, atomically."""
+    partial = out / f".{path.name}.partial"
+    partial.write_bytes(path.read_bytes())
+    partial.replace(out / path.name)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", choices=[step.name for step in STEPS], help="these steps only")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    cuda = torch.cuda.is_available()
+    lacks = [label for name, label in PACKAGES.items() if not installed(name)]
+    print(
+        f"GPU: {torch.cuda.get_device_name() if cuda else 'none'}; not installed: {', '.join(lacks) or '-'}"
+    )
+    report: dict[str, Any] = {}
+    for step in STEPS:
+        if arguments.only is not None and step.name not in arguments.only:
+            continue
+        reason = obstacle(step) if cuda else "torch sees no GPU"
+        report[step.name] = {"outcome": "skipped", "why": reason} if reason else run_step(step, arguments.out)
+        told = report[step.name]
+        print(f"{step.name}: {told['outcome']} {told.get('why') or str(told['seconds']) + ' s'}", flush=True)
+        if told["outcome"] in ("failed", "out of time"):
+            print(told["output_tail"], flush=True)
+    write_results(
+        arguments.out / "gpu-check.json",
+        {"environment": environment(), "not_installed": lacks, "steps": report},
+    )
+    return int(any(step["outcome"] in ("failed", "out of time") for step in report.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

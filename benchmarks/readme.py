@@ -1,0 +1,67 @@
+"""Writes the README's table of speed, between its two markers, from results/throughput-*.json alone.
+
+python -m benchmarks.readme
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import RESULTS
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+BEGIN, END = "<!-- speed: python -m benchmarks.readme -->", "<!-- end of speed -->"
+
+
+def speed_lines(content: dict[str, Any]) -> str:
+    """One result file as a paragraph and a table, Markdown."""
+    environment, backbone = content["environment"], content["backbone"]
+    device = environment["device"] or f"{environment['cpu']['model']}, {content['threads']} threads"
+    model = (
+        f"ViT of width {backbone['embed_dim'] or 768}, depth {backbone['depth'] or 12}, "
+        f"{content['image_size']} pixels, {content['batch_size']} pairs, {content['precision']}"
+    )
+    steps = content["steps"]
+    rows = [
+        (f"step on resident frames, {name}", timing, steps["speedup"].get(f"{name} over peer"))
+        for name, timing in steps["timings"].items()
+    ]
+    if "end_to_end" in content:
+        ends = content["end_to_end"]
+        rows += [
+            (f"with data, {name}", timing, ends["speedup"].get(f"{name} over peer"))
+            for name, timing in ends["timings"].items()
+            if name != "ours, resident"
+        ]
+    lines = [
+        "| measured | pairs/s | ms (least to most) | over the peer: wall, CPU time |",
+        "|---|---|---|---|",
+    ]
+    for name, timing, ratio in rows:
+        span = f"{timing['ms']:.0f} ({timing['ms_least']:.0f} to {timing['ms_most']:.0f})"
+        over = f"{ratio['wall']:.2f}x, {ratio['cpu']:.2f}x" if ratio else ""
+        lines.append(f"| {name} | {timing['pairs_per_second']:.0f} | {span} | {over} |")
+    encoder = content["parts"]["encoder"]
+    share = (
+        f"The encoder alone runs at {encoder['utilisation']:.0%} of a large matrix product "
+        f"({content['ceilings']['matrix_tflops']:.2f} TFLOP/s here)."
+    )
+    skipped = "".join(f" Not measured: {name} ({reason})." for name, reason in content["skipped"].items())
+    return "\n".join([f"**{device}**: {model}.", "", *lines, "", share + skipped])
+
+
+def main() -> None:
+    text = README.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    found = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("throughput-*.json"))
+    ]
+    table = "\n\n".join(speed_lines(content) for content in found)
+    README.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What `make gpu-check` promises: limits, whole results only, and a reason for all that is left out."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import gpu_check
+from benchmarks.gpu_check import STEPS, Step, main, obstacle, run_step
+
+WRITE = "import sys; open(sys.argv[1] + '/figures.json', 'w').write('{}'); "
+
+
+def program(text: str, *, seconds: int = 60, name: str = "step") -> Step:
+    return Step(name=name, command=("-c", text, "{out}"), seconds=seconds)
+
+
+def test_all_limits_together_stay_under_nine_minutes() -> None:
+    assert sum(step.seconds for step in STEPS) < 9 * 60
+
+
+def test_a_finished_step_brings_its_files(tmp_path: Path) -> None:
+    result = run_step(program(WRITE + "print('fine')"), tmp_path)
+    assert result["outcome"] == "passed"
+    assert result["output_tail"] == "fine\n"
+    assert [path.name for path in tmp_path.iterdir()] == result["files"] == ["figures.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds", "outcome"),
+    [("raise SystemExit(3)", 60, "failed"), ("import time; time.sleep(60)", 2, "out of time")],
+)
+def test_a_step_that_does_not_finish_leaves_nothing(
+    tmp_path: Path, text: str, seconds: int, outcome: str
+) -> None:
+    result = run_step(program(WRITE + text, seconds=seconds), tmp_path)
+    assert (result["outcome"], result["files"]) == (outcome, [])
+    assert result["seconds"] < 30
+    assert not list(tmp_path.iterdir())
+
+
+def test_failed_tests_still_say_which(tmp_path: Path) -> None:
+    result = run_step(program(WRITE + "raise SystemExit(1)", name="tests"), tmp_path)
+    assert (result["outcome"], result["files"]) == ("failed", ["figures.json"])
+
+
+def test_the_project_is_found_without_being_installed(tmp_path: Path) -> None:
+    text = "import fasttrain_kernels, fasttrain; print(fasttrain_kernels.__file__)"
+    result = run_step(program(text), tmp_path)
+    assert result["outcome"] == "passed", result["output_tail"]
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "installed", lambda name: name not in ("nvidia.dali", "av"))
+    reasons = {step.name: obstacle(step) for step in STEPS}
+    assert reasons["loaders"] == "DALI, PyAV not installed"
+    assert reasons["throughput"] is None
+    absent = Step(name="absent", command=("-m", "benchmarks.no_such_module"), seconds=1)
+    assert "benchmarks.no_such_module" in (obstacle(absent) or "")
+
+
+def test_without_a_gpu_everything_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--out", str(tmp_path)])
+    assert main() == 0
+    report: dict[str, Any] = json.loads((tmp_path / "gpu-check.json").read_text())
+    assert {step["outcome"] for step in report["steps"].values()} == {"skipped"}
+    assert "torch sees no GPU" in capsys.readouterr().out

@@ -1,0 +1,69 @@
+"""Recorded steps against plain ones; needs a GPU, where alone graphs exist."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from fasttrain import distributed
+from fasttrain.cuda_graph import CapturedCall
+from fasttrain.recipe import load_recipe
+from fasttrain.student import Student
+
+RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "dino.yaml"
+
+
+@pytest.mark.gpu
+def test_a_captured_call_follows_its_inputs() -> None:
+    weight = torch.randn(8, 8, device="cuda")
+    call = CapturedCall(lambda x: x @ weight, (torch.zeros(4, 8, device="cuda"),))
+    for _ in range(2):
+        x = torch.randn(4, 8, device="cuda")
+        assert torch.equal(call(x), x @ weight)
+
+
+@pytest.mark.gpu
+def test_recorded_steps_are_the_plain_steps() -> None:
+    """Three steps with a log step among them leave the same head, to the rounding of sums in another order."""
+    overrides = [
+        "backbone.weights=random", "backbone.embed_dim=128", "backbone.depth=2", "data.image_size=64",
+        "train.batch_size=4", "train.accumulate=1", "encoder.compile=none",
+    ]  # fmt: skip
+    frames = torch.randn(3, 2, 4, 3, 64, 64, device="cuda", dtype=torch.bfloat16)
+    heads = []
+    with distributed.start("cuda") as world:
+        for graph in (False, True):
+            recipe = load_recipe(RECIPE, overrides)
+            recipe = dataclasses.replace(
+                recipe, encoder=dataclasses.replace(recipe.encoder, cuda_graph=graph)
+            )
+            student = Student(recipe, world)
+            assert (student.warm_up() > 0) == graph
+            for step in range(3):
+                student.accumulate(frames[step], step, last=True, diagnostics=step == 1)
+                student.update(1e-3)
+            heads.append(torch.cat([p.detach().flatten() for p in student.projection.parameters()]))
+    start = Student(load_recipe(RECIPE, overrides), world).projection
+    moved = heads[0] - torch.cat([p.detach().flatten() for p in start.parameters()])
+    assert (heads[1] - heads[0]).norm() < torch.finfo(torch.bfloat16).eps * moved.norm()
+
+
+def test_warm_up_leaves_no_trace_on_a_student() -> None:
+    """Compiled on the CPU: weights, optimiser state, meters and the random state are as before."""
+    overrides = [
+        "backbone.weights=random", "backbone.embed_dim=32", "backbone.num_heads=2", "backbone.depth=1",
+        "data.image_size=64", "train.batch_size=2", "train.precision=fp32", "encoder.compile=default",
+    ]  # fmt: skip
+    with distributed.start("cpu") as world:
+        student = Student(load_recipe(RECIPE, overrides), world)
+    before = [p.clone() for p in student.projection.parameters()]
+    random_state = torch.get_rng_state()
+    assert student.warm_up() > 0
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert student.optimizer.state_dict()["state"] == {}
+    assert student.diagnostics == []
+    for old, parameter in zip(before, student.projection.parameters(), strict=True):
+        assert torch.equal(old, parameter)
+        assert parameter.grad is not None
+        assert not parameter.grad.any()
