@@ -232,8 +232,11 @@ def scaling(run: Run) -> dict[str, Any]:
     """Time a pair over batch, resolution (tokens) and number of backbones from one stream."""
     base = run.recipe
     batches = (32, 64, 128, 256) if run.device.type == "cuda" else (4, 8, 16, 32)
-    sizes = (224, 288, 384, 518 // 16 * 16) if run.device.type == "cuda" or not run.short else (224, 288)
+    sizes = (224, 288, 384, 518 // 16 * 16) if run.device.type == "cuda" else (224, 288, 384)
     rows: dict[str, list[dict[str, float]]] = {"batch": [], "resolution": [], "backbones": []}
+    counts: tuple[int, ...] = (1, 2, 4, 8)
+    if run.short:
+        batches, sizes, counts = batches[::2], sizes[:2], counts[::2]
     for batch in batches:
         recipe = dataclasses.replace(base, train=dataclasses.replace(base.train, batch_size=batch))
         rows["batch"].append({"batch": batch, **step_cost(run, recipe, 1)})
@@ -241,7 +244,7 @@ def scaling(run: Run) -> dict[str, Any]:
         recipe = dataclasses.replace(base, data=dataclasses.replace(base.data, image_size=size))
         side = size // (base.backbone.patch_size or 16)
         rows["resolution"].append({"size": size, "tokens": side**2, **step_cost(run, recipe, 1)})
-    for count in (1, 2, 4, 8):
+    for count in counts:
         rows["backbones"].append({"backbones": count, **step_cost(run, base, count)})
     return rows
 

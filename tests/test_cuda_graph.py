@@ -25,7 +25,7 @@ def test_a_captured_call_follows_its_inputs() -> None:
 
 @pytest.mark.gpu
 def test_recorded_steps_are_the_plain_steps() -> None:
-    """Three steps with a log step among them leave the same head, to the rounding of sums in another order."""
+    """Three steps with a log step among them leave the same head, to the rounding of its sums."""
     overrides = [
         "backbone.weights=random", "backbone.embed_dim=128", "backbone.depth=2", "data.image_size=64",
         "train.batch_size=4", "train.accumulate=1", "encoder.compile=none",

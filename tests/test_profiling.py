@@ -131,6 +131,6 @@ def test_a_training_run_is_profiled_and_reads_no_number_between_log_steps(tmp_pa
     summary = json.loads((tmp_path / "run" / "profile" / "summary.json").read_text())
     assert summary["steps"] == RECORDED
     assert all(summary["parts"][name]["ms"] > 0 for name in PARTS)
-    # On a CPU torch's fused AdamW reads its step counter once for each of the head's four parameters; on a GPU
-    # the counter stays on the device. A meter that read anything would add to these.
+    # On a CPU torch's fused AdamW reads its step counter once for each of the head's four parameters; on a
+    # GPU the counter stays on the device. A meter that read anything would add to these.
     assert summary["scalar_reads"] <= 4
