@@ -5,12 +5,15 @@ Shape suffixes: B samples, 3 views, N tokens, D channels.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fasttrain.projection import Projection
 from fasttrain.recipe import ObjectiveRecipe
-from fasttrain_kernels import CosettleLoss, cosettle_loss
+from fasttrain_kernels import CosettleLoss, cosettle_head_loss, cosettle_loss
 
 
 class CosettleObjective(nn.Module):
@@ -29,16 +32,28 @@ class CosettleObjective(nn.Module):
             grid: (h, w) with h * w = N.
             diagnostics: also form the two diagnostics, which need all of the N x N cycle.
         """
-        return cosettle_loss(
+        options: dict[str, Any] = {
+            "grid": grid,
+            "temperature": self.recipe.temperature,
+            "window": self.recipe.window,
+            "lambda_reg": self.recipe.lambda_reg,
+            "regularizer": self.recipe.regularizer,
+            "backend": self.recipe.backend,
+            "diagnostics": diagnostics,
+        }
+        head = self.projection
+        if not head.final_tanh:
+            return cosettle_loss(frozen_B3ND, head(frozen_B3ND), **options)
+        # What follows the matrix product is fused with the losses; bias, tanh and norm never reach memory.
+        linear_B3ND = functional.linear(head.hidden(frozen_B3ND), head.final_linear.weight)
+        return cosettle_head_loss(
             frozen_B3ND,
-            self.projection(frozen_B3ND),
-            grid=grid,
-            temperature=self.recipe.temperature,
-            window=self.recipe.window,
-            lambda_reg=self.recipe.lambda_reg,
-            regularizer=self.recipe.regularizer,
-            backend=self.recipe.backend,
-            diagnostics=diagnostics,
+            linear_B3ND,
+            head.final_linear.bias,
+            head.norm.weight,
+            head.norm.bias,
+            norm_eps=head.norm.eps,
+            **options,
         )
 
 

@@ -1,0 +1,47 @@
+"""The objective module is head and loss; the fused way and the plain one are the same function."""
+
+from typing import Literal
+
+import pytest
+import torch
+
+from fasttrain.objective import CosettleObjective, asymmetric_offset
+from fasttrain.projection import Projection
+from fasttrain.recipe import ObjectiveRecipe
+from fasttrain_kernels import cosettle_loss
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp2", "mlp3"])
+@pytest.mark.parametrize("regularizer", ["kl", "mse"])
+def test_equals_the_loss_of_the_heads_output(
+    head: Literal["linear", "mlp2", "mlp3"], regularizer: Literal["kl", "mse"]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    frozen = torch.randn(2, 3, 16, 24, generator=generator, dtype=torch.float64)
+    projection = Projection(24, head=head).double()
+    objective = CosettleObjective(projection, ObjectiveRecipe(regularizer=regularizer))
+    out = objective(frozen, (4, 4), True)
+    out.loss.backward()
+    gradients = [parameter.grad.clone() for parameter in projection.parameters()]
+    projection.zero_grad()
+    plain = cosettle_loss(frozen, projection(frozen), (4, 4), regularizer=regularizer)
+    plain.loss.backward()
+    torch.testing.assert_close(out, plain)
+    for fused, parameter in zip(gradients, projection.parameters(), strict=True):
+        torch.testing.assert_close(fused, parameter.grad)
+
+
+def test_diagnostics_are_formed_only_when_asked_for() -> None:
+    objective = CosettleObjective(Projection(8), ObjectiveRecipe())
+    out = objective(torch.randn(1, 3, 4, 8), (2, 2), False)
+    assert out.cycle_accuracy is None
+    assert out.identity_similarity is None
+
+
+def test_offsets_are_a_function_of_seed_and_step_and_cover_the_range() -> None:
+    drawn = {asymmetric_offset(0, step, 3) for step in range(200)}
+    assert drawn == {(row, column) for row in range(3) for column in range(3)}
+    assert asymmetric_offset(0, 5, 100) == asymmetric_offset(0, 5, 100)
+    assert [asymmetric_offset(0, s, 1000) for s in range(5)] != [
+        asymmetric_offset(1, s, 1000) for s in range(5)
+    ]
