@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from .reference import CYCLE_EPS
-from .runtime import jit, on_device, power_of_two, tl, triton
+from .runtime import inline, jit, on_device, power_of_two, tl, triton
+from .tiles import dot
 
 MAX_FUSED_TOKENS = 64
 
@@ -56,7 +57,7 @@ class CycleResult(NamedTuple):
     grad: Tensor
 
 
-@jit
+@inline
 def softmax_rows(logits_IJ: tl.tensor, column_exists: tl.tensor) -> tl.tensor:
     """Softmax over the existing columns; the others get 0."""
     logits_IJ = tl.where(column_exists[None, :], logits_IJ, float("-inf"))
@@ -64,7 +65,7 @@ def softmax_rows(logits_IJ: tl.tensor, column_exists: tl.tensor) -> tl.tensor:
     return weights_IJ / tl.sum(weights_IJ, 1)[:, None]
 
 
-@jit
+@inline
 def softmax_columns(logits_IJ: tl.tensor, row_exists: tl.tensor) -> tl.tensor:
     """Softmax over the existing rows; the others get 0."""
     logits_IJ = tl.where(row_exists[:, None], logits_IJ, float("-inf"))
@@ -72,7 +73,7 @@ def softmax_columns(logits_IJ: tl.tensor, row_exists: tl.tensor) -> tl.tensor:
     return weights_IJ / tl.sum(weights_IJ, 0)[None, :]
 
 
-@jit
+@inline
 def row_is_correct(cycle_IJ: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
     """Per row 1 where the first of its largest entries is the diagonal, else 0; masked entries must be -1."""
     row = tl.arange(0, BLOCK)[:, None]
@@ -116,8 +117,8 @@ def _cycle_kernel(
         first_IK = tl.load(first_ptr + offsets, mask=mask, other=0.0)
         second_JK = tl.load(second_ptr + offsets, mask=mask, other=0.0)
         third_IK = tl.load(third_ptr + offsets, mask=mask, other=0.0)
-        there_IJ = tl.dot(first_IK, tl.trans(second_JK), there_IJ, input_precision="tf32x3")
-        back_IJ = tl.dot(third_IK, tl.trans(second_JK), back_IJ, input_precision="tf32x3")
+        there_IJ = dot(first_IK, tl.trans(second_JK), there_IJ)
+        back_IJ = dot(third_IK, tl.trans(second_JK), back_IJ)
     there_IJ = softmax_rows(there_IJ * inverse_temperature, exists)
     back_IJ = softmax_columns(back_IJ * inverse_temperature, exists)
     return_I = tl.sum(there_IJ * back_IJ, 1)
@@ -128,7 +129,8 @@ def _cycle_kernel(
         tl.store(sums, tl.sum(tl.where(exists, loss_I, 0.0), 0))
         if DIAGNOSTICS:
             # Rows beyond the last token hold a softmax of zeros; columns beyond it must never be the arg-max.
-            cycle_II = tl.dot(there_IJ, tl.trans(back_IJ), input_precision="tf32x3")
+            zero_II = tl.zeros([BLOCK_M, BLOCK_M], dtype=tl.float32)
+            cycle_II = dot(there_IJ, tl.trans(back_IJ), zero_II)
             cycle_II = tl.where(exists[None, :] & exists[:, None], cycle_II, 0.0)
             correct_I = row_is_correct(tl.where(exists[None, :], cycle_II, -1.0), BLOCK_M)
             tl.store(sums + 1, tl.sum(tl.where(exists, correct_I, 0.0), 0))
@@ -148,10 +150,11 @@ def _cycle_kernel(
             first_IK = tl.load(first_ptr + offsets, mask=mask, other=0.0)
             second_JK = tl.load(second_ptr + offsets, mask=mask, other=0.0)
             third_IK = tl.load(third_ptr + offsets, mask=mask, other=0.0)
-            grad_first_IK = tl.dot(there, second_JK, input_precision="tf32x3")
-            grad_second_JK = tl.dot(tl.trans(there), first_IK, input_precision="tf32x3")
-            grad_second_JK = tl.dot(tl.trans(back), third_IK, grad_second_JK, input_precision="tf32x3")
-            grad_third_IK = tl.dot(back, second_JK, input_precision="tf32x3")
+            zero_IK = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+            grad_first_IK = dot(there, second_JK, zero_IK)
+            grad_second_JK = dot(tl.trans(there), first_IK, zero_IK)
+            grad_second_JK = dot(tl.trans(back), third_IK, grad_second_JK)
+            grad_third_IK = dot(back, second_JK, zero_IK)
             element = grad_ptr.dtype.element_ty
             tl.store(grad_base + offsets, grad_first_IK.to(element), mask=mask)
             tl.store(grad_base + tokens * D + offsets, grad_second_JK.to(element), mask=mask)

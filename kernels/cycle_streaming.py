@@ -26,13 +26,13 @@ from torch import Tensor
 from .cycle import MAX_FUSED_TOKENS, CycleResult, grad_scale, launch_cycle
 from .elementary import LOG2_E, exp2
 from .reference import CYCLE_EPS
-from .runtime import jit, on_device, power_of_two, tl, triton
-from .tiles import load_tokens, logits_tile
+from .runtime import inline, jit, on_device, power_of_two, tl, triton
+from .tiles import dot, load_tokens, logits_tile
 
 BLOCK = 64
 
 
-@jit
+@inline
 def _transitions(
     first_ptr: tl.tensor,
     second_ptr: tl.tensor,
@@ -203,13 +203,13 @@ def _gradient_kernel(
         back = back_IJ.to(walk_ptr.dtype.element_ty)
         if OF_SECOND:
             first_IO = load_tokens(first_ptr, rows, channels, tokens, D)
-            grad_there = tl.dot(tl.trans(there), first_IO, grad_there, input_precision="tf32x3")
+            grad_there = dot(tl.trans(there), first_IO, grad_there)
             third_IO = load_tokens(third_ptr, rows, channels, tokens, D)
-            grad_there = tl.dot(tl.trans(back), third_IO, grad_there, input_precision="tf32x3")
+            grad_there = dot(tl.trans(back), third_IO, grad_there)
         else:
             second_JO = load_tokens(second_ptr, columns, channels, tokens, D)
-            grad_there = tl.dot(there, second_JO, grad_there, input_precision="tf32x3")
-            grad_back = tl.dot(back, second_JO, grad_back, input_precision="tf32x3")
+            grad_there = dot(there, second_JO, grad_there)
+            grad_back = dot(back, second_JO, grad_back)
 
     element = grad_ptr.dtype.element_ty
     mask = (own < tokens)[:, None] & (channels < D)[None, :]
@@ -260,7 +260,7 @@ def _diagnostics_kernel(
             )
             normaliser_J = tl.load(back_ptr + sample * tokens + columns, mask=columns < tokens, other=0.0)
             back_EJ = tl.where(exists, exp2(back_EJ - normaliser_J[None, :]), 0.0)
-            cycle_IE = tl.dot(there_IJ, tl.trans(back_EJ), cycle_IE, input_precision="tf32x3")
+            cycle_IE = dot(there_IJ, tl.trans(back_EJ), cycle_IE)
         is_end = (ends < tokens)[None, :]
         cycle_IE = tl.where(is_end, cycle_IE, 0.0)
         squares_I += tl.sum(cycle_IE * cycle_IE, 1)

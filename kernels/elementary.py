@@ -7,44 +7,44 @@ place of fp32, except for `tanh` where half precision is asked for.
 
 from __future__ import annotations
 
-from .runtime import INTERPRETED, jit, tl
+from .runtime import INTERPRETED, inline, tl
 
 # log2(e). Kernels hold what they will exponentiate times this, so that exp is one exp2 and nothing else.
 LOG2_E = 1.4426950408889634
 
 if INTERPRETED:
 
-    @jit
+    @inline
     def exp2(x: tl.tensor) -> tl.tensor:
         """2^x."""
         return tl.exp2(x)
 
-    @jit
+    @inline
     def reciprocal(x: tl.tensor) -> tl.tensor:
         """1 / x."""
         return 1.0 / x
 
-    @jit
+    @inline
     def _tanh_half(x: tl.tensor) -> tl.tensor:
         return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
 
 else:
 
-    @jit
+    @inline
     def exp2(x: tl.tensor) -> tl.tensor:
         """2^x, relative error 2^-22; results below 2^-126 are 0."""
         return tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
 
-    @jit
+    @inline
     def reciprocal(x: tl.tensor) -> tl.tensor:
         """1 / x, within one unit in the last place; results below 2^-126 are 0."""
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
 
-    @jit
+    @inline
     def _tanh_half(x: tl.tensor) -> tl.tensor:
         # Relative error 2^-11: a quarter of bfloat16's rounding, and float16's.
         return tl.inline_asm_elementwise(
@@ -52,7 +52,7 @@ else:
         )
 
 
-@jit
+@inline
 def tanh(x: tl.tensor, HALF: tl.constexpr) -> tl.tensor:
     """Hyperbolic tangent; with HALF to half precision.
 
@@ -67,7 +67,7 @@ def tanh(x: tl.tensor, HALF: tl.constexpr) -> tl.tensor:
     return tl.where(square < 0.0625, series, tl.where(x < 0, -magnitude, magnitude))
 
 
-@jit
+@inline
 def log1p(x: tl.tensor) -> tl.tensor:
     """log(1 + x) = 2 artanh(x / (2 + x)), as a series for |x| < 1/4 (remainder 3e-9); else the logarithm."""
     ratio = x / (2.0 + x)

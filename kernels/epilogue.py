@@ -46,7 +46,7 @@ from .rows import (
     sum_row,
     zero_row,
 )
-from .runtime import jit, multiprocessors, on_device, power_of_two, tl, triton
+from .runtime import inline, jit, multiprocessors, on_device, power_of_two, tl, triton
 
 
 class HeadParameters(NamedTuple):
@@ -73,7 +73,7 @@ class Cells(NamedTuple):
         return (self.grid[0] // self.window[0]) * (self.grid[1] // self.window[1])
 
 
-@jit
+@inline
 def _token_of_cell(
     cell: tl.tensor,
     slot: tl.tensor,
@@ -89,7 +89,7 @@ def _token_of_cell(
     return (row * width + column).to(tl.int64), (row < height) & (column < width)
 
 
-@jit
+@inline
 def _whole_cell(
     cell: tl.tensor, height: tl.tensor, width: tl.tensor, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
@@ -100,7 +100,7 @@ def _whole_cell(
     return row * (width // WINDOW_W) + column, (row < height // WINDOW_H) & (column < width // WINDOW_W)
 
 
-@jit
+@inline
 def _standardise(
     values: tl.tensor,
     bias: tl.tensor,
@@ -123,7 +123,7 @@ def _standardise(
     return hidden, scale_row(centred, inverse_std, CHUNKS), inverse_std
 
 
-@jit
+@inline
 def _growth(
     frozen: tl.tensor, difference: tl.tensor, D: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:

@@ -7,7 +7,7 @@ D.
 
 from __future__ import annotations
 
-from .runtime import jit, power_of_two, tl
+from .runtime import inline, power_of_two, tl
 
 
 def row_blocks(channels: int) -> tuple[int, int]:
@@ -17,14 +17,14 @@ def row_blocks(channels: int) -> tuple[int, int]:
     return (third, 3) if third >= 128 and 3 * third >= channels else (max(whole, 32), 1)
 
 
-@jit
+@inline
 def append(row: tl.tensor, block: tl.tensor) -> tl.tensor:
     """The tuple with one block more."""
     last = (block,)
     return row + last
 
 
-@jit
+@inline
 def load_row(
     row_ptr: tl.tensor, exists: tl.tensor, D: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr
 ) -> tl.tensor:
@@ -37,7 +37,7 @@ def load_row(
     return row
 
 
-@jit
+@inline
 def store_row(
     row_ptr: tl.tensor,
     row: tl.tensor,
@@ -52,7 +52,7 @@ def store_row(
         tl.store(row_ptr + columns, row[c].to(row_ptr.dtype.element_ty), mask=columns < limit)
 
 
-@jit
+@inline
 def zero_row(BLOCK: tl.constexpr, CHUNKS: tl.constexpr) -> tl.tensor:
     row = ()
     for _ in tl.static_range(CHUNKS):
@@ -60,7 +60,7 @@ def zero_row(BLOCK: tl.constexpr, CHUNKS: tl.constexpr) -> tl.tensor:
     return row
 
 
-@jit
+@inline
 def sum_row(row: tl.tensor, CHUNKS: tl.constexpr) -> tl.tensor:
     total = row[0]
     for c in tl.static_range(1, CHUNKS):
@@ -68,7 +68,7 @@ def sum_row(row: tl.tensor, CHUNKS: tl.constexpr) -> tl.tensor:
     return tl.sum(total, 0)
 
 
-@jit
+@inline
 def dot_rows(left: tl.tensor, right: tl.tensor, CHUNKS: tl.constexpr) -> tl.tensor:
     total = left[0] * right[0]
     for c in tl.static_range(1, CHUNKS):
@@ -76,7 +76,7 @@ def dot_rows(left: tl.tensor, right: tl.tensor, CHUNKS: tl.constexpr) -> tl.tens
     return tl.sum(total, 0)
 
 
-@jit
+@inline
 def scale_row(row: tl.tensor, factor: tl.tensor, CHUNKS: tl.constexpr) -> tl.tensor:
     """row * factor, a number."""
     scaled = ()
@@ -85,7 +85,7 @@ def scale_row(row: tl.tensor, factor: tl.tensor, CHUNKS: tl.constexpr) -> tl.ten
     return scaled
 
 
-@jit
+@inline
 def add_rows(left: tl.tensor, right: tl.tensor, factor: tl.tensor, CHUNKS: tl.constexpr) -> tl.tensor:
     """left + right * factor, a number."""
     total = ()
@@ -94,7 +94,7 @@ def add_rows(left: tl.tensor, right: tl.tensor, factor: tl.tensor, CHUNKS: tl.co
     return total
 
 
-@jit
+@inline
 def multiply_rows(left: tl.tensor, right: tl.tensor, CHUNKS: tl.constexpr) -> tl.tensor:
     """left * right, channel by channel."""
     product = ()
@@ -103,7 +103,7 @@ def multiply_rows(left: tl.tensor, right: tl.tensor, CHUNKS: tl.constexpr) -> tl
     return product
 
 
-@jit
+@inline
 def multiply_add_rows(
     row: tl.tensor, factor: tl.tensor, addend: tl.tensor, CHUNKS: tl.constexpr
 ) -> tl.tensor:
@@ -114,7 +114,7 @@ def multiply_add_rows(
     return total
 
 
-@jit
+@inline
 def inverse_norm(row: tl.tensor, CHUNKS: tl.constexpr) -> tl.tensor:
     """1 / max(||row||, 1e-12), the factor of torch.nn.functional.normalize."""
     norm = tl.sqrt(dot_rows(row, row, CHUNKS))

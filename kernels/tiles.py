@@ -1,14 +1,28 @@
-"""One tile of logits from two sets of tokens, as the kernels that stream over them form it.
+"""Matrix products of tiles: the dot product all kernels use, and one tile of logits.
 
 Shape suffixes: Q queries and K keys of the tile; D channels.
 """
 
 from __future__ import annotations
 
-from .runtime import jit, tl
+from .runtime import INTERPRETED, inline, tl
+
+if INTERPRETED:
+
+    @inline
+    def dot(left: tl.tensor, right: tl.tensor, addend: tl.tensor) -> tl.tensor:
+        """left @ right + addend; the interpreter would multiply bfloat16's bit patterns."""
+        return tl.dot(left.to(tl.float32), right.to(tl.float32), addend)
+
+else:
+
+    @inline
+    def dot(left: tl.tensor, right: tl.tensor, addend: tl.tensor) -> tl.tensor:
+        """left @ right + addend on tensor cores, in fp32; fp32 operands as three products of tf32."""
+        return tl.dot(left, right, addend, input_precision="tf32x3")
 
 
-@jit
+@inline
 def load_tokens(
     tokens_ptr: tl.tensor, rows: tl.tensor, channels: tl.tensor, tokens: tl.tensor, D: tl.constexpr
 ) -> tl.tensor:
@@ -17,7 +31,7 @@ def load_tokens(
     return tl.load(tokens_ptr + rows[:, None] * D + channels[None, :], mask=mask, other=0.0)
 
 
-@jit
+@inline
 def logits_tile(
     query_ptr: tl.tensor,
     key_ptr: tl.tensor,
@@ -36,5 +50,5 @@ def logits_tile(
         channels = start + tl.arange(0, BLOCK_K)
         query_QD = load_tokens(query_ptr, rows, channels, queries, D)
         key_KD = load_tokens(key_ptr, columns, channels, keys, D)
-        logits_QK = tl.dot(query_QD, tl.trans(key_KD), logits_QK, input_precision="tf32x3")
+        logits_QK = dot(query_QD, tl.trans(key_KD), logits_QK)
     return logits_QK * scale

@@ -9,7 +9,20 @@ from torch import nn
 
 from fasttrain_kernels import cosettle_loss, reference
 
-LOSS_CASES = "cold large_values linear_kl linear_mse mlp2 mlp3 odd_grid same_frames track warm window1 zero_token".split()
+LOSS_CASES = [
+    "cold",
+    "large_values",
+    "linear_kl",
+    "linear_mse",
+    "mlp2",
+    "mlp3",
+    "odd_grid",
+    "same_frames",
+    "track",
+    "warm",
+    "window1",
+    "zero_token",
+]
 FAMILIES = ["blip", "clip", "dino", "dinov2", "ibot", "ijepa", "mae", "mocov3"]
 HEADS = {
     "linear": ("adapter_linear", "tanh", "adapter_layer_norm1"),

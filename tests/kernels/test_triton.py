@@ -1,0 +1,329 @@
+"""The Triton kernels against the eager reference in float64 and the published numbers.
+
+Without a GPU they run under Triton's interpreter (conftest.py), with one they run on it.
+
+Tolerances are what eager PyTorch itself loses in the same dtype: its error against float64 times a small
+factor, or, where it happens to lose less than its dtype resolves, a few units in the last place.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fasttrain_kernels import (
+    affinity_softmax,
+    cosettle_head_loss,
+    cosettle_loss,
+    cycle_consistency_loss,
+    separability_loss,
+)
+from fasttrain_kernels.cycle import launch_cycle
+from fasttrain_kernels.cycle_streaming import launch_streaming
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+Loss = Callable[..., tuple[Tensor, ...]]
+
+
+def norm_error(value: Tensor, truth: Tensor) -> float:
+    """Norm of the difference over the norm, or over 0.1 for a smaller loss: it is the mean of a logarithm."""
+    scale = truth.double().norm().item()
+    return (value.double() - truth.double()).norm().item() / (max(scale, 0.1) if truth.ndim == 0 else scale)
+
+
+def evaluate(loss: Loss, backend: str, dtype: torch.dtype, tensors: list[Tensor]) -> list[Tensor]:
+    """The results of `loss` and the gradients of the first for every tensor that gets one."""
+    leaves = [tensor.to(dtype).detach().requires_grad_() for tensor in tensors]
+    results = loss(backend, *leaves)
+    weights = torch.linspace(0.5, 1.5, results[0].numel(), dtype=results[0].dtype, device=results[0].device)
+    total = (results[0].flatten() * weights).sum()
+    gradients = torch.autograd.grad(total, leaves, allow_unused=True)
+    return [*results, *(gradient for gradient in gradients if gradient is not None)]
+
+
+def autocast_eager(loss: Loss, dtype: torch.dtype, tensors: list[Tensor]) -> list[Tensor]:
+    """The reference as a mixed-precision training step runs it: matrix products in the half precision."""
+    if dtype == torch.float32:
+        return evaluate(loss, "eager", dtype, tensors)
+    with torch.autocast(tensors[0].device.type, dtype=dtype):
+        return evaluate(loss, "eager", dtype, tensors)
+
+
+def check_against_eager(loss: Loss, dtype: torch.dtype, *tensors: Tensor) -> None:
+    rounded = [tensor.to(dtype) for tensor in tensors]
+    truth = evaluate(loss, "eager", torch.float64, rounded)
+    eager = autocast_eager(loss, dtype, rounded)
+    fused = evaluate(loss, "triton", dtype, rounded)
+    floor = 8 * torch.finfo(dtype).eps
+    for index, (true, baseline, value) in enumerate(zip(truth, eager, fused, strict=True)):
+        allowed = max(4 * norm_error(baseline, true), floor)
+        assert norm_error(value, true) <= allowed, f"result {index}"
+
+
+def objective(grid: tuple[int, int], **options: object) -> Loss:
+    def loss(backend: str, frozen: Tensor, projected: Tensor) -> tuple[Tensor, ...]:
+        return cosettle_loss(frozen, projected, grid, backend=backend, diagnostics=False, **options)[:3]
+
+    return loss
+
+
+def head_objective(grid: tuple[int, int], **options: object) -> Loss:
+    def loss(backend: str, frozen: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return cosettle_head_loss(frozen, *tensors, grid, backend=backend, diagnostics=False, **options)[:3]
+
+    return loss
+
+
+def tokens(*shape: int, device: str, common: float = 2.0) -> Tensor:
+    """Views that resemble one another, as two frames do: the walk then has somewhere to return to."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    values = torch.randn(shape, generator=generator)
+    if common:
+        values += common * torch.randn((shape[0], 1, *shape[2:]), generator=generator)
+    return values.to(device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("regularizer", ["kl", "mse"])
+@pytest.mark.parametrize(("grid", "window", "channels"), [((3, 5), 2, 50), ((2, 3), 1, 48)])
+def test_objective(
+    device: str, dtype: torch.dtype, regularizer: str, grid: tuple[int, int], window: int, channels: int
+) -> None:
+    shape = (1, 3, grid[0] * grid[1], channels)
+    loss = objective(grid, window=window, regularizer=regularizer)
+    check_against_eager(loss, dtype, tokens(*shape, device=device), tokens(*shape, device=device) + 0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("grid", "channels"), [((3, 3), 48), ((2, 2), 384)])
+def test_head_objective(device: str, dtype: torch.dtype, grid: tuple[int, int], channels: int) -> None:
+    shape = (1, 3, grid[0] * grid[1], channels)
+    parameters = [tokens(channels, device=device, common=0.0) for _ in range(3)]
+    linear = 0.5 * tokens(*shape, device=device)
+    check_against_eager(head_objective(grid), dtype, tokens(*shape, device=device), linear, *parameters)
+
+
+@pytest.mark.parametrize("channels", [768, 1024, 1536])
+def test_widths_of_vision_transformers(device: str, channels: int) -> None:
+    frozen, projected = (
+        tokens(1, 3, 4, channels, device=device),
+        tokens(1, 3, 4, channels, device=device) + 0.3,
+    )
+    check_against_eager(objective((2, 2), window=1), torch.bfloat16, frozen, projected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_objective_beyond_the_fused_kernel(device: str, dtype: torch.dtype) -> None:
+    shape = (1, 3, 65, 24)
+    loss = objective((5, 13), window=1)
+    check_against_eager(loss, dtype, tokens(*shape, device=device), tokens(*shape, device=device) + 0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_streaming_is_the_fused_kernel(device: str, dtype: torch.dtype) -> None:
+    walk = torch.nn.functional.normalize(tokens(1, 3, 33, 40, device=device), dim=-1).to(dtype)
+    fused = launch_cycle(walk, 0.5, grad_dtype=torch.float32, diagnostics=True)
+    streamed = launch_streaming(walk, 0.5, grad_dtype=torch.float32, diagnostics=True)
+    resolution = torch.finfo(dtype).eps
+    assert norm_error(streamed.sums, fused.sums) < 1e-6
+    assert norm_error(streamed.grad, fused.grad) < 16 * resolution
+
+
+@pytest.mark.parametrize(("grid", "window"), [((6, 7), 2), ((6, 11), 1)])
+def test_diagnostics(device: str, grid: tuple[int, int], window: int) -> None:
+    frozen, projected = (tokens(1, 3, grid[0] * grid[1], 32, device=device, common=0.6) for _ in range(2))
+    truth = cosettle_loss(frozen.double(), projected.double(), grid, window=window, backend="eager")
+    value = cosettle_loss(frozen, projected, grid, window=window, backend="triton")
+    assert 0 < truth.cycle_accuracy < 1
+    assert value.cycle_accuracy.item() == pytest.approx(truth.cycle_accuracy.item(), abs=1e-6)
+    assert value.identity_similarity.item() == pytest.approx(truth.identity_similarity.item(), rel=1e-5)
+    assert not value.cycle_accuracy.requires_grad
+    without = cosettle_loss(frozen, projected, grid, window=window, backend="triton", diagnostics=False)
+    assert without.cycle_accuracy is None
+    assert without.identity_similarity is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("views", "there_and_back"), [(2, False), (2, True), (3, False), (3, True), (5, False)]
+)
+def test_walks_of_any_length(device: str, dtype: torch.dtype, views: int, there_and_back: bool) -> None:
+    walk = torch.nn.functional.normalize(tokens(2, views, 10, 24, device=device), dim=-1)
+
+    def loss(backend: str, walk: Tensor) -> tuple[Tensor, ...]:
+        return (cycle_consistency_loss(walk, 0.1, there_and_back, backend),)
+
+    check_against_eager(loss, dtype, walk)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_affinity(device: str, dtype: torch.dtype) -> None:
+    query, key = (torch.nn.functional.normalize(tokens(2, n, 24, device=device), dim=-1) for n in (70, 9))
+
+    def loss(backend: str, query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+        return (affinity_softmax(query, key, 0.1, backend),)
+
+    check_against_eager(loss, dtype, query, key)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("regularizer", ["kl", "mse"])
+def test_separability(device: str, dtype: torch.dtype, regularizer: str) -> None:
+    def loss(backend: str, frozen: Tensor, projected: Tensor) -> tuple[Tensor, ...]:
+        return (separability_loss(frozen, projected, regularizer, backend),)
+
+    frozen = tokens(2, 2, 7, 33, device=device)
+    check_against_eager(loss, dtype, frozen, tokens(2, 2, 7, 33, device=device) + 0.2)
+
+
+@settings(max_examples=100 if torch.cuda.is_available() else 12, deadline=None)
+@given(
+    batch=st.integers(1, 2),
+    grid=st.tuples(st.integers(2, 4), st.integers(2, 4)),
+    channels=st.integers(8, 70),
+    window=st.integers(1, 3),
+    temperature=st.sampled_from([0.01, 0.03, 0.1, 1.0]),
+    regularizer=st.sampled_from(["kl", "mse"]),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(["contiguous", "views last", "channels first", "every other token"]),
+    magnitude=st.sampled_from([1e-3, 1.0, 1e3]),
+    content=st.sampled_from(["random", "identical frames", "zero tokens"]),
+    head=st.booleans(),
+)
+def test_any_shape_layout_and_extreme(
+    batch: int,
+    grid: tuple[int, int],
+    channels: int,
+    window: int,
+    temperature: float,
+    regularizer: str,
+    dtype: torch.dtype,
+    layout: str,
+    magnitude: float,
+    content: str,
+    head: bool,
+) -> None:
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    window = min(window, *grid)
+    shape = (batch, 3, grid[0] * grid[1], channels)
+    frozen = tokens(*shape, device=device)
+    inputs = (tokens(*shape, device=device) + 0.2) * magnitude
+    if content == "identical frames":
+        inputs = inputs[:, :1].repeat(1, 3, 1, 1)
+    if content == "zero tokens":
+        # Of the projected tokens only with a head: without one a zero token's gradient is 1e12 of anything.
+        frozen[:, :, 0] = 0
+        inputs[:, :, 0] = 0 if head else 1
+    parameters = [tokens(channels, device=device, common=0.0) for _ in range(3)] if head else []
+    options = {"window": window, "temperature": temperature, "regularizer": regularizer}
+    loss = head_objective(grid, **options) if head else objective(grid, **options)
+
+    def in_layout(backend: str, frozen: Tensor, inputs: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        if backend == "triton":
+            frozen, inputs = laid_out(frozen, layout), laid_out(inputs, layout)
+        return loss(backend, frozen, inputs, *parameters)
+
+    check_against_eager(in_layout, dtype, frozen, inputs, *parameters)
+
+
+def laid_out(values: Tensor, layout: str) -> Tensor:
+    """The same numbers with other strides."""
+    if layout == "views last":
+        return values.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "channels first":
+        return values.transpose(2, 3).contiguous().transpose(2, 3)
+    if layout == "every other token":
+        return values.repeat_interleave(2, dim=2)[:, :, ::2]
+    return values
+
+
+def test_a_projected_zero_token_follows_normalize(device: str) -> None:
+    """torch.nn.functional.normalize divides by 1e-12 there, and its gradient is that much larger."""
+    frozen, projected = (tokens(1, 3, 4, 16, device=device) for _ in range(2))
+    projected[0, 1, 2] = 0
+    truth, value = (
+        evaluate(objective((2, 2), window=1), backend, dtype, [frozen, projected])[-1][0, 1, 2]
+        for backend, dtype in (("eager", torch.float64), ("triton", torch.float32))
+    )
+    assert truth.norm() > 1e9
+    assert norm_error(value, truth) < 1e-4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_reaches_the_loss(device: str, value: float) -> None:
+    frozen, projected = (tokens(1, 3, 16, 8, device=device) for _ in range(2))
+    broken = projected.clone()
+    broken[0, 1, 5, 2] = value
+    out = cosettle_loss(frozen, broken, grid=(4, 4), backend="triton")
+    assert not out.cycle.isfinite()
+    assert not out.separability.isfinite()
+    frozen[0, 2, 3, 1] = value
+    assert not cosettle_loss(frozen, projected, grid=(4, 4), backend="triton").loss.isfinite()
+
+
+def test_dtypes_of_frozen_and_projected_may_differ(device: str) -> None:
+    """Under autocast the encoder's tokens are half precision and the layer norm's output is not."""
+    frozen, projected = (tokens(1, 3, 16, 8, device=device) for _ in range(2))
+    mixed = cosettle_loss(frozen.bfloat16(), projected, grid=(4, 4), backend="triton")
+    truth = cosettle_loss(frozen.bfloat16().double(), projected.double(), grid=(4, 4), backend="eager")
+    assert mixed.loss.item() == pytest.approx(truth.loss.item(), rel=1e-5)
+
+
+def test_the_same_input_gives_the_same_bits(device: str) -> None:
+    tensors = [tokens(2, 3, 16, 24, device=device) for _ in range(2)]
+    first, second = (evaluate(objective((4, 4)), "triton", torch.bfloat16, tensors) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# The interpreter takes a second for twenty tokens: without a GPU, the cases with few of them.
+CASES = ["cold", "large_values", "same_frames", "zero_token"]
+if torch.cuda.is_available():
+    CASES += ["linear_kl", "linear_mse", "odd_grid", "track", "warm", "window1"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_the_published_objective(shared: Path, device: str, name: str) -> None:
+    case = dict(np.load(shared / "golden" / "loss" / f"{name}.npz"))
+    frozen = torch.from_numpy(case["z"]).to(device)
+    weight, bias, norm_weight, norm_bias = (
+        torch.from_numpy(case[f"projection.{parameter}"]).to(device).requires_grad_()
+        for parameter in PARAMETERS
+    )
+    side = int(frozen.shape[2] ** 0.5)
+    out = cosettle_head_loss(
+        frozen,
+        frozen @ weight.T,
+        bias,
+        norm_weight,
+        norm_bias,
+        grid=(side, side),
+        temperature=float(case["temperature"]),
+        window=int(case["window"]),
+        lambda_reg=float(case["lambda_reg"]),
+        regularizer=str(case["regularizer"]),
+        backend="triton",
+    )
+    out.loss.backward()
+    for key, value in [
+        ("loss", out.loss),
+        ("cycle_loss", out.cycle),
+        ("separability_loss", out.separability),
+    ]:
+        assert value.item() == pytest.approx(float(case[key]), rel=1e-5), key
+    assert out.cycle_accuracy.item() == pytest.approx(float(case["cycle_accuracy"]), abs=1e-6)
+    assert out.identity_similarity.item() == pytest.approx(float(case["identity_similarity"]), rel=1e-5)
+    for parameter, tensor in zip(PARAMETERS, (weight, bias, norm_weight, norm_bias), strict=True):
+        truth = torch.from_numpy(case[f"grad.{parameter}"])
+        assert norm_error(tensor.grad.cpu(), truth) < 1e-4, parameter
+
+
+PARAMETERS = [
+    *["adapter_linear.weight", "adapter_linear.bias"],
+    *["adapter_layer_norm1.weight", "adapter_layer_norm1.bias"],
+]
