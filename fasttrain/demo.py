@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     make_videos(Path(recipe.data.source))
     run_recipe(recipe)
-    scenes = [render_scene(seed) for seed in HELD_OUT_SCENES]
+    scenes = [render_scene(seed, num_frames=24) for seed in HELD_OUT_SCENES]
     encoder = load_video_encoder(recipe.output)
     before = measure(scenes, encoder, projected=False)
     after = measure(scenes, encoder, projected=True)
