@@ -1,6 +1,6 @@
 """Percentage of correct keypoints of propagated poses, and the joint maps that carry them (JHMDB).
 
-The measures alone; `jhmdb_task.py` runs the benchmark. Jhuang et al., "Towards Understanding Action
+The measures alone. Jhuang et al., "Towards Understanding Action
 Recognition" (ICCV 2013), evaluated as in github ajabri/videowalk.
 """
 

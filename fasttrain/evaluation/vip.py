@@ -1,6 +1,6 @@
 """Mean intersection over union of propagated part labels (VIP).
 
-The measure alone; `vip_task.py` runs the benchmark. Zhou et al., "Adaptive Temporal Encoding Network for
+The measure alone. Zhou et al., "Adaptive Temporal Encoding Network for
 Video Instance-level Human Parsing" (ACM MM 2018), evaluated as in github ajabri/videowalk.
 """
 
