@@ -16,6 +16,9 @@ from typing import Any
 import torch
 
 
+WARM_UPS = 2
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -43,11 +46,11 @@ class Timing:
 def interleave(
     contenders: dict[str, Callable[[], Any]], *, rounds: int, calls: int, device: torch.device
 ) -> dict[str, Timing]:
-    """`calls` calls of each contender in each of `rounds` rounds, after two calls each to warm up.
+    """`calls` calls of each contender in each of `rounds` rounds, after WARM_UPS single calls.
 
     Every second round goes through the contenders backwards.
     """
-    for function in (*contenders.values(), *contenders.values()):
+    for function in [*contenders.values()] * WARM_UPS:
         function()
     timings = {name: Timing() for name in contenders}
     for number in range(rounds):

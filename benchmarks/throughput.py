@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import Timing, copy_ceiling, interleave, matrix_ceiling, speedup
+from benchmarks.measure import WARM_UPS, Timing, copy_ceiling, interleave, matrix_ceiling, speedup
 from benchmarks.peer import PeerStep
 from benchmarks.record import RESULTS, environment, write_results
 from fasttrain import distributed
@@ -270,14 +270,14 @@ def end_to_end(run: Run) -> dict[str, Any]:
     from benchmarks import loaders
 
     cores = len(os.sched_getaffinity(0))
-    steps = 12 if run.short else 24
+    steps = 6 if run.short else 24
     student, dtype = run.student(), DTYPES[run.recipe.train.precision]
     peer = PeerStep(run.recipe, device=run.device, dtype=dtype)
     resident = stepper(student, run.frames())
     with tempfile.TemporaryDirectory() as folder:
         places = loaders.prepare(Path(folder), None, 8)
         setting = loaders.Setting(**places, batch=run.pairs, pairs=0, threads=cores, device=run.device.type)
-        total = steps * (run.rounds + 1)
+        total = steps * (run.rounds + WARM_UPS)
         published = loaders.FolderPairs(places["frames"], total * run.pairs, 4)
         ours = loaders.our_pairs(setting, places["packed"], "auto", total)
         theirs = loaders.workers(setting, published)
