@@ -1,0 +1,186 @@
+"""The package as another project meets it: operators, torch.compile and torch.export, copies, bad input."""
+
+import importlib
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import fasttrain_kernels
+from fasttrain_kernels import (
+    affinity_softmax,
+    cosettle_head_loss,
+    cosettle_loss,
+    cycle_consistency_loss,
+    separability_loss,
+)
+
+FOLDER = Path(fasttrain_kernels.__file__).parent
+
+
+def run_python(code: str, *folders: Path) -> str:
+    """Run a program in a process without the interpreter, with these folders first on its path."""
+    program = f"import sys; sys.path[:0] = {[str(folder) for folder in folders]}\n{code}"
+    environment = {"PATH": "", "HOME": str(folders[0] if folders else Path.home())}
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def fused(frozen: Tensor, projected: Tensor) -> Tensor:
+    return cosettle_loss(frozen, projected, (2, 2), backend="triton", diagnostics=False).loss
+
+
+def test_compile_sees_through(device: str) -> None:
+    frozen, projected = (torch.randn(1, 3, 4, 16, device=device) for _ in range(2))
+    projected.requires_grad_()
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    truth, value = fused(frozen, projected), compiled(frozen, projected)
+    assert torch.equal(value, truth)
+    truth_grad, value_grad = (torch.autograd.grad(loss, projected)[0] for loss in (truth, value))
+    assert torch.equal(value_grad, truth_grad)
+
+
+def test_export_keeps_the_operator(device: str) -> None:
+    class Loss(torch.nn.Module):
+        def forward(self, frozen: Tensor, projected: Tensor) -> Tensor:
+            return fused(frozen, projected)
+
+    frozen, projected = (torch.randn(1, 3, 4, 16, device=device) for _ in range(2))
+    program = torch.export.export(Loss(), (frozen, projected))
+    assert "fasttrain_kernels.cosettle" in str(program.graph)
+    assert torch.equal(program.module()(frozen, projected), fused(frozen, projected))
+
+
+def test_operators_pass_opcheck(device: str) -> None:
+    def tokens(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, requires_grad=True)
+
+    operators = torch.ops.fasttrain_kernels
+    parameters = [tokens(16) for _ in range(3)]
+    frozen = tokens(1, 3, 4, 16).detach()
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for operator, arguments in [
+        (
+            operators.cosettle,
+            (tokens(1, 3, 4, 16), frozen, *parameters, 1e-5, 2, 2, 2, 0.1, True, True, True),
+        ),
+        (operators.separability, (tokens(1, 3, 4, 16), frozen, True)),
+        (operators.affinity_softmax, (tokens(1, 3, 16), tokens(1, 4, 16), 0.1)),
+        (operators.cycle_three_views, (tokens(1, 3, 4, 16), 0.1, True)),
+    ]:
+        torch.library.opcheck(operator.default, arguments, test_utils=checks)
+
+
+def test_a_second_registration_replaces_the_first(device: str) -> None:
+    module = importlib.reload(importlib.import_module("fasttrain_kernels.separability"))
+    frozen, projected = torch.randn(1, 1, 2, 8, device=device), torch.randn(1, 1, 2, 8, device=device)
+    assert torch.equal(
+        module.separability_loss(frozen, projected, backend="triton"),
+        separability_loss(frozen, projected, backend="triton"),
+    )
+
+
+def test_a_copy_under_another_name_stands_beside_the_original(tmp_path: Path) -> None:
+    shutil.copytree(FOLDER, tmp_path / "their_losses", ignore=shutil.ignore_patterns("__pycache__"))
+    code = """
+import torch, fasttrain_kernels, their_losses
+assert torch.ops.their_losses.cosettle is not torch.ops.fasttrain_kernels.cosettle
+frozen, projected = torch.randn(2, 1, 3, 4, 8)
+print(their_losses.cosettle_loss(frozen, projected, (2, 2)).loss.item()
+      == fasttrain_kernels.cosettle_loss(frozen, projected, (2, 2)).loss.item())
+"""
+    (tmp_path / "fasttrain_kernels").symlink_to(FOLDER)
+    assert run_python(code, tmp_path).strip() == "True"
+
+
+def test_works_without_triton(tmp_path: Path) -> None:
+    code = """
+import sys, torch
+sys.modules["triton"] = None
+from fasttrain_kernels import cosettle_loss
+frozen, projected = torch.randn(2, 1, 3, 4, 8)
+assert cosettle_loss(frozen, projected, (2, 2)).loss.isfinite()
+try:
+    cosettle_loss(frozen, projected, (2, 2), backend="triton")
+except ValueError as error:
+    print(error)
+"""
+    (tmp_path / "fasttrain_kernels").symlink_to(FOLDER)
+    assert "needs the package triton" in run_python(code, tmp_path)
+
+
+def test_triton_says_why_it_cannot_run_on_the_cpu(tmp_path: Path) -> None:
+    code = """
+import torch
+from fasttrain_kernels import cosettle_loss
+frozen, projected = torch.randn(2, 1, 3, 4, 8)
+try:
+    cosettle_loss(frozen, projected, (2, 2), backend="triton")
+except ValueError as error:
+    print(error)
+"""
+    (tmp_path / "fasttrain_kernels").symlink_to(FOLDER)
+    assert "frozen must be on a CUDA device for backend 'triton', got cpu" in run_python(code, tmp_path)
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_compiles_without_spilling_at_the_papers_shape(architecture: int, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    code = f"""
+import torch
+from benchmarks.kernel_resources import compile_launch, launches_at, resources
+cases = launches_at(768, torch.bfloat16)
+for name in ("head forward", "head backward", "cycle"):
+    found = resources(compile_launch(cases[name][0], {architecture}))
+    print(name, found["spill_bytes"], found["tensor_cores"])
+"""
+    (tmp_path / "fasttrain_kernels").symlink_to(FOLDER)
+    lines = run_python(code, tmp_path, FOLDER.parent).splitlines()
+    cores = {80: "mma", 90: "wgmma", 100: "tcgen05"}[architecture]
+    assert lines == ["head forward 0 None", "head backward 0 None", f"cycle 0 {cores}"]
+
+
+GOOD = torch.randn(1, 3, 4, 8)
+BAD_LOSS = {
+    "frozen must have the non-empty shape": {"frozen": GOOD[0]},
+    "frozen must be float16": {"frozen": GOOD.long()},
+    "frozen must hold 3 views": {"frozen": GOOD[:, :2], "projected": GOOD[:, :2]},
+    "projected must have the shape of frozen": {"projected": GOOD[..., :7]},
+    "projected must be on the device of frozen": {"projected": GOOD.to("meta")},
+    "grid must be two positive integers": {"grid": (4,)},
+    "grid must have h . w == N == 4 cells": {"grid": (3, 2)},
+    "window must be an integer from 1 to 2": {"window": 3},
+    "temperature must be a finite number above 0, got 0": {"temperature": 0},
+    "temperature must be a finite number above 0, got nan": {"temperature": float("nan")},
+    "lambda_reg must be a finite number": {"lambda_reg": -1.0},
+    "regularizer must be one of kl, mse, got 'l1'": {"regularizer": "l1"},
+    "backend must be one of auto, triton, eager, got 'cuda'": {"backend": "cuda"},
+    "frozen must be float16, bfloat16 or float32 for backend": {"frozen": GOOD.double(), "backend": "triton"},
+}
+
+
+@pytest.mark.parametrize("message", BAD_LOSS)
+def test_bad_input_of_the_loss(message: str) -> None:
+    arguments = {"frozen": GOOD, "projected": GOOD, "grid": (2, 2), **BAD_LOSS[message]}
+    with pytest.raises(ValueError, match=message):
+        cosettle_loss(**arguments)
+
+
+def test_bad_input_of_the_parts() -> None:
+    parameter = torch.ones(8)
+    with pytest.raises(ValueError, match="norm_weight must have the 8 channels of linear"):
+        cosettle_head_loss(GOOD, GOOD, parameter, parameter[:7], parameter, (2, 2))
+    with pytest.raises(ValueError, match="walk must hold 2 views or more"):
+        cycle_consistency_loss(GOOD[:, :1])
+    with pytest.raises(ValueError, match="key must have the B == 1, D == 8 and dtype"):
+        affinity_softmax(GOOD[:, 0], GOOD[:, 0].double())
+    with pytest.raises(ValueError, match="projected must have the shape"):
+        separability_loss(GOOD, GOOD[:, :2])
