@@ -278,7 +278,7 @@ def tile_of(tokens: Tensor) -> dict[str, Any]:
     half = tokens.element_size() == 2
     channels = tokens.shape[-1]
     step = min(max(power_of_two(channels), 16), 64 if half else 32)
-    return {"D": channels, "BLOCK": BLOCK, "BLOCK_K": step, "num_warps": 4 if half else 8}
+    return {"D": channels, "BLOCK": BLOCK, "BLOCK_K": step, "num_warps": 8}
 
 
 def launch_three_views(
@@ -299,7 +299,7 @@ def launch_streaming(
     ).unbind()
     blocks = triton.cdiv(tokens, BLOCK)
     scale = LOG2_E / temperature
-    tile = tile_of(walk_B3MD)
+    tile, half = tile_of(walk_B3MD), walk_B3MD.element_size() == 2
     grad_B3MD = torch.empty(
         walk_B3MD.shape if grad_dtype else (0,), device=walk_B3MD.device, dtype=grad_dtype or walk_B3MD.dtype
     )
@@ -310,10 +310,9 @@ def launch_streaming(
         if grad_dtype:
             rows = (walk_B3MD, there_BM, back_BM, return_BM, through_BM)
             _through_kernel[launch](*rows, tokens, scale, EPS=CYCLE_EPS, **tile)
-            slice_channels = min(
-                max(power_of_two(channels), 16), 256 if walk_B3MD.element_size() == 2 else 64
-            )
-            narrow = {**tile, "BLOCK_K": min(tile["BLOCK_K"], 32), "num_warps": 8}
+            # Narrow steps leave the registers to the sums over a slice of channels.
+            slice_channels = min(max(power_of_two(channels), 16), 128 if half else 64)
+            narrow = {**tile, "BLOCK_K": min(tile["BLOCK_K"], 32)}
             launch_sliced = (blocks, triton.cdiv(channels, slice_channels), samples)
             for of_second in (False, True):
                 _gradient_kernel[launch_sliced](
