@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-
 WARM_UPS = 2
 
 
