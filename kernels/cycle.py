@@ -86,7 +86,7 @@ def row_is_correct(cycle_IJ: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
 @jit
 def _cycle_kernel(
     walk_ptr: tl.tensor,
-    sums_ptr: tl.tensor,
+    figures_ptr: tl.tensor,
     grad_ptr: tl.tensor,
     tokens: tl.tensor,
     inverse_temperature: tl.tensor,
@@ -124,18 +124,19 @@ def _cycle_kernel(
     return_I = tl.sum(there_IJ * back_IJ, 1)
 
     if part == 0:
-        loss_I = tl.log(1.0 + tokens * EPS) - tl.log(return_I + EPS)
-        sums = sums_ptr + sample * 4
-        tl.store(sums, tl.sum(tl.where(exists, loss_I, 0.0), 0))
+        # Four numbers a row, summed afterwards: with sums to a scalar here Triton 3.6 fails to compile for sm_100.
+        figures = figures_ptr + sample * tokens + row
+        stride = tl.num_programs(1) * tokens
+        tl.store(figures, tl.log(1.0 + tokens * EPS) - tl.log(return_I + EPS), mask=exists)
+        tl.store(figures + 3 * stride, return_I, mask=exists)
         if DIAGNOSTICS:
             # Rows beyond the last token hold a softmax of zeros; columns beyond it must never be the arg-max.
             zero_II = tl.zeros([BLOCK_M, BLOCK_M], dtype=tl.float32)
             cycle_II = dot(there_IJ, tl.trans(back_IJ), zero_II)
-            cycle_II = tl.where(exists[None, :] & exists[:, None], cycle_II, 0.0)
+            cycle_II = tl.where(exists[None, :], cycle_II, 0.0)
+            tl.store(figures + 2 * stride, tl.sum(cycle_II * cycle_II, 1), mask=exists)
             correct_I = row_is_correct(tl.where(exists[None, :], cycle_II, -1.0), BLOCK_M)
-            tl.store(sums + 1, tl.sum(tl.where(exists, correct_I, 0.0), 0))
-            tl.store(sums + 2, tl.sum(tl.sum(cycle_II * cycle_II, 1), 0))
-            tl.store(sums + 3, tl.sum(return_I, 0))
+            tl.store(figures + stride, correct_I, mask=exists)
 
     if GRAD:
         through_IJ = there_IJ * back_IJ / (return_I + EPS)[:, None]
@@ -166,7 +167,7 @@ def launch_cycle(
 ) -> CycleResult:
     """Loss, diagnostics and, with a `grad_dtype`, the gradient of contiguous views (B, 3, M, D), M <= 64."""
     samples, _, tokens, channels = walk_B3MD.shape
-    sums_B4 = torch.zeros((samples, 4), device=walk_B3MD.device)
+    figures_4BM = torch.zeros((4, samples, tokens), device=walk_B3MD.device)
     grad_shape = walk_B3MD.shape if grad_dtype else (0,)
     grad_B3MD = torch.empty(grad_shape, device=walk_B3MD.device, dtype=grad_dtype or walk_B3MD.dtype)
     block = max(power_of_two(tokens), 16)
@@ -177,7 +178,7 @@ def launch_cycle(
     with on_device(walk_B3MD):
         _cycle_kernel[(parts, samples)](
             walk_B3MD,
-            sums_B4,
+            figures_4BM,
             grad_B3MD,
             tokens,
             1.0 / temperature,
@@ -192,4 +193,4 @@ def launch_cycle(
             num_warps=4 if walk_B3MD.element_size() == 2 else 8,
             num_stages=3,
         )
-    return CycleResult(sums_B4.sum(0), grad_B3MD)
+    return CycleResult(figures_4BM.sum((1, 2)), grad_B3MD)
