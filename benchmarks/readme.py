@@ -18,7 +18,7 @@ BEGIN, END = "<!-- speed: python -m benchmarks.readme -->", "<!-- end of speed -
 def speed_lines(content: dict[str, Any]) -> str:
     """One result file as a paragraph and a table, Markdown."""
     environment, backbone = content["environment"], content["backbone"]
-    device = environment["device"] or f"{environment['cpu']['model']}, {content['threads']} threads"
+    device = environment["device"] or f"{environment['cpu']['model']}, {content['threads']} thread(s)"
     model = (
         f"ViT of width {backbone['embed_dim'] or 768}, depth {backbone['depth'] or 12}, "
         f"{content['image_size']} pixels, {content['batch_size']} pairs, {content['precision']}"
