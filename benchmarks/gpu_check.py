@@ -79,7 +79,7 @@ STEPS = (
     ),
     Step(
         name="kernels",
-        command=("-m", "benchmarks.kernels", "--short", "--out", "{out}/kernels-cuda.json"),
+        command=("-m", "benchmarks.kernels", "--short", "--output", "{out}"),
         seconds=90,
         needs=("triton",),
     ),
