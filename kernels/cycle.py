@@ -124,7 +124,7 @@ def _cycle_kernel(
     return_I = tl.sum(there_IJ * back_IJ, 1)
 
     if part == 0:
-        # Four numbers a row, summed afterwards: with sums to a scalar here Triton 3.6 fails to compile for sm_100.
+        # Four numbers a row, summed afterwards: Triton 3.6 fails for sm_100 where they are summed here.
         figures = figures_ptr + sample * tokens + row
         stride = tl.num_programs(1) * tokens
         tl.store(figures, tl.log(1.0 + tokens * EPS) - tl.log(return_I + EPS), mask=exists)
