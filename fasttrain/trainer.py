@@ -71,7 +71,11 @@ class Trainer:
         try:
             batches = iter(loader)
             for step in range(self.first_step, self.total_steps):
-                reports = self._is_due(step, self.recipe.train.log_every) or self._saves_after(step)
+                reports = (
+                    self._is_due(step, self.recipe.train.log_every)
+                    or self._saves_after(step)
+                    or self._stops_alone()
+                )
                 with part(STEP):
                     self._step(batches, step, diagnostics=reports)
                 if profiler is not None:
@@ -82,7 +86,8 @@ class Trainer:
                     results = self._report(step + 1, clock, loader, logs, progress)
                 if self._saves_after(step):
                     self._save(step + 1)
-                if self._asked_to_stop(at_report=reports):
+                # After a report only: a head that a non-finite loss spoilt is never written.
+                if reports and self._asked_to_stop():
                     self._save(step + 1)
                     progress.message(f"stopped after step {step + 1}; the same command goes on from there")
                     raise KeyboardInterrupt
@@ -199,12 +204,12 @@ class Trainer:
         """Signal handler: finish the step, write a checkpoint, leave."""
         self._stop_asked = True
 
-    def _asked_to_stop(self, *, at_report: bool) -> bool:
+    def _stops_alone(self) -> bool:
+        """Whether this step is the last one because a signal came, where no other process has a say."""
+        return self._stop_asked and self.world.size == 1
+
+    def _asked_to_stop(self) -> bool:
         # Processes get their signal at different times; on report steps they meet anyway and agree.
-        if self.world.size == 1:
-            return self._stop_asked
-        if not at_report:
-            return False
         flag = torch.tensor(float(self._stop_asked), device=self.world.device)
         return bool(self.world.maximum(flag).item())
 

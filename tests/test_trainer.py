@@ -171,12 +171,12 @@ def test_a_signal_ends_with_a_checkpoint_and_resumes_to_the_same_bits(
         if step == 0:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    recipe = tiny(frames, tmp_path)
+    recipe = tiny(frames, tmp_path, train={"log_every": 10, "save_every": 10})
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_step", signalled)
         with pytest.raises(KeyboardInterrupt):
             run(recipe)
-    assert (tmp_path / "checkpoints" / "step_00000001.pt").exists()
+    assert (tmp_path / "checkpoints" / "step_00000002.pt").exists()
     run(recipe)
     assert_same_bits(finished, tmp_path)
 
