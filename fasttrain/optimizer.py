@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fasttrain.cuda_graph import CapturedCall
 from fasttrain.errors import InputError
 from fasttrain.recipe import OptimizerRecipe
 
@@ -75,6 +78,46 @@ def learning_rate_factor(step: int, *, total_steps: int, epochs: float, warmup_e
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Use `lr` for the next step."""
+    """Use `lr` for the next step; does not wait for the device."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def record_update(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    """A step of torch's fused AdamW, with its gradients set to zero behind it, as one CUDA graph.
+
+    The learning rate moves to the device, where `set_lr` writes it for the recorded step to read. Weights and
+    state are left as they were; gradients are zero.
+    """
+    for group in optimizer.param_groups:
+        device = group["params"][0].device
+        group["lr"], group["capturable"] = torch.zeros((), device=device), True
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
+    before = {
+        parameter: {name: value.clone() for name, value in state.items()}
+        for parameter, state in optimizer.state.items()
+    }
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+
+    # At a rate of zero the steps of the recording move no weight, but they age the state.
+    recorded = CapturedCall(update, ())
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            value.copy_(before[parameter][name]) if parameter in before else value.zero_()
+    return recorded
+
+
+def portable_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """`optimizer.state_dict()` as an unrecorded optimiser has it, so that a run may go on either way."""
+    state: dict[str, Any] = optimizer.state_dict()
+    for group in state["param_groups"]:
+        if isinstance(group["lr"], Tensor):
+            group["lr"], group["capturable"] = float(group["lr"]), False
+    return state

@@ -26,7 +26,7 @@ from fasttrain.encoder_runtime import EncoderRuntime
 from fasttrain.errors import InputError
 from fasttrain.metrics import Meter
 from fasttrain.objective import CosettleObjective, asymmetric_offset
-from fasttrain.optimizer import build_optimizer, set_lr
+from fasttrain.optimizer import build_optimizer, portable_state, record_update, set_lr
 from fasttrain.profiling import part
 from fasttrain.projection import Projection
 from fasttrain.recipe import Recipe, to_dict
@@ -62,13 +62,21 @@ class Student:
             init=self.encoder.projection_init,
             seed=recipe.seed,
         ).to(world.device)
-        self.objective = world.wrap(CosettleObjective(self.projection, recipe.objective))
+        objective = CosettleObjective(self.projection, recipe.objective)
+        # Where no fused kernel computes it, compilation fuses what surrounds the head's products.
+        self._compiles_objective = self.runtime.compiled and (
+            world.device.type == "cpu" or recipe.objective.backend == "eager"
+        )
+        if self._compiles_objective:
+            objective.compile(dynamic=False)
+        self.objective = world.wrap(objective)
         self.optimizer = build_optimizer(recipe.optimizer, self.projection)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
         self.meter = Meter(world.device)
         self.diagnostics: list[Tensor] = []
         self._encode: Callable[[Tensor, Tensor], Tensor] = self.runtime.three_views
         self._pass: CapturedCall | None = None
+        self._recorded_update: Callable[[], Any] | None = None
 
     def warm_up(self) -> float:
         """Compile and record what the recipe wants, ahead of the first step; returns the seconds it took.
@@ -85,8 +93,13 @@ class Student:
         positions = self._positions(step=0)
         with self.world.without_averaging(self.objective):
             self._forward_backward(frames, positions, diagnostics=True)
+            if self._compiles_objective:
+                # Log steps and the others are two programs.
+                self._forward_backward(frames, positions)
             if uses_graph and self.world.size == 1 and not self.scaler.is_enabled():
                 self._pass = CapturedCall(self._forward_backward, (frames, positions))
+                if recipe.optimizer.name == "adamw":
+                    self._recorded_update = record_update(self.optimizer)
             elif uses_graph:
                 # The gradients' average over processes and the loss scale stay outside.
                 self._encode = CapturedCall(self.runtime.three_views, (frames, positions))
@@ -136,6 +149,9 @@ class Student:
         """One optimiser step."""
         with part("optimiser"):
             set_lr(self.optimizer, lr)
+            if self._recorded_update is not None:
+                self._recorded_update()
+                return
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=False)
@@ -150,7 +166,7 @@ class Student:
     def state(self) -> dict[str, Any]:
         return {
             "projection": self.projection.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": portable_state(self.optimizer),
             "scaler": self.scaler.state_dict(),
         }
 

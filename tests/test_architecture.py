@@ -13,7 +13,7 @@ ALLOWED = {
     "distributed": {"errors"},
     "checkpoint": {"errors"},
     "errors": set(),
-    "optimizer": {"errors", "recipe"},
+    "optimizer": {"cuda_graph", "errors", "recipe"},
     "metrics": {"distributed"},
     "projection": {"errors", "weights"},
     "objective": {"projection", "recipe"},

@@ -59,6 +59,35 @@ def test_auto_does_not_compile_on_a_cpu() -> None:
     assert not runtime.compiled
 
 
+@pytest.mark.parametrize(
+    ("dtype", "switches", "fused"),
+    [
+        (torch.bfloat16, {}, False),
+        (torch.float32, {}, True),
+        (torch.bfloat16, {"attention": "flash"}, True),
+    ],
+)
+def test_a_cpu_attends_plainly_where_that_is_faster(
+    dtype: torch.dtype, switches: dict[str, Any], fused: bool
+) -> None:
+    """Few tokens in half precision; a kernel that was asked for is taken."""
+    encoder = load_backbone("dino", **TINY)
+    EncoderRuntime(encoder, EncoderRecipe(**switches), dtype=dtype, device=CPU)
+    assert all(block.attn.fused_attn == fused for block in encoder.blocks)
+
+
+def test_long_sequences_keep_the_fused_attention() -> None:
+    encoder = load_backbone("dino", **(TINY | {"image_size": 256}))
+    EncoderRuntime(encoder, EncoderRecipe(), dtype=torch.bfloat16, device=CPU)
+    assert all(block.attn.fused_attn for block in encoder.blocks)
+
+
+def test_plain_attention_rounds_like_the_fused_one() -> None:
+    exact = views()
+    plain, fused = views(torch.bfloat16), views(torch.bfloat16, attention="flash")
+    assert relative_error(plain, exact) < 2 * relative_error(fused, exact)
+
+
 def test_casting_at_every_step_rounds_like_casting_once() -> None:
     exact = views()
     once, always = views(torch.bfloat16), views(torch.bfloat16, cast_weights=False)
