@@ -6,11 +6,14 @@ work. On a GPU wall time between two synchronisations is the device's own, for m
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import resource
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,15 +33,18 @@ class Timing:
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
-    def result(self, pairs: int) -> dict[str, float]:
-        """Milliseconds a call (median, least, most), CPU milliseconds, pairs a second at `pairs` a call."""
+    def result(self, pairs: int, *, calls: int = 1) -> dict[str, float]:
+        """Milliseconds (median, least, most) and CPU milliseconds of a step, pairs a second.
+
+        What was timed as one call are `calls` steps of `pairs` pairs each.
+        """
         middle = statistics.median(self.wall)
         return {
-            "ms": 1e3 * middle,
-            "ms_least": 1e3 * min(self.wall),
-            "ms_most": 1e3 * max(self.wall),
-            "cpu_ms": 1e3 * statistics.median(self.cpu),
-            "pairs_per_second": pairs / middle,
+            "ms": 1e3 * middle / calls,
+            "ms_least": 1e3 * min(self.wall) / calls,
+            "ms_most": 1e3 * max(self.wall) / calls,
+            "cpu_ms": 1e3 * statistics.median(self.cpu) / calls,
+            "pairs_per_second": calls * pairs / middle,
         }
 
 
@@ -79,9 +85,14 @@ def speedup(slow: Timing, fast: Timing) -> dict[str, float]:
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and of its workers that have ended."""
+    """CPU time of this process and of its workers, those alive and those that have ended."""
     own, ended = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
-    return own.ru_utime + own.ru_stime + ended.ru_utime + ended.ru_stime
+    ticks = 0
+    for child in multiprocessing.active_children():
+        fields = Path(f"/proc/{child.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    alive = ticks / os.sysconf("SC_CLK_TCK")
+    return own.ru_utime + own.ru_stime + ended.ru_utime + ended.ru_stime + alive
 
 
 def matrix_ceiling(dtype: torch.dtype, device: torch.device, *, rounds: int = 5) -> float:

@@ -23,17 +23,32 @@ def speed_lines(content: dict[str, Any]) -> str:
         f"ViT of width {backbone['embed_dim'] or 768}, depth {backbone['depth'] or 12}, "
         f"{content['image_size']} pixels, {content['batch_size']} pairs, {content['precision']}"
     )
-    steps = content["steps"]
-    rows = [
-        (f"step on resident frames, {name}", timing, steps["speedup"].get(f"{name} over peer"))
-        for name, timing in steps["timings"].items()
-    ]
+    rows = []
+    for section in ("steps", "steps_fp32"):
+        if section in content:
+            steps = content[section]
+            rows += [
+                (
+                    f"step on resident frames, {steps['precision']}, {name}",
+                    timing,
+                    steps["speedup"].get(f"{name} over peer"),
+                )
+                for name, timing in steps["timings"].items()
+            ]
+    for row in content["scaling"].get("depth", ()):
+        name = f"step on resident frames, {content['precision']}, depth {row['depth']}, ours"
+        rows.append((name, row, row["speedup"]["ours over peer"]))
     if "end_to_end" in content:
         ends = content["end_to_end"]
         rows += [
-            (f"with data, {name}", timing, ends["speedup"].get(f"{name} over peer"))
-            for name, timing in ends["timings"].items()
-            if name != "ours, resident"
+            (f"with data, {content['precision']}, {name}", timing, ratio)
+            for name, ratio in (
+                ("ours", ends["speedup"]["ours over peer"]),
+                ("peer", None),
+                ("ours, data alone", ends["speedup"]["ours, data alone over peer, data alone"]),
+                ("peer, data alone", None),
+            )
+            for timing in (ends["timings"][name],)
         ]
     lines = [
         "| measured | pairs/s | ms (least to most) | over the peer: wall, CPU time |",

@@ -1,5 +1,6 @@
-"""Two ways to spread several backbones over processes; started under torchrun by throughput.py.
+"""One and several backbones on several processes; started under torchrun by throughput.py.
 
+One backbone: data parallel, every process with pairs of its own. As many backbones as processes, two ways.
 Data parallel: every process holds all backbones and takes its share of the pairs; the heads' gradients are
 averaged. Spread: every process holds its own backbones and takes all pairs, which are gathered from the
 processes that decoded them. Both do the same work a step, and take the same steps.
@@ -20,6 +21,8 @@ from benchmarks.measure import interleave
 from benchmarks.record import write_results
 from benchmarks.throughput import read_recipe, stepper
 from fasttrain import distributed
+from fasttrain.distributed import World
+from fasttrain.recipe import Recipe
 from fasttrain.student import Student
 
 
@@ -40,23 +43,24 @@ def main() -> None:
     with distributed.start(recipe.device) as world:
         size, batch = recipe.data.image_size, recipe.train.batch_size
         frames = torch.randn(2, batch, 3, size, size, device=world.device)
-        alone = dataclasses.replace(world, size=1)
-        shared = [stepper(Student(recipe, world), frames) for _ in range(world.size)]
-        own = Student(recipe, alone)
-
-        def spread() -> None:
-            stepper(own, gather_pairs(frames, world.size))()
-
-        contenders: dict[str, Callable[[], Any]] = {
-            "data parallel": lambda: [step() for step in shared],
-            "backbones spread": spread,
-        }
+        steps = [stepper(warm_student(recipe, world), frames) for _ in range(world.size)]
+        contenders: dict[str, Callable[[], Any]] = {"one backbone, data parallel": steps[0]}
+        if world.size > 1:
+            own = warm_student(recipe, dataclasses.replace(world, size=1))
+            contenders["data parallel"] = lambda: [step() for step in steps]
+            contenders["backbones spread"] = lambda: stepper(own, gather_pairs(frames, world.size))()
         # The same calls in the same order on all processes: they meet in each.
         timings = interleave(contenders, rounds=5, calls=1, device=world.device)
         if world.is_main:
             pairs = batch * world.size
             rows = {name: timing.result(pairs) for name, timing in timings.items()}
             write_results(arguments.out, {"processes": world.size, "backbones": world.size, "timings": rows})
+
+
+def warm_student(recipe: Recipe, world: World) -> Student:
+    student = Student(recipe, world)
+    student.warm_up()
+    return student
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@
     python -m benchmarks.throughput --plot FILE.json         draw the plot again
 
 Weights are `random`: they do not matter here. On a CPU a small ViT stands in for the recipe's backbone
-(SMALL), and what counts are the ratios. Sections that cannot run (no DALI, no second GPU) stand in the JSON
-under `skipped` with the reason. Everything is measured in turns (measure.py).
+(SMALL), in the recipe's precision and in fp32, and what counts are the ratios. Sections that cannot run (no
+DALI, no second GPU) stand in the JSON under `skipped` with the reason. Everything is measured in turns
+(measure.py).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,24 +44,27 @@ SMALL = (
     "backbone.embed_dim=192",
     "backbone.depth=4",
     "train.batch_size=16",
-    "train.precision=fp32",
+    # What `auto` means on a GPU.
+    "encoder.compile=default",
 )
+SMALL_DEPTHS = (2, 4, 12)
 KINETICS_VIDEOS, KINETICS_EPOCHS = 240_000, 5
 SWITCHES = {
     "three passes": {"batch_views": False},
     "weights cast at every step": {"cast_weights": False},
     "not compiled": {"compile": "none"},
-    "compiled": {"compile": "default"},
     "all pairs at once": {"chunk": 1_000_000},
     "fp8": {"precision": "fp8"},
 }
 GPU_SWITCHES = {
     "compiled, max-autotune": {"compile": "max-autotune"},
     "CUDA graph": {"cuda_graph": True},
-    "compiled, CUDA graph": {"compile": "default", "cuda_graph": True},
-    "compiled, fp8": {"compile": "default", "precision": "fp8"},
+    "not compiled, CUDA graph": {"compile": "none", "cuda_graph": True},
+    "not compiled, fp8": {"compile": "none", "precision": "fp8"},
+    "CUDA graph, fp8": {"cuda_graph": True, "precision": "fp8"},
     "cuDNN attention": {"attention": "cudnn"},
 }
+CPU_SWITCHES = {"fused attention": {"attention": "flash"}}
 
 
 class Run:
@@ -117,31 +122,42 @@ def encoder_flops(student: Student, frames: Tensor) -> float:
     return float(counter.get_total_flops())
 
 
-def steps_against_the_peer(run: Run) -> dict[str, Any]:
-    """A training step on resident frames: ours, ours compiled, the published scheme at equal precision."""
-    frames = run.frames()
-    dtype = DTYPES[run.recipe.train.precision]
-    contenders: dict[str, Callable[[], Any]] = {
-        "ours": stepper(run.student(), frames),
-        "ours, compiled": stepper(run.student(with_encoder(run.recipe, compile="default")), frames),
+def steps_against_the_peer(run: Run, recipe: Recipe) -> dict[str, Any]:
+    """A training step on resident frames: ours, and the published scheme at equal precision."""
+    frames, device = run.frames(recipe), run.device
+    dtype = DTYPES[recipe.train.precision]
+    ours: dict[str, Callable[[], Any]] = {
+        "ours": stepper(run.student(recipe), frames),
+        "ours, not compiled": stepper(run.student(with_encoder(recipe, compile="none")), frames),
     }
-    peers = {"peer": PeerStep(run.recipe, device=run.device, dtype=dtype)}
-    peers["peer, fused attention"] = PeerStep(
-        run.recipe, device=run.device, dtype=dtype, fused_attention=True
-    )
-    if run.device.type == "cuda":
-        peers["peer, fp16"] = PeerStep(run.recipe, device=run.device, dtype=torch.float16)
-    for name, peer in peers.items():
-        contenders[name] = lambda peer=peer: peer(frames)
+    peers = {
+        "peer": PeerStep(recipe, device=device, dtype=dtype),
+        "peer, fused attention": PeerStep(recipe, device=device, dtype=dtype, fused_attention=True),
+    }
+    if device.type == "cuda":
+        peers["peer, fp16"] = PeerStep(recipe, device=device, dtype=torch.float16)
+    contenders = {**ours, **{name: partial(peer, frames) for name, peer in peers.items()}}
     timings = run.time(contenders)
-    return {
+    result: dict[str, Any] = {
+        "precision": recipe.train.precision,
         "timings": {name: timing.result(run.pairs) for name, timing in timings.items()},
         "speedup": {
-            f"{ours} over {peer}": speedup(timings[peer], timings[ours])
-            for ours in ("ours", "ours, compiled")
-            for peer in peers
+            f"{name} over {peer}": speedup(timings[peer], timings[name]) for name in ours for peer in peers
         },
     }
+    if device.type == "cuda":
+        result["peak_memory_gb"] = {name: peak_memory_gb(step) for name, step in contenders.items()}
+    return result
+
+
+def peak_memory_gb(step: Callable[[], Any]) -> float:
+    """The most memory that a step takes beyond weights, states and recorded graphs."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e9
 
 
 def parts_alone(run: Run, ceiling: dict[str, float]) -> dict[str, Any]:
@@ -182,7 +198,7 @@ def parts_alone(run: Run, ceiling: dict[str, float]) -> dict[str, Any]:
 
 def switches(run: Run) -> dict[str, Any]:
     """Each switch of the encoder changed alone, against the recipe as it is."""
-    choices = SWITCHES | (GPU_SWITCHES if run.device.type == "cuda" else {})
+    choices = SWITCHES | (GPU_SWITCHES if run.device.type == "cuda" else CPU_SWITCHES)
     if run.short:
         choices = {name: c for name, c in choices.items() if c.get("compile") != "max-autotune"}
     if run.device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
@@ -229,11 +245,11 @@ def fp8_error(run: Run) -> dict[str, float]:
 
 
 def scaling(run: Run) -> dict[str, Any]:
-    """Time a pair over batch, resolution (tokens) and number of backbones from one stream."""
+    """A step over batch, resolution (tokens), number of backbones and, on a CPU, depth beside the peer's."""
     base = run.recipe
     batches = (32, 64, 128, 256) if run.device.type == "cuda" else (4, 8, 16, 32)
     sizes = (224, 288, 384, 518 // 16 * 16) if run.device.type == "cuda" else (224, 288, 384)
-    rows: dict[str, list[dict[str, float]]] = {"batch": [], "resolution": [], "backbones": []}
+    rows: dict[str, list[dict[str, Any]]] = {"batch": [], "resolution": [], "backbones": []}
     counts: tuple[int, ...] = (1, 2, 4, 8)
     if run.short:
         batches, sizes, counts = batches[::2], sizes[:2], counts[::2]
@@ -246,7 +262,23 @@ def scaling(run: Run) -> dict[str, Any]:
         rows["resolution"].append({"size": size, "tokens": side**2, **step_cost(run, recipe, 1)})
     for count in counts:
         rows["backbones"].append({"backbones": count, **step_cost(run, base, count)})
+    if run.device.type == "cpu":
+        rows["depth"] = [depth_beside_the_peer(run, depth) for depth in SMALL_DEPTHS[: 2 if run.short else 3]]
     return rows
+
+
+def depth_beside_the_peer(run: Run, depth: int) -> dict[str, Any]:
+    """What is gained over the peer hangs on how much of a step the encoder's matrix products are."""
+    backbone = dataclasses.replace(run.recipe.backbone, depth=depth)
+    recipe = dataclasses.replace(run.recipe, backbone=backbone)
+    frames = run.frames(recipe)
+    peer = PeerStep(recipe, device=run.device, dtype=DTYPES[recipe.train.precision])
+    timings = run.time({"ours": stepper(run.student(recipe), frames), "peer": partial(peer, frames)})
+    return {
+        "depth": depth,
+        **timings["ours"].result(run.pairs),
+        "speedup": {"ours over peer": speedup(timings["peer"], timings["ours"])},
+    }
 
 
 def step_cost(run: Run, recipe: Recipe, count: int) -> dict[str, float]:
@@ -277,7 +309,8 @@ def end_to_end(run: Run) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         places = loaders.prepare(Path(folder), None, 8)
         setting = loaders.Setting(**places, batch=run.pairs, pairs=0, threads=cores, device=run.device.type)
-        total = steps * (run.rounds + WARM_UPS)
+        # Each stream is read twice: with the training step and alone.
+        total = 2 * steps * (run.rounds + WARM_UPS)
         published = loaders.FolderPairs(places["frames"], total * run.pairs, 4)
         ours = loaders.our_pairs(setting, places["packed"], "auto", total)
         theirs = loaders.workers(setting, published)
@@ -286,16 +319,22 @@ def end_to_end(run: Run) -> dict[str, Any]:
                 "ours": lambda: take(ours, steps, lambda pairs: stepper(student, pairs.frames)()),
                 "peer": lambda: take(theirs, steps, lambda batch: peer(batch.transpose(0, 1).contiguous())),
                 "ours, resident": lambda: [resident() for _ in range(steps)],
+                "ours, data alone": lambda: take(ours, steps, lambda _: None),
+                "peer, data alone": lambda: take(theirs, steps, lambda _: None),
             }
             timings = interleave(contenders, rounds=run.rounds, calls=1, device=run.device)
         finally:
             ours.close()
-    pairs = steps * run.pairs
-    rows = {name: timing.result(pairs) for name, timing in timings.items()}
+    rows = {name: timing.result(run.pairs, calls=steps) for name, timing in timings.items()}
     hours = KINETICS_EPOCHS * KINETICS_VIDEOS / rows["ours"]["pairs_per_second"] / 3600
     return {
         "timings": rows,
-        "speedup": {"ours over peer": speedup(timings["peer"], timings["ours"])},
+        "speedup": {
+            "ours over peer": speedup(timings["peer"], timings["ours"]),
+            "ours, data alone over peer, data alone": speedup(
+                timings["peer, data alone"], timings["ours, data alone"]
+            ),
+        },
         "data_overhead": rows["ours"]["ms"] / rows["ours, resident"]["ms"] - 1,
         "kinetics400_hours": hours,
     }
@@ -307,17 +346,29 @@ def take(batches: Iterator[Any], count: int, use: Callable[[Any], Any]) -> None:
 
 
 def over_processes(run: Run, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Two backbones on two processes: data parallel, or one backbone each with the frames gathered."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "spread.json"
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-            "-m", "benchmarks.spread", "--out", str(out), arguments.recipe, *arguments.overrides,
-        ]  # fmt: skip
-        threads = max(1, len(os.sched_getaffinity(0)) // 2)
-        environment_ = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        subprocess.run(command, check=True, env=environment_, timeout=240)
-        return dict(json.loads(out.read_text(encoding="utf-8")))
+    """Growth with processes (GPUs, or cores): the pairs of a process stay the same; one backbone or several.
+
+    Of several backbones, two ways: data parallel, or some backbones on each process, frames gathered.
+    """
+    available = torch.cuda.device_count() if run.device.type == "cuda" else len(os.sched_getaffinity(0))
+    counts = [count for count in (1, 2, 4, 8) if count <= available]
+    rows = []
+    for count in counts:
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "spread.json"
+            command = [
+                sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}",
+                "-m", "benchmarks.spread", "--out", str(out), arguments.recipe, *arguments.overrides,
+            ]  # fmt: skip
+            # As many threads a process for one as for all.
+            threads = max(1, len(os.sched_getaffinity(0)) // counts[-1])
+            environment_ = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+            subprocess.run(command, check=True, env=environment_, timeout=240)
+            rows.append(json.loads(out.read_text(encoding="utf-8")))
+    rates = [row["timings"]["one backbone, data parallel"]["pairs_per_second"] for row in rows]
+    for row, rate in zip(rows, rates, strict=True):
+        row["efficiency"] = rate / (row["processes"] * rates[0])
+    return {"rows": rows}
 
 
 def read_recipe(path: str, overrides: list[str], *, small: bool) -> Recipe:
@@ -349,7 +400,8 @@ def main() -> None:
         run = Run(recipe, world, short=arguments.short)
         ceiling = ceilings(run)
         sections: dict[str, Callable[[], dict[str, Any]]] = {
-            "steps": lambda: steps_against_the_peer(run),
+            "steps": lambda: steps_against_the_peer(run, recipe),
+            "steps_fp32": lambda: steps_against_the_peer(run, in_fp32(recipe)),
             "parts": lambda: parts_alone(run, ceiling),
             "switches": lambda: switches(run),
             "fp8": lambda: fp8_error(run),
@@ -357,7 +409,7 @@ def main() -> None:
             "end_to_end": lambda: end_to_end(run),
             "processes": lambda: over_processes(run, arguments),
         }
-        skipped = obstacles(world.device)
+        skipped = obstacles(world.device, recipe)
         payload: dict[str, Any] = {
             "environment": environment(),
             "command": " ".join(["benchmarks.throughput", *sys.argv[1:]]),
@@ -380,9 +432,17 @@ def main() -> None:
     print(json.dumps({key: payload[key].get("speedup") for key in ("steps", "end_to_end") if key in payload}))
 
 
-def obstacles(device: torch.device) -> dict[str, str]:
+def in_fp32(recipe: Recipe) -> Recipe:
+    return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, precision="fp32"))
+
+
+def obstacles(device: torch.device, recipe: Recipe) -> dict[str, str]:
     """Sections that cannot run here, and why."""
     found = {}
+    if device.type == "cuda":
+        found["steps_fp32"] = "on a GPU nobody trains in float32"
+    elif recipe.train.precision == "fp32":
+        found["steps_fp32"] = "the recipe's precision is fp32 itself"
     # find_spec imports the parent, which may be absent itself.
     needed = {"DALI": ("nvidia", "nvidia.dali"), "PyAV": ("av",)}
     missing = [

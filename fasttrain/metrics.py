@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,10 @@ class Meter:
         return dict(zip(self.NAMES, values, strict=True)), bad_step
 
 
+# The event that ends the log of a backbone whose loss is not finite.
+NON_FINITE = "non-finite loss"
+
+
 class MetricsLog:
     """`metrics.jsonl` and TensorBoard events of one run folder; written by the main process only."""
 
@@ -78,19 +83,29 @@ class MetricsLog:
             self._writer.close()
 
 
+def last_event(folder: Path) -> str | None:
+    """What the log of a run folder ended on, if its last line tells of an event."""
+    records = [record for _, record in _records(folder / "metrics.jsonl")]
+    return records[-1].get("event") if records else None
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every line of a log with what it says."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield line, json.loads(line)
+        except json.JSONDecodeError:
+            # The run was cut off in the middle of this line.
+            continue
+
+
 def _drop_lines_from(path: Path, first_step: int) -> None:
     """Take out what a run that was cut off wrote after its last checkpoint, so that no step stands twice."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            # The run was cut off in the middle of this line.
-            continue
-        if record["step"] <= first_step:
-            kept.append(line + "\n")
+    kept = [line + "\n" for line, record in _records(path) if record["step"] <= first_step]
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept), encoding="utf-8")
     os.replace(partial, path)

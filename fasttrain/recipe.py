@@ -342,7 +342,22 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise InputError(f"{key}: {section!r} is not a section; {_nearest(key)}")
         tree = child
+    if key == "backbones" and isinstance(value, list) and all(isinstance(name, str) for name in value):
+        value = _pick_backbones(tree.get(key) or [], value)
     tree[leaf] = value
+
+
+def _pick_backbones(entries: list[Any], names: list[str]) -> list[Any]:
+    """`backbones=[mae, dino]`: these of the recipe's own entries."""
+    by_name = {entry.get("name"): entry for entry in entries if isinstance(entry, dict)}
+    unknown = [name for name in names if name not in by_name]
+    if unknown:
+        listed = ", ".join(map(str, by_name)) or "none"
+        raise InputError(
+            f"backbones: {unknown[0]!r} is not in the recipe's list ({listed}); name some of these, or give "
+            f"whole entries: backbones=[{{name: mae, weights: PATH}}]"
+        )
+    return [by_name[name] for name in names]
 
 
 # --- checking ------------------------------------------------------------------------------------------

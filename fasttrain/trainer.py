@@ -23,7 +23,7 @@ from fasttrain.checkpoint import load_checkpoint, saved_steps
 from fasttrain.data import FrameIndex, FramePairs, PairLoader, PairSampling, open_source
 from fasttrain.distributed import World
 from fasttrain.errors import InputError, LocalInputError
-from fasttrain.metrics import Clock, MetricsLog, ProgressReport
+from fasttrain.metrics import NON_FINITE, Clock, MetricsLog, ProgressReport, last_event
 from fasttrain.optimizer import learning_rate_factor
 from fasttrain.profiling import SKIPPED, STEP, StepProfiler, part, summary_table
 from fasttrain.projection import Projection
@@ -173,9 +173,7 @@ class Trainer:
         ids, names = loader.samples_of_step(step)
         log = logs[student.name]
         if log is not None:
-            log.write(
-                step + 1, {"event": "non-finite loss", "samples": [int(i) for i in ids], "names": names}
-            )
+            log.write(step + 1, {"event": NON_FINITE, "samples": [int(i) for i in ids], "names": names})
         shown = ", ".join(f"{i} ({name})" for i, name in list(zip(ids, names, strict=True))[:8])
         more = f" and {len(ids) - 8} more, all listed in metrics.jsonl" if len(ids) > 8 else ""
         line = (
@@ -247,7 +245,15 @@ class Trainer:
         return students
 
     def _resume(self) -> int:
-        """Load the newest checkpoint that all students have; returns the step to go on from."""
+        """Load the newest checkpoint that all students have; returns the step to go on from.
+
+        Of several backbones, one that was dropped stays dropped: the others have gone on without it.
+        """
+        dropped = [student for student in self.students if last_event(student.folder) == NON_FINITE]
+        if len(dropped) < len(self.students):
+            for student in dropped:
+                self.students.remove(student)
+                self.say(f"dropped {student.name}: its loss was not finite when this run was here before")
         steps = [set(saved_steps(student.folder / "checkpoints")) for student in self.students]
         common = set.intersection(*steps)
         if not common:

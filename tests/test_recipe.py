@@ -81,6 +81,17 @@ def test_overrides_win_over_the_file_and_the_file_over_its_base(tmp_path: Path) 
     assert recipe.output == "2024"
 
 
+def test_some_of_the_backbones_are_picked_by_name() -> None:
+    every = load_recipe(RECIPES / "all.yaml").backbones
+    picked = load_recipe(RECIPES / "all.yaml", ["backbones=[dino,mae]"]).backbones
+    assert [backbone.name for backbone in picked] == ["dino", "mae"]
+    assert set(picked) < set(every)
+    with pytest.raises(InputError, match=r"backbones: 'dyno' is not in the recipe's list \(mae, .*dinov2\)"):
+        load_recipe(RECIPES / "all.yaml", ["backbones=[dyno]"])
+    with pytest.raises(InputError, match=r"list \(none\)"):
+        load_recipe(RECIPES / "dino.yaml", ["backbones=[dino]"])
+
+
 @pytest.mark.parametrize(
     ("override", "parts"),
     [

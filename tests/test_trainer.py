@@ -226,6 +226,27 @@ def test_all_backbones_from_one_stream_equal_single_runs(
     assert not (tmp_path / "all" / "clip").exists()
 
 
+def test_a_backbone_of_non_finite_loss_is_dropped_and_stays_dropped(
+    frames: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The other goes on, also when the run is stopped and taken up again, to the weights of its own run."""
+    single = tiny(frames, tmp_path)
+    other = dataclasses.replace(single.backbone, name="mae")
+    together = dataclasses.replace(single, backbones=(single.backbone, other))
+    with distributed.start("cpu") as world:
+        trainer = Trainer(together, world, Console())
+        trainer.students[1].projection.norm.bias.data.fill_(torch.nan)
+        trainer.ask_to_stop(signal.SIGTERM, None)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.fit()
+    assert [student.name for student in trainer.students] == ["dino"]
+    assert "dropped mae: the loss is not finite in step 0" in capsys.readouterr().out
+    assert list(run(together)) == ["dino"]
+    assert "dropped mae: its loss was not finite" in capsys.readouterr().out
+    assert_same_bits(finished, tmp_path / "dino")
+    assert metrics(tmp_path / "mae")[-1]["event"] == "non-finite loss"
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_starts_from_the_same_loss_and_learns(
     precision: str, frames: Path, finished: Path, tmp_path: Path

@@ -1,13 +1,15 @@
 """The peer does the same maths as fasttrain, and figures are computed as they say; no timing is judged."""
 
 import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.measure import Timing, interleave, speedup
+from benchmarks.measure import Timing, cpu_seconds, interleave, speedup
 from benchmarks.peer import PeerStep
 from benchmarks.throughput import Run, encoder_flops, fp8_error, read_recipe, stepper
 from fasttrain import distributed
@@ -25,6 +27,8 @@ def tiny(*overrides: str) -> Recipe:
         "data.image_size=64",
         "train.batch_size=3",
         "device=cpu",
+        "train.precision=fp32",
+        "encoder.compile=none",
     ]
     return read_recipe(str(ROOT / "recipes" / "dino.yaml"), [*sizes, *overrides], small=True)
 
@@ -101,6 +105,17 @@ def test_speedup_is_taken_round_by_round() -> None:
     slow, fast = Timing([4.0, 9.0, 2.0], [2.0, 2.0, 2.0]), Timing([2.0, 3.0, 2.0], [1.0, 1.0, 1.0])
     assert speedup(slow, fast) == {"wall": 2.0, "wall_least": 1.0, "wall_most": 3.0, "cpu": 2.0}
     assert fast.result(4)["pairs_per_second"] == 2.0
+    assert fast.result(4, calls=2)["pairs_per_second"] == 4.0
+    assert fast.result(4, calls=2)["ms"] == 1000.0
+
+
+def test_cpu_time_counts_living_workers() -> None:
+    begun = cpu_seconds()
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pool.submit(sum, range(3_000_000)).result()
+        alive = cpu_seconds() - begun
+    # Starting an interpreter alone takes several ticks of the kernel's clock.
+    assert alive > 0.02
 
 
 def test_committed_results_are_whole() -> None:
