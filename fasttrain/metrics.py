@@ -35,7 +35,9 @@ class Meter:
         """Take in one forward pass; three scalars with or without gradient."""
         self._sums += torch.stack((loss, cycle, separability)).detach()
         self._passes += 1
-        bad = torch.where(loss.detach().isfinite(), -torch.inf, -float(step))
+        # Filled, not chosen by torch.where: that copies plain numbers to the device and waits for it.
+        this_step = torch.full_like(self._minus_bad_step, -float(step))
+        bad = this_step.masked_fill_(loss.detach().isfinite(), -torch.inf)
         self._minus_bad_step = torch.maximum(self._minus_bad_step, bad)
 
     def read(self, world: World) -> tuple[dict[str, float], int | None]:

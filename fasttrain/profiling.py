@@ -22,6 +22,7 @@ PARTS = ("data", "encoder", "head and loss", "backward", "meters", "optimiser")
 SKIPPED, RECORDED = 3, 4
 STEP = "step"
 _ON_DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
+_HOST = {"cpu_op", "user_annotation"}
 _LAUNCHES = {"cuda_runtime", "cuda_driver"}
 _WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize")
 # The host reads a number from the device: on a GPU each one waits for all work before it.
@@ -89,7 +90,7 @@ def summarise(events: Iterable[dict[str, Any]], *, steps: int) -> dict[str, Any]
 
     Returns `device` (cuda | cpu), `steps`, `step_ms`, `parts` (name -> {"ms", "share"} a step: device time on
     a GPU, host time on a CPU), `outside_ms` (work of no part), and of the step ranges alone `waits`,
-    `scalar_reads` and `allocations` a step; on a GPU also `busy_share`, the share of the recorded time in
+    `scalar_reads` and `allocations` a step, on threads that run PyTorch; on a GPU also `busy_share`, the share of the recorded time in
     which at least one kernel ran, and `streams` (part -> number of streams that its kernels were on).
     """
     complete = [event for event in events if event.get("ph") == "X"]
@@ -119,9 +120,12 @@ def summarise(events: Iterable[dict[str, Any]], *, steps: int) -> dict[str, Any]
     total = sum(parts.values()) + outside
     span = step_ranges[-1][1] - step_ranges[0][0] if step_ranges else 0.0
 
+    # A loader's own threads may wait: the step's do not wait for them.
+    threads = {event.get("tid") for event in complete if event.get("cat") in _HOST}
+
     def per_step(names: tuple[str, ...]) -> float:
-        hits = [e for e in complete if e.get("name") in names and _range_of(step_ranges, e["ts"])]
-        return len(hits) / steps
+        hits = [e for e in complete if e.get("name") in names and e.get("tid") in threads]
+        return sum(_range_of(step_ranges, event["ts"]) is not None for event in hits) / steps
 
     summary: dict[str, Any] = {
         "device": "cuda" if work else "cpu",

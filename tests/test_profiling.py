@@ -11,6 +11,7 @@ from PIL import Image
 from fasttrain import distributed
 from fasttrain.profiling import PARTS, RECORDED, SKIPPED, STEP, StepProfiler, part, summarise, summary_table
 from fasttrain.recipe import recipe_from_dict
+from fasttrain.student import Student
 from fasttrain.trainer import train
 
 
@@ -58,6 +59,14 @@ def test_device_time_goes_to_the_part_that_launched_it() -> None:
     assert (summary["streams"]["data"], summary["streams"]["encoder"]) == (1, 1)
     # The second wait is after the step.
     assert (summary["waits"], summary["scalar_reads"], summary["allocations"]) == (1, 0, 0)
+
+
+def test_waits_of_a_loaders_threads_do_not_count() -> None:
+    wait = host("cudaEventSynchronize", 20, 1, "cuda_runtime", correlation=9)
+    events = [{**event, "tid": 1} for event in GPU_EVENTS]
+    alone = summarise(events, steps=1)["waits"]
+    assert summarise([*events, {**wait, "tid": 2}], steps=1)["waits"] == alone
+    assert summarise([*events, {**wait, "tid": 1}], steps=1)["waits"] == alone + 1
 
 
 def test_host_time_is_taken_without_a_device() -> None:
@@ -134,3 +143,31 @@ def test_a_training_run_is_profiled_and_reads_no_number_between_log_steps(tmp_pa
     # On a CPU torch's fused AdamW reads its step counter once for each of the head's four parameters; on a
     # GPU the counter stays on the device. A meter that read anything would add to these.
     assert summary["scalar_reads"] <= 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_steps_on_a_gpu_neither_wait_nor_allocate(cuda_graph: bool, tmp_path: Path) -> None:
+    """Between log steps the host never waits for the device, and after the first steps memory is reused."""
+    recipe = recipe_from_dict(
+        {
+            "device": "cuda",
+            "backbone": {"name": "dino", "embed_dim": 128, "depth": 2},
+            "encoder": {"compile": "none", "cuda_graph": cuda_graph},
+            "data": {"image_size": 64},
+            "train": {"batch_size": 4},
+        }
+    )
+    profiler = StepProfiler(tmp_path, torch.device("cuda"))
+    with distributed.start("cuda") as world:
+        student = Student(recipe, world)
+        student.warm_up()
+        frames = torch.randn(2, 4, 3, 64, 64, device="cuda", dtype=torch.bfloat16)
+        for step in range(SKIPPED + RECORDED):
+            with part(STEP):
+                student.accumulate(frames, step, last=True, diagnostics=False)
+                student.update(1e-4)
+            profiler.step()
+    summary = profiler.close()
+    assert summary is not None
+    assert (summary["waits"], summary["scalar_reads"], summary["allocations"]) == (0, 0, 0)
