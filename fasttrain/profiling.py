@@ -89,9 +89,10 @@ def summarise(events: Iterable[dict[str, Any]], *, steps: int) -> dict[str, Any]
     """A step's time by part, from a Chrome trace's events (times in microseconds).
 
     Returns `device` (cuda | cpu), `steps`, `step_ms`, `parts` (name -> {"ms", "share"} a step: device time on
-    a GPU, host time on a CPU), `outside_ms` (work of no part), and of the step ranges alone `waits`,
-    `scalar_reads` and `allocations` a step, on threads that run PyTorch; on a GPU also `busy_share`, the share of the recorded time in
-    which at least one kernel ran, and `streams` (part -> number of streams that its kernels were on).
+    a GPU, host time on a CPU), `outside_ms` (work of no part), and of the step ranges alone, on threads that
+    run PyTorch, `waits`, `scalar_reads` and `allocations` a step; on a GPU also `busy_share`, the share of
+    the recorded time in which at least one kernel ran, and `streams` (part -> number of streams that its
+    kernels were on).
     """
     complete = [event for event in events if event.get("ph") == "X"]
     step_ranges = _ranges(complete, (STEP,))
