@@ -32,6 +32,7 @@ CPU_CHUNK = 4
 # Up to here PyTorch's fused attention loses to plain products on a CPU in half precision (3.8 against 6.2 ms
 # for 12 x 3 heads of 197 tokens); beyond, the matrix of all pairs no longer stays in the caches.
 CPU_PLAIN_TOKENS = 256
+MOST_PROGRAMS = 64
 # Graphs are recorded by cuda_graph.py, over more than the encoder.
 COMPILE_MODES = {"default": None, "max-autotune": "max-autotune-no-cudagraphs"}
 
@@ -104,6 +105,10 @@ def compile_cached(
     function: Callable[[Tensor, Tensor], Tensor], mode: str | None
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """torch.compile for fixed shapes, with its code kept in the user's cache folder from run to run."""
+    # Every kind of encoder in a process is a program of its own; past PyTorch's limit of eight they would
+    # silently run uncompiled.
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, MOST_PROGRAMS)
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fasttrain" / "inductor"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     return torch.compile(function, dynamic=False, mode=mode)

@@ -54,6 +54,12 @@ def test_compiled_agrees_with_eager() -> None:
     assert relative_error(views(compile="default"), views(compile="none")) < 1e-6
 
 
+def test_every_kind_of_encoder_in_a_process_is_compiled() -> None:
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        for name in ("dinov2", "ijepa"):
+            assert relative_error(views(name=name, compile="default"), views(name=name)) < 1e-6
+
+
 def test_auto_does_not_compile_on_a_cpu() -> None:
     runtime = EncoderRuntime(load_backbone("dino", **TINY), EncoderRecipe(), dtype=torch.float32, device=CPU)
     assert not runtime.compiled
