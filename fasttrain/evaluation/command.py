@@ -11,7 +11,13 @@ from types import ModuleType
 
 from fasttrain import distributed
 from fasttrain.errors import InputError
-from fasttrain.evaluation import consistency_task, davis_task
+from fasttrain.evaluation import (
+    consistency_task,
+    davis_task,
+    localization_task,
+    probe_task,
+    retrieval_task,
+)
 from fasttrain.evaluation.harness import (
     add_subject_arguments,
     load_subject,
@@ -24,6 +30,9 @@ from fasttrain.evaluation.harness import (
 TASKS: dict[str, tuple[ModuleType, str]] = {
     "davis": (davis_task, "video object segmentation by label propagation: J and F"),
     "consistency": (consistency_task, "the paper's trade-off: distances within and between videos"),
+    "retrieval": (retrieval_task, "nearest videos: recall at 1, 5 and 10 in percent"),
+    "probe": (probe_task, "classification: weighted k-NN and a linear probe, accuracy in percent"),
+    "localization": (localization_task, "actions in time: frames, segments and detections, in percent"),
 }
 
 
