@@ -17,48 +17,41 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from fasttrain.errors import InputError
+from fasttrain.evaluation.figures import contact_sheet
 
 Frame = npt.NDArray[np.uint8]
 
 # Beyond so many classes their names would run into each other.
 _MOST_NAMES = 40
-_RIGHT, _WRONG = "#2a9d4a", "#c8402f"
+_RIGHT, _WRONG, _QUERY = (42, 157, 74), (200, 64, 47), (255, 255, 255)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalRow:
-    """A query and its nearest videos, nearest first, with their classes and whether that is the query's."""
+    """A query and its nearest videos, nearest first, with whether each is of the query's class."""
 
-    title: str
+    caption: str
     query: Frame
     neighbours: Sequence[Frame]
-    captions: Sequence[str]
     right: Sequence[bool]
 
 
 def retrieval_sheet(rows: Sequence[RetrievalRow], path: Path) -> Path:
-    """A row per query: its picture, then its nearest, framed green where the class is the query's."""
-    if not rows:
-        raise InputError("a sheet of retrieved videos needs at least one query")
-    columns = 1 + max(len(row.neighbours) for row in rows)
-    figure = Figure(figsize=(1.9 * columns, 1.75 * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), columns, squeeze=False)
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for places, row in zip(grid, rows, strict=True):
-        pictures = (row.query, *row.neighbours)
-        captions = (row.title, *row.captions)
-        colors = (None, *(_RIGHT if right else _WRONG for right in row.right))
-        for axes, picture, caption, color in zip(places, pictures, captions, colors, strict=False):
-            axes.imshow(picture)
-            axes.set_title(_short(caption), fontsize=8, color=color or "black")
-            if color:
-                axes.set_axis_on()
-                axes.set_xticks([])
-                axes.set_yticks([])
-                for spine in axes.spines.values():
-                    spine.set(color=color, linewidth=3)
-    return _save(figure, path)
+    """A row per query: its picture, then its nearest, framed green if of the query's class, else red."""
+    sheet = []
+    for row in rows:
+        colors = [_RIGHT if right else _WRONG for right in row.right]
+        framed = [_framed(*one) for one in zip(row.neighbours, colors, strict=True)]
+        sheet.append((row.caption, [_framed(row.query, _QUERY), *framed]))
+    return contact_sheet(sheet, path, tile_width=128)
+
+
+def _framed(picture_HWC: Frame, color: tuple[int, int, int]) -> Frame:
+    width = max(2, round(picture_HWC.shape[1] / 24))
+    height, length = picture_HWC.shape[:2]
+    framed_HWC = np.full((height + 2 * width, length + 2 * width, 3), color, dtype=np.uint8)
+    framed_HWC[width:-width, width:-width] = picture_HWC
+    return framed_HWC
 
 
 def confusion_maps(counts: Mapping[str, Any], classes: Sequence[str], path: Path) -> Path:

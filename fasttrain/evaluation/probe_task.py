@@ -95,6 +95,11 @@ def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: Wo
         "data": {**data, "held_out_videos": int(held_out_N.sum())},
         "results": results,
         "linear_probe": probes,
-        "confusion": {moment: counts.tolist() for moment, counts in confusions.items()},
-        "classes": split.classes,
+        "linear_top_1_per_class": {
+            moment: {
+                split.classes[label]: 100 * int(counts_CC[label, label]) / int(counts_CC[label].sum())
+                for label in labels_S.unique().tolist()
+            }
+            for moment, counts_CC in confusions.items()
+        },
     }

@@ -20,7 +20,7 @@ from fasttrain.evaluation.retrieval import RANKS, nearest, recall_at
 from fasttrain.evaluation.splits import LabelledVideo
 from fasttrain.evaluation.video_features import extract_split, stack
 
-SHOWN_QUERIES = 5
+SHOWN_QUERIES = 4
 SHOWN_NEIGHBOURS = 5
 
 
@@ -66,14 +66,13 @@ def _draw(
         for moment, neighbours_QK in neighbours.items():
             nearest_K = [train[place] for place in neighbours_QK[query, :SHOWN_NEIGHBOURS].tolist()]
             pictures = [found[video.name][moment].picture() for video in (test[query], *nearest_K)]
-            right = [video.label == test[query].label for video in nearest_K]
+            names = ", ".join(classes[video.label] for video in nearest_K)
             rows.append(
                 charts.RetrievalRow(
-                    title=f"{classes[test[query].label]}, {moment}",
+                    caption=f"{moment}: {classes[test[query].label]} finds {names}",
                     query=pictures[0],
                     neighbours=pictures[1:],
-                    captions=[classes[video.label] for video in nearest_K],
-                    right=right,
+                    right=[video.label == test[query].label for video in nearest_K],
                 )
             )
     charts.retrieval_sheet(rows, output / "figures" / "retrieval.png")

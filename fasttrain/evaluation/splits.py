@@ -211,7 +211,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _checked(entries: Entries, which: str, classes: Sequence[str]) -> Entries:
-    """The entries, each once. Raises InputError for an empty list, unknown classes, two classes of a video."""
+    """The entries, each once. Raises InputError where there is none, or a class is unknown or ambiguous."""
     if not entries:
         raise InputError(f"the {which} list is empty; it must name at least one video")
     unknown = {label for _, label in entries} - set(classes)
