@@ -1,7 +1,9 @@
 """Measure a run on a benchmark, before and after its projection: `python -m fasttrain eval TASK`.
 
-Writes OUTPUT/TASK.json, pictures and, for DAVIS, the masks; prints a table. Under torchrun the sequences are
-spread over the processes.
+Writes OUTPUT/TASK.json, pictures and, for DAVIS, the masks; prints a table. Under torchrun the sequences or
+videos are spread over the processes; `--` keeps torchrun from taking --run for an option of its own:
+
+    torchrun --nproc-per-node=8 -m -- fasttrain eval probe --run RUN --root DATASET
 """
 
 import argparse

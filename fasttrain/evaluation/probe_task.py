@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fasttrain.distributed import World
+from fasttrain.errors import InputError
 from fasttrain.evaluation import charts, video_features
 from fasttrain.evaluation.harness import Subject
 from fasttrain.evaluation.linear import MAX_ITERATIONS, fit_linear
@@ -46,6 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: World) -> dict[str, Any] | None:
     """Accuracy on all test videos, on the main process."""
+    if min(arguments.neighbours) < 1 or arguments.max_iterations < 1 or arguments.temperature <= 0:
+        raise InputError(
+            f"--neighbours {arguments.neighbours}, --temperature {arguments.temperature}, --max-iterations "
+            f"{arguments.max_iterations}: each must be positive"
+        )
     extracted = extract_split(arguments, subject, output, world)
     if extracted is None:
         return None

@@ -216,6 +216,35 @@ def test_a_class_that_lost_its_training_videos(
     fails("retrieval", given, "15 of 15 listed videos are not under", capsys)
 
 
+@pytest.mark.parametrize(
+    ("task", "words", "part"),
+    [
+        ("probe", ["--neighbours", 5, 0], "--neighbours [5, 0]"),
+        ("probe", ["--temperature", 0], "--temperature 0.0"),
+        ("probe", ["--max-iterations", 0], "--max-iterations 0"),
+        ("retrieval", ["--num-frames", 0], "0 frames"),
+        ("retrieval", ["--batch-size", 0], "--batch-size 0"),
+        ("retrieval", ["--image-size", 50], "multiples of 16"),
+        ("retrieval", ["--dataset", "ssv2"], "labels.json"),
+    ],
+)
+def test_bad_settings(
+    task: str,
+    words: list[Any],
+    part: str,
+    run: Path,
+    ucf: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = ["eval", task, *SMALL, "--run", run, "--root", ucf, "--output", tmp_path / "out", *words]
+    assert main(list(map(str, given))) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert part in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_bad_data_sets_for_localization(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
