@@ -23,6 +23,8 @@ from fasttrain.errors import InputError
 STRENGTHS = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 MAX_ITERATIONS = 1000
 _LEAST_DEVIATION = 1e-8
+# Weaker strengths are the slow ones: the sweep ends after so many in a row that do no better.
+_PATIENCE = 3
 _BLOCK = 1 << 16
 
 
@@ -63,8 +65,8 @@ def fit_linear(
 ) -> LinearClassifier:
     """Minimise mean cross-entropy + l2 / 2 ||weight||^2 over weight and (unpenalised) bias.
 
-    held_out_S: bool, what the L2 is chosen on, by accuracy, then by cross-entropy; it must leave something to
-    train on. Without it, or with one strength, the middle one of `strengths` is taken. Raises InputError for
+    held_out_S: bool, what the L2 is chosen on, by accuracy, then by cross-entropy, from strong to weak until
+    three in a row do no better; it must leave something to train on. Without it, or with one strength, the middle one of `strengths` is taken. Raises InputError for
     labels out of range, and for features that are not finite.
     """
     if not len(labels_S) or features_SD.shape[:1] != labels_S.shape:
@@ -117,6 +119,8 @@ def _choose(
         accuracy = 100 * (scores_SC.argmax(dim=1) == judged_S).double().mean().item()
         loss = torch.nn.functional.cross_entropy(scores_SC, judged_S).item()
         outcomes.append((accuracy, -loss, l2))
+        if len(outcomes) - 1 - outcomes.index(max(outcomes)) == _PATIENCE:
+            break
     accuracy, _, l2 = max(outcomes)
     return l2, accuracy
 
