@@ -66,8 +66,9 @@ def fit_linear(
     """Minimise mean cross-entropy + l2 / 2 ||weight||^2 over weight and (unpenalised) bias.
 
     held_out_S: bool, what the L2 is chosen on, by accuracy, then by cross-entropy, from strong to weak until
-    three in a row do no better; it must leave something to train on. Without it, or with one strength, the middle one of `strengths` is taken. Raises InputError for
-    labels out of range, and for features that are not finite.
+    three in a row do no better; it must leave something to train on. Without it, or with one strength, the
+    middle one of `strengths` is taken. Raises InputError for labels out of range, and for features that are
+    not finite.
     """
     if not len(labels_S) or features_SD.shape[:1] != labels_S.shape:
         raise InputError(f"features {tuple(features_SD.shape)} with {len(labels_S)} labels")

@@ -110,7 +110,11 @@ def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: Wo
     data = read_dataset(arguments)
     background = background_numbers(data.classes, arguments.background)
     sampling = Sampling(
-        pool="frame", num_frames=None, stride=arguments.stride, image_size=arguments.image_size
+        pool="frame",
+        num_frames=None,
+        stride=arguments.stride,
+        image_size=arguments.image_size,
+        precision=arguments.precision,
     )
     paths = {video.name: video.path for video in (*data.train, *data.test)}
     extracted = extract(paths, sampling, subject, arguments, output, world)
@@ -302,7 +306,8 @@ def _fit(
     total = sum(len(_sampled(video.labels_T, arguments.stride)) for video in train)
     chosen = np.zeros(total, dtype=bool)
     chosen[spread(total, arguments.max_train_frames)] = True
-    held_out_from = len(train) - int(len(train) * HELD_OUT)
+    # Of two videos one is held out; of one, none.
+    held_out_from = len(train) - max(int(len(train) * HELD_OUT), int(len(train) > 1))
     parts, labels, held_out = [], [], []
     start = 0
     for number, video in enumerate(train):

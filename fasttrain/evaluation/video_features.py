@@ -40,7 +40,11 @@ def extract_split(
     """
     split = read_split(arguments)
     sampling = Sampling(
-        pool="video", num_frames=arguments.num_frames, stride=1, image_size=arguments.image_size
+        pool="video",
+        num_frames=arguments.num_frames,
+        stride=1,
+        image_size=arguments.image_size,
+        precision=arguments.precision,
     )
     paths = {video.name: video.path for video in (*split.train, *split.test)}
     extracted = extract(paths, sampling, subject, arguments, output, world)

@@ -3,6 +3,7 @@
 import argparse
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,16 @@ def test_features_are_mean_normalised_tokens(
     assert found["file"]["before"].picture().shape == (96, 120, 3)
 
 
+def test_bf16_is_close(videos: dict[str, Path], subject: Subject, tmp_path: Path) -> None:
+    exact, _ = run(videos, subject, tmp_path / "out")
+    coarse, _ = run(videos, subject, tmp_path / "out", replace(POOLED, precision="bf16"))
+    for name in videos:
+        for moment in subject.moments:
+            one, other = (found[name][moment].features_TD for found in (exact, coarse))
+            assert 0 < (one - other).norm() / one.norm() < 0.05
+            assert other.dtype == torch.float32
+
+
 def test_long_videos_are_read_in_parts(
     videos: dict[str, Path], subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,13 +142,14 @@ def test_another_projection_keeps_the_baseline(
         {"image_size": 32},
         {"pool": "frame"},
         {"num_frames": None, "stride": 3},
+        {"precision": "bf16"},
     ],
 )
 def test_other_sampling_is_another_entry(
     change: dict[str, Any], videos: dict[str, Path], subject: Subject, tmp_path: Path
 ) -> None:
     run(videos, subject, tmp_path / "out")
-    run(videos, subject, tmp_path / "out", Sampling(**{**vars(POOLED), **change}))
+    run(videos, subject, tmp_path / "out", replace(POOLED, **change))
     assert len(list((tmp_path / "out" / "cache").rglob("*.safetensors"))) == 8
 
 
@@ -235,4 +247,4 @@ def test_unreadable_videos_are_named(
 )
 def test_bad_input(sampling: dict[str, Any], part: str, subject: Subject, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=part):
-        run({}, subject, tmp_path, Sampling(**{**vars(POOLED), **sampling}))
+        run({}, subject, tmp_path, replace(POOLED, **sampling))
