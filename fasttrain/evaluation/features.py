@@ -3,9 +3,9 @@
 A feature is the mean over a frame's tokens of the L2-normalised tokens; a video's is the mean over its
 frames. The cache holds one safetensors file per video and moment (before, after the projection), named by a
 hash of all that the feature is a function of: encoder, weights and, after, the projection's; which frames,
-how large; and what is in the file. A frame folder is hashed by the frames that are used, byte by byte; a
-video file by its size and its first, middle and last 16 KiB, so that hashing takes no longer than opening it.
-A run that finds everything in the cache opens no video; a file of the cache that is damaged is made again.
+how large; and what is in the file. Frame folders and packed sets are hashed by the frames that are used,
+byte by byte; a video file by its size and its first, middle and last 16 KiB, as fast as opening it. A run
+that finds everything in the cache decodes nothing; a file of the cache that is damaged is made again.
 
 Shape suffixes: T frames, H W pixels, N tokens, D channels.
 """
@@ -15,7 +15,7 @@ import hashlib
 import io
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -36,6 +36,7 @@ from torch.nn import functional
 
 from fasttrain.data.images import UnreadableFrameError
 from fasttrain.data.index import FolderIndex, FrameIndex, VideoIndex, os_reason
+from fasttrain.data.packed import PackedIndex
 from fasttrain.data.sources import find_source
 from fasttrain.data.videos import probe_video, stream_video_frames
 from fasttrain.distributed import World
@@ -54,6 +55,18 @@ THUMBNAIL_HEIGHT = 96
 _SAMPLE = 1 << 14
 # Frames that are decoded by one job; a longer video is several, which bounds memory.
 _CHUNK = 64
+
+
+@dataclass(frozen=True)
+class PackedVideo:
+    """A video of a packed set: where the set is open, and the video's number there."""
+
+    index: PackedIndex
+    video: int
+
+
+# Where a video lies: a file or a folder of frames, or in a packed set.
+Place = Path | PackedVideo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +161,7 @@ class FeatureStore:
 
 
 def extract(
-    videos: dict[str, Path],
+    videos: Mapping[str, Place],
     sampling: Sampling,
     subject: Subject,
     arguments: argparse.Namespace,
@@ -162,8 +175,10 @@ def extract(
     """
     if sampling.stride < 1 or (sampling.num_frames is not None and sampling.num_frames < 1):
         raise InputError(f"{sampling.num_frames} frames, every {sampling.stride}-th: expected at least 1")
-    if arguments.batch_size < 1:
-        raise InputError(f"--batch-size {arguments.batch_size}: expected at least 1")
+    if arguments.batch_size < 1 or arguments.workers < 0:
+        raise InputError(
+            f"--batch-size {arguments.batch_size}, --workers {arguments.workers}: expected at least 1 and 0"
+        )
     subject.encoder.grid(sampling.image_size, sampling.image_size)
     extractor = _Extractor(sampling, subject, FeatureStore(arguments.cache or output / "cache"), arguments)
     share = own_share(sorted(videos), world)
@@ -195,12 +210,13 @@ class _Job:
     keys: dict[str, str]
     wanted: tuple[str, ...] = ()
     index: FrameIndex | None = None
+    video: int = 0
     frames: Sequence[int] = ()
     reason: str | None = None
 
     @property
     def length(self) -> int:
-        return int(self.index.num_frames[0]) if self.index else 0
+        return int(self.index.num_frames[self.video]) if self.index else 0
 
 
 @dataclass
@@ -225,7 +241,7 @@ class _Extractor:
         self.workers = arguments.workers or max(1, min(16, len(os.sched_getaffinity(0))))
         self.about = {moment: _describe(subject, sampling, moment) for moment in subject.moments}
 
-    def run(self, videos: dict[str, Path], world: World) -> dict[str, dict[str, str]]:
+    def run(self, videos: Mapping[str, Place], world: World) -> dict[str, dict[str, str]]:
         """By name: the key of each moment, or the reason why it cannot be read."""
         results: dict[str, dict[str, str]] = {}
         with ThreadPoolExecutor(self.workers) as pool, _progress(len(videos), world) as advance:
@@ -246,21 +262,24 @@ class _Extractor:
                     advance()
         return results
 
-    def prepare(self, name: str, path: Path) -> _Job:
+    def prepare(self, name: str, place: Place) -> _Job:
         """What is already in the cache, and the opened video if something is not."""
         try:
-            content, frames = _identify(path, self.sampling)
+            content, frames = _identify(place, self.sampling)
         except OSError as error:
             return _Job(name, {}, reason=os_reason(error))
+        except UnreadableFrameError as error:
+            return _Job(name, {}, reason=str(error))
         keys = {moment: _hash(about, content) for moment, about in self.about.items()}
         wanted = tuple(moment for moment, key in keys.items() if self.store.load(key) is None)
         if not wanted:
             return _Job(name, keys)
         try:
-            index = _open(path)
+            index, video = _open(place)
         except UnreadableFrameError as error:
             return _Job(name, {}, reason=str(error))
-        return _Job(name, keys, wanted, index, frames or self.sampling.choose(int(index.num_frames[0])))
+        frames = frames or self.sampling.choose(int(index.num_frames[video]))
+        return _Job(name, keys, wanted, index, video, frames)
 
     def work(self, jobs: Iterable[_Job]) -> Iterator[Callable[[], _Chunk]]:
         """Decoding jobs of all videos in order; a video from the cache is an empty one."""
@@ -278,7 +297,7 @@ class _Extractor:
         assert job.index is not None
         crops = []
         try:
-            for number, frame in zip(numbers, _stream(job.index, numbers), strict=True):
+            for number, frame in zip(numbers, _stream(job.index, job.video, numbers), strict=True):
                 crops.append(centre_crop(frame, self.sampling.image_size))
                 if number == middle and self.sampling.pool == "video":
                     chunk.thumbnail = _thumbnail(frame)
@@ -325,18 +344,24 @@ def _describe(subject: Subject, sampling: Sampling, moment: str) -> str:
     return repr(parts)
 
 
-def _identify(path: Path, sampling: Sampling) -> tuple[bytes, list[int]]:
-    """Digest of a video's content, and of a frame folder the frames that are used. Raises OSError."""
+def _identify(place: Place, sampling: Sampling) -> tuple[bytes, list[int]]:
+    """Digest of a video's content, and the frames that are used where they need no opening to be told.
+
+    Raises OSError, UnreadableFrameError.
+    """
     digest = hashlib.sha256()
-    if path.is_dir():
-        files = _folder_files(path)
-        frames = sampling.choose(len(files)) if files else []
-        digest.update(f"{len(files)} frames".encode())
+    if isinstance(place, PackedVideo) or place.is_dir():
+        index, video = _open(place)
+        frames = sampling.choose(int(index.num_frames[video]))
+        digest.update(f"{index.num_frames[video]} frames".encode())
         for frame in frames:
-            data = files[frame].read_bytes()
-            digest.update(f"{frame} {len(data)}\0".encode() + data)
+            try:
+                (data,) = index.read(video, [frame])
+            except UnreadableFrameError as error:
+                raise UnreadableFrameError(f"frame {frame}: {error}", frame) from error
+            digest.update(f"{frame} {len(data)}\0".encode() + data.tobytes())
         return digest.digest(), frames
-    with path.open("rb") as file:
+    with place.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         digest.update(f"{size} bytes".encode())
         for start in (0, (size - _SAMPLE) // 2, size - _SAMPLE):
@@ -345,30 +370,26 @@ def _identify(path: Path, sampling: Sampling) -> tuple[bytes, list[int]]:
     return digest.digest(), []
 
 
-def _folder_files(path: Path) -> list[Path]:
-    """The frames of a folder in their order; none where it holds no images."""
-    found = find_source(path, kind="folders").folders.get(path.resolve().name)
-    return [found[0] / name for name in found[1]] if found else []
-
-
-def _open(path: Path) -> FrameIndex:
-    """An index of this one video. Raises UnreadableFrameError."""
-    if not path.is_dir():
-        return VideoIndex({path.name: probe_video(path)}, [])
-    files = _folder_files(path)
-    if not files:
+def _open(place: Place) -> tuple[FrameIndex, int]:
+    """The index that holds a video, and its number there. Raises UnreadableFrameError."""
+    if isinstance(place, PackedVideo):
+        return place.index, place.video
+    if not place.is_dir():
+        return VideoIndex({place.name: probe_video(place)}, []), 0
+    found = find_source(place, kind="folders").folders.get(place.resolve().name)
+    if found is None:
         raise UnreadableFrameError("no jpg, jpeg or png in it")
-    return FolderIndex({path.name: (path, tuple(file.name for file in files))}, [])
+    return FolderIndex({place.name: found}, []), 0
 
 
-def _stream(index: FrameIndex, frames: Sequence[int]) -> Iterator[Frame]:
+def _stream(index: FrameIndex, video: int, frames: Sequence[int]) -> Iterator[Frame]:
     """Ascending frames (H, W, 3) uint8, one at a time; a video file is opened once for all."""
     if isinstance(index, VideoIndex):
-        yield from stream_video_frames(index.videos[0], frames)
+        yield from stream_video_frames(index.videos[video], frames)
         return
     for frame in frames:
         try:
-            yield index.read_frame(0, frame)
+            yield index.read_frame(video, frame)
         except UnreadableFrameError as error:
             raise UnreadableFrameError(str(error), frame) from error
 

@@ -7,6 +7,8 @@ Reads the layout in which MS-TCN's authors published Breakfast, GTEA and 50Salad
     splits/train.split1.bundle         NAME.txt per line; test.split1.bundle likewise
     videos/NAME.mp4                    or .avi, or a folder of frames; also Breakfast's P03/cam01/P03_tea.avi
 
+or, with --videos, a packed set of them that has all frames.
+
 The classifier sees one frame at a time, so that what is measured is the features. Measures and their sources
 are in `localization.py`, the classifier in `linear.py`. Shape suffixes: T frames, S sampled frames, D
 channels, C classes.
@@ -24,12 +26,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fasttrain.data.packed import PackedIndex, is_packed
 from fasttrain.data.sources import find_source
 from fasttrain.data.videos import VIDEO_SUFFIXES
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.evaluation import charts, features
-from fasttrain.evaluation.features import Sampling, VideoFeatures, extract
+from fasttrain.evaluation.features import PackedVideo, Place, Sampling, VideoFeatures, extract
 from fasttrain.evaluation.frames import spread
 from fasttrain.evaluation.harness import Subject
 from fasttrain.evaluation.linear import MAX_ITERATIONS, LinearClassifier, fit_linear
@@ -57,7 +60,7 @@ class LabelledFrames:
     """A video and the class of each of its frames."""
 
     name: str
-    path: Path
+    place: Place
     labels_T: Labels
 
 
@@ -75,7 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="1", help="of splits/train.splitN.bundle (default: 1)")
     parser.add_argument("--train-list", type=Path, help="another list than splits/train.splitN.bundle")
     parser.add_argument("--test-list", type=Path, help="another list than splits/test.splitN.bundle")
-    parser.add_argument("--videos", type=Path, help="folder of the videos, if not in --root")
+    parser.add_argument(
+        "--videos", type=Path, help="folder or packed set of the videos, if they are not in --root"
+    )
     parser.add_argument(
         "--background", nargs="*", default=None, metavar="LABEL",
         help="labels whose segments do not count (default: `background`, as MS-TCN has it); none: count all",
@@ -116,8 +121,8 @@ def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: Wo
         image_size=arguments.image_size,
         precision=arguments.precision,
     )
-    paths = {video.name: video.path for video in (*data.train, *data.test)}
-    extracted = extract(paths, sampling, subject, arguments, output, world)
+    places = {video.name: video.place for video in (*data.train, *data.test)}
+    extracted = extract(places, sampling, subject, arguments, output, world)
     if extracted is None:
         return None
     found, skipped = extracted
@@ -252,17 +257,22 @@ def _lines(path: Path) -> list[str]:
     return lines
 
 
-def _find_videos(folder: Path) -> dict[str, Path]:
+def _find_videos(folder: Path) -> dict[str, Place]:
     """Videos and frame folders at any depth, by every name that the annotations may have for them."""
     if not folder.is_dir():
         raise InputError(f"--videos {folder} is not a folder; give the one that holds the videos")
-    places: dict[str, Path] = {}
-    found = dict(find_source(folder, kind="videos").videos)
-    folders = find_source(folder, kind="folders").folders
-    found |= {name: place for name, (place, _) in folders.items()}
-    for relative, path in found.items():
+    found: dict[str, Place]
+    if is_packed(folder):
+        index = PackedIndex(folder)
+        found = {name: PackedVideo(index, video) for video, name in enumerate(index.names)}
+    else:
+        folders = find_source(folder, kind="folders").folders
+        found = {name: path for name, (path, _) in folders.items()}
+        found |= find_source(folder, kind="videos").videos
+    places: dict[str, Place] = {}
+    for relative, place in found.items():
         parts = list(Path(relative).parts)
-        if path.suffix.lower() in VIDEO_SUFFIXES:
+        if Path(relative).suffix.lower() in VIDEO_SUFFIXES:
             parts[-1] = Path(parts[-1]).stem
         # Breakfast: P03/cam01/P03_tea.avi is P03_cam01_P03_tea, and P03/stereo/P03_tea_ch0.avi its stereo01.
         tail = parts[-3:]
@@ -274,7 +284,7 @@ def _find_videos(folder: Path) -> dict[str, Path]:
                 re.sub(r"_ch[01]$", "", tail[2]),
             ]
         for name in ("_".join(tail), parts[-1]):
-            places.setdefault(name, path)
+            places.setdefault(name, place)
     return places
 
 
@@ -291,7 +301,7 @@ def _fitting(
         if abs(frames - labels) > MOST_DIFFERENT * labels:
             skipped.append(f"{video.name}: {frames} frames, but {labels} labels; expected a label per frame")
         else:
-            fitting.append(LabelledFrames(video.name, video.path, video.labels_T[:frames]))
+            fitting.append(LabelledFrames(video.name, video.place, video.labels_T[:frames]))
     return fitting, skipped
 
 

@@ -6,8 +6,9 @@
     ssv2      labels/{labels,train,validation}.json                      ID.webm
     list      --train-list and --test-list: `path label` per line        path
 
-Lists may also lie in the root itself, videos in the root or in one of the folders that the archives make. A
-folder of frames stands in for a video file of its name, and so does a file with another suffix.
+Lists may also lie in the root itself, videos in the root or in one of the folders that the archives make, or
+in a packed set. A folder of frames stands in for a video file of its name, and so does a file with another
+suffix; folders of classes may have `_` where the label has another character.
 """
 
 import argparse
@@ -19,8 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from fasttrain.data.packed import PackedIndex, is_packed
 from fasttrain.data.videos import VIDEO_SUFFIXES
 from fasttrain.errors import InputError
+from fasttrain.evaluation.features import PackedVideo, Place
 
 Layout = Literal["auto", "ucf101", "hmdb51", "kinetics", "ssv2", "list"]
 # (path relative to the folder of videos, class) in the order of the list.
@@ -39,7 +42,7 @@ class LabelledVideo:
     """A video of a list: its name there, where it lies, and the number of its class."""
 
     name: str
-    path: Path
+    place: Place
     label: int
 
 
@@ -64,7 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--train-list", type=Path, help="`path label` per line, or another CSV or JSON list")
     parser.add_argument("--test-list", type=Path, help="as --train-list")
-    parser.add_argument("--videos", type=Path, help="folder of the videos, if not in --root")
+    parser.add_argument(
+        "--videos", type=Path, help="folder or packed set of the videos, if they are not in --root"
+    )
     parser.add_argument(
         "--allow-missing", action="store_true", help="skip listed videos that are not there, and count them"
     )
@@ -92,21 +97,20 @@ def read_split(arguments: argparse.Namespace) -> VideoSplit:
             f"class {untrained[0]!r} is in the test list, but not in the training list "
             f"({len(untrained)} such classes); take both lists from one split"
         )
-    bases = [arguments.videos] if arguments.videos else [root / folder for folder in _VIDEO_FOLDERS]
     if arguments.videos and not arguments.videos.is_dir():
         raise InputError(f"--videos {arguments.videos} is not a folder; give the one that holds the videos")
-    finder = _Finder([base for base in bases if base.is_dir()])
+    finder = _Finder(arguments.videos or root)
     numbers = {name: number for number, name in enumerate(classes)}
     missing: list[str] = []
 
     def locate(entries: Entries) -> list[LabelledVideo]:
         found = []
         for name, label in entries:
-            path = finder.find(name)
-            if path is None:
+            place = finder.find(name)
+            if place is None:
                 missing.append(name)
             else:
-                found.append(LabelledVideo(name, path, numbers[label]))
+                found.append(LabelledVideo(name, place, numbers[label]))
         return found
 
     split = VideoSplit(
@@ -134,33 +138,47 @@ def describe_split(split: VideoSplit) -> dict[str, Any]:
 
 
 class _Finder:
-    """Looks listed names up in folders of videos; every directory is read once."""
+    """Looks listed names up in a folder of videos or a packed set; every directory is read once."""
 
-    def __init__(self, bases: Sequence[Path]) -> None:
-        self.bases = bases
-        self._by_stem: dict[Path, dict[str, Path]] = {}
+    def __init__(self, root: Path) -> None:
+        self._root, self._is_packed = root, is_packed(root)
+        self._listings: dict[Path, dict[str, Place]] = {}
+        if self._is_packed:
+            index = PackedIndex(root)
+            for video, name in enumerate(index.names):
+                path = Path(name)
+                self._listings.setdefault(path.parent, {})[_stem(path)] = PackedVideo(index, video)
 
-    def find(self, name: str) -> Path | None:
-        """The file, or else the file of another suffix or the folder of frames that has its name."""
-        for base in self.bases:
-            path = base / name
-            found = self._entries(path.parent).get(path.name) or self._entries(path.parent).get(_stem(path))
-            if found is not None:
-                return found
+    def find(self, name: str) -> Place | None:
+        """The video of this name, or else of this stem: a file of another suffix, a folder of frames."""
+        folder, _, file = name.rpartition("/")
+        spellings = dict.fromkeys((folder, folder.replace(" ", "_"), re.sub(r"[^\w/]", "_", folder)))
+        for base in _VIDEO_FOLDERS:
+            for spelling in spellings:
+                path = Path(base, spelling, file)
+                entries = self._entries(path.parent)
+                found = entries.get(path.name) or entries.get(_stem(path))
+                if found is not None:
+                    return found
         return None
 
-    def _entries(self, folder: Path) -> dict[str, Path]:
-        if folder not in self._by_stem:
-            entries: dict[str, Path] = {}
-            if folder.is_dir():
-                for path in sorted(folder.iterdir()):
-                    if path.suffix.lower() in VIDEO_SUFFIXES:
-                        entries[path.name] = path
-                        entries.setdefault(_stem(path), path)
-                    elif path.is_dir():
-                        entries.setdefault(path.name, path)
-            self._by_stem[folder] = entries
-        return self._by_stem[folder]
+    def _entries(self, folder: Path) -> dict[str, Place]:
+        if folder not in self._listings:
+            self._listings[folder] = {} if self._is_packed else _list_videos(self._root / folder)
+        return self._listings[folder]
+
+
+def _list_videos(folder: Path) -> dict[str, Place]:
+    """Video files by name and by stem, folders by name."""
+    entries: dict[str, Place] = {}
+    if folder.is_dir():
+        for path in sorted(folder.iterdir()):
+            if path.suffix.lower() in VIDEO_SUFFIXES:
+                entries[path.name] = path
+                entries.setdefault(path.stem, path)
+            elif path.is_dir():
+                entries.setdefault(path.name, path)
+    return entries
 
 
 def _stem(path: Path) -> str:
@@ -285,33 +303,21 @@ def _read_kinetics(root: Path, arguments: argparse.Namespace) -> tuple[list[str]
         rows = list(csv.DictReader(_lines(path)))
         try:
             return [
-                (f"{row['youtube_id']}_{int(row['time_start']):06d}_{int(row['time_end']):06d}", row["label"])
+                (
+                    f"{row['label']}/{row['youtube_id']}_{int(row['time_start']):06d}"
+                    f"_{int(row['time_end']):06d}.mp4",
+                    row["label"],
+                )
                 for row in rows
             ]
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
-                f"list {path}: {error} ; expected the columns label, youtube_id, time_start, time_end"
+                f"list {path}: {error}; expected the columns label, youtube_id, time_start, time_end"
             ) from error
 
     train, val = read("train", arguments.train_list), read("val", arguments.test_list)
     classes = sorted({label for _, label in train})
-    folder = _class_folders([arguments.videos] if arguments.videos else [root / f for f in _VIDEO_FOLDERS])
-
-    def entries(rows: Entries) -> Entries:
-        return [(f"{folder(label)}/{video}.mp4", label) for video, label in rows]
-
-    return classes, entries(train), entries(val)
-
-
-def _class_folders(bases: Iterable[Path]) -> Callable[[str], str]:
-    """How the folders of classes are written: as the label, or with `_` for every other character."""
-    there = {path.name for base in bases if base.is_dir() for path in base.iterdir() if path.is_dir()}
-
-    def folder(label: str) -> str:
-        plain = re.sub(r"\W", "_", label)
-        return next((name for name in (label, label.replace(" ", "_"), plain) if name in there), label)
-
-    return folder
+    return classes, train, val
 
 
 # Something-Something V2: {"template": "number"}; [{"id": "1", "template": "Moving [something] up"}, ...].

@@ -46,8 +46,8 @@ def extract_split(
         image_size=arguments.image_size,
         precision=arguments.precision,
     )
-    paths = {video.name: video.path for video in (*split.train, *split.test)}
-    extracted = extract(paths, sampling, subject, arguments, output, world)
+    places = {video.name: video.place for video in (*split.train, *split.test)}
+    extracted = extract(places, sampling, subject, arguments, output, world)
     if extracted is None:
         return None
     found, skipped = extracted

@@ -67,7 +67,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch, opened: list[str] | None = None) -> 
 
         return called
 
-    for name in ("probe_video", "stream_video_frames", "_open", "_stream"):
+    for name in ("probe_video", "stream_video_frames", "_stream"):
         monkeypatch.setattr(features, name, refuse(name, getattr(features, name)))
 
 
@@ -78,7 +78,7 @@ def test_features_are_mean_normalised_tokens(
     each, _ = run(videos, subject, tmp_path / "out", EACH)
     assert not skipped
     assert list(found) == ["file", "folder"]
-    index = features._open(videos["folder"])
+    index, _ = features._open(videos["folder"])
     frames = torch.stack([centre_crop(index.read_frame(0, t), 64) for t in (0, 2, 4, 5)])
     with torch.no_grad():
         frozen = subject.encoder.tokens(frames)
@@ -200,7 +200,7 @@ def test_a_damaged_entry_is_made_again(
     opened: list[str] = []
     forbid(monkeypatch, opened)
     second, _ = run(videos, subject, tmp_path / "out")
-    assert opened.count("_open") == 1
+    assert opened.count("_stream") == 1
     assert store.load(entries[0].stem) is not None
     for name in videos:
         assert torch.equal(first[name]["after"].features_TD, second[name]["after"].features_TD)
@@ -235,6 +235,18 @@ def test_unreadable_videos_are_named(
     assert "no such file" in skipped[0]
     assert "frame 2" in next(line for line in skipped if line.startswith("broken frame"))
     assert "5 of 7 videos cannot be read" in capsys.readouterr().out
+
+
+def test_a_cache_that_another_process_does_not_see(
+    videos: dict[str, Path], subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gather_of_another_machine(results: Any, *_: Any) -> Any:
+        shutil.rmtree(tmp_path / "out" / "cache")
+        return results
+
+    monkeypatch.setattr(features, "gather", gather_of_another_machine)
+    with pytest.raises(InputError, match="all processes must see it"):
+        run(videos, subject, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -47,8 +47,8 @@ def test_every_layout_is_found_and_read(layout: str, tmp_path: Path) -> None:
     assert len(split.classes) == len(CLASSES)
     for videos, count in ((split.train, TRAIN), (split.test, TEST)):
         assert [video.label for video in videos] == [label for label in range(3) for _ in range(count)]
-        assert all(video.path.exists() for video in videos)
-    assert len({video.path for video in (*split.train, *split.test)}) == 3 * (TRAIN + TEST)
+        assert all(video.place.exists() for video in videos)
+    assert len({video.place for video in (*split.train, *split.test)}) == 3 * (TRAIN + TEST)
     assert split == read(root, **options, dataset=layout)
 
 
@@ -60,7 +60,7 @@ def test_ucf101_classes_are_in_the_order_of_their_numbers(tmp_path: Path) -> Non
     (root / "testlist02.txt").write_text("A/a2.avi\nB/b2.avi\n")
     split = read(root, split=2)
     assert split.classes == ["B", "A"]
-    assert [(video.path.name, video.label) for video in split.test] == [("a2.mp4", 1), ("b2.mp4", 0)]
+    assert [(video.place.name, video.label) for video in split.test] == [("a2.mp4", 1), ("b2.mp4", 0)]
 
 
 def test_hmdb51_marks(tmp_path: Path) -> None:
@@ -79,7 +79,19 @@ def test_numbered_classes_are_in_the_order_of_numbers(tmp_path: Path) -> None:
 def test_a_list_may_name_absolute_paths(tmp_path: Path) -> None:
     given = lists(tmp_path, f"{tmp_path}/a.mp4 x\n", f"{tmp_path}/b.mp4 x\n")
     (tmp_path / "empty").mkdir()
-    assert read(tmp_path / "empty", **given).train[0].path == tmp_path / "a.mp4"
+    assert read(tmp_path / "empty", **given).train[0].place == tmp_path / "a.mp4"
+
+
+def test_folders_of_classes_may_be_spelled_otherwise(tmp_path: Path) -> None:
+    rows = {"train": ("person's head (not hair)", "a"), "val": ("person's head (not hair)", "b")}
+    for which, (label, video) in rows.items():
+        lines = f'label,youtube_id,time_start,time_end,split\n"{label}",{video},1,11,{which}\n'
+        (tmp_path / f"{which}.csv").write_text(lines)
+    touch(tmp_path, "train/person's_head_(not_hair)/a_000001_000011.mp4")
+    touch(tmp_path, "val/person_s_head__not_hair_/b_000001_000011.mp4")
+    split = read(tmp_path)
+    assert [video.name for video in split.train] == ["person's head (not hair)/a_000001_000011.mp4"]
+    assert len(split.test) == 1
 
 
 def test_absent_videos(tmp_path: Path) -> None:
@@ -177,7 +189,7 @@ def ssv2_damaged(root: Path) -> Path:
         (ucf, "class 'B' of the test list is not among the 1 classes"),
         (ucf_flat, "'b.avi'; expected CLASS/NAME.avi"),
         (hmdb, "'a.avi 3'; expected a video and 0, 1 or 2"),
-        (kinetics_columns, "'youtube_id'.*expected the columns label"),
+        (kinetics_columns, "'label'; expected the columns label"),
         (kinetics_times, "'soon'.*expected the columns label"),
         (ssv2_templates, "'template'.*expected objects with id and template"),
         (ssv2_damaged, "labels.json cannot be read"),

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from video_sets import CLASSES, LAYOUTS, plain, segmentation, ucf101, write_run
+from video_sets import CLASSES, LAYOUTS, kinetics, plain, segmentation, ucf101, write_run
 
 from fasttrain.__main__ import main
 from fasttrain.evaluation import features
@@ -101,6 +102,30 @@ def test_localization_from_end_to_end(as_breakfast: bool, run: Path, tmp_path: P
     assert coarse["data"]["test_frames"] == found["data"]["test_frames"]
     assert 50 < coarse["results"]["before"]["frame accuracy"] <= found["results"]["before"]["frame accuracy"]
     assert "mAP@0.95" in coarse["results"]["before"]
+
+
+def pack(source: Path, destination: Path) -> Path:
+    """All frames, as they are."""
+    words = ["pack", source, destination, "--short-side", 64, "--frames", 0, "--quality", 100]
+    assert main(list(map(str, words))) == 0
+    return destination
+
+
+def test_packed_videos(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = kinetics(tmp_path / "data")
+    packed = pack(root, tmp_path / "packed")
+    for which in ("train", "val"):
+        shutil.rmtree(root / which)
+    given = ["--run", run, "--root", root, "--videos", packed, "--num-frames", 2]
+    assert evaluate("retrieval", *given, "--output", tmp_path / "out") == 0
+    assert read(tmp_path / "out", "retrieval")["results"]["before"]["R@1"] == 100
+    monkeypatch.setattr(features, "_stream", None)
+    assert evaluate("retrieval", *given, "--output", tmp_path / "out") == 0
+    segmented = segmentation(tmp_path / "segmented", as_breakfast=True)
+    given = ["--run", run, "--root", segmented, "--videos", pack(segmented, tmp_path / "packed too")]
+    monkeypatch.undo()
+    assert evaluate("localization", *given, "--output", tmp_path / "out") == 0
+    assert read(tmp_path / "out", "localization")["results"]["before"]["frame accuracy"] > 90
 
 
 def test_figures_of_muddled_labels_are_those_of_brute_force(run: Path, muddled: Path, tmp_path: Path) -> None:
@@ -224,6 +249,7 @@ def test_a_class_that_lost_its_training_videos(
         ("probe", ["--max-iterations", 0], "--max-iterations 0"),
         ("retrieval", ["--num-frames", 0], "0 frames"),
         ("retrieval", ["--batch-size", 0], "--batch-size 0"),
+        ("retrieval", ["--workers", -1], "--workers -1"),
         ("retrieval", ["--image-size", 50], "multiples of 16"),
         ("retrieval", ["--dataset", "ssv2"], "labels.json"),
     ],
