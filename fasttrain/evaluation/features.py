@@ -116,7 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--precision", choices=get_args(Precision), default="fp32",
-        help="of the encoder; bf16 is several times faster on GPUs (default: fp32)",
+        help="of the encoder, part of what the cache goes by (default: fp32)",
     )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=32, help="frames encoded at a time (default: 32)")
     parser.add_argument("--workers", type=int, default=0, help="decoding threads; 0: the cores (default)")
