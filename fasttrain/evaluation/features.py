@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -160,6 +160,26 @@ class FeatureStore:
             unfinished.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class Extracted:
+    """What `extract` put into the cache; loaded when asked for, since a data set may not fit in memory."""
+
+    store: FeatureStore
+    keys: Mapping[str, Mapping[str, str]]
+    """By video and moment."""
+    num_frames: Mapping[str, int]
+    """Frames of each whole video; its keys are the videos that can be read."""
+    skipped: list[str]
+    """`name: reason` of those that cannot."""
+
+    def load(self, name: str, moment: str) -> VideoFeatures:
+        """Raises InputError where another process wrote to a folder that this one does not see."""
+        found = self.store.load(self.keys[name][moment])
+        if found is None:
+            raise InputError(f"features of {name} are not in {self.store.folder}; all processes must see it")
+        return found
+
+
 def extract(
     videos: Mapping[str, Place],
     sampling: Sampling,
@@ -167,11 +187,11 @@ def extract(
     arguments: argparse.Namespace,
     output: Path,
     world: World,
-) -> tuple[dict[str, dict[str, VideoFeatures]], list[str]] | None:
-    """Features of all videos by name and moment, and `name: reason` of those that cannot be read.
+) -> Extracted | None:
+    """Features of all videos, those that are not in the cache computed.
 
     Every process extracts its share; the main one gets everything, the others None. Raises InputError where
-    the sizes do not fit the encoder, or other processes' features are not in the cache.
+    the sizes do not fit the encoder.
     """
     if sampling.stride < 1 or (sampling.num_frames is not None and sampling.num_frames < 1):
         raise InputError(f"{sampling.num_frames} frames, every {sampling.stride}-th: expected at least 1")
@@ -180,26 +200,24 @@ def extract(
             f"--batch-size {arguments.batch_size}, --workers {arguments.workers}: expected at least 1 and 0"
         )
     subject.encoder.grid(sampling.image_size, sampling.image_size)
-    extractor = _Extractor(sampling, subject, FeatureStore(arguments.cache or output / "cache"), arguments)
-    share = own_share(sorted(videos), world)
-    merged = gather(extractor.run({name: videos[name] for name in share}, world), output, world)
+    store = FeatureStore(arguments.cache or output / "cache")
+    share = {name: videos[name] for name in own_share(sorted(videos), world)}
+    merged = gather(_Extractor(sampling, subject, store, arguments).run(share, world), output, world)
     if merged is None:
         return None
-    skipped = [f"{name}: {found['reason']}" for name, found in merged.items() if "reason" in found]
-    features: dict[str, dict[str, VideoFeatures]] = {}
-    for name, found in merged.items():
-        if "reason" in found:
-            continue
-        loaded = {moment: extractor.store.load(key) for moment, key in found.items()}
-        whole = {moment: one for moment, one in loaded.items() if one is not None}
-        if len(whole) < len(loaded):
-            raise InputError(
-                f"features of {name} are not in {extractor.store.folder}; all processes must see it"
-            )
-        features[name] = whole
-    if skipped:
-        print(f"{len(skipped)} of {len(videos)} videos cannot be read and are skipped, such as {skipped[0]}")
-    return features, skipped
+    readable = {name: found for name, found in merged.items() if found["reason"] is None}
+    extracted = Extracted(
+        store,
+        {name: found["keys"] for name, found in readable.items()},
+        {name: found["num_frames"] for name, found in readable.items()},
+        [f"{name}: {found['reason']}" for name, found in merged.items() if name not in readable],
+    )
+    if extracted.skipped:
+        print(
+            f"{len(extracted.skipped)} of {len(videos)} videos cannot be read and are skipped, such as "
+            f"{extracted.skipped[0]}"
+        )
+    return extracted
 
 
 @dataclass
@@ -208,15 +226,12 @@ class _Job:
 
     name: str
     keys: dict[str, str]
+    num_frames: int = 0
     wanted: tuple[str, ...] = ()
     index: FrameIndex | None = None
     video: int = 0
     frames: Sequence[int] = ()
     reason: str | None = None
-
-    @property
-    def length(self) -> int:
-        return int(self.index.num_frames[self.video]) if self.index else 0
 
 
 @dataclass
@@ -241,9 +256,9 @@ class _Extractor:
         self.workers = arguments.workers or max(1, min(16, len(os.sched_getaffinity(0))))
         self.about = {moment: _describe(subject, sampling, moment) for moment in subject.moments}
 
-    def run(self, videos: Mapping[str, Place], world: World) -> dict[str, dict[str, str]]:
-        """By name: the key of each moment, or the reason why it cannot be read."""
-        results: dict[str, dict[str, str]] = {}
+    def run(self, videos: Mapping[str, Place], world: World) -> dict[str, dict[str, Any]]:
+        """By name: the key of each moment, the number of frames, the reason why it cannot be read or None."""
+        results: dict[str, dict[str, Any]] = {}
         with ThreadPoolExecutor(self.workers) as pool, _progress(len(videos), world) as advance:
             jobs = _ahead(pool, lambda item: self.prepare(*item), videos.items(), 2 * self.workers)
             chunks = _ahead(pool, lambda work: work(), self.work(jobs), self.workers)
@@ -255,7 +270,8 @@ class _Extractor:
                     for moment, pooled_TD in self.encode(chunk, world.device).items():
                         sums.setdefault(moment, []).append(pooled_TD)
                 if chunk.last:
-                    results[chunk.job.name] = {"reason": reason} if reason else chunk.job.keys
+                    found = {"keys": chunk.job.keys, "num_frames": chunk.job.num_frames, "reason": reason}
+                    results[chunk.job.name] = found
                     if reason is None:
                         self.finish(chunk.job, sums, thumbnail)
                     sums, reason, thumbnail = {}, None, b""
@@ -271,15 +287,16 @@ class _Extractor:
         except UnreadableFrameError as error:
             return _Job(name, {}, reason=str(error))
         keys = {moment: _hash(about, content) for moment, about in self.about.items()}
-        wanted = tuple(moment for moment, key in keys.items() if self.store.load(key) is None)
+        cached = {moment: self.store.load(key) for moment, key in keys.items()}
+        wanted = tuple(moment for moment, found in cached.items() if found is None)
         if not wanted:
-            return _Job(name, keys)
+            return _Job(name, keys, max(found.num_frames for found in cached.values() if found))
         try:
             index, video = _open(place)
         except UnreadableFrameError as error:
             return _Job(name, {}, reason=str(error))
-        frames = frames or self.sampling.choose(int(index.num_frames[video]))
-        return _Job(name, keys, wanted, index, video, frames)
+        num_frames = int(index.num_frames[video])
+        return _Job(name, keys, num_frames, wanted, index, video, frames or self.sampling.choose(num_frames))
 
     def work(self, jobs: Iterable[_Job]) -> Iterator[Callable[[], _Chunk]]:
         """Decoding jobs of all videos in order; a video from the cache is an empty one."""
@@ -327,7 +344,7 @@ class _Extractor:
             features_TD = torch.cat(parts)
             if self.sampling.pool == "video":
                 features_TD = features_TD.mean(dim=0, keepdim=True)
-            self.store.save(job.keys[moment], VideoFeatures(features_TD, job.length, thumbnail))
+            self.store.save(job.keys[moment], VideoFeatures(features_TD, job.num_frames, thumbnail))
 
 
 def _describe(subject: Subject, sampling: Sampling, moment: str) -> str:

@@ -16,7 +16,7 @@ channels, C classes.
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from fasttrain.data.videos import VIDEO_SUFFIXES
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.evaluation import charts, features
-from fasttrain.evaluation.features import PackedVideo, Place, Sampling, VideoFeatures, extract
+from fasttrain.evaluation.features import Extracted, PackedVideo, Place, Sampling, extract
 from fasttrain.evaluation.frames import spread
 from fasttrain.evaluation.harness import Subject
 from fasttrain.evaluation.linear import MAX_ITERATIONS, LinearClassifier, fit_linear
@@ -125,10 +125,9 @@ def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: Wo
     extracted = extract(places, sampling, subject, arguments, output, world)
     if extracted is None:
         return None
-    found, skipped = extracted
-    train, train_skipped = _fitting(data.train, found)
-    test, test_skipped = _fitting(data.test, found)
-    skipped += train_skipped + test_skipped
+    train, train_skipped = _fitting(data.train, extracted.num_frames)
+    test, test_skipped = _fitting(data.test, extracted.num_frames)
+    skipped = extracted.skipped + train_skipped + test_skipped
     for videos, which in ((train, "training"), (test, "test")):
         if not videos:
             raise InputError(f"no video of the {which} list can be used; {'; '.join(skipped[:3])}")
@@ -138,12 +137,12 @@ def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: Wo
     results: dict[str, dict[str, float]] = {}
     classifiers: dict[str, LinearClassifier] = {}
     for moment in subject.moments:
-        tokens = {video.name: found[video.name][moment].features_TD for video in (*train, *test)}
-        classifiers[moment] = _fit(train, tokens, trained, arguments, world.device)
+        classifiers[moment] = _fit(train, extracted, moment, trained, arguments, world.device)
         detections, predicted[moment] = {}, {}
         for video in test:
+            features_SD = extracted.load(video.name, moment).features_TD.to(world.device)
             labels_T, probabilities_TC = _predict(
-                classifiers[moment], tokens[video.name].to(world.device), len(video.labels_T), arguments
+                classifiers[moment], features_SD, len(video.labels_T), arguments
             )
             # Numbers of the trained classes -> numbers of mapping.txt.
             predicted[moment][video.name] = np.array(trained)[labels_T]
@@ -289,15 +288,14 @@ def _find_videos(folder: Path) -> dict[str, Place]:
 
 
 def _fitting(
-    videos: Sequence[LabelledFrames], found: dict[str, dict[str, VideoFeatures]]
+    videos: Sequence[LabelledFrames], num_frames: Mapping[str, int]
 ) -> tuple[list[LabelledFrames], list[str]]:
     """The readable videos, labels cut to their frames, and those with another number of labels."""
     fitting, skipped = [], []
     for video in videos:
-        if video.name not in found:
+        if video.name not in num_frames:
             continue
-        frames = next(iter(found[video.name].values())).num_frames
-        labels = len(video.labels_T)
+        frames, labels = num_frames[video.name], len(video.labels_T)
         if abs(frames - labels) > MOST_DIFFERENT * labels:
             skipped.append(f"{video.name}: {frames} frames, but {labels} labels; expected a label per frame")
         else:
@@ -307,7 +305,8 @@ def _fitting(
 
 def _fit(
     train: Sequence[LabelledFrames],
-    tokens: dict[str, Tensor],
+    extracted: Extracted,
+    moment: str,
     trained: Sequence[int],
     arguments: argparse.Namespace,
     device: torch.device,
@@ -324,7 +323,8 @@ def _fit(
         sampled_S = _sampled(video.labels_T, arguments.stride)
         own_S = chosen[start : start + len(sampled_S)]
         start += len(sampled_S)
-        parts.append(tokens[video.name][: len(sampled_S)][torch.from_numpy(own_S)])
+        features_SD = extracted.load(video.name, moment).features_TD
+        parts.append(features_SD[: len(sampled_S)][torch.from_numpy(own_S)])
         labels.append(np.searchsorted(trained, sampled_S[own_S]))
         held_out.append(np.full(int(own_S.sum()), number >= held_out_from))
     return fit_linear(

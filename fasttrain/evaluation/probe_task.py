@@ -52,10 +52,10 @@ def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: Wo
             f"--neighbours {arguments.neighbours}, --temperature {arguments.temperature}, --max-iterations "
             f"{arguments.max_iterations}: each must be positive"
         )
-    extracted = extract_split(arguments, subject, output, world)
-    if extracted is None:
+    found = extract_split(arguments, subject, output, world)
+    if found is None:
         return None
-    split, found, data = extracted
+    split, extracted, data = found
     labels_N = torch.tensor([video.label for video in split.train])
     labels_S = torch.tensor([video.label for video in split.test])
     held_out_N = hold_out(labels_N)
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: Wo
     confusions: dict[str, Tensor] = {}
     for moment in subject.moments:
         train_ND, test_SD = (
-            stack(videos, found, moment).to(world.device) for videos in (split.train, split.test)
+            stack(videos, extracted, moment).to(world.device) for videos in (split.train, split.test)
         )
         scores = {
             f"{k}-NN": votes_SC.cpu()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fasttrain.distributed import World
 from fasttrain.evaluation import charts, video_features
-from fasttrain.evaluation.features import VideoFeatures
+from fasttrain.evaluation.features import Extracted
 from fasttrain.evaluation.frames import spread
 from fasttrain.evaluation.harness import Subject
 from fasttrain.evaluation.retrieval import RANKS, nearest, recall_at
@@ -30,17 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: World) -> dict[str, Any] | None:
     """Recall of all test videos, on the main process."""
-    extracted = extract_split(arguments, subject, output, world)
-    if extracted is None:
+    found = extract_split(arguments, subject, output, world)
+    if found is None:
         return None
-    split, found, data = extracted
+    split, extracted, data = found
     labels_G = torch.tensor([video.label for video in split.train])
     labels_Q = torch.tensor([video.label for video in split.test])
     results: dict[str, dict[str, float]] = {}
     per_class: dict[str, dict[str, float]] = {}
     neighbours: dict[str, Tensor] = {}
     for moment in subject.moments:
-        queries_QD, gallery_GD = (stack(videos, found, moment) for videos in (split.test, split.train))
+        queries_QD, gallery_GD = (stack(videos, extracted, moment) for videos in (split.test, split.train))
         _, neighbours[moment] = nearest(queries_QD, gallery_GD, max(RANKS))
         labels_QK = labels_G[neighbours[moment]]
         results[moment] = {f"R@{k}": value for k, value in recall_at(labels_QK, labels_Q).items()}
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: Wo
             split.classes[label]: recall_at(labels_QK[labels_Q == label], labels_Q[labels_Q == label], [1])[1]
             for label in labels_Q.unique().tolist()
         }
-    _draw(split.train, split.test, split.classes, neighbours, found, output)
+    _draw(split.train, split.test, split.classes, neighbours, extracted, output)
     return {"data": data, "results": results, "recall_at_1_per_class": per_class}
 
 
@@ -57,7 +57,7 @@ def _draw(
     test: list[LabelledVideo],
     classes: list[str],
     neighbours: dict[str, Tensor],
-    found: dict[str, dict[str, VideoFeatures]],
+    extracted: Extracted,
     output: Path,
 ) -> None:
     """A few queries, evenly chosen, with what lies nearest at each moment."""
@@ -65,7 +65,7 @@ def _draw(
     for query in spread(len(test), SHOWN_QUERIES):
         for moment, neighbours_QK in neighbours.items():
             nearest_K = [train[place] for place in neighbours_QK[query, :SHOWN_NEIGHBOURS].tolist()]
-            pictures = [found[video.name][moment].picture() for video in (test[query], *nearest_K)]
+            pictures = [extracted.load(video.name, moment).picture() for video in (test[query], *nearest_K)]
             names = ", ".join(classes[video.label] for video in nearest_K)
             rows.append(
                 charts.RetrievalRow(

@@ -59,6 +59,7 @@ class VideoSplit:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = __doc__
     parser.add_argument(
         "--dataset", choices=get_args(Layout), default="auto", help="layout of the lists (default: look)"
     )

@@ -15,11 +15,9 @@ from torch import Tensor
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.evaluation import features, splits
-from fasttrain.evaluation.features import Sampling, VideoFeatures, extract
+from fasttrain.evaluation.features import Extracted, Sampling, extract
 from fasttrain.evaluation.harness import Subject
 from fasttrain.evaluation.splits import LabelledVideo, VideoSplit, describe_split, read_split
-
-ByMoment = dict[str, VideoFeatures]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def extract_split(
     arguments: argparse.Namespace, subject: Subject, output: Path, world: World
-) -> tuple[VideoSplit, dict[str, ByMoment], dict[str, Any]] | None:
-    """The split without the videos that cannot be read, features by name and moment, and facts for the JSON.
+) -> tuple[VideoSplit, Extracted, dict[str, Any]] | None:
+    """The split without the videos that cannot be read, the features, and facts for the JSON.
 
     On the main process; None on the others. Raises InputError as `read_split` does, and where unreadable
     videos leave the training or test list empty, or a class without a training video.
@@ -50,8 +48,8 @@ def extract_split(
     extracted = extract(places, sampling, subject, arguments, output, world)
     if extracted is None:
         return None
-    found, skipped = extracted
-    train, test = ([one for one in videos if one.name in found] for videos in (split.train, split.test))
+    skipped, readable = extracted.skipped, extracted.num_frames
+    train, test = ([one for one in videos if one.name in readable] for videos in (split.train, split.test))
     for videos, which in ((train, "training"), (test, "test")):
         if not videos:
             raise InputError(f"no video of the {which} list can be read; {'; '.join(skipped[:3])}")
@@ -62,9 +60,9 @@ def extract_split(
             f"({len(untrained)} such classes); {'; '.join(skipped[:3]) or 'some are missing'}"
         )
     split = replace(split, train=train, test=test)
-    return split, found, {**describe_split(split), "skipped": skipped}
+    return split, extracted, {**describe_split(split), "skipped": skipped}
 
 
-def stack(videos: Sequence[LabelledVideo], found: dict[str, ByMoment], moment: str) -> Tensor:
+def stack(videos: Sequence[LabelledVideo], extracted: Extracted, moment: str) -> Tensor:
     """(V, D) float32 of the videos in their order."""
-    return torch.cat([found[video.name][moment].features_TD for video in videos])
+    return torch.cat([extracted.load(video.name, moment).features_TD for video in videos])

@@ -52,7 +52,12 @@ def run(
     with distributed.start("cpu") as world:
         found = extract(videos, sampling, subject.to(world.device), arguments, output, world)
     assert found is not None
-    return found
+    loaded = {
+        name: {moment: found.load(name, moment) for moment in subject.moments} for name in found.num_frames
+    }
+    for name, by_moment in loaded.items():
+        assert {one.num_frames for one in by_moment.values()} == {found.num_frames[name]}
+    return loaded, found.skipped
 
 
 def forbid(monkeypatch: pytest.MonkeyPatch, opened: list[str] | None = None) -> None:
