@@ -42,6 +42,14 @@ class LinearClassifier:
     converged: bool
     """Whether L-BFGS met its tolerance within the iterations allowed."""
 
+    def describe(self) -> dict[str, float | bool | None]:
+        """How it came about, for the JSON of an evaluation."""
+        return {
+            "l2": self.l2,
+            "held_out_accuracy": self.held_out_accuracy,
+            "converged": self.converged,
+        }
+
     def scores(self, features_SD: Tensor) -> Tensor:
         """Logits (S, C) float64, on the device of the features."""
         place = features_SD.device

@@ -9,7 +9,7 @@ Shape suffixes: T frames, P predicted segments, Y true segments, C classes.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -35,9 +35,6 @@ class Segment:
     start: int
     end: int
     score: float = 1.0
-
-    def relabelled(self, label: int) -> "Segment":
-        return replace(self, label=label)
 
 
 def segments(labels_T: Labels, background: Collection[int] = ()) -> list[Segment]:

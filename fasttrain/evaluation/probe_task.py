@@ -90,11 +90,7 @@ def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: Wo
             for name, scores_SC in scores.items()
             for k in TOP
         }
-        probes[moment] = {
-            "l2": probe.l2,
-            "held_out_accuracy": probe.held_out_accuracy,
-            "converged": probe.converged,
-        }
+        probes[moment] = probe.describe()
         confusions[moment] = confusion(scores["linear"].argmax(dim=1), labels_S, len(split.classes))
     charts.confusion_maps(confusions, split.classes, output / "figures" / "confusion.png")
     return {
