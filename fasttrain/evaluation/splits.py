@@ -66,7 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split", type=int, choices=(1, 2, 3), default=1, help="of UCF101 or HMDB51 (default: 1)"
     )
-    parser.add_argument("--train-list", type=Path, help="`path label` per line, or another CSV or JSON list")
+    parser.add_argument(
+        "--train-list", type=Path, help="`path label` per line, or a CSV of Kinetics or JSON of ssv2"
+    )
     parser.add_argument("--test-list", type=Path, help="as --train-list")
     parser.add_argument(
         "--videos", type=Path, help="folder or packed set of the videos, if they are not in --root"
@@ -189,6 +191,8 @@ def _stem(path: Path) -> str:
 def _find_layout(root: Path, arguments: argparse.Namespace) -> str:
     if arguments.dataset != "auto":
         return str(arguments.dataset)
+    if arguments.train_list and arguments.test_list:
+        return {".csv": "kinetics", ".json": "ssv2"}.get(arguments.train_list.suffix.lower(), "list")
     signs = {
         "ucf101": _first(root, ("ucfTrainTestlist", "."), ("classInd.txt",)),
         "hmdb51": next(iter(_hmdb_files(root, arguments.split)), None),
@@ -196,8 +200,6 @@ def _find_layout(root: Path, arguments: argparse.Namespace) -> str:
         "kinetics": _first(root, _KINETICS_FOLDERS, _KINETICS_FILES["train"]),
     }
     found = [layout for layout, path in signs.items() if path is not None]
-    if not found and arguments.train_list and arguments.test_list:
-        return "list"
     if len(found) != 1:
         raise InputError(
             f"{root} holds {'the lists of ' + ' and '.join(found) if found else 'no lists'} that are known; "
@@ -273,6 +275,10 @@ def _hmdb_files(root: Path, split: int) -> list[Path]:
 
 
 def _read_hmdb(root: Path, arguments: argparse.Namespace) -> tuple[list[str], Entries, Entries]:
+    if arguments.train_list or arguments.test_list:
+        raise InputError(
+            "hmdb51 has a list for each class; with --train-list and --test-list, --dataset list"
+        )
     files = _hmdb_files(root, arguments.split)
     if not files:
         raise InputError(

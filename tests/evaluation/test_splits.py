@@ -71,6 +71,20 @@ def test_hmdb51_marks(tmp_path: Path) -> None:
     assert [video.name for video in split.test] == ["run/y.avi"]
 
 
+def test_lists_that_are_given_are_read_by_their_suffix(tmp_path: Path) -> None:
+    roots = {name: LAYOUTS[name](tmp_path / name) for name in ("kinetics", "ssv2")}
+    csv, labels = roots["kinetics"] / "annotations", roots["ssv2"] / "labels"
+    split = read(roots["kinetics"], train_list=csv / "train.csv", test_list=csv / "val.csv")
+    assert split.layout == "kinetics"
+    split = read(roots["ssv2"], train_list=labels / "train.json", test_list=labels / "validation.json")
+    assert split.layout == "ssv2"
+    given = lists(tmp_path, "a.mp4 x\n", "b.mp4 x\n")
+    (tmp_path / "run_test_split1.txt").write_text("x.avi 1\n")
+    assert read(tmp_path, **given).layout == "list"
+    with pytest.raises(InputError, match="hmdb51 has a list for each class"):
+        read(tmp_path, **given, dataset="hmdb51")
+
+
 def test_numbered_classes_are_in_the_order_of_numbers(tmp_path: Path) -> None:
     split = read(tmp_path, **lists(tmp_path, "a.mp4 10\nb.mp4 9\n", "c.mp4 9\n"))
     assert split.classes == ["9", "10"]
