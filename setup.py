@@ -30,7 +30,7 @@ setup(
         "huggingface_hub>=0.30",
         "pillow>=10",
         "matplotlib>=3.8",
-        "scipy>=1.11",  # JHMDB joint positions are .mat files
+        "scipy>=1.11",  # JHMDB joint positions are .mat files; L-BFGS of the linear probes
         "tensorboard>=2.16",
     ],
     extras_require={

@@ -74,6 +74,7 @@ class Trainer:
                 reports = (
                     self._is_due(step, self.recipe.train.log_every)
                     or self._saves_after(step)
+                    or (self.validate is not None and self._is_due(step, self.recipe.eval.every))
                     or self._stops_alone()
                 )
                 with part(STEP):

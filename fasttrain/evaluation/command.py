@@ -1,7 +1,9 @@
 """Measure a run on a benchmark, before and after its projection: `python -m fasttrain eval TASK`.
 
-Writes OUTPUT/TASK.json, pictures and, for DAVIS, the masks; prints a table. Under torchrun the sequences are
-spread over the processes.
+Writes OUTPUT/TASK.json, pictures and, for DAVIS, the masks; prints a table. Under torchrun the sequences or
+videos are spread over the processes; `--` keeps torchrun from taking --run for an option of its own:
+
+    torchrun --nproc-per-node=8 -m -- fasttrain eval probe --run RUN --root DATASET
 """
 
 import argparse
@@ -11,7 +13,13 @@ from types import ModuleType
 
 from fasttrain import distributed
 from fasttrain.errors import InputError
-from fasttrain.evaluation import consistency_task, davis_task
+from fasttrain.evaluation import (
+    consistency_task,
+    davis_task,
+    localization_task,
+    probe_task,
+    retrieval_task,
+)
 from fasttrain.evaluation.harness import (
     add_subject_arguments,
     load_subject,
@@ -24,6 +32,9 @@ from fasttrain.evaluation.harness import (
 TASKS: dict[str, tuple[ModuleType, str]] = {
     "davis": (davis_task, "video object segmentation by label propagation: J and F"),
     "consistency": (consistency_task, "the paper's trade-off: distances within and between videos"),
+    "retrieval": (retrieval_task, "nearest videos: recall at 1, 5 and 10 in percent"),
+    "probe": (probe_task, "classification: weighted k-NN and a linear probe, accuracy in percent"),
+    "localization": (localization_task, "actions in time: frames, segments and detections, in percent"),
 }
 
 

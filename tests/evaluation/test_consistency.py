@@ -22,8 +22,10 @@ def test_published_numbers(shared: Path, given_patches: bool) -> None:
     found = consistency_separability(torch.from_numpy(golden["features"]), patches)
     assert set(found) == set(golden.files) - {"features", "inter_patch_indices"}
     for key, value in found.items():
-        # float32 sums in another order: an ulp.
-        assert value == pytest.approx(float(golden[key]), rel=2e-7), key
+        # float32 sums in another order: an ulp. The rank rests on singular values, whose last digits follow
+        # the number of threads; in float64 it is 2.7e-7 below the published number.
+        tolerance = 5e-7 if key == "effective_rank" else 2e-7
+        assert value == pytest.approx(float(golden[key]), rel=tolerance), key
 
 
 def test_still_videos_do_not_move() -> None:

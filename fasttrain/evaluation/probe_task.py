@@ -1,0 +1,107 @@
+"""Classification of videos by frozen features: weighted k-NN and a linear probe, top-1 and top-5.
+
+Reads UCF101, HMDB51, Kinetics, Something-Something V2 and plain lists (`splits.py`); what is measured, and
+after whom, is told in `probe.py` and `linear.py`. Shape suffixes: S test videos, N training videos, D
+channels, C classes.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttrain.distributed import World
+from fasttrain.errors import InputError
+from fasttrain.evaluation import charts, video_features
+from fasttrain.evaluation.harness import Subject
+from fasttrain.evaluation.linear import MAX_ITERATIONS, fit_linear
+from fasttrain.evaluation.probe import (
+    NEIGHBOURS,
+    TEMPERATURE,
+    confusion,
+    hold_out,
+    knn_classify,
+    top_accuracy,
+)
+from fasttrain.evaluation.video_features import extract_split, stack
+
+TOP = (1, 5)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    video_features.add_arguments(parser)
+    parser.add_argument(
+        "--neighbours", type=int, nargs="+", default=list(NEIGHBOURS), metavar="K",
+        help=f"of the k-NN; those above the number of training videos are left out (default: {NEIGHBOURS})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--temperature", type=float, default=TEMPERATURE, help=f"of its votes (default: {TEMPERATURE})"
+    )
+    parser.add_argument(
+        "--max-iterations", type=int, default=MAX_ITERATIONS,
+        help=f"of L-BFGS for each linear probe (default: {MAX_ITERATIONS})",
+    )  # fmt: skip
+
+
+def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: World) -> dict[str, Any] | None:
+    """Accuracy on all test videos, on the main process."""
+    if min(arguments.neighbours) < 1 or arguments.max_iterations < 1 or arguments.temperature <= 0:
+        raise InputError(
+            f"--neighbours {arguments.neighbours}, --temperature {arguments.temperature}, --max-iterations "
+            f"{arguments.max_iterations}: each must be positive"
+        )
+    found = extract_split(arguments, subject, output, world)
+    if found is None:
+        return None
+    split, extracted, data = found
+    labels_N = torch.tensor([video.label for video in split.train])
+    labels_S = torch.tensor([video.label for video in split.test])
+    held_out_N = hold_out(labels_N)
+    results: dict[str, dict[str, float]] = {}
+    probes: dict[str, dict[str, Any]] = {}
+    confusions: dict[str, Tensor] = {}
+    for moment in subject.moments:
+        train_ND, test_SD = (
+            stack(videos, extracted, moment).to(world.device) for videos in (split.train, split.test)
+        )
+        scores = {
+            f"{k}-NN": votes_SC.cpu()
+            for k, votes_SC in knn_classify(
+                test_SD,
+                train_ND,
+                labels_N.to(world.device),
+                num_classes=len(split.classes),
+                neighbours=tuple(arguments.neighbours),
+                temperature=arguments.temperature,
+            ).items()
+        }
+        probe = fit_linear(
+            train_ND,
+            labels_N.to(world.device),
+            num_classes=len(split.classes),
+            held_out_S=held_out_N.to(world.device),
+            max_iterations=arguments.max_iterations,
+        )
+        scores["linear"] = probe.scores(test_SD).cpu()
+        results[moment] = {
+            f"{name} top-{k}": top_accuracy(scores_SC, labels_S, k)
+            for name, scores_SC in scores.items()
+            for k in TOP
+        }
+        probes[moment] = probe.describe()
+        confusions[moment] = confusion(scores["linear"].argmax(dim=1), labels_S, len(split.classes))
+    charts.confusion_maps(confusions, split.classes, output / "figures" / "confusion.png")
+    return {
+        "data": {**data, "held_out_videos": int(held_out_N.sum())},
+        "results": results,
+        "linear_probe": probes,
+        "linear_top_1_per_class": {
+            moment: {
+                split.classes[label]: 100 * int(counts_CC[label, label]) / int(counts_CC[label].sum())
+                for label in labels_S.unique().tolist()
+            }
+            for moment, counts_CC in confusions.items()
+        },
+    }

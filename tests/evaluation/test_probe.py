@@ -1,0 +1,187 @@
+"""k-NN and linear probe: against brute force, against another optimiser, and what must always hold."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from fasttrain.errors import InputError
+from fasttrain.evaluation import fit_linear, knn_classify, top_accuracy
+from fasttrain.evaluation.linear import STRENGTHS, LinearClassifier
+from fasttrain.evaluation.probe import confusion, hold_out, knn_scores
+
+
+def blobs(seed: int, count: int = 60, channels: int = 6, classes: int = 3) -> tuple[Tensor, Tensor]:
+    """Overlapping clouds, one for each class, on channels of very different scale."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % classes
+    centres = torch.randn(classes, channels, generator=generator)
+    features = centres[labels] + torch.randn(count, channels, generator=generator)
+    return features * torch.logspace(-3, 2, channels) + 5, labels
+
+
+@given(st.integers(0, 2**31), st.integers(1, 20), st.floats(0.02, 1))
+def test_knn_is_brute_force(seed: int, k: int, temperature: float) -> None:
+    train, labels = blobs(seed, count=20)
+    test, _ = blobs(seed + 1, count=7)
+    scores = knn_classify(
+        test.double(), train.double(), labels, num_classes=4, neighbours=(k,), temperature=temperature
+    )[k]
+    unit = [
+        one.double().numpy() / np.linalg.norm(one.double().numpy(), axis=1)[:, None] for one in (test, train)
+    ]
+    for s in range(7):
+        cosine = unit[1] @ unit[0][s]
+        votes = np.zeros(4)
+        for n in np.argsort(-cosine)[:k]:
+            votes[labels[n]] += np.exp(cosine[n] / temperature)
+        expected = np.where(votes > 0, votes, -np.inf)
+        np.testing.assert_allclose(scores[s].numpy(), expected, rtol=1e-9)
+
+
+def test_knn_takes_the_counts_that_fit() -> None:
+    train, labels = blobs(0, count=30)
+    assert list(knn_classify(train, train, labels, num_classes=3)) == [10, 20]
+    assert list(knn_classify(train, train[:6], labels[:6], num_classes=3)) == [6]
+
+
+def test_knn_does_not_depend_on_the_order_of_training() -> None:
+    train, labels = blobs(0)
+    test, _ = blobs(1)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(2))
+    one, other = (
+        knn_classify(test, train[places], labels[places], num_classes=3)[20]
+        for places in (torch.arange(len(labels)), order)
+    )
+    torch.testing.assert_close(one, other)
+
+
+def test_a_class_without_a_vote_is_never_predicted() -> None:
+    scores = knn_scores(torch.tensor([[0.9, -0.9]]), torch.tensor([[1, 1]]), num_classes=6)
+    assert top_accuracy(scores, torch.tensor([1]), 1) == 100
+    assert top_accuracy(scores, torch.tensor([0]), 5) == 0
+    with pytest.raises(InputError, match="temperature 0"):
+        knn_scores(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.long), num_classes=1, temperature=0)
+
+
+def test_accuracy_of_a_hand_computed_case() -> None:
+    scores = torch.tensor([[3.0, 2.0, 1.0], [1.0, 3.0, 2.0], [2.0, 2.0, 1.0], [0.0, 1.0, 2.0]])
+    labels = torch.tensor([0, 0, 1, 1])
+    # The third row is a tie, which the lower class wins.
+    assert [top_accuracy(scores, labels, k) for k in (1, 2, 3, 5)] == [25, 75, 100, 100]
+
+
+def test_confusion_counts_truth_by_row() -> None:
+    counts = confusion(torch.tensor([0, 1, 1, 2]), torch.tensor([0, 0, 1, 1]), 3)
+    assert counts.tolist() == [[1, 1, 0], [0, 1, 1], [0, 0, 0]]
+
+
+def test_the_end_of_each_class_is_held_out() -> None:
+    labels = torch.tensor([0] * 10 + [1] * 3 + [2] + [0] * 5)
+    held_out = hold_out(labels)
+    assert held_out.nonzero()[:, 0].tolist() == [12, 16, 17, 18]
+
+
+def objective(classifier: LinearClassifier, features: Tensor, labels: Tensor, l2: float) -> float:
+    loss = functional.cross_entropy(classifier.scores(features), labels)
+    return (loss + l2 / 2 * classifier.weight_CD.square().sum()).item()
+
+
+@pytest.mark.parametrize("l2", [1.0, 1e-2, 1e-4])
+def test_the_probe_is_at_the_minimum_that_another_optimiser_finds(l2: float) -> None:
+    features, labels = blobs(3)
+    probe = fit_linear(features, labels, num_classes=3, strengths=[l2])
+    assert probe.converged
+    assert probe.l2 == l2
+    standard = (features.double() - probe.mean_D) / probe.deviation_D
+    weight = torch.zeros(3, 6, dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    other = torch.optim.LBFGS(
+        [weight, bias], max_iter=2000, tolerance_grad=1e-10, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        other.zero_grad()
+        value = functional.cross_entropy(standard @ weight.T + bias, labels) + l2 / 2 * weight.square().sum()
+        value.backward()
+        return value
+
+    other.step(loss)
+    assert objective(probe, features, labels, l2) == pytest.approx(loss().item(), abs=1e-7)
+    torch.testing.assert_close(probe.weight_CD, weight.detach(), atol=2e-3, rtol=1e-2)
+
+
+def test_a_strong_penalty_leaves_the_shares_of_the_classes() -> None:
+    features, labels = blobs(0)
+    labels = torch.where(labels == 2, 0, labels)
+    probe = fit_linear(features, labels, num_classes=2, strengths=[1e6])
+    shares = probe.probabilities(features).mean(dim=0)
+    torch.testing.assert_close(shares, torch.tensor([2 / 3, 1 / 3], dtype=torch.float64), atol=1e-4, rtol=0)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 2**31))
+def test_predictions_do_not_depend_on_scale_or_the_order_of_training(seed: int) -> None:
+    features, labels = blobs(seed)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    held_out = hold_out(labels)
+    one = fit_linear(features, labels, num_classes=3, held_out_S=held_out)
+    moved = features[order] * torch.tensor([2.0, 0.5, 1, 8, 4, 0.25]) - 3
+    other = fit_linear(moved, labels[order], num_classes=3, held_out_S=held_out[order])
+    assert one.l2 == other.l2
+    difference = one.probabilities(features[order]) - other.probabilities(moved)
+    # float32 features: shifted, they are rounded differently.
+    assert difference.abs().max() < 1e-2
+
+
+def test_the_strength_is_what_does_best_on_the_held_out_part() -> None:
+    features, labels = blobs(1, count=150)
+    # Noise in plenty: without a penalty the fit is to it.
+    noise = torch.randn(len(labels), 60, generator=torch.Generator().manual_seed(1))
+    features, held_out = torch.cat([features, noise], dim=1), hold_out(labels)
+    # So few that the sweep does not end early.
+    strengths = STRENGTHS[:4]
+    by_strength = {
+        l2: fit_linear(features, labels, num_classes=3, held_out_S=held_out, strengths=[l2, l2])
+        for l2 in strengths
+    }
+    accuracies = {l2: probe.held_out_accuracy or 0 for l2, probe in by_strength.items()}
+    assert len(set(accuracies.values())) > 1
+    chosen = fit_linear(features, labels, num_classes=3, held_out_S=held_out, strengths=strengths)
+    assert chosen.held_out_accuracy == max(accuracies.values()) == accuracies[chosen.l2]
+    # Then fitted to everything.
+    whole = fit_linear(features, labels, num_classes=3, strengths=[chosen.l2])
+    torch.testing.assert_close(chosen.weight_CD, whole.weight_CD)
+
+
+def test_separable_classes_are_told_apart_and_a_constant_channel_does_no_harm() -> None:
+    features = torch.eye(4).repeat(5, 1) + 0.01 * torch.randn(
+        20, 4, generator=torch.Generator().manual_seed(0)
+    )
+    features = torch.cat([features, torch.full((20, 1), 1 / 3)], dim=1)
+    labels = torch.arange(4).repeat(5)
+    probe = fit_linear(features, labels, num_classes=4, held_out_S=hold_out(labels))
+    assert top_accuracy(probe.scores(features), labels, 1) == 100
+    assert probe.scores(features).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("features", "labels", "part"),
+    [
+        (torch.ones(3, 2), torch.tensor([0, 1]), "2 labels"),
+        (torch.ones(2, 2), torch.tensor([0, 2]), "expected 0..1"),
+        (torch.full((2, 2), torch.nan), torch.tensor([0, 1]), "not finite"),
+        (torch.ones(0, 2), torch.zeros(0, dtype=torch.long), "0 labels"),
+    ],
+)
+def test_bad_input(features: Tensor, labels: Tensor, part: str) -> None:
+    with pytest.raises(InputError, match=part):
+        fit_linear(features, labels, num_classes=2)
+
+
+def test_nothing_left_to_train_on() -> None:
+    with pytest.raises(InputError, match="held out"):
+        fit_linear(*blobs(0), num_classes=3, held_out_S=torch.ones(60, dtype=torch.bool))

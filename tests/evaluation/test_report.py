@@ -1,0 +1,94 @@
+"""The trade-off of one and of several runs, on the page and during training."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from video_sets import SETTINGS, write_frames, write_run
+
+from fasttrain.__main__ import main
+from fasttrain.evaluation import figures
+from fasttrain.scenes import render_scene
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three frame folders of ten frames."""
+    root = tmp_path_factory.mktemp("videos")
+    for number in range(3):
+        write_frames(render_scene(number, num_frames=10, height=64, width=64), root / f"video{number}")
+    return root
+
+
+def test_trade_off_of_two_runs(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [write_run(tmp_path / f"run{seed}", seed=seed) for seed in (1, 2)]
+    for run in runs:
+        words = ["--run", str(run), "--root", str(videos), "--image-size", "64", "--device", "cpu"]
+        assert main(["eval", "consistency", *words]) == 0
+    drawn: list[tuple[str, dict[str, float], dict[str, float]]] = []
+    draw = figures.trade_off
+
+    def trade_off(points: Any, path: Any) -> Path:
+        drawn.extend(points)
+        return draw(points, path)
+
+    monkeypatch.setattr(figures, "trade_off", trade_off)
+    page = tmp_path / "pages" / "report.html"
+    assert main(["report", *map(str, runs), "--output", str(page)]) == 0
+    assert [name for name, _, _ in drawn] == ["run1", "run2"]
+    measured = [
+        json.loads((run / "eval" / "consistency" / "consistency.json").read_text())["results"] for run in runs
+    ]
+    assert [before for _, before, _ in drawn] == [one["before"] for one in measured]
+    assert [after for _, _, after in drawn] == [one["after"] for one in measured]
+    # One encoder, two projections.
+    assert measured[0]["before"] == measured[1]["before"]
+    assert measured[0]["after"] != measured[1]["after"]
+    text = page.read_text()
+    # The plot of both, and that of each run's own evaluation.
+    assert len(re.findall("<p>trade_off</p><img", text)) == 3
+    for run in runs:
+        assert f"<h2>{run.name}: consistency" in text
+
+
+def test_a_recipe_records_the_trade_off_while_it_trains(videos: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    recipe = tmp_path / "recipe.yaml"
+    backbone = {key: value for key, value in SETTINGS.items() if key != "image_size"}
+    recipe.write_text(
+        json.dumps(
+            {
+                "output": str(run),
+                "device": "cpu",
+                "backbone": backbone,
+                "data": {"source": str(videos), "image_size": 64, "num_threads": 1},
+                "train": {
+                    "steps": 5, "batch_size": 3, "precision": "fp32", "log_every": 3, "tensorboard": False,
+                },
+                "eval": {"every": 2, "num_videos": 2, "num_frames": 8},
+            }
+        )
+    )  # fmt: skip
+    assert main([str(recipe)]) == 0
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    validated = {record["step"]: record for record in records if "after/intra_normalized_95" in record}
+    # Between the steps that are logged, too, and at the last one.
+    assert list(validated) == [2, 4, 5]
+    for moment in ("before", "after"):
+        for key in ("intra_normalized_95", "inter_normalized_95", "cycle_accuracy", "effective_rank"):
+            assert f"{moment}/{key}" in validated[4]
+    # The backbone is frozen, the projection learns.
+    assert validated[2]["before/intra_normalized_95"] == validated[4]["before/intra_normalized_95"]
+    assert validated[2]["after/intra_normalized_95"] != validated[4]["after/intra_normalized_95"]
+    page = tmp_path / "report.html"
+    assert main(["report", str(run), "--output", str(page)]) == 0
+    assert "Learning curves" in page.read_text()
+
+
+def test_a_folder_without_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "nothing").mkdir()
+    assert main(["report", str(tmp_path / "nothing"), "--output", str(tmp_path / "page.html")]) == 2
+    assert "holds neither metrics.jsonl nor eval" in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()

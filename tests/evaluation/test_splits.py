@@ -1,0 +1,214 @@
+"""Lists of the published data sets: each is read, and what is wrong with one is a clear line."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from video_sets import CLASSES, LAYOUTS, TEST, TRAIN
+
+from fasttrain.errors import InputError
+from fasttrain.evaluation.splits import VideoSplit, read_split
+
+
+def read(root: Path, **options: Any) -> VideoSplit:
+    given: dict[str, Any] = {
+        "dataset": "auto",
+        "split": 1,
+        "train_list": None,
+        "test_list": None,
+        "videos": None,
+        "allow_missing": False,
+    }
+    return read_split(argparse.Namespace(root=root, **{**given, **options}))
+
+
+def touch(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def lists(root: Path, train: str, test: str) -> dict[str, Path]:
+    """A plain pair of lists; the videos a.mp4 .. d.mp4 are there."""
+    touch(root, *(f"{name}.mp4" for name in "abcd"))
+    (root / "train.txt").write_text(train)
+    (root / "test.txt").write_text(test)
+    return {"train_list": root / "train.txt", "test_list": root / "test.txt"}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_found_and_read(layout: str, tmp_path: Path) -> None:
+    root = LAYOUTS[layout](tmp_path / layout)
+    options = {"train_list": root / "train.txt", "test_list": root / "test.txt"} if layout == "list" else {}
+    split = read(root, **options)
+    assert split.layout == layout
+    assert len(split.classes) == len(CLASSES)
+    for videos, count in ((split.train, TRAIN), (split.test, TEST)):
+        assert [video.label for video in videos] == [label for label in range(3) for _ in range(count)]
+        assert all(video.place.exists() for video in videos)
+    assert len({video.place for video in (*split.train, *split.test)}) == 3 * (TRAIN + TEST)
+    assert split == read(root, **options, dataset=layout)
+
+
+def test_ucf101_classes_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    root = tmp_path
+    touch(root, "videos/B/b1.mp4", "videos/A/a1.mp4", "videos/A/a2.mp4", "videos/B/b2.mp4")
+    (root / "classInd.txt").write_text("1 B\n2 A\n")
+    (root / "trainlist02.txt").write_text("A/a1.avi 2\nB/b1.avi 1\n")
+    (root / "testlist02.txt").write_text("A/a2.avi\nB/b2.avi\n")
+    split = read(root, split=2)
+    assert split.classes == ["B", "A"]
+    assert [(video.place.name, video.label) for video in split.test] == [("a2.mp4", 1), ("b2.mp4", 0)]
+
+
+def test_hmdb51_marks(tmp_path: Path) -> None:
+    touch(tmp_path, "run/x 1.avi", "run/y.avi")
+    (tmp_path / "run_test_split1.txt").write_text("x 1.avi 1 \ny.avi 2 \nz.avi 0 \n")
+    split = read(tmp_path)
+    assert [video.name for video in split.train] == ["run/x 1.avi"]
+    assert [video.name for video in split.test] == ["run/y.avi"]
+
+
+def test_lists_that_are_given_are_read_by_their_suffix(tmp_path: Path) -> None:
+    roots = {name: LAYOUTS[name](tmp_path / name) for name in ("kinetics", "ssv2")}
+    csv, labels = roots["kinetics"] / "annotations", roots["ssv2"] / "labels"
+    split = read(roots["kinetics"], train_list=csv / "train.csv", test_list=csv / "val.csv")
+    assert split.layout == "kinetics"
+    split = read(roots["ssv2"], train_list=labels / "train.json", test_list=labels / "validation.json")
+    assert split.layout == "ssv2"
+    given = lists(tmp_path, "a.mp4 x\n", "b.mp4 x\n")
+    (tmp_path / "run_test_split1.txt").write_text("x.avi 1\n")
+    assert read(tmp_path, **given).layout == "list"
+    with pytest.raises(InputError, match="hmdb51 has a list for each class"):
+        read(tmp_path, **given, dataset="hmdb51")
+
+
+def test_numbered_classes_are_in_the_order_of_numbers(tmp_path: Path) -> None:
+    split = read(tmp_path, **lists(tmp_path, "a.mp4 10\nb.mp4 9\n", "c.mp4 9\n"))
+    assert split.classes == ["9", "10"]
+
+
+def test_a_list_may_name_absolute_paths(tmp_path: Path) -> None:
+    given = lists(tmp_path, f"{tmp_path}/a.mp4 x\n", f"{tmp_path}/b.mp4 x\n")
+    (tmp_path / "empty").mkdir()
+    assert read(tmp_path / "empty", **given).train[0].place == tmp_path / "a.mp4"
+
+
+def test_folders_of_classes_may_be_spelled_otherwise(tmp_path: Path) -> None:
+    rows = {"train": ("person's head (not hair)", "a"), "val": ("person's head (not hair)", "b")}
+    for which, (label, video) in rows.items():
+        lines = f'label,youtube_id,time_start,time_end,split\n"{label}",{video},1,11,{which}\n'
+        (tmp_path / f"{which}.csv").write_text(lines)
+    touch(tmp_path, "train/person's_head_(not_hair)/a_000001_000011.mp4")
+    touch(tmp_path, "val/person_s_head__not_hair_/b_000001_000011.mp4")
+    split = read(tmp_path)
+    assert [video.name for video in split.train] == ["person's head (not hair)/a_000001_000011.mp4"]
+    assert len(split.test) == 1
+
+
+def test_absent_videos(tmp_path: Path) -> None:
+    given = lists(tmp_path, "a.mp4 x\ngone.mp4 x\n", "b.mp4 x\nlost.mp4 x\n")
+    with pytest.raises(InputError, match=r"2 of 4 listed videos .* gone.mp4, lost.mp4; .*--allow-missing"):
+        read(tmp_path, **given)
+    split = read(tmp_path, **given, allow_missing=True)
+    assert split.missing == ["gone.mp4", "lost.mp4"]
+    assert (len(split.train), len(split.test)) == (1, 1)
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(InputError, match="4 of 4 listed videos are not under"):
+        read(tmp_path, **given, videos=tmp_path / "elsewhere", allow_missing=True)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "part"),
+    [
+        ("", "a.mp4 x\n", "the training list is empty"),
+        ("a.mp4 x\n", "# none\n", "the test list is empty"),
+        ("a.mp4 x\n", "b.mp4 y\n", "class 'y' is in the test list, but not in the training list"),
+        ("a.mp4 x\nb.mp4 x\n", "b.mp4 x\n", "b.mp4 is in both lists"),
+        ("a.mp4 x\na.mp4 y\n", "b.mp4 x\n", "names a.mp4 as 'x' and as 'y'"),
+        ("a.mp4\n", "b.mp4 x\n", "'a.mp4'; expected `path label`"),
+    ],
+)
+def test_bad_lists(train: str, test: str, part: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=part):
+        read(tmp_path, **lists(tmp_path, train, test))
+
+
+def test_wrong_layouts(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no lists that are known; choose with --dataset"):
+        read(tmp_path)
+    for layout, part in (
+        ("ucf101", "classInd.txt"),
+        ("hmdb51", "CLASS_test_split1.txt"),
+        ("kinetics", "train.csv"),
+        ("ssv2", "labels.json"),
+        ("list", "--train-list and --test-list"),
+    ):
+        with pytest.raises(InputError, match=part):
+            read(tmp_path, dataset=layout)
+    with pytest.raises(InputError, match=r"nowhere.txt cannot be read"):
+        read(tmp_path, train_list=tmp_path / "nowhere.txt", test_list=tmp_path / "nowhere.txt")
+    with pytest.raises(InputError, match=r"--videos .* is not a folder"):
+        read(tmp_path, **lists(tmp_path, "a.mp4 x\n", "b.mp4 x\n"), videos=tmp_path / "a.mp4")
+    (tmp_path / "classInd.txt").write_text("1 A\n")
+    (tmp_path / "A_test_split1.txt").write_text("a.avi 1\n")
+    with pytest.raises(InputError, match="the lists of ucf101 and hmdb51"):
+        read(tmp_path)
+
+
+def ucf(root: Path) -> Path:
+    (root / "classInd.txt").write_text("1 A\n")
+    (root / "trainlist01.txt").write_text("A/a.avi 1\n")
+    (root / "testlist01.txt").write_text("B/b.avi\n")
+    return root
+
+
+def ucf_flat(root: Path) -> Path:
+    ucf(root)
+    (root / "testlist01.txt").write_text("b.avi\n")
+    return root
+
+
+def hmdb(root: Path) -> Path:
+    (root / "A_test_split1.txt").write_text("a.avi 3\n")
+    return root
+
+
+def kinetics_columns(root: Path) -> Path:
+    (root / "train.csv").write_text("name,id\nx,y\n")
+    return root
+
+
+def kinetics_times(root: Path) -> Path:
+    (root / "train.csv").write_text("label,youtube_id,time_start,time_end,split\nx,y,soon,9,train\n")
+    return root
+
+
+def ssv2_templates(root: Path) -> Path:
+    (root / "labels.json").write_text('{"A": "0"}')
+    (root / "train.json").write_text('[{"id": "1"}]')
+    return root
+
+
+def ssv2_damaged(root: Path) -> Path:
+    (root / "labels.json").write_text('{"A": ')
+    return root
+
+
+@pytest.mark.parametrize(
+    ("make", "part"),
+    [
+        (ucf, "class 'B' of the test list is not among the 1 classes"),
+        (ucf_flat, "'b.avi'; expected CLASS/NAME.avi"),
+        (hmdb, "'a.avi 3'; expected a video and 0, 1 or 2"),
+        (kinetics_columns, "'label'; expected the columns label"),
+        (kinetics_times, "'soon'.*expected the columns label"),
+        (ssv2_templates, "'template'.*expected objects with id and template"),
+        (ssv2_damaged, "labels.json cannot be read"),
+    ],
+)
+def test_damaged_lists(make: Callable[[Path], Path], part: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=part):
+        read(make(tmp_path))

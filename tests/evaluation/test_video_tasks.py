@@ -1,0 +1,326 @@
+"""`fasttrain eval` of retrieval, probe and localization, end to end on tiny made-up data sets."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from video_sets import CLASSES, LAYOUTS, kinetics, plain, segmentation, ucf101, write_run
+
+from fasttrain.__main__ import main
+from fasttrain.evaluation import features
+
+SMALL = ["--image-size", "64", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture(scope="module")
+def ucf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ucf101(tmp_path_factory.mktemp("ucf") / "ucf")
+
+
+@pytest.fixture(scope="module")
+def muddled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Videos with labels drawn at random, so that no figure is 0 or 100."""
+    root = plain(tmp_path_factory.mktemp("lists") / "lists")
+    draw = random.Random(3)
+    for name in ("train", "test"):
+        lines = (root / f"{name}.txt").read_text().splitlines()
+        kept = [f"{line.rsplit(' ', 1)[0]} {draw.choice('012')}" for line in lines if line[0] != "#"]
+        (root / f"{name}.txt").write_text("\n".join(kept) + "\n")
+    return root
+
+
+def evaluate(task: str, *words: Any) -> int:
+    return main(["eval", task, *map(str, words), *SMALL])
+
+
+def read(output: Path, task: str) -> dict[str, Any]:
+    return json.loads((output / f"{task}.json").read_text())
+
+
+def lists_of(root: Path) -> list[Any]:
+    return ["--train-list", root / "train.txt", "--test-list", root / "test.txt"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_from_end_to_end(
+    layout: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = LAYOUTS[layout](tmp_path / "data")
+    given = ["--run", run, "--root", root, "--num-frames", 2, "--cache", tmp_path / "cache"]
+    given += lists_of(root) if layout == "list" else []
+    for task, measure, picture in (
+        ("retrieval", "R@1", "retrieval.png"),
+        ("probe", "linear top-1", "confusion.png"),
+    ):
+        output = tmp_path / task
+        assert evaluate(task, *given, "--output", output) == 0
+        found = read(output, task)
+        assert found["data"]["layout"] == layout
+        assert (found["data"]["train_videos"], found["data"]["test_videos"]) == (9, 6)
+        # Clips of one scene: even a random encoder tells them from those of another.
+        assert found["results"]["before"][measure] == found["results"]["after"][measure] == 100
+        assert found["results"]["difference"][measure] == 0
+        assert set(found["versions"]) >= {"torch", "fasttrain"}
+        assert found["settings"]["num_frames"] == 2
+        assert (output / "figures" / picture).stat().st_size > 5000
+        assert measure in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("as_breakfast", [False, True])
+def test_localization_from_end_to_end(as_breakfast: bool, run: Path, tmp_path: Path) -> None:
+    root = segmentation(tmp_path / "data", as_breakfast=as_breakfast)
+    assert evaluate("localization", "--run", run, "--root", root, "--output", tmp_path / "out") == 0
+    found = read(tmp_path / "out", "localization")
+    assert found["data"]["background"] == ["background"]
+    # The last annotation is one frame shorter than its video.
+    assert found["data"]["test_frames"] == 8 * 4 + 9 * 4 - 1
+    assert found["data"]["train_frames"] == (5 + 6 + 7) * 4
+    for moment in ("before", "after"):
+        assert found["results"][moment]["frame accuracy"] > 90
+        assert set(found["results"][moment]) >= {"edit", "F1@10", "F1@25", "F1@50", "mAP@0.7", "mAP mean"}
+    assert (tmp_path / "out" / "figures" / "segments.png").is_file()
+    # Every third frame stands for two more; all labels count.
+    words = ["--stride", 3, "--smooth", 2, "--background", "--tiou", "activitynet", "--max-train-frames", 20]
+    given = ["--run", run, "--root", root, "--baseline-only", "--output", tmp_path / "coarse"]
+    assert evaluate("localization", *given, *words) == 0
+    coarse = read(tmp_path / "coarse", "localization")
+    assert coarse["data"]["background"] == []
+    assert list(coarse["results"]) == ["before"]
+    assert coarse["data"]["test_frames"] == found["data"]["test_frames"]
+    assert 50 < coarse["results"]["before"]["frame accuracy"] <= found["results"]["before"]["frame accuracy"]
+    assert "mAP@0.95" in coarse["results"]["before"]
+
+
+def pack(source: Path, destination: Path) -> Path:
+    """All frames, as they are."""
+    words = ["pack", source, destination, "--short-side", 64, "--frames", 0, "--quality", 100]
+    assert main(list(map(str, words))) == 0
+    return destination
+
+
+def test_packed_videos(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = kinetics(tmp_path / "data")
+    packed = pack(root, tmp_path / "packed")
+    for which in ("train", "val"):
+        shutil.rmtree(root / which)
+    given = ["--run", run, "--root", root, "--videos", packed, "--num-frames", 2]
+    assert evaluate("retrieval", *given, "--output", tmp_path / "out") == 0
+    assert read(tmp_path / "out", "retrieval")["results"]["before"]["R@1"] == 100
+    monkeypatch.setattr(features, "_stream", None)
+    assert evaluate("retrieval", *given, "--output", tmp_path / "out") == 0
+    segmented = segmentation(tmp_path / "segmented", as_breakfast=True)
+    given = ["--run", run, "--root", segmented, "--videos", pack(segmented, tmp_path / "packed too")]
+    monkeypatch.undo()
+    assert evaluate("localization", *given, "--output", tmp_path / "out") == 0
+    assert read(tmp_path / "out", "localization")["results"]["before"]["frame accuracy"] > 90
+
+
+def test_figures_of_muddled_labels_are_those_of_brute_force(run: Path, muddled: Path, tmp_path: Path) -> None:
+    given = ["--run", run, "--root", muddled, *lists_of(muddled), "--num-frames", 2]
+    assert evaluate("retrieval", *given, "--output", tmp_path) == 0
+    found = read(tmp_path, "retrieval")
+    # The nearest training video is one of the same scene, so recall follows from the lists alone where all
+    # three clips of a scene have one label or none has the query's.
+    train, test = (
+        [line.rsplit(maxsplit=1) for line in (muddled / f"{name}.txt").read_text().splitlines()]
+        for name in ("train", "test")
+    )
+    certain = possible = 0
+    for path, label in test:
+        labels = [other for there, other in train if Path(there).name[0] == Path(path).name[0]]
+        certain += set(labels) == {label}
+        possible += label in labels
+    for moment in ("before", "after"):
+        recall = found["results"][moment]
+        assert 100 * certain / len(test) <= recall["R@1"] <= 100 * possible / len(test)
+        assert 100 * possible / len(test) <= recall["R@5"] <= recall["R@10"] == 100
+
+
+def test_one_side_of_the_projection(run: Path, ucf: Path, tmp_path: Path) -> None:
+    given = ["--run", run, "--root", ucf, "--num-frames", 2, "--cache", tmp_path / "cache"]
+    for only, moment, entries in (("--baseline-only", "before", 15), ("--projection-only", "after", 30)):
+        assert evaluate("retrieval", *given, only, "--output", tmp_path / moment) == 0
+        assert list(read(tmp_path / moment, "retrieval")["results"]) == [moment]
+        assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == entries
+
+
+def test_tasks_share_a_cache_and_a_second_run_opens_no_video(
+    run: Path, ucf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["--run", run, "--root", ucf, "--num-frames", 2, "--cache", tmp_path / "cache"]
+    assert evaluate("retrieval", *given, "--output", tmp_path / "one") == 0
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a video was opened")
+
+    monkeypatch.setattr(features, "probe_video", refuse)
+    monkeypatch.setattr(features, "stream_video_frames", refuse)
+    assert evaluate("probe", *given, "--output", tmp_path / "two") == 0
+    assert evaluate("retrieval", *given, "--output", tmp_path / "three") == 0
+    assert read(tmp_path / "one", "retrieval")["results"] == read(tmp_path / "three", "retrieval")["results"]
+    pictures = [(tmp_path / name / "figures" / "retrieval.png").read_bytes() for name in ("one", "three")]
+    assert pictures[0] == pictures[1]
+
+
+@pytest.mark.parametrize("task", ["probe", "localization"])
+def test_two_processes_find_what_one_does(task: str, run: Path, muddled: Path, tmp_path: Path) -> None:
+    words = ["--root", muddled, *lists_of(muddled), "--num-frames", 2]
+    if task == "localization":
+        words = ["--root", segmentation(tmp_path / "data"), "--stride", 2]
+    one, two = tmp_path / "one", tmp_path / "two"
+    command = [
+        # `--`: torchrun would take --run for an option of its own.
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--",
+        "fasttrain", "eval", task, "--run", run, "--output", two, *words, *SMALL,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert evaluate(task, "--run", run, "--output", one, *words) == 0
+    finally:
+        torch.set_num_threads(threads)
+    found = [read(output, task) for output in (one, two)]
+    for output in found:
+        del output["seconds"], output["settings"]
+    assert found[0] == found[1]
+    if task == "probe":
+        assert 0 < found[0]["results"]["before"]["linear top-1"] < 100
+
+
+def test_videos_that_cannot_be_read_are_counted(run: Path, tmp_path: Path) -> None:
+    root = ucf101(tmp_path / "data")
+    video = next((root / "UCF-101" / CLASSES[0]).glob("*g00*"))
+    video.write_bytes(video.read_bytes()[:200])
+    next((root / "UCF-101" / CLASSES[1]).glob("*g04*")).write_bytes(b"")
+    given = ["--run", run, "--root", root, "--num-frames", 2]
+    assert evaluate("probe", *given, "--output", tmp_path / "out") == 0
+    data = read(tmp_path / "out", "probe")["data"]
+    assert (data["train_videos"], data["test_videos"]) == (8, 5)
+    assert [line.split(":")[0] for line in data["skipped"]] == [
+        "Archery/v_Archery_g00_c01.avi", "Bowling/v_Bowling_g04_c01.avi",
+    ]  # fmt: skip
+
+
+def fails(task: str, words: list[Any], part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate(task, *words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fasttrain: ")
+    assert error.count("\n") == 1
+    assert part in error
+
+
+def test_a_class_that_lost_its_training_videos(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = ucf101(tmp_path / "data")
+    given = ["--run", run, "--root", root, "--num-frames", 2, "--output", tmp_path / "out"]
+    for number in range(3):
+        (root / "UCF-101" / "Bowling" / f"v_Bowling_g{number:02d}_c01.avi").write_bytes(b"")
+    fails("probe", given, "no training video of class 'Bowling'", capsys)
+    for video in (root / "UCF-101").rglob("*.avi"):
+        video.write_bytes(b"")
+    fails("retrieval", given, "no video of the training list can be read", capsys)
+    for video in (root / "UCF-101").rglob("*.avi"):
+        video.unlink()
+    fails("retrieval", given, "15 of 15 listed videos are not under", capsys)
+
+
+@pytest.mark.parametrize(
+    ("task", "words", "part"),
+    [
+        ("probe", ["--neighbours", 5, 0], "--neighbours [5, 0]"),
+        ("probe", ["--temperature", 0], "--temperature 0.0"),
+        ("probe", ["--max-iterations", 0], "--max-iterations 0"),
+        ("retrieval", ["--num-frames", 0], "0 frames"),
+        ("retrieval", ["--batch-size", 0], "--batch-size 0"),
+        ("retrieval", ["--workers", -1], "--workers -1"),
+        ("retrieval", ["--image-size", 50], "multiples of 16"),
+        ("retrieval", ["--dataset", "ssv2"], "labels.json"),
+    ],
+)
+def test_bad_settings(
+    task: str,
+    words: list[Any],
+    part: str,
+    run: Path,
+    ucf: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = ["eval", task, *SMALL, "--run", run, "--root", ucf, "--output", tmp_path / "out", *words]
+    assert main(list(map(str, given))) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert part in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_data_sets_for_localization(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = segmentation(tmp_path / "data")
+    given = ["--run", run, "--root", root, "--output", tmp_path / "out"]
+    fails("localization", [*given, "--split", 9], "train.split9.bundle cannot be read", capsys)
+    fails("localization", [*given, "--background", "nap"], "--background nap: not in mapping.txt", capsys)
+    fails("localization", [*given, "--smooth", 0], "--smooth 0", capsys)
+    fails("localization", [*given, "--stride", 0], "0-th", capsys)
+    train = root / "splits" / "train.split1.bundle"
+    fails("localization", [*given, "--test-list", train], "S0_Tea_C1 is in both lists", capsys)
+    (root / "groundTruth" / "S1_Tea_C1.txt").write_text("cut\nfry\n")
+    fails("localization", given, "label 'fry' of", capsys)
+    (root / "groundTruth" / "S1_Tea_C1.txt").unlink()
+    fails("localization", given, "S1_Tea_C1.txt cannot be read", capsys)
+    (root / "videos" / "S3_Tea_C1.avi").unlink()
+    fails("localization", given, "1 listed videos are not under", capsys)
+    train.write_text("\n")
+    fails("localization", given, "train.split1.bundle is empty", capsys)
+    (root / "mapping.txt").write_text("0 a\n2 b\n")
+    fails("localization", given, "expected 0, 1, 2", capsys)
+    (root / "mapping.txt").write_text("a\n")
+    fails("localization", given, "expected `NUMBER LABEL`", capsys)
+
+
+def test_labels_that_do_not_belong_to_the_frames(run: Path, tmp_path: Path) -> None:
+    root = segmentation(tmp_path / "data")
+    path = root / "groundTruth" / "S3_Tea_C1.txt"
+    path.write_text(path.read_text() * 2)
+    # A class that no training video has is reported, and counts as wrong.
+    truth = (root / "groundTruth" / "S4_Tea_C1.txt").read_text()
+    (root / "mapping.txt").write_text((root / "mapping.txt").read_text() + "4 serve\n")
+    (root / "groundTruth" / "S4_Tea_C1.txt").write_text(truth.replace("cut", "serve"))
+    assert evaluate("localization", "--run", run, "--root", root, "--output", tmp_path / "out") == 0
+    found = read(tmp_path / "out", "localization")
+    assert found["data"]["skipped"] == ["S3_Tea_C1: 32 frames, but 64 labels; expected a label per frame"]
+    assert found["data"]["classes_without_training"] == ["serve"]
+    assert found["results"]["before"]["frame accuracy"] < 80
+    assert np.isfinite(found["results"]["before"]["mAP mean"])
+
+
+def test_the_report_shows_figures_and_pictures(ucf: Path, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "mine")
+    segmented = segmentation(tmp_path / "data")
+    assert evaluate("retrieval", "--run", folder, "--root", ucf, "--num-frames", 2) == 0
+    assert evaluate("probe", "--run", folder, "--root", ucf, "--num-frames", 2) == 0
+    assert evaluate("localization", "--run", folder, "--root", segmented) == 0
+    assert main(["report", str(folder), "--output", str(tmp_path / "report.html")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    for word in ("R@10", "linear top-5", "edit", "mAP mean", ">retrieval<", ">confusion<", ">segments<"):
+        assert word in page
+    assert page.count("data:image/png;base64,") == 3
+    assert "http" not in page
