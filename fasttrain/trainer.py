@@ -20,7 +20,14 @@ from rich.console import Console
 
 from fasttrain.backbones import Backbone
 from fasttrain.checkpoint import load_checkpoint, saved_steps
-from fasttrain.data import FrameIndex, FramePairs, PairLoader, PairSampling, open_source
+from fasttrain.data import (
+    FrameIndex,
+    FramePairs,
+    PairLoader,
+    PairSampling,
+    check_bad_fraction,
+    open_source,
+)
 from fasttrain.distributed import World
 from fasttrain.errors import InputError, LocalInputError
 from fasttrain.metrics import Clock, MetricsLog, ProgressReport
@@ -91,6 +98,11 @@ class Trainer:
                     self._save(step + 1)
                     progress.message(f"stopped after step {step + 1}; the same command goes on from there")
                     raise KeyboardInterrupt
+        except LocalInputError:
+            # The others will not hear of these.
+            for fault in loader.drain_faults():
+                self.say(f"replaced a sample that cannot be read: {fault}", always=True)
+            raise
         finally:
             progress.close()
             loader.close()
@@ -138,15 +150,13 @@ class Trainer:
         """Read all meters (here alone the host waits), write them down, stop on a non-finite loss."""
         readings = {student.name: student.read_meters() for student in self.students}
         rate, seconds = clock.read()
-        faults = loader.drain_faults()
-        for fault in faults:
-            self.say(f"replaced a sample that cannot be read: {fault}", always=True)
+        faults, bad_samples, samples = self._gather_faults(loader)
         common = {
             "epoch": step / self.steps_per_epoch,
             "lr": self.lr(step - 1),
             "pairs_per_second": rate,
             "seconds": seconds,
-            "bad_samples": len(loader.faults),
+            "bad_samples": bad_samples,
             "bad_files": len(self.index.skipped),
         }
         records: dict[str, dict[str, Any]] = {}
@@ -160,11 +170,23 @@ class Trainer:
                 record |= self.validate(student.encoder, student.projection, self.index, self.world.device)
             log = logs[student.name]
             if log is not None:
-                faulty = {"faults": [str(fault) for fault in faults]} if faults else {}
+                faulty = {"faults": faults} if faults else {}
                 log.write(step, {**record, **faulty})
             progress.show(step, student.name, record, (self.total_steps - step) * self.global_batch / rate)
             records[student.name] = record
+        if faults:
+            # After they were written down; all processes come to the same answer.
+            check_bad_fraction(bad_samples, samples, self.recipe.data.max_bad_fraction, faults[-1])
         return records
+
+    def _gather_faults(self, loader: PairLoader) -> tuple[list[str], int, int]:
+        """New faults of all processes, all faults so far, all samples so far; the new ones are said."""
+        mine = [str(fault) for fault in loader.drain_faults()]
+        told = self.world.gather((mine, len(loader.faults), loader.num_seen))
+        faults = [fault for new, _, _ in told for fault in new]
+        for fault in faults:
+            self.say(f"replaced a sample that cannot be read: {fault}")
+        return faults, sum(bad for _, bad, _ in told), sum(seen for _, _, seen in told)
 
     def _drop_non_finite(
         self, student: Student, step: int, loader: PairLoader, logs: dict[str, MetricsLog | None]

@@ -75,7 +75,8 @@ class PairLoader:
 
     frames are fp32 on a CPU and `dtype` on a GPU. They are the caller's own: no later batch writes to them.
     Raises InputError where a global batch is larger than the data, and while iterating where more than
-    max_bad_fraction of the samples had to be replaced.
+    max_bad_fraction of the samples had to be replaced. Of several ranks one alone sees too few to tell: there
+    the trainer sums `num_seen` and `faults` over all and calls `check_bad_fraction`.
     """
 
     def __init__(
@@ -110,7 +111,8 @@ class PairLoader:
         self.first_step, self.num_batches = first_step, num_steps * accumulate
         self.max_bad_fraction = max_bad_fraction
         self.faults: list[Fault] = []
-        self._drained = self._seen = 0
+        self.num_seen = 0
+        self._drained = 0
         self._prefetch = max(1, min(prefetch, self.num_batches))
         self._fetchers = ThreadPoolExecutor(num_threads, thread_name_prefix="fetch")
         self._num_threads = num_threads
@@ -270,13 +272,19 @@ class PairLoader:
 
     def _count(self, batch: _Batch) -> None:
         """Enter a batch into the books when it is delivered, not when it was read ahead."""
-        self._seen += len(batch.wanted) + len(batch.faults)
+        self.num_seen += len(batch.wanted) + len(batch.faults)
         self.faults += batch.faults
-        if len(self.faults) > self.max_bad_fraction * max(self._seen, MIN_SEEN):
-            raise InputError(
-                f"{len(self.faults)} of {self._seen} samples could not be read, more than "
-                f"data.max_bad_fraction={self.max_bad_fraction:g} allows; the last: {self.faults[-1]}"
-            )
+        if self.world_size == 1 and batch.faults:
+            check_bad_fraction(len(self.faults), self.num_seen, self.max_bad_fraction, self.faults[-1])
+
+
+def check_bad_fraction(bad: int, seen: int, limit: float, last: object) -> None:
+    """Raise InputError where more than `limit` of the samples seen could not be read."""
+    if bad > limit * max(seen, MIN_SEEN):
+        raise InputError(
+            f"{bad} of {seen} samples could not be read, more than data.max_bad_fraction={limit:g} allows; "
+            f"the last: {last}"
+        )
 
 
 def _for_device(index: FrameIndex, device: torch.device, decoder: Decoder) -> FrameIndex:

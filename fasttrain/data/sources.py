@@ -42,12 +42,15 @@ def open_source(source: str | Path, *, kind: Kind = "auto") -> FrameIndex:
     folders: frame folders (jpg, jpeg, png) at any depth, frames in natural order of their names; list: a
     text file with a frame folder or a video file per line, absolute or relative to the list, optionally
     followed by the number of frames to use; videos: a folder of video files at any depth, or one file;
-    packed: what `fasttrain pack` wrote. `auto` looks which it is. Raises InputError where the source is
-    missing, is not of the kind, or holds nothing that can be read.
+    packed: what `fasttrain pack` wrote, or a text file that lists the folders of its parts. `auto` looks
+    which it is. Raises InputError where the source is missing, is not of the kind, or holds nothing that can
+    be read.
     """
     path = Path(source).expanduser()
-    if kind == "packed" or (kind == "auto" and is_packed(path)):
-        return PackedIndex(path)
+    may_be_packed = kind in ("auto", "packed") or (kind == "list" and path.is_file())
+    packed = packed_folders(path) if may_be_packed else []
+    if packed or kind == "packed":
+        return PackedIndex(*(packed or [path]))
     found = find_source(path, kind=kind)
     index = _probe_videos(found) if found.videos else FolderIndex(found.folders, found.skipped)
     if not len(index):
@@ -56,6 +59,20 @@ def open_source(source: str | Path, *, kind: Kind = "auto") -> FrameIndex:
             f"nothing in {source} can be read ({len(index.skipped)} skipped{reasons}); {_WANTED}"
         )
     return index
+
+
+def packed_folders(path: Path) -> list[Path]:
+    """The folders of a packed set: itself, or those that a list names; none where it is something else."""
+    if path.is_dir():
+        return [path] if is_packed(path) else []
+    if not path.is_file() or path.suffix.lower() in VIDEO_SUFFIXES:
+        return []
+    try:
+        folders = [path.parent / entry for entry in _list_entries(path)]
+    except InputError:
+        return []
+    # One look is enough: a list of 240,000 frame folders shall not be looked through twice.
+    return folders if folders and is_packed(folders[0]) else []
 
 
 def find_source(path: Path, *, kind: Kind = "auto") -> Found:
@@ -146,24 +163,31 @@ def _natural_key(name: str) -> list[str | int]:
     return [int(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
-def _read_list(path: Path) -> Found:
+def _list_entries(path: Path) -> list[str]:
+    """The lines of a list that say something."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"{path} is neither a video file nor a text file that lists folders: {error}"
         ) from None
+    entries = (line.strip() for line in lines)
+    return [entry for entry in entries if entry and not entry.startswith("#")]
+
+
+def _read_list(path: Path) -> Found:
     skipped: Skipped = []
     folders: FrameFolders = {}
     videos: dict[str, Path] = {}
-    for line in lines:
-        entry = line.strip()
-        if not entry or entry.startswith("#"):
-            continue
+    for entry in _list_entries(path):
         name, limit = _list_entry(path.parent, entry)
         place = path.parent / name
         if place.is_dir():
-            files = _frame_files(os.scandir(place))
+            try:
+                files = _frame_files(os.scandir(place))
+            except OSError as error:
+                skipped.append((name, os_reason(error)))
+                continue
             if not files:
                 skipped.append((name, "no jpg, jpeg or png in it"))
             elif limit is not None and limit > len(files):

@@ -7,6 +7,7 @@ rounded to 8, turned upright by the display matrix.
 
 from __future__ import annotations
 
+import ctypes
 import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -130,6 +131,35 @@ def stream_video_frames(video: VideoInfo, frames: Iterable[int]) -> Iterator[Fra
                 yield to_rgb(reader.read(frame))
     except (av.FFmpegError, OSError) as error:
         raise UnreadableFrameError(_reason(error), frame) from error
+
+
+def check_jpeg(data: Frame) -> None:
+    """Raise UnreadableFrameError for a JPEG (n,) whose coded data ffmpeg finds damaged; others pass.
+
+    Pillow and DALI decode such a picture to garbage and say nothing. A picture that is no JPEG, or of a kind
+    that ffmpeg does not know, passes. Damage that happens to be valid code passes too: of 240 DAVIS frames
+    with 512 bytes set to zero, 199 were found.
+    """
+    if data[:2].tobytes() != b"\xff\xd8":
+        return
+    decoder = av.CodecContext.create("mjpeg", "r")
+    decoder.options = {"err_detect": "explode"}
+    decoder.thread_count = 1
+    try:
+        decoder.decode(av.Packet(data.tobytes()))
+    except av.InvalidDataError:
+        raise UnreadableFrameError("damaged JPEG: its coded data is not valid") from None
+    except av.FFmpegError:
+        return
+
+
+def has_nvdec() -> bool:
+    """Whether the driver comes with NVDEC; containers are often started without it."""
+    try:
+        ctypes.CDLL("libnvcuvid.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def nvdec_decodes(video: VideoInfo) -> bool:
