@@ -60,6 +60,7 @@ class Trainer:
         self.peak_lr = recipe.optimizer.lr * self.global_batch / 256
         # What a resumed run must find unchanged, beside the recipe's identity.
         self.facts = {"global_batch": self.global_batch, "data": self.index.fingerprint()}
+        self._check_same_data()
         self.students = self._build_students(recipes)
         self.first_step = self._resume()
         self._stop_asked = False
@@ -253,6 +254,16 @@ class Trainer:
         if single:
             self.say(f"{single} of {len(index)} videos have one frame; both frames of their pairs are it")
         return index
+
+    def _check_same_data(self) -> None:
+        """A file that only some processes can read would part their orders of the samples, silently."""
+        told = self.world.gather((self.facts["data"], len(self.index)))
+        for rank, (fingerprint, videos) in enumerate(told):
+            if fingerprint != told[0][0]:
+                raise InputError(
+                    f"data.source={self.recipe.data.source}: process {rank} sees other videos ({videos}) "
+                    f"than process 0 ({told[0][1]}); start again when all nodes see the same files"
+                )
 
     def _build_students(self, recipes: list[Recipe]) -> list[Student]:
         """All students; of several, one that cannot be built is reported and left out."""
