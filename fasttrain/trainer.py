@@ -68,6 +68,8 @@ class Trainer:
     def fit(self, profiler: StepProfiler | None = None) -> dict[str, dict[str, Any]]:
         """Train to the end, with some steps recorded by `profiler`. Returns the last readings by backbone."""
         loader = self._open_loader()
+        if loader.note:
+            self.say(loader.note)
         self._write_recipes()
         progress = ProgressReport(
             self.console, total_steps=self.total_steps, first_step=self.first_step, enabled=self.world.is_main
@@ -337,6 +339,7 @@ class Trainer:
             num_threads=data.num_threads or max(1, cores // self.world.local_size),
             prefetch=data.prefetch,
             decoder=data.decoder,
+            jpeg_engine_load=data.jpeg_engine_load,
             dtype=DTYPES[train.precision],
             max_bad_fraction=data.max_bad_fraction,
         )

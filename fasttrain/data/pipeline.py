@@ -66,6 +66,7 @@ def open_stage(
     videos: Upright | None,
     device: torch.device,
     decoder: Decoder,
+    jpeg_engine_load: float,
     batch_size: int,
     image_size: int,
     num_threads: int,
@@ -84,6 +85,7 @@ def open_stage(
             device=device,
             # The host decodes 256-pixel JPEG at 1,700 frames/s a core, and its faults are well known.
             decoder="mixed" if decoder == "mixed" or storage == "clips" else "cpu",
+            jpeg_engine_load=jpeg_engine_load,
             batch_size=batch_size,
             image_size=image_size,
             num_threads=num_threads,
@@ -129,13 +131,19 @@ def new_pipeline(*, device: torch.device, batch_size: int, num_threads: int, pre
     )
 
 
-def decode_images(stored: Any, *, device: str) -> Any:
+def decode_images(stored: Any, *, device: str, engine_load: float = 0.0) -> Any:
     """The graph's JPEG and PNG decoder: upright by the EXIF tag, bit for bit Pillow's on the host.
 
-    Smooth chroma upsampling makes the JPEG engine agree with it.
+    On a GPU (`mixed`) the JPEG engine takes the share `engine_load`. Smooth chroma upsampling makes it agree
+    with the host.
     """
     return fn.decoders.image(
-        stored, device=device, output_type=DALIImageType.RGB, jpeg_fancy_upsampling=True, affine=False
+        stored,
+        device=device,
+        output_type=DALIImageType.RGB,
+        jpeg_fancy_upsampling=True,
+        hw_decoder_load=engine_load,
+        affine=False,
     )
 
 
@@ -227,13 +235,15 @@ def _single_threaded_workers(number: int) -> ThreadPoolExecutor:
     return pool
 
 
-def pair_graph(storage: Storage, *, decoder: str, image_size: int, on_gpu: bool, float32: bool) -> Any:
+def pair_graph(
+    storage: Storage, *, decoder: str, engine_load: float, image_size: int, on_gpu: bool, float32: bool
+) -> Any:
     """The nodes from what the index stores to normalised crops, (3, S, S) or for clips (2, 3, S, S) each."""
     box = fn.external_source(name="box", batch=True, ndim=1, dtype=DALIDataType.FLOAT)
     mirror = fn.external_source(name="mirror", batch=True, ndim=0, dtype=DALIDataType.INT32)
     first_axis = 0
     if storage == "images":
-        frames = decode_images(_bytes_input(), device=decoder)
+        frames = decode_images(_bytes_input(), device=decoder, engine_load=engine_load)
     elif storage == "clips":
         numbers = fn.external_source(name="numbers", batch=True, ndim=1, dtype=DALIDataType.INT32)
         frames = decode_clips(_bytes_input(), numbers, device=decoder)
@@ -282,6 +292,7 @@ class GraphStage:
         videos: Upright | None,
         device: torch.device,
         decoder: Literal["cpu", "mixed"],
+        jpeg_engine_load: float,
         batch_size: int,
         image_size: int,
         num_threads: int,
@@ -297,6 +308,7 @@ class GraphStage:
                 pair_graph(
                     storage,
                     decoder=decoder,
+                    engine_load=jpeg_engine_load,
                     image_size=image_size,
                     on_gpu=device.type == "cuda",
                     float32=dtype == torch.float32,

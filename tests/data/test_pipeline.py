@@ -32,6 +32,7 @@ def make_stage(index: FrameIndex, videos: Upright | None = None, prefetch: int =
         videos=videos,
         device=torch.device("cpu"),
         decoder="cpu",
+        jpeg_engine_load=0.65,
         batch_size=PAIRS,
         image_size=SIZE,
         num_threads=2,
@@ -139,7 +140,7 @@ def test_clips_get_the_matrix_of_their_stream(tmp_path: Path, matrix: str) -> No
 def test_the_graph_for_a_gpu_ends_on_it(storage: str, decoder: str) -> None:
     """DALI checks operators and devices when a graph is defined, which takes no GPU."""
     with new_pipeline(device=torch.device("cuda", 0), batch_size=2, num_threads=1, prefetch=1):
-        node = pair_graph(storage, decoder=decoder, image_size=8, on_gpu=True, float32=False)
+        node = pair_graph(storage, decoder=decoder, engine_load=0.9, image_size=8, on_gpu=True, float32=False)
     assert node.device == "gpu"
 
 
@@ -179,6 +180,7 @@ def test_a_gpu_decoder_needs_a_gpu() -> None:
             videos=None,
             device=torch.device("cpu"),
             decoder="mixed",
+            jpeg_engine_load=0.65,
             batch_size=1,
             image_size=8,
             num_threads=1,
