@@ -237,7 +237,7 @@ def pack(
 def check(root: Path, *, workers: int, console: Console) -> int:
     """Verify all shards of a packed set; returns the number of frames. Raises InputError if it is damaged."""
     parts = finished_parts(packed_folders(root) or [root])
-    shards = [path for folder, part in parts for path, _ in part.shards(folder)]
+    shards = [path for folder, part in parts for path in part.paths(folder)]
     damage: list[str] = []
     frames = 0
     with PackProgress(console, total=len(shards), done=0) as progress, ThreadPoolExecutor(workers) as pool:

@@ -97,14 +97,14 @@ class Part:
     def is_complete(self, root: Path) -> bool:
         """Whether this part was packed to its end and all its shards are there."""
         manifest = read_manifest(self.manifest(root))
-        return bool(manifest["complete"]) and manifest["shards"] == sum(1 for _ in self._indexed(root))
+        return bool(manifest["complete"]) and manifest["shards"] == sum(1 for _ in self.paths(root))
 
     def shards(self, root: Path) -> Iterator[tuple[Path, ShardIndex]]:
         """The finished shards, in order."""
-        for path in self._indexed(root):
+        for path in self.paths(root):
             yield path, read_shard_index(path.with_suffix(".npz"))
 
-    def _indexed(self, root: Path) -> Iterator[Path]:
+    def paths(self, root: Path) -> Iterator[Path]:
         """The shards that have their index, up to the first that has not."""
         paths = (self.shard(root, number) for number in itertools.count())
         return itertools.takewhile(lambda path: path.with_suffix(".npz").exists(), paths)
@@ -142,8 +142,11 @@ def read_shard_index(path: Path) -> ShardIndex:
                 videos_done=told["videos_done"],
                 num_bytes=told["num_bytes"],
             )
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is damaged ({error}); delete it and pack again") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {os_reason(error)}") from None
+    # What NumPy says of a file that is no archive of its own leads nobody anywhere.
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+        raise InputError(f"{path} is damaged; delete it and pack again") from None
 
 
 def finished_parts(roots: Sequence[Path]) -> list[tuple[Path, Part]]:
@@ -172,7 +175,8 @@ def finished_parts(roots: Sequence[Path]) -> list[tuple[Path, Part]]:
         if part not in found or not part.is_complete(found[part]):
             raise InputError(
                 f"part {number} of {count} of the packed set {place} is not finished, or a shard is missing; "
-                f"run `fasttrain pack` with --shard {number}/{count} again, it goes on where it was"
+                f"run `fasttrain pack` with --shard {number}/{count} again, it goes on where it was; a text "
+                "file with a folder per line joins parts in several folders"
             )
     _check_one_set(found)
     return sorted(((root, part) for part, root in found.items()), key=lambda entry: entry[1])
@@ -374,7 +378,10 @@ class _OpenShard:
 
 def check_shard(path: Path) -> tuple[int, list[str]]:
     """The number of frames of a shard, and what is wrong with it."""
-    index = read_shard_index(path.with_suffix(".npz"))
+    try:
+        index = read_shard_index(path.with_suffix(".npz"))
+    except InputError as error:
+        return 0, [str(error)]
     frames = [
         (name, k) for name, length in zip(index.names, index.lengths, strict=True) for k in range(length)
     ]
