@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -129,7 +130,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a shard ends with the video that takes it past so many MB (1024)",
     )
     parser.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="videos in work at a time (0: one per core)"
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="videos in work at a time; each is held in memory as JPEG (0: one per core)",
     )
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="part I of N machines, from 1 (1/1)")
     parser.add_argument(
@@ -259,6 +264,7 @@ class PackProgress:
 
     def __init__(self, console: Console, *, total: int, done: int) -> None:
         self._console, self._total, self._done = console, total, done
+        self._done_before = done
         self._bad = self._frames = 0
         self._start = self._said = time.monotonic()
         self._bar = Progress(
@@ -266,7 +272,7 @@ class PackProgress:
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]:.0f} frames/s"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[bad]} bad"),
+            TextColumn("left, {task.fields[bad]} bad"),
             console=console,
             disable=not console.is_terminal,
         )
@@ -289,7 +295,12 @@ class PackProgress:
         self._bar.update(self._task, completed=self._done, rate=rate, bad=self._bad)
         if not self._console.is_terminal and now - self._said > 60:
             self._said = now
-            self._console.print(f"{self._done}/{self._total}, {rate:.0f} frames/s, {self._bad} bad")
+            seconds = (now - self._start) * (self._total - self._done) / (self._done - self._done_before)
+            left = timedelta(seconds=round(seconds))
+            self._console.print(
+                f"{self._done}/{self._total}, {rate:.0f} frames/s, {left} left, {self._bad} bad",
+                highlight=False,
+            )
 
 
 class _StoppedError(Exception):

@@ -419,13 +419,15 @@ class Upright:
         for row in np.flatnonzero(self._turns[draws.videos]):
             turned = torch.rot90(frames[:, row], int(self._turns[draws.videos[row]]), (-2, -1))
             frames[:, row] = turned.flip(-1) if draws.flips[row] else turned
-        for kind in np.unique(self._kinds[draws.videos]):
-            # Kind 0 is BT.601, as decoded.
-            rows = np.flatnonzero(self._kinds[draws.videos] == kind) if kind else ()
-            for row in rows:
-                mixed = torch.einsum("ij,vjhw->vihw", self._weights[kind], frames[:, row].float())
-                mixed += self._biases[kind].view(3, 1, 1)
-                frames[:, row] = mixed.clamp(self._black, self._white)
+        kinds = self._kinds[draws.videos]
+        # Kind 0 is BT.601, as decoded.
+        for kind in np.unique(kinds[kinds > 0]):
+            rows: Any = torch.from_numpy(np.flatnonzero(kinds == kind)).to(frames.device)
+            # Most data sets are of one kind: no gathering then.
+            rows = slice(None) if len(rows) == len(kinds) else rows
+            mixed = torch.einsum("ij,vbjhw->vbihw", self._weights[kind], frames[:, rows].float())
+            mixed += self._biases[kind].view(3, 1, 1)
+            frames[:, rows] = mixed.clamp(self._black, self._white).to(frames.dtype)
 
 
 def rgb_correction(matrix: Matrix) -> npt.NDArray[np.float64]:

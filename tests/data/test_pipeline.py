@@ -134,6 +134,21 @@ def test_clips_get_the_matrix_of_their_stream(tmp_path: Path, matrix: str) -> No
     assert np.abs(results[1] - results[0]).max() > 5
 
 
+def test_a_batch_of_several_matrices(tmp_path: Path) -> None:
+    """Each row gets its own."""
+    index = vp9_videos(tmp_path)
+    matrices = ["bt709", "bt601", "bt709"]
+    draws = drawn(index, 0)[1]
+    frames = torch.rand(2, PAIRS, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    mixed, single = frames.clone(), frames.clone()
+    Upright(np.zeros(3, dtype=int), matrices, torch.device("cpu")).set_upright(mixed, draws)
+    upright(index, 0, "bt709").set_upright(single, draws)
+    for row, video in enumerate(draws.videos):
+        expected = single if matrices[video] == "bt709" else frames
+        torch.testing.assert_close(mixed[:, row], expected[:, row])
+    assert {matrices[video] for video in draws.videos} == {"bt601", "bt709"}
+
+
 @pytest.mark.parametrize(
     ("storage", "decoder"), [("images", "cpu"), ("images", "mixed"), ("frames", "cpu"), ("clips", "mixed")]
 )
