@@ -25,6 +25,7 @@ from fasttrain.data import (
     FramePairs,
     PairLoader,
     PairSampling,
+    Processes,
     check_bad_fraction,
     open_source,
 )
@@ -249,7 +250,8 @@ class Trainer:
         data = self.recipe.data
         if not data.source:
             raise InputError("data.source is not set; expected frame folders or videos: data.source=PATH")
-        index = open_source(data.source, kind=data.kind)
+        processes = Processes(self.world.rank, self.world.size, self.world.gather)
+        index = open_source(data.source, kind=data.kind, processes=processes)
         for name, reason in index.skipped:
             self.say(f"skipped {name}: {reason}")
         single = int((index.num_frames == 1).sum())

@@ -6,13 +6,14 @@ here: evaluation reads through this module too.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from fasttrain.data.images import IMAGE_SUFFIXES, UnreadableFrameError
 from fasttrain.data.index import FolderIndex, FrameFolders, FrameIndex, Skipped, VideoIndex, os_reason
@@ -36,15 +37,28 @@ class Found:
     skipped: Skipped
 
 
-def open_source(source: str | Path, *, kind: Kind = "auto") -> FrameIndex:
+@dataclass(frozen=True)
+class Processes:
+    """The processes that open a source together, each with its share of the video files to look into."""
+
+    rank: int
+    size: int
+    gather: Callable[[Any], list[Any]]
+    """A value of each process -> all their values by rank, in every process."""
+
+
+ALONE = Processes(0, 1, lambda value: [value])
+
+
+def open_source(source: str | Path, *, kind: Kind = "auto", processes: Processes = ALONE) -> FrameIndex:
     """Index the videos of a source.
 
     folders: frame folders (jpg, jpeg, png) at any depth, frames in natural order of their names; list: a
     text file with a frame folder or a video file per line, absolute or relative to the list, optionally
     followed by the number of frames to use; videos: a folder of video files at any depth, or one file;
     packed: what `fasttrain pack` wrote, or a text file that lists the folders of its parts. `auto` looks
-    which it is. Raises InputError where the source is missing, is not of the kind, or holds nothing that can
-    be read.
+    which it is. `processes` share the work of looking into videos and get the same index. Raises InputError
+    where the source is missing, is not of the kind, or holds nothing that can be read.
     """
     path = Path(source).expanduser()
     may_be_packed = kind in ("auto", "packed") or (kind == "list" and path.is_file())
@@ -52,7 +66,7 @@ def open_source(source: str | Path, *, kind: Kind = "auto") -> FrameIndex:
     if packed or kind == "packed":
         return PackedIndex(*(packed or [path]))
     found = find_source(path, kind=kind)
-    index = _probe_videos(found) if found.videos else FolderIndex(found.folders, found.skipped)
+    index = _probe_videos(found, processes) if found.videos else FolderIndex(found.folders, found.skipped)
     if not len(index):
         reasons = "".join(f", {name}: {reason}" for name, reason in index.skipped[:1])
         raise InputError(
@@ -211,17 +225,19 @@ def _list_entry(root: Path, entry: str) -> tuple[str, int | None]:
     return entry, None
 
 
-def _probe_videos(source: Found) -> VideoIndex:
+def _probe_videos(source: Found, processes: Processes) -> VideoIndex:
     """Look into every file, in parallel; what cannot be read is skipped and named."""
 
-    def probe(path: Path) -> VideoInfo | UnreadableFrameError:
+    def probe(path: Path) -> VideoInfo | str:
         try:
             return probe_video(path)
         except UnreadableFrameError as error:
-            return error
+            return str(error)
 
+    mine = dict(itertools.islice(source.videos.items(), processes.rank, None, processes.size))
     with ThreadPoolExecutor(max_workers=min(32, len(os.sched_getaffinity(0)) * 2)) as pool:
-        found = dict(zip(source.videos, pool.map(probe, source.videos.values()), strict=True))
+        probed = dict(zip(mine, pool.map(probe, mine.values()), strict=True))
+    found = {name: info for share in processes.gather(probed) for name, info in share.items()}
     readable = {name: info for name, info in found.items() if isinstance(info, VideoInfo)}
-    bad = [(name, str(info)) for name, info in found.items() if isinstance(info, UnreadableFrameError)]
+    bad = sorted((name, info) for name, info in found.items() if isinstance(info, str))
     return VideoIndex(readable, source.skipped + bad)

@@ -167,7 +167,7 @@ class TwoAlike(World):
         pass
 
     def gather(self, value: Any) -> list[Any]:
-        if self.other_videos and isinstance(value[0], str):
+        if self.other_videos and isinstance(value, tuple) and isinstance(value[0], str):
             return [value, ("another fingerprint", self.other_videos)]
         return [value, value]
 
