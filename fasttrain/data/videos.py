@@ -37,7 +37,7 @@ VIDEO_SUFFIXES = frozenset(
 # ffmpeg's numbers of the matrices (AVColorSpace); all others are close to BT.601 or rare.
 _MATRICES: dict[int, Matrix] = {1: "bt709", 9: "bt2020", 10: "bt2020"}
 
-# What NVDEC decodes on every GPU since Ampere: pixel formats, and the least side in pixels.
+# What NVDEC decodes on GPUs since Ampere (the A100 lacks AV1): pixel formats, and the least side in pixels.
 _NVDEC: dict[str, tuple[frozenset[str], int]] = {
     "h264": (frozenset({"yuv420p", "yuvj420p"}), 48),
     "hevc": (frozenset({"yuv420p", "yuvj420p", "yuv420p10le"}), 144),

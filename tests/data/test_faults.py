@@ -2,9 +2,11 @@
 
 import io
 from collections.abc import Callable
+from fractions import Fraction
 from itertools import zip_longest
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -175,6 +177,19 @@ def test_a_video_that_is_damaged_after_it_was_indexed(tmp_path: Path) -> None:
     assert all(fault.reason for fault in faults)
 
 
+def deep_png(frame: np.ndarray) -> bytes:
+    """16 bits in each colour, which Pillow cannot write."""
+    height, width = frame.shape[:2]
+    encoder = av.CodecContext.create("png", "w")
+    encoder.width, encoder.height, encoder.pix_fmt = width, height, "rgb48be"
+    encoder.time_base = Fraction(1, 25)
+    image = av.VideoFrame(width, height, "rgb48be")
+    rows = np.zeros((height, image.planes[0].line_size), dtype=np.uint8)
+    rows[:, : 6 * width] = (frame.astype(">u2") * 257).astype(">u2").view(np.uint8).reshape(height, -1)
+    image.planes[0].update(rows.tobytes())
+    return b"".join(bytes(packet) for packet in [*encoder.encode(image), *encoder.encode(None)])
+
+
 def odd_frames() -> dict[str, list[bytes]]:
     """Videos of unusual frames, all of which must work."""
     frames = [Image.fromarray(picture(5, t)) for t in range(8)]
@@ -190,6 +205,7 @@ def odd_frames() -> dict[str, list[bytes]]:
         "mixed_sizes": [encoded(frame.resize((40 + 9 * t, 70 - 5 * t))) for t, frame in enumerate(frames)],
         "tiny": [encoded(frame.resize((3, 2))) for frame in frames],
         "png16": [encoded(Image.fromarray(grey), "PNG") for grey in grey16],
+        "png48": [deep_png(np.asarray(frame)) for frame in frames],
         "palette": [encoded(frame.convert("P"), "PNG") for frame in frames],
         "alpha": [encoded(frame.convert("RGBA"), "PNG") for frame in frames],
         "grey_alpha": [encoded(frame.convert("LA"), "PNG") for frame in frames],

@@ -25,7 +25,7 @@ from fasttrain.data import open_source
 from fasttrain.data.pack import PackOptions, add_arguments, check, pack, run, spread
 from fasttrain.data.packed import Part
 from fasttrain.data.pipeline import ClipDecoder
-from fasttrain.data.videos import cut_clip, probe_video, read_video_frames
+from fasttrain.data.videos import cut_clip, has_nvdec, probe_video, read_video_frames
 from fasttrain.errors import InputError
 
 WHOLE = Part(1, 1)
@@ -488,6 +488,7 @@ def test_the_gpus_clip_decoder_on_the_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not has_nvdec(), reason="needs NVDEC (libnvcuvid.so.1)")
 def test_packing_with_nvdec_agrees_with_pyav(tmp_path: Path) -> None:
     (tmp_path / "videos").mkdir()
     encode_video(tmp_path / "videos" / "x.mp4", [picture(0, t, 160, 208) for t in range(80)])

@@ -10,6 +10,7 @@ from makers import encode_video, make_loader, make_sampling, picture, write_fold
 from test_loader import levels, reference_pairs
 
 from fasttrain.data import FrameIndex, open_source
+from fasttrain.data import loader as loader_module
 from fasttrain.data.index import VideoIndex
 from fasttrain.data.pipeline import (
     GraphStage,
@@ -20,9 +21,11 @@ from fasttrain.data.pipeline import (
     rgb_correction,
 )
 from fasttrain.data.sampling import Draws
+from fasttrain.data.videos import has_nvdec
 from fasttrain.errors import InputError
 
 SIZE = 40
+needs_nvdec = pytest.mark.skipif(not has_nvdec(), reason="needs NVDEC (libnvcuvid.so.1)")
 PAIRS = 3
 
 
@@ -210,6 +213,29 @@ def test_videos_that_nvdec_cannot_decode_are_named(tmp_path: Path) -> None:
         open_source(tmp_path).as_clips()
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_videos_go_where_they_can_be_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    """With a GPU and `auto`: NVDEC if all videos are for it, else the host, and a line says why."""
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(loader_module, "has_nvdec", lambda: there)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    index = vp9_videos(tmp_path)
+    chosen, note = loader_module._for_device(index, gpu, "auto")
+    assert chosen.storage == ("clips" if there else "frames")
+    assert note is None if there else "the driver comes without NVDEC" in note
+    assert loader_module._for_device(index, gpu, "cpu") == (index, None)
+    if not there:
+        with pytest.raises(InputError, match=r"data\.decoder=mixed needs NVDEC"):
+            loader_module._for_device(index, gpu, "mixed")
+        return
+    encode_video(tmp_path / "small.mp4", [picture(0, t, 32, 32) for t in range(5)])
+    chosen, note = loader_module._for_device(open_source(tmp_path), gpu, "auto")
+    assert chosen.storage == "frames"
+    assert "NVDEC does not take 1 of 4, the first small.mp4" in note
+
+
 def on_gpu(index: FrameIndex, decoder: str, dtype: torch.dtype) -> list[torch.Tensor]:
     loader = make_loader(
         index,
@@ -245,6 +271,7 @@ def test_images_on_the_gpu_are_those_of_the_cpu(tmp_path: Path, decoder: str, dt
 
 
 @pytest.mark.gpu
+@needs_nvdec
 @pytest.mark.parametrize(
     ("codec", "pix_fmt"),
     [("libx264", "yuv420p"), ("libx265", "yuv420p10le"), ("libvpx-vp9", "yuv420p"), ("libsvtav1", "yuv420p")],
@@ -259,6 +286,7 @@ def test_videos_on_the_gpu_are_those_of_the_cpu(tmp_path: Path, codec: str, pix_
 
 
 @pytest.mark.gpu
+@needs_nvdec
 @pytest.mark.parametrize(
     "name", ["nasa_13013.mp4", "bt709_full_range.mp4", "flipping_a_pancake.mkv", "rotated_180.mov"]
 )
