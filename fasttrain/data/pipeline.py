@@ -280,9 +280,8 @@ def pair_graph(
 class GraphStage:
     """Decode, crop, resize and normalise in one DALI graph, meant for a GPU.
 
-    It runs on a CPU too, where only tests use it. What `collect` gives is a copy on the current stream, made
-    before DALI, which orders its buffers by that stream, may write to them again; the host never waits for
-    the device.
+    It runs on a CPU too, where only tests use it. What `collect` gives is a copy on the current stream; DALI
+    gets its buffer back when that copy is done.
     """
 
     def __init__(
@@ -318,6 +317,7 @@ class GraphStage:
         self._waiting: deque[tuple[list[npt.NDArray[np.uint8]], Draws]] = deque()
         # A copy to the device may still read the bytes of a batch that was collected.
         self._retired: deque[list[npt.NDArray[np.uint8]]] = deque(maxlen=prefetch + 1)
+        self._in_use = InUse(limit=prefetch + 2)
 
     def submit(self, pairs: Sequence[StoredPair], draws: Draws) -> None:
         boxes, mirror = draws.boxes, draws.flips
@@ -345,14 +345,54 @@ class GraphStage:
         views = batch.transpose(0, 1) if is_clip else batch.view(2, pairs, *batch.shape[1:])
         frames = torch.empty(views.shape, dtype=self._dtype, device=self._device)
         frames.copy_(views)
+        if stream is not None:
+            copied = torch.cuda.Event()
+            copied.record(stream)
+            self._in_use.keep(batch, until=copied)
         if is_clip:
             assert self._videos is not None
             self._videos.set_upright(frames, draws)
         return frames
 
     def close(self) -> None:
+        self._in_use.wait()
         self._waiting.clear()
         self._retired.clear()
+
+
+class Event(Protocol):
+    """What is needed of a torch.cuda.Event."""
+
+    def query(self) -> bool: ...
+
+    def synchronize(self) -> None: ...
+
+
+class InUse:
+    """Buffers of DALI's that the device still reads from.
+
+    A buffer that is let go of belongs to DALI's own stream again at once, whatever other streams have yet to
+    read from it: the copy of a batch waits in the queue of the training step before it. So it is kept until
+    an event behind the copy has come. The host waits only if it is `limit` batches ahead of the device.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._kept: deque[tuple[Event, object]] = deque()
+
+    def keep(self, buffer: object, *, until: Event) -> None:
+        self._kept.append((until, buffer))
+        while self._kept and self._kept[0][0].query():
+            self._kept.popleft()
+        while len(self._kept) > self._limit:
+            self._kept[0][0].synchronize()
+            self._kept.popleft()
+
+    def wait(self) -> None:
+        """Until the device has read them all."""
+        for event, _ in self._kept:
+            event.synchronize()
+        self._kept.clear()
 
 
 class ClipDecoder:

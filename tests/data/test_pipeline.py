@@ -1,6 +1,7 @@
 """The DALI graph of the GPU, run on the CPU's operators against Pillow; and on a GPU where there is one."""
 
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from fasttrain.data import loader as loader_module
 from fasttrain.data.index import VideoIndex
 from fasttrain.data.pipeline import (
     GraphStage,
+    InUse,
     Upright,
     new_pipeline,
     open_stage,
@@ -180,6 +182,50 @@ def test_a_clip_that_does_not_decode_spoils_no_other_batch(tmp_path: Path) -> No
         stage.collect()
 
 
+class ManualEvent:
+    """An event that comes when it is told to, or waited for: then its buffer must still be there."""
+
+    def __init__(self, buffer: weakref.ref) -> None:
+        self.buffer = buffer
+        self.came = False
+        self.waited_for = False
+
+    def query(self) -> bool:
+        return self.came
+
+    def synchronize(self) -> None:
+        assert self.buffer() is not None
+        self.came = self.waited_for = True
+
+
+def test_a_buffer_is_kept_until_the_device_has_read_it() -> None:
+    class Buffer:
+        pass
+
+    in_use = InUse(limit=2)
+    buffers = [Buffer() for _ in range(5)]
+    alive = [weakref.ref(buffer) for buffer in buffers]
+    events = [ManualEvent(buffer) for buffer in alive]
+
+    def keep(number: int) -> list[bool]:
+        in_use.keep(buffers[number], until=events[number])
+        buffers[number] = None
+        return [buffer() is not None for buffer in alive]
+
+    assert keep(0)[:1] == [True]
+    events[0].came = True
+    assert keep(1)[:2] == [False, True]
+    assert keep(2)[:3] == [False, True, True]
+    assert not any(event.waited_for for event in events)
+    # The host is three ahead: it waits for the oldest.
+    assert keep(3)[:4] == [False, False, True, True]
+    assert [event.waited_for for event in events] == [False, True, False, False, False]
+    keep(4)
+    in_use.wait()
+    assert all(event.came for event in events)
+    assert not any(buffer() for buffer in alive)
+
+
 def test_a_stage_leaves_the_threads_of_others_alone(tmp_path: Path) -> None:
     before = torch.get_num_threads()
     loader = make_loader(open_source(write_folders(tmp_path, [8] * 4)), num_threads=3)
@@ -254,8 +300,14 @@ def on_gpu(index: FrameIndex, decoder: str, dtype: torch.dtype) -> list[torch.Te
     return [part.float().cpu() for part in frames]
 
 
-def on_cpu(index: FrameIndex) -> list[torch.Tensor]:
-    loader = make_loader(index, make_sampling(pairs_per_video=8), image_size=96, batch_size=4, num_steps=4)
+def on_cpu(index: FrameIndex, batch_size: int = 4, steps: int = 4) -> list[torch.Tensor]:
+    loader = make_loader(
+        index,
+        make_sampling(pairs_per_video=8),
+        image_size=96,
+        batch_size=batch_size,
+        num_steps=steps,
+    )
     frames = [pairs.frames for pairs in loader]
     loader.close()
     return frames
@@ -294,6 +346,32 @@ def test_real_videos_on_the_gpu_are_those_of_the_cpu(shared: Path, name: str) ->
     index = open_source(shared / "videos" / name)
     for got, expected in zip(on_gpu(index, "mixed", torch.float32), on_cpu(index), strict=True):
         assert np.abs(levels(got) - levels(expected)).mean() < 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decoder", ["cpu", "mixed"])
+def test_no_batch_is_overwritten_while_the_device_is_behind(tmp_path: Path, decoder: str) -> None:
+    """The copies queue up behind long work, while DALI decodes ahead into what it thinks is free."""
+    index = open_source(write_folders(tmp_path, [20, 9, 30]))
+    expected = on_cpu(index, batch_size=2, steps=12)
+    loader = make_loader(
+        index,
+        make_sampling(pairs_per_video=8),
+        device=torch.device("cuda"),
+        decoder=decoder,
+        image_size=96,
+        batch_size=2,
+        num_steps=12,
+    )
+    busy = torch.randn(8192, 8192, device="cuda")
+    got = []
+    for pairs in loader:
+        got.append(pairs.frames)
+        for _ in range(10):
+            busy = (busy @ busy).tanh()
+    loader.close()
+    for frames, truth in zip(got, expected, strict=True):
+        assert np.abs(levels(frames.cpu()) - levels(truth)).mean() < 2
 
 
 @pytest.mark.gpu
