@@ -331,7 +331,7 @@ class ShardWriter:
         size = shard.file.tell()
         _sync_and_close(shard.file)
         path = self._part.shard(self._root, self.number)
-        self._partial().replace(path)
+        _appear(self._partial(), path)
         index = ShardIndex(
             names=shard.names,
             lengths=np.array(shard.lengths, dtype=np.int32),
@@ -420,7 +420,17 @@ def _write_atomically(path: Path, content: bytes) -> None:
     file = partial.open("wb")
     file.write(content)
     _sync_and_close(file)
+    _appear(partial, path)
+
+
+def _appear(partial: Path, path: Path) -> None:
+    """Give a written file its name, on the disk before anything later."""
     partial.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _sync_and_close(file: BinaryIO) -> None:

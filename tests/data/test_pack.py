@@ -224,10 +224,14 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_says_so_and_goes_on(tmp_path: Path, number: signal.Signals) -> None:
-    source = write_folders(tmp_path / "frames", [12] * 60, suffix=".png")
+    source = write_folders(tmp_path / "frames", [12] * 100, suffix=".png")
     stopped = tmp_path / "stopped"
     words = ["pack", str(source), str(stopped), "--workers", "1", "--shard-size", "1", "--quality", "100"]
-    code = "import sys; from fasttrain.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    # What runs in a shell's background is born deaf to SIGINT.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from fasttrain.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
     process = subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not (stopped / "frames-1of1-000000.npz").exists() and time.monotonic() < deadline:
