@@ -36,14 +36,17 @@ def test_our_loaders_are_measured(setting: Setting, name: str) -> None:
 
 def test_a_gpu_measures_every_way_to_decode(setting: Setting) -> None:
     on_gpu = dataclasses.replace(setting, device="cuda")
-    wanted = loaders.jobs(on_gpu)
+    wanted = loaders.jobs(on_gpu, short=False)
     assert wanted[:3] == [("loaders", OURS), ("loaders", BASELINE), ("training_step", OURS)]
     for load in ("65%", "100%"):
         assert ("loaders", f"{OURS}, JPEG engine {load}") in wanted
         assert ("training_step", f"{OURS}, JPEG engine {load}") in wanted
     assert ("loaders", "ours, video on the host") in wanted
-    ours, theirs = loaders.groups(wanted, on_gpu, short=True)
-    assert sorted(ours + theirs) == sorted(wanted)
+    shortly = loaders.jobs(on_gpu, short=True)
+    assert {name for kind, name in shortly if kind == "training_step"} == set(loaders.SHORTLY_FED)
+    assert [job for job in shortly if job[0] == "loaders"] == [job for job in wanted if job[0] == "loaders"]
+    theirs, ours = loaders.groups(shortly, on_gpu, short=True)
+    assert sorted(ours + theirs) == sorted(shortly)
     assert all(name.startswith("ours") for _, name in ours)
     assert loaders.groups(wanted, on_gpu, short=False) == [[job] for job in wanted]
 
