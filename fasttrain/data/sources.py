@@ -196,7 +196,9 @@ def _read_list(path: Path) -> Found:
     for entry in _list_entries(path):
         name, limit = _list_entry(path.parent, entry)
         place = path.parent / name
-        if place.is_dir():
+        if name in folders or name in videos:
+            skipped.append((name, "listed before"))
+        elif place.is_dir():
             try:
                 files = _frame_files(os.scandir(place))
             except OSError as error:

@@ -119,12 +119,12 @@ def test_processes_share_the_look_into_videos(tmp_path: Path) -> None:
 
 def test_a_list_of_videos(tmp_path: Path) -> None:
     encode_video(tmp_path / "one.mp4", [picture(0, t) for t in range(4)])
-    (tmp_path / "list.txt").write_text("one.mp4\nmissing.mp4\n")
+    (tmp_path / "list.txt").write_text("one.mp4\nmissing.mp4\none.mp4\n")
     index = open_source(tmp_path / "list.txt", kind="list")
     assert (index.kind, index.names, index.skipped) == (
         "videos",
         ["one.mp4"],
-        [("missing.mp4", "does not exist")],
+        [("missing.mp4", "does not exist"), ("one.mp4", "listed before")],
     )
 
 
