@@ -85,7 +85,15 @@ STEPS = (
     ),
     Step(
         name="loaders",
-        command=("-m", "benchmarks.loaders", "--rounds", "1", "--out", "{out}/loaders-cuda.json"),
+        command=(
+            "-m",
+            "benchmarks.loaders",
+            "--short",
+            "--limit",
+            "65",
+            "--out",
+            "{out}/loaders-cuda.json",
+        ),
         seconds=80,
         needs=("nvidia.dali", "av", "matplotlib", "rich"),
     ),

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -59,6 +59,14 @@ class World:
         """Maximum over the processes, on the device."""
         if self.size > 1:
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, by rank. Anything that can be pickled; not for large ones."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
         return values
 
     def barrier(self) -> None:

@@ -133,7 +133,9 @@ class DataRecipe:
     pairs_per_video: Count = 1
     """Frame pairs that an epoch draws from each video."""
     decoder: Annotated[Literal["auto", "cpu", "mixed"], MAY_CHANGE] = "auto"
-    """Where JPEG is decoded: on the host, or on the GPU's decoder (`mixed`)."""
+    """Where frames are decoded: host or GPU (`mixed`); `auto`: JPEG on the host, video on NVDEC if it can."""
+    jpeg_engine_load: Annotated[Fraction, MAY_CHANGE] = 0.65
+    """With `mixed`, the share of JPEG frames for the GPU's JPEG engine; its CUDA cores get the rest."""
     num_threads: Annotated[int, Range(low=0), MAY_CHANGE] = 0
     """Decoding threads of each process; 0 shares the machine's cores among its processes."""
     prefetch: Annotated[Count, MAY_CHANGE] = 2

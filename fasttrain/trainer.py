@@ -20,7 +20,15 @@ from rich.console import Console
 
 from fasttrain.backbones import Backbone
 from fasttrain.checkpoint import load_checkpoint, saved_steps
-from fasttrain.data import FrameIndex, FramePairs, PairLoader, PairSampling, open_source
+from fasttrain.data import (
+    FrameIndex,
+    FramePairs,
+    PairLoader,
+    PairSampling,
+    Processes,
+    check_bad_fraction,
+    open_source,
+)
 from fasttrain.distributed import World
 from fasttrain.errors import InputError, LocalInputError
 from fasttrain.metrics import NON_FINITE, Clock, MetricsLog, ProgressReport, last_event
@@ -53,6 +61,7 @@ class Trainer:
         self.peak_lr = recipe.optimizer.lr * self.global_batch / 256
         # What a resumed run must find unchanged, beside the recipe's identity.
         self.facts = {"global_batch": self.global_batch, "data": self.index.fingerprint()}
+        self._check_same_data()
         self.students = self._build_students(recipes)
         self.first_step = self._resume()
         self._stop_asked = False
@@ -60,6 +69,8 @@ class Trainer:
     def fit(self, profiler: StepProfiler | None = None) -> dict[str, dict[str, Any]]:
         """Train to the end, with some steps recorded by `profiler`. Returns the last readings by backbone."""
         loader = self._open_loader()
+        if loader.note:
+            self.say(loader.note)
         self._write_recipes()
         progress = ProgressReport(
             self.console, total_steps=self.total_steps, first_step=self.first_step, enabled=self.world.is_main
@@ -92,6 +103,11 @@ class Trainer:
                     self._save(step + 1)
                     progress.message(f"stopped after step {step + 1}; the same command goes on from there")
                     raise KeyboardInterrupt
+        except LocalInputError:
+            # The others will not hear of these.
+            for fault in loader.drain_faults():
+                self.say(f"replaced a sample that cannot be read: {fault}", always=True)
+            raise
         finally:
             progress.close()
             loader.close()
@@ -139,15 +155,13 @@ class Trainer:
         """Read all meters (here alone the host waits), write them down, stop on a non-finite loss."""
         readings = {student.name: student.read_meters() for student in self.students}
         rate, seconds = clock.read()
-        faults = loader.drain_faults()
-        for fault in faults:
-            self.say(f"replaced a sample that cannot be read: {fault}", always=True)
+        faults, bad_samples, samples = self._gather_faults(loader)
         common = {
             "epoch": step / self.steps_per_epoch,
             "lr": self.lr(step - 1),
             "pairs_per_second": rate,
             "seconds": seconds,
-            "bad_samples": len(loader.faults),
+            "bad_samples": bad_samples,
             "bad_files": len(self.index.skipped),
         }
         records: dict[str, dict[str, Any]] = {}
@@ -161,11 +175,23 @@ class Trainer:
                 record |= self.validate(student.encoder, student.projection, self.index, self.world.device)
             log = logs[student.name]
             if log is not None:
-                faulty = {"faults": [str(fault) for fault in faults]} if faults else {}
+                faulty = {"faults": faults} if faults else {}
                 log.write(step, {**record, **faulty})
             progress.show(step, student.name, record, (self.total_steps - step) * self.global_batch / rate)
             records[student.name] = record
+        if faults:
+            # After they were written down; all processes come to the same answer.
+            check_bad_fraction(bad_samples, samples, self.recipe.data.max_bad_fraction, faults[-1])
         return records
+
+    def _gather_faults(self, loader: PairLoader) -> tuple[list[str], int, int]:
+        """New faults of all processes, all faults so far, all samples so far; the new ones are said."""
+        mine = [str(fault) for fault in loader.drain_faults()]
+        told = self.world.gather((mine, len(loader.faults), loader.num_seen))
+        faults = [fault for new, _, _ in told for fault in new]
+        for fault in faults:
+            self.say(f"replaced a sample that cannot be read: {fault}")
+        return faults, sum(bad for _, bad, _ in told), sum(seen for _, _, seen in told)
 
     def _drop_non_finite(
         self, student: Student, step: int, loader: PairLoader, logs: dict[str, MetricsLog | None]
@@ -223,13 +249,24 @@ class Trainer:
         data = self.recipe.data
         if not data.source:
             raise InputError("data.source is not set; expected frame folders or videos: data.source=PATH")
-        index = open_source(data.source, kind=data.kind)
+        processes = Processes(self.world.rank, self.world.size, self.world.gather)
+        index = open_source(data.source, kind=data.kind, processes=processes)
         for name, reason in index.skipped:
             self.say(f"skipped {name}: {reason}")
         single = int((index.num_frames == 1).sum())
         if single:
             self.say(f"{single} of {len(index)} videos have one frame; both frames of their pairs are it")
         return index
+
+    def _check_same_data(self) -> None:
+        """A file that only some processes can read would part their orders of the samples, silently."""
+        told = self.world.gather((self.facts["data"], len(self.index)))
+        for rank, (fingerprint, videos) in enumerate(told):
+            if fingerprint != told[0][0]:
+                raise InputError(
+                    f"data.source={self.recipe.data.source}: process {rank} sees other videos ({videos}) "
+                    f"than process 0 ({told[0][1]}); start again when all nodes see the same files"
+                )
 
     def _build_students(self, recipes: list[Recipe]) -> list[Student]:
         """All students; of several, one that cannot be built is reported and left out."""
@@ -311,6 +348,7 @@ class Trainer:
             num_threads=data.num_threads or max(1, cores // self.world.local_size),
             prefetch=data.prefetch,
             decoder=data.decoder,
+            jpeg_engine_load=data.jpeg_engine_load,
             dtype=DTYPES[train.precision],
             max_bad_fraction=data.max_bad_fraction,
         )

@@ -20,6 +20,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
+_START_OF_SCAN = 0xDA
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
@@ -40,10 +41,27 @@ def check_encoded(data: Bytes) -> None:
     if not len(data):
         raise UnreadableFrameError("the file is empty")
     head, tail = data[:8].tobytes(), data[-8:].tobytes()
-    if head.startswith(_JPEG_START) and not tail.endswith(_JPEG_END) and _JPEG_END not in data.tobytes():
-        raise UnreadableFrameError("truncated JPEG, it has no end-of-image marker")
+    if head.startswith(_JPEG_START) and not tail.endswith(_JPEG_END):
+        content = data.tobytes()
+        if content.rfind(_JPEG_END) < _jpeg_scan(content):
+            raise UnreadableFrameError("truncated JPEG, it has no end-of-image marker")
     if head == _PNG_START and tail != _PNG_END and _PNG_END not in data.tobytes():
         raise UnreadableFrameError("truncated PNG, it has no end chunk")
+
+
+def _jpeg_scan(content: bytes) -> int:
+    """Where the coded data of a JPEG begins; at the end of a file that was cut off before it.
+
+    What comes earlier may hold a whole small picture, with an end marker of its own.
+    """
+    place = len(_JPEG_START)
+    while place + 4 <= len(content) and content[place] == 0xFF:
+        marker = content[place + 1]
+        if marker == _START_OF_SCAN:
+            return place
+        # 0xFF may be repeated in front of a marker; all others here have a length.
+        place += 1 if marker == 0xFF else 2 + int.from_bytes(content[place + 2 : place + 4], "big")
+    return len(content)
 
 
 def decode_image(data: Bytes) -> npt.NDArray[np.uint8]:

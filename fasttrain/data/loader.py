@@ -19,16 +19,22 @@ import torch
 from torch import Tensor
 
 from fasttrain.data.images import UnreadableFrameError
-from fasttrain.data.index import ClipIndex, FrameIndex, StoredPair, VideoIndex
+from fasttrain.data.index import ClipIndex, FrameIndex, Storage, StoredPair, VideoIndex
 from fasttrain.data.pipeline import Decoder, Stage, Upright, open_stage
 from fasttrain.data.sampling import Draws, Ints, PairSampling
-from fasttrain.data.videos import nvdec_decodes
+from fasttrain.data.videos import has_nvdec, nvdec_decodes
 from fasttrain.errors import InputError
 
 # So many in a row mean that nothing can be read: at half the samples bad this happens once in 4 billion.
 MAX_ATTEMPTS = 32
 # The share of bad samples is taken of at least so many, or the first bad one would stop a run.
 MIN_SEEN = 1000
+# What is wrong with a frame that could be read and made the stage raise.
+UNDECODABLE: dict[Storage, str] = {
+    "images": "cannot be decoded, the file is damaged",
+    "frames": "cannot be cropped",
+    "clips": "NVDEC does not decode it; if the file is whole, use data.decoder=cpu",
+}
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,9 @@ class PairLoader:
 
     frames are fp32 on a CPU and `dtype` on a GPU. They are the caller's own: no later batch writes to them.
     Raises InputError where a global batch is larger than the data, and while iterating where more than
-    max_bad_fraction of the samples had to be replaced.
+    max_bad_fraction of the samples had to be replaced. Of several ranks one alone sees too few to tell: there
+    the trainer sums `num_seen` and `faults` over all and calls `check_bad_fraction`. `note` is a line for the
+    user where videos are decoded otherwise than they may expect, or None.
     """
 
     def __init__(
@@ -94,10 +102,12 @@ class PairLoader:
         num_threads: int,
         prefetch: int,
         decoder: Decoder,
+        jpeg_engine_load: float,
         dtype: torch.dtype,
         max_bad_fraction: float,
     ) -> None:
-        self.index, self.sampling = _for_device(index, device, decoder), sampling
+        self.index, self.note = _for_device(index, device, decoder)
+        self.sampling = sampling
         self.num_samples = sampling.num_samples(len(index))
         self.global_batch = accumulate * world_size * batch_size
         if self.global_batch > self.num_samples:
@@ -110,7 +120,8 @@ class PairLoader:
         self.first_step, self.num_batches = first_step, num_steps * accumulate
         self.max_bad_fraction = max_bad_fraction
         self.faults: list[Fault] = []
-        self._drained = self._seen = 0
+        self.num_seen = 0
+        self._drained = 0
         self._prefetch = max(1, min(prefetch, self.num_batches))
         self._fetchers = ThreadPoolExecutor(num_threads, thread_name_prefix="fetch")
         self._num_threads = num_threads
@@ -119,6 +130,7 @@ class PairLoader:
             videos=_upright(self.index, device),
             device=device,
             decoder=decoder,
+            jpeg_engine_load=jpeg_engine_load,
             batch_size=batch_size,
             image_size=image_size,
             num_threads=num_threads,
@@ -248,7 +260,7 @@ class PairLoader:
         for row in range(len(batch.wanted)):
             while (frame := self._undecodable(batch, row)) is not None:
                 found = True
-                self._replace(batch, row, frame, "cannot be decoded, the file is damaged")
+                self._replace(batch, row, frame, UNDECODABLE[self.index.storage])
                 batch.pairs[row] = self._read_pair(batch, row)
         if not found:
             raise error
@@ -270,22 +282,45 @@ class PairLoader:
 
     def _count(self, batch: _Batch) -> None:
         """Enter a batch into the books when it is delivered, not when it was read ahead."""
-        self._seen += len(batch.wanted) + len(batch.faults)
+        self.num_seen += len(batch.wanted) + len(batch.faults)
         self.faults += batch.faults
-        if len(self.faults) > self.max_bad_fraction * max(self._seen, MIN_SEEN):
-            raise InputError(
-                f"{len(self.faults)} of {self._seen} samples could not be read, more than "
-                f"data.max_bad_fraction={self.max_bad_fraction:g} allows; the last: {self.faults[-1]}"
-            )
+        if self.world_size == 1 and batch.faults:
+            check_bad_fraction(len(self.faults), self.num_seen, self.max_bad_fraction, self.faults[-1])
 
 
-def _for_device(index: FrameIndex, device: torch.device, decoder: Decoder) -> FrameIndex:
-    """Raw video as clips for NVDEC, where there is a GPU and it can decode them all."""
+def check_bad_fraction(bad: int, seen: int, limit: float, last: object) -> None:
+    """Raise InputError where more than `limit` of the samples seen could not be read."""
+    if bad > limit * max(seen, MIN_SEEN):
+        raise InputError(
+            f"{bad} of {seen} samples could not be read, more than data.max_bad_fraction={limit:g} allows; "
+            f"the last: {last}"
+        )
+
+
+def _for_device(index: FrameIndex, device: torch.device, decoder: Decoder) -> tuple[FrameIndex, str | None]:
+    """Raw video as clips for NVDEC, where there is a GPU and it can decode them all; and why not."""
     if not isinstance(index, VideoIndex) or device.type != "cuda" or decoder == "cpu":
-        return index
-    if decoder == "mixed" or all(map(nvdec_decodes, index.videos)):
-        return index.as_clips()
-    return index
+        return index, None
+    if not has_nvdec():
+        if decoder == "mixed":
+            raise InputError(
+                "data.decoder=mixed needs NVDEC for videos, and this driver comes without it "
+                "(libnvcuvid.so.1); use auto or cpu, or pack the videos once"
+            )
+        return index, "videos are decoded on the CPU: the driver comes without NVDEC (libnvcuvid.so.1)"
+    # The A100, 8.0, is the one such GPU without AV1.
+    lacks_av1 = torch.cuda.get_device_capability(device) == (8, 0)
+    others = [
+        name
+        for name, video in zip(index.names, index.videos, strict=True)
+        if not nvdec_decodes(video) or (lacks_av1 and video.codec == "av1")
+    ]
+    if others and decoder == "auto":
+        return index, (
+            f"videos are decoded on the CPU: NVDEC does not take {len(others)} of {len(index)}, the first "
+            f"{others[0]}; pack them once, or leave these out of data.source"
+        )
+    return index.as_clips(), None
 
 
 def _upright(index: FrameIndex, device: torch.device) -> Upright | None:

@@ -3,9 +3,19 @@
     fasttrain pack SOURCE DESTINATION              pack; run it again and it goes on where it was
     fasttrain pack SOURCE DESTINATION --shard 1/4  the first of four machines that share the work
     fasttrain pack --check DESTINATION             verify every byte of a packed set
+    fasttrain RECIPE data.source=DESTINATION       train on it
 
-Any WebDataset reader takes the shards; training reads two byte ranges per pair (`data.source=DESTINATION`).
-What could not be read is printed and listed, with the reason, in DESTINATION/pack-IofN.json.
+Any WebDataset reader takes the shards; training reads two byte ranges per pair. What could not be read is
+listed, with the reason, in DESTINATION/pack-IofN.json. A run may be stopped at any time (Ctrl-C, SIGTERM, a
+power cut): what stands under its name is whole, and the same command goes on to the same bytes.
+
+Several machines: each runs the same command on the same SOURCE with its own --shard I/N. They may write into
+one shared DESTINATION, which then is the packed set. Or each writes into a folder of its own: copy them all
+into one folder, or give training a text file with one such folder per line (data.source=parts.txt).
+
+Frames keep their order; of --frames K, the first and the last are kept. A JPEG that is small enough keeps its
+bytes. A frame folder's unreadable frames are left out, a video that cannot be decoded to its end is left out
+whole.
 """
 
 from __future__ import annotations
@@ -15,12 +25,15 @@ import dataclasses
 import hashlib
 import io
 import os
+import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,10 +54,12 @@ from fasttrain.data.packed import (
     read_manifest,
     write_manifest,
 )
-from fasttrain.data.sources import Found, Kind, find_source
+from fasttrain.data.sources import Found, Kind, find_source, packed_folders
 from fasttrain.data.videos import (
     VideoInfo,
+    check_jpeg,
     cut_clip,
+    has_nvdec,
     nvdec_decodes,
     probe_video,
     stream_video_frames,
@@ -55,6 +70,8 @@ Frame = npt.NDArray[np.uint8]
 
 # Frames that the GPU decodes at once; a clip of 1080p frames then takes 400 MB.
 GPU_FRAMES = 64
+# Bad files that are named on the terminal; all are listed in the report.
+SHOWN = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,27 +98,58 @@ class PackedVideo:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, help="frame folders, videos, or a text file that lists them")
+    parser.add_argument(
+        "source",
+        type=Path,
+        help="a folder with frame folders or video files at any depth, a video file, or a text file with a "
+        "frame folder or a video file per line; with --check a packed set",
+    )
     parser.add_argument("destination", type=Path, nargs="?", help="folder for the shards")
-    parser.add_argument("--kind", choices=("auto", "folders", "list", "videos"), default="auto")
-    parser.add_argument("--frames", type=int, default=0, help="frames per video, evenly spread (0: all)")
-    parser.add_argument("--short-side", type=int, default=256, help="short side in pixels (256)")
-    parser.add_argument("--quality", type=int, default=90, help="JPEG quality (90)")
-    parser.add_argument("--shard-size", type=int, default=1024, help="size of a shard in MB (1024)")
-    parser.add_argument("--workers", type=int, default=0, help="threads (0: one per core)")
+    parser.add_argument(
+        "--kind",
+        choices=("auto", "folders", "list", "videos"),
+        default="auto",
+        help="how to read the source (auto: look)",
+    )
+    parser.add_argument(
+        "--frames", type=int, default=0, metavar="K", help="frames per video, evenly spread (0: all)"
+    )
+    parser.add_argument(
+        "--short-side",
+        type=int,
+        default=256,
+        metavar="PIXELS",
+        help="larger frames are made this small on their short side (256)",
+    )
+    parser.add_argument("--quality", type=int, default=90, help="JPEG quality, 1 to 100 (90)")
+    parser.add_argument(
+        "--shard-size",
+        type=int,
+        default=1024,
+        metavar="MB",
+        help="a shard ends with the video that takes it past so many MB (1024)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="videos in work at a time; each is held in memory as JPEG (0: one per core)",
+    )
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="part I of N machines, from 1 (1/1)")
     parser.add_argument(
         "--decoder",
         choices=("auto", "cpu", "gpu"),
         default="auto",
-        help="PyAV, or NVDEC on a GPU",
+        help="who decodes videos: PyAV, or the GPU's NVDEC through DALI (auto: NVDEC where there is one)",
     )
-    parser.add_argument("--check", action="store_true", help="verify the packed set SOURCE")
+    parser.add_argument("--check", action="store_true", help="verify the packed set SOURCE, every byte")
 
 
 def run(args: argparse.Namespace) -> None:
     """Pack or check, as the arguments say. Raises InputError."""
     console = Console()
+    _check_numbers(args)
     workers = args.workers or len(os.sched_getaffinity(0))
     if args.check:
         frames = check(args.source, workers=workers, console=console)
@@ -109,7 +157,6 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.destination is None:
         raise InputError("pack needs a DESTINATION folder: fasttrain pack SOURCE DESTINATION")
-    _check_numbers(args)
     options = PackOptions(
         frames=args.frames,
         short_side=args.short_side,
@@ -144,13 +191,14 @@ def pack(
     earlier run was stopped shows in them.
     """
     found = find_source(source, kind=kind)
-    names = sorted(found.folders or found.videos)[part.number - 1 :: part.count]
+    all_names = sorted(found.folders or found.videos)
+    names = all_names[part.number - 1 :: part.count]
     if not names and part.number == 1:
         raise InputError(f"nothing in {source} to pack; expected frame folders or video files")
     if destination.exists() and not destination.is_dir():
         raise InputError(f"the destination {destination} is a file; expected a folder")
     destination.mkdir(parents=True, exist_ok=True)
-    identity = {**dataclasses.asdict(options), "source": _digest(names)}
+    identity = {**dataclasses.asdict(options), "source": _digest(all_names)}
     if _is_packed(destination, part, identity):
         console.print(
             f"{destination} is already packed; `fasttrain pack --check {destination}` verifies it",
@@ -164,12 +212,25 @@ def pack(
     writer = ShardWriter(destination, part, options.shard_bytes, done)
     # What is missing before any video is opened belongs to the first part's report.
     skipped = found.skipped if part.number == 1 else []
-    encode = _make_encoder(found, options)
-    with PackProgress(console, total=len(names), done=writer.videos_done) as progress:
-        for name, video in _in_order(encode, names[writer.videos_done :], workers):
-            writer.add(name, video.frames, video.skipped)
-            progress.advance(len(video.frames), len(video.skipped))
-    writer.close()
+    stop = threading.Event()
+    encode = _make_encoder(found, options, console, stop)
+    try:
+        with (
+            _sigterm_interrupts(),
+            PackProgress(console, total=len(names), done=writer.videos_done) as progress,
+        ):
+            for name, video in _in_order(encode, names[writer.videos_done :], workers, stop):
+                writer.add(name, video.frames, video.skipped)
+                progress.advance(len(video.frames), len(video.skipped))
+        writer.close()
+    except KeyboardInterrupt:
+        # Not before the bar is gone and the workers have left.
+        console.print(
+            f"stopped with {writer.number} shards in {destination}; the same command goes on from there",
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise
     skipped = skipped + writer.all_skipped
     totals = {"shards": writer.number, "total_frames": writer.num_frames, "total_bytes": writer.num_bytes}
     if part.count == 1 and not writer.num_frames:
@@ -180,7 +241,8 @@ def pack(
 
 def check(root: Path, *, workers: int, console: Console) -> int:
     """Verify all shards of a packed set; returns the number of frames. Raises InputError if it is damaged."""
-    shards = [path for part in finished_parts(root) for path, _ in part.shards(root)]
+    parts = finished_parts(packed_folders(root) or [root])
+    shards = [path for folder, part in parts for path in part.paths(folder)]
     damage: list[str] = []
     frames = 0
     with PackProgress(console, total=len(shards), done=0) as progress, ThreadPoolExecutor(workers) as pool:
@@ -188,12 +250,11 @@ def check(root: Path, *, workers: int, console: Console) -> int:
             frames += count
             damage += found
             progress.advance(count, len(found))
-    for line in damage:
-        console.print(line, highlight=False, markup=False)
+    _print_some(console, damage)
     if damage:
         raise InputError(
             f"{root} is damaged in {len(damage)} places, the first: {damage[0]}; delete the shards named and "
-            "their .json and pack again, which fills the gap"
+            "their .npz and pack again, which fills the gap"
         )
     return frames
 
@@ -203,6 +264,7 @@ class PackProgress:
 
     def __init__(self, console: Console, *, total: int, done: int) -> None:
         self._console, self._total, self._done = console, total, done
+        self._done_before = done
         self._bad = self._frames = 0
         self._start = self._said = time.monotonic()
         self._bar = Progress(
@@ -210,7 +272,7 @@ class PackProgress:
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]:.0f} frames/s"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[bad]} bad"),
+            TextColumn("left, {task.fields[bad]} bad"),
             console=console,
             disable=not console.is_terminal,
         )
@@ -233,12 +295,33 @@ class PackProgress:
         self._bar.update(self._task, completed=self._done, rate=rate, bad=self._bad)
         if not self._console.is_terminal and now - self._said > 60:
             self._said = now
-            self._console.print(f"{self._done}/{self._total}, {rate:.0f} frames/s, {self._bad} bad")
+            seconds = (now - self._start) * (self._total - self._done) / (self._done - self._done_before)
+            left = timedelta(seconds=round(seconds))
+            self._console.print(
+                f"{self._done}/{self._total}, {rate:.0f} frames/s, {left} left, {self._bad} bad",
+                highlight=False,
+            )
 
 
-def _make_encoder(found: Found, options: PackOptions) -> Callable[[str], PackedVideo]:
+class _StoppedError(Exception):
+    """A worker left its video because the run was stopped."""
+
+
+def _make_encoder(
+    found: Found, options: PackOptions, console: Console, stop: threading.Event
+) -> Callable[[str], PackedVideo]:
     """The function that turns the video of a name into JPEG frames. It is called from many threads."""
-    gpu = _GpuFrames(options.short_side) if options.decoder == "nvdec" else None
+    told = threading.Event()
+
+    def encode_frames(frames: Iterator[Frame]) -> PackedVideo:
+        encoded = []
+        for frame in frames:
+            if stop.is_set():
+                raise _StoppedError
+            encoded.append(encode_jpeg(frame, options))
+        return PackedVideo(encoded, [])
+
+    gpu = _GpuFrames(options.short_side) if options.decoder == "nvdec" and found.videos else None
 
     def encode(name: str) -> PackedVideo:
         if found.folders:
@@ -246,11 +329,23 @@ def _make_encoder(found: Found, options: PackOptions) -> Callable[[str], PackedV
         try:
             video = probe_video(found.videos[name])
             wanted = spread(video.num_frames, options.frames)
-            decode = gpu.stream if gpu and nvdec_decodes(video) else stream_video_frames
-            return PackedVideo([encode_jpeg(frame, options) for frame in decode(video, wanted)], [])
-        # DALI has one exception for everything that it cannot decode.
-        except (UnreadableFrameError, RuntimeError) as error:
-            return PackedVideo([], [(name, str(error).splitlines()[0])])
+            if gpu and nvdec_decodes(video):
+                try:
+                    return encode_frames(gpu.stream(video, wanted))
+                # DALI has one exception for everything that it cannot decode; PyAV has the last word.
+                except RuntimeError as error:
+                    if not told.is_set():
+                        told.set()
+                        console.print(
+                            f"{name}: NVDEC does not decode it ({str(error).splitlines()[0]}), PyAV will; "
+                            "more such videos are not named",
+                            highlight=False,
+                            markup=False,
+                            soft_wrap=True,
+                        )
+            return encode_frames(stream_video_frames(video, wanted))
+        except UnreadableFrameError as error:
+            return PackedVideo([], [(name, str(error))])
 
     return encode
 
@@ -272,6 +367,7 @@ def _encode_folder(name: str, folder: Path, files: Sequence[str], options: PackO
 def _reencode(data: Frame, options: PackOptions) -> bytes:
     """A stored image as JPEG of the wanted size; a JPEG that fits already keeps its bytes."""
     check_encoded(data)
+    check_jpeg(data)
     frame = decode_image(data)
     content = data.tobytes()
     with Image.open(io.BytesIO(content)) as image:
@@ -323,9 +419,12 @@ class _GpuFrames:
 
 
 def _in_order(
-    encode: Callable[[str], PackedVideo], names: Sequence[str], workers: int
+    encode: Callable[[str], PackedVideo], names: Sequence[str], workers: int, stop: threading.Event
 ) -> Iterator[tuple[str, PackedVideo]]:
-    """Results in the order of the names, with a few videos in work or waiting at any time."""
+    """Results in the order of the names, with a few videos in work or waiting at any time.
+
+    `stop` is set when no more are wanted, so that no worker goes on to the end of a long video.
+    """
     waiting: deque[tuple[str, Future[PackedVideo]]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
@@ -337,11 +436,18 @@ def _in_order(
             for name, future in waiting:
                 yield name, future.result()
         finally:
+            stop.set()
             pool.shutdown(cancel_futures=True)
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    limits = {"frames": (0, None), "short_side": (16, None), "quality": (1, 100), "shard_size": (1, None)}
+    limits = {
+        "frames": (0, None),
+        "short_side": (16, None),
+        "quality": (1, 100),
+        "shard_size": (1, None),
+        "workers": (0, None),
+    }
     for name, (low, high) in limits.items():
         value = getattr(args, name)
         if value < low or (high is not None and value > high):
@@ -350,9 +456,11 @@ def _check_numbers(args: argparse.Namespace) -> None:
 
 
 def _choose_decoder(choice: str) -> Literal["pyav", "nvdec"]:
-    if choice == "gpu" and not torch.cuda.is_available():
-        raise InputError("--decoder=gpu needs a GPU, and this machine shows none; use auto or cpu")
-    return "nvdec" if choice != "cpu" and torch.cuda.is_available() else "pyav"
+    there = torch.cuda.is_available() and has_nvdec()
+    if choice == "gpu" and not there:
+        lacks = "its driver comes without NVDEC" if torch.cuda.is_available() else "this machine shows none"
+        raise InputError(f"--decoder=gpu needs a GPU with NVDEC, and {lacks}; use auto or cpu")
+    return "nvdec" if choice != "cpu" and there else "pyav"
 
 
 def _parse_part(text: str) -> Part:
@@ -381,8 +489,7 @@ def _is_packed(destination: Path, part: Part, identity: dict[str, Any]) -> bool:
 
 
 def _report(console: Console, manifest: Path, totals: dict[str, int], skipped: Skipped) -> None:
-    for name, reason in skipped:
-        console.print(f"could not be read: {name}: {reason}", highlight=False, markup=False, soft_wrap=True)
+    _print_some(console, [f"could not be read: {name}: {reason}" for name, reason in skipped])
     listed = f", listed in {manifest}" if skipped else ""
     console.print(
         f"{totals['total_frames']} frames in {totals['shards']} shards, "
@@ -390,3 +497,23 @@ def _report(console: Console, manifest: Path, totals: dict[str, int], skipped: S
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _print_some(console: Console, lines: Sequence[str]) -> None:
+    for line in lines[:SHOWN]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if len(lines) > SHOWN:
+        console.print(f"and {len(lines) - SHOWN} more", highlight=False)
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM, which schedulers send, ends a run as Ctrl-C does. Signals come to the main thread alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

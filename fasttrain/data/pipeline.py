@@ -66,6 +66,7 @@ def open_stage(
     videos: Upright | None,
     device: torch.device,
     decoder: Decoder,
+    jpeg_engine_load: float,
     batch_size: int,
     image_size: int,
     num_threads: int,
@@ -84,6 +85,7 @@ def open_stage(
             device=device,
             # The host decodes 256-pixel JPEG at 1,700 frames/s a core, and its faults are well known.
             decoder="mixed" if decoder == "mixed" or storage == "clips" else "cpu",
+            jpeg_engine_load=jpeg_engine_load,
             batch_size=batch_size,
             image_size=image_size,
             num_threads=num_threads,
@@ -129,13 +131,19 @@ def new_pipeline(*, device: torch.device, batch_size: int, num_threads: int, pre
     )
 
 
-def decode_images(stored: Any, *, device: str) -> Any:
+def decode_images(stored: Any, *, device: str, engine_load: float = 0.0) -> Any:
     """The graph's JPEG and PNG decoder: upright by the EXIF tag, bit for bit Pillow's on the host.
 
-    Smooth chroma upsampling makes the JPEG engine agree with it.
+    On a GPU (`mixed`) the JPEG engine takes the share `engine_load`. Smooth chroma upsampling makes it agree
+    with the host.
     """
     return fn.decoders.image(
-        stored, device=device, output_type=DALIImageType.RGB, jpeg_fancy_upsampling=True, affine=False
+        stored,
+        device=device,
+        output_type=DALIImageType.RGB,
+        jpeg_fancy_upsampling=True,
+        hw_decoder_load=engine_load,
+        affine=False,
     )
 
 
@@ -227,13 +235,15 @@ def _single_threaded_workers(number: int) -> ThreadPoolExecutor:
     return pool
 
 
-def pair_graph(storage: Storage, *, decoder: str, image_size: int, on_gpu: bool, float32: bool) -> Any:
+def pair_graph(
+    storage: Storage, *, decoder: str, engine_load: float, image_size: int, on_gpu: bool, float32: bool
+) -> Any:
     """The nodes from what the index stores to normalised crops, (3, S, S) or for clips (2, 3, S, S) each."""
     box = fn.external_source(name="box", batch=True, ndim=1, dtype=DALIDataType.FLOAT)
     mirror = fn.external_source(name="mirror", batch=True, ndim=0, dtype=DALIDataType.INT32)
     first_axis = 0
     if storage == "images":
-        frames = decode_images(_bytes_input(), device=decoder)
+        frames = decode_images(_bytes_input(), device=decoder, engine_load=engine_load)
     elif storage == "clips":
         numbers = fn.external_source(name="numbers", batch=True, ndim=1, dtype=DALIDataType.INT32)
         frames = decode_clips(_bytes_input(), numbers, device=decoder)
@@ -270,9 +280,8 @@ def pair_graph(storage: Storage, *, decoder: str, image_size: int, on_gpu: bool,
 class GraphStage:
     """Decode, crop, resize and normalise in one DALI graph, meant for a GPU.
 
-    It runs on a CPU too, where only tests use it. What `collect` gives is a copy on the current stream, made
-    before DALI, which orders its buffers by that stream, may write to them again; the host never waits for
-    the device.
+    It runs on a CPU too, where only tests use it. What `collect` gives is a copy on the current stream; DALI
+    gets its buffer back when that copy is done.
     """
 
     def __init__(
@@ -282,6 +291,7 @@ class GraphStage:
         videos: Upright | None,
         device: torch.device,
         decoder: Literal["cpu", "mixed"],
+        jpeg_engine_load: float,
         batch_size: int,
         image_size: int,
         num_threads: int,
@@ -297,6 +307,7 @@ class GraphStage:
                 pair_graph(
                     storage,
                     decoder=decoder,
+                    engine_load=jpeg_engine_load,
                     image_size=image_size,
                     on_gpu=device.type == "cuda",
                     float32=dtype == torch.float32,
@@ -306,6 +317,7 @@ class GraphStage:
         self._waiting: deque[tuple[list[npt.NDArray[np.uint8]], Draws]] = deque()
         # A copy to the device may still read the bytes of a batch that was collected.
         self._retired: deque[list[npt.NDArray[np.uint8]]] = deque(maxlen=prefetch + 1)
+        self._in_use = InUse(limit=prefetch + 2)
 
     def submit(self, pairs: Sequence[StoredPair], draws: Draws) -> None:
         boxes, mirror = draws.boxes, draws.flips
@@ -333,14 +345,54 @@ class GraphStage:
         views = batch.transpose(0, 1) if is_clip else batch.view(2, pairs, *batch.shape[1:])
         frames = torch.empty(views.shape, dtype=self._dtype, device=self._device)
         frames.copy_(views)
+        if stream is not None:
+            copied = torch.cuda.Event()
+            copied.record(stream)
+            self._in_use.keep(batch, until=copied)
         if is_clip:
             assert self._videos is not None
             self._videos.set_upright(frames, draws)
         return frames
 
     def close(self) -> None:
+        self._in_use.wait()
         self._waiting.clear()
         self._retired.clear()
+
+
+class Event(Protocol):
+    """What is needed of a torch.cuda.Event."""
+
+    def query(self) -> bool: ...
+
+    def synchronize(self) -> None: ...
+
+
+class InUse:
+    """Buffers of DALI's that the device still reads from.
+
+    A buffer that is let go of belongs to DALI's own stream again at once, whatever other streams have yet to
+    read from it: the copy of a batch waits in the queue of the training step before it. So it is kept until
+    an event behind the copy has come. The host waits only if it is `limit` batches ahead of the device.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._kept: deque[tuple[Event, object]] = deque()
+
+    def keep(self, buffer: object, *, until: Event) -> None:
+        self._kept.append((until, buffer))
+        while self._kept and self._kept[0][0].query():
+            self._kept.popleft()
+        while len(self._kept) > self._limit:
+            self._kept[0][0].synchronize()
+            self._kept.popleft()
+
+    def wait(self) -> None:
+        """Until the device has read them all."""
+        for event, _ in self._kept:
+            event.synchronize()
+        self._kept.clear()
 
 
 class ClipDecoder:
@@ -407,13 +459,15 @@ class Upright:
         for row in np.flatnonzero(self._turns[draws.videos]):
             turned = torch.rot90(frames[:, row], int(self._turns[draws.videos[row]]), (-2, -1))
             frames[:, row] = turned.flip(-1) if draws.flips[row] else turned
-        for kind in np.unique(self._kinds[draws.videos]):
-            # Kind 0 is BT.601, as decoded.
-            rows = np.flatnonzero(self._kinds[draws.videos] == kind) if kind else ()
-            for row in rows:
-                mixed = torch.einsum("ij,vjhw->vihw", self._weights[kind], frames[:, row].float())
-                mixed += self._biases[kind].view(3, 1, 1)
-                frames[:, row] = mixed.clamp(self._black, self._white)
+        kinds = self._kinds[draws.videos]
+        # Kind 0 is BT.601, as decoded.
+        for kind in np.unique(kinds[kinds > 0]):
+            rows: Any = torch.from_numpy(np.flatnonzero(kinds == kind)).to(frames.device)
+            # Most data sets are of one kind: no gathering then.
+            rows = slice(None) if len(rows) == len(kinds) else rows
+            mixed = torch.einsum("ij,vbjhw->vbihw", self._weights[kind], frames[:, rows].float())
+            mixed += self._biases[kind].view(3, 1, 1)
+            frames[:, rows] = mixed.clamp(self._black, self._white).to(frames.dtype)
 
 
 def rgb_correction(matrix: Matrix) -> npt.NDArray[np.float64]:

@@ -6,13 +6,14 @@ here: evaluation reads through this module too.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from fasttrain.data.images import IMAGE_SUFFIXES, UnreadableFrameError
 from fasttrain.data.index import FolderIndex, FrameFolders, FrameIndex, Skipped, VideoIndex, os_reason
@@ -36,26 +37,56 @@ class Found:
     skipped: Skipped
 
 
-def open_source(source: str | Path, *, kind: Kind = "auto") -> FrameIndex:
+@dataclass(frozen=True)
+class Processes:
+    """The processes that open a source together, each with its share of the video files to look into."""
+
+    rank: int
+    size: int
+    gather: Callable[[Any], list[Any]]
+    """A value of each process -> all their values by rank, in every process."""
+
+
+ALONE = Processes(0, 1, lambda value: [value])
+
+
+def open_source(source: str | Path, *, kind: Kind = "auto", processes: Processes = ALONE) -> FrameIndex:
     """Index the videos of a source.
 
     folders: frame folders (jpg, jpeg, png) at any depth, frames in natural order of their names; list: a
     text file with a frame folder or a video file per line, absolute or relative to the list, optionally
     followed by the number of frames to use; videos: a folder of video files at any depth, or one file;
-    packed: what `fasttrain pack` wrote. `auto` looks which it is. Raises InputError where the source is
-    missing, is not of the kind, or holds nothing that can be read.
+    packed: what `fasttrain pack` wrote, or a text file that lists the folders of its parts. `auto` looks
+    which it is. `processes` share the work of looking into videos and get the same index. Raises InputError
+    where the source is missing, is not of the kind, or holds nothing that can be read.
     """
     path = Path(source).expanduser()
-    if kind == "packed" or (kind == "auto" and is_packed(path)):
-        return PackedIndex(path)
+    may_be_packed = kind in ("auto", "packed") or (kind == "list" and path.is_file())
+    packed = packed_folders(path) if may_be_packed else []
+    if packed or kind == "packed":
+        return PackedIndex(*(packed or [path]))
     found = find_source(path, kind=kind)
-    index = _probe_videos(found) if found.videos else FolderIndex(found.folders, found.skipped)
+    index = _probe_videos(found, processes) if found.videos else FolderIndex(found.folders, found.skipped)
     if not len(index):
         reasons = "".join(f", {name}: {reason}" for name, reason in index.skipped[:1])
         raise InputError(
             f"nothing in {source} can be read ({len(index.skipped)} skipped{reasons}); {_WANTED}"
         )
     return index
+
+
+def packed_folders(path: Path) -> list[Path]:
+    """The folders of a packed set: itself, or those that a list names; none where it is something else."""
+    if path.is_dir():
+        return [path] if is_packed(path) else []
+    if not path.is_file() or path.suffix.lower() in VIDEO_SUFFIXES:
+        return []
+    try:
+        folders = [path.parent / entry for entry in _list_entries(path)]
+    except InputError:
+        return []
+    # One look is enough: a list of 240,000 frame folders shall not be looked through twice.
+    return folders if folders and is_packed(folders[0]) else []
 
 
 def find_source(path: Path, *, kind: Kind = "auto") -> Found:
@@ -146,24 +177,33 @@ def _natural_key(name: str) -> list[str | int]:
     return [int(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
-def _read_list(path: Path) -> Found:
+def _list_entries(path: Path) -> list[str]:
+    """The lines of a list that say something."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"{path} is neither a video file nor a text file that lists folders: {error}"
         ) from None
+    entries = (line.strip() for line in lines)
+    return [entry for entry in entries if entry and not entry.startswith("#")]
+
+
+def _read_list(path: Path) -> Found:
     skipped: Skipped = []
     folders: FrameFolders = {}
     videos: dict[str, Path] = {}
-    for line in lines:
-        entry = line.strip()
-        if not entry or entry.startswith("#"):
-            continue
+    for entry in _list_entries(path):
         name, limit = _list_entry(path.parent, entry)
         place = path.parent / name
-        if place.is_dir():
-            files = _frame_files(os.scandir(place))
+        if name in folders or name in videos:
+            skipped.append((name, "listed before"))
+        elif place.is_dir():
+            try:
+                files = _frame_files(os.scandir(place))
+            except OSError as error:
+                skipped.append((name, os_reason(error)))
+                continue
             if not files:
                 skipped.append((name, "no jpg, jpeg or png in it"))
             elif limit is not None and limit > len(files):
@@ -187,17 +227,19 @@ def _list_entry(root: Path, entry: str) -> tuple[str, int | None]:
     return entry, None
 
 
-def _probe_videos(source: Found) -> VideoIndex:
+def _probe_videos(source: Found, processes: Processes) -> VideoIndex:
     """Look into every file, in parallel; what cannot be read is skipped and named."""
 
-    def probe(path: Path) -> VideoInfo | UnreadableFrameError:
+    def probe(path: Path) -> VideoInfo | str:
         try:
             return probe_video(path)
         except UnreadableFrameError as error:
-            return error
+            return str(error)
 
+    mine = dict(itertools.islice(source.videos.items(), processes.rank, None, processes.size))
     with ThreadPoolExecutor(max_workers=min(32, len(os.sched_getaffinity(0)) * 2)) as pool:
-        found = dict(zip(source.videos, pool.map(probe, source.videos.values()), strict=True))
+        probed = dict(zip(mine, pool.map(probe, mine.values()), strict=True))
+    found = {name: info for share in processes.gather(probed) for name, info in share.items()}
     readable = {name: info for name, info in found.items() if isinstance(info, VideoInfo)}
-    bad = [(name, str(info)) for name, info in found.items() if isinstance(info, UnreadableFrameError)]
+    bad = sorted((name, info) for name, info in found.items() if isinstance(info, str))
     return VideoIndex(readable, source.skipped + bad)

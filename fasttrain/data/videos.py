@@ -7,6 +7,7 @@ rounded to 8, turned upright by the display matrix.
 
 from __future__ import annotations
 
+import ctypes
 import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,7 +37,7 @@ VIDEO_SUFFIXES = frozenset(
 # ffmpeg's numbers of the matrices (AVColorSpace); all others are close to BT.601 or rare.
 _MATRICES: dict[int, Matrix] = {1: "bt709", 9: "bt2020", 10: "bt2020"}
 
-# What NVDEC decodes on every GPU since Ampere: pixel formats, and the least side in pixels.
+# What NVDEC decodes on GPUs since Ampere (the A100 lacks AV1): pixel formats, and the least side in pixels.
 _NVDEC: dict[str, tuple[frozenset[str], int]] = {
     "h264": (frozenset({"yuv420p", "yuvj420p"}), 48),
     "hevc": (frozenset({"yuv420p", "yuvj420p", "yuv420p10le"}), 144),
@@ -121,15 +122,40 @@ def stream_video_frames(video: VideoInfo, frames: Iterable[int]) -> Iterator[Fra
     """The frames of these ascending numbers, one at a time, as read_video_frames gives them."""
     frame = 0
     try:
-        with av.open(str(video.path)) as container:
-            stream = _video_stream(container)
-            # Videos are decoded in parallel; threads inside each would only get in the way.
-            stream.codec_context.thread_count = 1
-            reader = _FrameReader(container, stream, video)
+        with _FrameReader(video) as reader:
             for frame in frames:
                 yield to_rgb(reader.read(frame))
     except (av.FFmpegError, OSError) as error:
         raise UnreadableFrameError(_reason(error), frame) from error
+
+
+def check_jpeg(data: Frame) -> None:
+    """Raise UnreadableFrameError for a JPEG (n,) whose coded data ffmpeg finds damaged; others pass.
+
+    Pillow and DALI decode such a picture to garbage and say nothing. A picture that is no JPEG, or of a kind
+    that ffmpeg does not know, passes. Damage that happens to be valid code passes too: of 240 DAVIS frames
+    with 512 bytes set to zero, 199 were found.
+    """
+    if data[:2].tobytes() != b"\xff\xd8":
+        return
+    decoder = av.CodecContext.create("mjpeg", "r")
+    decoder.options = {"err_detect": "explode"}
+    decoder.thread_count = 1
+    try:
+        decoder.decode(av.Packet(data.tobytes()))
+    except av.InvalidDataError:
+        raise UnreadableFrameError("damaged JPEG: its coded data is not valid") from None
+    except av.FFmpegError:
+        return
+
+
+def has_nvdec() -> bool:
+    """Whether the driver comes with NVDEC; containers are often started without it."""
+    try:
+        ctypes.CDLL("libnvcuvid.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def nvdec_decodes(video: VideoInfo) -> bool:
@@ -158,7 +184,8 @@ def cut_clip(video: VideoInfo, frames: Sequence[int]) -> tuple[Frame, list[int]]
                     start = max(time for time in video.reset_times if time <= target)
                     packets |= _packets_between(source, stream, start, target)
             out = _copy_stream(clip, stream)
-            for packet in packets.values():
+            for packet, dts in zip(packets.values(), _decoding_times(list(packets)), strict=True):
+                packet.dts = dts
                 packet.stream = out
                 clip.mux(packet)
     except (av.FFmpegError, OSError) as error:
@@ -182,8 +209,19 @@ def _packets_between(
 ) -> dict[int, av.Packet]:
     """By time and in decoding order: from the key frame shown at `start` to the packet of `target`."""
     container.seek(start, stream=stream)
+    packets = _collect_packets(container.demux(stream), start, target)
+    if packets is None:
+        # A stream without an index (MPEG-TS) is sought by guesses, and one may land too late.
+        with av.open(container.name) as again:
+            packets = _collect_packets(again.demux(_video_stream(again)), start, target)
+    if packets is None:
+        raise UnreadableFrameError("its packets changed since it was indexed")
+    return packets
+
+
+def _collect_packets(demuxed: Iterator[av.Packet], start: int, target: int) -> dict[int, av.Packet] | None:
     packets: dict[int, av.Packet] = {}
-    for packet in container.demux(stream):
+    for packet in demuxed:
         time = packet.pts
         # What comes before the key frame, or is shown before it, is needed by nothing after it.
         if time is None or time < start or not (packets or time == start):
@@ -191,7 +229,17 @@ def _packets_between(
         packets[time] = packet
         if time == target:
             return packets
-    raise UnreadableFrameError("its packets changed since it was indexed")
+    return None
+
+
+def _decoding_times(shown: Sequence[int]) -> list[int]:
+    """Times to decode packets at that are shown at these times: ascending, none later than it is shown.
+
+    Those of the file may be missing or, after a seek, wrong; no muxer takes either.
+    """
+    ordered = sorted(shown)
+    delay = max(early - late for early, late in zip(ordered, shown, strict=True))
+    return [time - delay for time in ordered]
 
 
 def to_rgb(picture: av.VideoFrame) -> Frame:
@@ -203,11 +251,22 @@ def to_rgb(picture: av.VideoFrame) -> Frame:
 class _FrameReader:
     """Reads frames in ascending order from one open container; seeks only past a key frame."""
 
-    def __init__(
-        self, container: av.container.InputContainer, stream: av.VideoStream, video: VideoInfo
-    ) -> None:
-        self.container, self.stream, self.video = container, stream, video
-        self.pictures: Iterator[av.VideoFrame] = container.decode(stream)
+    def __init__(self, video: VideoInfo) -> None:
+        self.video = video
+        self._open()
+
+    def __enter__(self) -> _FrameReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.container.close()
+
+    def _open(self) -> None:
+        self.container = av.open(str(self.video.path))
+        self.stream = _video_stream(self.container)
+        # Videos are decoded in parallel; threads inside each would only get in the way.
+        self.stream.codec_context.thread_count = 1
+        self.pictures: Iterator[av.VideoFrame] = self.container.decode(self.stream)
         self.position: int | None = None
 
     def read(self, frame: int) -> av.VideoFrame:
@@ -222,12 +281,18 @@ class _FrameReader:
                 return picture
         # A container may seek by decoding time and land on a key frame that is shown after the target, and
         # pictures that an open group of pictures shows before its key frame need the group before it.
-        for start in [*reversed(keys), int(times[0])]:
+        for start in reversed(keys):
             self.container.seek(start, stream=self.stream)
             self.pictures = self.container.decode(self.stream)
             picture = self._decode_to(target)
             if picture is not None:
                 return picture
+        # What cannot be sought at all, or holds no key frame, is read from its beginning.
+        self.container.close()
+        self._open()
+        picture = self._decode_to(target)
+        if picture is not None:
+            return picture
         raise UnreadableFrameError("the frame cannot be decoded", frame)
 
     def _decode_to(self, target: int) -> av.VideoFrame | None:

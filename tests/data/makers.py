@@ -72,6 +72,7 @@ def make_loader(index: FrameIndex, sampling: PairSampling | None = None, **chang
         "num_threads": 2,
         "prefetch": 2,
         "decoder": "auto",
+        "jpeg_engine_load": 0.65,
         "dtype": torch.float32,
         "max_bad_fraction": 0.5,
     }

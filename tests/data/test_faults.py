@@ -2,16 +2,18 @@
 
 import io
 from collections.abc import Callable
+from fractions import Fraction
 from itertools import zip_longest
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
 from makers import encode_video, make_loader, make_sampling, picture, write_folders
 from PIL import Image, ImageOps
 
-from fasttrain.data import FrameIndex, PairLoader, open_source
+from fasttrain.data import FrameIndex, PairLoader, check_bad_fraction, open_source
 from fasttrain.data.loader import MAX_ATTEMPTS
 from fasttrain.errors import InputError
 
@@ -63,9 +65,21 @@ def check_replaced(index: FrameIndex, ranks: list[PairLoader], bad: str, words: 
         assert bad in str(fault)
 
 
+def with_thumbnail(jpeg: bytes) -> bytes:
+    """With a small whole JPEG in its header, as cameras write it."""
+    small = encoded(Image.fromarray(picture(3, 0)).resize((16, 12)))
+    segment = b"\xff\xe1" + (len(small) + 2).to_bytes(2, "big") + small
+    return jpeg[:2] + segment + jpeg[2:]
+
+
 BROKEN_FRAMES: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "truncated jpeg": (lambda: whole_jpeg()[:-200], ".jpg", "truncated JPEG"),
     "jpeg cut in its header": (lambda: whole_jpeg()[:30], ".jpg", "truncated JPEG"),
+    "truncated jpeg with a thumbnail": (
+        lambda: with_thumbnail(whole_jpeg())[:-200],
+        ".jpg",
+        "truncated JPEG",
+    ),
     "empty file": (lambda: b"", ".jpg", "empty"),
     "no image at all": (lambda: b"<html>404 not found</html>", ".jpg", "cannot be decoded"),
     "jpeg with a broken header": (
@@ -163,6 +177,19 @@ def test_a_video_that_is_damaged_after_it_was_indexed(tmp_path: Path) -> None:
     assert all(fault.reason for fault in faults)
 
 
+def deep_png(frame: np.ndarray) -> bytes:
+    """16 bits in each colour, which Pillow cannot write."""
+    height, width = frame.shape[:2]
+    encoder = av.CodecContext.create("png", "w")
+    encoder.width, encoder.height, encoder.pix_fmt = width, height, "rgb48be"
+    encoder.time_base = Fraction(1, 25)
+    image = av.VideoFrame(width, height, "rgb48be")
+    rows = np.zeros((height, image.planes[0].line_size), dtype=np.uint8)
+    rows[:, : 6 * width] = (frame.astype(">u2") * 257).astype(">u2").view(np.uint8).reshape(height, -1)
+    image.planes[0].update(rows.tobytes())
+    return b"".join(bytes(packet) for packet in [*encoder.encode(image), *encoder.encode(None)])
+
+
 def odd_frames() -> dict[str, list[bytes]]:
     """Videos of unusual frames, all of which must work."""
     frames = [Image.fromarray(picture(5, t)) for t in range(8)]
@@ -173,12 +200,16 @@ def odd_frames() -> dict[str, list[bytes]]:
         "grey": [encoded(frame.convert("L")) for frame in frames],
         "cmyk": [encoded(frame.convert("CMYK")) for frame in frames],
         "turned": [encoded(frame, exif=turned) for frame in frames],
+        "thumbnail and a tail": [with_thumbnail(encoded(frame)) + bytes(999) for frame in frames],
         "progressive": [encoded(frame, progressive=True) for frame in frames],
         "mixed_sizes": [encoded(frame.resize((40 + 9 * t, 70 - 5 * t))) for t, frame in enumerate(frames)],
         "tiny": [encoded(frame.resize((3, 2))) for frame in frames],
         "png16": [encoded(Image.fromarray(grey), "PNG") for grey in grey16],
+        "png48": [deep_png(np.asarray(frame)) for frame in frames],
         "palette": [encoded(frame.convert("P"), "PNG") for frame in frames],
         "alpha": [encoded(frame.convert("RGBA"), "PNG") for frame in frames],
+        "grey_alpha": [encoded(frame.convert("LA"), "PNG") for frame in frames],
+        "one_bit": [encoded(frame.convert("1"), "PNG") for frame in frames],
         "one_frame": [encoded(frames[0])],
     }
 
@@ -215,11 +246,30 @@ def test_the_limit_stops_the_run_with_one_line(tmp_path: Path) -> None:
     root = write_folders(tmp_path, [8] * GOOD)
     for path in (root / "class_0" / "video_0").iterdir():
         path.write_bytes(b"")
+    sampling = make_sampling(pairs_per_video=PAIRS_PER_VIDEO)
+
+    def run(limit: float) -> None:
+        loader = make_loader(open_source(root), sampling, num_steps=14, max_bad_fraction=limit)
+        try:
+            assert len(list(loader)) == 14
+        finally:
+            loader.close()
+
     with pytest.raises(InputError, match=r"more than data\.max_bad_fraction=0.001 allows") as caught:
-        run_ranks(open_source(root), steps=14, max_bad_fraction=0.001)
+        run(0.001)
     assert "class_0/video_0" in str(caught.value)
     assert "\n" not in str(caught.value)
-    run_ranks(open_source(root), steps=14, max_bad_fraction=0.02)
+    run(0.02)
+
+
+def test_the_limit_is_a_share_of_what_was_seen() -> None:
+    check_bad_fraction(10, 1000, 0.01, "x")
+    check_bad_fraction(10, 30, 0.01, "x")
+    check_bad_fraction(1000, 100_000, 0.01, "x")
+    with pytest.raises(InputError, match=r"11 of 1000 samples .* the last: x"):
+        check_bad_fraction(11, 1000, 0.01, "x")
+    with pytest.raises(InputError):
+        check_bad_fraction(1, 30, 0.0, "x")
 
 
 @pytest.mark.parametrize("content", [b"", b"no image"])

@@ -3,11 +3,13 @@
 import argparse
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +18,14 @@ import torch
 from makers import encode_video, make_loader, picture, write_folders
 from PIL import Image
 from rich.console import Console
+from test_faults import odd_frames
 from test_loader import check_pixels
 
 from fasttrain.data import open_source
 from fasttrain.data.pack import PackOptions, add_arguments, check, pack, run, spread
 from fasttrain.data.packed import Part
 from fasttrain.data.pipeline import ClipDecoder
-from fasttrain.data.videos import cut_clip, probe_video, read_video_frames
+from fasttrain.data.videos import cut_clip, has_nvdec, probe_video, read_video_frames
 from fasttrain.errors import InputError
 
 WHOLE = Part(1, 1)
@@ -125,6 +128,42 @@ def test_real_videos_are_packed_and_the_bad_one_reported(shared: Path, tmp_path:
     assert [name for name, _ in index.skipped] == ["corrupted.mp4"]
 
 
+def test_a_jpeg_that_decodes_to_garbage_is_left_out(tmp_path: Path) -> None:
+    """Pillow and DALI decode it and say nothing."""
+    root = write_folders(tmp_path / "frames", [6])
+    path = root / "class_0" / "video_0" / "00002.jpg"
+    Image.fromarray(picture(0, 2, 240, 320)).save(path, quality=95)
+    data = bytearray(path.read_bytes())
+    # Sixteen ones in a row are no Huffman code.
+    data[len(data) // 2 : len(data) // 2 + 512] = b"\xff\x00" * 256
+    path.write_bytes(data)
+    assert np.asarray(Image.open(path)).shape == (240, 320, 3)
+    packed(root, tmp_path / "packed")
+    index = open_source(tmp_path / "packed")
+    assert index.num_frames.tolist() == [5]
+    assert index.skipped == [
+        ("class_0/video_0/00002.jpg", "damaged JPEG: its coded data is not valid"),
+    ]
+
+
+@pytest.mark.parametrize("case", odd_frames())
+def test_unusual_frames_are_packed(tmp_path: Path, case: str) -> None:
+    """None is taken for damaged."""
+    stored = odd_frames()[case]
+    (tmp_path / "frames" / case).mkdir(parents=True)
+    for frame, data in enumerate(stored):
+        suffix = "png" if b"PNG" in data[:4] else "jpg"
+        (tmp_path / "frames" / case / f"{frame}.{suffix}").write_bytes(data)
+    packed(tmp_path / "frames", tmp_path / "packed", quality=98)
+    source, index = open_source(tmp_path / "frames"), open_source(tmp_path / "packed")
+    assert index.skipped == []
+    assert index.num_frames.tolist() == [len(stored)]
+    for frame in range(len(stored)):
+        difference = index.read_frame(0, frame).astype(int) - source.read_frame(0, frame)
+        # Dithered colours do not survive halved chroma.
+        assert np.abs(difference).mean() < (16 if case == "palette" else 4)
+
+
 def test_bad_frames_are_left_out_and_listed(tmp_path: Path) -> None:
     root = write_folders(tmp_path / "frames", [6, 6])
     (root / "class_0" / "video_0" / "00002.jpg").write_bytes(b"")
@@ -165,7 +204,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     (source / "class_0" / "video_4" / "00003.png").write_bytes(b"")
     killed = tmp_path / "killed"
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(source), str(killed)])
-    third = killed / "frames-1of1-000002.json"
+    third = killed / "frames-1of1-000002.npz"
     deadline = time.monotonic() + 60
     while not third.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -183,6 +222,29 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     assert "already packed" in packed(source, killed)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_says_so_and_goes_on(tmp_path: Path, number: signal.Signals) -> None:
+    source = write_folders(tmp_path / "frames", [12] * 100, suffix=".png")
+    stopped = tmp_path / "stopped"
+    words = ["pack", str(source), str(stopped), "--workers", "1", "--shard-size", "1", "--quality", "100"]
+    # What runs in a shell's background is born deaf to SIGINT.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from fasttrain.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (stopped / "frames-1of1-000000.npz").exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on from there" in said
+    assert not json.loads((stopped / "pack-1of1.json").read_text())["complete"]
+    command(*words[1:])
+    assert open_source(stopped).fingerprint() == open_source(source).fingerprint()
+
+
 def test_several_machines_share_the_work(tmp_path: Path) -> None:
     source = write_folders(tmp_path / "frames", [3] * 11)
     whole = tmp_path / "packed"
@@ -193,6 +255,40 @@ def test_several_machines_share_the_work(tmp_path: Path) -> None:
     packed(source, whole, Part(2, 3))
     assert open_source(whole).fingerprint() == open_source(source).fingerprint()
     assert check(whole, workers=2, console=Console(file=io.StringIO())) == 33
+
+
+def test_machines_with_folders_of_their_own(tmp_path: Path) -> None:
+    source = write_folders(tmp_path / "frames", [3] * 11)
+    for number in (1, 2):
+        packed(source, tmp_path / f"machine_{number}", Part(number, 2))
+    listing = tmp_path / "parts.txt"
+    listing.write_text("# both\nmachine_2\nmachine_1\n")
+    index = open_source(listing)
+    assert index.kind == "packed"
+    assert index.fingerprint() == open_source(source).fingerprint()
+    np.testing.assert_array_equal(index.read(7, [1])[0], open_source(source).read(7, [1])[0])
+    assert check(listing, workers=2, console=Console(file=io.StringIO())) == 33
+    with pytest.raises(InputError, match=r"part 2 of 2 of the packed set .*machine_1 is not finished"):
+        open_source(tmp_path / "machine_1")
+    listing.write_text("machine_1\nmachine_1/../machine_1\n")
+    with pytest.raises(InputError, match=r"part 1 of 2 is in .* and in .*--shard I/N of its own"):
+        open_source(listing)
+    listing.write_text("machine_1\nframes\n")
+    with pytest.raises(InputError, match=r"frames is no packed set"):
+        open_source(listing, kind="packed")
+
+
+def test_parts_of_different_sources_are_no_set(tmp_path: Path) -> None:
+    """Else a video would be there twice or not at all, and nobody would say so."""
+    first = write_folders(tmp_path / "frames", [3] * 4)
+    packed(first, tmp_path / "packed", Part(1, 2))
+    packed(write_folders(tmp_path / "grown", [3] * 6), tmp_path / "packed", Part(2, 2))
+    with pytest.raises(InputError, match=r"pack-2of2\.json was packed with source=.* from the same files"):
+        open_source(tmp_path / "packed")
+    packed(first, tmp_path / "other", Part(1, 2))
+    packed(first, tmp_path / "other", Part(2, 2), quality=50)
+    with pytest.raises(InputError, match=r"was packed with quality=50, part 1 with quality=90"):
+        open_source(tmp_path / "other")
 
 
 def test_other_options_or_another_source_are_refused(tmp_path: Path) -> None:
@@ -216,8 +312,8 @@ def flip_a_byte(shard: Path) -> None:
         (flip_a_byte, "frame 0 of class_0/video_0 is not what was packed"),
         (lambda shard: shard.write_bytes(shard.read_bytes()[:-600]), "bytes, expected"),
         (lambda shard: shard.unlink(), "No such file"),
-        (lambda shard: shard.with_suffix(".json").unlink(), "or a shard is missing"),
-        (lambda shard: shard.with_suffix(".json").write_text("{}"), "is damaged"),
+        (lambda shard: shard.with_suffix(".npz").unlink(), "or a shard is missing"),
+        (lambda shard: shard.with_suffix(".npz").write_text("{}"), "is damaged"),
     ],
 )
 def test_check_names_the_damage(tmp_path: Path, damage, words: str) -> None:
@@ -232,12 +328,86 @@ def test_packing_again_fills_a_gap(tmp_path: Path) -> None:
     source = write_folders(tmp_path / "frames", [6] * 12)
     packed(source, tmp_path / "packed")
     whole = contents(tmp_path / "packed")
-    for suffix in (".tar", ".json"):
+    for suffix in (".tar", ".npz"):
         (tmp_path / "packed" / "frames-1of1-000001.tar").with_suffix(suffix).unlink()
     with pytest.raises(InputError, match="or a shard is missing"):
         open_source(tmp_path / "packed")
     packed(source, tmp_path / "packed")
     assert contents(tmp_path / "packed") == whole
+
+
+def spoilt_in_mid_run(tmp_path: Path, spoil: Callable[[Path], object]) -> list[str]:
+    """Damage the first shard while a loader runs; returns the reasons of its faults."""
+    packed(write_folders(tmp_path / "frames", [6] * 12), tmp_path / "packed")
+    index = open_source(tmp_path / "packed")
+    loader = make_loader(index, num_steps=24, prefetch=1, max_bad_fraction=1.0)
+    for number, pairs in enumerate(loader):
+        assert torch.isfinite(pairs.frames).all()
+        if number == 2:
+            spoil(tmp_path / "packed" / "frames-1of1-000000.tar")
+    loader.close()
+    assert number == 23
+    shard = {name for name, _ in zip(index.names, index.num_frames, strict=True)}
+    assert {fault.name for fault in loader.faults} <= shard
+    return [fault.reason for fault in loader.faults]
+
+
+def truncate(shard: Path) -> None:
+    with shard.open("r+b") as file:
+        file.truncate(100)
+
+
+def overwrite(shard: Path) -> None:
+    with shard.open("r+b") as file:
+        file.write(bytes(15_000))
+
+
+def test_a_shard_that_is_cut_off_in_mid_run_kills_nobody(tmp_path: Path) -> None:
+    """A memory map would end the process here, with SIGBUS."""
+    reasons = spoilt_in_mid_run(tmp_path, truncate)
+    assert reasons
+    assert set(reasons) == {"frames-1of1-000000.tar was cut off"}
+
+
+def test_a_shard_that_is_overwritten_in_mid_run_is_noticed(tmp_path: Path) -> None:
+    reasons = spoilt_in_mid_run(tmp_path, overwrite)
+    assert reasons
+    assert set(reasons) == {"its bytes in frames-1of1-000000.tar are not what was packed"}
+
+
+def test_a_shard_that_vanishes_in_mid_run_is_still_read(tmp_path: Path) -> None:
+    assert spoilt_in_mid_run(tmp_path, Path.unlink) == []
+
+
+def test_a_pair_takes_two_byte_ranges_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed(write_folders(tmp_path / "frames", [9] * 3), tmp_path / "packed", shard_bytes=2**20)
+    index = open_source(tmp_path / "packed")
+    read, ranges = os.pread, []
+
+    def counted(file: int, size: int, offset: int) -> bytes:
+        ranges.append((size, offset))
+        return read(file, size, offset)
+
+    monkeypatch.setattr(os, "pread", counted)
+    pair = index.read(2, [3, 7])
+    assert [size for size, _ in ranges] == [len(frame) for frame in pair]
+    (shard,) = (tmp_path / "packed").glob("*.tar")
+    for frame, (size, offset) in zip(pair, ranges, strict=True):
+        assert shard.read_bytes()[offset : offset + size] == frame.tobytes()
+
+
+def test_many_shards_raise_the_limit_of_open_files(tmp_path: Path) -> None:
+    packed(write_folders(tmp_path / "frames", [2] * 30), tmp_path / "packed", shard_bytes=1)
+    code = (
+        "import resource, sys; from fasttrain.data import open_source;"
+        "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1];"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (20, hard));"
+        "print(len(open_source(sys.argv[1])))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "packed")], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "30\n"
 
 
 def test_a_shard_of_the_wrong_size_is_not_opened(tmp_path: Path) -> None:
@@ -322,6 +492,7 @@ def test_the_gpus_clip_decoder_on_the_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not has_nvdec(), reason="needs NVDEC (libnvcuvid.so.1)")
 def test_packing_with_nvdec_agrees_with_pyav(tmp_path: Path) -> None:
     (tmp_path / "videos").mkdir()
     encode_video(tmp_path / "videos" / "x.mp4", [picture(0, t, 160, 208) for t in range(80)])

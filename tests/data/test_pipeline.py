@@ -1,6 +1,7 @@
 """The DALI graph of the GPU, run on the CPU's operators against Pillow; and on a GPU where there is one."""
 
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,11 @@ from makers import encode_video, make_loader, make_sampling, picture, write_fold
 from test_loader import levels, reference_pairs
 
 from fasttrain.data import FrameIndex, open_source
+from fasttrain.data import loader as loader_module
 from fasttrain.data.index import VideoIndex
 from fasttrain.data.pipeline import (
     GraphStage,
+    InUse,
     Upright,
     new_pipeline,
     open_stage,
@@ -20,9 +23,11 @@ from fasttrain.data.pipeline import (
     rgb_correction,
 )
 from fasttrain.data.sampling import Draws
+from fasttrain.data.videos import has_nvdec
 from fasttrain.errors import InputError
 
 SIZE = 40
+needs_nvdec = pytest.mark.skipif(not has_nvdec(), reason="needs NVDEC (libnvcuvid.so.1)")
 PAIRS = 3
 
 
@@ -32,6 +37,7 @@ def make_stage(index: FrameIndex, videos: Upright | None = None, prefetch: int =
         videos=videos,
         device=torch.device("cpu"),
         decoder="cpu",
+        jpeg_engine_load=0.65,
         batch_size=PAIRS,
         image_size=SIZE,
         num_threads=2,
@@ -133,13 +139,28 @@ def test_clips_get_the_matrix_of_their_stream(tmp_path: Path, matrix: str) -> No
     assert np.abs(results[1] - results[0]).max() > 5
 
 
+def test_a_batch_of_several_matrices(tmp_path: Path) -> None:
+    """Each row gets its own."""
+    index = vp9_videos(tmp_path)
+    matrices = ["bt709", "bt601", "bt709"]
+    draws = drawn(index, 0)[1]
+    frames = torch.rand(2, PAIRS, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    mixed, single = frames.clone(), frames.clone()
+    Upright(np.zeros(3, dtype=int), matrices, torch.device("cpu")).set_upright(mixed, draws)
+    upright(index, 0, "bt709").set_upright(single, draws)
+    for row, video in enumerate(draws.videos):
+        expected = single if matrices[video] == "bt709" else frames
+        torch.testing.assert_close(mixed[:, row], expected[:, row])
+    assert {matrices[video] for video in draws.videos} == {"bt601", "bt709"}
+
+
 @pytest.mark.parametrize(
     ("storage", "decoder"), [("images", "cpu"), ("images", "mixed"), ("frames", "cpu"), ("clips", "mixed")]
 )
 def test_the_graph_for_a_gpu_ends_on_it(storage: str, decoder: str) -> None:
     """DALI checks operators and devices when a graph is defined, which takes no GPU."""
     with new_pipeline(device=torch.device("cuda", 0), batch_size=2, num_threads=1, prefetch=1):
-        node = pair_graph(storage, decoder=decoder, image_size=8, on_gpu=True, float32=False)
+        node = pair_graph(storage, decoder=decoder, engine_load=0.9, image_size=8, on_gpu=True, float32=False)
     assert node.device == "gpu"
 
 
@@ -161,6 +182,50 @@ def test_a_clip_that_does_not_decode_spoils_no_other_batch(tmp_path: Path) -> No
         stage.collect()
 
 
+class ManualEvent:
+    """An event that comes when it is told to, or waited for: then its buffer must still be there."""
+
+    def __init__(self, buffer: weakref.ref) -> None:
+        self.buffer = buffer
+        self.came = False
+        self.waited_for = False
+
+    def query(self) -> bool:
+        return self.came
+
+    def synchronize(self) -> None:
+        assert self.buffer() is not None
+        self.came = self.waited_for = True
+
+
+def test_a_buffer_is_kept_until_the_device_has_read_it() -> None:
+    class Buffer:
+        pass
+
+    in_use = InUse(limit=2)
+    buffers = [Buffer() for _ in range(5)]
+    alive = [weakref.ref(buffer) for buffer in buffers]
+    events = [ManualEvent(buffer) for buffer in alive]
+
+    def keep(number: int) -> list[bool]:
+        in_use.keep(buffers[number], until=events[number])
+        buffers[number] = None
+        return [buffer() is not None for buffer in alive]
+
+    assert keep(0)[:1] == [True]
+    events[0].came = True
+    assert keep(1)[:2] == [False, True]
+    assert keep(2)[:3] == [False, True, True]
+    assert not any(event.waited_for for event in events)
+    # The host is three ahead: it waits for the oldest.
+    assert keep(3)[:4] == [False, False, True, True]
+    assert [event.waited_for for event in events] == [False, True, False, False, False]
+    keep(4)
+    in_use.wait()
+    assert all(event.came for event in events)
+    assert not any(buffer() for buffer in alive)
+
+
 def test_a_stage_leaves_the_threads_of_others_alone(tmp_path: Path) -> None:
     before = torch.get_num_threads()
     loader = make_loader(open_source(write_folders(tmp_path, [8] * 4)), num_threads=3)
@@ -179,6 +244,7 @@ def test_a_gpu_decoder_needs_a_gpu() -> None:
             videos=None,
             device=torch.device("cpu"),
             decoder="mixed",
+            jpeg_engine_load=0.65,
             batch_size=1,
             image_size=8,
             num_threads=1,
@@ -191,6 +257,29 @@ def test_videos_that_nvdec_cannot_decode_are_named(tmp_path: Path) -> None:
     encode_video(tmp_path / "small.mp4", [picture(0, t, 32, 32) for t in range(5)])
     with pytest.raises(InputError, match=r"small\.mp4 \(h264, yuv420p, 32 x 32\) is not for NVDEC"):
         open_source(tmp_path).as_clips()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_videos_go_where_they_can_be_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    """With a GPU and `auto`: NVDEC if all videos are for it, else the host, and a line says why."""
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(loader_module, "has_nvdec", lambda: there)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    index = vp9_videos(tmp_path)
+    chosen, note = loader_module._for_device(index, gpu, "auto")
+    assert chosen.storage == ("clips" if there else "frames")
+    assert note is None if there else "the driver comes without NVDEC" in note
+    assert loader_module._for_device(index, gpu, "cpu") == (index, None)
+    if not there:
+        with pytest.raises(InputError, match=r"data\.decoder=mixed needs NVDEC"):
+            loader_module._for_device(index, gpu, "mixed")
+        return
+    encode_video(tmp_path / "small.mp4", [picture(0, t, 32, 32) for t in range(5)])
+    chosen, note = loader_module._for_device(open_source(tmp_path), gpu, "auto")
+    assert chosen.storage == "frames"
+    assert "NVDEC does not take 1 of 4, the first small.mp4" in note
 
 
 def on_gpu(index: FrameIndex, decoder: str, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -211,8 +300,14 @@ def on_gpu(index: FrameIndex, decoder: str, dtype: torch.dtype) -> list[torch.Te
     return [part.float().cpu() for part in frames]
 
 
-def on_cpu(index: FrameIndex) -> list[torch.Tensor]:
-    loader = make_loader(index, make_sampling(pairs_per_video=8), image_size=96, batch_size=4, num_steps=4)
+def on_cpu(index: FrameIndex, batch_size: int = 4, steps: int = 4) -> list[torch.Tensor]:
+    loader = make_loader(
+        index,
+        make_sampling(pairs_per_video=8),
+        image_size=96,
+        batch_size=batch_size,
+        num_steps=steps,
+    )
     frames = [pairs.frames for pairs in loader]
     loader.close()
     return frames
@@ -228,6 +323,7 @@ def test_images_on_the_gpu_are_those_of_the_cpu(tmp_path: Path, decoder: str, dt
 
 
 @pytest.mark.gpu
+@needs_nvdec
 @pytest.mark.parametrize(
     ("codec", "pix_fmt"),
     [("libx264", "yuv420p"), ("libx265", "yuv420p10le"), ("libvpx-vp9", "yuv420p"), ("libsvtav1", "yuv420p")],
@@ -242,6 +338,7 @@ def test_videos_on_the_gpu_are_those_of_the_cpu(tmp_path: Path, codec: str, pix_
 
 
 @pytest.mark.gpu
+@needs_nvdec
 @pytest.mark.parametrize(
     "name", ["nasa_13013.mp4", "bt709_full_range.mp4", "flipping_a_pancake.mkv", "rotated_180.mov"]
 )
@@ -249,6 +346,32 @@ def test_real_videos_on_the_gpu_are_those_of_the_cpu(shared: Path, name: str) ->
     index = open_source(shared / "videos" / name)
     for got, expected in zip(on_gpu(index, "mixed", torch.float32), on_cpu(index), strict=True):
         assert np.abs(levels(got) - levels(expected)).mean() < 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decoder", ["cpu", "mixed"])
+def test_no_batch_is_overwritten_while_the_device_is_behind(tmp_path: Path, decoder: str) -> None:
+    """The copies queue up behind long work, while DALI decodes ahead into what it thinks is free."""
+    index = open_source(write_folders(tmp_path, [20, 9, 30]))
+    expected = on_cpu(index, batch_size=2, steps=12)
+    loader = make_loader(
+        index,
+        make_sampling(pairs_per_video=8),
+        device=torch.device("cuda"),
+        decoder=decoder,
+        image_size=96,
+        batch_size=2,
+        num_steps=12,
+    )
+    busy = torch.randn(8192, 8192, device="cuda")
+    got = []
+    for pairs in loader:
+        got.append(pairs.frames)
+        for _ in range(10):
+            busy = (busy @ busy).tanh()
+    loader.close()
+    for frames, truth in zip(got, expected, strict=True):
+        assert np.abs(levels(frames.cpu()) - levels(truth)).mean() < 2
 
 
 @pytest.mark.gpu

@@ -1,13 +1,17 @@
 """What `open_source` finds, in which order, and what it says of what it cannot read."""
 
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from makers import encode_video, picture, write_folders
 from PIL import Image
 
-from fasttrain.data import open_source
+from fasttrain.data import FrameIndex, Processes, open_source
 from fasttrain.data.images import UnreadableFrameError
 from fasttrain.errors import InputError
 
@@ -85,14 +89,42 @@ def test_a_folder_of_videos_names_what_it_skips(tmp_path: Path) -> None:
     assert open_source(whole).names == ["whole.mp4"]
 
 
+def test_processes_share_the_look_into_videos(tmp_path: Path) -> None:
+    """Each looks into its share, and all have the index that one alone would have."""
+    for video in range(5):
+        encode_video(tmp_path / f"{video}.mp4", [picture(video, t) for t in range(3 + video)])
+    (tmp_path / "bad.mp4").write_bytes(b"")
+    alone = open_source(tmp_path)
+    looked: list[list[str]] = []
+    meeting = threading.Barrier(2)
+    told: list[Any] = [None, None]
+
+    def run(rank: int) -> FrameIndex:
+        def gather(value: Any) -> list[Any]:
+            told[rank] = pickle.loads(pickle.dumps(value))
+            looked.append(list(value))
+            meeting.wait(timeout=60)
+            return told
+
+        return open_source(tmp_path, processes=Processes(rank, 2, gather))
+
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(run, range(2)))
+    assert sorted(map(len, looked)) == [3, 3]
+    for index in both:
+        assert index.fingerprint() == alone.fingerprint()
+        assert index.skipped == alone.skipped
+        np.testing.assert_array_equal(index.read_frame(4, 6), alone.read_frame(4, 6))
+
+
 def test_a_list_of_videos(tmp_path: Path) -> None:
     encode_video(tmp_path / "one.mp4", [picture(0, t) for t in range(4)])
-    (tmp_path / "list.txt").write_text("one.mp4\nmissing.mp4\n")
+    (tmp_path / "list.txt").write_text("one.mp4\nmissing.mp4\none.mp4\n")
     index = open_source(tmp_path / "list.txt", kind="list")
     assert (index.kind, index.names, index.skipped) == (
         "videos",
         ["one.mp4"],
-        [("missing.mp4", "does not exist")],
+        [("missing.mp4", "does not exist"), ("one.mp4", "listed before")],
     )
 
 

@@ -72,6 +72,18 @@ def test_a_container_without_time_stamps(tmp_path: Path) -> None:
             np.testing.assert_array_equal(got, truth[frame])
 
 
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_containers_without_an_index(tmp_path: Path, codec: str) -> None:
+    """MPEG-TS is sought by guesses, and one that lands too late has no frame before it."""
+    options = {"x265-params": "keyint=8:log-level=none"} if codec == "libx265" else {"g": 8, "bf": 2}
+    path = encode_video(tmp_path / "x.ts", [picture(0, t, 96, 144) for t in range(30)], codec, **options)
+    video, truth = probe_video(path), sequential(path)
+    assert video.num_frames == 30
+    for frames in ([0], [3], [29], [9, 2], [16, 17]):
+        for frame, got in zip(frames, read_video_frames(video, frames), strict=True):
+            np.testing.assert_array_equal(got, truth[frame])
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_variable_frame_rate(tmp_path: Path, suffix: str) -> None:
     times = list(np.cumsum(np.random.default_rng(0).integers(10, 200, 30)))
@@ -196,6 +208,10 @@ def test_clips_of_real_videos(shared: Path, name: str) -> None:
             {"x265-params": "open-gop=1:keyint=8:min-keyint=8:bframes=3:scenecut=0:log-level=none"},
         ),
         ("libvpx-vp9", ".webm", {"g": 8}),
+        # No decoding times after a seek; no index to seek by.
+        ("libx264", ".mkv", {"g": 8, "bf": 2}),
+        ("libx264", ".ts", {"g": 8, "bf": 2}),
+        ("libx264", ".flv", {"g": 8, "bf": 2}),
     ],
 )
 def test_every_frame_of_a_clip(tmp_path: Path, codec: str, suffix: str, options: dict) -> None:
