@@ -42,6 +42,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, functional
 
+from benchmarks.measure import cpu_seconds
 from benchmarks.record import RESULTS, environment, write_results
 from fasttrain.data import FramePairs, PairLoader, PairSampling, open_source
 from fasttrain.data.images import IMAGENET_MEAN, IMAGENET_STD
@@ -277,16 +278,6 @@ def measure(name: str, setting: Setting) -> dict[str, float]:
     del batches
     pairs = counted * setting.batch
     return {"pairs_per_second": pairs / seconds, "cpu_seconds_per_pair": cpu / pairs}
-
-
-def cpu_seconds() -> float:
-    """CPU time of this process, its threads and its living worker processes."""
-    processes = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
-    ticks = 0
-    for process in processes:
-        fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def synchronize(setting: Setting) -> None:
