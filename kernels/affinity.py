@@ -1,8 +1,8 @@
 """Transition probabilities between two sets of tokens: A = softmax(query key^T / tau) over keys.
 
-The result is M x K numbers by definition; the logits never are. Each program owns 64 queries: one pass over
-the keys keeps the running maximum and sum (Dao et al., FlashAttention, arXiv 2205.14135), a second writes A
-in fp32.
+The result is M x K numbers by definition; the logits never are. Each program owns a block of queries: one
+pass over the keys keeps the running maximum and sum (Dao et al., FlashAttention, arXiv 2205.14135), a second
+writes A in fp32.
 
     dlogits = A (dA - sum_k A dA),   dquery = dlogits key / tau,   dkey = dlogits^T query / tau
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import reference
 from .checks import check_same_device, check_temperature, check_tokens
-from .cycle_streaming import BLOCK, tile_of
+from .cycle_streaming import tile_of
 from .elementary import LOG2_E, exp2
 from .runtime import Backend, jit, on_device, operator, tl, triton, use_triton
 from .tiles import logits_tile
@@ -87,9 +87,10 @@ def _affinity(query_BMD: Tensor, key_BKD: Tensor, temperature: float) -> Tensor:
     samples, queries, _ = query_BMD.shape
     keys = key_BKD.shape[1]
     affinity_BMK = query_BMD.new_empty((samples, queries, keys), dtype=torch.float32)
+    tile = tile_of(query_BMD)
     with on_device(query_BMD):
-        _affinity_kernel[(triton.cdiv(queries, BLOCK), samples)](
-            query_BMD, key_BKD, affinity_BMK, queries, keys, LOG2_E / temperature, **tile_of(query_BMD)
+        _affinity_kernel[(triton.cdiv(queries, tile["BLOCK"]), samples)](
+            query_BMD, key_BKD, affinity_BMK, queries, keys, LOG2_E / temperature, **tile
         )
     return affinity_BMK
 

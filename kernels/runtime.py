@@ -109,6 +109,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """The GPU's generation: (8, 0) Ampere, (9, 0) Hopper, (10, 0) Blackwell; (9, 0) for other devices."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
 def on_device(tensor: Tensor) -> torch.cuda.device:
     """Context in which kernels launch on the tensor's GPU; does nothing for CPU tensors."""
     return torch.cuda.device(tensor.device if tensor.is_cuda else -1)

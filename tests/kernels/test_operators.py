@@ -72,7 +72,7 @@ def test_operators_pass_opcheck(device: str) -> None:
             operators.cosettle,
             (tokens(1, 3, 4, 16), frozen, *parameters, 1e-5, 2, 2, 2, 0.1, True, True, True),
         ),
-        (operators.separability, (tokens(1, 3, 4, 16), frozen, True)),
+        (operators.separability, (tokens(1, 3, 4, 16), frozen, True, True)),
         (operators.affinity_softmax, (tokens(1, 3, 16), tokens(1, 4, 16), 0.1)),
         (operators.cycle_three_views, (tokens(1, 3, 4, 16), 0.1, True)),
     ]:
@@ -137,7 +137,7 @@ def test_compiles_without_spilling_at_the_papers_shape(architecture: int, tmp_pa
     code = f"""
 import torch
 from benchmarks.kernel_resources import compile_launch, launches_at, resources
-cases = launches_at(768, torch.bfloat16)
+cases = launches_at(768, torch.bfloat16, {architecture})
 for name in ("head forward", "head backward", "cycle"):
     found = resources(compile_launch(cases[name][0], {architecture}))
     print(name, found["spill_bytes"], found["tensor_cores"])

@@ -136,7 +136,7 @@ def test_streaming_is_the_fused_kernel(device: str, dtype: torch.dtype) -> None:
     fused = launch_cycle(walk, 0.5, grad_dtype=torch.float32, diagnostics=True)
     streamed = launch_streaming(walk, 0.5, grad_dtype=torch.float32, diagnostics=True)
     resolution = torch.finfo(dtype).eps
-    assert norm_error(streamed.sums, fused.sums) < 1e-6
+    assert norm_error(streamed.figures, fused.figures) < 1e-6
     assert norm_error(streamed.grad, fused.grad) < 16 * resolution
 
 
