@@ -9,6 +9,7 @@ the binary.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -129,9 +130,8 @@ def launches_at(channels: int, dtype: torch.dtype, architecture: int) -> dict[st
             tokens, tokens, None, cells, statistics, scalar, scalar, pooled, **scales
         ),
         "cycle": lambda: cycle.launch_cycle(pooled, 0.03, grad_dtype=pooled_dtype, diagnostics=False),
-        "cycle with diagnostics": lambda: cycle.launch_cycle(
-            pooled, 0.03, grad_dtype=pooled_dtype, diagnostics=True
-        ),
+        "cycle diagnostics": lambda: cycle.launch_cycle(pooled, 0.03, grad_dtype=None, diagnostics=True),
+        "affinity": lambda: affinity.launch_affinity(many[:, 0], many[:, 1], 0.03),
         "streaming": lambda: cycle_streaming.launch_streaming(
             many, 0.03, grad_dtype=pooled_dtype, diagnostics=True
         ),
@@ -161,3 +161,31 @@ def compile_table() -> list[dict[str, Any]]:
                     }
                 )
     return rows
+
+
+def triton_version() -> str:
+    """The version of the Triton that compiles here."""
+    return str(triton.__version__)
+
+
+def markdown_table(path: Path) -> str:
+    """The table of kernels/README.md: D = 768, bf16, sm_90, by the newest Triton that the file knows."""
+    tables = json.loads(path.read_text(encoding="utf-8"))["triton"]
+    table = tables[max(tables, key=lambda version: [int(part) for part in version.split(".")[:2]])]
+    lines = [
+        "| kernel | case | warps | registers | spilled bytes | shared bytes | tensor cores |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in table["kernels"]:
+        if (row["channels"], row["dtype"], row["architecture"]) == (768, "bfloat16", "sm_90"):
+            cells = (
+                f"`{row['kernel']}`",
+                row["case"],
+                row["warps"],
+                row["registers"],
+                row["spill_bytes"],
+                row["shared_bytes"],
+                row["tensor_cores"] or "-",
+            )
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)

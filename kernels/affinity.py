@@ -60,6 +60,20 @@ def _affinity_kernel(
         tl.store(affinity_ptr + offsets, affinity, mask=(rows < queries)[:, None] & (columns < keys)[None, :])
 
 
+def launch_affinity(query_BMD: Tensor, key_BKD: Tensor, temperature: float) -> Tensor:
+    """The transition probabilities (B, M, K) in fp32."""
+    query_BMD, key_BKD = query_BMD.contiguous(), key_BKD.contiguous()
+    samples, queries, _ = query_BMD.shape
+    keys = key_BKD.shape[1]
+    affinity_BMK = query_BMD.new_empty((samples, queries, keys), dtype=torch.float32)
+    tile = tile_of(query_BMD)
+    with on_device(query_BMD):
+        _affinity_kernel[(triton.cdiv(queries, tile["BLOCK"]), samples)](
+            query_BMD, key_BKD, affinity_BMK, queries, keys, LOG2_E / temperature, **tile
+        )
+    return affinity_BMK
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     query, key, ctx.temperature = inputs
     ctx.save_for_backward(query, key, output)
@@ -83,16 +97,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     backward=_differentiate,
 )
 def _affinity(query_BMD: Tensor, key_BKD: Tensor, temperature: float) -> Tensor:
-    query_BMD, key_BKD = query_BMD.contiguous(), key_BKD.contiguous()
-    samples, queries, _ = query_BMD.shape
-    keys = key_BKD.shape[1]
-    affinity_BMK = query_BMD.new_empty((samples, queries, keys), dtype=torch.float32)
-    tile = tile_of(query_BMD)
-    with on_device(query_BMD):
-        _affinity_kernel[(triton.cdiv(queries, tile["BLOCK"]), samples)](
-            query_BMD, key_BKD, affinity_BMK, queries, keys, LOG2_E / temperature, **tile
-        )
-    return affinity_BMK
+    return launch_affinity(query_BMD, key_BKD, temperature)
 
 
 def affinity_softmax(

@@ -23,6 +23,7 @@ from . import reference
 from .checks import (
     check_grid,
     check_lambda,
+    check_norm_eps,
     check_parameter,
     check_regularizer,
     check_same,
@@ -338,6 +339,7 @@ def cosettle_head_loss(
     parameters = {"bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
     for name, parameter in parameters.items():
         check_parameter(name, parameter, "linear", linear)
+    check_norm_eps(norm_eps)
     if use_triton(backend, frozen=frozen, linear=linear, **parameters):
         return _fused(linear, frozen, (bias, norm_weight, norm_bias), norm_eps, **options)
     projected = reference.head_epilogue(linear, bias, norm_weight, norm_bias, norm_eps)

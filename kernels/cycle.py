@@ -1,4 +1,4 @@
-"""Cycle consistency of a walk over three views of up to 64 tokens: loss, gradient, diagnostics in one launch.
+"""Cycle consistency of a walk over three views of up to 64 tokens: loss and gradient in one launch.
 
 With p1, p2, p3 the tokens of frame 1, frame 2 and frame 1 again, tau the temperature and e = 1e-6:
 
@@ -186,7 +186,7 @@ def launch_cycle(
         launches.append((False, True))
     with on_device(walk_B3MD):
         for grad, measures in launches:
-            # Two programs a sample hide each other's loads: a batch of 128 would leave one to a multiprocessor.
+            # Two programs a sample hide each other's loads: a batch of 128 leaves one to a multiprocessor.
             parts = 2 if grad and channels > block_channels else 1
             _cycle_kernel[(parts, samples)](
                 walk_B3MD,

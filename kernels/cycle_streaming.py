@@ -343,6 +343,15 @@ def launch_streaming(
                 )
         if diagnostics:
             _diagnostics_kernel[launch](
-                walk_B3MD, there_BM, back_BM, return_BM, correct_BM, squares_BM, tokens, scale, **tile
+                walk_B3MD,
+                there_BM,
+                back_BM,
+                return_BM,
+                correct_BM,
+                squares_BM,
+                tokens,
+                scale,
+                num_stages=4,
+                **tile,
             )
     return CycleResult(figures_4BM if diagnostics else figures_4BM[:1], grad_B3MD)
