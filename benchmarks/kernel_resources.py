@@ -112,7 +112,7 @@ def launches_at(channels: int, dtype: torch.dtype, architecture: int) -> dict[st
     """What the library launches for 128 samples of 14 x 14 tokens, and of 37 x 37 for the streaming form."""
     device = {"device": "meta"}
     tokens = torch.empty(128, 3, 196, channels, dtype=dtype, **device)
-    head = epilogue.HeadParameters(*(torch.empty(channels, **device) for _ in range(3)), 1e-5)
+    head = epilogue.HeadParameters(*(torch.empty(channels, **device) for _ in range(3)), 1e-5, True)
     cells, scalar = epilogue.Cells((14, 14), (2, 2)), torch.empty((), **device)
     pooled_dtype = epilogue.pooled_dtype(dtype)
     pooled, many = (torch.empty(128, 3, m, channels, dtype=pooled_dtype, **device) for m in (49, 324))

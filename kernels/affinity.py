@@ -23,7 +23,7 @@ from .checks import check_same_device, check_temperature, check_tokens
 from .cycle_streaming import tile_of
 from .elementary import LOG2_E, exp2
 from .runtime import Backend, jit, on_device, operator, tl, triton, use_triton
-from .tiles import logits_tile
+from .tiles import logits_tile, own_block
 
 
 @jit
@@ -39,10 +39,9 @@ def _affinity_kernel(
     BLOCK_K: tl.constexpr,
 ) -> None:
     """One program per (block of queries, sample)."""
-    sample = tl.program_id(1).to(tl.int64)
+    sample, rows = own_block(tl.cdiv(queries, BLOCK), BLOCK)
     query_ptr += sample * queries * D
     key_ptr += sample * keys * D
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     largest = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, keys, BLOCK):
@@ -68,7 +67,7 @@ def launch_affinity(query_BMD: Tensor, key_BKD: Tensor, temperature: float) -> T
     affinity_BMK = query_BMD.new_empty((samples, queries, keys), dtype=torch.float32)
     tile = tile_of(query_BMD)
     with on_device(query_BMD):
-        _affinity_kernel[(triton.cdiv(queries, tile["BLOCK"]), samples)](
+        _affinity_kernel[(triton.cdiv(queries, tile["BLOCK"]) * samples,)](
             query_BMD, key_BKD, affinity_BMK, queries, keys, LOG2_E / temperature, **tile
         )
     return affinity_BMK

@@ -46,16 +46,20 @@ from .runtime import Backend, operator, unit_stride, use_triton, wants_gradient
 
 _ARGUMENTS = (
     "Tensor inputs, Tensor frozen, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, "
-    "int height, int width, int window, float temperature, bool kl"
+    "bool tanh, int height, int width, int window, float temperature, bool kl"
 )
 
 
 def _head(
-    bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float,
+    tanh: bool,
 ) -> HeadParameters | None:
     if bias is None or norm_weight is None or norm_bias is None:
         return None
-    return HeadParameters(bias.contiguous(), norm_weight.contiguous(), norm_bias.contiguous(), norm_eps)
+    return HeadParameters(bias.contiguous(), norm_weight.contiguous(), norm_bias.contiguous(), norm_eps, tanh)
 
 
 def _term_scale(inputs: Tensor, kl: bool) -> float:
@@ -91,6 +95,7 @@ def _cosettle_backward(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     norm_eps: float,
+    tanh: bool,
     height: int,
     width: int,
     window: int,
@@ -102,7 +107,7 @@ def _cosettle_backward(
     grad_inputs, grad_parameters = launch_backward(
         unit_stride(inputs),
         unit_stride(frozen),
-        _head(bias, norm_weight, norm_bias, norm_eps),
+        _head(bias, norm_weight, norm_bias, norm_eps, tanh),
         Cells((height, width), (window, window)),
         statistics,
         grad_separability,
@@ -124,6 +129,7 @@ def _forward_fake(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     norm_eps: float,
+    tanh: bool,
     height: int,
     width: int,
     window: int,
@@ -176,6 +182,7 @@ def _cosettle(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     norm_eps: float,
+    tanh: bool,
     height: int,
     width: int,
     window: int,
@@ -191,7 +198,7 @@ def _cosettle(
     terms_BTN, pooled_BTMD, statistics_BTNS = launch_forward(
         unit_stride(inputs),
         unit_stride(frozen),
-        _head(bias, norm_weight, norm_bias, norm_eps),
+        _head(bias, norm_weight, norm_bias, norm_eps, tanh),
         Cells((height, width), (window, window)),
         kl=kl,
         pool=True,
@@ -212,8 +219,9 @@ def _cosettle(
 def _fused(
     inputs: Tensor,
     frozen: Tensor,
-    head: tuple[Tensor, Tensor, Tensor] | None,
-    norm_eps: float,
+    head: tuple[Tensor, Tensor, Tensor] | None = None,
+    norm_eps: float = 0.0,
+    tanh: bool = False,
     *,
     grid: tuple[int, int],
     temperature: float,
@@ -228,6 +236,7 @@ def _fused(
         frozen.detach(),
         *parameters,
         norm_eps,
+        tanh,
         *grid,
         window,
         temperature,
@@ -304,7 +313,7 @@ def cosettle_loss(
         frozen, "projected", projected, grid, temperature, window, lambda_reg, regularizer, diagnostics
     )
     if use_triton(backend, frozen=frozen, projected=projected):
-        return _fused(projected, frozen, None, 0.0, **options)
+        return _fused(projected, frozen, **options)
     return reference.cosettle_loss(frozen, projected, **options)
 
 
@@ -322,6 +331,7 @@ def cosettle_head_loss(
     backend: Backend = "auto",
     *,
     norm_eps: float = 1e-5,
+    tanh: bool = True,
     diagnostics: bool = True,
 ) -> CosettleLoss:
     """`cosettle_loss` of layer_norm(tanh(linear + bias)), without that ever being in memory.
@@ -330,6 +340,7 @@ def cosettle_head_loss(
         linear: (B, 3, N, D) the product of the head's last linear layer, before its bias.
         bias: (D,) of that layer. norm_weight, norm_bias: (D,) of the layer norm. All four get gradients.
         norm_eps: of the layer norm.
+        tanh: whether a tanh stands between them; without it the head is layer_norm(linear + bias).
 
     The other arguments, the result and the errors are those of `cosettle_loss`.
     """
@@ -341,6 +352,6 @@ def cosettle_head_loss(
         check_parameter(name, parameter, "linear", linear)
     check_norm_eps(norm_eps)
     if use_triton(backend, frozen=frozen, linear=linear, **parameters):
-        return _fused(linear, frozen, (bias, norm_weight, norm_bias), norm_eps, **options)
-    projected = reference.head_epilogue(linear, bias, norm_weight, norm_bias, norm_eps)
+        return _fused(linear, frozen, (bias, norm_weight, norm_bias), norm_eps, tanh, **options)
+    projected = reference.head_epilogue(linear, bias, norm_weight, norm_bias, norm_eps, tanh)
     return reference.cosettle_loss(frozen, projected, **options)

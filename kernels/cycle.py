@@ -98,11 +98,12 @@ def _cycle_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     D_PER_PROGRAM: tl.constexpr,
+    PARTS: tl.constexpr,
     VIEW_BY_VIEW: tl.constexpr,
 ) -> None:
     """One program per (slice of channels, sample): forms A and A', and the gradient of its own channels."""
-    part = tl.program_id(0)
-    sample = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(0) % PARTS
+    sample = (tl.program_id(0) // PARTS).to(tl.int64)
     row = tl.arange(0, BLOCK_M)
     exists = row < tokens
     step = tl.arange(0, BLOCK_D)
@@ -127,7 +128,7 @@ def _cycle_kernel(
     if part == 0:
         # A number a row, averaged afterwards: Triton 3.6 fails for sm_100 where they are summed here.
         figures = figures_ptr + sample * tokens + row
-        stride = tl.num_programs(1) * tokens
+        stride = tl.num_programs(0) // PARTS * tokens
         tl.store(figures, tl.log(1.0 + tokens * EPS) - tl.log(return_I + EPS), mask=exists)
         if DIAGNOSTICS:
             tl.store(figures + 3 * stride, return_I, mask=exists)
@@ -147,23 +148,24 @@ def _cycle_kernel(
         back = back_IJ.to(walk_ptr.dtype.element_ty)
         grad_base = grad_ptr + sample * 3 * tokens * D
         element = grad_ptr.dtype.element_ty
-        # One view at a time leaves the registers to the operands of three tf32 products.
+        # One view at a time leaves the registers to the operands of three tf32 products; the second first,
+        # which takes the most.
         for view in tl.static_range(3 if VIEW_BY_VIEW else 1):
             for start in range(part * D_PER_PROGRAM, min(D, (part + 1) * D_PER_PROGRAM), BLOCK_D):
                 offsets = row[:, None] * D + start + step[None, :]
                 mask = exists[:, None] & (start + step < D)[None, :]
                 zero_IK = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-                if not VIEW_BY_VIEW or view != 1:
-                    second_JK = tl.load(second_ptr + offsets, mask=mask, other=0.0)
                 if not VIEW_BY_VIEW or view == 0:
-                    grad_first_IK = dot(there, second_JK, zero_IK)
-                    tl.store(grad_base + offsets, grad_first_IK.to(element), mask=mask)
-                if not VIEW_BY_VIEW or view == 1:
                     first_IK = tl.load(first_ptr + offsets, mask=mask, other=0.0)
                     third_IK = tl.load(third_ptr + offsets, mask=mask, other=0.0)
                     grad_second_JK = dot(tl.trans(there), first_IK, zero_IK)
                     grad_second_JK = dot(tl.trans(back), third_IK, grad_second_JK)
                     tl.store(grad_base + tokens * D + offsets, grad_second_JK.to(element), mask=mask)
+                if not VIEW_BY_VIEW or view > 0:
+                    second_JK = tl.load(second_ptr + offsets, mask=mask, other=0.0)
+                if not VIEW_BY_VIEW or view == 1:
+                    grad_first_IK = dot(there, second_JK, zero_IK)
+                    tl.store(grad_base + offsets, grad_first_IK.to(element), mask=mask)
                 if not VIEW_BY_VIEW or view == 2:
                     grad_third_IK = dot(back, second_JK, zero_IK)
                     tl.store(grad_base + 2 * tokens * D + offsets, grad_third_IK.to(element), mask=mask)
@@ -188,7 +190,7 @@ def launch_cycle(
         for grad, measures in launches:
             # Two programs a sample hide each other's loads: a batch of 128 leaves one to a multiprocessor.
             parts = 2 if grad and channels > block_channels else 1
-            _cycle_kernel[(parts, samples)](
+            _cycle_kernel[(parts * samples,)](
                 walk_B3MD,
                 figures_FBM,
                 grad_B3MD,
@@ -202,9 +204,10 @@ def launch_cycle(
                 BLOCK_M=block,
                 BLOCK_D=block_channels,
                 D_PER_PROGRAM=block_channels * triton.cdiv(channels, parts * block_channels),
+                PARTS=parts,
                 VIEW_BY_VIEW=not half,
                 num_warps=4 if half else 8,
-                num_stages=3,
+                num_stages=3 if half else 2,
                 enable_fp_fusion=True,
             )
     return CycleResult(figures_FBM, grad_B3MD)

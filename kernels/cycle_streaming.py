@@ -27,7 +27,7 @@ from .cycle import MAX_FUSED_TOKENS, CycleResult, grad_scale, launch_cycle
 from .elementary import LOG2_E, exp2
 from .reference import CYCLE_EPS
 from .runtime import compute_capability, inline, jit, on_device, power_of_two, tl, triton
-from .tiles import dot, load_tokens, logits_tile
+from .tiles import dot, load_tokens, logits_tile, own_block
 
 
 @inline
@@ -66,10 +66,9 @@ def _back_normaliser_kernel(
     BLOCK_K: tl.constexpr,
 ) -> None:
     """Step 1, one program per (block of j, sample)."""
-    sample = tl.program_id(1).to(tl.int64)
+    sample, columns = own_block(tl.cdiv(tokens, BLOCK), BLOCK)
     second_ptr = walk_ptr + (sample * 3 + 1) * tokens * D
     third_ptr = second_ptr + tokens * D
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     largest_J = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
     total_J = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, tokens, BLOCK):
@@ -97,11 +96,10 @@ def _return_kernel(
     BLOCK_K: tl.constexpr,
 ) -> None:
     """Step 2, one program per (block of i, sample)."""
-    sample = tl.program_id(1).to(tl.int64)
+    sample, rows = own_block(tl.cdiv(tokens, BLOCK), BLOCK)
     first_ptr = walk_ptr + sample * 3 * tokens * D
     second_ptr = first_ptr + tokens * D
     third_ptr = second_ptr + tokens * D
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     largest_I = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
     total_I = tl.zeros([BLOCK], dtype=tl.float32)
     return_I = tl.zeros([BLOCK], dtype=tl.float32)
@@ -141,13 +139,12 @@ def _through_kernel(
     BLOCK_K: tl.constexpr,
 ) -> None:
     """Step 3, one program per (block of j, sample)."""
-    sample = tl.program_id(1).to(tl.int64)
+    sample, columns = own_block(tl.cdiv(tokens, BLOCK), BLOCK)
     first_ptr = walk_ptr + sample * 3 * tokens * D
     second_ptr = first_ptr + tokens * D
     third_ptr = second_ptr + tokens * D
     there_ptr += sample * tokens
     back_ptr += sample * tokens
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     through_J = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, tokens, BLOCK):
         rows = start + tl.arange(0, BLOCK)
@@ -179,13 +176,12 @@ def _gradient_kernel(
     BLOCK_O: tl.constexpr,
 ) -> None:
     """Steps 4 and 5, one program per (block of the view's tokens, slice of channels, sample)."""
-    sample = tl.program_id(2).to(tl.int64)
+    sample, own = own_block(tl.cdiv(tokens, BLOCK), BLOCK)
     first_ptr = walk_ptr + sample * 3 * tokens * D
     second_ptr = first_ptr + tokens * D
     third_ptr = second_ptr + tokens * D
     there_ptr += sample * tokens
     back_ptr += sample * tokens
-    own = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     channels = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     grad_there = tl.zeros([BLOCK, BLOCK_O], dtype=tl.float32)
     grad_back = tl.zeros([BLOCK, BLOCK_O], dtype=tl.float32)
@@ -239,11 +235,10 @@ def _diagnostics_kernel(
     BLOCK_K: tl.constexpr,
 ) -> None:
     """Step 6, one program per (block of i, sample): whether the arg-max is the diagonal, sum of squares."""
-    sample = tl.program_id(1).to(tl.int64)
+    sample, rows = own_block(tl.cdiv(tokens, BLOCK), BLOCK)
     first_ptr = walk_ptr + sample * 3 * tokens * D
     second_ptr = first_ptr + tokens * D
     third_ptr = second_ptr + tokens * D
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     normaliser_I = tl.load(there_ptr + sample * tokens + rows, mask=rows < tokens, other=0.0)
     return_I = tl.load(return_ptr + sample * tokens + rows, mask=rows < tokens, other=0.0)
     beaten_I = tl.zeros([BLOCK], dtype=tl.int32)
@@ -313,11 +308,13 @@ def launch_streaming(
     tile, half = tile_of(walk_B3MD), walk_B3MD.element_size() == 2
     blocks = triton.cdiv(tokens, tile["BLOCK"])
     scale = LOG2_E / temperature
+    # Narrow steps leave the registers to a kernel's own sums.
+    narrow = {**tile, "BLOCK_K": min(tile["BLOCK_K"], 32)}
     grad_B3MD = torch.empty(
         walk_B3MD.shape if grad_dtype else (0,), device=walk_B3MD.device, dtype=grad_dtype or walk_B3MD.dtype
     )
     with on_device(walk_B3MD):
-        launch = (blocks, samples)
+        launch = (blocks * samples,)
         _back_normaliser_kernel[launch](walk_B3MD, back_BM, tokens, scale, **tile)
         _return_kernel[launch](
             walk_B3MD, back_BM, there_BM, return_BM, loss_BM, tokens, scale, EPS=CYCLE_EPS, **tile
@@ -325,10 +322,8 @@ def launch_streaming(
         if grad_dtype:
             rows = (walk_B3MD, there_BM, back_BM, return_BM, through_BM)
             _through_kernel[launch](*rows, tokens, scale, EPS=CYCLE_EPS, **tile)
-            # Narrow steps leave the registers to the sums over a slice of channels.
             slice_channels = min(max(power_of_two(channels), 16), 128 if half else 64)
-            narrow = {**tile, "BLOCK_K": min(tile["BLOCK_K"], 32)}
-            launch_sliced = (blocks, triton.cdiv(channels, slice_channels), samples)
+            launch_sliced = (blocks * samples, triton.cdiv(channels, slice_channels))
             for of_second in (False, True):
                 _gradient_kernel[launch_sliced](
                     *rows,
@@ -352,6 +347,6 @@ def launch_streaming(
                 tokens,
                 scale,
                 num_stages=4,
-                **tile,
+                **narrow,
             )
     return CycleResult(figures_4BM if diagnostics else figures_4BM[:1], grad_B3MD)

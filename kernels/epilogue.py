@@ -2,7 +2,7 @@
 
 Per token, with x the input, z the frozen token and E the layer norm's epsilon:
 
-    v = layer_norm(tanh(x + bias); weight, shift, E)        with HEAD, else v = x
+    v = layer_norm(tanh(x + bias); weight, shift, E)        with HEAD, tanh with TANH; else v = x
     p = v / max(||v||, 1e-12),  y = z / max(||z||, 1e-12)
     kl:  q = softmax(y);  KL(q || softmax(p)) = log(sum_d q_d exp(p_d - y_d)) - sum_d q_d (p_d - y_d)
     mse: sum_d (p_d - y_d)^2
@@ -53,12 +53,13 @@ from .runtime import inline, jit, multiprocessors, on_device, power_of_two, tl, 
 
 
 class HeadParameters(NamedTuple):
-    """Bias of the head's last linear layer, weight and bias of its layer norm: (D,) each."""
+    """Bias of the last linear layer, weight and bias of the layer norm, (D,) each; whether a tanh is there."""
 
     bias: Tensor
     norm_weight: Tensor
     norm_bias: Tensor
     norm_eps: float
+    tanh: bool
 
 
 # Per token, for the backward: mean and 1 / (standard deviation) of the layer norm; 1 / ||v||, 1 / ||z||; the
@@ -109,11 +110,14 @@ def _whole_cell(
 
 
 @inline
-def _hidden(values: tl.tensor, bias: tl.tensor, HALF: tl.constexpr, CHUNKS: tl.constexpr) -> tl.tensor:
-    """tanh(x + bias)."""
+def _hidden(
+    values: tl.tensor, bias: tl.tensor, TANH: tl.constexpr, HALF: tl.constexpr, CHUNKS: tl.constexpr
+) -> tl.tensor:
+    """tanh(x + bias), or x + bias."""
     hidden = ()
     for c in tl.static_range(CHUNKS):
-        hidden = append(hidden, tanh(values[c] + bias[c], HALF))
+        shifted = values[c] + bias[c]
+        hidden = append(hidden, tanh(shifted, HALF) if TANH else shifted)
     return hidden
 
 
@@ -169,6 +173,7 @@ def _forward_kernel(
     WINDOW_H: tl.constexpr,
     WINDOW_W: tl.constexpr,
     HEAD: tl.constexpr,
+    TANH: tl.constexpr,
     KL: tl.constexpr,
     POOL: tl.constexpr,
     HALF: tl.constexpr,
@@ -181,12 +186,13 @@ def _forward_kernel(
 
     With STATISTICS, their number, also the statistics (B, T, N, STATISTICS).
     """
-    cell = tl.program_id(0)
-    view = tl.program_id(1) % views
-    sample = (tl.program_id(1) // views).to(tl.int64)
+    cells = tl.cdiv(height, WINDOW_H) * tl.cdiv(width, WINDOW_W)
+    cell = tl.program_id(0) % cells
+    view_of_sample = (tl.program_id(0) // cells).to(tl.int64)
+    view = view_of_sample % views
+    sample = view_of_sample // views
     input_base = input_ptr + sample * input_stride_b + view * input_stride_t
     frozen_base = frozen_ptr + sample * frozen_stride_b + view * frozen_stride_t
-    view_of_sample = sample * views + view
     terms_base = terms_ptr + view_of_sample * height * width
     pooled = zero_row(BLOCK, CHUNKS)
 
@@ -198,7 +204,7 @@ def _forward_kernel(
             bias = load_row(bias_ptr, True, D, BLOCK, CHUNKS)
             norm_weight = load_row(norm_weight_ptr, True, D, BLOCK, CHUNKS)
             norm_bias = load_row(norm_bias_ptr, True, D, BLOCK, CHUNKS)
-            hidden = _hidden(values, bias, HALF, CHUNKS)
+            hidden = _hidden(values, bias, TANH, HALF, CHUNKS)
             mean = sum_row(hidden, CHUNKS) * (1.0 / D)
             centred = _centred(hidden, mean, D, BLOCK, CHUNKS)
             inverse_std = 1.0 / tl.sqrt(dot_rows(centred, centred, CHUNKS) * (1.0 / D) + eps)
@@ -266,6 +272,7 @@ def _backward_kernel(
     WINDOW_H: tl.constexpr,
     WINDOW_W: tl.constexpr,
     HEAD: tl.constexpr,
+    TANH: tl.constexpr,
     KL: tl.constexpr,
     POOL: tl.constexpr,
     HALF: tl.constexpr,
@@ -311,7 +318,7 @@ def _backward_kernel(
                 norm_bias = load_row(norm_bias_ptr, True, D, BLOCK, CHUNKS)
                 mean = tl.load(statistics, mask=exists, other=0.0)
                 inverse_std = tl.load(statistics + 1, mask=exists, other=0.0)
-                hidden = _hidden(values, bias, HALF, CHUNKS)
+                hidden = _hidden(values, bias, TANH, HALF, CHUNKS)
                 standard = scale_row(_centred(hidden, mean, D, BLOCK, CHUNKS), inverse_std, CHUNKS)
                 values = multiply_add_rows(standard, norm_weight, norm_bias, CHUNKS)
             # A token that does not exist has no gradient, but the head's bias would give it one.
@@ -349,7 +356,7 @@ def _backward_kernel(
                 through = ()
                 for c in tl.static_range(CHUNKS):
                     centred = grad[c] * inverse_std - grad_mean - standard[c] * along
-                    through = append(through, centred * (1.0 - hidden[c] * hidden[c]))
+                    through = append(through, centred * (1.0 - hidden[c] * hidden[c]) if TANH else centred)
                 grad = through
                 grad_bias = add_rows(grad_bias, grad, 1.0, CHUNKS)
             store_row(grad_base + token * D, grad, exists, D, BLOCK, CHUNKS)
@@ -389,7 +396,7 @@ def launch_forward(
     pooled_shape = (samples, views, cells.whole, channels) if pool else (0,)
     pooled_BTMD = inputs_BTND.new_empty(pooled_shape, dtype=pooled_dtype(inputs_BTND.dtype))
     with on_device(inputs_BTND):
-        _forward_kernel[(cells.shape[0] * cells.shape[1], samples * views)](
+        _forward_kernel[(cells.shape[0] * cells.shape[1] * samples * views,)](
             inputs_BTND,
             frozen_BTND,
             *(head[:3] if head else (inputs_BTND,) * 3),
@@ -477,6 +484,7 @@ def _constants(
         "WINDOW_H": cells.window[0],
         "WINDOW_W": cells.window[1],
         "HEAD": head is not None,
+        "TANH": head is not None and head.tanh,
         "KL": kl,
         "POOL": pool,
         "HALF": inputs.dtype != torch.float32,

@@ -65,9 +65,16 @@ def _obstacle(tensors: dict[str, Tensor]) -> str | None:
     for name, tensor in tensors.items():
         if tensor.dtype not in TRITON_DTYPES:
             return f"{name} must be float16, bfloat16 or float32 for backend 'triton', got {tensor.dtype}"
-        if not tensor.is_cuda and not INTERPRETED:
-            return f"{name} must be on a CUDA device for backend 'triton', got {tensor.device}: use 'eager'"
+        if not INTERPRETED and not _is_supported(tensor.device):
+            expected = "an NVIDIA GPU of compute capability 8.0 or newer"
+            return f"{name} must be on {expected} for backend 'triton', got {tensor.device}: use 'eager'"
     return None
+
+
+@torch.compiler.assume_constant_result
+def _is_supported(device: torch.device) -> bool:
+    """Whether the device is an NVIDIA GPU from Ampere on; torch.compile asks once, while it traces."""
+    return device.type == "cuda" and torch.version.hip is None and compute_capability(device) >= (8, 0)
 
 
 def operator(

@@ -87,7 +87,7 @@ def test_operators_pass_opcheck(device: str) -> None:
     for operator, arguments in [
         (
             operators.cosettle,
-            (tokens(1, 3, 4, 16), frozen, *parameters, 1e-5, 2, 2, 2, 0.1, True, True, True),
+            (tokens(1, 3, 4, 16), frozen, *parameters, 1e-5, True, 2, 2, 2, 0.1, True, True, True),
         ),
         (operators.separability, (tokens(1, 3, 4, 16), frozen, True, True)),
         (operators.affinity_softmax, (tokens(1, 3, 16), tokens(1, 4, 16), 0.1)),
@@ -95,7 +95,7 @@ def test_operators_pass_opcheck(device: str) -> None:
         # Without gradient and diagnostics the outputs for them are empty.
         (
             operators.cosettle,
-            (frozen, frozen, None, None, None, 0.0, 2, 2, 2, 0.1, False, False, False),
+            (frozen, frozen, None, None, None, 0.0, False, 2, 2, 2, 0.1, False, False, False),
         ),
         (operators.separability, (frozen, frozen, False, False)),
     ]:
@@ -168,7 +168,22 @@ except ValueError as error:
     print(error)
 """
     (tmp_path / "fasttrain_kernels").symlink_to(FOLDER)
-    assert "frozen must be on a CUDA device for backend 'triton', got cpu" in run_python(code, tmp_path)
+    expected = (
+        "frozen must be on an NVIDIA GPU of compute capability 8.0 or newer for backend 'triton', got cpu"
+    )
+    assert expected in run_python(code, tmp_path)
+
+
+def test_the_choice_of_the_backend_compiles(tmp_path: Path) -> None:
+    code = """
+import torch
+from fasttrain_kernels import cosettle_loss
+compiled = torch.compile(cosettle_loss, backend="aot_eager", fullgraph=True)
+frozen, projected = torch.randn(2, 1, 3, 4, 8)
+print(torch.allclose(compiled(frozen, projected, (2, 2)).loss, cosettle_loss(frozen, projected, (2, 2)).loss))
+"""
+    (tmp_path / "fasttrain_kernels").symlink_to(FOLDER)
+    assert run_python(code, tmp_path).strip() == "True"
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])

@@ -200,7 +200,7 @@ def test_separability(device: str, dtype: torch.dtype, regularizer: str) -> None
     layout=st.sampled_from(["contiguous", "views last", "channels first", "every other token"]),
     magnitude=st.sampled_from([1e-3, 1.0, 1e3]),
     content=st.sampled_from(["random", "identical frames", "zero tokens"]),
-    head=st.booleans(),
+    head=st.sampled_from(["none", "tanh", "no tanh"]),
 )
 def test_any_shape_layout_and_extreme(
     batch: int,
@@ -213,7 +213,7 @@ def test_any_shape_layout_and_extreme(
     layout: str,
     magnitude: float,
     content: str,
-    head: bool,
+    head: str,
 ) -> None:
     pytest.importorskip("triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -226,10 +226,13 @@ def test_any_shape_layout_and_extreme(
     if content == "zero tokens":
         # Of the projected tokens only with a head: without one a zero token's gradient is 1e12 of anything.
         frozen[:, :, 0] = 0
-        inputs[:, :, 0] = 0 if head else 1
-    parameters = [tokens(channels, device=device, common=0.0) for _ in range(3)] if head else []
+        inputs[:, :, 0] = 1 if head == "none" else 0
     options = {"window": window, "temperature": temperature, "regularizer": regularizer}
-    loss = head_objective(grid, **options) if head else objective(grid, **options)
+    if head == "none":
+        parameters, loss = [], objective(grid, **options)
+    else:
+        parameters = [tokens(channels, device=device, common=0.0) for _ in range(3)]
+        loss = head_objective(grid, tanh=head == "tanh", **options)
 
     def in_layout(backend: str, frozen: Tensor, inputs: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         if backend == "triton":
@@ -365,16 +368,23 @@ def test_agrees_with_the_published_objective(shared: Path, device: str, name: st
 
 @pytest.mark.parametrize("name", ["mlp2", "mlp3"])
 def test_agrees_with_the_published_objective_of_deeper_heads(shared: Path, device: str, name: str) -> None:
-    """Their last layer has no tanh behind it: the head runs in PyTorch, the losses are fused."""
+    """Their last layer has no tanh behind it."""
     case, frozen, parameters = published(shared, device, name)
-    *layers, norm_weight, norm_bias = parameters.values()
-    projected = frozen
+    *layers, weight, bias, norm_weight, norm_bias = parameters.values()
+    hidden = frozen
     for depth in range(0, len(layers), 2):
-        projected = projected @ layers[depth].T + layers[depth + 1]
-        if depth < len(layers) - 2:
-            projected = projected.tanh()
-    projected = torch.nn.functional.layer_norm(projected, norm_weight.shape, norm_weight, norm_bias)
-    check_published(cosettle_loss(frozen, projected, backend="triton", **options(case)), case, parameters)
+        hidden = torch.tanh(hidden @ layers[depth].T + layers[depth + 1])
+    out = cosettle_head_loss(
+        frozen,
+        hidden @ weight.T,
+        bias,
+        norm_weight,
+        norm_bias,
+        backend="triton",
+        tanh=False,
+        **options(case),
+    )
+    check_published(out, case, parameters)
 
 
 def published(
