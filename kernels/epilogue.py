@@ -53,7 +53,7 @@ from .runtime import inline, jit, multiprocessors, on_device, power_of_two, tl, 
 
 
 class HeadParameters(NamedTuple):
-    """Bias of the last linear layer, weight and bias of the layer norm, (D,) each; whether a tanh is there."""
+    """Bias of the last linear layer, weight and bias of the layer norm, (D,) each; whether it has a tanh."""
 
     bias: Tensor
     norm_weight: Tensor
