@@ -129,3 +129,28 @@ def test_peak_memory_at_the_papers_shape_is_a_fifth_of_eager(without_kernels: No
     assert peaks["triton"] <= peaks["eager"] / 5
     # The linear layer's product, its gradient and a quarter map of the pooled tokens'; copies of the weight.
     assert 2.25 < peaks["triton"] < 2.7
+
+
+def test_any_number_of_samples_can_be_launched(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch's second and third axis end at 65,535."""
+    grids: list[tuple[int, ...]] = []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            grids.append(grid)
+            return lambda *arguments, **options: None
+
+    for module, name in [
+        (cycle, "_cycle_kernel"),
+        *((cycle_streaming, name) for name in vars(cycle_streaming) if name.endswith("_kernel")),
+        (epilogue, "_forward_kernel"),
+    ]:
+        monkeypatch.setattr(module, name, Recorder())
+    samples = 100_000
+    for tokens in (49, 70):
+        walk = torch.empty(samples, 3, tokens, 8, device="meta")
+        cycle_streaming.launch_three_views(walk, 0.1, grad_dtype=torch.float32, diagnostics=True)
+    cells = epilogue.Cells((7, 10), (1, 1))
+    epilogue.launch_forward(walk, walk, None, cells, kl=True, pool=True, term_scale=1.0, statistics=True)
+    assert len(grids) == 9
+    assert all(side <= 65_535 for grid in grids for side in grid[1:])
