@@ -2,11 +2,11 @@
 
     loss = cycle + lambda_reg x separability
 
-On the Triton backend both are one operator of three launches and a few sums: epilogue.py reads every token
-once and leaves the separability terms and the pooled tokens, cycle.py turns the pooled tokens into the
-cycle loss and its gradient. The backward is one launch more, that recomputes a token's row and writes its
-gradient. Memory beyond the inputs: the pooled tokens and their gradient, a quarter of a token map each with
-2 x 2 windows.
+On the Triton backend both are one operator of two launches and two sums: epilogue.py reads every token once
+and leaves the separability terms and the pooled tokens, cycle.py turns the pooled tokens into the cycle loss
+and its gradient. The backward is one launch more, that recomputes a token's row and writes its gradient.
+Memory beyond the inputs: the pooled tokens and, kept for the backward, their gradient, a quarter of a token
+map each with 2 x 2 windows; and six numbers a token.
 
 Source: arXiv 2603.26597, section 3. Shape suffixes: B samples, T = 3 views, N tokens, M pooled tokens, D
 channels.
