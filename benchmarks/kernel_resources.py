@@ -9,14 +9,17 @@ the binary.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
@@ -30,6 +33,7 @@ ARCHITECTURES = (80, 90, 100)
 WIDTHS = (384, 768, 1024)
 MODULES = (affinity, cycle, cycle_streaming, epilogue)
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+COMPILER_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -49,15 +53,16 @@ class Recorder:
 
 
 @contextmanager
-def recorded() -> Iterator[list[dict[str, Any]]]:
-    """The launches made inside the block, none of which runs."""
+def recorded(architecture: int) -> Iterator[list[dict[str, Any]]]:
+    """The launches that the block would make on a GPU of sm_`architecture`; none of them runs."""
     launches: list[dict[str, Any]] = []
     kernels = [(module, name) for module in MODULES for name in vars(module) if name.endswith("_kernel")]
     originals = [(module, name, getattr(module, name)) for module, name in kernels]
     try:
         for module, name, kernel in originals:
             setattr(module, name, Recorder(kernel, launches))
-        yield launches
+        with patch.object(cycle_streaming, "compute_capability", lambda device: divmod(architecture, 10)):
+            yield launches
     finally:
         for module, name, kernel in originals:
             setattr(module, name, kernel)
@@ -66,7 +71,7 @@ def recorded() -> Iterator[list[dict[str, Any]]]:
 def compile_launch(launch: dict[str, Any], architecture: int) -> Any:
     """Compile for sm_`architecture` with the specialisation Triton would choose for these arguments."""
     kernel, options = launch["kernel"], dict(launch["options"])
-    compiler = {name: options.pop(name) for name in ("num_warps", "num_stages") if name in options}
+    compiler = {name: options.pop(name) for name in COMPILER_OPTIONS if name in options}
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         arguments = launch["arguments"]
@@ -103,34 +108,35 @@ def resources(compiled: Any) -> dict[str, Any]:
     }
 
 
-def launches_at(channels: int, dtype: torch.dtype) -> dict[str, list[dict[str, Any]]]:
+def launches_at(channels: int, dtype: torch.dtype, architecture: int) -> dict[str, list[dict[str, Any]]]:
     """What the library launches for 128 samples of 14 x 14 tokens, and of 37 x 37 for the streaming form."""
     device = {"device": "meta"}
     tokens = torch.empty(128, 3, 196, channels, dtype=dtype, **device)
-    head = epilogue.HeadParameters(*(torch.empty(channels, **device) for _ in range(3)), 1e-5)
+    head = epilogue.HeadParameters(*(torch.empty(channels, **device) for _ in range(3)), 1e-5, True)
     cells, scalar = epilogue.Cells((14, 14), (2, 2)), torch.empty((), **device)
     pooled_dtype = epilogue.pooled_dtype(dtype)
     pooled, many = (torch.empty(128, 3, m, channels, dtype=pooled_dtype, **device) for m in (49, 324))
+    forward = {"kl": True, "pool": True, "term_scale": 1.0, "statistics": True}
     scales = {"kl": True, "term_scale": 1.0, "pooled_scale": 1.0}
+    statistics = torch.empty(epilogue.statistics_shape(tokens, True), **device)
     cases: dict[str, list[dict[str, Any]]] = {}
     for name, call in {
-        "head forward": lambda: epilogue.launch_forward(tokens, tokens, head, cells, kl=True, pool=True),
+        "head forward": lambda: epilogue.launch_forward(tokens, tokens, head, cells, **forward),
         "head backward": lambda: epilogue.launch_backward(
-            tokens, tokens, head, cells, scalar, scalar, pooled, **scales
+            tokens, tokens, head, cells, statistics, scalar, scalar, pooled, **scales
         ),
-        "tokens forward": lambda: epilogue.launch_forward(tokens, tokens, None, cells, kl=True, pool=True),
+        "tokens forward": lambda: epilogue.launch_forward(tokens, tokens, None, cells, **forward),
         "tokens backward": lambda: epilogue.launch_backward(
-            tokens, tokens, None, cells, scalar, scalar, pooled, **scales
+            tokens, tokens, None, cells, statistics, scalar, scalar, pooled, **scales
         ),
         "cycle": lambda: cycle.launch_cycle(pooled, 0.03, grad_dtype=pooled_dtype, diagnostics=False),
-        "cycle with diagnostics": lambda: cycle.launch_cycle(
-            pooled, 0.03, grad_dtype=pooled_dtype, diagnostics=True
-        ),
+        "cycle diagnostics": lambda: cycle.launch_cycle(pooled, 0.03, grad_dtype=None, diagnostics=True),
+        "affinity": lambda: affinity.launch_affinity(many[:, 0], many[:, 1], 0.03),
         "streaming": lambda: cycle_streaming.launch_streaming(
             many, 0.03, grad_dtype=pooled_dtype, diagnostics=True
         ),
     }.items():
-        with recorded() as launches:
+        with recorded(architecture) as launches:
             call()
         cases[name] = launches
     return cases
@@ -140,19 +146,46 @@ def compile_table() -> list[dict[str, Any]]:
     """One row per kernel, width, dtype and architecture; fp32 at the paper's width only."""
     rows = []
     shapes = [(width, torch.bfloat16) for width in WIDTHS] + [(768, torch.float32)]
-    for channels, dtype in shapes:
-        for case, launches in launches_at(channels, dtype).items():
+    for (channels, dtype), architecture in product(shapes, ARCHITECTURES):
+        for case, launches in launches_at(channels, dtype, architecture).items():
             for launch in launches:
-                for architecture in ARCHITECTURES:
-                    rows.append(
-                        {
-                            "case": case,
-                            "kernel": launch["kernel"].__name__.strip("_"),
-                            "channels": channels,
-                            "dtype": str(dtype).removeprefix("torch."),
-                            "architecture": f"sm_{architecture}",
-                            "warps": launch["options"]["num_warps"],
-                            **resources(compile_launch(launch, architecture)),
-                        }
-                    )
+                rows.append(
+                    {
+                        "case": case,
+                        "kernel": launch["kernel"].__name__.strip("_"),
+                        "channels": channels,
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "architecture": f"sm_{architecture}",
+                        "warps": launch["options"]["num_warps"],
+                        **resources(compile_launch(launch, architecture)),
+                    }
+                )
     return rows
+
+
+def triton_version() -> str:
+    """The version of the Triton that compiles here."""
+    return str(triton.__version__)
+
+
+def markdown_table(path: Path) -> str:
+    """The table of kernels/README.md: D = 768, bf16, sm_90, by the newest Triton that the file knows."""
+    tables = json.loads(path.read_text(encoding="utf-8"))["triton"]
+    table = tables[max(tables, key=lambda version: [int(part) for part in version.split(".")[:2]])]
+    lines = [
+        "| kernel | case | warps | registers | spilled bytes | shared bytes | tensor cores |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in table["kernels"]:
+        if (row["channels"], row["dtype"], row["architecture"]) == (768, "bfloat16", "sm_90"):
+            cells = (
+                f"`{row['kernel']}`",
+                row["case"],
+                row["warps"],
+                row["registers"],
+                row["spill_bytes"],
+                row["shared_bytes"],
+                row["tensor_cores"] or "-",
+            )
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from fasttrain.projection import Projection
 from fasttrain.recipe import ObjectiveRecipe
-from fasttrain_kernels import CosettleLoss, cosettle_head_loss, cosettle_loss
+from fasttrain_kernels import CosettleLoss, cosettle_head_loss
 
 
 class CosettleObjective(nn.Module):
@@ -42,9 +42,7 @@ class CosettleObjective(nn.Module):
             "diagnostics": diagnostics,
         }
         head = self.projection
-        if not head.final_tanh:
-            return cosettle_loss(frozen_B3ND, head(frozen_B3ND), **options)
-        # What follows the matrix product is fused with the losses; bias, tanh and norm never reach memory.
+        # What follows the last product is fused with the losses; bias, tanh and norm never reach memory.
         linear_B3ND = functional.linear(head.hidden(frozen_B3ND), head.final_linear.weight)
         return cosettle_head_loss(
             frozen_B3ND,
@@ -53,6 +51,7 @@ class CosettleObjective(nn.Module):
             head.norm.weight,
             head.norm.bias,
             norm_eps=head.norm.eps,
+            tanh=head.final_tanh,
             **options,
         )
 

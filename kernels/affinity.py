@@ -1,8 +1,8 @@
 """Transition probabilities between two sets of tokens: A = softmax(query key^T / tau) over keys.
 
-The result is M x K numbers by definition; the logits never are. Each program owns 64 queries: one pass over
-the keys keeps the running maximum and sum (Dao et al., FlashAttention, arXiv 2205.14135), a second writes A
-in fp32.
+The result is M x K numbers by definition; the logits never are. Each program owns a block of queries: one
+pass over the keys keeps the running maximum and sum (Dao et al., FlashAttention, arXiv 2205.14135), a second
+writes A in fp32.
 
     dlogits = A (dA - sum_k A dA),   dquery = dlogits key / tau,   dkey = dlogits^T query / tau
 
@@ -20,10 +20,10 @@ from torch import Tensor
 
 from . import reference
 from .checks import check_same_device, check_temperature, check_tokens
-from .cycle_streaming import BLOCK, tile_of
+from .cycle_streaming import tile_of
 from .elementary import LOG2_E, exp2
 from .runtime import Backend, jit, on_device, operator, tl, triton, use_triton
-from .tiles import logits_tile
+from .tiles import logits_tile, own_block
 
 
 @jit
@@ -39,10 +39,9 @@ def _affinity_kernel(
     BLOCK_K: tl.constexpr,
 ) -> None:
     """One program per (block of queries, sample)."""
-    sample = tl.program_id(1).to(tl.int64)
+    sample, rows = own_block(tl.cdiv(queries, BLOCK), BLOCK)
     query_ptr += sample * queries * D
     key_ptr += sample * keys * D
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     largest = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, keys, BLOCK):
@@ -58,6 +57,20 @@ def _affinity_kernel(
         affinity = exp2(logits - largest[:, None]) / total[:, None]
         offsets = (sample * queries + rows[:, None]) * keys + columns[None, :]
         tl.store(affinity_ptr + offsets, affinity, mask=(rows < queries)[:, None] & (columns < keys)[None, :])
+
+
+def launch_affinity(query_BMD: Tensor, key_BKD: Tensor, temperature: float) -> Tensor:
+    """The transition probabilities (B, M, K) in fp32."""
+    query_BMD, key_BKD = query_BMD.contiguous(), key_BKD.contiguous()
+    samples, queries, _ = query_BMD.shape
+    keys = key_BKD.shape[1]
+    affinity_BMK = query_BMD.new_empty((samples, queries, keys), dtype=torch.float32)
+    tile = tile_of(query_BMD)
+    with on_device(query_BMD):
+        _affinity_kernel[(triton.cdiv(queries, tile["BLOCK"]) * samples,)](
+            query_BMD, key_BKD, affinity_BMK, queries, keys, LOG2_E / temperature, **tile
+        )
+    return affinity_BMK
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -83,15 +96,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     backward=_differentiate,
 )
 def _affinity(query_BMD: Tensor, key_BKD: Tensor, temperature: float) -> Tensor:
-    query_BMD, key_BKD = query_BMD.contiguous(), key_BKD.contiguous()
-    samples, queries, _ = query_BMD.shape
-    keys = key_BKD.shape[1]
-    affinity_BMK = query_BMD.new_empty((samples, queries, keys), dtype=torch.float32)
-    with on_device(query_BMD):
-        _affinity_kernel[(triton.cdiv(queries, BLOCK), samples)](
-            query_BMD, key_BKD, affinity_BMK, queries, keys, LOG2_E / temperature, **tile_of(query_BMD)
-        )
-    return affinity_BMK
+    return launch_affinity(query_BMD, key_BKD, temperature)
 
 
 def affinity_softmax(

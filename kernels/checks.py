@@ -85,6 +85,11 @@ def check_lambda(lambda_reg: float) -> None:
         raise ValueError(f"lambda_reg must be a finite number, 0 or more, got {lambda_reg!r}")
 
 
+def check_norm_eps(norm_eps: float) -> None:
+    if not (_is_number(norm_eps) and norm_eps >= 0):
+        raise ValueError(f"norm_eps must be a finite number, 0 or more, got {norm_eps!r}")
+
+
 def check_regularizer(regularizer: str) -> None:
     if regularizer not in get_args(Regularizer):
         raise ValueError(

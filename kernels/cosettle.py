@@ -2,11 +2,11 @@
 
     loss = cycle + lambda_reg x separability
 
-On the Triton backend both are one operator of three launches and a few sums: epilogue.py reads every token
-once and leaves the separability terms and the pooled tokens, cycle.py turns the pooled tokens into the
-cycle loss and its gradient. The backward is one launch more, that recomputes a token's row and writes its
-gradient. Memory beyond the inputs: the pooled tokens and their gradient, a quarter of a token map each with
-2 x 2 windows.
+On the Triton backend both are one operator of two launches and two sums: epilogue.py reads every token once
+and leaves the separability terms and the pooled tokens, cycle.py turns the pooled tokens into the cycle loss
+and its gradient. The backward is one launch more, that recomputes a token's row and writes its gradient.
+Memory beyond the inputs: the pooled tokens and, kept for the backward, their gradient, a quarter of a token
+map each with 2 x 2 windows; and six numbers a token.
 
 Source: arXiv 2603.26597, section 3. Shape suffixes: B samples, T = 3 views, N tokens, M pooled tokens, D
 channels.
@@ -23,6 +23,7 @@ from . import reference
 from .checks import (
     check_grid,
     check_lambda,
+    check_norm_eps,
     check_parameter,
     check_regularizer,
     check_same,
@@ -32,22 +33,33 @@ from .checks import (
 )
 from .cycle import grad_scale
 from .cycle_streaming import launch_three_views
-from .epilogue import Cells, HeadParameters, launch_backward, launch_forward, pooled_dtype
+from .epilogue import (
+    Cells,
+    HeadParameters,
+    launch_backward,
+    launch_forward,
+    pooled_dtype,
+    statistics_shape,
+)
 from .reference import CosettleLoss, Regularizer
 from .runtime import Backend, operator, unit_stride, use_triton, wants_gradient
 
 _ARGUMENTS = (
     "Tensor inputs, Tensor frozen, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, "
-    "int height, int width, int window, float temperature, bool kl"
+    "bool tanh, int height, int width, int window, float temperature, bool kl"
 )
 
 
 def _head(
-    bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float,
+    tanh: bool,
 ) -> HeadParameters | None:
     if bias is None or norm_weight is None or norm_bias is None:
         return None
-    return HeadParameters(bias.contiguous(), norm_weight.contiguous(), norm_bias.contiguous(), norm_eps)
+    return HeadParameters(bias.contiguous(), norm_weight.contiguous(), norm_bias.contiguous(), norm_eps, tanh)
 
 
 def _term_scale(inputs: Tensor, kl: bool) -> float:
@@ -56,26 +68,34 @@ def _term_scale(inputs: Tensor, kl: bool) -> float:
 
 
 def _backward_fake(
-    grad_cycle: Tensor, grad_separability: Tensor, grad_pooled: Tensor, inputs: Tensor, *_: Any
+    grad_cycle: Tensor,
+    grad_separability: Tensor,
+    grad_pooled: Tensor,
+    statistics: Tensor,
+    inputs: Tensor,
+    *_: Any,
 ) -> tuple[Tensor, Tensor]:
     return inputs.new_empty(inputs.shape), inputs.new_empty((3, inputs.shape[-1]), dtype=torch.float32)
 
 
 @operator(
     "cosettle_backward",
-    f"(Tensor grad_cycle, Tensor grad_separability, Tensor grad_pooled, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    f"(Tensor grad_cycle, Tensor grad_separability, Tensor grad_pooled, Tensor statistics, {_ARGUMENTS}) "
+    "-> (Tensor, Tensor)",
     fake=_backward_fake,
 )
 def _cosettle_backward(
     grad_cycle: Tensor,
     grad_separability: Tensor,
     grad_pooled: Tensor,
+    statistics: Tensor,
     inputs: Tensor,
     frozen: Tensor,
     bias: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     norm_eps: float,
+    tanh: bool,
     height: int,
     width: int,
     window: int,
@@ -87,8 +107,9 @@ def _cosettle_backward(
     grad_inputs, grad_parameters = launch_backward(
         unit_stride(inputs),
         unit_stride(frozen),
-        _head(bias, norm_weight, norm_bias, norm_eps),
+        _head(bias, norm_weight, norm_bias, norm_eps, tanh),
         Cells((height, width), (window, window)),
+        statistics,
         grad_separability,
         grad_cycle,
         grad_pooled,
@@ -108,6 +129,7 @@ def _forward_fake(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     norm_eps: float,
+    tanh: bool,
     height: int,
     width: int,
     window: int,
@@ -118,20 +140,26 @@ def _forward_fake(
 ) -> tuple[Tensor, ...]:
     samples, views, _, channels = inputs.shape
     pooled = (samples, views, (height // window) * (width // window), channels) if grad else (0,)
-    scalars = [inputs.new_empty((), dtype=torch.float32) for _ in range(4)]
-    return (*scalars, inputs.new_empty(pooled, dtype=pooled_dtype(inputs.dtype)))
+    return (
+        inputs.new_empty((), dtype=torch.float32),
+        inputs.new_empty((), dtype=torch.float32),
+        inputs.new_empty((2 if diagnostics else 0,), dtype=torch.float32),
+        inputs.new_empty(pooled, dtype=pooled_dtype(inputs.dtype)),
+        inputs.new_empty(statistics_shape(inputs, grad), dtype=torch.float32),
+    )
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     tokens, frozen, bias, norm_weight, norm_bias, *ctx.constants, _, _ = inputs
-    ctx.save_for_backward(output[4], tokens, frozen, bias, norm_weight, norm_bias)
+    ctx.save_for_backward(*output[3:], tokens, frozen, bias, norm_weight, norm_bias)
     ctx.mark_non_differentiable(*output[2:])
 
 
 def _differentiate(ctx: Any, grad_cycle: Tensor, grad_separability: Tensor, *_: Tensor) -> tuple[Any, ...]:
-    grad_pooled, tokens, frozen, *parameters = ctx.saved_tensors
+    *saved, bias, norm_weight, norm_bias = ctx.saved_tensors
+    parameters = (bias, norm_weight, norm_bias)
     grad_tokens, grad_parameters = _cosettle_backward(
-        grad_cycle, grad_separability, grad_pooled, tokens, frozen, *parameters, *ctx.constants
+        grad_cycle, grad_separability, *saved, *parameters, *ctx.constants
     )
     of_head = [
         None if parameter is None else grad.to(parameter.dtype)
@@ -154,6 +182,7 @@ def _cosettle(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     norm_eps: float,
+    tanh: bool,
     height: int,
     width: int,
     window: int,
@@ -162,30 +191,37 @@ def _cosettle(
     grad: bool,
     diagnostics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Cycle, separability, accuracy and similarity, 0-d each; then the pooled tokens' scaled gradient."""
-    terms_BTN, pooled_BTMD = launch_forward(
+    """Cycle and separability, 0-d; accuracy and similarity (2,); what the backward needs.
+
+    That is the pooled tokens' scaled gradient and the tokens' statistics. What is not asked for is empty.
+    """
+    terms_BTN, pooled_BTMD, statistics_BTNS = launch_forward(
         unit_stride(inputs),
         unit_stride(frozen),
-        _head(bias, norm_weight, norm_bias, norm_eps),
+        _head(bias, norm_weight, norm_bias, norm_eps, tanh),
         Cells((height, width), (window, window)),
         kl=kl,
         pool=True,
+        term_scale=_term_scale(inputs, kl),
+        statistics=grad,
     )
-    rows = pooled_BTMD.shape[0] * pooled_BTMD.shape[2]
-    sums, grad_pooled = launch_three_views(
+    figures_FBM, grad_pooled = launch_three_views(
         pooled_BTMD, temperature, grad_dtype=pooled_BTMD.dtype if grad else None, diagnostics=diagnostics
     )
-    separability = terms_BTN.sum() * _term_scale(inputs, kl)
-    accuracy = sums[1] / rows
-    similarity = sums[3] * torch.rsqrt(sums[2] * rows)
-    return sums[0] / rows, separability, accuracy, similarity, grad_pooled
+    if diagnostics:
+        _, accuracy, squares, returns = figures_FBM.mean((1, 2))
+        measures = torch.stack([accuracy, returns * torch.rsqrt(squares)])
+    else:
+        measures = figures_FBM.new_empty(0)
+    return figures_FBM[0].mean(), terms_BTN.sum(), measures, grad_pooled, statistics_BTNS
 
 
 def _fused(
     inputs: Tensor,
     frozen: Tensor,
-    head: tuple[Tensor, Tensor, Tensor] | None,
-    norm_eps: float,
+    head: tuple[Tensor, Tensor, Tensor] | None = None,
+    norm_eps: float = 0.0,
+    tanh: bool = False,
     *,
     grid: tuple[int, int],
     temperature: float,
@@ -195,11 +231,12 @@ def _fused(
     diagnostics: bool,
 ) -> CosettleLoss:
     parameters = head or (None, None, None)
-    cycle, separability, accuracy, similarity, _ = _cosettle(
+    cycle, separability, measures, _, _ = _cosettle(
         inputs,
         frozen.detach(),
         *parameters,
         norm_eps,
+        tanh,
         *grid,
         window,
         temperature,
@@ -207,13 +244,12 @@ def _fused(
         wants_gradient(inputs, *parameters),
         diagnostics,
     )
-    loss = cycle + lambda_reg * separability
-    return CosettleLoss(
-        loss, cycle, separability, accuracy if diagnostics else None, similarity if diagnostics else None
-    )
+    loss = torch.add(cycle, separability, alpha=lambda_reg)
+    accuracy, similarity = measures.unbind() if diagnostics else (None, None)
+    return CosettleLoss(loss, cycle, separability, accuracy, similarity)
 
 
-def _check(
+def _checked_options(
     frozen: Tensor,
     name: str,
     tokens: Tensor,
@@ -222,7 +258,9 @@ def _check(
     window: int,
     lambda_reg: float,
     regularizer: str,
-) -> None:
+    diagnostics: bool,
+) -> dict[str, Any]:
+    """The options that the fused form and the reference share."""
     check_tokens("frozen", frozen, "B3ND")
     check_tokens(name, tokens, "B3ND")
     check_same(name, tokens, "frozen", frozen)
@@ -231,6 +269,14 @@ def _check(
     check_temperature(temperature)
     check_lambda(lambda_reg)
     check_regularizer(regularizer)
+    return {
+        "grid": grid,
+        "temperature": temperature,
+        "window": window,
+        "lambda_reg": lambda_reg,
+        "regularizer": regularizer,
+        "diagnostics": diagnostics,
+    }
 
 
 def cosettle_loss(
@@ -248,12 +294,10 @@ def cosettle_loss(
     """The Co-Settle objective (arXiv 2603.26597, section 3): cycle consistency plus semantic separability.
 
     Args:
-        frozen: (B, 3, N, D) frozen tokens: frame 1, frame 2, frame 1 with asymmetric positions. float16,
-        bfloat16
-            or float32, on the eager backend float64 too; any strides.
+        frozen: (B, 3, N, D) frozen tokens: frame 1, frame 2, frame 1 with asymmetric positions; float16,
+            bfloat16 or float32, on the eager backend float64 too; any strides.
         projected: (B, 3, N, D) the head's output for them, before L2 normalisation; alone gets gradients.
-        Its dtype
-            may differ from that of `frozen`; arithmetic is float32 at least.
+            Its dtype may differ from that of `frozen`; arithmetic is float32 at least.
         grid: (h, w) with h * w == N.
         temperature: of the transition probabilities, above 0.
         window: side of the average pooling ahead of the cycle, in cells; 1 is none.
@@ -265,17 +309,11 @@ def cosettle_loss(
     Raises:
         ValueError: an argument does not fit; the message names it, its value and what is expected.
     """
-    _check(frozen, "projected", projected, grid, temperature, window, lambda_reg, regularizer)
-    options: dict[str, Any] = {
-        "grid": grid,
-        "temperature": temperature,
-        "window": window,
-        "lambda_reg": lambda_reg,
-        "regularizer": regularizer,
-        "diagnostics": diagnostics,
-    }
+    options = _checked_options(
+        frozen, "projected", projected, grid, temperature, window, lambda_reg, regularizer, diagnostics
+    )
     if use_triton(backend, frozen=frozen, projected=projected):
-        return _fused(projected, frozen, None, 0.0, **options)
+        return _fused(projected, frozen, **options)
     return reference.cosettle_loss(frozen, projected, **options)
 
 
@@ -293,6 +331,7 @@ def cosettle_head_loss(
     backend: Backend = "auto",
     *,
     norm_eps: float = 1e-5,
+    tanh: bool = True,
     diagnostics: bool = True,
 ) -> CosettleLoss:
     """`cosettle_loss` of layer_norm(tanh(linear + bias)), without that ever being in memory.
@@ -301,22 +340,18 @@ def cosettle_head_loss(
         linear: (B, 3, N, D) the product of the head's last linear layer, before its bias.
         bias: (D,) of that layer. norm_weight, norm_bias: (D,) of the layer norm. All four get gradients.
         norm_eps: of the layer norm.
+        tanh: whether a tanh stands between them; without it the head is layer_norm(linear + bias).
 
     The other arguments, the result and the errors are those of `cosettle_loss`.
     """
-    _check(frozen, "linear", linear, grid, temperature, window, lambda_reg, regularizer)
+    options = _checked_options(
+        frozen, "linear", linear, grid, temperature, window, lambda_reg, regularizer, diagnostics
+    )
     parameters = {"bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
     for name, parameter in parameters.items():
         check_parameter(name, parameter, "linear", linear)
-    options: dict[str, Any] = {
-        "grid": grid,
-        "temperature": temperature,
-        "window": window,
-        "lambda_reg": lambda_reg,
-        "regularizer": regularizer,
-        "diagnostics": diagnostics,
-    }
+    check_norm_eps(norm_eps)
     if use_triton(backend, frozen=frozen, linear=linear, **parameters):
-        return _fused(linear, frozen, (bias, norm_weight, norm_bias), norm_eps, **options)
-    projected = reference.head_epilogue(linear, bias, norm_weight, norm_bias, norm_eps)
+        return _fused(linear, frozen, (bias, norm_weight, norm_bias), norm_eps, tanh, **options)
+    projected = reference.head_epilogue(linear, bias, norm_weight, norm_bias, norm_eps, tanh)
     return reference.cosettle_loss(frozen, projected, **options)

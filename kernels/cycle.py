@@ -1,4 +1,4 @@
-"""Cycle consistency of a walk over three views of up to 64 tokens: loss, gradient, diagnostics in one launch.
+"""Cycle consistency of a walk over three views of up to 64 tokens: loss and gradient in one launch.
 
 With p1, p2, p3 the tokens of frame 1, frame 2 and frame 1 again, tau the temperature and e = 1e-6:
 
@@ -46,14 +46,14 @@ def grad_scale(tokens: int) -> float:
 
 
 class CycleResult(NamedTuple):
-    """What the cycle kernels return; `sums` / (B M) are the means over rows.
+    """What the cycle kernels return.
 
-    `sums` (4,) in fp32: cross-entropy, rows whose arg-max is the diagonal, squares of C, diagonal of C; the
-    second and third are 0 without diagnostics. `grad` (B, 3, M, D): grad_scale(M) x tau x B x M x the
-    gradient.
+    `figures` (4, B, M) in fp32, a number per row of C: cross-entropy, 1 where the arg-max is the diagonal,
+    sum of the squares, diagonal; (1, B, M) without diagnostics. `grad` (B, 3, M, D): the gradient of the mean
+    cross-entropy, times grad_scale(M) x tau x B x M; or empty.
     """
 
-    sums: Tensor
+    figures: Tensor
     grad: Tensor
 
 
@@ -98,10 +98,12 @@ def _cycle_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     D_PER_PROGRAM: tl.constexpr,
+    PARTS: tl.constexpr,
+    VIEW_BY_VIEW: tl.constexpr,
 ) -> None:
     """One program per (slice of channels, sample): forms A and A', and the gradient of its own channels."""
-    part = tl.program_id(0)
-    sample = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(0) % PARTS
+    sample = (tl.program_id(0) // PARTS).to(tl.int64)
     row = tl.arange(0, BLOCK_M)
     exists = row < tokens
     step = tl.arange(0, BLOCK_D)
@@ -124,12 +126,12 @@ def _cycle_kernel(
     return_I = tl.sum(there_IJ * back_IJ, 1)
 
     if part == 0:
-        # Four numbers a row, summed afterwards: Triton 3.6 fails for sm_100 where they are summed here.
+        # A number a row, averaged afterwards: Triton 3.6 fails for sm_100 where they are summed here.
         figures = figures_ptr + sample * tokens + row
-        stride = tl.num_programs(1) * tokens
+        stride = tl.num_programs(0) // PARTS * tokens
         tl.store(figures, tl.log(1.0 + tokens * EPS) - tl.log(return_I + EPS), mask=exists)
-        tl.store(figures + 3 * stride, return_I, mask=exists)
         if DIAGNOSTICS:
+            tl.store(figures + 3 * stride, return_I, mask=exists)
             # Rows beyond the last token hold a softmax of zeros; columns beyond it must never be the arg-max.
             zero_II = tl.zeros([BLOCK_M, BLOCK_M], dtype=tl.float32)
             cycle_II = dot(there_IJ, tl.trans(back_IJ), zero_II)
@@ -145,21 +147,28 @@ def _cycle_kernel(
         there = there_IJ.to(walk_ptr.dtype.element_ty)
         back = back_IJ.to(walk_ptr.dtype.element_ty)
         grad_base = grad_ptr + sample * 3 * tokens * D
-        for start in range(part * D_PER_PROGRAM, min(D, (part + 1) * D_PER_PROGRAM), BLOCK_D):
-            offsets = row[:, None] * D + start + step[None, :]
-            mask = exists[:, None] & (start + step < D)[None, :]
-            first_IK = tl.load(first_ptr + offsets, mask=mask, other=0.0)
-            second_JK = tl.load(second_ptr + offsets, mask=mask, other=0.0)
-            third_IK = tl.load(third_ptr + offsets, mask=mask, other=0.0)
-            zero_IK = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-            grad_first_IK = dot(there, second_JK, zero_IK)
-            grad_second_JK = dot(tl.trans(there), first_IK, zero_IK)
-            grad_second_JK = dot(tl.trans(back), third_IK, grad_second_JK)
-            grad_third_IK = dot(back, second_JK, zero_IK)
-            element = grad_ptr.dtype.element_ty
-            tl.store(grad_base + offsets, grad_first_IK.to(element), mask=mask)
-            tl.store(grad_base + tokens * D + offsets, grad_second_JK.to(element), mask=mask)
-            tl.store(grad_base + 2 * tokens * D + offsets, grad_third_IK.to(element), mask=mask)
+        element = grad_ptr.dtype.element_ty
+        # One view at a time leaves the registers to the operands of three tf32 products; the second first,
+        # which takes the most.
+        for view in tl.static_range(3 if VIEW_BY_VIEW else 1):
+            for start in range(part * D_PER_PROGRAM, min(D, (part + 1) * D_PER_PROGRAM), BLOCK_D):
+                offsets = row[:, None] * D + start + step[None, :]
+                mask = exists[:, None] & (start + step < D)[None, :]
+                zero_IK = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+                if not VIEW_BY_VIEW or view == 0:
+                    first_IK = tl.load(first_ptr + offsets, mask=mask, other=0.0)
+                    third_IK = tl.load(third_ptr + offsets, mask=mask, other=0.0)
+                    grad_second_JK = dot(tl.trans(there), first_IK, zero_IK)
+                    grad_second_JK = dot(tl.trans(back), third_IK, grad_second_JK)
+                    tl.store(grad_base + tokens * D + offsets, grad_second_JK.to(element), mask=mask)
+                if not VIEW_BY_VIEW or view > 0:
+                    second_JK = tl.load(second_ptr + offsets, mask=mask, other=0.0)
+                if not VIEW_BY_VIEW or view == 1:
+                    grad_first_IK = dot(there, second_JK, zero_IK)
+                    tl.store(grad_base + offsets, grad_first_IK.to(element), mask=mask)
+                if not VIEW_BY_VIEW or view == 2:
+                    grad_third_IK = dot(back, second_JK, zero_IK)
+                    tl.store(grad_base + 2 * tokens * D + offsets, grad_third_IK.to(element), mask=mask)
 
 
 def launch_cycle(
@@ -167,30 +176,38 @@ def launch_cycle(
 ) -> CycleResult:
     """Loss, diagnostics and, with a `grad_dtype`, the gradient of contiguous views (B, 3, M, D), M <= 64."""
     samples, _, tokens, channels = walk_B3MD.shape
-    figures_4BM = torch.zeros((4, samples, tokens), device=walk_B3MD.device)
+    figures_FBM = walk_B3MD.new_empty((4 if diagnostics else 1, samples, tokens), dtype=torch.float32)
     grad_shape = walk_B3MD.shape if grad_dtype else (0,)
     grad_B3MD = torch.empty(grad_shape, device=walk_B3MD.device, dtype=grad_dtype or walk_B3MD.dtype)
     block = max(power_of_two(tokens), 16)
-    block_channels = min(max(power_of_two(channels), 16), 64 if walk_B3MD.element_size() == 2 else 32)
-    # Two programs a sample hide each other's loads: a batch of 128 alone would leave one to a multiprocessor.
-    parts = 2 if grad_dtype and channels > block_channels else 1
-    per_program = block_channels * triton.cdiv(channels, parts * block_channels)
+    half = walk_B3MD.element_size() == 2
+    block_channels = min(max(power_of_two(channels), 16), 64 if half else 16)
+    # Diagnostics are a launch of their own: together with the gradient they would not fit into registers.
+    launches = [(grad_dtype is not None, False)] if grad_dtype or not diagnostics else []
+    if diagnostics:
+        launches.append((False, True))
     with on_device(walk_B3MD):
-        _cycle_kernel[(parts, samples)](
-            walk_B3MD,
-            figures_4BM,
-            grad_B3MD,
-            tokens,
-            1.0 / temperature,
-            D=channels,
-            EPS=CYCLE_EPS,
-            SCALE=grad_scale(tokens),
-            GRAD=grad_dtype is not None,
-            DIAGNOSTICS=diagnostics,
-            BLOCK_M=block,
-            BLOCK_D=block_channels,
-            D_PER_PROGRAM=per_program,
-            num_warps=4 if walk_B3MD.element_size() == 2 else 8,
-            num_stages=3,
-        )
-    return CycleResult(figures_4BM.sum((1, 2)), grad_B3MD)
+        for grad, measures in launches:
+            # Two programs a sample hide each other's loads: a batch of 128 leaves one to a multiprocessor.
+            parts = 2 if grad and channels > block_channels else 1
+            _cycle_kernel[(parts * samples,)](
+                walk_B3MD,
+                figures_FBM,
+                grad_B3MD,
+                tokens,
+                1.0 / temperature,
+                D=channels,
+                EPS=CYCLE_EPS,
+                SCALE=grad_scale(tokens),
+                GRAD=grad,
+                DIAGNOSTICS=measures,
+                BLOCK_M=block,
+                BLOCK_D=block_channels,
+                D_PER_PROGRAM=block_channels * triton.cdiv(channels, parts * block_channels),
+                PARTS=parts,
+                VIEW_BY_VIEW=not half,
+                num_warps=4 if half else 8,
+                num_stages=3 if half else 2,
+                enable_fp_fusion=True,
+            )
+    return CycleResult(figures_FBM, grad_B3MD)

@@ -1,7 +1,7 @@
 """Cycle consistency of a walk over three views of any size, in memory linear in their number of tokens M.
 
-The maths of cycle.py, in tiles of 64 x 64 logits that each kernel recomputes from the tokens. What goes
-from one kernel to the next is one number a token:
+The maths of cycle.py, in tiles of 64 x 64 logits (fp32: 32 x 32) that each kernel recomputes from the
+tokens. What goes from one kernel to the next is one number a token:
 
     1. back normaliser   L'_j = log sum_i exp(p2_j . p3_i / tau)
     2. return            L_i  = log sum_j exp(p1_i . p2_j / tau),  C_ii = sum_j exp(s_ij - L_i + t_ij - L'_j)
@@ -26,10 +26,8 @@ from torch import Tensor
 from .cycle import MAX_FUSED_TOKENS, CycleResult, grad_scale, launch_cycle
 from .elementary import LOG2_E, exp2
 from .reference import CYCLE_EPS
-from .runtime import inline, jit, on_device, power_of_two, tl, triton
-from .tiles import dot, load_tokens, logits_tile
-
-BLOCK = 64
+from .runtime import compute_capability, inline, jit, on_device, power_of_two, tl, triton
+from .tiles import dot, load_tokens, logits_tile, own_block
 
 
 @inline
@@ -68,10 +66,9 @@ def _back_normaliser_kernel(
     BLOCK_K: tl.constexpr,
 ) -> None:
     """Step 1, one program per (block of j, sample)."""
-    sample = tl.program_id(1).to(tl.int64)
+    sample, columns = own_block(tl.cdiv(tokens, BLOCK), BLOCK)
     second_ptr = walk_ptr + (sample * 3 + 1) * tokens * D
     third_ptr = second_ptr + tokens * D
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     largest_J = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
     total_J = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, tokens, BLOCK):
@@ -90,18 +87,19 @@ def _return_kernel(
     back_ptr: tl.tensor,
     there_ptr: tl.tensor,
     return_ptr: tl.tensor,
+    loss_ptr: tl.tensor,
     tokens: tl.tensor,
     scale: tl.tensor,
+    EPS: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
     """Step 2, one program per (block of i, sample)."""
-    sample = tl.program_id(1).to(tl.int64)
+    sample, rows = own_block(tl.cdiv(tokens, BLOCK), BLOCK)
     first_ptr = walk_ptr + sample * 3 * tokens * D
     second_ptr = first_ptr + tokens * D
     third_ptr = second_ptr + tokens * D
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     largest_I = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
     total_I = tl.zeros([BLOCK], dtype=tl.float32)
     return_I = tl.zeros([BLOCK], dtype=tl.float32)
@@ -120,7 +118,10 @@ def _return_kernel(
         return_I = return_I * shrink_I + tl.sum(arrived_IJ, 1)
         largest_I = larger_I
     tl.store(there_ptr + sample * tokens + rows, largest_I + tl.log2(total_I), mask=rows < tokens)
-    tl.store(return_ptr + sample * tokens + rows, return_I / total_I, mask=rows < tokens)
+    return_I /= total_I
+    tl.store(return_ptr + sample * tokens + rows, return_I, mask=rows < tokens)
+    loss_I = tl.log(1.0 + tokens * EPS) - tl.log(return_I + EPS)
+    tl.store(loss_ptr + sample * tokens + rows, loss_I, mask=rows < tokens)
 
 
 @jit
@@ -138,13 +139,12 @@ def _through_kernel(
     BLOCK_K: tl.constexpr,
 ) -> None:
     """Step 3, one program per (block of j, sample)."""
-    sample = tl.program_id(1).to(tl.int64)
+    sample, columns = own_block(tl.cdiv(tokens, BLOCK), BLOCK)
     first_ptr = walk_ptr + sample * 3 * tokens * D
     second_ptr = first_ptr + tokens * D
     third_ptr = second_ptr + tokens * D
     there_ptr += sample * tokens
     back_ptr += sample * tokens
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     through_J = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, tokens, BLOCK):
         rows = start + tl.arange(0, BLOCK)
@@ -176,13 +176,12 @@ def _gradient_kernel(
     BLOCK_O: tl.constexpr,
 ) -> None:
     """Steps 4 and 5, one program per (block of the view's tokens, slice of channels, sample)."""
-    sample = tl.program_id(2).to(tl.int64)
+    sample, own = own_block(tl.cdiv(tokens, BLOCK), BLOCK)
     first_ptr = walk_ptr + sample * 3 * tokens * D
     second_ptr = first_ptr + tokens * D
     third_ptr = second_ptr + tokens * D
     there_ptr += sample * tokens
     back_ptr += sample * tokens
-    own = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     channels = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     grad_there = tl.zeros([BLOCK, BLOCK_O], dtype=tl.float32)
     grad_back = tl.zeros([BLOCK, BLOCK_O], dtype=tl.float32)
@@ -236,11 +235,10 @@ def _diagnostics_kernel(
     BLOCK_K: tl.constexpr,
 ) -> None:
     """Step 6, one program per (block of i, sample): whether the arg-max is the diagonal, sum of squares."""
-    sample = tl.program_id(1).to(tl.int64)
+    sample, rows = own_block(tl.cdiv(tokens, BLOCK), BLOCK)
     first_ptr = walk_ptr + sample * 3 * tokens * D
     second_ptr = first_ptr + tokens * D
     third_ptr = second_ptr + tokens * D
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     normaliser_I = tl.load(there_ptr + sample * tokens + rows, mask=rows < tokens, other=0.0)
     return_I = tl.load(return_ptr + sample * tokens + rows, mask=rows < tokens, other=0.0)
     beaten_I = tl.zeros([BLOCK], dtype=tl.int32)
@@ -253,14 +251,14 @@ def _diagnostics_kernel(
             there_IJ = logits_tile(
                 first_ptr, second_ptr, rows, columns, tokens, tokens, scale, D, BLOCK, BLOCK_K
             )
-            exists = (columns < tokens)[None, :]
-            there_IJ = tl.where(exists, exp2(there_IJ - normaliser_I[:, None]), 0.0)
-            back_EJ = logits_tile(
-                third_ptr, second_ptr, ends, columns, tokens, tokens, scale, D, BLOCK, BLOCK_K
+            exists = columns < tokens
+            there_IJ = tl.where(exists[None, :], exp2(there_IJ - normaliser_I[:, None]), 0.0)
+            back_JE = logits_tile(
+                second_ptr, third_ptr, columns, ends, tokens, tokens, scale, D, BLOCK, BLOCK_K
             )
             normaliser_J = tl.load(back_ptr + sample * tokens + columns, mask=columns < tokens, other=0.0)
-            back_EJ = tl.where(exists, exp2(back_EJ - normaliser_J[None, :]), 0.0)
-            cycle_IE = dot(there_IJ, tl.trans(back_EJ), cycle_IE)
+            back_JE = tl.where(exists[:, None], exp2(back_JE - normaliser_J[:, None]), 0.0)
+            cycle_IE = dot(there_IJ, back_JE, cycle_IE)
         is_end = (ends < tokens)[None, :]
         cycle_IE = tl.where(is_end, cycle_IE, 0.0)
         squares_I += tl.sum(cycle_IE * cycle_IE, 1)
@@ -274,11 +272,21 @@ def _diagnostics_kernel(
 
 
 def tile_of(tokens: Tensor) -> dict[str, Any]:
-    """The compile-time arguments of a kernel that streams over tiles of these tokens' logits."""
+    """The launch options of a kernel that streams over tiles of these tokens' logits.
+
+    As large as registers allow: three products of tf32 take three times the operands, and before Hopper
+    tensor cores read them all from registers.
+    """
     half = tokens.element_size() == 2
-    channels = tokens.shape[-1]
-    step = min(max(power_of_two(channels), 16), 64 if half else 32)
-    return {"D": channels, "BLOCK": BLOCK, "BLOCK_K": step, "num_warps": 8}
+    wide = half and compute_capability(tokens.device) >= (9, 0)
+    channels = max(power_of_two(tokens.shape[-1]), 16)
+    return {
+        "D": tokens.shape[-1],
+        "BLOCK": 64 if half else 32,
+        "BLOCK_K": min(channels, 64 if wide else 32),
+        "num_warps": 8,
+        "enable_fp_fusion": True,
+    }
 
 
 def launch_three_views(
@@ -294,26 +302,28 @@ def launch_streaming(
 ) -> CycleResult:
     """As `launch_cycle`, for any number of tokens M: contiguous views (B, 3, M, D)."""
     samples, _, tokens, channels = walk_B3MD.shape
-    there_BM, back_BM, return_BM, through_BM, correct_BM, squares_BM = walk_B3MD.new_empty(
-        (6, samples, tokens), dtype=torch.float32
-    ).unbind()
-    blocks = triton.cdiv(tokens, BLOCK)
-    scale = LOG2_E / temperature
+    figures_4BM, others_3BM = walk_B3MD.new_empty((7, samples, tokens), dtype=torch.float32).split([4, 3])
+    loss_BM, correct_BM, squares_BM, return_BM = figures_4BM.unbind()
+    there_BM, back_BM, through_BM = others_3BM.unbind()
     tile, half = tile_of(walk_B3MD), walk_B3MD.element_size() == 2
+    blocks = triton.cdiv(tokens, tile["BLOCK"])
+    scale = LOG2_E / temperature
+    # Narrow steps leave the registers to a kernel's own sums.
+    narrow = {**tile, "BLOCK_K": min(tile["BLOCK_K"], 32)}
     grad_B3MD = torch.empty(
         walk_B3MD.shape if grad_dtype else (0,), device=walk_B3MD.device, dtype=grad_dtype or walk_B3MD.dtype
     )
     with on_device(walk_B3MD):
-        launch = (blocks, samples)
+        launch = (blocks * samples,)
         _back_normaliser_kernel[launch](walk_B3MD, back_BM, tokens, scale, **tile)
-        _return_kernel[launch](walk_B3MD, back_BM, there_BM, return_BM, tokens, scale, **tile)
+        _return_kernel[launch](
+            walk_B3MD, back_BM, there_BM, return_BM, loss_BM, tokens, scale, EPS=CYCLE_EPS, **tile
+        )
         if grad_dtype:
             rows = (walk_B3MD, there_BM, back_BM, return_BM, through_BM)
             _through_kernel[launch](*rows, tokens, scale, EPS=CYCLE_EPS, **tile)
-            # Narrow steps leave the registers to the sums over a slice of channels.
             slice_channels = min(max(power_of_two(channels), 16), 128 if half else 64)
-            narrow = {**tile, "BLOCK_K": min(tile["BLOCK_K"], 32)}
-            launch_sliced = (blocks, triton.cdiv(channels, slice_channels), samples)
+            launch_sliced = (blocks * samples, triton.cdiv(channels, slice_channels))
             for of_second in (False, True):
                 _gradient_kernel[launch_sliced](
                     *rows,
@@ -328,10 +338,15 @@ def launch_streaming(
                 )
         if diagnostics:
             _diagnostics_kernel[launch](
-                walk_B3MD, there_BM, back_BM, return_BM, correct_BM, squares_BM, tokens, scale, **tile
+                walk_B3MD,
+                there_BM,
+                back_BM,
+                return_BM,
+                correct_BM,
+                squares_BM,
+                tokens,
+                scale,
+                num_stages=4,
+                **narrow,
             )
-        else:
-            correct_BM, squares_BM = torch.zeros_like(return_BM), torch.zeros_like(return_BM)
-    losses_BM = torch.log((1.0 + tokens * CYCLE_EPS) / (return_BM + CYCLE_EPS))
-    sums = torch.stack([losses_BM, correct_BM, squares_BM, return_BM]).sum((1, 2))
-    return CycleResult(sums, grad_B3MD)
+    return CycleResult(figures_4BM if diagnostics else figures_4BM[:1], grad_B3MD)

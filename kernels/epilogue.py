@@ -2,7 +2,7 @@
 
 Per token, with x the input, z the frozen token and E the layer norm's epsilon:
 
-    v = layer_norm(tanh(x + bias); weight, shift, E)        with HEAD, else v = x
+    v = layer_norm(tanh(x + bias); weight, shift, E)        with HEAD, tanh with TANH; else v = x
     p = v / max(||v||, 1e-12),  y = z / max(||z||, 1e-12)
     kl:  q = softmax(y);  KL(q || softmax(p)) = log(sum_d q_d exp(p_d - y_d)) - sum_d q_d (p_d - y_d)
     mse: sum_d (p_d - y_d)^2
@@ -11,14 +11,15 @@ Per token, with x the input, z the frozen token and E the layer norm's epsilon:
 The KL divergence in this form is a difference of small numbers, where the textbook's form subtracts two
 numbers near log D: it keeps six digits in fp32 where that keeps three.
 
-Backward, from the gradients s of each separability term and G of the pooled tokens, all recomputed from x
-and z:
+Backward, from the gradients s of each separability term and G of the pooled tokens, a row at a time
+recomputed from x and z; the six sums over channels that this would take again are kept, 24 bytes a token:
 
     dp = s (softmax(p) - q)  or  2 s (p - y),  plus  G / window^2
     dv = (dp - p (p . dp)) / ||v||                           (dp / 1e-12 for a token below the norm's floor)
     dx = dv, or through layer norm and tanh; the parameters' gradients are summed over tokens
 
-One warp (two backward) holds one token at a time, so that its eight reductions over channels are shuffles.
+One warp holds one token at a time, so that reductions over channels are shuffles; two do beyond 1024
+channels, backward beyond 768.
 
 Source: arXiv 2603.26597, section 3. Shape suffixes: B samples, T views, N tokens, M whole windows, D
 channels; what has no suffix inside the kernels is one token's row.
@@ -43,19 +44,27 @@ from .rows import (
     row_blocks,
     scale_row,
     store_row,
+    sum_chunks,
     sum_row,
+    sum_two,
     zero_row,
 )
 from .runtime import inline, jit, multiprocessors, on_device, power_of_two, tl, triton
 
 
 class HeadParameters(NamedTuple):
-    """Bias of the head's last linear layer, weight and bias of its layer norm: (D,) each."""
+    """Bias of the last linear layer, weight and bias of the layer norm, (D,) each; whether it has a tanh."""
 
     bias: Tensor
     norm_weight: Tensor
     norm_bias: Tensor
     norm_eps: float
+    tanh: bool
+
+
+# Per token, for the backward: mean and 1 / (standard deviation) of the layer norm; 1 / ||v||, 1 / ||z||; the
+# sum of exp(y) and the mean of exp(p - y) - 1.
+STATISTICS = 6
 
 
 class Cells(NamedTuple):
@@ -101,41 +110,41 @@ def _whole_cell(
 
 
 @inline
-def _standardise(
-    values: tl.tensor,
-    bias: tl.tensor,
-    eps: tl.tensor,
-    D: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """tanh(x + bias), its layer norm without the affine part, and 1 / (standard deviation)."""
+def _hidden(
+    values: tl.tensor, bias: tl.tensor, TANH: tl.constexpr, HALF: tl.constexpr, CHUNKS: tl.constexpr
+) -> tl.tensor:
+    """tanh(x + bias), or x + bias."""
     hidden = ()
     for c in tl.static_range(CHUNKS):
-        hidden = append(hidden, tanh(values[c] + bias[c], HALF))
-    mean = sum_row(hidden, CHUNKS) * (1.0 / D)
+        shifted = values[c] + bias[c]
+        hidden = append(hidden, tanh(shifted, HALF) if TANH else shifted)
+    return hidden
+
+
+@inline
+def _centred(
+    row: tl.tensor, mean: tl.tensor, D: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr
+) -> tl.tensor:
+    """row - mean, 0 beyond the last channel."""
     centred = ()
     for c in tl.static_range(CHUNKS):
         channel = c * BLOCK + tl.arange(0, BLOCK) < D
-        centred = append(centred, tl.where(channel, hidden[c] - mean, 0.0))
-    inverse_std = 1.0 / tl.sqrt(dot_rows(centred, centred, CHUNKS) * (1.0 / D) + eps)
-    return hidden, scale_row(centred, inverse_std, CHUNKS), inverse_std
+        centred = append(centred, tl.where(channel, row[c] - mean, 0.0))
+    return centred
 
 
 @inline
 def _growth(
     frozen: tl.tensor, difference: tl.tensor, D: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """exp(y), its sum, exp(p - y) - 1, and the mean of that under q = softmax(y)."""
+) -> tuple[tl.tensor, tl.tensor]:
+    """exp(y), 0 beyond the last channel, and exp(p - y) - 1."""
     weight = ()
     growth = ()
     for c in tl.static_range(CHUNKS):
         channel = c * BLOCK + tl.arange(0, BLOCK) < D
         weight = append(weight, tl.where(channel, exp2(frozen[c]), 0.0))
         growth = append(growth, exp2(difference[c]) - 1.0)
-    total = sum_row(weight, CHUNKS)
-    return weight, total, growth, dot_rows(weight, growth, CHUNKS) / total
+    return weight, growth
 
 
 @jit
@@ -146,6 +155,7 @@ def _forward_kernel(
     norm_weight_ptr: tl.tensor,
     norm_bias_ptr: tl.tensor,
     terms_ptr: tl.tensor,
+    statistics_ptr: tl.tensor,
     pooled_ptr: tl.tensor,
     input_stride_b: tl.tensor,
     input_stride_t: tl.tensor,
@@ -158,24 +168,32 @@ def _forward_kernel(
     width: tl.tensor,
     whole_cells: tl.tensor,
     eps: tl.tensor,
+    term_scale: tl.tensor,
     D: tl.constexpr,
     WINDOW_H: tl.constexpr,
     WINDOW_W: tl.constexpr,
     HEAD: tl.constexpr,
+    TANH: tl.constexpr,
     KL: tl.constexpr,
     POOL: tl.constexpr,
     HALF: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
+    STATISTICS: tl.constexpr,
 ) -> None:
-    """One program per (cell, view of a sample): terms (B, T, N) and pooled tokens (B, T, M, D)."""
-    cell = tl.program_id(0)
-    view = tl.program_id(1) % views
-    sample = (tl.program_id(1) // views).to(tl.int64)
+    """One program per (cell, view of a sample): terms (B, T, N) x term_scale and pooled tokens (B, T, M, D).
+
+    With STATISTICS, their number, also the statistics (B, T, N, STATISTICS).
+    """
+    cells = tl.cdiv(height, WINDOW_H) * tl.cdiv(width, WINDOW_W)
+    cell = tl.program_id(0) % cells
+    view_of_sample = (tl.program_id(0) // cells).to(tl.int64)
+    view = view_of_sample % views
+    sample = view_of_sample // views
     input_base = input_ptr + sample * input_stride_b + view * input_stride_t
     frozen_base = frozen_ptr + sample * frozen_stride_b + view * frozen_stride_t
-    terms_base = terms_ptr + (sample * views + view) * height * width
+    terms_base = terms_ptr + view_of_sample * height * width
     pooled = zero_row(BLOCK, CHUNKS)
 
     for slot in range(WINDOW_H * WINDOW_W):
@@ -186,23 +204,41 @@ def _forward_kernel(
             bias = load_row(bias_ptr, True, D, BLOCK, CHUNKS)
             norm_weight = load_row(norm_weight_ptr, True, D, BLOCK, CHUNKS)
             norm_bias = load_row(norm_bias_ptr, True, D, BLOCK, CHUNKS)
-            _, standard, _ = _standardise(values, bias, eps, D, HALF, BLOCK, CHUNKS)
+            hidden = _hidden(values, bias, TANH, HALF, CHUNKS)
+            mean = sum_row(hidden, CHUNKS) * (1.0 / D)
+            centred = _centred(hidden, mean, D, BLOCK, CHUNKS)
+            inverse_std = 1.0 / tl.sqrt(dot_rows(centred, centred, CHUNKS) * (1.0 / D) + eps)
+            standard = scale_row(centred, inverse_std, CHUNKS)
             values = multiply_add_rows(standard, norm_weight, norm_bias, CHUNKS)
-        unit = scale_row(values, UNIT * inverse_norm(values, CHUNKS), CHUNKS)
-        frozen = scale_row(frozen, UNIT * inverse_norm(frozen, CHUNKS), CHUNKS)
+        scale = inverse_norm(values, CHUNKS)
+        frozen_scale = inverse_norm(frozen, CHUNKS)
+        unit = scale_row(values, UNIT * scale, CHUNKS)
+        frozen = scale_row(frozen, UNIT * frozen_scale, CHUNKS)
         difference = add_rows(unit, frozen, -1.0, CHUNKS)
         if KL:
-            weight, total, _, mean_growth = _growth(frozen, difference, D, BLOCK, CHUNKS)
+            weight, growth = _growth(frozen, difference, D, BLOCK, CHUNKS)
+            total = sum_row(weight, CHUNKS)
+            mean_growth = dot_rows(weight, growth, CHUNKS) / total
             term = log1p(mean_growth) - dot_rows(weight, difference, CHUNKS) / (UNIT * total)
         else:
             term = dot_rows(difference, difference, CHUNKS) / (UNIT * UNIT)
-        tl.store(terms_base + token, term, mask=exists)
+        tl.store(terms_base + token, term * term_scale, mask=exists)
+        if STATISTICS:
+            statistics = statistics_ptr + (view_of_sample * height * width + token) * STATISTICS
+            if HEAD:
+                tl.store(statistics, mean, mask=exists)
+                tl.store(statistics + 1, inverse_std, mask=exists)
+            tl.store(statistics + 2, scale, mask=exists)
+            tl.store(statistics + 3, frozen_scale, mask=exists)
+            if KL:
+                tl.store(statistics + 4, total, mask=exists)
+                tl.store(statistics + 5, mean_growth, mask=exists)
         if POOL:
             pooled = add_rows(pooled, unit, 1.0 / (UNIT * WINDOW_H * WINDOW_W), CHUNKS)
 
     if POOL:
         whole_cell, is_whole = _whole_cell(cell, height, width, WINDOW_H, WINDOW_W)
-        pooled_row = pooled_ptr + ((sample * views + view) * whole_cells + whole_cell) * D
+        pooled_row = pooled_ptr + (view_of_sample * whole_cells + whole_cell) * D
         store_row(pooled_row, pooled, is_whole, D, BLOCK, CHUNKS)
 
 
@@ -213,6 +249,7 @@ def _backward_kernel(
     bias_ptr: tl.tensor,
     norm_weight_ptr: tl.tensor,
     norm_bias_ptr: tl.tensor,
+    statistics_ptr: tl.tensor,
     grad_term_ptr: tl.tensor,
     grad_cycle_ptr: tl.tensor,
     grad_pooled_ptr: tl.tensor,
@@ -229,19 +266,20 @@ def _backward_kernel(
     height: tl.tensor,
     width: tl.tensor,
     whole_cells: tl.tensor,
-    eps: tl.tensor,
     term_scale: tl.tensor,
     pooled_scale: tl.tensor,
     D: tl.constexpr,
     WINDOW_H: tl.constexpr,
     WINDOW_W: tl.constexpr,
     HEAD: tl.constexpr,
+    TANH: tl.constexpr,
     KL: tl.constexpr,
     POOL: tl.constexpr,
     HALF: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
+    STATISTICS: tl.constexpr,
 ) -> None:
     """Each program takes every num_programs-th cell and keeps its sums for the parameters in registers.
 
@@ -273,18 +311,26 @@ def _backward_kernel(
             token, exists = _token_of_cell(cell, slot, height, width, WINDOW_H, WINDOW_W)
             values = load_row(input_base + token * input_stride_n, exists, D, BLOCK, CHUNKS)
             frozen = load_row(frozen_base + token * frozen_stride_n, exists, D, BLOCK, CHUNKS)
+            statistics = statistics_ptr + (view_of_sample * height * width + token) * STATISTICS
             if HEAD:
                 bias = load_row(bias_ptr, True, D, BLOCK, CHUNKS)
                 norm_weight = load_row(norm_weight_ptr, True, D, BLOCK, CHUNKS)
                 norm_bias = load_row(norm_bias_ptr, True, D, BLOCK, CHUNKS)
-                hidden, standard, inverse_std = _standardise(values, bias, eps, D, HALF, BLOCK, CHUNKS)
+                mean = tl.load(statistics, mask=exists, other=0.0)
+                inverse_std = tl.load(statistics + 1, mask=exists, other=0.0)
+                hidden = _hidden(values, bias, TANH, HALF, CHUNKS)
+                standard = scale_row(_centred(hidden, mean, D, BLOCK, CHUNKS), inverse_std, CHUNKS)
                 values = multiply_add_rows(standard, norm_weight, norm_bias, CHUNKS)
-            scale = inverse_norm(values, CHUNKS)
+            # A token that does not exist has no gradient, but the head's bias would give it one.
+            scale = tl.load(statistics + 2, mask=exists, other=0.0)
             unit = scale_row(values, UNIT * scale, CHUNKS)
-            frozen = scale_row(frozen, UNIT * inverse_norm(frozen, CHUNKS), CHUNKS)
+            frozen_scale = tl.load(statistics + 3, mask=exists, other=0.0)
+            frozen = scale_row(frozen, UNIT * frozen_scale, CHUNKS)
             difference = add_rows(unit, frozen, -1.0, CHUNKS)
             if KL:
-                weight, total, growth, mean_growth = _growth(frozen, difference, D, BLOCK, CHUNKS)
+                weight, growth = _growth(frozen, difference, D, BLOCK, CHUNKS)
+                total = tl.load(statistics + 4, mask=exists, other=1.0)
+                mean_growth = tl.load(statistics + 5, mask=exists, other=0.0)
                 factor = grad_term / (total * (1.0 + mean_growth))
                 grad = ()
                 for c in tl.static_range(CHUNKS):
@@ -297,19 +343,20 @@ def _backward_kernel(
 
             # A norm below its floor is a constant, so nothing flows through it.
             along = tl.where(scale < 1e12, dot_rows(unit, grad, CHUNKS) / (UNIT * UNIT), 0.0)
-            # A token that does not exist has no gradient, but the head's bias would give it one.
-            scale = tl.where(exists, scale, 0.0)
             grad = scale_row(add_rows(grad, unit, -along, CHUNKS), scale, CHUNKS)
             if HEAD:
                 grad_norm_bias = add_rows(grad_norm_bias, grad, 1.0, CHUNKS)
                 grad_norm_weight = multiply_add_rows(grad, standard, grad_norm_weight, CHUNKS)
                 grad = multiply_rows(grad, norm_weight, CHUNKS)
-                mean = sum_row(grad, CHUNKS) * (inverse_std / D)
-                along = dot_rows(grad, standard, CHUNKS) * (inverse_std / D)
+                grad_mean, along = sum_two(
+                    sum_chunks(grad, CHUNKS), sum_chunks(multiply_rows(grad, standard, CHUNKS), CHUNKS)
+                )
+                grad_mean *= inverse_std / D
+                along *= inverse_std / D
                 through = ()
                 for c in tl.static_range(CHUNKS):
-                    centred = grad[c] * inverse_std - mean - standard[c] * along
-                    through = append(through, centred * (1.0 - hidden[c] * hidden[c]))
+                    centred = grad[c] * inverse_std - grad_mean - standard[c] * along
+                    through = append(through, centred * (1.0 - hidden[c] * hidden[c]) if TANH else centred)
                 grad = through
                 grad_bias = add_rows(grad_bias, grad, 1.0, CHUNKS)
             store_row(grad_base + token * D, grad, exists, D, BLOCK, CHUNKS)
@@ -326,6 +373,10 @@ def pooled_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float32 else torch.float16
 
 
+def statistics_shape(inputs_BTND: Tensor, wanted: bool) -> tuple[int, ...]:
+    return (*inputs_BTND.shape[:3], STATISTICS) if wanted else (0,)
+
+
 def launch_forward(
     inputs_BTND: Tensor,
     frozen_BTND: Tensor,
@@ -334,18 +385,23 @@ def launch_forward(
     *,
     kl: bool,
     pool: bool,
-) -> tuple[Tensor, Tensor]:
-    """Separability terms (B, T, N) in fp32; pooled tokens (B, T, M, D), empty without `pool`."""
+    term_scale: float,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Separability terms (B, T, N) x term_scale in fp32; pooled tokens (B, T, M, D), empty without `pool`;
+    what `launch_backward` needs, empty without `statistics`."""
     samples, views, tokens, channels = inputs_BTND.shape
     terms_BTN = inputs_BTND.new_empty((samples, views, tokens), dtype=torch.float32)
+    statistics_BTNS = inputs_BTND.new_empty(statistics_shape(inputs_BTND, statistics), dtype=torch.float32)
     pooled_shape = (samples, views, cells.whole, channels) if pool else (0,)
     pooled_BTMD = inputs_BTND.new_empty(pooled_shape, dtype=pooled_dtype(inputs_BTND.dtype))
     with on_device(inputs_BTND):
-        _forward_kernel[(cells.shape[0] * cells.shape[1], samples * views)](
+        _forward_kernel[(cells.shape[0] * cells.shape[1] * samples * views,)](
             inputs_BTND,
             frozen_BTND,
             *(head[:3] if head else (inputs_BTND,) * 3),
             terms_BTN,
+            statistics_BTNS,
             pooled_BTMD,
             *inputs_BTND.stride()[:3],
             *frozen_BTND.stride()[:3],
@@ -353,9 +409,11 @@ def launch_forward(
             *cells.grid,
             cells.whole,
             head.norm_eps if head else 0.0,
+            term_scale,
+            STATISTICS=STATISTICS if statistics else 0,
             **_constants(inputs_BTND, cells, head=head, kl=kl, pool=pool, channels_per_warp=1024),
         )
-    return terms_BTN, pooled_BTMD
+    return terms_BTN, pooled_BTMD, statistics_BTNS
 
 
 def launch_backward(
@@ -363,6 +421,7 @@ def launch_backward(
     frozen_BTND: Tensor,
     head: HeadParameters | None,
     cells: Cells,
+    statistics_BTNS: Tensor,
     grad_term: Tensor,
     grad_cycle: Tensor,
     grad_pooled_BTMD: Tensor | None,
@@ -378,10 +437,16 @@ def launch_backward(
     """
     samples, views, _, channels = inputs_BTND.shape
     pool = grad_pooled_BTMD is not None
-    constants = _constants(inputs_BTND, cells, head=head, kl=kl, pool=pool, channels_per_warp=384)
-    # Twelve warps to a multiprocessor is what the registers of this kernel leave room for.
-    resident = max(1, 12 // constants["num_warps"]) * multiprocessors(inputs_BTND.device)
-    programs = min(cells.shape[0] * cells.shape[1] * samples * views, resident)
+    channels_per_warp = 768 if head else 1024
+    constants = _constants(
+        inputs_BTND, cells, head=head, kl=kl, pool=pool, channels_per_warp=channels_per_warp
+    )
+    programs = cells.shape[0] * cells.shape[1] * samples * views
+    if head:
+        # As many as run at once: each writes its sums for the parameters.
+        threads = 32 * constants["num_warps"]
+        registers = min(255, 64 + 8 * constants["BLOCK"] * constants["CHUNKS"] // threads)
+        programs = min(programs, 65536 // (threads * registers) * multiprocessors(inputs_BTND.device))
     grad_BTND = torch.empty_like(inputs_BTND, memory_format=torch.contiguous_format)
     partial_P3D = inputs_BTND.new_empty((programs, 3, channels), dtype=torch.float32) if head else None
     with on_device(inputs_BTND):
@@ -389,6 +454,7 @@ def launch_backward(
             inputs_BTND,
             frozen_BTND,
             *(head[:3] if head else (inputs_BTND,) * 3),
+            statistics_BTNS,
             grad_term,
             grad_cycle,
             grad_pooled_BTMD if pool else inputs_BTND,
@@ -400,9 +466,9 @@ def launch_backward(
             views,
             *cells.grid,
             cells.whole,
-            head.norm_eps if head else 0.0,
             term_scale,
             pooled_scale,
+            STATISTICS=STATISTICS,
             **constants,
         )
     return grad_BTND, None if partial_P3D is None else partial_P3D.sum(0)
@@ -418,11 +484,14 @@ def _constants(
         "WINDOW_H": cells.window[0],
         "WINDOW_W": cells.window[1],
         "HEAD": head is not None,
+        "TANH": head is not None and head.tanh,
         "KL": kl,
         "POOL": pool,
         "HALF": inputs.dtype != torch.float32,
         "UNIT": LOG2_E,
         "BLOCK": block,
         "CHUNKS": chunks,
+        # Triton 3.10 turns multiply-and-add off unless asked for it.
+        "enable_fp_fusion": True,
         "num_warps": max(1, power_of_two(triton.cdiv(block * chunks, channels_per_warp))),
     }

@@ -137,10 +137,15 @@ def separability_of(frozen_BTND: Tensor, projected_BTND: Tensor, regularizer: Re
 
 
 def head_epilogue(
-    linear_BTND: Tensor, bias_D: Tensor, norm_weight_D: Tensor, norm_bias_D: Tensor, eps: float
+    linear_BTND: Tensor, bias_D: Tensor, norm_weight_D: Tensor, norm_bias_D: Tensor, eps: float, tanh: bool
 ) -> Tensor:
-    """What follows the head's last matrix product: layer_norm(tanh(linear + bias)), any leading shape."""
-    hidden = torch.tanh(at_least_float32(linear_BTND) + bias_D)
+    """What follows the head's last matrix product: layer_norm(tanh(linear + bias)), any leading shape.
+
+    Without `tanh`, layer_norm(linear + bias).
+    """
+    hidden = at_least_float32(linear_BTND) + bias_D
+    if tanh:
+        hidden = hidden.tanh()
     affine = (norm_weight_D.to(hidden.dtype), norm_bias_D.to(hidden.dtype))
     return functional.layer_norm(hidden, hidden.shape[-1:], *affine, eps)
 

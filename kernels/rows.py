@@ -7,7 +7,7 @@ D.
 
 from __future__ import annotations
 
-from .runtime import inline, power_of_two, tl
+from .runtime import INTERPRETED, inline, power_of_two, tl
 
 
 def row_blocks(channels: int) -> tuple[int, int]:
@@ -61,11 +61,39 @@ def zero_row(BLOCK: tl.constexpr, CHUNKS: tl.constexpr) -> tl.tensor:
 
 
 @inline
-def sum_row(row: tl.tensor, CHUNKS: tl.constexpr) -> tl.tensor:
+def sum_chunks(row: tl.tensor, CHUNKS: tl.constexpr) -> tl.tensor:
+    """One block, the sum of the row's."""
     total = row[0]
     for c in tl.static_range(1, CHUNKS):
         total += row[c]
-    return tl.sum(total, 0)
+    return total
+
+
+@inline
+def sum_row(row: tl.tensor, CHUNKS: tl.constexpr) -> tl.tensor:
+    return tl.sum(sum_chunks(row, CHUNKS), 0)
+
+
+@inline
+def _add_two(
+    left: tl.tensor, right: tl.tensor, other_left: tl.tensor, other_right: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
+    return left + other_left, right + other_right
+
+
+if INTERPRETED:
+
+    @inline
+    def sum_two(left: tl.tensor, right: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+        """The sums of two blocks; the interpreter takes a reduction of tuples number by number."""
+        return tl.sum(left, 0), tl.sum(right, 0)
+
+else:
+
+    @inline
+    def sum_two(left: tl.tensor, right: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+        """The sums of two blocks, which warps exchange together."""
+        return tl.reduce((left, right), 0, _add_two)
 
 
 @inline

@@ -65,9 +65,16 @@ def _obstacle(tensors: dict[str, Tensor]) -> str | None:
     for name, tensor in tensors.items():
         if tensor.dtype not in TRITON_DTYPES:
             return f"{name} must be float16, bfloat16 or float32 for backend 'triton', got {tensor.dtype}"
-        if not tensor.is_cuda and not INTERPRETED:
-            return f"{name} must be on a CUDA device for backend 'triton', got {tensor.device}: use 'eager'"
+        if not INTERPRETED and not _is_supported(tensor.device):
+            expected = "an NVIDIA GPU of compute capability 8.0 or newer"
+            return f"{name} must be on {expected} for backend 'triton', got {tensor.device}: use 'eager'"
     return None
+
+
+@torch.compiler.assume_constant_result
+def _is_supported(device: torch.device) -> bool:
+    """Whether the device is an NVIDIA GPU from Ampere on; torch.compile asks once, while it traces."""
+    return device.type == "cuda" and torch.version.hip is None and compute_capability(device) >= (8, 0)
 
 
 def operator(
@@ -107,6 +114,11 @@ def unit_stride(tensor: Tensor) -> Tensor:
 def multiprocessors(device: torch.device) -> int:
     """Number of streaming multiprocessors of the device; 1 under the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """The GPU's generation: (8, 0) Ampere, (9, 0) Hopper, (10, 0) Blackwell; (9, 0) for other devices."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 def on_device(tensor: Tensor) -> torch.cuda.device:

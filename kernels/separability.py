@@ -17,9 +17,9 @@ from torch import Tensor
 
 from . import reference
 from .checks import check_regularizer, check_same, check_tokens
-from .epilogue import Cells, launch_backward, launch_forward
+from .epilogue import Cells, launch_backward, launch_forward, statistics_shape
 from .reference import Regularizer
-from .runtime import Backend, operator, unit_stride, use_triton
+from .runtime import Backend, operator, unit_stride, use_triton, wants_gradient
 
 
 def _cells(projected: Tensor) -> Cells:
@@ -33,16 +33,19 @@ def _scale(projected: Tensor, kl: bool) -> float:
 
 @operator(
     "separability_backward",
-    "(Tensor grad, Tensor projected, Tensor frozen, bool kl) -> Tensor",
-    fake=lambda grad, projected, frozen, kl: projected.new_empty(projected.shape),
+    "(Tensor grad, Tensor statistics, Tensor projected, Tensor frozen, bool kl) -> Tensor",
+    fake=lambda grad, statistics, projected, frozen, kl: projected.new_empty(projected.shape),
 )
-def _separability_backward(grad: Tensor, projected: Tensor, frozen: Tensor, kl: bool) -> Tensor:
+def _separability_backward(
+    grad: Tensor, statistics: Tensor, projected: Tensor, frozen: Tensor, kl: bool
+) -> Tensor:
     projected = unit_stride(projected)
     return launch_backward(
         projected,
         unit_stride(frozen),
         None,
         _cells(projected),
+        statistics,
         grad,
         grad,
         None,
@@ -52,26 +55,40 @@ def _separability_backward(grad: Tensor, projected: Tensor, frozen: Tensor, kl: 
     )[0]
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    projected, frozen, ctx.kl = inputs
-    ctx.save_for_backward(projected, frozen)
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    projected, frozen, ctx.kl, _ = inputs
+    ctx.save_for_backward(output[1], projected, frozen)
+    ctx.mark_non_differentiable(output[1])
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    return _separability_backward(grad, *ctx.saved_tensors, ctx.kl), None, None
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+    return _separability_backward(grad, *ctx.saved_tensors, ctx.kl), None, None, None
 
 
 @operator(
     "separability",
-    "(Tensor projected, Tensor frozen, bool kl) -> Tensor",
-    fake=lambda projected, frozen, kl: projected.new_empty((), dtype=torch.float32),
+    "(Tensor projected, Tensor frozen, bool kl, bool grad) -> (Tensor, Tensor)",
+    fake=lambda projected, frozen, kl, grad: (
+        projected.new_empty((), dtype=torch.float32),
+        projected.new_empty(statistics_shape(projected, grad), dtype=torch.float32),
+    ),
     setup_context=_save_inputs,
     backward=_differentiate,
 )
-def _separability(projected: Tensor, frozen: Tensor, kl: bool) -> Tensor:
+def _separability(projected: Tensor, frozen: Tensor, kl: bool, grad: bool) -> tuple[Tensor, Tensor]:
+    """The loss, 0-d, and what the backward needs, empty without `grad`."""
     projected = unit_stride(projected)
-    terms_BTN, _ = launch_forward(projected, unit_stride(frozen), None, _cells(projected), kl=kl, pool=False)
-    return terms_BTN.sum() * _scale(projected, kl)
+    terms_BTN, _, statistics_BTNS = launch_forward(
+        projected,
+        unit_stride(frozen),
+        None,
+        _cells(projected),
+        kl=kl,
+        pool=False,
+        term_scale=_scale(projected, kl),
+        statistics=grad,
+    )
+    return terms_BTN.sum(), statistics_BTNS
 
 
 def separability_loss(
@@ -93,6 +110,7 @@ def separability_loss(
     check_same("projected", projected, "frozen", frozen)
     check_regularizer(regularizer)
     if use_triton(backend, frozen=frozen, projected=projected):
-        value: Tensor = _separability(projected, frozen.detach(), regularizer == "kl")
+        grad = wants_gradient(projected)
+        value: Tensor = _separability(projected, frozen.detach(), regularizer == "kl", grad)[0]
         return value
     return reference.separability_loss(frozen, projected, regularizer)

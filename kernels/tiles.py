@@ -52,3 +52,13 @@ def logits_tile(
         key_KD = load_tokens(key_ptr, columns, channels, keys, D)
         logits_QK = dot(query_QD, tl.trans(key_KD), logits_QK)
     return logits_QK * scale
+
+
+@inline
+def own_block(blocks: tl.tensor, BLOCK: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """Sample of a program and the tokens of its block: the blocks of a sample run side by side.
+
+    Along one axis of the launch, for the others end at 65,535.
+    """
+    program = tl.program_id(0)
+    return (program // blocks).to(tl.int64), program % blocks * BLOCK + tl.arange(0, BLOCK)

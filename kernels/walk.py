@@ -52,10 +52,10 @@ def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, Non
 def _cycle_three_views(walk_B3MD: Tensor, temperature: float, grad: bool) -> tuple[Tensor, Tensor]:
     """The loss, 0-d, and its gradient for the walk, both in fp32."""
     rows = walk_B3MD.shape[0] * walk_B3MD.shape[2]
-    sums, grad_walk = launch_three_views(
+    figures_1BM, grad_walk = launch_three_views(
         walk_B3MD.contiguous(), temperature, grad_dtype=torch.float32 if grad else None, diagnostics=False
     )
-    return sums[0] / rows, grad_walk.div_(grad_scale(walk_B3MD.shape[2]) * temperature * rows)
+    return figures_1BM.mean(), grad_walk.div_(grad_scale(walk_B3MD.shape[2]) * temperature * rows)
 
 
 def cycle_consistency_loss(
@@ -64,9 +64,8 @@ def cycle_consistency_loss(
     """Cross-entropy of a random walk through the views that is to end in the cell of its start, a 0-d tensor.
 
     Args:
-        walk: (B, T, M, D) tokens of T >= 2 views in the order of the walk, normalised and pooled as they
-        are to
-            be compared. Co-Settle walks frame 1, frame 2, frame 1 with asymmetric positions.
+        walk: (B, T, M, D) tokens of T >= 2 views in the order of the walk, normalised and pooled as they are
+            to be compared. Co-Settle walks frame 1, frame 2, frame 1 with asymmetric positions.
         temperature: of the transition probabilities, above 0.
         there_and_back: walk on from the last view through the others back to the first, 2 T - 2 steps in all.
         backend: `auto` (Triton on CUDA tensors where Triton is installed, else eager), `triton` or `eager`.

@@ -2,9 +2,11 @@
 
 import importlib
 import importlib.util
+import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,23 +40,38 @@ def fused(frozen: Tensor, projected: Tensor) -> Tensor:
     return cosettle_loss(frozen, projected, (2, 2), backend="triton", diagnostics=False).loss
 
 
-def test_compile_sees_through(device: str) -> None:
+def fused_head(frozen: Tensor, linear: Tensor) -> Tensor:
+    parameters = (frozen.new_ones(16), frozen.new_ones(16), frozen.new_zeros(16))
+    return cosettle_head_loss(frozen, linear, *parameters, (2, 2), backend="triton").loss
+
+
+def walk_there_and_back(frozen: Tensor, walk: Tensor) -> Tensor:
+    return cycle_consistency_loss(walk, 0.1, there_and_back=True, backend="triton")
+
+
+def separability(frozen: Tensor, projected: Tensor) -> Tensor:
+    return separability_loss(frozen, projected, backend="triton")
+
+
+@pytest.mark.parametrize("loss", [fused, fused_head, walk_there_and_back, separability])
+def test_compile_sees_through(device: str, loss: Callable[..., Tensor]) -> None:
     frozen, projected = (torch.randn(1, 3, 4, 16, device=device) for _ in range(2))
     projected.requires_grad_()
-    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
-    truth, value = fused(frozen, projected), compiled(frozen, projected)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    truth, value = loss(frozen, projected), compiled(frozen, projected)
     assert torch.equal(value, truth)
-    truth_grad, value_grad = (torch.autograd.grad(loss, projected)[0] for loss in (truth, value))
+    truth_grad, value_grad = (torch.autograd.grad(result, projected)[0] for result in (truth, value))
     assert torch.equal(value_grad, truth_grad)
 
 
-def test_export_keeps_the_operator(device: str) -> None:
+def test_an_exported_program_keeps_the_operator(device: str, tmp_path: Path) -> None:
     class Loss(torch.nn.Module):
         def forward(self, frozen: Tensor, projected: Tensor) -> Tensor:
             return fused(frozen, projected)
 
     frozen, projected = (torch.randn(1, 3, 4, 16, device=device) for _ in range(2))
-    program = torch.export.export(Loss(), (frozen, projected))
+    torch.export.save(torch.export.export(Loss(), (frozen, projected)), tmp_path / "loss.pt2")
+    program = torch.export.load(tmp_path / "loss.pt2")
     assert "fasttrain_kernels.cosettle" in str(program.graph)
     assert torch.equal(program.module()(frozen, projected), fused(frozen, projected))
 
@@ -70,11 +87,17 @@ def test_operators_pass_opcheck(device: str) -> None:
     for operator, arguments in [
         (
             operators.cosettle,
-            (tokens(1, 3, 4, 16), frozen, *parameters, 1e-5, 2, 2, 2, 0.1, True, True, True),
+            (tokens(1, 3, 4, 16), frozen, *parameters, 1e-5, True, 2, 2, 2, 0.1, True, True, True),
         ),
-        (operators.separability, (tokens(1, 3, 4, 16), frozen, True)),
+        (operators.separability, (tokens(1, 3, 4, 16), frozen, True, True)),
         (operators.affinity_softmax, (tokens(1, 3, 16), tokens(1, 4, 16), 0.1)),
         (operators.cycle_three_views, (tokens(1, 3, 4, 16), 0.1, True)),
+        # Without gradient and diagnostics the outputs for them are empty.
+        (
+            operators.cosettle,
+            (frozen, frozen, None, None, None, 0.0, False, 2, 2, 2, 0.1, False, False, False),
+        ),
+        (operators.separability, (frozen, frozen, False, False)),
     ]:
         torch.library.opcheck(operator.default, arguments, test_utils=checks)
 
@@ -86,6 +109,23 @@ def test_a_second_registration_replaces_the_first(device: str) -> None:
         module.separability_loss(frozen, projected, backend="triton"),
         separability_loss(frozen, projected, backend="triton"),
     )
+
+
+def test_a_second_import_replaces_the_first(tmp_path: Path) -> None:
+    """As a notebook does that clears sys.modules, or a test that wants the package afresh."""
+    code = """
+import sys, torch, fasttrain_kernels
+first = fasttrain_kernels.cosettle_loss
+for name in [name for name in sys.modules if name.startswith("fasttrain_kernels")]:
+    del sys.modules[name]
+import fasttrain_kernels
+frozen, projected = torch.randn(2, 1, 3, 4, 8)
+assert fasttrain_kernels.cosettle_loss is not first
+print(fasttrain_kernels.cosettle_loss(frozen, projected, (2, 2)).loss.item()
+      == first(frozen, projected, (2, 2)).loss.item())
+"""
+    (tmp_path / "fasttrain_kernels").symlink_to(FOLDER)
+    assert run_python(code, tmp_path).strip() == "True"
 
 
 def test_a_copy_under_another_name_stands_beside_the_original(tmp_path: Path) -> None:
@@ -128,7 +168,22 @@ except ValueError as error:
     print(error)
 """
     (tmp_path / "fasttrain_kernels").symlink_to(FOLDER)
-    assert "frozen must be on a CUDA device for backend 'triton', got cpu" in run_python(code, tmp_path)
+    expected = (
+        "frozen must be on an NVIDIA GPU of compute capability 8.0 or newer for backend 'triton', got cpu"
+    )
+    assert expected in run_python(code, tmp_path)
+
+
+def test_the_choice_of_the_backend_compiles(tmp_path: Path) -> None:
+    code = """
+import torch
+from fasttrain_kernels import cosettle_loss
+compiled = torch.compile(cosettle_loss, backend="aot_eager", fullgraph=True)
+frozen, projected = torch.randn(2, 1, 3, 4, 8)
+print(torch.allclose(compiled(frozen, projected, (2, 2)).loss, cosettle_loss(frozen, projected, (2, 2)).loss))
+"""
+    (tmp_path / "fasttrain_kernels").symlink_to(FOLDER)
+    assert run_python(code, tmp_path).strip() == "True"
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
@@ -137,10 +192,11 @@ def test_compiles_without_spilling_at_the_papers_shape(architecture: int, tmp_pa
     code = f"""
 import torch
 from benchmarks.kernel_resources import compile_launch, launches_at, resources
-cases = launches_at(768, torch.bfloat16)
+cases = launches_at(768, torch.bfloat16, {architecture})
 for name in ("head forward", "head backward", "cycle"):
-    found = resources(compile_launch(cases[name][0], {architecture}))
-    print(name, found["spill_bytes"], found["tensor_cores"])
+    for launch in cases[name]:
+        found = resources(compile_launch(launch, {architecture}))
+        print(name, found["spill_bytes"], found["tensor_cores"])
 """
     (tmp_path / "fasttrain_kernels").symlink_to(FOLDER)
     lines = run_python(code, tmp_path, FOLDER.parent).splitlines()
@@ -148,22 +204,51 @@ for name in ("head forward", "head backward", "cycle"):
     assert lines == ["head forward 0 None", "head backward 0 None", f"cycle 0 {cores}"]
 
 
+@pytest.mark.parametrize("version", ["3.6", "3.9"])
+def test_the_recorded_tables_have_no_spills_at_the_papers_shape(version: str) -> None:
+    path = FOLDER.resolve().parent / "benchmarks" / "results" / "kernels_compile.json"
+    if not path.is_file():
+        pytest.skip(f"needs {path}, which an installed package does not have")
+    tables = json.loads(path.read_text(encoding="utf-8"))["triton"]
+    (table,) = (table for name, table in tables.items() if name.startswith(version))
+    rows = table["kernels"]
+    assert {row["architecture"] for row in rows} == {"sm_80", "sm_90", "sm_100"}
+    spilled = [row for row in rows if row["spill_bytes"]]
+    at_49_tokens = [row for row in spilled if row["case"] != "streaming"]
+    assert [row for row in at_49_tokens if (row["channels"], row["dtype"]) == (768, "bfloat16")] == []
+    # Elsewhere a few registers at most, which buy the compiler a second block on a multiprocessor.
+    assert all(row["spill_bytes"] <= 32 for row in spilled)
+
+
 GOOD = torch.randn(1, 3, 4, 8)
 BAD_LOSS = {
     "frozen must have the non-empty shape": {"frozen": GOOD[0]},
+    "frozen must be a tensor, got list": {"frozen": GOOD.tolist()},
     "frozen must be float16": {"frozen": GOOD.long()},
+    "projected must be float16, bfloat16, float32 or float64, got torch.int8": {
+        "projected": GOOD.to(torch.int8),
+        "backend": "triton",
+    },
     "frozen must hold 3 views": {"frozen": GOOD[:, :2], "projected": GOOD[:, :2]},
     "projected must have the shape of frozen": {"projected": GOOD[..., :7]},
     "projected must be on the device of frozen": {"projected": GOOD.to("meta")},
     "grid must be two positive integers": {"grid": (4,)},
     "grid must have h . w == N == 4 cells": {"grid": (3, 2)},
-    "window must be an integer from 1 to 2": {"window": 3},
+    "window must be an integer from 1 to 2, the grid's shorter side, got 3": {"window": 3},
+    "window must be an integer from 1 to 2, the grid's shorter side, got 0": {"window": 0},
+    "window must be an integer from 1 to 2, the grid's shorter side, got 2.0": {"window": 2.0},
     "temperature must be a finite number above 0, got 0": {"temperature": 0},
+    "temperature must be a finite number above 0, got -0.03": {"temperature": -0.03},
     "temperature must be a finite number above 0, got nan": {"temperature": float("nan")},
+    "temperature must be a finite number above 0, got '0.03'": {"temperature": "0.03"},
     "lambda_reg must be a finite number": {"lambda_reg": -1.0},
     "regularizer must be one of kl, mse, got 'l1'": {"regularizer": "l1"},
     "backend must be one of auto, triton, eager, got 'cuda'": {"backend": "cuda"},
     "frozen must be float16, bfloat16 or float32 for backend": {"frozen": GOOD.double(), "backend": "triton"},
+    "projected must be float16, bfloat16 or float32 for backend": {
+        "projected": GOOD.double(),
+        "backend": "triton",
+    },
 }
 
 
@@ -178,6 +263,24 @@ def test_bad_input_of_the_parts() -> None:
     parameter = torch.ones(8)
     with pytest.raises(ValueError, match="norm_weight must have the 8 channels of linear"):
         cosettle_head_loss(GOOD, GOOD, parameter, parameter[:7], parameter, (2, 2))
+    with pytest.raises(ValueError, match="bias must be on the device of linear, cpu, got meta"):
+        cosettle_head_loss(GOOD, GOOD, parameter.to("meta"), parameter, parameter, (2, 2))
+    with pytest.raises(ValueError, match="norm_eps must be a finite number, 0 or more, got -1"):
+        cosettle_head_loss(GOOD, GOOD, parameter, parameter, parameter, (2, 2), norm_eps=-1.0)
+    with pytest.raises(ValueError, match="linear must have the shape of frozen"):
+        cosettle_head_loss(GOOD, GOOD[:, :2], parameter, parameter, parameter, (2, 2))
+    with pytest.raises(
+        ValueError, match=r"walk must have the non-empty shape \(B, T, M, D\), got \(3, 4, 8\)"
+    ):
+        cycle_consistency_loss(GOOD[0])
+    with pytest.raises(ValueError, match="temperature must be a finite number above 0, got inf"):
+        cycle_consistency_loss(GOOD, float("inf"))
+    with pytest.raises(ValueError, match="temperature must be a finite number above 0, got 0"):
+        affinity_softmax(GOOD[:, 0], GOOD[:, 1], 0)
+    with pytest.raises(ValueError, match="key must be on the device of query, cpu, got meta"):
+        affinity_softmax(GOOD[:, 0], GOOD[:, 1].to("meta"))
+    with pytest.raises(ValueError, match="regularizer must be one of kl, mse, got None"):
+        separability_loss(GOOD, GOOD, None)
     with pytest.raises(ValueError, match="walk must hold 2 views or more"):
         cycle_consistency_loss(GOOD[:, :1])
     with pytest.raises(ValueError, match="key must have the B == 1, D == 8 and dtype"):

@@ -1,0 +1,156 @@
+"""What the kernels' launchers allocate: nothing of size M x M, and a fraction of what eager PyTorch holds.
+
+Counted, not measured: every tensor that an operation gives out, with the kernels themselves left out.
+"""
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fasttrain_kernels import (
+    cosettle_head_loss,
+    cosettle_loss,
+    cycle,
+    cycle_consistency_loss,
+    cycle_streaming,
+    epilogue,
+)
+
+
+class Allocations(TorchDispatchMode):
+    """Largest number of elements given out at once, and the peak of the bytes alive."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device.upper()))
+        self.largest = self.alive = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "fasttrain_kernels":
+            # Into the operator: from its implementation on, with this mode in force again.
+            with self:
+                result = function.redispatch(self.keys, *args, **(kwargs or {}))
+        else:
+            result = function(*args, **(kwargs or {}))
+        given = {
+            id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
+        }
+        for tensor in tree_leaves(result):
+            if not isinstance(tensor, Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            if id(storage) in self.known or id(storage) in given:
+                continue
+            self.known.add(id(storage))
+            self.largest = max(self.largest, tensor.numel())
+            self.alive += storage.nbytes()
+            self.peak = max(self.peak, self.alive)
+            weakref.finalize(storage, self._freed, id(storage), storage.nbytes())
+        return result
+
+    def _freed(self, name: int, size: int) -> None:
+        self.known.discard(name)
+        self.alive -= size
+
+
+class Silent:
+    """Stands in for a kernel: a launch does nothing."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *arguments, **options: None
+
+
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch, device: str) -> Iterator[None]:
+    for module in (cycle, cycle_streaming, epilogue):
+        for name in vars(module).copy():
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, Silent())
+    return
+
+
+@pytest.mark.parametrize("diagnostics", [False, True])
+@pytest.mark.parametrize(("grid", "window"), [((14, 14), 2), ((18, 18), 1)])
+def test_the_loss_allocates_nothing_quadratic(
+    without_kernels: None, device: str, grid: tuple[int, int], window: int, diagnostics: bool
+) -> None:
+    """49 tokens of the fused kernel and 324 of the streaming form, with fewer channels than tokens."""
+    batch, cells = 2, grid[0] * grid[1]
+    found = {}
+    for backend in ("triton", "eager"):
+        frozen, projected = torch.randn(2, batch, 3, cells, 8, device=device)
+        projected.requires_grad_()
+        with Allocations(device) as allocations:
+            out = cosettle_loss(
+                frozen, projected, grid, window=window, backend=backend, diagnostics=diagnostics
+            )
+            out.loss.backward()
+        found[backend] = allocations.largest
+    pooled = (grid[0] // window) * (grid[1] // window)
+    assert found["triton"] == batch * 3 * cells * 8
+    assert found["eager"] >= batch * pooled * pooled
+
+
+def test_a_walk_over_three_views_allocates_nothing_quadratic(without_kernels: None, device: str) -> None:
+    walk = torch.randn(2, 3, 100, 8, device=device, requires_grad=True)
+    with Allocations(device) as allocations:
+        cycle_consistency_loss(walk, backend="triton").backward()
+    assert allocations.largest == walk.numel()
+
+
+def test_peak_memory_at_the_papers_shape_is_a_fifth_of_eager(without_kernels: None, device: str) -> None:
+    """Linear layer, loss and gradients in mixed precision, two samples: token maps scale with the batch."""
+    weight = torch.randn(768, 768, device=device, requires_grad=True)
+    parameters = [torch.randn(768, device=device, requires_grad=True) for _ in range(3)]
+    frozen = torch.randn(2, 3, 196, 768, device=device, dtype=torch.bfloat16)
+    # Of the weight itself there are few copies in either case, and they do not grow with the batch.
+    token_map = frozen.numel() * frozen.element_size()
+    peaks = {}
+    for backend in ("triton", "eager"):
+        with Allocations(device) as allocations:
+            with torch.autocast(device, dtype=torch.bfloat16):
+                linear = torch.nn.functional.linear(frozen, weight)
+            out = cosettle_head_loss(
+                frozen, linear, *parameters, (14, 14), backend=backend, diagnostics=False
+            )
+            del linear
+            out.loss.backward()
+        peaks[backend] = allocations.peak / token_map
+        for parameter in (weight, *parameters):
+            parameter.grad = None
+        del out
+    assert peaks["triton"] <= peaks["eager"] / 5
+    # The linear layer's product, its gradient and a quarter map of the pooled tokens'; copies of the weight.
+    assert 2.25 < peaks["triton"] < 2.7
+
+
+def test_any_number_of_samples_can_be_launched(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch's second and third axis end at 65,535."""
+    grids: list[tuple[int, ...]] = []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            grids.append(grid)
+            return lambda *arguments, **options: None
+
+    for module, name in [
+        (cycle, "_cycle_kernel"),
+        *((cycle_streaming, name) for name in vars(cycle_streaming) if name.endswith("_kernel")),
+        (epilogue, "_forward_kernel"),
+    ]:
+        monkeypatch.setattr(module, name, Recorder())
+    samples = 100_000
+    for tokens in (49, 70):
+        walk = torch.empty(samples, 3, tokens, 8, device="meta")
+        cycle_streaming.launch_three_views(walk, 0.1, grad_dtype=torch.float32, diagnostics=True)
+    cells = epilogue.Cells((7, 10), (1, 1))
+    epilogue.launch_forward(walk, walk, None, cells, kl=True, pool=True, term_scale=1.0, statistics=True)
+    assert len(grids) == 9
+    assert all(side <= 65_535 for grid in grids for side in grid[1:])
