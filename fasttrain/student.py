@@ -143,7 +143,8 @@ class Student:
             losses = self.objective(frozen_B3ND, self.grid, diagnostics)
         with part("backward"):
             self.scaler.scale(losses.loss / self.recipe.train.accumulate).backward()
-        return losses
+        # Without history, which in a recording would outlive the pass.
+        return losses._make(value if value is None else value.detach() for value in losses)
 
     def update(self, lr: float) -> None:
         """One optimiser step."""
