@@ -248,7 +248,7 @@ def scaling(run: Run) -> dict[str, Any]:
     """A step over batch, resolution (tokens), number of backbones and, on a CPU, depth beside the peer's."""
     base = run.recipe
     batches = (32, 64, 128, 256) if run.device.type == "cuda" else (4, 8, 16, 32)
-    sizes = (224, 288, 384, 518 // 16 * 16) if run.device.type == "cuda" else (224, 288, 384)
+    sizes: tuple[int, ...] = (224, 288, 384, 512)
     rows: dict[str, list[dict[str, Any]]] = {"batch": [], "resolution": [], "backbones": []}
     counts: tuple[int, ...] = (1, 2, 4, 8)
     if run.short:
@@ -456,14 +456,20 @@ def obstacles(device: torch.device, recipe: Recipe) -> dict[str, str]:
 
 
 def plot(results: Path) -> Path:
-    """Four panels from the JSON alone: the peer, the switches, and growth with batch and backbones."""
+    """Panels from the JSON alone: the peer, the switches, with data, and how a step grows."""
     import matplotlib.pyplot as plt
 
     content = json.loads(results.read_text(encoding="utf-8"))
-    figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(16, 8), layout="constrained")
     bars(axes[0, 0], content["steps"]["timings"], "training step on resident frames")
     bars(axes[0, 1], content["switches"], "one switch of the encoder changed")
-    for axis, section, key in ((axes[1, 0], "batch", "batch"), (axes[1, 1], "backbones", "backbones")):
+    if "end_to_end" in content:
+        bars(axes[0, 2], content["end_to_end"]["timings"], "with data, and data alone")
+    else:
+        axes[0, 2].set_axis_off()
+    for axis, (section, key) in zip(
+        axes[1], {"batch": "batch", "resolution": "tokens", "backbones": "backbones"}.items(), strict=True
+    ):
         rows = content["scaling"][section]
         axis.plot([row[key] for row in rows], [row["ms"] for row in rows], marker="o")
         axis.set(xlabel=key, ylabel="ms a step", xlim=(0, None), ylim=(0, None))
