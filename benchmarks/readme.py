@@ -35,7 +35,7 @@ def speed_lines(content: dict[str, Any]) -> str:
                 )
                 for name, timing in steps["timings"].items()
             ]
-    for row in content["scaling"].get("depth", ()):
+    for row in content.get("scaling", {}).get("depth", ()):
         name = f"step on resident frames, {content['precision']}, depth {row['depth']}, ours"
         rows.append((name, row, row["speedup"]["ours over peer"]))
     if "end_to_end" in content:

@@ -6,13 +6,14 @@
 
 Weights are `random`: they do not matter here. On a CPU a small ViT stands in for the recipe's backbone
 (SMALL), in the recipe's precision and in fp32, and what counts are the ratios. Sections that cannot run (no
-DALI, no second GPU) stand in the JSON under `skipped` with the reason. Everything is measured in turns
-(measure.py).
+DALI, no second GPU), fail or are not reached stand in the JSON under `skipped` with the reason; it is written
+after every section. Everything is measured in turns (measure.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import gc
 import importlib.util
@@ -21,24 +22,35 @@ import os
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import WARM_UPS, Timing, copy_ceiling, interleave, matrix_ceiling, speedup
+from benchmarks.measure import (
+    WARM_UPS,
+    Timing,
+    copy_ceiling,
+    interleave,
+    matrix_ceiling,
+    speedup,
+    synchronize,
+)
 from benchmarks.peer import PeerStep
 from benchmarks.record import RESULTS, environment, write_results
 from fasttrain import distributed
+from fasttrain.backbones import Backbone, load_backbone
 from fasttrain.distributed import World
 from fasttrain.recipe import BackboneRecipe, Recipe, load_recipe
-from fasttrain.student import DTYPES, Student, student_recipes
+from fasttrain.student import DTYPES, Student, backbone_settings, student_recipes
 
+T = TypeVar("T")
 SMALL = (
     "backbone.name=dino",
     "backbone.embed_dim=192",
@@ -53,7 +65,6 @@ SWITCHES = {
     "three passes": {"batch_views": False},
     "weights cast at every step": {"cast_weights": False},
     "not compiled": {"compile": "none"},
-    "all pairs at once": {"chunk": 1_000_000},
     "fp8": {"precision": "fp8"},
 }
 GPU_SWITCHES = {
@@ -64,7 +75,10 @@ GPU_SWITCHES = {
     "CUDA graph, fp8": {"cuda_graph": True, "precision": "fp8"},
     "cuDNN attention": {"attention": "cudnn"},
 }
-CPU_SWITCHES = {"fused attention": {"attention": "flash"}}
+# On a GPU all pairs go at once as it is.
+CPU_SWITCHES = {"fused attention": {"attention": "flash"}, "all pairs at once": {"chunk": 1_000_000}}
+# Half a minute of compilation each on a GPU, for what is known to be slower or is the search for kernels.
+LONG_ON_GPU = ("three passes", "weights cast at every step", "compiled, max-autotune")
 
 
 class Run:
@@ -75,6 +89,9 @@ class Run:
         self.rounds = 3 if short else 7
         self.calls = 10 if self.device.type == "cuda" else 1
         self.pairs = recipe.train.batch_size
+        # What was tried and did not run, by name, with the reason.
+        self.failed: dict[str, str] = {}
+        self._backbones: dict[Any, Backbone] = {}
 
     def time(self, contenders: dict[str, Callable[[], Any]]) -> dict[str, Timing]:
         return interleave(contenders, rounds=self.rounds, calls=self.calls, device=self.device)
@@ -86,10 +103,33 @@ class Run:
         return frames.to(DTYPES[recipe.train.precision]) if self.device.type == "cuda" else frames
 
     def student(self, recipe: Recipe | None = None) -> Student:
-        """A student ready to step; it says itself how long its warm-up took."""
-        student = Student(recipe or self.recipe, self.world)
+        """A student ready to step."""
+        student = self.cold_student(recipe or self.recipe)
         student.warm_up()
         return student
+
+    def cold_student(self, recipe: Recipe) -> Student:
+        """A student before its warm-up."""
+        settings = backbone_settings(recipe)
+        # Drawing the random weights of a ViT-B takes seconds, copying them does not.
+        key = tuple(settings.values())
+        if key not in self._backbones:
+            self._backbones[key] = load_backbone(**settings)
+        return Student(recipe, self.world, copy.deepcopy(self._backbones[key]))
+
+    def attempt(self, name: str, measure: Callable[[], T]) -> T | None:
+        """What `measure` gives; None and a note in `failed` where it fails, which costs no other figure."""
+        try:
+            return measure()
+        except Exception as error:
+            traceback.print_exc()
+            lines = str(error).splitlines() or [""]
+            self.failed[name] = f"failed: {type(error).__name__}: {lines[0]}"
+            return None
+        finally:
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
 
 def with_encoder(recipe: Recipe, **switches: Any) -> Recipe:
@@ -199,16 +239,25 @@ def parts_alone(run: Run, ceiling: dict[str, float]) -> dict[str, Any]:
 def switches(run: Run) -> dict[str, Any]:
     """Each switch of the encoder changed alone, against the recipe as it is."""
     choices = SWITCHES | (GPU_SWITCHES if run.device.type == "cuda" else CPU_SWITCHES)
-    if run.short:
-        choices = {name: c for name, c in choices.items() if c.get("compile") != "max-autotune"}
+    if run.short and run.device.type == "cuda":
+        choices = {name: choice for name, choice in choices.items() if name not in LONG_ON_GPU}
     if run.device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         choices = {name: c for name, c in choices.items() if c.get("precision") != "fp8"}
     frames = run.frames()
-    contenders, seconds = {}, {}
-    for name, choice in {"as it is": {}, **choices}.items():
-        student = Student(with_encoder(run.recipe, **choice), run.world)
+    contenders: dict[str, Callable[[], None]] = {}
+    seconds: dict[str, float] = {}
+
+    def prepare(name: str, choice: dict[str, Any]) -> None:
+        student = run.cold_student(with_encoder(run.recipe, **choice))
         seconds[name] = student.warm_up()
-        contenders[name] = stepper(student, frames)
+        step = stepper(student, frames)
+        step()
+        synchronize(run.device)
+        contenders[name] = step
+
+    prepare("as it is", {})
+    for name, choice in choices.items():
+        run.attempt(f"switches, {name}", partial(prepare, name, choice))
     timings = run.time(contenders)
     return {
         name: {
@@ -232,7 +281,7 @@ def fp8_error(run: Run) -> dict[str, float]:
     ):
         recipe = with_encoder(run.recipe, precision=encoder, compile="none")
         recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, precision=precision))
-        student = Student(recipe, run.world)
+        student = run.cold_student(recipe)
         tokens = student.runtime.three_views(frames, student._positions(0)).float()
         with torch.no_grad():
             loss = student.objective(tokens, student.grid, False).loss.item()
@@ -252,7 +301,11 @@ def scaling(run: Run) -> dict[str, Any]:
     rows: dict[str, list[dict[str, Any]]] = {"batch": [], "resolution": [], "backbones": []}
     counts: tuple[int, ...] = (1, 2, 4, 8)
     if run.short:
-        batches, sizes, counts = batches[::2], sizes[:2], counts[::2]
+        # On a GPU every batch and every size takes half a minute of compilation.
+        sizes = sizes[: 1 if run.device.type == "cuda" else 2]
+        batches, counts = batches[::2], counts[::2]
+    for count in counts:
+        rows["backbones"].append({"backbones": count, **step_cost(run, base, count)})
     for batch in batches:
         recipe = dataclasses.replace(base, train=dataclasses.replace(base.train, batch_size=batch))
         rows["batch"].append({"batch": batch, **step_cost(run, recipe, 1)})
@@ -260,8 +313,6 @@ def scaling(run: Run) -> dict[str, Any]:
         recipe = dataclasses.replace(base, data=dataclasses.replace(base.data, image_size=size))
         side = size // (base.backbone.patch_size or 16)
         rows["resolution"].append({"size": size, "tokens": side**2, **step_cost(run, recipe, 1)})
-    for count in counts:
-        rows["backbones"].append({"backbones": count, **step_cost(run, base, count)})
     if run.device.type == "cpu":
         rows["depth"] = [depth_beside_the_peer(run, depth) for depth in SMALL_DEPTHS[: 2 if run.short else 3]]
     return rows
@@ -421,15 +472,23 @@ def main() -> None:
             "ceilings": ceiling,
             "skipped": skipped,
         }
-        for name, section in sections.items():
-            if name in skipped:
-                print(f"skipped {name}: {skipped[name]}", flush=True)
-                continue
-            payload[name] = section()
-            print(f"{name}: done", flush=True)
-    write_results(path, payload)
+        wanted = {name: section for name, section in sections.items() if name not in skipped}
+        for name, reason in skipped.items():
+            print(f"skipped {name}: {reason}", flush=True)
+        ahead = dict.fromkeys(wanted, "the run ended before")
+        for name, section in wanted.items():
+            figures = run.attempt(name, section)
+            del ahead[name]
+            if figures is not None:
+                payload[name] = figures
+            # After every section: what is measured stays, whatever comes next.
+            payload["skipped"] = {**skipped, **run.failed, **ahead}
+            write_results(path, payload)
+            print(f"{name}: {run.failed.get(name, 'done')}", flush=True)
     plot(path)
     print(json.dumps({key: payload[key].get("speedup") for key in ("steps", "end_to_end") if key in payload}))
+    if run.failed:
+        sys.exit("\n".join(f"{name} {reason}" for name, reason in run.failed.items()))
 
 
 def in_fp32(recipe: Recipe) -> Recipe:
@@ -461,16 +520,19 @@ def plot(results: Path) -> Path:
 
     content = json.loads(results.read_text(encoding="utf-8"))
     figure, axes = plt.subplots(2, 3, figsize=(16, 8), layout="constrained")
-    bars(axes[0, 0], content["steps"]["timings"], "training step on resident frames")
-    bars(axes[0, 1], content["switches"], "one switch of the encoder changed")
-    if "end_to_end" in content:
-        bars(axes[0, 2], content["end_to_end"]["timings"], "with data, and data alone")
-    else:
-        axes[0, 2].set_axis_off()
+    for axis, rows, title in (
+        (axes[0, 0], content.get("steps", {}).get("timings"), "training step on resident frames"),
+        (axes[0, 1], content.get("switches"), "one switch of the encoder changed"),
+        (axes[0, 2], content.get("end_to_end", {}).get("timings"), "with data, and data alone"),
+    ):
+        if rows:
+            bars(axis, rows, title)
+        else:
+            axis.set_axis_off()
     for axis, (section, key) in zip(
         axes[1], {"batch": "batch", "resolution": "tokens", "backbones": "backbones"}.items(), strict=True
     ):
-        rows = content["scaling"][section]
+        rows = content.get("scaling", {}).get(section, [])
         axis.plot([row[key] for row in rows], [row["ms"] for row in rows], marker="o")
         axis.set(xlabel=key, ylabel="ms a step", xlim=(0, None), ylim=(0, None))
     device = content["environment"]["device"] or content["environment"]["cpu"]["model"]

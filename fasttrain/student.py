@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttrain.backbones import load_backbone
+from fasttrain.backbones import Backbone, load_backbone
 from fasttrain.checkpoint import save_checkpoint
 from fasttrain.cuda_graph import CapturedCall
 from fasttrain.distributed import World
@@ -38,17 +38,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Student:
     """One frozen backbone, its trained head, optimiser, loss scale and meters."""
 
-    def __init__(self, recipe: Recipe, world: World) -> None:
+    def __init__(self, recipe: Recipe, world: World, encoder: Backbone | None = None) -> None:
+        """`encoder`: the recipe's backbone as `load_backbone` gives it, where that is at hand; taken over."""
         self.recipe, self.world = recipe, world
         self.name = recipe.backbone.name
         self.folder = Path(recipe.output)
         self.dtype = DTYPES[recipe.train.precision]
-        self.backbone_settings = {
-            **dataclasses.asdict(recipe.backbone),
-            "image_size": recipe.data.image_size,
-            "seed": recipe.seed,
-        }
-        self.encoder = load_backbone(**self.backbone_settings)
+        self.backbone_settings = backbone_settings(recipe)
+        self.encoder = load_backbone(**self.backbone_settings) if encoder is None else encoder
         self.grid = self.encoder.grid(recipe.data.image_size, recipe.data.image_size)
         if recipe.objective.window > min(self.grid):
             raise InputError(
@@ -184,6 +181,15 @@ class Student:
             self.backbone_settings, self.encoder, self.projection, to_dict(self.recipe)
         )
         self.projection.save(self.folder / "projection.safetensors", metadata)
+
+
+def backbone_settings(recipe: Recipe) -> dict[str, Any]:
+    """The arguments of `load_backbone` for a recipe of one backbone."""
+    return {
+        **dataclasses.asdict(recipe.backbone),
+        "image_size": recipe.data.image_size,
+        "seed": recipe.seed,
+    }
 
 
 def student_recipes(recipe: Recipe) -> list[Recipe]:
