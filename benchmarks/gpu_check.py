@@ -62,6 +62,8 @@ STEPS = (
             "gpu",
             "-p",
             "no:cacheprovider",
+            # A package that is there and does not load fails the files that need it, not all.
+            "--continue-on-collection-errors",
             "--junitxml={out}/gpu-tests.xml",
         ),
         seconds=110,

@@ -90,8 +90,8 @@ class Student:
         positions = self._positions(step=0)
         with self.world.without_averaging(self.objective):
             self._forward_backward(frames, positions, diagnostics=True)
-            if self._compiles_objective:
-                # Log steps and the others are two programs.
+            if self._compiles_objective or device.type == "cuda":
+                # Log steps and the others are two programs, of the compiler or of Triton.
                 self._forward_backward(frames, positions)
             if uses_graph and self.world.size == 1 and not self.scaler.is_enabled():
                 self._pass = CapturedCall(self._forward_backward, (frames, positions))
