@@ -58,7 +58,7 @@ def test_a_step_takes_the_time_that_others_leave(tmp_path: Path, monkeypatch: py
     report: dict[str, Any] = json.loads((tmp_path / "gpu-check.json").read_text())["steps"]
     limits = {name: step.get("limit_seconds") for name, step in report.items()}
     assert (limits["quick"], limits["absent"], limits["last"]) == (50, None, 10)
-    assert 80 < limits["taker"] < 100
+    assert 80 < limits["taker"] <= 100
 
 
 def test_the_project_is_found_without_being_installed(tmp_path: Path) -> None:
