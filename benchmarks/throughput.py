@@ -117,6 +117,23 @@ class Run:
             self._backbones[key] = load_backbone(**settings)
         return Student(recipe, self.world, copy.deepcopy(self._backbones[key]))
 
+    def prepare(
+        self, section: str, makers: dict[str, Callable[[], Callable[[], Any]]]
+    ) -> dict[str, Callable[[], Any]]:
+        """The contenders that can be made and called once, by name."""
+        contenders = {}
+        for name, make in makers.items():
+            contender = self.attempt(f"{section}, {name}", partial(self._called_once, make))
+            if contender is not None:
+                contenders[name] = contender
+        return contenders
+
+    def _called_once(self, make: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
+        contender = make()
+        contender()
+        synchronize(self.device)
+        return contender
+
     def attempt(self, name: str, measure: Callable[[], T]) -> T | None:
         """What `measure` gives; None and a note in `failed` where it fails, which costs no other figure."""
         try:
@@ -125,6 +142,9 @@ class Run:
             traceback.print_exc()
             lines = str(error).splitlines() or [""]
             self.failed[name] = f"failed: {type(error).__name__}: {lines[0]}"
+            if self.device.type == "cuda":
+                # A recording that fails leaves its own stream behind as the current one.
+                torch.cuda.set_stream(torch.cuda.default_stream(self.device))
             return None
         finally:
             gc.collect()
@@ -166,23 +186,31 @@ def steps_against_the_peer(run: Run, recipe: Recipe) -> dict[str, Any]:
     """A training step on resident frames: ours, and the published scheme at equal precision."""
     frames, device = run.frames(recipe), run.device
     dtype = DTYPES[recipe.train.precision]
-    ours: dict[str, Callable[[], Any]] = {
-        "ours": stepper(run.student(recipe), frames),
-        "ours, not compiled": stepper(run.student(with_encoder(recipe, compile="none")), frames),
-    }
-    peers = {
-        "peer": PeerStep(recipe, device=device, dtype=dtype),
-        "peer, fused attention": PeerStep(recipe, device=device, dtype=dtype, fused_attention=True),
+
+    def ours(**switches: Any) -> Callable[[], Any]:
+        return stepper(run.student(with_encoder(recipe, **switches)), frames)
+
+    def peer(dtype: torch.dtype, **options: Any) -> Callable[[], Any]:
+        return partial(PeerStep(recipe, device=device, dtype=dtype, **options), frames)
+
+    makers: dict[str, Callable[[], Callable[[], Any]]] = {
+        "ours": ours,
+        "ours, not compiled": partial(ours, compile="none"),
+        "peer": partial(peer, dtype),
+        "peer, fused attention": partial(peer, dtype, fused_attention=True),
     }
     if device.type == "cuda":
-        peers["peer, fp16"] = PeerStep(recipe, device=device, dtype=torch.float16)
-    contenders = {**ours, **{name: partial(peer, frames) for name, peer in peers.items()}}
+        makers["peer, fp16"] = partial(peer, torch.float16)
+    contenders = run.prepare("steps", makers)
     timings = run.time(contenders)
     result: dict[str, Any] = {
         "precision": recipe.train.precision,
         "timings": {name: timing.result(run.pairs) for name, timing in timings.items()},
         "speedup": {
-            f"{name} over {peer}": speedup(timings[peer], timings[name]) for name in ours for peer in peers
+            f"{name} over {other}": speedup(timings[other], timings[name])
+            for name in timings
+            for other in timings
+            if name.startswith("ours") and other.startswith("peer")
         },
     }
     if device.type == "cuda":
@@ -244,20 +272,16 @@ def switches(run: Run) -> dict[str, Any]:
     if run.device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         choices = {name: c for name, c in choices.items() if c.get("precision") != "fp8"}
     frames = run.frames()
-    contenders: dict[str, Callable[[], None]] = {}
     seconds: dict[str, float] = {}
 
-    def prepare(name: str, choice: dict[str, Any]) -> None:
+    def make(name: str, choice: dict[str, Any]) -> Callable[[], None]:
         student = run.cold_student(with_encoder(run.recipe, **choice))
         seconds[name] = student.warm_up()
-        step = stepper(student, frames)
-        step()
-        synchronize(run.device)
-        contenders[name] = step
+        return stepper(student, frames)
 
-    prepare("as it is", {})
-    for name, choice in choices.items():
-        run.attempt(f"switches, {name}", partial(prepare, name, choice))
+    contenders = run.prepare(
+        "switches", {name: partial(make, name, c) for name, c in {"as it is": {}, **choices}.items()}
+    )
     timings = run.time(contenders)
     return {
         name: {
