@@ -73,12 +73,22 @@ GPU_SWITCHES = {
     "not compiled, CUDA graph": {"compile": "none", "cuda_graph": True},
     "not compiled, fp8": {"compile": "none", "precision": "fp8"},
     "CUDA graph, fp8": {"cuda_graph": True, "precision": "fp8"},
+    # Which of the two PyTorch takes by itself differs with its version and the chip.
+    "not compiled, cuDNN attention": {"compile": "none", "attention": "cudnn"},
+    "not compiled, flash attention": {"compile": "none", "attention": "flash"},
     "cuDNN attention": {"attention": "cudnn"},
+    "flash attention": {"attention": "flash"},
 }
 # On a GPU all pairs go at once as it is.
 CPU_SWITCHES = {"fused attention": {"attention": "flash"}, "all pairs at once": {"chunk": 1_000_000}}
-# Half a minute of compilation each on a GPU, for what is known to be slower or is the search for kernels.
-LONG_ON_GPU = ("three passes", "weights cast at every step", "compiled, max-autotune")
+# Half a minute of compilation each on a GPU: left out of the short form.
+LONG_ON_GPU = (
+    "three passes",
+    "weights cast at every step",
+    "compiled, max-autotune",
+    "cuDNN attention",
+    "flash attention",
+)
 
 
 class Run:
