@@ -35,7 +35,7 @@ def speed_lines(content: dict[str, Any]) -> str:
                 )
                 for name, timing in steps["timings"].items()
             ]
-    for row in content["scaling"].get("depth", ()):
+    for row in content.get("scaling", {}).get("depth", ()):
         name = f"step on resident frames, {content['precision']}, depth {row['depth']}, ours"
         rows.append((name, row, row["speedup"]["ours over peer"]))
     if "end_to_end" in content:
@@ -58,11 +58,12 @@ def speed_lines(content: dict[str, Any]) -> str:
         span = f"{timing['ms']:.0f} ({timing['ms_least']:.0f} to {timing['ms_most']:.0f})"
         over = f"{ratio['wall']:.2f}x, {ratio['cpu']:.2f}x" if ratio else ""
         lines.append(f"| {name} | {timing['pairs_per_second']:.0f} | {span} | {over} |")
-    encoder = content["parts"]["encoder"]
-    share = (
-        f"The encoder alone runs at {encoder['utilisation']:.0%} of a large matrix product "
-        f"({content['ceilings']['matrix_tflops']:.2f} TFLOP/s here)."
-    )
+    share = ""
+    if "parts" in content:
+        share = (
+            f"The encoder alone runs at {content['parts']['encoder']['utilisation']:.0%} of a large matrix "
+            f"product ({content['ceilings']['matrix_tflops']:.2f} TFLOP/s here)."
+        )
     skipped = "".join(f" Not measured: {name} ({reason})." for name, reason in content["skipped"].items())
     return "\n".join([f"**{device}**: {model}.", "", *lines, "", share + skipped])
 

@@ -6,13 +6,14 @@
 
 Weights are `random`: they do not matter here. On a CPU a small ViT stands in for the recipe's backbone
 (SMALL), in the recipe's precision and in fp32, and what counts are the ratios. Sections that cannot run (no
-DALI, no second GPU) stand in the JSON under `skipped` with the reason. Everything is measured in turns
-(measure.py).
+DALI, no second GPU), fail or are not reached stand in the JSON under `skipped` with the reason; it is written
+after every section. Everything is measured in turns (measure.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import gc
 import importlib.util
@@ -21,24 +22,35 @@ import os
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import WARM_UPS, Timing, copy_ceiling, interleave, matrix_ceiling, speedup
+from benchmarks.measure import (
+    WARM_UPS,
+    Timing,
+    copy_ceiling,
+    interleave,
+    matrix_ceiling,
+    speedup,
+    synchronize,
+)
 from benchmarks.peer import PeerStep
 from benchmarks.record import RESULTS, environment, write_results
 from fasttrain import distributed
+from fasttrain.backbones import Backbone, load_backbone
 from fasttrain.distributed import World
 from fasttrain.recipe import BackboneRecipe, Recipe, load_recipe
-from fasttrain.student import DTYPES, Student, student_recipes
+from fasttrain.student import DTYPES, Student, backbone_settings, student_recipes
 
+T = TypeVar("T")
 SMALL = (
     "backbone.name=dino",
     "backbone.embed_dim=192",
@@ -53,7 +65,6 @@ SWITCHES = {
     "three passes": {"batch_views": False},
     "weights cast at every step": {"cast_weights": False},
     "not compiled": {"compile": "none"},
-    "all pairs at once": {"chunk": 1_000_000},
     "fp8": {"precision": "fp8"},
 }
 GPU_SWITCHES = {
@@ -62,9 +73,22 @@ GPU_SWITCHES = {
     "not compiled, CUDA graph": {"compile": "none", "cuda_graph": True},
     "not compiled, fp8": {"compile": "none", "precision": "fp8"},
     "CUDA graph, fp8": {"cuda_graph": True, "precision": "fp8"},
+    # Which of the two PyTorch takes by itself differs with its version and the chip.
+    "not compiled, cuDNN attention": {"compile": "none", "attention": "cudnn"},
+    "not compiled, flash attention": {"compile": "none", "attention": "flash"},
     "cuDNN attention": {"attention": "cudnn"},
+    "flash attention": {"attention": "flash"},
 }
-CPU_SWITCHES = {"fused attention": {"attention": "flash"}}
+# On a GPU all pairs go at once as it is.
+CPU_SWITCHES = {"fused attention": {"attention": "flash"}, "all pairs at once": {"chunk": 1_000_000}}
+# Half a minute of compilation each on a GPU: left out of the short form.
+LONG_ON_GPU = (
+    "three passes",
+    "weights cast at every step",
+    "compiled, max-autotune",
+    "cuDNN attention",
+    "flash attention",
+)
 
 
 class Run:
@@ -75,6 +99,9 @@ class Run:
         self.rounds = 3 if short else 7
         self.calls = 10 if self.device.type == "cuda" else 1
         self.pairs = recipe.train.batch_size
+        # What was tried and did not run, by name, with the reason.
+        self.failed: dict[str, str] = {}
+        self._backbones: dict[Any, Backbone] = {}
 
     def time(self, contenders: dict[str, Callable[[], Any]]) -> dict[str, Timing]:
         return interleave(contenders, rounds=self.rounds, calls=self.calls, device=self.device)
@@ -86,10 +113,53 @@ class Run:
         return frames.to(DTYPES[recipe.train.precision]) if self.device.type == "cuda" else frames
 
     def student(self, recipe: Recipe | None = None) -> Student:
-        """A student ready to step; it says itself how long its warm-up took."""
-        student = Student(recipe or self.recipe, self.world)
+        """A student ready to step."""
+        student = self.cold_student(recipe or self.recipe)
         student.warm_up()
         return student
+
+    def cold_student(self, recipe: Recipe) -> Student:
+        """A student before its warm-up."""
+        settings = backbone_settings(recipe)
+        # Drawing the random weights of a ViT-B takes seconds, copying them does not.
+        key = tuple(settings.values())
+        if key not in self._backbones:
+            self._backbones[key] = load_backbone(**settings)
+        return Student(recipe, self.world, copy.deepcopy(self._backbones[key]))
+
+    def prepare(
+        self, section: str, makers: dict[str, Callable[[], Callable[[], Any]]]
+    ) -> dict[str, Callable[[], Any]]:
+        """The contenders that can be made and called once, by name."""
+        contenders = {}
+        for name, make in makers.items():
+            contender = self.attempt(f"{section}, {name}", partial(self._called_once, make))
+            if contender is not None:
+                contenders[name] = contender
+        return contenders
+
+    def _called_once(self, make: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
+        contender = make()
+        contender()
+        synchronize(self.device)
+        return contender
+
+    def attempt(self, name: str, measure: Callable[[], T]) -> T | None:
+        """What `measure` gives; None and a note in `failed` where it fails, which costs no other figure."""
+        try:
+            return measure()
+        except Exception as error:
+            traceback.print_exc()
+            lines = str(error).splitlines() or [""]
+            self.failed[name] = f"failed: {type(error).__name__}: {lines[0]}"
+            if self.device.type == "cuda":
+                # A recording that fails leaves its own stream behind as the current one.
+                torch.cuda.set_stream(torch.cuda.default_stream(self.device))
+            return None
+        finally:
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
 
 def with_encoder(recipe: Recipe, **switches: Any) -> Recipe:
@@ -126,23 +196,31 @@ def steps_against_the_peer(run: Run, recipe: Recipe) -> dict[str, Any]:
     """A training step on resident frames: ours, and the published scheme at equal precision."""
     frames, device = run.frames(recipe), run.device
     dtype = DTYPES[recipe.train.precision]
-    ours: dict[str, Callable[[], Any]] = {
-        "ours": stepper(run.student(recipe), frames),
-        "ours, not compiled": stepper(run.student(with_encoder(recipe, compile="none")), frames),
-    }
-    peers = {
-        "peer": PeerStep(recipe, device=device, dtype=dtype),
-        "peer, fused attention": PeerStep(recipe, device=device, dtype=dtype, fused_attention=True),
+
+    def ours(**switches: Any) -> Callable[[], Any]:
+        return stepper(run.student(with_encoder(recipe, **switches)), frames)
+
+    def peer(dtype: torch.dtype, **options: Any) -> Callable[[], Any]:
+        return partial(PeerStep(recipe, device=device, dtype=dtype, **options), frames)
+
+    makers: dict[str, Callable[[], Callable[[], Any]]] = {
+        "ours": ours,
+        "ours, not compiled": partial(ours, compile="none"),
+        "peer": partial(peer, dtype),
+        "peer, fused attention": partial(peer, dtype, fused_attention=True),
     }
     if device.type == "cuda":
-        peers["peer, fp16"] = PeerStep(recipe, device=device, dtype=torch.float16)
-    contenders = {**ours, **{name: partial(peer, frames) for name, peer in peers.items()}}
+        makers["peer, fp16"] = partial(peer, torch.float16)
+    contenders = run.prepare("steps", makers)
     timings = run.time(contenders)
     result: dict[str, Any] = {
         "precision": recipe.train.precision,
         "timings": {name: timing.result(run.pairs) for name, timing in timings.items()},
         "speedup": {
-            f"{name} over {peer}": speedup(timings[peer], timings[name]) for name in ours for peer in peers
+            f"{name} over {other}": speedup(timings[other], timings[name])
+            for name in timings
+            for other in timings
+            if name.startswith("ours") and other.startswith("peer")
         },
     }
     if device.type == "cuda":
@@ -199,16 +277,21 @@ def parts_alone(run: Run, ceiling: dict[str, float]) -> dict[str, Any]:
 def switches(run: Run) -> dict[str, Any]:
     """Each switch of the encoder changed alone, against the recipe as it is."""
     choices = SWITCHES | (GPU_SWITCHES if run.device.type == "cuda" else CPU_SWITCHES)
-    if run.short:
-        choices = {name: c for name, c in choices.items() if c.get("compile") != "max-autotune"}
+    if run.short and run.device.type == "cuda":
+        choices = {name: choice for name, choice in choices.items() if name not in LONG_ON_GPU}
     if run.device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         choices = {name: c for name, c in choices.items() if c.get("precision") != "fp8"}
     frames = run.frames()
-    contenders, seconds = {}, {}
-    for name, choice in {"as it is": {}, **choices}.items():
-        student = Student(with_encoder(run.recipe, **choice), run.world)
+    seconds: dict[str, float] = {}
+
+    def make(name: str, choice: dict[str, Any]) -> Callable[[], None]:
+        student = run.cold_student(with_encoder(run.recipe, **choice))
         seconds[name] = student.warm_up()
-        contenders[name] = stepper(student, frames)
+        return stepper(student, frames)
+
+    contenders = run.prepare(
+        "switches", {name: partial(make, name, c) for name, c in {"as it is": {}, **choices}.items()}
+    )
     timings = run.time(contenders)
     return {
         name: {
@@ -232,7 +315,7 @@ def fp8_error(run: Run) -> dict[str, float]:
     ):
         recipe = with_encoder(run.recipe, precision=encoder, compile="none")
         recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, precision=precision))
-        student = Student(recipe, run.world)
+        student = run.cold_student(recipe)
         tokens = student.runtime.three_views(frames, student._positions(0)).float()
         with torch.no_grad():
             loss = student.objective(tokens, student.grid, False).loss.item()
@@ -252,7 +335,11 @@ def scaling(run: Run) -> dict[str, Any]:
     rows: dict[str, list[dict[str, Any]]] = {"batch": [], "resolution": [], "backbones": []}
     counts: tuple[int, ...] = (1, 2, 4, 8)
     if run.short:
-        batches, sizes, counts = batches[::2], sizes[:2], counts[::2]
+        # On a GPU every batch and every size takes half a minute of compilation.
+        sizes = sizes[: 1 if run.device.type == "cuda" else 2]
+        batches, counts = batches[::2], counts[::2]
+    for count in counts:
+        rows["backbones"].append({"backbones": count, **step_cost(run, base, count)})
     for batch in batches:
         recipe = dataclasses.replace(base, train=dataclasses.replace(base.train, batch_size=batch))
         rows["batch"].append({"batch": batch, **step_cost(run, recipe, 1)})
@@ -260,8 +347,6 @@ def scaling(run: Run) -> dict[str, Any]:
         recipe = dataclasses.replace(base, data=dataclasses.replace(base.data, image_size=size))
         side = size // (base.backbone.patch_size or 16)
         rows["resolution"].append({"size": size, "tokens": side**2, **step_cost(run, recipe, 1)})
-    for count in counts:
-        rows["backbones"].append({"backbones": count, **step_cost(run, base, count)})
     if run.device.type == "cpu":
         rows["depth"] = [depth_beside_the_peer(run, depth) for depth in SMALL_DEPTHS[: 2 if run.short else 3]]
     return rows
@@ -421,15 +506,23 @@ def main() -> None:
             "ceilings": ceiling,
             "skipped": skipped,
         }
-        for name, section in sections.items():
-            if name in skipped:
-                print(f"skipped {name}: {skipped[name]}", flush=True)
-                continue
-            payload[name] = section()
-            print(f"{name}: done", flush=True)
-    write_results(path, payload)
+        wanted = {name: section for name, section in sections.items() if name not in skipped}
+        for name, reason in skipped.items():
+            print(f"skipped {name}: {reason}", flush=True)
+        ahead = dict.fromkeys(wanted, "the run ended before")
+        for name, section in wanted.items():
+            figures = run.attempt(name, section)
+            del ahead[name]
+            if figures is not None:
+                payload[name] = figures
+            # After every section: what is measured stays, whatever comes next.
+            payload["skipped"] = {**skipped, **run.failed, **ahead}
+            write_results(path, payload)
+            print(f"{name}: {run.failed.get(name, 'done')}", flush=True)
     plot(path)
     print(json.dumps({key: payload[key].get("speedup") for key in ("steps", "end_to_end") if key in payload}))
+    if run.failed:
+        sys.exit("\n".join(f"{name} {reason}" for name, reason in run.failed.items()))
 
 
 def in_fp32(recipe: Recipe) -> Recipe:
@@ -461,16 +554,19 @@ def plot(results: Path) -> Path:
 
     content = json.loads(results.read_text(encoding="utf-8"))
     figure, axes = plt.subplots(2, 3, figsize=(16, 8), layout="constrained")
-    bars(axes[0, 0], content["steps"]["timings"], "training step on resident frames")
-    bars(axes[0, 1], content["switches"], "one switch of the encoder changed")
-    if "end_to_end" in content:
-        bars(axes[0, 2], content["end_to_end"]["timings"], "with data, and data alone")
-    else:
-        axes[0, 2].set_axis_off()
+    for axis, rows, title in (
+        (axes[0, 0], content.get("steps", {}).get("timings"), "training step on resident frames"),
+        (axes[0, 1], content.get("switches"), "one switch of the encoder changed"),
+        (axes[0, 2], content.get("end_to_end", {}).get("timings"), "with data, and data alone"),
+    ):
+        if rows:
+            bars(axis, rows, title)
+        else:
+            axis.set_axis_off()
     for axis, (section, key) in zip(
         axes[1], {"batch": "batch", "resolution": "tokens", "backbones": "backbones"}.items(), strict=True
     ):
-        rows = content["scaling"][section]
+        rows = content.get("scaling", {}).get(section, [])
         axis.plot([row[key] for row in rows], [row["ms"] for row in rows], marker="o")
         axis.set(xlabel=key, ylabel="ms a step", xlim=(0, None), ylim=(0, None))
     device = content["environment"]["device"] or content["environment"]["cpu"]["model"]

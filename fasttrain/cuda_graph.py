@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,8 @@ WARM_UPS = 3
 class CapturedCall:
     """`function(*inputs)` from a graph. It may write to fixed tensors (gradients), but not wait for the GPU.
 
-    The outputs are the graph's own tensors: the next call overwrites them, in stream order.
+    The outputs are the graph's own tensors: the next call overwrites them, in stream order. They should carry
+    no gradient history: that would keep the gradients' accumulation on the stream of the recording.
     The warm-up and the recording run `function` for real; the caller undoes what that wrote.
     """
 
@@ -27,8 +29,11 @@ class CapturedCall:
             for _ in range(WARM_UPS):
                 function(*self._inputs)
         current.wait_stream(side)
+        # A graph that nobody holds any more must not be taken down in the middle of a recording.
+        gc.collect()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # "thread_local": the threads that load data may take memory meanwhile.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._outputs = function(*self._inputs)
 
     def __call__(self, *inputs: Tensor) -> Any:

@@ -62,6 +62,8 @@ class EncoderRuntime:
         self._chunk = recipe.chunk or (CPU_CHUNK if device.type == "cpu" else 0)
         if recipe.attention == "auto" and device.type == "cpu" and dtype != torch.float32:
             _attend_plainly(encoder)
+        if recipe.attention != "auto":
+            views = _attending(views, ATTENTION[recipe.attention])
         self._views = compile_cached(views, COMPILE_MODES[mode]) if self.compiled else views
 
     @torch.no_grad()
@@ -70,7 +72,7 @@ class EncoderRuntime:
 
         frames: (2, B, 3, H, W), ImageNet-normalised, of the training size; positions: (N, D), asymmetric.
         """
-        with self._attention(), self._autocast():
+        with self._autocast():
             inputs = frames.to(self.encoder.positions_ND.dtype)
             if not self._chunk or self._chunk >= inputs.shape[1]:
                 return self._views(inputs, positions).to(self._dtype)
@@ -81,13 +83,25 @@ class EncoderRuntime:
         first_BND, second_BND = self.encoder.tokens(frames[0]), self.encoder.tokens(frames[1])
         return torch.stack((first_BND, second_BND, self.encoder.tokens(frames[0], positions)), 1)
 
-    def _attention(self) -> AbstractContextManager[None]:
-        choice = self._recipe.attention
-        return nullcontext() if choice == "auto" else sdpa_kernel(ATTENTION[choice])
-
     def _autocast(self) -> AbstractContextManager[None]:
         needed = not self._recipe.cast_weights and self._dtype != torch.float32
         return torch.autocast(self._device.type, self._dtype) if needed else nullcontext()
+
+
+def _attending(
+    views: Callable[[Tensor, Tensor], Tensor], kernel: SDPBackend
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """`views` with one attention kernel, chosen inside of what is compiled.
+
+    Outside of it the choice is no part of what PyTorch looks its programs up by: an encoder would be given
+    the program, and the attention kernel, of another that has the same shapes.
+    """
+
+    def attend(frames: Tensor, positions: Tensor) -> Tensor:
+        with sdpa_kernel(kernel):
+            return views(frames, positions)
+
+    return attend
 
 
 def _attend_plainly(encoder: Backbone) -> None:

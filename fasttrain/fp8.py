@@ -51,15 +51,20 @@ class Float8Linear(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         quantised_RK, scale_R1 = quantize_rows(tokens.flatten(0, -2))
-        out_RO = torch._scaled_mm(
-            quantised_RK,
-            self.weight_OK.t(),
-            scale_a=scale_R1,
-            scale_b=self.scale_1O,
-            bias=self.bias_O,
-            out_dtype=torch.bfloat16,
-            use_fast_accum=True,
-        )
+        if tokens.is_cuda:
+            out_RO = torch._scaled_mm(
+                quantised_RK,
+                self.weight_OK.t(),
+                scale_a=scale_R1,
+                scale_b=self.scale_1O,
+                bias=self.bias_O,
+                out_dtype=torch.bfloat16,
+                use_fast_accum=True,
+            )
+        else:
+            # The same with scales by row came to CPUs after PyTorch 2.11.
+            out_RO = quantised_RK.float() @ self.weight_OK.float().t() * scale_R1 * self.scale_1O
+            out_RO = (out_RO if self.bias_O is None else out_RO + self.bias_O).bfloat16()
         return out_RO.unflatten(0, tokens.shape[:-1]).to(tokens.dtype)
 
     def extra_repr(self) -> str:

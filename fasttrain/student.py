@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttrain.backbones import load_backbone
+from fasttrain.backbones import Backbone, load_backbone
 from fasttrain.checkpoint import save_checkpoint
 from fasttrain.cuda_graph import CapturedCall
 from fasttrain.distributed import World
@@ -38,17 +38,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Student:
     """One frozen backbone, its trained head, optimiser, loss scale and meters."""
 
-    def __init__(self, recipe: Recipe, world: World) -> None:
+    def __init__(self, recipe: Recipe, world: World, encoder: Backbone | None = None) -> None:
+        """`encoder`: the recipe's backbone as `load_backbone` gives it, where that is at hand; taken over."""
         self.recipe, self.world = recipe, world
         self.name = recipe.backbone.name
         self.folder = Path(recipe.output)
         self.dtype = DTYPES[recipe.train.precision]
-        self.backbone_settings = {
-            **dataclasses.asdict(recipe.backbone),
-            "image_size": recipe.data.image_size,
-            "seed": recipe.seed,
-        }
-        self.encoder = load_backbone(**self.backbone_settings)
+        self.backbone_settings = backbone_settings(recipe)
+        self.encoder = load_backbone(**self.backbone_settings) if encoder is None else encoder
         self.grid = self.encoder.grid(recipe.data.image_size, recipe.data.image_size)
         if recipe.objective.window > min(self.grid):
             raise InputError(
@@ -93,8 +90,8 @@ class Student:
         positions = self._positions(step=0)
         with self.world.without_averaging(self.objective):
             self._forward_backward(frames, positions, diagnostics=True)
-            if self._compiles_objective:
-                # Log steps and the others are two programs.
+            if self._compiles_objective or device.type == "cuda":
+                # Log steps and the others are two programs, of the compiler or of Triton.
                 self._forward_backward(frames, positions)
             if uses_graph and self.world.size == 1 and not self.scaler.is_enabled():
                 self._pass = CapturedCall(self._forward_backward, (frames, positions))
@@ -143,7 +140,8 @@ class Student:
             losses = self.objective(frozen_B3ND, self.grid, diagnostics)
         with part("backward"):
             self.scaler.scale(losses.loss / self.recipe.train.accumulate).backward()
-        return losses
+        # Without history, which in a recording would outlive the pass.
+        return losses._make(value if value is None else value.detach() for value in losses)
 
     def update(self, lr: float) -> None:
         """One optimiser step."""
@@ -183,6 +181,15 @@ class Student:
             self.backbone_settings, self.encoder, self.projection, to_dict(self.recipe)
         )
         self.projection.save(self.folder / "projection.safetensors", metadata)
+
+
+def backbone_settings(recipe: Recipe) -> dict[str, Any]:
+    """The arguments of `load_backbone` for a recipe of one backbone."""
+    return {
+        **dataclasses.asdict(recipe.backbone),
+        "image_size": recipe.data.image_size,
+        "seed": recipe.seed,
+    }
 
 
 def student_recipes(recipe: Recipe) -> list[Recipe]:

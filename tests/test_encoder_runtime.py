@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fasttrain import encoder_runtime
 from fasttrain.backbones import load_backbone
 from fasttrain.encoder_runtime import EncoderRuntime
 from fasttrain.fp8 import LARGEST, Float8Linear, quantize_rows, use_float8
@@ -101,6 +102,26 @@ def test_casting_at_every_step_rounds_like_casting_once() -> None:
     # Autocast keeps norms and the residual in float32, so it may only be the more exact one.
     assert relative_error(always, exact) <= 1.1 * relative_error(once, exact)
     assert relative_error(once, exact) < 4 * torch.finfo(torch.bfloat16).eps
+
+
+def test_another_attention_kernel_is_another_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch looks programs up by what the function saw: a choice made outside of it would not count."""
+    programs: list[torch.fx.GraphModule] = []
+
+    def record(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        programs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(
+        encoder_runtime,
+        "compile_cached",
+        lambda function, mode: torch.compile(function, backend=record, dynamic=False),
+    )
+    counts = []
+    for attention in ("math", "flash", "math", "auto"):
+        views(compile="default", attention=attention)
+        counts.append(len(programs))
+    assert counts == [1, 2, 2, 3]
 
 
 def test_fp8_tokens_stay_near_bf16() -> None:

@@ -1,4 +1,4 @@
-"""What `make gpu-check` promises: limits, whole results only, and a reason for all that is left out."""
+"""What `make gpu-check` promises: limits, whole files only, and a reason for all that is left out."""
 
 import json
 import sys
@@ -33,18 +33,32 @@ def test_a_finished_step_brings_its_files(tmp_path: Path) -> None:
     ("text", "seconds", "outcome"),
     [("raise SystemExit(3)", 60, "failed"), ("import time; time.sleep(60)", 2, "out of time")],
 )
-def test_a_step_that_does_not_finish_leaves_nothing(
+def test_a_step_that_does_not_finish_leaves_whole_files_only(
     tmp_path: Path, text: str, seconds: int, outcome: str
 ) -> None:
-    result = run_step(program(WRITE + text, seconds=seconds), tmp_path)
-    assert (result["outcome"], result["files"]) == (outcome, [])
+    half = "open(sys.argv[1] + '/.more.json.7.partial', 'w').write('{'); "
+    result = run_step(program(WRITE + half + text, seconds=seconds), tmp_path)
+    assert (result["outcome"], result["files"]) == (outcome, ["figures.json"])
     assert result["seconds"] < 30
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
 
 
-def test_failed_tests_still_say_which(tmp_path: Path) -> None:
-    result = run_step(program(WRITE + "raise SystemExit(1)", name="tests"), tmp_path)
-    assert (result["outcome"], result["files"]) == ("failed", ["figures.json"])
+def test_a_step_takes_the_time_that_others_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = (
+        Step(name="quick", command=("-c", ""), seconds=50),
+        Step(name="taker", command=("-c", ""), seconds=30, takes_spare=True),
+        Step(name="absent", command=("-m", "benchmarks.no_such_module"), seconds=20),
+        Step(name="last", command=("-c", ""), seconds=10),
+    )
+    monkeypatch.setattr(gpu_check, "STEPS", steps)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--out", str(tmp_path)])
+    assert main() == 0
+    report: dict[str, Any] = json.loads((tmp_path / "gpu-check.json").read_text())["steps"]
+    limits = {name: step.get("limit_seconds") for name, step in report.items()}
+    assert (limits["quick"], limits["absent"], limits["last"]) == (50, None, 10)
+    assert 80 < limits["taker"] <= 100
 
 
 def test_the_project_is_found_without_being_installed(tmp_path: Path) -> None:

@@ -46,8 +46,8 @@ def brute_force(
     return torch.stack(labels).view(frames, height, width, -1), torch.stack(clear).view(frames, height, width)
 
 
-def assert_propagates(features: Tensor, first: Tensor, *options: float) -> None:
-    fast = propagate_labels(features, first, *options)
+def assert_propagates(features: Tensor, first: Tensor, *options: float, device: str = "cpu") -> None:
+    fast = propagate_labels(features.to(device), first.to(device), *options).cpu()
     slow, clear = brute_force(features, fast, *options)
     # Affinities are rounded to float32 and divided by the temperature.
     atol = 4 * torch.finfo(torch.float32).eps / options[-1]
@@ -158,11 +158,11 @@ def test_one_frame_and_labels_that_are_all_zero() -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_equals_cpu() -> None:
-    features = make_features(7, (12, 30, 40, 64), 4, 0.1)
-    first = torch.rand(30, 40, 3, generator=torch.Generator().manual_seed(8))
-    on_gpu = propagate_labels(features.cuda(), first.cuda()).cpu()
-    torch.testing.assert_close(on_gpu, propagate_labels(features, first), rtol=0, atol=1e-5)
+def test_on_a_gpu() -> None:
+    """Against the definition: a CPU's choice among keys that are nearly alike is another one."""
+    features = make_features(7, (8, 24, 30, 64), 4, 0.1)
+    first = torch.rand(24, 30, 3, generator=torch.Generator().manual_seed(8))
+    assert_propagates(features, first, 20, 20, 7, 0.7, device="cuda")
 
 
 @pytest.mark.parametrize(
