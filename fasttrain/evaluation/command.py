@@ -11,7 +11,7 @@ from types import ModuleType
 
 from fasttrain import distributed
 from fasttrain.errors import InputError
-from fasttrain.evaluation import consistency_task, davis_task
+from fasttrain.evaluation import consistency_task, davis_task, jhmdb_task, vip_task
 from fasttrain.evaluation.harness import (
     add_subject_arguments,
     load_subject,
@@ -23,6 +23,8 @@ from fasttrain.evaluation.harness import (
 # In order: module, what it measures.
 TASKS: dict[str, tuple[ModuleType, str]] = {
     "davis": (davis_task, "video object segmentation by label propagation: J and F"),
+    "vip": (vip_task, "body part segmentation by label propagation: mean IoU and each class"),
+    "jhmdb": (jhmdb_task, "human pose by label propagation: PCK, mean and each joint"),
     "consistency": (consistency_task, "the paper's trade-off: distances within and between videos"),
 }
 

@@ -7,7 +7,7 @@ import argparse
 import json
 import math
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -43,17 +43,20 @@ class Subject:
             self.projection.to(device).eval()
         return self
 
-    @torch.inference_mode()
-    def tokens(self, frames: Iterator[Tensor], device: torch.device) -> dict[str, Tensor]:
+    def tokens(self, frames: Iterable[Tensor], device: torch.device) -> dict[str, Tensor]:
         """Tokens (T, N, D) float32 per moment of frames (3, H, W); frames are encoded one at a time."""
-        found: dict[str, list[Tensor]] = {moment: [] for moment in self.moments}
+        encoded = list(self.stream(frames, device))
+        return {moment: torch.stack([tokens[moment] for tokens in encoded]) for moment in self.moments}
+
+    @torch.inference_mode()
+    def stream(self, frames: Iterable[Tensor], device: torch.device) -> Iterator[dict[str, Tensor]]:
+        """Tokens (N, D) float32 per moment of one frame (3, H, W) after another."""
         for frame_3HW in frames:
             tokens_ND = self.encoder.tokens(frame_3HW[None].to(device))[0].float()
-            if "before" in found:
-                found["before"].append(tokens_ND)
-            if self.projection is not None and "after" in found:
-                found["after"].append(self.projection(tokens_ND).float())
-        return {moment: torch.stack(tokens) for moment, tokens in found.items()}
+            found = {"before": tokens_ND} if "before" in self.moments else {}
+            if self.projection is not None and "after" in self.moments:
+                found["after"] = self.projection(tokens_ND).float()
+            yield found
 
     def describe(self) -> dict[str, Any]:
         head = self.projection.head if self.projection else None
