@@ -157,10 +157,12 @@ def print_comparison(title: str, by_moment: dict[str, dict[str, float]]) -> None
     for moment in by_moment:
         table.add_column(moment, justify="right")
     for key in next(iter(by_moment.values())):
-        signs = ["+.4f" if moment == "difference" else ".4f" for moment in by_moment]
-        cells = [format(figures[key], sign) for figures, sign in zip(by_moment.values(), signs, strict=True)]
-        table.add_row(key, *cells)
+        table.add_row(key, *(_cell(figures[key], moment) for moment, figures in by_moment.items()))
     Console().print(table)
+
+
+def _cell(value: float, moment: str) -> str:
+    return "–" if math.isnan(value) else format(value, "+.4f" if moment == "difference" else ".4f")
 
 
 def _finite(value: Any) -> Any:
