@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fasttrain.__main__ import main
+from fasttrain.distributed import World
 from fasttrain.evaluation import boundary_accuracy, mean_iou, pck, region_similarity
 from fasttrain.evaluation.figures import write_label_map
 from fasttrain.evaluation.frames import read_label_map
@@ -160,32 +162,46 @@ def test_one_side_alone(
     assert read_figures(tmp_path, "jhmdb")["results"] == {moment: both[moment]}
 
 
-def test_two_processes_give_the_same(
+def assert_same_output(folder: Path, expected: Path, task: str) -> None:
+    found, wanted = read_figures(folder, task), read_figures(expected, task)
+    for key in ("results", "data", "per_sequence"):
+        assert found[key] == wanted[key]
+    pictures = [
+        {path.relative_to(top): path.read_bytes() for path in top.rglob("*.png")}
+        for top in (folder, expected)
+    ]
+    assert pictures[0] == pictures[1]
+
+
+def test_two_processes_under_torchrun_give_the_same(
     roots: dict[str, Path], evaluated: dict[str, Path], projection: Path, tmp_path: Path
 ) -> None:
-    """torchrun, gloo: sequences are spread over two processes; figures, masks and poses are those of one."""
-    commands = [
-        command(task, root, tmp_path / task, "--projection", str(projection)) for task, root in roots.items()
-    ]
-    script = tmp_path / "all_tasks.py"
-    script.write_text(
-        "import torch\nfrom fasttrain.__main__ import main\n"
-        f"torch.set_num_threads({torch.get_num_threads()})\n"
-        f"raise SystemExit(max(main(words) for words in {commands!r}))\n"
+    words = command("davis", roots["davis"], tmp_path, "--projection", str(projection))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fasttrain"]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    ended = subprocess.run(
+        [sys.executable, *launcher, *words], capture_output=True, text=True, env={**os.environ, **threads}
     )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    ended = subprocess.run([*launcher, str(script)], capture_output=True, text=True, env={**os.environ})
     assert ended.returncode == 0, ended.stderr[-2000:]
-    for task in roots:
-        two, one = (read_figures(folder, task) for folder in (tmp_path / task, evaluated[task]))
-        for key in ("results", "data", "per_sequence"):
-            assert two[key] == one[key]
-        written = sorted(path.relative_to(evaluated[task]) for path in evaluated[task].rglob("*.png"))
-        assert written == sorted(
-            path.relative_to(tmp_path / task) for path in (tmp_path / task).rglob("*.png")
-        )
-        for path in written:
-            assert (tmp_path / task / path).read_bytes() == (evaluated[task] / path).read_bytes()
+    assert_same_output(tmp_path, evaluated["davis"], "davis")
+
+
+@pytest.mark.parametrize("task", ["vip", "jhmdb"])
+def test_two_shares_give_the_same(
+    roots: dict[str, Path],
+    evaluated: dict[str, Path],
+    projection: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    task: str,
+) -> None:
+    """The two processes of a run one after the other: the main one last, which gathers."""
+    monkeypatch.setattr(World, "barrier", lambda world: None)
+    for rank in (1, 0):
+        world = World(rank=rank, size=2, local_rank=rank, local_size=2, device=torch.device("cpu"))
+        monkeypatch.setattr("fasttrain.distributed.start", lambda device, world=world: nullcontext(world))
+        assert main(command(task, roots[task], tmp_path, "--projection", str(projection))) == 0
+    assert_same_output(tmp_path, evaluated[task], task)
 
 
 @pytest.mark.parametrize("listing", ["2016", "480p"])
