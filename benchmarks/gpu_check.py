@@ -35,6 +35,7 @@ PACKAGES = {
     "pytest": "pytest",
     "hypothesis": "hypothesis",
     "matplotlib": "matplotlib",
+    "scipy": "SciPy",
 }
 
 
@@ -93,6 +94,7 @@ STEPS = (
         name="propagation",
         command=("-m", "benchmarks.propagation", "--short", "--out", "{out}/propagation-cuda.json"),
         seconds=50,
+        needs=("matplotlib", "scipy"),
     ),
 )
 
