@@ -124,7 +124,8 @@ def _sampled_patches(middles_VPD: Tensor, patch_indices: Tensor | Sequence[int] 
 
 def _effective_rank(features_ND: Tensor) -> float:
     """exp(entropy of the normalised singular values), over the largest rank possible (Roy & Vetterli)."""
-    values = torch.linalg.svdvals(features_ND)
+    # In float32 the entropy's last digits depend on the number of threads.
+    values = torch.linalg.svdvals(features_ND.double())
     share = values / values.sum() + 1e-12
     return (-(share * share.log()).sum()).exp().item() / min(features_ND.shape)
 

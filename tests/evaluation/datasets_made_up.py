@@ -81,6 +81,13 @@ def write_jhmdb(root: Path) -> Path:
     return root
 
 
+def write_videos(root: Path, frames: int = 9) -> Path:
+    """Frame folders, as training reads them."""
+    for seed, name in enumerate(NAMES):
+        write_frames(make_scene(seed, frames), root / name, "{:05d}.jpg")
+    return root
+
+
 def write_projection(path: Path) -> Path:
     torch.manual_seed(0)
     Projection(WIDTH).save(path)
