@@ -2,7 +2,7 @@
 
 Reads the data set's own layout: JPEGImages/480p and Annotations/480p, with ImageSets/YEAR/SUBSET.txt of the
 2017 release or ImageSets/480p/SUBSET.txt of the 2016 one. The measures are in `davis.py`. Shape suffixes:
-T frames, H W pixels, h w grid, C objects and background.
+T frames, H W pixels, h w grid, C objects and background, O objects.
 """
 
 import argparse
@@ -16,9 +16,9 @@ import torch
 
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
-from fasttrain.evaluation import figures, sequences
+from fasttrain.evaluation import sequences
 from fasttrain.evaluation.davis import boundary_accuracy, region_similarity, statistics
-from fasttrain.evaluation.frames import read_label_map
+from fasttrain.evaluation.frames import read_label_map, work_ahead
 from fasttrain.evaluation.harness import Subject, fit_to_patches
 from fasttrain.evaluation.sequences import LabelMap, VideoSequence
 
@@ -148,8 +148,7 @@ def evaluate_sequence(
         masks[moment] += [
             sequences.hard_labels(labels_hwC, truth_THW.shape[1:]) for labels_hwC in labels_ThwC[1:]
         ]
-        for path, mask_HW in zip(sequence.annotations, masks[moment], strict=True):
-            figures.write_label_map(mask_HW, output / "masks" / moment / sequence.name / path.name)
+        sequences.write_masks(masks[moment], sequence.annotations, output / "masks" / moment / sequence.name)
         result[moment] = score(np.stack(masks[moment]), truth_THW)
     if drawn:
         sequences.draw_masks(sequence, masks, list(truth_THW), found.matches_M4, output / "figures")
@@ -158,15 +157,18 @@ def evaluate_sequence(
 
 def score(masks_THW: LabelMap, truth_THW: LabelMap) -> dict[str, dict[str, dict[str, float]]]:
     """Per object: mean, recall and decay of J and F over all frames but the first and the last."""
-    scored = range(1, len(truth_THW) - 1)
+    objects = range(1, int(truth_THW[0].max()) + 1)
+
+    def measure(t: int) -> list[tuple[float, float]]:
+        pairs = [(masks_THW[t] == number, truth_THW[t] == number) for number in objects]
+        return [(region_similarity(*pair), boundary_accuracy(*pair)) for pair in pairs]
+
+    measured_TO2 = np.array(list(work_ahead(measure, range(1, len(truth_THW) - 1))))
     return {
         str(number): {
-            name: asdict(
-                statistics([measure(masks_THW[t] == number, truth_THW[t] == number) for t in scored])
-            )
-            for name, measure in (("J", region_similarity), ("F", boundary_accuracy))
+            name: asdict(statistics(measured_TO2[:, number - 1, place])) for place, name in enumerate("JF")
         }
-        for number in range(1, int(truth_THW[0].max()) + 1)
+        for number in objects
     }
 
 

@@ -227,7 +227,9 @@ def evaluate_sequence(
 
 def poses_from_maps(maps_ThwC: Tensor, pixels_per_cell: Coordinates) -> Coordinates:
     """(2, J, T) pixels x, y counted from 0, -1 where a joint was not found."""
-    cells_2JT = torch.stack([joints_from_maps(maps_hwC) for maps_hwC in maps_ThwC], dim=-1).double().numpy()
+    cells_2JT = (
+        torch.stack([joints_from_maps(maps_hwC) for maps_hwC in maps_ThwC.cpu()], dim=-1).double().numpy()
+    )
     return np.where(cells_2JT < 0, -1, cells_2JT * pixels_per_cell[:, None, None])
 
 

@@ -22,7 +22,7 @@ from torch.nn import functional
 from fasttrain.distributed import World
 from fasttrain.errors import InputError, LocalInputError
 from fasttrain.evaluation import figures
-from fasttrain.evaluation.frames import Frame, read_image, resize, spread
+from fasttrain.evaluation.frames import Frame, read_image, resize, spread, work_ahead
 from fasttrain.evaluation.harness import Subject, gather, own_share
 from fasttrain.evaluation.propagation import Propagator
 
@@ -45,7 +45,7 @@ class VideoSequence:
 
 @dataclass(frozen=True)
 class Propagated:
-    """What one pass over a sequence gives: soft labels and matched places, each per moment."""
+    """What one pass over a sequence gives, per moment: soft labels, on the device, and matched places."""
 
     labels_ThwC: dict[str, Tensor]
     matches_M4: dict[str, npt.NDArray[np.float64]]
@@ -110,7 +110,7 @@ def propagate(
     labels: dict[str, list[Tensor]] = {}
     firsts: dict[str, Tensor] = {}
     matches: dict[str, npt.NDArray[np.float64]] = {}
-    pixels = (resize(read_image(path), size) for path in frames)
+    pixels = work_ahead(lambda path: resize(read_image(path), size), frames)
     for number, tokens in enumerate(subject.stream(pixels, device)):
         for moment, tokens_ND in tokens.items():
             tokens_hwD = tokens_ND.unflatten(0, grid)
@@ -123,9 +123,9 @@ def propagate(
                     arguments.topk,
                     arguments.temperature,
                 )
-                labels[moment], firsts[moment] = [first_labels_hwC.cpu()], tokens_hwD
+                labels[moment], firsts[moment] = [first_labels_hwC], tokens_hwD
                 continue
-            labels[moment].append(propagators[moment].step(tokens_hwD).cpu())
+            labels[moment].append(propagators[moment].step(tokens_hwD))
             if number == middle:
                 matches[moment] = find_matches(firsts[moment], tokens_hwD, first_labels_hwC)
     return Propagated({moment: torch.stack(maps) for moment, maps in labels.items()}, matches)
@@ -164,6 +164,13 @@ def hard_labels(labels_hwC: Tensor, size: tuple[int, ...]) -> LabelMap:
     return full_CHW.argmax(0).byte().cpu().numpy()
 
 
+def write_masks(masks: Sequence[LabelMap], names: Sequence[Path], folder: Path) -> None:
+    """Palette PNGs, named as the annotations are."""
+    places = zip(masks, names, strict=True)
+    for _ in work_ahead(lambda one: figures.write_label_map(one[0], folder / one[1].name), places):
+        pass
+
+
 def draw_masks(
     sequence: VideoSequence,
     masks: dict[str, list[LabelMap]],
@@ -172,12 +179,14 @@ def draw_masks(
     folder: Path,
 ) -> None:
     """`NAME.png`, `NAME.mp4` and `NAME_arrows.png` of label maps on the frames."""
-    frames = [shrink(read_image(path)) for path in sequence.frames]
+    frames = list(work_ahead(lambda path: shrink(read_image(path)), sequence.frames))
+
+    def overlay(frame_and_labels: tuple[Frame, LabelMap]) -> Frame:
+        frame, labels = frame_and_labels
+        return figures.overlay_masks(frame, resize_labels(labels, frame.shape[:2]))
+
     overlays = {
-        name: [
-            figures.overlay_masks(frame, resize_labels(labels, frame.shape[:2]))
-            for frame, labels in zip(frames, maps, strict=True)
-        ]
+        name: list(work_ahead(overlay, zip(frames, maps, strict=True)))
         for name, maps in {"truth": truth, **masks}.items()
     }
     draw(sequence.name, frames, overlays, matches_M4, folder)

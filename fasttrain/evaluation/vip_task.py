@@ -15,8 +15,8 @@ import torch
 
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
-from fasttrain.evaluation import figures, sequences
-from fasttrain.evaluation.frames import read_image, read_label_map
+from fasttrain.evaluation import sequences
+from fasttrain.evaluation.frames import read_image, read_label_map, work_ahead
 from fasttrain.evaluation.harness import Subject, fit_to_patches
 from fasttrain.evaluation.sequences import LabelMap, VideoSequence
 from fasttrain.evaluation.vip import CLASSES, class_iou, sum_confusions
@@ -112,7 +112,7 @@ def evaluate_sequence(
     device: torch.device,
 ) -> dict[str, Any]:
     """Per moment the pixels of each true (row) and predicted class; writes masks, contact sheet and video."""
-    truth = [read_parts(path) for path in sequence.annotations]
+    truth = list(work_ahead(read_parts, sequence.annotations))
     size = encoded_size(
         read_image(sequence.frames[0]).shape[:2], arguments.long_side, subject.encoder.patch_size
     )
@@ -133,8 +133,7 @@ def evaluate_sequence(
             sequences.resize_labels(sequences.hard_labels(labels_hwC, size), truth_HW.shape)
             for labels_hwC, truth_HW in zip(labels_ThwC, truth, strict=True)
         ]
-        for path, mask_HW in zip(sequence.annotations, masks[moment], strict=True):
-            figures.write_label_map(mask_HW, output / "masks" / moment / sequence.name / path.name)
+        sequences.write_masks(masks[moment], sequence.annotations, output / "masks" / moment / sequence.name)
         pairs = zip(masks[moment], truth, strict=True)
         result[moment] = sum_confusions(pairs, len(CLASSES)).tolist()
     if drawn:
