@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import resource
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -68,7 +67,8 @@ class ResearchScript:
     def __init__(self, features_THWD: Tensor, device: torch.device) -> None:
         frames, height, width, _ = features_THWD.shape
         unit_THWD = functional.normalize(features_THWD, dim=-1)
-        padded_DTHW = torch.cat([unit_THWD[:1].expand(CONTEXT, -1, -1, -1), unit_THWD]).permute(3, 0, 1, 2)
+        padded_THWD = torch.cat([unit_THWD[:1].expand(CONTEXT, -1, -1, -1), unit_THWD])
+        padded_DTHW = padded_THWD.permute(3, 0, 1, 2).contiguous()
         first_T1 = torch.zeros(frames, 1, dtype=torch.long)
         self.bank_TS = torch.cat([first_T1, torch.arange(CONTEXT) + torch.arange(frames)[:, None]], dim=1)
         self.keys_DTSN = padded_DTHW[:, self.bank_TS].flatten(-2)
@@ -187,19 +187,21 @@ def peak_memory(case: Case, contender: str, device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        before = resident_bytes()
+        before = process_bytes("VmRSS")
     if contender == "ours":
         propagate_labels(features_THWD, first_labels_HWC, *context)
     else:
         ResearchScript(features_THWD, device).affinities(case.frames - FRAMES_AT_ONCE, PIXELS_AT_ONCE)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() - before
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return process_bytes("VmHWM") - before
 
 
-def resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * resource.getpagesize()
+def process_bytes(field: str) -> int:
+    """A size of this process from the kernel: VmRSS, resident now; VmHWM, resident at the peak."""
+    # The peak that getrusage tells is inherited from the process that started this one.
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 def memory_of_both(case: Case, device: torch.device) -> dict[str, float]:

@@ -5,14 +5,14 @@ within Euclidean grid distance < `radius`); frames before the first stand in as 
 largest affinities / temperature go through a softmax and weigh the labels of their keys. The protocol is that
 of Jabri et al., "Space-Time Correspondence as a Contrastive Random Walk" (NeurIPS 2020, ajabri/videowalk).
 
-A frame is searched exactly, one rectangle of queries against the larger rectangle of keys that their discs
-reach, so that memory is bounded by one block of affinities and by the last `context` frames' features. The k
-largest affinities of a query stand at the k cells whose best frame is largest: the maximum over the frames
-leaves one number a cell to cut to the disc and to sort. Copies of the first frame are not searched again but
-counted.
+A frame is searched exactly, one strip of queries across the grid's short side against the wider strip of keys
+that their discs reach, so that memory is bounded by one block of affinities and by the last `context` frames'
+features. The k largest affinities of a query stand at the k cells whose best frame is largest: the maximum
+over the frames leaves one number a cell to cut to the disc and to sort. Copies of the first frame are not
+searched again but counted.
 
-Shape suffixes: T frames, H W grid, N = H * W tokens, D channels, C classes, Q queries of a block, K keys of a
-frame, F recent frames, G best cells, k neighbours.
+Shape suffixes: T frames, H W grid, N = H * W tokens (lines across the short side, one after another), D
+channels, C classes, Q queries of a strip, K keys of a frame, F recent frames, G best cells, k neighbours.
 """
 
 import math
@@ -28,19 +28,16 @@ from fasttrain.errors import InputError
 
 # Affinities held at once on a GPU: 2**26 float32 are 256 MiB.
 GPU_AFFINITIES = 2**26
-# Side of a block of queries on a CPU: large enough for the product to be efficient, small enough to leave
-# distant keys out.
-CPU_BLOCK = 16
+# Queries of a strip on a CPU: enough for the product to be efficient, few enough to leave distant keys out.
+CPU_QUERIES = 256
 
 
 @dataclass(frozen=True)
-class _Block:
-    """A rectangle of queries and the larger rectangle of keys that their discs reach."""
+class _Strip:
+    """Queries across the short side of the grid and the wider strip of keys that their discs reach."""
 
-    queries_Q: Tensor
-    keys_K: Tensor
-    key_rows: slice
-    key_columns: slice
+    queries: slice
+    keys: slice
     outside_QK: Tensor
 
 
@@ -86,70 +83,80 @@ class Propagator:
         _check(first_features_HWD, first_labels_HWC, context, topk, temperature)
         height, width, channels = first_features_HWD.shape
         tokens, device = height * width, first_features_HWD.device
+        self.grid, self.short = (height, width), min(height, width)
         self.context, self.radius, self.temperature = context, radius, temperature
         self.topk = min(topk, tokens)
         self.frames_seen = 1
         # Place 0 holds the first frame, the others the last frames in turn.
-        self.unit_FHWD = torch.empty((context + 1, height, width, channels), device=device)
+        self.unit_FND = torch.empty((context + 1, tokens, channels), device=device)
         self.labels_FNC = torch.empty((context + 1, tokens, first_labels_HWC.shape[-1]), device=device)
-        self.unit_FHWD[0] = functional.normalize(first_features_HWD.float(), dim=-1)
-        self.labels_FNC[0] = first_labels_HWC.reshape(tokens, -1)
-        self.blocks = list(_blocks(height, width, radius, context, device))
+        self.unit_FND[0] = functional.normalize(self._long_side_first(first_features_HWD).float(), dim=-1)
+        self.labels_FNC[0] = self._long_side_first(first_labels_HWC)
+        self.strips = list(_strips(max(height, width), self.short, radius, context, device))
 
     @torch.no_grad()
     def step(self, features_HWD: Tensor) -> Tensor:
         """Soft labels (H, W, C) float32 of the next frame from its features (H, W, D)."""
-        if features_HWD.shape != self.unit_FHWD.shape[1:]:
-            expected = tuple(self.unit_FHWD.shape[1:])
+        expected = (*self.grid, self.unit_FND.shape[-1])
+        if features_HWD.shape != expected:
             raise InputError(f"features of shape {tuple(features_HWD.shape)}; the first frame's: {expected}")
-        unit_HWD = functional.normalize(features_HWD.float(), dim=-1)
+        unit_ND = functional.normalize(self._long_side_first(features_HWD).float(), dim=-1)
         labels_NC = torch.empty_like(self.labels_FNC[0])
-        flat_LC = self.labels_FNC.flatten(0, 1)
-        with _full_precision(unit_HWD.device):
-            for block in self.blocks:
-                source_Qk, weight_Qk = self._attend(unit_HWD, block)
-                labels_NC[block.queries_Q] = torch.einsum("qk,qkc->qc", weight_Qk, flat_LC[source_Qk])
+        flat_MC = self.labels_FNC.flatten(0, 1)
+        with _full_precision(unit_ND.device):
+            for strip in self.strips:
+                source_Qk, weight_Qk = self._attend(unit_ND[strip.queries], strip)
+                labels_NC[strip.queries] = torch.einsum("qk,qkc->qc", weight_Qk, flat_MC[source_Qk])
         place = 1 + (self.frames_seen - 1) % self.context
-        self.unit_FHWD[place], self.labels_FNC[place] = unit_HWD, labels_NC
+        self.unit_FND[place], self.labels_FNC[place] = unit_ND, labels_NC
         self.frames_seen += 1
-        return labels_NC.unflatten(0, features_HWD.shape[:2])
+        height, width = self.grid
+        if height < width:
+            return labels_NC.view(width, height, -1).transpose(0, 1).contiguous()
+        return labels_NC.view(height, width, -1)
 
-    def _attend(self, unit_HWD: Tensor, block: _Block) -> tuple[Tensor, Tensor]:
+    def _long_side_first(self, values_HWX: Tensor) -> Tensor:
+        """(N, X): the order of tokens in which strips across the short side are whole slices."""
+        height, width = self.grid
+        return (values_HWX.transpose(0, 1) if height < width else values_HWX).flatten(0, 1)
+
+    def _attend(self, query_QD: Tensor, strip: _Strip) -> tuple[Tensor, Tensor]:
         """The k sources of each query, flat indices (place of their frame * N + token), and their weights."""
-        query_QD = unit_HWD.flatten(0, 1)[block.queries_Q]
-        affinity_Qk, source_Qk = (query_QD @ self.unit_FHWD[0].flatten(0, 1).T).topk(self.topk, dim=-1)
+        affinity_Qk, source_Qk = (query_QD @ self.unit_FND[0].T).topk(self.topk, dim=-1)
         recent = min(self.frames_seen - 1, self.context)
         if recent:
-            recent_Qk, recent_source_Qk = self._largest_recent(query_QD, block, recent)
+            recent_Qk, recent_source_Qk = self._largest_recent(query_QD, strip, recent)
             affinity_Qk, order_Qk = torch.cat([affinity_Qk, recent_Qk], dim=-1).topk(self.topk, dim=-1)
             source_Qk = torch.cat([source_Qk, recent_source_Qk], dim=-1).gather(1, order_Qk)
         multiplicity_Qk = torch.ones_like(source_Qk)
         copies = self.context - recent
         if copies:
-            multiplicity_Qk += copies * self._near_first(block, source_Qk)
+            multiplicity_Qk += copies * self._near_first(strip, source_Qk)
         return source_Qk, _weights(affinity_Qk, multiplicity_Qk, self.topk, self.temperature)
 
-    def _largest_recent(self, query_QD: Tensor, block: _Block, recent: int) -> tuple[Tensor, Tensor]:
+    def _largest_recent(self, query_QD: Tensor, strip: _Strip, recent: int) -> tuple[Tensor, Tensor]:
         """The k largest affinities with the last frames, within the disc, and their flat indices."""
-        keys_FKD = self.unit_FHWD[1 : 1 + recent, block.key_rows, block.key_columns].flatten(1, 2)
-        keys = len(block.keys_K)
-        product_QFK = (query_QD @ keys_FKD.flatten(0, 1).T).view(-1, recent, keys)
-        best_QK = product_QFK.amax(1).masked_fill_(block.outside_QK, -torch.inf)
-        best_QG, cell_QG = best_QK.topk(min(self.topk, keys), dim=-1)
-        through_QFG = product_QFK.gather(2, cell_QG.unsqueeze(1).expand(-1, recent, -1))
-        through_QFG.masked_fill_(best_QG.isneginf().unsqueeze(1), -torch.inf)
+        keys_FKD = self.unit_FND[1 : 1 + recent, strip.keys]
+        product_FKQ = torch.bmm(keys_FKD, query_QD.T.expand(recent, -1, -1))
+        best_QK = product_FKQ.amax(0).T.contiguous().masked_fill_(strip.outside_QK, -torch.inf)
+        best_QG, cell_QG = best_QK.topk(min(self.topk, best_QK.shape[1]), dim=-1)
         cells = cell_QG.shape[1]
-        affinity_Qk, place_Qk = through_QFG.flatten(1).topk(min(self.topk, recent * cells), dim=-1)
-        token_Qk = block.keys_K[cell_QG.gather(1, place_Qk % cells)]
+        through_FGQ = product_FKQ.gather(1, cell_QG.T.expand(recent, -1, -1))
+        through_FGQ.masked_fill_(best_QG.T.isneginf(), -torch.inf)
+        through_QM = through_FGQ.permute(2, 0, 1).flatten(1)
+        affinity_Qk, place_Qk = through_QM.topk(min(self.topk, recent * cells), dim=-1)
+        token_Qk = strip.keys.start + cell_QG.gather(1, place_Qk % cells)
         return affinity_Qk, (1 + place_Qk // cells) * self.labels_FNC.shape[1] + token_Qk
 
-    def _near_first(self, block: _Block, source_Qk: Tensor) -> Tensor:
+    def _near_first(self, strip: _Strip, source_Qk: Tensor) -> Tensor:
         """Whether each source is a token of the first frame whose copies its query also attends to."""
-        width = self.unit_FHWD.shape[2]
-        query_Q1 = block.queries_Q.unsqueeze(-1)
-        rows_Qk = source_Qk // width - query_Q1 // width
-        columns_Qk = source_Qk % width - query_Q1 % width
-        return (rows_Qk**2 + columns_Qk**2 < self.radius**2) & (source_Qk < self.labels_FNC.shape[1])
+        query_Q1 = torch.arange(strip.queries.start, strip.queries.stop, device=source_Qk.device)[:, None]
+        near_Qk = _squared_distance(query_Q1, source_Qk, self.short) < self.radius**2
+        return near_Qk & (source_Qk < self.labels_FNC.shape[1])
+
+
+def _squared_distance(one: Tensor, other: Tensor, short: int) -> Tensor:
+    return (one // short - other // short) ** 2 + (one % short - other % short) ** 2
 
 
 def _weights(affinity_Qk: Tensor, multiplicity_Qk: Tensor, topk: int, temperature: float) -> Tensor:
@@ -160,23 +167,18 @@ def _weights(affinity_Qk: Tensor, multiplicity_Qk: Tensor, topk: int, temperatur
     return weight_Qk / weight_Qk.sum(-1, keepdim=True)
 
 
-def _blocks(height: int, width: int, radius: float, context: int, device: torch.device) -> Iterator[_Block]:
-    """Rectangles that cover the grid, each with the keys within `radius` of any of its queries."""
-    reach = max(1, math.ceil(min(radius, height + width)))
-    side = CPU_BLOCK
-    if device.type == "cuda":
-        side = max(1, int((GPU_AFFINITIES / ((context + 1) * height * width)) ** 0.5))
-        side = max(height, width) if side * side >= height * width else side
-    token_HW = torch.arange(height * width, device=device).view(height, width)
-    for top in range(0, height, side):
-        for left in range(0, width, side):
-            queries_Q = token_HW[top : top + side, left : left + side].flatten()
-            rows = slice(max(0, top - reach + 1), min(top + side, height) + reach - 1)
-            columns = slice(max(0, left - reach + 1), min(left + side, width) + reach - 1)
-            keys_K = token_HW[rows, columns].flatten()
-            distance2_QK = (queries_Q[:, None] // width - keys_K // width) ** 2
-            distance2_QK += (queries_Q[:, None] % width - keys_K % width) ** 2
-            yield _Block(queries_Q, keys_K, rows, columns, distance2_QK >= radius**2)
+def _strips(long: int, short: int, radius: float, context: int, device: torch.device) -> Iterator[_Strip]:
+    """Strips that cover the grid, each with the keys within `radius` of any of its queries."""
+    reach = max(1, math.ceil(min(radius, long + short)))
+    queries = GPU_AFFINITIES // ((context + 1) * long * short) if device.type == "cuda" else CPU_QUERIES
+    lines = max(1, queries // short)
+    token_N = torch.arange(long * short, device=device)
+    for start in range(0, long, lines):
+        stop = min(start + lines, long)
+        of_queries = slice(start * short, stop * short)
+        of_keys = slice(max(0, start - reach + 1) * short, min(long, stop + reach - 1) * short)
+        distance2_QK = _squared_distance(token_N[of_queries, None], token_N[of_keys], short)
+        yield _Strip(of_queries, of_keys, distance2_QK >= radius**2)
 
 
 @contextmanager

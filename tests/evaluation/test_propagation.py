@@ -106,12 +106,12 @@ def test_equals_brute_force(
     assert_propagates(features, first, context, radius, topk, 0.1)
 
 
-def test_blocks_of_queries_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strips_of_queries_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     features = make_features(1, (6, 9, 14, 32), 8, 0.2)
     first = torch.rand(9, 14, 4, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(module, "CPU_BLOCK", 100)
+    monkeypatch.setattr(module, "CPU_QUERIES", 1000)
     whole = propagate_labels(features, first, 3, 4, 7, 0.7)
-    monkeypatch.setattr(module, "CPU_BLOCK", 4)
+    monkeypatch.setattr(module, "CPU_QUERIES", 20)
     torch.testing.assert_close(propagate_labels(features, first, 3, 4, 7, 0.7), whole, rtol=0, atol=1e-6)
     assert_propagates(features, first, 3, 4, 7, 0.7)
 
@@ -121,7 +121,7 @@ def test_a_stream_remembers_the_first_and_the_last_frames_only() -> None:
     first = torch.rand(5, 6, 2, generator=torch.Generator().manual_seed(4))
     stream = module.Propagator(features[0], first, 3, 3, 5, 0.7)
     steps = [stream.step(frame) for frame in features[1:]]
-    assert stream.unit_FHWD.shape[0] == 4
+    assert stream.unit_FND.shape[0] == 4
     assert torch.equal(torch.stack([first, *steps]), propagate_labels(features, first, 3, 3, 5, 0.7))
 
 
