@@ -80,7 +80,8 @@ class Propagator:
         topk: int = 7,
         temperature: float = 0.7,
     ) -> None:
-        _check(first_features_HWD, first_labels_HWC, context, topk, temperature)
+        check_settings(context, topk, temperature)
+        _check_shapes(first_features_HWD, first_labels_HWC)
         height, width, channels = first_features_HWD.shape
         tokens, device = height * width, first_features_HWD.device
         self.grid, self.short = (height, width), min(height, width)
@@ -193,14 +194,18 @@ def _full_precision(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
-def _check(features: Tensor, labels: Tensor, context: int, topk: int, temperature: float) -> None:
-    if features.ndim != 3 or 0 in features.shape:
-        raise InputError(f"features have shape {tuple(features.shape)}; expected a non-empty (H, W, D)")
-    if labels.ndim != 3 or labels.shape[:2] != features.shape[:2]:
-        grid = tuple(features.shape[:2])
-        raise InputError(f"first labels have shape {tuple(labels.shape)}; expected {grid} + (classes,)")
+def check_settings(context: int, topk: int, temperature: float) -> None:
+    """Raises InputError for settings that nothing can be propagated with."""
     for name, value in (("context", context), ("topk", topk)):
         if value < 1:
             raise InputError(f"{name} is {value}; expected an integer of at least 1")
     if not temperature > 0:
         raise InputError(f"temperature is {temperature}; expected a number above 0")
+
+
+def _check_shapes(features: Tensor, labels: Tensor) -> None:
+    if features.ndim != 3 or 0 in features.shape:
+        raise InputError(f"features have shape {tuple(features.shape)}; expected a non-empty (H, W, D)")
+    if labels.ndim != 3 or labels.shape[:2] != features.shape[:2]:
+        grid = tuple(features.shape[:2])
+        raise InputError(f"first labels have shape {tuple(labels.shape)}; expected {grid} + (classes,)")

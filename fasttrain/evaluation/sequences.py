@@ -24,7 +24,7 @@ from fasttrain.errors import InputError, LocalInputError
 from fasttrain.evaluation import figures
 from fasttrain.evaluation.frames import Frame, read_image, resize, spread, work_ahead
 from fasttrain.evaluation.harness import Subject, gather, own_share
-from fasttrain.evaluation.propagation import Propagator
+from fasttrain.evaluation.propagation import Propagator, check_settings
 
 SHOWN_FRAMES = 6
 # Pictures are drawn at this height at most: a sheet or a short film needs no more.
@@ -74,8 +74,9 @@ def evaluate_all(
     """`evaluate(sequence, drawn)` of every sequence, spread over the processes; on the main one, by name.
 
     `drawn` says whether pictures of the sequence are wanted. Raises InputError, on the process that met it,
-    for a sequence that cannot be evaluated.
+    for a sequence that cannot be evaluated, and on all for settings that nothing can be propagated with.
     """
+    check_settings(arguments.context, arguments.topk, arguments.temperature)
     drawn = {sequences[place].name for place in spread(len(sequences), max(0, arguments.pictures))}
     shown = Console(stderr=True)
     share = track(

@@ -396,6 +396,30 @@ def test_bad_input_is_one_line(
     assert told.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        ("davis", ("--topk", "0"), "topk is 0; expected an integer of at least 1"),
+        ("davis", ("--temperature", "0"), "temperature is 0.0; expected a number above 0"),
+        ("vip", ("--long-side", "32"), "--long-side 32: expected at least 64"),
+        ("jhmdb", ("--sigma", "0"), "--sigma 0.0: expected a number above 0"),
+        ("jhmdb", ("--split", "2"), "holds no CLASS_test_split2.txt"),
+    ],
+)
+def test_bad_settings_are_one_line(
+    roots: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    task: str,
+    options: tuple[str, str],
+    message: str,
+) -> None:
+    assert main(command(task, roots[task], tmp_path, *options)) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+
+
 def test_an_object_that_appears_late_is_told(
     roots: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
