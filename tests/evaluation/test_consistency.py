@@ -1,6 +1,7 @@
 """The paper's analysis: its published numbers, and what its definitions say of simple features."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from datasets_made_up import NAMES, SUBJECT, make_scene, write_frames, write_projection, write_videos
 
 from fasttrain.__main__ import main
+from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.evaluation import consistency_separability
 from fasttrain.evaluation.consistency import measure_videos
@@ -100,3 +102,25 @@ def test_the_command_without_a_video_that_is_long_enough(
     root = write_videos(tmp_path / "videos", frames=5)
     assert main(["eval", "consistency", "--root", str(root), "--output", str(tmp_path), *SUBJECT]) == 2
     assert "no video of" in capsys.readouterr().err
+
+
+def test_two_shares_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two processes of a run one after the other: the main one last, which gathers."""
+    root = write_videos(tmp_path / "videos")
+    write_frames(make_scene(3, 5), root / "short", "{:05d}.jpg")
+    options = ("--root", str(root), *SUBJECT, "--image-size", "64")
+    assert main(["eval", "consistency", *options, "--output", str(tmp_path / "one")]) == 0
+    monkeypatch.setattr(World, "barrier", lambda world: None)
+    for rank in (1, 0):
+        world = World(rank=rank, size=2, local_rank=rank, local_size=2, device=torch.device("cpu"))
+        monkeypatch.setattr("fasttrain.distributed.start", lambda device, world=world: nullcontext(world))
+        assert main(["eval", "consistency", *options, "--output", str(tmp_path / "two")]) == 0
+    one, two = (json.loads((tmp_path / name / "consistency.json").read_text()) for name in ("one", "two"))
+    assert (one["data"], one["results"]) == (two["data"], two["results"])
+    assert not list((tmp_path / "two").glob(".part*"))
+
+
+@pytest.mark.parametrize(("option", "value"), [("--num-frames", "7"), ("--num-videos", "0")])
+def test_bad_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str) -> None:
+    assert main(["eval", "consistency", "--root", str(tmp_path), *SUBJECT, option, value]) == 2
+    assert f"{option} {value}: expected at least" in capsys.readouterr().err
