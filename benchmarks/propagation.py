@@ -222,6 +222,7 @@ def memory_of_both(case: Case, device: torch.device) -> dict[str, float]:
 def plot(results: Path) -> Path:
     """Milliseconds a frame and peak memory of both, beside the JSON."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     content = json.loads(results.read_text(encoding="utf-8"))
     cases = content["cases"]
@@ -235,11 +236,16 @@ def plot(results: Path) -> Path:
             [time["ms"] - time["ms_least"] for time in times],
             [time["ms_most"] - time["ms"] for time in times],
         ]
-        panels[0].barh(rows, [time["ms"] for time in times], 0.36, xerr=spread, label=who)
-        panels[1].barh(rows, [case["memory"][f"{who}_mb"] for case in cases], 0.36, label=who)
+        values = ([time["ms"] for time in times], [case["memory"][f"{who}_mb"] for case in cases])
+        panels[0].barh(rows, values[0], 0.36, xerr=spread, label=who)
+        panels[1].barh(rows, values[1], 0.36, label=who)
+        for axes, of_who in zip(panels, values, strict=True):
+            for row, value in zip(rows, of_who, strict=True):
+                axes.text(value, row, f" {value:.0f} ", ha="right", va="center", color="white", fontsize=8)
     for axes, meaning in zip(panels, ("ms a frame", "peak MB beyond the features"), strict=True):
         axes.set_yticks(range(len(cases)), labels)
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(f"{meaning} (less is better)")
         axes.invert_yaxis()
     panels[0].legend()
