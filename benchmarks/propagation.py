@@ -241,10 +241,11 @@ def plot(results: Path) -> Path:
         panels[1].barh(rows, values[1], 0.36, label=who)
         for axes, of_who in zip(panels, values, strict=True):
             for row, value in zip(rows, of_who, strict=True):
-                axes.text(value, row, f" {value:.0f} ", ha="right", va="center", color="white", fontsize=8)
+                axes.text(value, row - 0.24, f"{value:.0f}", ha="center", va="center", fontsize=7)
     for axes, meaning in zip(panels, ("ms a frame", "peak MB beyond the features"), strict=True):
         axes.set_yticks(range(len(cases)), labels)
         axes.set_xscale("log")
+        axes.margins(x=0.15)
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(f"{meaning} (less is better)")
         axes.invert_yaxis()

@@ -7,12 +7,10 @@ T frames, H W pixels, h w grid, C objects and background, O objects.
 
 import argparse
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
@@ -20,7 +18,7 @@ from fasttrain.evaluation import sequences
 from fasttrain.evaluation.davis import boundary_accuracy, region_similarity, statistics
 from fasttrain.evaluation.frames import read_label_map, work_ahead
 from fasttrain.evaluation.harness import Subject, fit_to_patches
-from fasttrain.evaluation.sequences import LabelMap, VideoSequence
+from fasttrain.evaluation.sequences import Evaluation, LabelMap, VideoSequence
 
 VOID = 255
 
@@ -40,10 +38,7 @@ def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: Wo
     found = find_sequences(arguments.root, arguments.year, arguments.subset)
     for sequence in found:
         read_first_objects(sequence, arguments.year)
-    evaluate = partial(
-        evaluate_sequence, subject=subject, arguments=arguments, output=output, device=world.device
-    )
-    merged = sequences.evaluate_all(found, evaluate, arguments=arguments, output=output, world=world)
+    merged = sequences.evaluate_all(found, evaluate_sequence, arguments, subject, output, world)
     if merged is None:
         return None
     return {
@@ -123,24 +118,16 @@ def read_objects(sequence: VideoSequence, year: str) -> tuple[LabelMap, list[str
     return labels_THW, notes
 
 
-def evaluate_sequence(
-    sequence: VideoSequence,
-    drawn: bool,
-    *,
-    subject: Subject,
-    arguments: argparse.Namespace,
-    output: Path,
-    device: torch.device,
-) -> dict[str, Any]:
+def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation, drawn: bool) -> dict[str, Any]:
     """Per moment and object the mean, recall and decay of J and F; writes masks, contact sheet and video."""
-    truth_THW, notes = read_objects(sequence, arguments.year)
-    size = fit_to_patches((arguments.height, arguments.width), subject.encoder.patch_size)
+    truth_THW, notes = read_objects(sequence, evaluation.arguments.year)
+    size = fit_to_patches(
+        (evaluation.arguments.height, evaluation.arguments.width), evaluation.subject.encoder.patch_size
+    )
     first_hwC = sequences.soft_labels(
-        truth_THW[0], subject.encoder.grid(*size), classes=int(truth_THW[0].max()) + 1
+        truth_THW[0], evaluation.subject.encoder.grid(*size), classes=int(truth_THW[0].max()) + 1
     )
-    found = sequences.propagate(
-        sequence.frames, size, first_hwC.to(device), subject=subject, arguments=arguments, device=device
-    )
+    found = sequences.propagate(sequence.frames, size, first_hwC, evaluation)
     result: dict[str, Any] = {"notes": notes}
     masks: dict[str, list[LabelMap]] = {}
     for moment, labels_ThwC in found.labels_ThwC.items():
@@ -148,10 +135,14 @@ def evaluate_sequence(
         masks[moment] += [
             sequences.hard_labels(labels_hwC, truth_THW.shape[1:]) for labels_hwC in labels_ThwC[1:]
         ]
-        sequences.write_masks(masks[moment], sequence.annotations, output / "masks" / moment / sequence.name)
+        sequences.write_masks(
+            masks[moment], sequence.annotations, evaluation.output / "masks" / moment / sequence.name
+        )
         result[moment] = score(np.stack(masks[moment]), truth_THW)
     if drawn:
-        sequences.draw_masks(sequence, masks, list(truth_THW), found.matches_M4, output / "figures")
+        sequences.draw_masks(
+            sequence, masks, list(truth_THW), found.matches_M4, evaluation.output / "figures"
+        )
     return result
 
 

@@ -7,7 +7,6 @@ h w grid.
 """
 
 import argparse
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from fasttrain.evaluation.jhmdb import (
     mean_over_joints,
     percentages,
 )
-from fasttrain.evaluation.sequences import VideoSequence
+from fasttrain.evaluation.sequences import Evaluation, VideoSequence
 
 POSES, FRAMES = "joint_positions", "Rename_Images"
 # Lists of the test clips that label propagation has been published with.
@@ -58,10 +57,7 @@ def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: Wo
     found = find_sequences(arguments.root, arguments.split, arguments.list)
     for sequence in found:
         read_poses(sequence)
-    evaluate = partial(
-        evaluate_sequence, subject=subject, arguments=arguments, output=output, device=world.device
-    )
-    merged = sequences.evaluate_all(found, evaluate, arguments=arguments, output=output, world=world)
+    merged = sequences.evaluate_all(found, evaluate_sequence, arguments, subject, output, world)
     if merged is None:
         return None
     notes = sequences.take_notes(merged)
@@ -178,31 +174,23 @@ def read_poses(sequence: VideoSequence) -> Coordinates:
     return poses_2JT.astype(np.float64) - 1
 
 
-def evaluate_sequence(
-    sequence: VideoSequence,
-    drawn: bool,
-    *,
-    subject: Subject,
-    arguments: argparse.Namespace,
-    output: Path,
-    device: torch.device,
-) -> dict[str, Any]:
+def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation, drawn: bool) -> dict[str, Any]:
     """Per moment how many keypoints are correct and found; writes poses, contact sheet and video."""
     truth_2JT = read_poses(sequence)
     frames = sequence.frames[: truth_2JT.shape[2]]
     height, width = read_image(frames[0]).shape[:2]
-    size = fit_to_patches((arguments.size, arguments.size), subject.encoder.patch_size)
-    grid = subject.encoder.grid(*size)
+    size = fit_to_patches(
+        (evaluation.arguments.size, evaluation.arguments.size), evaluation.subject.encoder.patch_size
+    )
+    grid = evaluation.subject.encoder.grid(*size)
     pixels_per_cell = np.array([width / grid[1], height / grid[0]])
-    first_hwC = joint_maps(truth_2JT[..., 0] / pixels_per_cell[:, None], grid, arguments.sigma)
+    first_hwC = joint_maps(truth_2JT[..., 0] / pixels_per_cell[:, None], grid, evaluation.arguments.sigma)
     if not first_hwC[..., 1:].any():
         raise InputError(
             f"clip {sequence.name}: no joint of the first frame lies within its {width} x {height} pixels; "
             f"look at {sequence.annotations[0]} or unlist it"
         )
-    found = sequences.propagate(
-        frames, size, first_hwC.to(device), subject=subject, arguments=arguments, device=device
-    )
+    found = sequences.propagate(frames, size, first_hwC, evaluation)
     result: dict[str, Any] = {"notes": []}
     poses = {
         moment: poses_from_maps(labels_ThwC, pixels_per_cell)
@@ -210,7 +198,7 @@ def evaluate_sequence(
     }
     action = frames[0].parent.parent.name
     for moment, pose_2JT in poses.items():
-        path = output / POSES / moment / action / sequence.name / "joint_positions.mat"
+        path = evaluation.output / POSES / moment / action / sequence.name / "joint_positions.mat"
         path.parent.mkdir(parents=True, exist_ok=True)
         savemat(path, {"pos_img": np.where(pose_2JT < 0, -1, pose_2JT + 1)})
         correct, found_J = count_correct(pose_2JT, truth_2JT)
@@ -221,7 +209,7 @@ def evaluate_sequence(
             row: [figures.overlay_pose(picture, pose_2JT[..., t]) for t, picture in enumerate(pictures)]
             for row, pose_2JT in {"truth": truth_2JT, **poses}.items()
         }
-        sequences.draw(sequence.name, pictures, overlays, found.matches_M4, output / "figures")
+        sequences.draw(sequence.name, pictures, overlays, found.matches_M4, evaluation.output / "figures")
     return result
 
 

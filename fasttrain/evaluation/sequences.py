@@ -43,6 +43,16 @@ class VideoSequence:
     annotations: list[Path]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What every sequence of one command is evaluated with."""
+
+    arguments: argparse.Namespace
+    subject: Subject
+    output: Path
+    device: torch.device
+
+
 @dataclass(frozen=True)
 class Propagated:
     """What one pass over a sequence gives, per moment: soft labels, on the device, and matched places."""
@@ -65,18 +75,20 @@ def add_arguments(parser: argparse.ArgumentParser, *, topk: int) -> None:
 
 def evaluate_all(
     sequences: Sequence[VideoSequence],
-    evaluate: Callable[[VideoSequence, bool], dict[str, Any]],
-    *,
+    evaluate: Callable[[VideoSequence, Evaluation, bool], dict[str, Any]],
     arguments: argparse.Namespace,
+    subject: Subject,
     output: Path,
     world: World,
 ) -> dict[str, Any] | None:
-    """`evaluate(sequence, drawn)` of every sequence, spread over the processes; on the main one, by name.
+    """What `evaluate` returns of every sequence, spread over the processes; on the main one, by name.
 
-    `drawn` says whether pictures of the sequence are wanted. Raises InputError, on the process that met it,
-    for a sequence that cannot be evaluated, and on all for settings that nothing can be propagated with.
+    Its last argument says whether pictures of the sequence are wanted. Raises InputError, on the process that
+    met it, for a sequence that cannot be evaluated, and on all for settings that nothing can be propagated
+    with.
     """
     check_settings(arguments.context, arguments.topk, arguments.temperature)
+    evaluation = Evaluation(arguments=arguments, subject=subject, output=output, device=world.device)
     drawn = {sequences[place].name for place in spread(len(sequences), max(0, arguments.pictures))}
     shown = Console(stderr=True)
     share = track(
@@ -86,7 +98,7 @@ def evaluate_all(
         disable=not (world.is_main and shown.is_terminal),
     )
     try:
-        results = {sequence.name: evaluate(sequence, sequence.name in drawn) for sequence in share}
+        results = {one.name: evaluate(one, evaluation, one.name in drawn) for one in share}
     except InputError as error:
         raise LocalInputError(str(error)) from error
     return gather(results, output, world)
@@ -96,23 +108,22 @@ def propagate(
     frames: Sequence[Path],
     size: tuple[int, int],
     first_labels_hwC: Tensor,
-    *,
-    subject: Subject,
-    arguments: argparse.Namespace,
-    device: torch.device,
+    evaluation: Evaluation,
 ) -> Propagated:
     """Soft labels of every frame, each encoded at `size` once and forgotten after `context` frames.
 
     Raises InputError for a frame that cannot be read and for settings that cannot be propagated.
     """
+    subject, arguments = evaluation.subject, evaluation.arguments
     grid = subject.encoder.grid(*size)
+    first_labels_hwC = first_labels_hwC.to(evaluation.device)
     middle = len(frames) // 2
     propagators: dict[str, Propagator] = {}
     labels: dict[str, list[Tensor]] = {}
     firsts: dict[str, Tensor] = {}
     matches: dict[str, npt.NDArray[np.float64]] = {}
     pixels = work_ahead(lambda path: resize(read_image(path), size), frames)
-    for number, tokens in enumerate(subject.stream(pixels, device)):
+    for number, tokens in enumerate(subject.stream(pixels, evaluation.device)):
         for moment, tokens_ND in tokens.items():
             tokens_hwD = tokens_ND.unflatten(0, grid)
             if number == 0:

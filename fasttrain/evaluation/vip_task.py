@@ -6,19 +6,17 @@ one as its labels come back from the grid. Shape suffixes: H W pixels, C classes
 """
 
 import argparse
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.evaluation import sequences
 from fasttrain.evaluation.frames import read_image, read_label_map, work_ahead
 from fasttrain.evaluation.harness import Subject, fit_to_patches
-from fasttrain.evaluation.sequences import LabelMap, VideoSequence
+from fasttrain.evaluation.sequences import Evaluation, LabelMap, VideoSequence
 from fasttrain.evaluation.vip import CLASSES, class_iou, sum_confusions
 
 # The short side of the frames as encoded is a multiple of this.
@@ -40,10 +38,7 @@ def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: Wo
     found = find_sequences(arguments.root, arguments.subset, arguments.list)
     for sequence in found:
         read_parts(sequence.annotations[0])
-    evaluate = partial(
-        evaluate_sequence, subject=subject, arguments=arguments, output=output, device=world.device
-    )
-    merged = sequences.evaluate_all(found, evaluate, arguments=arguments, output=output, world=world)
+    merged = sequences.evaluate_all(found, evaluate_sequence, arguments, subject, output, world)
     if merged is None:
         return None
     notes = sequences.take_notes(merged)
@@ -102,27 +97,19 @@ def encoded_size(size: tuple[int, int], long_side: int, patch: int) -> tuple[int
     return fit_to_patches((short, long_side) if width > height else (long_side, short), patch)
 
 
-def evaluate_sequence(
-    sequence: VideoSequence,
-    drawn: bool,
-    *,
-    subject: Subject,
-    arguments: argparse.Namespace,
-    output: Path,
-    device: torch.device,
-) -> dict[str, Any]:
+def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation, drawn: bool) -> dict[str, Any]:
     """Per moment the pixels of each true (row) and predicted class; writes masks, contact sheet and video."""
     truth = list(work_ahead(read_parts, sequence.annotations))
     size = encoded_size(
-        read_image(sequence.frames[0]).shape[:2], arguments.long_side, subject.encoder.patch_size
+        read_image(sequence.frames[0]).shape[:2],
+        evaluation.arguments.long_side,
+        evaluation.subject.encoder.patch_size,
     )
     first_HW = np.where(truth[0] == VOID, 0, truth[0]).astype(np.uint8)
     first_hwC = sequences.soft_labels(
-        sequences.resize_labels(first_HW, size), subject.encoder.grid(*size), classes=len(CLASSES)
+        sequences.resize_labels(first_HW, size), evaluation.subject.encoder.grid(*size), classes=len(CLASSES)
     )
-    found = sequences.propagate(
-        sequence.frames, size, first_hwC.to(device), subject=subject, arguments=arguments, device=device
-    )
+    found = sequences.propagate(sequence.frames, size, first_hwC, evaluation)
     notes = []
     if not first_HW.any():
         notes.append(f"video {sequence.name}: no part is labelled in the first frame, so none is propagated")
@@ -133,11 +120,13 @@ def evaluate_sequence(
             sequences.resize_labels(sequences.hard_labels(labels_hwC, size), truth_HW.shape)
             for labels_hwC, truth_HW in zip(labels_ThwC, truth, strict=True)
         ]
-        sequences.write_masks(masks[moment], sequence.annotations, output / "masks" / moment / sequence.name)
+        sequences.write_masks(
+            masks[moment], sequence.annotations, evaluation.output / "masks" / moment / sequence.name
+        )
         pairs = zip(masks[moment], truth, strict=True)
         result[moment] = sum_confusions(pairs, len(CLASSES)).tolist()
     if drawn:
-        sequences.draw_masks(sequence, masks, truth, found.matches_M4, output / "figures")
+        sequences.draw_masks(sequence, masks, truth, found.matches_M4, evaluation.output / "figures")
     return result
 
 

@@ -1,5 +1,6 @@
 """`eval davis`, `vip` and `jhmdb` as commands on made-up data in the data sets' own layouts."""
 
+import argparse
 import json
 import os
 import shutil
@@ -37,7 +38,7 @@ from fasttrain.evaluation.frames import read_label_map
 from fasttrain.evaluation.harness import Subject
 from fasttrain.evaluation.jhmdb import joint_maps
 from fasttrain.evaluation.jhmdb_task import poses_from_maps
-from fasttrain.evaluation.sequences import find_matches, propagate
+from fasttrain.evaluation.sequences import Evaluation, find_matches, propagate
 from fasttrain.evaluation.vip_task import encoded_size
 
 WRITERS = {"davis": write_davis, "vip": write_vip, "jhmdb": write_jhmdb}
@@ -204,6 +205,23 @@ def test_two_shares_give_the_same(
     assert_same_output(tmp_path, evaluated[task], task)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("task", WRITERS)
+def test_gpu_equals_cpu(
+    roots: dict[str, Path], evaluated: dict[str, Path], projection: Path, tmp_path: Path, task: str
+) -> None:
+    words = command(task, roots[task], tmp_path, "--projection", str(projection), "--device", "cuda")
+    assert main(words) == 0
+    # The encoder's products are rounded differently, so that a few near affinities change places.
+    for moment in ("before", "after"):
+        on_gpu, on_cpu = (
+            read_figures(folder, task)["results"][moment] for folder in (tmp_path, evaluated[task])
+        )
+        scale = 100 if task == "jhmdb" else 1
+        key = next(iter(on_cpu))
+        assert on_gpu[key] == pytest.approx(on_cpu[key], abs=0.05 * scale)
+
+
 @pytest.mark.parametrize("listing", ["2016", "480p"])
 def test_davis_2016_joins_the_objects(tmp_path: Path, listing: str) -> None:
     """The lists of both releases; the objects of the 2017 masks count as one, 0 and 255 as well."""
@@ -282,16 +300,10 @@ def propagate_with_oracle(points_Thw: Tensor, first_hwC: Tensor, folder: Path) -
     for number in range(len(points_Thw)):
         frames.append(folder / f"{number:05d}.png")
         Image.new("RGB", (width, height)).save(frames[-1])
-    arguments = type("Arguments", (), {"context": 20, "radius": 20, "topk": 7, "temperature": 0.7})
+    arguments = argparse.Namespace(context=20, radius=20, topk=7, temperature=0.7)
     subject = Subject(encoder=Oracle(points_Thw), projection=None, moments=("before",))
-    found = propagate(
-        frames,
-        (height, width),
-        first_hwC,
-        subject=subject,
-        arguments=arguments,
-        device=torch.device("cpu"),
-    )
+    evaluation = Evaluation(arguments=arguments, subject=subject, output=folder, device=torch.device("cpu"))
+    found = propagate(frames, (height, width), first_hwC, evaluation)
     matches = find_matches(*functional.one_hot(points_Thw[[0, len(frames) // 2]]).float(), first_hwC)
     np.testing.assert_array_equal(found.matches_M4["before"], matches)
     return found.labels_ThwC["before"]
