@@ -36,6 +36,7 @@ PACKAGES = {
     "pytest": "pytest",
     "hypothesis": "hypothesis",
     "matplotlib": "matplotlib",
+    "scipy": "SciPy",
 }
 
 
@@ -107,6 +108,7 @@ STEPS = (
         name="propagation",
         command=("-m", "benchmarks.propagation", "--short", "--out", "{out}/propagation-cuda.json"),
         seconds=50,
+        needs=("matplotlib", "scipy"),
     ),
 )
 

@@ -9,7 +9,6 @@ Shape suffixes: V videos, T frames, P patches, D channels, S sampled patches, G 
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,19 +48,36 @@ def measure_videos(
 
     Videos may differ in their number of frames.
     """
-    within, middles = [], []
-    for video_TPD in videos:
+    analysis = Analysis()
+    for number, video_TPD in enumerate(videos):
+        analysis.add(number, video_TPD)
+    return analysis.result(patch_indices)
+
+
+class Analysis:
+    """The analysis of numbered videos that come one after another, in any order and from any process."""
+
+    def __init__(self) -> None:
+        self.within: dict[int, dict[str, Tensor]] = {}
+        self.middles: dict[int, Tensor] = {}
+
+    def add(self, number: int, video_TPD: Tensor) -> None:
+        """One video (T, P, D), measured where it lies; its middle frame is kept in host memory."""
         _check(video_TPD)
         video_TPD = video_TPD.detach().float()
-        within.append(_within_video(video_TPD))
-        middles.append(video_TPD[len(video_TPD) // 2])
-    if not within:
-        raise InputError("no video to measure; expected at least one")
-    result = {key: _mean([one[key] for one in within]) for key in within[0]}
-    return result | _between_videos(torch.stack(middles), patch_indices)
+        self.within[number] = {key: value.cpu() for key, value in _within_video(video_TPD).items()}
+        self.middles[number] = video_TPD[len(video_TPD) // 2].cpu()
+
+    def result(self, patch_indices: Tensor | Sequence[int] | None = None) -> dict[str, float]:
+        """The keys of `consistency_separability`. Raises InputError where no video was added."""
+        if not self.within:
+            raise InputError("no video to measure; expected at least one")
+        order = sorted(self.within)
+        result = {key: _mean([self.within[one][key] for one in order]) for key in self.within[order[0]]}
+        return result | _between_videos(torch.stack([self.middles[one] for one in order]), patch_indices)
 
 
-def _within_video(video_TPD: Tensor) -> dict[str, Any]:
+def _within_video(video_TPD: Tensor) -> dict[str, Tensor]:
     """Intra-video distance, diameters and cycle accuracy of one video."""
     distance = _frame_distance(video_TPD)
     patches_ND = video_TPD.flatten(0, 1)
@@ -124,7 +140,8 @@ def _sampled_patches(middles_VPD: Tensor, patch_indices: Tensor | Sequence[int] 
 
 def _effective_rank(features_ND: Tensor) -> float:
     """exp(entropy of the normalised singular values), over the largest rank possible (Roy & Vetterli)."""
-    values = torch.linalg.svdvals(features_ND)
+    # In float32 the entropy's last digits depend on the number of threads.
+    values = torch.linalg.svdvals(features_ND.double())
     share = values / values.sum() + 1e-12
     return (-(share * share.log()).sum()).exp().item() / min(features_ND.shape)
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from fasttrain.data.images import UnreadableFrameError
-from fasttrain.data.sources import open_source
+from fasttrain.data.sources import FrameIndex, open_source
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.evaluation import figures
-from fasttrain.evaluation.consistency import FEWEST_FRAMES, measure_videos
+from fasttrain.evaluation.consistency import FEWEST_FRAMES, Analysis
 from fasttrain.evaluation.frames import centre_crop, read_clip, spread
-from fasttrain.evaluation.harness import Subject
+from fasttrain.evaluation.harness import Subject, own_share
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,29 +28,72 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: World) -> dict[str, Any] | None:
-    """Figures of all videos together. The main process does the work: inter-video distances need all."""
-    if not world.is_main:
-        return None
+    """Figures of all videos together, on the main process."""
+    for name, least in (("num_frames", FEWEST_FRAMES), ("num_videos", 1), ("image_size", 1)):
+        if getattr(arguments, name) < least:
+            option = "--" + name.replace("_", "-")
+            raise InputError(f"{option} {getattr(arguments, name)}: expected at least {least}")
     index = open_source(arguments.root)
-    skipped = [f"{name}: {reason}" for name, reason in index.skipped]
-    tokens: dict[str, list[torch.Tensor]] = {moment: [] for moment in subject.moments}
-    for video in spread(len(index), arguments.num_videos):
-        if index.num_frames[video] < FEWEST_FRAMES:
-            skipped.append(f"{index.names[video]}: fewer than {FEWEST_FRAMES} frames")
-            continue
-        try:
-            clip = read_clip(index, video, spread(int(index.num_frames[video]), arguments.num_frames))
-        except UnreadableFrameError as error:
-            skipped.append(f"{index.names[video]}: {error}")
-            continue
-        frames = (centre_crop(frame, arguments.image_size) for frame in clip)
-        for moment, tokens_TND in subject.tokens(frames, world.device).items():
-            tokens[moment].append(tokens_TND.cpu())
-    counted = len(tokens[subject.moments[0]])
+    chosen = spread(len(index), arguments.num_videos)
+    analyses, skipped = measure_share(index, own_share(chosen, world), arguments, subject, world.device)
+    if not merge(analyses, skipped, output, world):
+        return None
+    told = [f"{name}: {reason}" for name, reason in index.skipped]
+    told += [skipped[video] for video in sorted(skipped)]
+    counted = len(chosen) - len(skipped)
     if not counted:
-        raise InputError(f"no video of {arguments.root} can be measured; {'; '.join(skipped[:3])}")
-    results = {moment: measure_videos(videos) for moment, videos in tokens.items()}
+        raise InputError(f"no video of {arguments.root} can be measured; {'; '.join(told[:3])}")
+    results = {moment: analysis.result() for moment, analysis in analyses.items()}
     if set(results) == {"before", "after"} and counted > 1:
         point = (subject.encoder.name, results["before"], results["after"])
         figures.trade_off([point], output / "figures" / "trade_off.png")
-    return {"data": {"videos": counted, "skipped": skipped}, "results": results}
+    return {"data": {"videos": counted, "skipped": told}, "results": results}
+
+
+def measure_share(
+    index: FrameIndex,
+    videos: list[int],
+    arguments: argparse.Namespace,
+    subject: Subject,
+    device: torch.device,
+) -> tuple[dict[str, Analysis], dict[int, str]]:
+    """The analysis of these videos per moment, and which of them were passed over, and why."""
+    analyses = {moment: Analysis() for moment in subject.moments}
+    skipped = {}
+    for video in videos:
+        length = int(index.num_frames[video])
+        if length < FEWEST_FRAMES:
+            skipped[video] = f"{index.names[video]}: fewer than {FEWEST_FRAMES} frames"
+            continue
+        try:
+            clip = read_clip(index, video, spread(length, arguments.num_frames))
+        except UnreadableFrameError as error:
+            skipped[video] = f"{index.names[video]}: {error}"
+            continue
+        frames = (centre_crop(frame, arguments.image_size) for frame in clip)
+        for moment, tokens_TND in subject.tokens(frames, device).items():
+            analyses[moment].add(video, tokens_TND)
+    return analyses, skipped
+
+
+def merge(analyses: dict[str, Analysis], skipped: dict[int, str], output: Path, world: World) -> bool:
+    """Bring what all processes measured into the main one's `analyses` and `skipped`; whether this is it.
+
+    Goes through files in `output`, which all processes must see.
+    """
+    parts = [output / f".part{rank}.pt" for rank in range(world.size)]
+    if not world.is_main:
+        output.mkdir(parents=True, exist_ok=True)
+        measured = {moment: (one.within, one.middles) for moment, one in analyses.items()}
+        torch.save({"measured": measured, "skipped": skipped}, parts[world.rank])
+    world.barrier()
+    if not world.is_main:
+        return False
+    for path in parts[1:]:
+        part = torch.load(path, weights_only=True)
+        for moment, (within, middles) in part["measured"].items():
+            analyses[moment].within |= within
+            analyses[moment].middles |= middles
+        skipped |= part["skipped"]
+        path.unlink()
+    return True

@@ -1,38 +1,26 @@
 """DAVIS: propagate the first frame's objects through each sequence, write masks, score them with J and F.
 
-Reads the data set's own layout (JPEGImages/480p, Annotations/480p, ImageSets/YEAR/SUBSET.txt). The measures
-are in `davis.py`. Shape suffixes: T frames, H W pixels, h w grid, N tokens, C objects and background.
+Reads the data set's own layout: JPEGImages/480p and Annotations/480p, with ImageSets/YEAR/SUBSET.txt of the
+2017 release or ImageSets/480p/SUBSET.txt of the 2016 one. The measures are in `davis.py`. Shape suffixes:
+T frames, H W pixels, h w grid, C objects and background, O objects.
 """
 
 import argparse
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional
 
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
-from fasttrain.evaluation import figures
+from fasttrain.evaluation import sequences
 from fasttrain.evaluation.davis import boundary_accuracy, region_similarity, statistics
-from fasttrain.evaluation.frames import read_image, read_label_map, resize, spread
-from fasttrain.evaluation.harness import Subject, fit_to_patches, gather, own_share
-from fasttrain.evaluation.propagation import propagate_labels
+from fasttrain.evaluation.frames import read_label_map, work_ahead
+from fasttrain.evaluation.harness import Subject, fit_to_patches
+from fasttrain.evaluation.sequences import Evaluation, LabelMap, VideoSequence
 
 VOID = 255
-SHOWN_FRAMES = 6
-
-
-@dataclass(frozen=True)
-class Sequence:
-    """One sequence: frames and annotations of the same names, in order."""
-
-    name: str
-    frames: list[Path]
-    annotations: list[Path]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,131 +28,138 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--year", choices=("2016", "2017"), default="2017", help="2016: one object a sequence"
     )
     parser.add_argument("--subset", default="val", help="list in ImageSets/YEAR (default: val)")
-    parser.add_argument("--context", type=int, default=20, help="frames attended to (default: 20)")
-    parser.add_argument("--radius", type=float, default=20, help="in grid cells (default: 20)")
-    parser.add_argument("--topk", type=int, default=7)
-    parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--height", type=int, default=480, help="of the frames as encoded (default: 480)")
     parser.add_argument("--width", type=int, default=880, help="of the frames as encoded (default: 880)")
+    sequences.add_arguments(parser, topk=7)
 
 
 def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: World) -> dict[str, Any] | None:
     """Figures of all sequences, on the main process."""
-    sequences = find_sequences(arguments.root, arguments.year, arguments.subset)
-    results = {
-        sequence.name: evaluate_sequence(sequence, subject, arguments, output, world.device)
-        for sequence in own_share(sequences, world)
-    }
-    merged = gather(results, output, world)
+    found = find_sequences(arguments.root, arguments.year, arguments.subset)
+    for sequence in found:
+        read_first_objects(sequence, arguments.year)
+    merged = sequences.evaluate_all(found, evaluate_sequence, arguments, subject, output, world)
     if merged is None:
         return None
     return {
-        "data": {"sequences": len(sequences), "frames": sum(len(one.frames) for one in sequences)},
+        "data": {
+            "sequences": len(found),
+            "frames": sum(len(one.frames) for one in found),
+            "objects": sum(len(one[subject.moments[0]]) for one in merged.values()),
+            "notes": sequences.take_notes(merged),
+        },
         "results": {moment: summarise(merged, moment) for moment in subject.moments},
         "per_sequence": merged,
     }
 
 
-def find_sequences(root: Path, year: str, subset: str) -> list[Sequence]:
+def find_sequences(root: Path, year: str, subset: str) -> list[VideoSequence]:
     """The sequences of a subset. Raises InputError, naming the path, where the layout is another."""
     listed = root / "ImageSets" / year / f"{subset}.txt"
+    of_2016 = root / "ImageSets" / "480p" / f"{subset}.txt"
+    if year == "2016" and not listed.exists() and of_2016.exists():
+        listed = of_2016
     for path in (root / "JPEGImages" / "480p", root / "Annotations" / "480p", listed):
         if not path.exists():
             raise InputError(f"{path} does not exist; --root must hold DAVIS in its own layout")
-    names = listed.read_text(encoding="utf-8").split()
-    if not names:
-        raise InputError(f"{listed} lists no sequence")
+    # A line names a sequence or, in the release of 2016, a frame and its annotation.
+    lines = [Path(line.split()[0]) for line in sequences.read_list(listed)]
+    names = dict.fromkeys(line.parent.name if line.suffix == ".jpg" else line.name for line in lines)
     return [_find_sequence(root, name) for name in names]
 
 
-def _find_sequence(root: Path, name: str) -> Sequence:
+def _find_sequence(root: Path, name: str) -> VideoSequence:
     frames = sorted((root / "JPEGImages" / "480p" / name).glob("*.jpg"))
-    annotations = [root / "Annotations" / "480p" / name / f"{frame.stem}.png" for frame in frames]
-    if len(frames) < 3:
-        raise InputError(f"sequence {name} has {len(frames)} frames (*.jpg); J and F need at least 3")
-    missing = [path for path in annotations if not path.is_file()]
-    if missing:
-        raise InputError(f"sequence {name}: annotation {missing[0]} is missing ({len(missing)} in all)")
-    surplus = {path.stem for path in annotations[0].parent.glob("*.png")} - {path.stem for path in frames}
-    if surplus:
-        raise InputError(f"sequence {name}: frame {min(surplus)} is annotated, but its image is missing")
-    return Sequence(name, frames, annotations)
+    # J and F leave out the first frame and the last.
+    annotations = sequences.check_pairs(name, frames, root / "Annotations" / "480p" / name, fewest=3)
+    return VideoSequence(name, frames, annotations)
 
 
-def read_objects(sequence: Sequence, year: str) -> np.ndarray:
-    """(T, H, W) object numbers. Binary annotations (0, 255) and the year 2016 make one object of all."""
-    maps = [read_label_map(path) for path in sequence.annotations]
-    for path, labels_HW in zip(sequence.annotations, maps, strict=True):
-        if labels_HW.shape != maps[0].shape:
-            raise InputError(
-                f"annotation {path} is {labels_HW.shape}, the first of its sequence {maps[0].shape}"
-            )
-    labels_THW = np.stack(maps)
-    if year == "2016" or set(np.unique(labels_THW[0])) <= {0, VOID}:
-        labels_THW = (labels_THW > 0).astype(np.uint8)
-    labels_THW[labels_THW == VOID] = 0
-    count = int(labels_THW[0].max())
-    if not count:
+def read_first_objects(sequence: VideoSequence, year: str) -> LabelMap:
+    """(H, W) object numbers of the first frame. Raises InputError where it shows none.
+
+    Binary annotations (0, 255) and the year 2016 make one object of all.
+    """
+    labels_HW = read_label_map(sequence.annotations[0])
+    if year == "2016" or set(np.unique(labels_HW)) <= {0, VOID}:
+        labels_HW = (labels_HW > 0).astype(np.uint8)
+    labels_HW = np.where(labels_HW == VOID, 0, labels_HW).astype(np.uint8)
+    if not labels_HW.any():
         raise InputError(
             f"annotation {sequence.annotations[0]} is empty; the first frame must show the objects"
         )
-    # The toolkit scores the objects of the first frame only.
-    labels_THW[labels_THW > count] = 0
-    return labels_THW
+    return labels_HW
 
 
-def evaluate_sequence(
-    sequence: Sequence, subject: Subject, arguments: argparse.Namespace, output: Path, device: torch.device
-) -> dict[str, Any]:
-    """Per moment and object the mean, recall and decay of J and F; writes masks, contact sheet and video."""
-    truth_THW = read_objects(sequence, arguments.year)
-    size = fit_to_patches((arguments.height, arguments.width), subject.encoder.patch_size)
-    grid = subject.encoder.grid(*size)
-    tokens = subject.tokens((resize(read_image(path), size) for path in sequence.frames), device)
-    first_hwC = soft_labels(truth_THW[0], grid).to(device)
-    result: dict[str, Any] = {}
-    masks: dict[str, np.ndarray] = {}
-    for moment, tokens_TND in tokens.items():
-        labels_ThwC = propagate_labels(
-            tokens_TND.unflatten(1, grid),
-            first_hwC,
-            arguments.context,
-            arguments.radius,
-            arguments.topk,
-            arguments.temperature,
+def read_objects(sequence: VideoSequence, year: str) -> tuple[LabelMap, list[str]]:
+    """(T, H, W) object numbers, and a note on each object that the first frame does not show."""
+    first_HW = read_first_objects(sequence, year)
+    maps = [read_label_map(path) for path in sequence.annotations]
+    for path, labels_HW in zip(sequence.annotations, maps, strict=True):
+        if labels_HW.shape != first_HW.shape:
+            raise InputError(
+                f"annotation {path} is {labels_HW.shape}, the first of its sequence {first_HW.shape}"
+            )
+    labels_THW = np.stack(maps)
+    if year == "2016" or set(np.unique(maps[0])) <= {0, VOID}:
+        labels_THW = (labels_THW > 0).astype(np.uint8)
+    labels_THW[labels_THW == VOID] = 0
+    count = int(first_HW.max())
+    notes = []
+    for number in sorted(set(np.unique(labels_THW)) - set(np.unique(first_HW)) - {0}):
+        path = sequence.annotations[int((labels_THW == number).any((1, 2)).argmax())]
+        treated = "scored as missed" if number < count else "not scored"
+        notes.append(
+            f"sequence {sequence.name}: object {number} appears late, in {path.name}; it cannot be "
+            f"propagated and is {treated}, as in the official toolkit"
         )
-        masks[moment] = np.stack([hard_labels(labels_hwC, truth_THW.shape[1:]) for labels_hwC in labels_ThwC])
-        masks[moment][0] = truth_THW[0]
-        for path, mask_HW in zip(sequence.annotations, masks[moment], strict=True):
-            figures.write_label_map(mask_HW, output / "masks" / moment / sequence.name / path.name)
-        result[moment] = score(masks[moment], truth_THW)
-    _draw(sequence, masks, truth_THW, output)
+    # The toolkit scores the objects up to the largest number of the first frame.
+    labels_THW[labels_THW > count] = 0
+    return labels_THW, notes
+
+
+def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation, drawn: bool) -> dict[str, Any]:
+    """Per moment and object the mean, recall and decay of J and F; writes masks, contact sheet and video."""
+    truth_THW, notes = read_objects(sequence, evaluation.arguments.year)
+    size = fit_to_patches(
+        (evaluation.arguments.height, evaluation.arguments.width), evaluation.subject.encoder.patch_size
+    )
+    first_hwC = sequences.soft_labels(
+        truth_THW[0], evaluation.subject.encoder.grid(*size), classes=int(truth_THW[0].max()) + 1
+    )
+    found = sequences.propagate(sequence.frames, size, first_hwC, evaluation)
+    result: dict[str, Any] = {"notes": notes}
+    masks: dict[str, list[LabelMap]] = {}
+    for moment, labels_ThwC in found.labels_ThwC.items():
+        masks[moment] = [truth_THW[0]]
+        masks[moment] += [
+            sequences.hard_labels(labels_hwC, truth_THW.shape[1:]) for labels_hwC in labels_ThwC[1:]
+        ]
+        sequences.write_masks(
+            masks[moment], sequence.annotations, evaluation.output / "masks" / moment / sequence.name
+        )
+        result[moment] = score(np.stack(masks[moment]), truth_THW)
+    if drawn:
+        sequences.draw_masks(
+            sequence, masks, list(truth_THW), found.matches_M4, evaluation.output / "figures"
+        )
     return result
 
 
-def soft_labels(labels_HW: np.ndarray, grid: tuple[int, int]) -> Tensor:
-    """(h, w, C) float32: the one-hot labels at the middle of each cell, bilinearly."""
-    one_hot_1CHW = functional.one_hot(torch.from_numpy(labels_HW).long()).movedim(-1, 0)[None].float()
-    return functional.interpolate(one_hot_1CHW, size=grid, mode="bilinear")[0].movedim(0, -1).contiguous()
-
-
-def hard_labels(labels_hwC: Tensor, size: tuple[int, ...]) -> np.ndarray:
-    """(H, W) uint8: the most likely label of each pixel, bilinearly between cells."""
-    full_CHW = functional.interpolate(labels_hwC.movedim(-1, 0)[None], size=size, mode="bilinear")[0]
-    return full_CHW.argmax(0).byte().cpu().numpy()
-
-
-def score(masks_THW: np.ndarray, truth_THW: np.ndarray) -> dict[str, dict[str, dict[str, float]]]:
+def score(masks_THW: LabelMap, truth_THW: LabelMap) -> dict[str, dict[str, dict[str, float]]]:
     """Per object: mean, recall and decay of J and F over all frames but the first and the last."""
-    scored = range(1, len(truth_THW) - 1)
+    objects = range(1, int(truth_THW[0].max()) + 1)
+
+    def measure(t: int) -> list[tuple[float, float]]:
+        pairs = [(masks_THW[t] == number, truth_THW[t] == number) for number in objects]
+        return [(region_similarity(*pair), boundary_accuracy(*pair)) for pair in pairs]
+
+    measured_TO2 = np.array(list(work_ahead(measure, range(1, len(truth_THW) - 1))))
     return {
         str(number): {
-            name: asdict(
-                statistics([measure(masks_THW[t] == number, truth_THW[t] == number) for t in scored])
-            )
-            for name, measure in (("J", region_similarity), ("F", boundary_accuracy))
+            name: asdict(statistics(measured_TO2[:, number - 1, place])) for place, name in enumerate("JF")
         }
-        for number in range(1, int(truth_THW[0].max()) + 1)
+        for number in objects
     }
 
 
@@ -177,19 +172,3 @@ def summarise(per_sequence: dict[str, Any], moment: str) -> dict[str, float]:
         for kind in ("mean", "recall", "decay")
     }
     return {"J&F-Mean": (means["J-Mean"] + means["F-Mean"]) / 2, **means}
-
-
-def _draw(sequence: Sequence, masks: dict[str, np.ndarray], truth_THW: np.ndarray, output: Path) -> None:
-    frames_THWC = [read_image(path) for path in sequence.frames]
-    shown = spread(len(frames_THWC), SHOWN_FRAMES)
-    rows = {"truth": truth_THW, **masks}
-    sheet = [
-        (name, [figures.overlay_masks(frames_THWC[t], labels[t]) for t in shown])
-        for name, labels in rows.items()
-    ]
-    figures.contact_sheet(sheet, output / "figures" / f"{sequence.name}.png")
-    film = [
-        np.concatenate([figures.overlay_masks(frame, labels[t]) for labels in masks.values()], axis=1)
-        for t, frame in enumerate(frames_THWC)
-    ]
-    figures.write_video(film, output / "figures" / f"{sequence.name}.mp4")

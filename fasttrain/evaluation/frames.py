@@ -3,8 +3,13 @@
 Below the tasks, above `data.sources`. Shape suffixes: T frames, H W pixels, C colours, S side of a crop.
 """
 
-from collections.abc import Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +23,11 @@ from fasttrain.data.sources import FrameIndex
 from fasttrain.errors import InputError
 
 Frame = npt.NDArray[np.uint8]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# Threads of the work around the encoder, which waits for files and releases the interpreter's lock.
+THREADS = min(8, os.cpu_count() or 1)
 
 
 def read_image(path: Path) -> Frame:
@@ -26,6 +36,19 @@ def read_image(path: Path) -> Frame:
         return decode_image(np.fromfile(path, dtype=np.uint8))
     except (OSError, UnreadableFrameError) as error:
         raise InputError(f"frame {path} cannot be read ({error}); replace it") from error
+
+
+def work_ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`function` of each item, in order, a few items ahead of the consumer, in threads."""
+    waiting = iter(items)
+    with ThreadPoolExecutor(THREADS) as pool:
+        pending: deque[Future[Result]] = deque(
+            pool.submit(function, item) for item in islice(waiting, 2 * THREADS)
+        )
+        while pending:
+            result = pending.popleft().result()
+            pending.extend(pool.submit(function, item) for item in islice(waiting, 1))
+            yield result
 
 
 def read_label_map(path: Path) -> npt.NDArray[np.uint8]:

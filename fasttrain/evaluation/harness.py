@@ -7,7 +7,7 @@ import argparse
 import json
 import math
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -43,17 +43,20 @@ class Subject:
             self.projection.to(device).eval()
         return self
 
-    @torch.inference_mode()
-    def tokens(self, frames: Iterator[Tensor], device: torch.device) -> dict[str, Tensor]:
+    def tokens(self, frames: Iterable[Tensor], device: torch.device) -> dict[str, Tensor]:
         """Tokens (T, N, D) float32 per moment of frames (3, H, W); frames are encoded one at a time."""
-        found: dict[str, list[Tensor]] = {moment: [] for moment in self.moments}
+        encoded = list(self.stream(frames, device))
+        return {moment: torch.stack([tokens[moment] for tokens in encoded]) for moment in self.moments}
+
+    @torch.inference_mode()
+    def stream(self, frames: Iterable[Tensor], device: torch.device) -> Iterator[dict[str, Tensor]]:
+        """Tokens (N, D) float32 per moment of one frame (3, H, W) after another."""
         for frame_3HW in frames:
             tokens_ND = self.encoder.tokens(frame_3HW[None].to(device))[0].float()
-            if "before" in found:
-                found["before"].append(tokens_ND)
-            if self.projection is not None and "after" in found:
-                found["after"].append(self.projection(tokens_ND).float())
-        return {moment: torch.stack(tokens) for moment, tokens in found.items()}
+            found = {"before": tokens_ND} if "before" in self.moments else {}
+            if self.projection is not None and "after" in self.moments:
+                found["after"] = self.projection(tokens_ND).float()
+            yield found
 
     def describe(self) -> dict[str, Any]:
         head = self.projection.head if self.projection else None
@@ -154,10 +157,12 @@ def print_comparison(title: str, by_moment: dict[str, dict[str, float]]) -> None
     for moment in by_moment:
         table.add_column(moment, justify="right")
     for key in next(iter(by_moment.values())):
-        signs = ["+.4f" if moment == "difference" else ".4f" for moment in by_moment]
-        cells = [format(figures[key], sign) for figures, sign in zip(by_moment.values(), signs, strict=True)]
-        table.add_row(key, *cells)
+        table.add_row(key, *(_cell(figures[key], moment) for moment, figures in by_moment.items()))
     Console().print(table)
+
+
+def _cell(value: float, moment: str) -> str:
+    return "–" if math.isnan(value) else format(value, "+.4f" if moment == "difference" else ".4f")
 
 
 def _finite(value: Any) -> Any:

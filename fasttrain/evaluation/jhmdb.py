@@ -23,6 +23,7 @@ THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
 PERSON_SHARE = 0.6
 
 Coordinates = npt.NDArray[np.float64]
+Counts = npt.NDArray[np.int64]
 
 
 def pck(
@@ -34,7 +35,7 @@ def pck(
 
     `predictions` and `truths` hold one (2, joints, T) array of pixel x, y per video. See `pck_per_joint`.
     """
-    return np.nanmean(pck_per_joint(predictions, truths, thresholds), axis=1)
+    return mean_over_joints(pck_per_joint(predictions, truths, thresholds))
 
 
 def pck_per_joint(
@@ -50,13 +51,32 @@ def pck_per_joint(
     """
     if len(predictions) != len(truths) or not truths:
         raise InputError(f"{len(predictions)} predicted poses for {len(truths)} true ones; expected as many")
-    distance_JM = np.concatenate(
-        [_relative_distances(*_checked(p, t)) for p, t in zip(predictions, truths, strict=True)], axis=1
-    )
-    found_J = np.isfinite(distance_JM).sum(1)
-    correct = np.stack([(distance_JM <= threshold).sum(1) for threshold in thresholds])
+    counts = [count_correct(p, t, thresholds) for p, t in zip(predictions, truths, strict=True)]
+    correct, found_J = (np.sum(of_videos, axis=0) for of_videos in zip(*counts, strict=True))
+    return percentages(correct, found_J)
+
+
+def count_correct(
+    prediction: npt.ArrayLike | Tensor,
+    truth: npt.ArrayLike | Tensor,
+    thresholds: Sequence[float] = THRESHOLDS,
+) -> tuple[Counts, Counts]:
+    """Correct keypoints (thresholds, joints) and found ones (joints,) of one video; see `pck_per_joint`."""
+    distance_JT = _relative_distances(*_checked(prediction, truth))
+    correct = np.stack([(distance_JT <= threshold).sum(1) for threshold in thresholds])
+    return correct, np.isfinite(distance_JT).sum(1)
+
+
+def percentages(correct: Counts, found_J: Counts) -> npt.NDArray[np.float64]:
+    """(thresholds, joints) percentages of the counts of all videos; NaN for a joint that was never found."""
     with np.errstate(invalid="ignore"):
         return 100.0 * correct / found_J
+
+
+def mean_over_joints(percent: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """(thresholds,) means of (thresholds, joints); joints never found are left out, NaN if none was."""
+    known_J = ~np.isnan(percent[0])
+    return percent[:, known_J].mean(axis=1) if known_J.any() else np.full(len(percent), np.nan)
 
 
 def joint_maps(joints_2J: npt.ArrayLike, grid: tuple[int, int], sigma: float = 0.5) -> Tensor:

@@ -1,4 +1,4 @@
-"""Gather runs into one HTML page that opens without a network: curves, trade-off, figures and pictures."""
+"""Gather runs into one HTML page that opens without a network: curves, trade-off, tables, pictures, films."""
 
 import argparse
 import base64
@@ -13,7 +13,7 @@ from fasttrain.evaluation import figures
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.2rem .8rem;border-bottom:1px solid #ddd}"
-    "td+td,th+th{text-align:right}img{max-width:100%}"
+    "td+td,th+th{text-align:right}img,video{max-width:100%}"
 )
 
 
@@ -58,8 +58,10 @@ def write_report(runs: list[Path], output: Path) -> Path:
             title = (
                 f"{folder.name}: {found['task']} ({found['model']['backbone']}, {found['model']['weights']})"
             )
-            images = sorted((folder / "eval" / found["task"] / "figures").glob("*.png"))
-            body.append(_section(title, _table(found["results"]) + "".join(map(_image, images))))
+            drawn = folder / "eval" / found["task"] / "figures"
+            images = "".join(map(_image, sorted(drawn.glob("*.png"))))
+            films = "".join(map(_film, sorted(drawn.glob("*.mp4"))))
+            body.append(_section(title, _table(found["results"]) + images + films))
     output.parent.mkdir(parents=True, exist_ok=True)
     head = f'<!doctype html><meta charset="utf-8"><title>fasttrain</title><style>{STYLE}</style>'
     output.write_text(f"{head}<h1>fasttrain</h1>{''.join(body)}\n", encoding="utf-8")
@@ -75,9 +77,18 @@ def _section(title: str, content: str) -> str:
 
 
 def _image(path: Path) -> str:
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
     name = html.escape(path.stem)
-    return f'<p>{name}</p><img alt="{name}" src="data:image/png;base64,{data}">'
+    return f'<p>{name}</p><img alt="{name}" src="{_carried(path, "image/png")}">'
+
+
+def _film(path: Path) -> str:
+    name = html.escape(path.stem)
+    return f'<p>{name}</p><video controls loop muted src="{_carried(path, "video/mp4")}"></video>'
+
+
+def _carried(path: Path, kind: str) -> str:
+    """The file as an address that holds its bytes: the page needs no other file."""
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
 
 
 def _table(results: dict[str, dict[str, float | None]]) -> str:

@@ -106,22 +106,33 @@ def test_equals_brute_force(
     assert_propagates(features, first, context, radius, topk, 0.1)
 
 
-@pytest.mark.parametrize(
-    ("rank", "noise", "bounded"),
-    [(3, 0.02, True), (32, 0.0, False)],
-    ids=["few directions: searched through bounds", "flat spectrum: searched in full"],
-)
-def test_both_ways_of_searching(rank: int, noise: float, bounded: bool) -> None:
-    features = make_features(1, (5, 16, 20, 32), rank, noise)
-    tokens = features.flatten(1, 2)
-    bounds = module._bound_channels(tokens, 1 / tokens.norm(dim=-1))
-    assert (bounds.shape[-1] < 32) == bounded
-    first = torch.rand(16, 20, 4, generator=torch.Generator().manual_seed(0))
-    assert_propagates(features, first, 3, 6, 7, 0.7)
+def test_strips_of_queries_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = make_features(1, (6, 9, 14, 32), 8, 0.2)
+    first = torch.rand(9, 14, 4, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(module, "CPU_QUERIES", 1000)
+    whole = propagate_labels(features, first, 3, 4, 7, 0.7)
+    monkeypatch.setattr(module, "CPU_QUERIES", 20)
+    torch.testing.assert_close(propagate_labels(features, first, 3, 4, 7, 0.7), whole, rtol=0, atol=1e-6)
+    assert_propagates(features, first, 3, 4, 7, 0.7)
 
 
-def test_a_still_video_is_settled_in_full() -> None:
-    """All keys of a cell are nearly alike over time: bounds cannot tell them apart, the result must."""
+def test_a_stream_remembers_the_first_and_the_last_frames_only() -> None:
+    features = make_features(2, (9, 5, 6, 16), 4, 0.3)
+    first = torch.rand(5, 6, 2, generator=torch.Generator().manual_seed(4))
+    stream = module.Propagator(features[0], first, 3, 3, 5, 0.7)
+    steps = [stream.step(frame) for frame in features[1:]]
+    assert stream.unit_FND.shape[0] == 4
+    assert torch.equal(torch.stack([first, *steps]), propagate_labels(features, first, 3, 3, 5, 0.7))
+
+
+def test_a_stream_refuses_a_frame_of_another_size() -> None:
+    stream = module.Propagator(torch.ones(5, 6, 16), torch.ones(5, 6, 2))
+    with pytest.raises(InputError, match=r"\(5, 7, 16\); the first frame's: \(5, 6, 16\)"):
+        stream.step(torch.ones(5, 7, 16))
+
+
+def test_a_still_video_keeps_its_labels_near() -> None:
+    """All keys of a cell are nearly alike over time."""
     still = make_features(2, (1, 12, 12, 32), 3, 0.3).expand(8, -1, -1, -1)
     features = still + 0.05 * torch.randn(still.shape, generator=torch.Generator().manual_seed(3))
     first = torch.rand(12, 12, 2, generator=torch.Generator().manual_seed(4))

@@ -1,0 +1,280 @@
+"""What the label-propagation benchmarks share: options, the loop over sequences, label maps, pictures.
+
+Used by `davis_task.py`, `vip_task.py` and `jhmdb_task.py`; the search is in `propagation.py`. Shape suffixes:
+T frames, H W pixels, h w grid, N = h * w tokens, D channels, C classes.
+"""
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torch.nn import functional
+
+from fasttrain.distributed import World
+from fasttrain.errors import InputError, LocalInputError
+from fasttrain.evaluation import figures
+from fasttrain.evaluation.frames import Frame, read_image, resize, spread, work_ahead
+from fasttrain.evaluation.harness import Subject, gather, own_share
+from fasttrain.evaluation.propagation import Propagator, check_settings
+
+SHOWN_FRAMES = 6
+# Pictures are drawn at this height at most: a sheet or a short film needs no more.
+PICTURE_HEIGHT = 480
+ARROWS = 48
+
+LabelMap = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class VideoSequence:
+    """One sequence: its frames in order and what annotates them, a file for each or one for all."""
+
+    name: str
+    frames: list[Path]
+    annotations: list[Path]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What every sequence of one command is evaluated with."""
+
+    arguments: argparse.Namespace
+    subject: Subject
+    output: Path
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Propagated:
+    """What one pass over a sequence gives, per moment: soft labels, on the device, and matched places."""
+
+    labels_ThwC: dict[str, Tensor]
+    matches_M4: dict[str, npt.NDArray[np.float64]]
+    """From the first frame to the middle one, as `figures.correspondence_arrows` takes them."""
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, topk: int) -> None:
+    """The settings of the propagation, with what the benchmarks have in common as defaults."""
+    parser.add_argument("--context", type=int, default=20, help="last frames attended to (default: 20)")
+    parser.add_argument("--radius", type=float, default=20, help="of the keys, in grid cells (default: 20)")
+    parser.add_argument("--topk", type=int, default=topk, help="keys of a query (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.7, help="of the softmax (default: 0.7)")
+    parser.add_argument(
+        "--pictures", type=int, default=8, help="sequences that are drawn, evenly chosen (default: 8)"
+    )
+
+
+def evaluate_all(
+    sequences: Sequence[VideoSequence],
+    evaluate: Callable[[VideoSequence, Evaluation, bool], dict[str, Any]],
+    arguments: argparse.Namespace,
+    subject: Subject,
+    output: Path,
+    world: World,
+) -> dict[str, Any] | None:
+    """What `evaluate` returns of every sequence, spread over the processes; on the main one, by name.
+
+    Its last argument says whether pictures of the sequence are wanted. Raises InputError, on the process that
+    met it, for a sequence that cannot be evaluated, and on all for settings that nothing can be propagated
+    with.
+    """
+    check_settings(arguments.context, arguments.topk, arguments.temperature)
+    evaluation = Evaluation(arguments=arguments, subject=subject, output=output, device=world.device)
+    drawn = {sequences[place].name for place in spread(len(sequences), max(0, arguments.pictures))}
+    shown = Console(stderr=True)
+    share = track(
+        own_share(sequences, world),
+        description="sequences",
+        console=shown,
+        disable=not (world.is_main and shown.is_terminal),
+    )
+    try:
+        results = {one.name: evaluate(one, evaluation, one.name in drawn) for one in share}
+    except InputError as error:
+        raise LocalInputError(str(error)) from error
+    return gather(results, output, world)
+
+
+def propagate(
+    frames: Sequence[Path],
+    size: tuple[int, int],
+    first_labels_hwC: Tensor,
+    evaluation: Evaluation,
+) -> Propagated:
+    """Soft labels of every frame, each encoded at `size` once and forgotten after `context` frames.
+
+    Raises InputError for a frame that cannot be read and for settings that cannot be propagated.
+    """
+    subject, arguments = evaluation.subject, evaluation.arguments
+    grid = subject.encoder.grid(*size)
+    first_labels_hwC = first_labels_hwC.to(evaluation.device)
+    middle = len(frames) // 2
+    propagators: dict[str, Propagator] = {}
+    labels: dict[str, list[Tensor]] = {}
+    firsts: dict[str, Tensor] = {}
+    matches: dict[str, npt.NDArray[np.float64]] = {}
+    pixels = work_ahead(lambda path: resize(read_image(path), size), frames)
+    for number, tokens in enumerate(subject.stream(pixels, evaluation.device)):
+        for moment, tokens_ND in tokens.items():
+            tokens_hwD = tokens_ND.unflatten(0, grid)
+            if number == 0:
+                propagators[moment] = Propagator(
+                    tokens_hwD,
+                    first_labels_hwC,
+                    arguments.context,
+                    arguments.radius,
+                    arguments.topk,
+                    arguments.temperature,
+                )
+                labels[moment], firsts[moment] = [first_labels_hwC], tokens_hwD
+                continue
+            labels[moment].append(propagators[moment].step(tokens_hwD))
+            if number == middle:
+                matches[moment] = find_matches(firsts[moment], tokens_hwD, first_labels_hwC)
+    return Propagated({moment: torch.stack(maps) for moment, maps in labels.items()}, matches)
+
+
+def find_matches(
+    first_hwD: Tensor, second_hwD: Tensor, labels_hwC: Tensor, count: int = ARROWS
+) -> npt.NDArray[np.float64]:
+    """(M, 4) centres of labelled cells of the first frame and of the most similar cells of the second.
+
+    x, y in the first frame and x, y in the second, as shares of width and height; at most `count` cells,
+    evenly over those whose likeliest label is not the background.
+    """
+    height, width = first_hwD.shape[:2]
+    labelled_M = labels_hwC.flatten(0, 1).argmax(-1).nonzero().flatten()
+    chosen_M = labelled_M[torch.tensor(spread(len(labelled_M), count), device=labelled_M.device).long()]
+    query_MD = functional.normalize(first_hwD.flatten(0, 1)[chosen_M].float(), dim=-1)
+    found_M = (query_MD @ functional.normalize(second_hwD.flatten(0, 1).float(), dim=-1).T).argmax(-1)
+    places = [
+        ((cells % width + 0.5) / width, (cells.div(width, rounding_mode="floor") + 0.5) / height)
+        for cells in (chosen_M, found_M)
+    ]
+    return torch.stack([*places[0], *places[1]], dim=1).cpu().double().numpy()
+
+
+def soft_labels(labels_HW: LabelMap, grid: tuple[int, int], classes: int) -> Tensor:
+    """(h, w, C) float32: the one-hot labels at the middle of each cell, bilinearly."""
+    one_hot_1CHW = functional.one_hot(torch.from_numpy(labels_HW).long(), classes).movedim(-1, 0)[None]
+    soft_1Chw = functional.interpolate(one_hot_1CHW.float(), size=grid, mode="bilinear")
+    return soft_1Chw[0].movedim(0, -1).contiguous()
+
+
+def hard_labels(labels_hwC: Tensor, size: tuple[int, ...]) -> LabelMap:
+    """(H, W) uint8: the most likely label of each pixel, bilinearly between cells."""
+    full_CHW = functional.interpolate(labels_hwC.movedim(-1, 0)[None], size=size, mode="bilinear")[0]
+    return full_CHW.argmax(0).byte().cpu().numpy()
+
+
+def write_masks(masks: Sequence[LabelMap], names: Sequence[Path], folder: Path) -> None:
+    """Palette PNGs, named as the annotations are."""
+    places = zip(masks, names, strict=True)
+    for _ in work_ahead(lambda one: figures.write_label_map(one[0], folder / one[1].name), places):
+        pass
+
+
+def draw_masks(
+    sequence: VideoSequence,
+    masks: dict[str, list[LabelMap]],
+    truth: list[LabelMap],
+    matches_M4: dict[str, npt.NDArray[np.float64]],
+    folder: Path,
+) -> None:
+    """`NAME.png`, `NAME.mp4` and `NAME_arrows.png` of label maps on the frames."""
+    frames = list(work_ahead(lambda path: shrink(read_image(path)), sequence.frames))
+
+    def overlay(frame_and_labels: tuple[Frame, LabelMap]) -> Frame:
+        frame, labels = frame_and_labels
+        return figures.overlay_masks(frame, resize_labels(labels, frame.shape[:2]))
+
+    overlays = {
+        name: list(work_ahead(overlay, zip(frames, maps, strict=True)))
+        for name, maps in {"truth": truth, **masks}.items()
+    }
+    draw(sequence.name, frames, overlays, matches_M4, folder)
+
+
+def draw(
+    name: str,
+    frames: list[Frame],
+    overlays: dict[str, list[Frame]],
+    matches_M4: dict[str, npt.NDArray[np.float64]],
+    folder: Path,
+) -> None:
+    """A contact sheet with a row per kind of overlay, a short film of the predicted ones, and the arrows."""
+    shown = spread(len(frames), SHOWN_FRAMES)
+    sheet = [(row, [pictures[t] for t in shown]) for row, pictures in overlays.items()]
+    figures.contact_sheet(sheet, folder / f"{name}.png")
+    predicted = [pictures for row, pictures in overlays.items() if row != "truth"]
+    film = [np.concatenate(side_by_side, axis=1) for side_by_side in zip(*predicted, strict=True)]
+    figures.write_video(film, folder / f"{name}.mp4")
+    middle = len(frames) // 2
+    arrows = [
+        (f"{moment}: frame 1 to frame {middle + 1}", frames[0], frames[middle], matches)
+        for moment, matches in matches_M4.items()
+    ]
+    figures.correspondence_arrows(arrows, folder / f"{name}_arrows.png")
+
+
+def shrink(frame_HWC: Frame) -> Frame:
+    """The frame at PICTURE_HEIGHT at most."""
+    height, width = frame_HWC.shape[:2]
+    if height <= PICTURE_HEIGHT:
+        return frame_HWC
+    size = (max(1, round(width * PICTURE_HEIGHT / height)), PICTURE_HEIGHT)
+    return np.asarray(Image.fromarray(frame_HWC).resize(size, Image.Resampling.BILINEAR))
+
+
+def resize_labels(labels_HW: LabelMap, size: tuple[int, ...]) -> LabelMap:
+    """A label map at another height and width, from the nearest pixels."""
+    if labels_HW.shape == tuple(size):
+        return labels_HW
+    resized = Image.fromarray(labels_HW).resize((size[1], size[0]), Image.Resampling.NEAREST)
+    return np.asarray(resized)
+
+
+def check_pairs(name: str, frames: Sequence[Path], annotations: Path, fewest: int) -> list[Path]:
+    """The annotation `STEM.png` of every frame. Raises InputError for too few, a missing or a surplus one."""
+    wanted = [annotations / f"{frame.stem}.png" for frame in frames]
+    if len(frames) < fewest:
+        raise InputError(
+            f"sequence {name} has {len(frames)} frames; expected at least {fewest}, replace or unlist it"
+        )
+    missing = [path for path in wanted if not path.is_file()]
+    if missing:
+        raise InputError(f"sequence {name}: annotation {missing[0]} is missing ({len(missing)} in all)")
+    surplus = {path.stem for path in annotations.glob("*.png")} - {path.stem for path in frames}
+    if surplus:
+        raise InputError(f"sequence {name}: frame {min(surplus)} is annotated, but its image is missing")
+    return wanted
+
+
+def read_list(path: Path) -> list[str]:
+    """The lines of a list file that say something. Raises InputError where there is none."""
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise InputError(f"{path} lists no sequence; expected one a line")
+    return lines
+
+
+def take_notes(per_sequence: dict[str, Any]) -> list[str]:
+    """What the sequences' results want told, taken out of them and printed."""
+    notes = [note for result in per_sequence.values() for note in result.pop("notes")]
+    for note in notes:
+        print(f"note: {note}")
+    return notes
+
+
+def numbered(paths: Iterable[Path]) -> list[Path]:
+    """Files in the order of their numbers, padded with zeros or not."""
+    return sorted(paths, key=lambda path: (len(path.stem), path.stem))

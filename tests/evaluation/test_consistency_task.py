@@ -1,0 +1,59 @@
+"""`eval consistency` as a command: what it measures, what it passes over, and one process against two."""
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from datasets_made_up import NAMES, SUBJECT, make_scene, write_frames, write_projection, write_videos
+
+from fasttrain.__main__ import main
+from fasttrain.distributed import World
+
+
+def test_the_command_measures_what_it_can_and_names_the_rest(tmp_path: Path) -> None:
+    root = write_videos(tmp_path / "videos")
+    write_frames(make_scene(3, 5), root / "short", "{:05d}.jpg")
+    broken = root / NAMES[0] / "00004.jpg"
+    broken.write_bytes(broken.read_bytes()[:-200])
+    head = write_projection(tmp_path / "projection.safetensors")
+    places = ("--root", str(root), "--output", str(tmp_path), "--projection", str(head))
+    assert main(["eval", "consistency", *places, *SUBJECT, "--image-size", "64"]) == 0
+    found = json.loads((tmp_path / "consistency.json").read_text())
+    assert found["data"]["videos"] == 2
+    assert "short: fewer than 8 frames" in found["data"]["skipped"]
+    assert any(line.startswith(NAMES[0]) for line in found["data"]["skipped"])
+    before, after, difference = (found["results"][key] for key in ("before", "after", "difference"))
+    assert difference["inter_original"] == pytest.approx(after["inter_original"] - before["inter_original"])
+    assert (tmp_path / "figures/trade_off.png").stat().st_size > 0
+
+
+def test_the_command_without_a_video_that_is_long_enough(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_videos(tmp_path / "videos", frames=5)
+    assert main(["eval", "consistency", "--root", str(root), "--output", str(tmp_path), *SUBJECT]) == 2
+    assert "no video of" in capsys.readouterr().err
+
+
+def test_two_shares_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two processes of a run one after the other: the main one last, which gathers."""
+    root = write_videos(tmp_path / "videos")
+    write_frames(make_scene(3, 5), root / "short", "{:05d}.jpg")
+    options = ("--root", str(root), *SUBJECT, "--image-size", "64")
+    assert main(["eval", "consistency", *options, "--output", str(tmp_path / "one")]) == 0
+    monkeypatch.setattr(World, "barrier", lambda world: None)
+    for rank in (1, 0):
+        world = World(rank=rank, size=2, local_rank=rank, local_size=2, device=torch.device("cpu"))
+        monkeypatch.setattr("fasttrain.distributed.start", lambda device, world=world: nullcontext(world))
+        assert main(["eval", "consistency", *options, "--output", str(tmp_path / "two")]) == 0
+    one, two = (json.loads((tmp_path / name / "consistency.json").read_text()) for name in ("one", "two"))
+    assert (one["data"], one["results"]) == (two["data"], two["results"])
+    assert not list((tmp_path / "two").glob(".part*"))
+
+
+@pytest.mark.parametrize(("option", "value"), [("--num-frames", "7"), ("--num-videos", "0")])
+def test_bad_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str) -> None:
+    assert main(["eval", "consistency", "--root", str(tmp_path), *SUBJECT, option, value]) == 2
+    assert f"{option} {value}: expected at least" in capsys.readouterr().err

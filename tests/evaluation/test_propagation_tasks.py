@@ -1,0 +1,471 @@
+"""`eval davis`, `vip` and `jhmdb` as commands on made-up data in the data sets' own layouts."""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets_made_up import (
+    FRAMES,
+    NAMES,
+    SMALL,
+    SUBJECT,
+    make_scene,
+    pose,
+    write_davis,
+    write_jhmdb,
+    write_projection,
+    write_vip,
+)
+from PIL import Image
+from scipy.io import loadmat, savemat
+from torch import Tensor
+from torch.nn import functional
+
+from fasttrain.__main__ import main
+from fasttrain.distributed import World
+from fasttrain.evaluation import boundary_accuracy, mean_iou, pck, region_similarity
+from fasttrain.evaluation.figures import write_label_map
+from fasttrain.evaluation.frames import read_label_map
+from fasttrain.evaluation.harness import Subject
+from fasttrain.evaluation.jhmdb import joint_maps
+from fasttrain.evaluation.jhmdb_task import poses_from_maps
+from fasttrain.evaluation.sequences import Evaluation, find_matches, propagate
+from fasttrain.evaluation.vip_task import encoded_size
+
+WRITERS = {"davis": write_davis, "vip": write_vip, "jhmdb": write_jhmdb}
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("data")
+    return {task: write(folder / task) for task, write in WRITERS.items()}
+
+
+@pytest.fixture(scope="module")
+def projection(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_projection(tmp_path_factory.mktemp("head") / "projection.safetensors")
+
+
+def command(task: str, root: Path, output: Path, *options: str) -> list[str]:
+    places = ("--root", str(root), "--output", str(output))
+    return ["eval", task, *places, *SUBJECT, *SMALL[task], *options]
+
+
+def read_figures(output: Path, task: str) -> dict[str, Any]:
+    return json.loads((output / f"{task}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def evaluated(
+    roots: dict[str, Path], projection: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """The output folder of each task, before and after an untrained projection."""
+    folder = tmp_path_factory.mktemp("eval")
+    for task, root in roots.items():
+        assert main(command(task, root, folder / task, "--projection", str(projection))) == 0
+    return {task: folder / task for task in roots}
+
+
+@pytest.mark.parametrize("task", WRITERS)
+def test_figures_before_and_after_with_their_difference(evaluated: dict[str, Path], task: str) -> None:
+    found = read_figures(evaluated[task], task)
+    before, after, difference = (found["results"][key] for key in ("before", "after", "difference"))
+    headline = {"davis": "J&F-Mean", "vip": "mIoU", "jhmdb": "PCK@0.1"}[task]
+    assert next(iter(before)) == headline
+    assert difference[headline] == pytest.approx(after[headline] - before[headline])
+    assert before[headline] != after[headline]
+    assert found["data"]["sequences"] == 3
+    assert found["data"]["frames"] == 3 * FRAMES
+    assert list(found["per_sequence"]) == list(NAMES)
+    assert found["settings"]["topk"] == {"davis": 7, "vip": 10, "jhmdb": 7}[task]
+    assert torch.__version__.startswith(found["versions"]["torch"])
+
+
+@pytest.mark.parametrize("task", WRITERS)
+def test_pictures_of_the_chosen_sequences(
+    evaluated: dict[str, Path], roots: dict[str, Path], tmp_path: Path, task: str
+) -> None:
+    names = {path.name for path in (evaluated[task] / "figures").iterdir()}
+    assert names == {f"{name}{end}" for name in NAMES for end in (".png", ".mp4", "_arrows.png")}
+    assert main(command(task, roots[task], tmp_path, "--pictures", "1")) == 0
+    assert {path.name.split(".")[0] for path in (tmp_path / "figures").iterdir()} == {"alpha", "alpha_arrows"}
+
+
+def test_davis_writes_palette_masks_that_score_what_it_says(
+    evaluated: dict[str, Path], roots: dict[str, Path]
+) -> None:
+    found = read_figures(evaluated["davis"], "davis")
+    scores: dict[str, list[float]] = {"J": [], "F": []}
+    for name in NAMES:
+        pairs = []
+        for number in range(FRAMES):
+            path = evaluated["davis"] / "masks/after" / name / f"{number:05d}.png"
+            with Image.open(path) as image:
+                assert image.mode == "P"
+                assert image.getpalette()[:12] == [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0]
+            truth = read_label_map(roots["davis"] / "Annotations/480p" / name / path.name)
+            pairs.append((read_label_map(path), truth))
+        assert np.array_equal(*pairs[0])
+        for label in (1, 2):
+            for key, measure in (("J", region_similarity), ("F", boundary_accuracy)):
+                values = [measure(mask == label, truth == label) for mask, truth in pairs[1:-1]]
+                scores[key].append(float(np.mean(values)))
+    for key, values in scores.items():
+        assert found["results"]["after"][f"{key}-Mean"] == pytest.approx(np.mean(values), rel=1e-12)
+
+
+def test_vip_writes_masks_that_score_what_it_says(evaluated: dict[str, Path], roots: dict[str, Path]) -> None:
+    found = read_figures(evaluated["vip"], "vip")
+    folder = roots["vip"] / "VIP_Fine/Annotations/Category_ids"
+    truths = [read_label_map(path) for path in sorted(folder.glob("*/*.png"))]
+    masks = [read_label_map(path) for path in sorted((evaluated["vip"] / "masks/before").glob("*/*.png"))]
+    assert found["results"]["before"]["mIoU"] == pytest.approx(mean_iou(masks, truths), rel=1e-12)
+    assert found["results"]["before"]["hat"] is None
+    assert 0 < found["results"]["before"]["hair"] < 1
+
+
+def test_jhmdb_writes_poses_that_score_what_it_says(
+    evaluated: dict[str, Path], roots: dict[str, Path]
+) -> None:
+    found = read_figures(evaluated["jhmdb"], "jhmdb")
+    poses = [
+        [
+            loadmat(folder / "wave" / name / "joint_positions.mat")["pos_img"]
+            for folder in (evaluated["jhmdb"] / "joint_positions/after", roots["jhmdb"] / "joint_positions")
+        ]
+        for name in NAMES
+    ]
+    predictions = [np.where(prediction < 0, -1, prediction - 1) for prediction, _ in poses]
+    expected = pck(predictions, [truth - 1 for _, truth in poses])
+    after = found["results"]["after"]
+    np.testing.assert_allclose([after[f"PCK@{t / 10}"] for t in range(1, 6)], expected, rtol=1e-12)
+    per_joint = found["per_joint"]["after"]
+    assert len(per_joint) == 15
+    assert per_joint["neck"]["PCK@0.1"] == after["PCK@0.1 neck"]
+
+
+@pytest.mark.parametrize("option", ["--baseline-only", "--projection-only"])
+def test_one_side_alone(
+    roots: dict[str, Path], evaluated: dict[str, Path], projection: Path, tmp_path: Path, option: str
+) -> None:
+    assert main(command("jhmdb", roots["jhmdb"], tmp_path, "--projection", str(projection), option)) == 0
+    moment = "before" if option == "--baseline-only" else "after"
+    both = read_figures(evaluated["jhmdb"], "jhmdb")["results"]
+    assert read_figures(tmp_path, "jhmdb")["results"] == {moment: both[moment]}
+
+
+def assert_same_output(folder: Path, expected: Path, task: str) -> None:
+    found, wanted = read_figures(folder, task), read_figures(expected, task)
+    for key in ("results", "data", "per_sequence"):
+        assert found[key] == wanted[key]
+    pictures = [
+        {path.relative_to(top): path.read_bytes() for path in top.rglob("*.png")}
+        for top in (folder, expected)
+    ]
+    assert pictures[0] == pictures[1]
+
+
+def test_two_processes_under_torchrun_give_the_same(
+    roots: dict[str, Path], evaluated: dict[str, Path], projection: Path, tmp_path: Path
+) -> None:
+    words = command("davis", roots["davis"], tmp_path, "--projection", str(projection))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fasttrain"]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    ended = subprocess.run(
+        [sys.executable, *launcher, *words], capture_output=True, text=True, env={**os.environ, **threads}
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert_same_output(tmp_path, evaluated["davis"], "davis")
+
+
+@pytest.mark.parametrize("task", ["vip", "jhmdb"])
+def test_two_shares_give_the_same(
+    roots: dict[str, Path],
+    evaluated: dict[str, Path],
+    projection: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    task: str,
+) -> None:
+    """The two processes of a run one after the other: the main one last, which gathers."""
+    monkeypatch.setattr(World, "barrier", lambda world: None)
+    for rank in (1, 0):
+        world = World(rank=rank, size=2, local_rank=rank, local_size=2, device=torch.device("cpu"))
+        monkeypatch.setattr("fasttrain.distributed.start", lambda device, world=world: nullcontext(world))
+        assert main(command(task, roots[task], tmp_path, "--projection", str(projection))) == 0
+    assert_same_output(tmp_path, evaluated[task], task)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("task", WRITERS)
+def test_gpu_equals_cpu(
+    roots: dict[str, Path], evaluated: dict[str, Path], projection: Path, tmp_path: Path, task: str
+) -> None:
+    words = command(task, roots[task], tmp_path, "--projection", str(projection), "--device", "cuda")
+    assert main(words) == 0
+    # The encoder's products are rounded differently, so that a few near affinities change places.
+    for moment in ("before", "after"):
+        on_gpu, on_cpu = (
+            read_figures(folder, task)["results"][moment] for folder in (tmp_path, evaluated[task])
+        )
+        scale = 100 if task == "jhmdb" else 1
+        key = next(iter(on_cpu))
+        assert on_gpu[key] == pytest.approx(on_cpu[key], abs=0.05 * scale)
+
+
+@pytest.mark.parametrize("listing", ["2016", "480p"])
+def test_davis_2016_joins_the_objects(tmp_path: Path, listing: str) -> None:
+    """The lists of both releases; the objects of the 2017 masks count as one, 0 and 255 as well."""
+    root = write_davis(tmp_path / "davis", year=listing)
+    if listing == "480p":
+        lines = [
+            f"/JPEGImages/480p/{name}/{number:05d}.jpg /Annotations/480p/{name}/{number:05d}.png"
+            for name in NAMES
+            for number in range(FRAMES)
+        ]
+        (root / "ImageSets/480p/val.txt").write_text("\n".join(lines))
+        for path in (root / "Annotations/480p").glob("*/*.png"):
+            Image.fromarray(np.uint8(255 * (read_label_map(path) > 0))).save(path)
+    assert main(command("davis", root, tmp_path, "--year", "2016", "--pictures", "0")) == 0
+    found = read_figures(tmp_path, "davis")
+    assert found["data"]["objects"] == 3
+    assert set(found["per_sequence"]["alpha"]["before"]) == {"1"}
+    assert set(np.unique(read_label_map(tmp_path / "masks/before/alpha/00003.png"))) == {0, 1}
+
+
+def test_jhmdb_lists_as_published(roots: dict[str, Path], tmp_path: Path) -> None:
+    """Paths of another machine name a clip by how they end; frames after the last pose are left out."""
+    root = tmp_path / "jhmdb"
+    shutil.copytree(roots["jhmdb"], root)
+    shutil.rmtree(root / "splits")
+    lines = [f"/a/joint_positions/wave/{n}/joint_positions.mat /a/Rename_Images/wave/{n}" for n in NAMES[:2]]
+    (root / "testlist_split1.txt").write_text("\n".join(lines))
+    frames = root / "Rename_Images/wave/alpha"
+    shutil.copy(frames / "00001.png", frames / f"{FRAMES + 1:05d}.png")
+    assert main(command("jhmdb", root, tmp_path, "--pictures", "0")) == 0
+    assert list(read_figures(tmp_path, "jhmdb")["per_sequence"]) == ["alpha", "beta"]
+    (tmp_path / "one.txt").write_text("wave/gamma\n")
+    assert main(command("jhmdb", root, tmp_path, "--list", str(tmp_path / "one.txt"))) == 0
+    assert list(read_figures(tmp_path, "jhmdb")["per_sequence"]) == ["gamma"]
+
+
+def test_vip_list_and_folder(roots: dict[str, Path], tmp_path: Path) -> None:
+    listed = tmp_path / "vallist.txt"
+    listed.write_text("datasets/VIP/Images/beta datasets/VIP/Annotations/Category_ids/beta\n")
+    assert main(command("vip", roots["vip"] / "VIP_Fine", tmp_path, "--list", str(listed))) == 0
+    assert list(read_figures(tmp_path, "vip")["per_sequence"]) == ["beta"]
+
+
+@pytest.mark.parametrize(
+    ("size", "patch", "expected"),
+    [
+        ((720, 1280), 16, (448, 880)),
+        ((1280, 720), 16, (880, 448)),
+        ((1080, 1920), 8, (448, 880)),
+        ((480, 480), 16, (880, 832)),
+        ((720, 1280), 14, (448, 882)),
+    ],
+)
+def test_vip_size(size: tuple[int, int], patch: int, expected: tuple[int, int]) -> None:
+    assert encoded_size(size, 880, patch) == expected
+
+
+class Oracle:
+    """An encoder that knows which material point lies under each cell: its tokens name it, one-hot."""
+
+    patch_size = 16
+
+    def __init__(self, points_Thw: Tensor) -> None:
+        self.points = iter(points_Thw)
+        self.count = int(points_Thw.max()) + 1
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        return height // self.patch_size, width // self.patch_size
+
+    def tokens(self, frames: Tensor) -> Tensor:
+        return functional.one_hot(next(self.points).flatten(), self.count)[None].float()
+
+
+def propagate_with_oracle(points_Thw: Tensor, first_hwC: Tensor, folder: Path) -> Tensor:
+    frames, (height, width) = [], (16 * side for side in points_Thw.shape[1:])
+    for number in range(len(points_Thw)):
+        frames.append(folder / f"{number:05d}.png")
+        Image.new("RGB", (width, height)).save(frames[-1])
+    arguments = argparse.Namespace(context=20, radius=20, topk=7, temperature=0.7)
+    subject = Subject(encoder=Oracle(points_Thw), projection=None, moments=("before",))
+    evaluation = Evaluation(arguments=arguments, subject=subject, output=folder, device=torch.device("cpu"))
+    found = propagate(frames, (height, width), first_hwC, evaluation)
+    matches = find_matches(*functional.one_hot(points_Thw[[0, len(frames) // 2]]).float(), first_hwC)
+    np.testing.assert_array_equal(found.matches_M4["before"], matches)
+    return found.labels_ThwC["before"]
+
+
+def test_oracle_masks(tmp_path: Path) -> None:
+    """Two objects cross a background on a video whose true correspondences are known: the masks are exact."""
+    truth = torch.zeros(9, 10, 16, dtype=torch.long)
+    points = torch.zeros_like(truth)
+    for t in range(9):
+        points[t, 1:4, t : t + 3] = torch.arange(1, 10).view(3, 3)
+        points[t, 5:9, 12 - t : 14 - t] = torch.arange(10, 18).view(4, 2)
+        truth[t, 1:4, t : t + 3], truth[t, 5:9, 12 - t : 14 - t] = 1, 2
+    labels = propagate_with_oracle(points, functional.one_hot(truth[0]).float(), tmp_path)
+    assert torch.equal(labels.argmax(-1), truth)
+    # Every object cell has only true sources, and gives its label undiluted.
+    assert torch.equal(labels.amax(-1)[truth > 0], torch.ones(int((truth > 0).sum())))
+
+
+def test_oracle_poses(tmp_path: Path) -> None:
+    """A pan over distinct points: joints at the middle of cells come back where they truly are."""
+    height, width = 12, 20
+    world = torch.arange(1, 1 + height * 40).view(height, 40)
+    # What comes into view is like the bottom row, where no joint is.
+    world[:, width:] = world[-1] = 0
+    points = torch.stack([world[:, t : t + width] for t in range(8)])
+    joints = np.stack([9 + np.arange(15) % 9, 2 + np.arange(15) % 8]).astype(float)
+    truth = np.stack([joints - [[t], [0]] for t in range(8)], axis=-1)
+    maps = propagate_with_oracle(points, joint_maps(joints, (height, width)), tmp_path)
+    found = poses_from_maps(maps, np.array([16.0, 16.0]))
+    np.testing.assert_allclose(found, 16 * truth, atol=1e-4)
+
+
+def break_davis(root: Path) -> dict[str, tuple[Any, str]]:
+    masks, frames = root / "Annotations/480p/beta", root / "JPEGImages/480p/beta"
+    empty = np.zeros((64, 96), dtype=np.uint8)
+    return {
+        "layout": (lambda: (root / "JPEGImages").rename(root / "Images"), "JPEGImages/480p does not exist"),
+        "list": (lambda: (root / "ImageSets/2017/val.txt").write_text("\n"), "lists no sequence"),
+        "frame": (lambda: (frames / "00002.jpg").unlink(), "frame 00002 is annotated, but its image is"),
+        "damaged": (lambda: (frames / "00002.jpg").write_bytes(b""), "00002.jpg cannot be read"),
+        "mask": (lambda: (masks / "00003.png").unlink(), "00003.png is missing (1 in all)"),
+        "empty": (lambda: write_label_map(empty, masks / "00000.png"), "00000.png is empty"),
+        "short": (lambda: shorten(frames, masks, 1), "sequence beta has 1 frames; expected at least 3"),
+        "size": (lambda: write_label_map(empty[:9], masks / "00004.png"), "00004.png is (9, 96), the first"),
+    }
+
+
+def break_vip(root: Path) -> dict[str, tuple[Any, str]]:
+    base = root / "VIP_Fine"
+    masks, frames = base / "Annotations/Category_ids/beta", base / "Images/beta"
+    wrong = np.full((64, 96), 40, dtype=np.uint8)
+    return {
+        "layout": (lambda: (base / "lists").rename(base / "list"), "val_videos.txt does not exist"),
+        "frame": (lambda: (frames / f"{2:012d}.jpg").unlink(), "000000000002 is annotated, but its image"),
+        "mask": (lambda: (masks / f"{3:012d}.png").unlink(), "000000000003.png is missing"),
+        "class": (lambda: write_label_map(wrong, masks / f"{0:012d}.png"), "label 40; expected classes 0 to"),
+        "short": (lambda: shorten(frames, masks, 1), "sequence beta has 1 frames; expected at least 2"),
+    }
+
+
+def break_jhmdb(root: Path) -> dict[str, tuple[Any, str]]:
+    poses, frames = root / "joint_positions/wave/beta/joint_positions.mat", root / "Rename_Images/wave/beta"
+    truth = pose(make_scene(1).labels_THW)
+    return {
+        "layout": (lambda: (root / "Rename_Images").rename(root / "Frames"), "Rename_Images does not exist"),
+        "splits": (lambda: shutil.rmtree(root / "splits"), "holds no CLASS_test_split1.txt"),
+        "frame": (lambda: (frames / "00002.png").unlink(), "clip beta: frame 2 is missing"),
+        "last": (lambda: (frames / "00005.png").unlink(), "5 poses, but"),
+        "poses": (poses.unlink, "clip beta: annotation"),
+        "damaged": (lambda: poses.write_bytes(b"no poses" * 40), "cannot be read"),
+        "other": (lambda: savemat(poses, {"pos_world": truth}), "holds no pos_img"),
+        "shape": (lambda: savemat(poses, {"pos_img": truth[:, :7]}), "pos_img has shape (2, 7, 5)"),
+        "still": (lambda: savemat(poses, {"pos_img": truth[..., :1]}), "poses of 1 frames"),
+        "outside": (lambda: savemat(poses, {"pos_img": truth + 999}), "beta: no joint of the first frame"),
+        "nan": (lambda: savemat(poses, {"pos_img": truth * np.nan}), "not finite"),
+    }
+
+
+def shorten(frames: Path, masks: Path, length: int) -> None:
+    for folder in (frames, masks):
+        for path in sorted(folder.iterdir())[length:]:
+            path.unlink()
+
+
+BREAKS = {"davis": break_davis, "vip": break_vip, "jhmdb": break_jhmdb}
+
+
+@pytest.mark.parametrize(
+    ("task", "fault"), [(task, fault) for task, of_task in BREAKS.items() for fault in of_task(Path())]
+)
+def test_bad_input_is_one_line(
+    roots: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], task: str, fault: str
+) -> None:
+    root = tmp_path / task
+    shutil.copytree(roots[task], root)
+    breaks, message = BREAKS[task](root)[fault]
+    breaks()
+    assert main(command(task, root, tmp_path / "out")) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        ("davis", ("--topk", "0"), "topk is 0; expected an integer of at least 1"),
+        ("davis", ("--temperature", "0"), "temperature is 0.0; expected a number above 0"),
+        ("vip", ("--long-side", "32"), "--long-side 32: expected at least 64"),
+        ("jhmdb", ("--sigma", "0"), "--sigma 0.0: expected a number above 0"),
+        ("jhmdb", ("--split", "2"), "holds no CLASS_test_split2.txt"),
+    ],
+)
+def test_bad_settings_are_one_line(
+    roots: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    task: str,
+    options: tuple[str, str],
+    message: str,
+) -> None:
+    assert main(command(task, roots[task], tmp_path, *options)) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+
+
+def test_an_object_that_appears_late_is_told(
+    roots: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The toolkit scores objects up to the first frame's largest number; what comes later gets a line."""
+    root = tmp_path / "davis"
+    shutil.copytree(roots["davis"], root)
+    path = root / "Annotations/480p/beta/00003.png"
+    labels = read_label_map(path).copy()
+    labels[:5, :5] = 3
+    write_label_map(labels, path)
+    first = root / "Annotations/480p/alpha/00000.png"
+    write_label_map(np.where(read_label_map(first) == 1, 0, read_label_map(first)), first)
+    assert main(command("davis", root, tmp_path, "--pictures", "0")) == 0
+    told = capsys.readouterr().out
+    assert (
+        "note: sequence beta: object 3 appears late, in 00003.png; it cannot be propagated and is not" in told
+    )
+    assert (
+        "note: sequence alpha: object 1 appears late, in 00001.png; it cannot be propagated and is sc" in told
+    )
+    found = read_figures(tmp_path, "davis")
+    assert len(found["data"]["notes"]) == 2
+    assert set(found["per_sequence"]["beta"]["before"]) == {"1", "2"}
+    assert found["per_sequence"]["alpha"]["before"]["1"]["J"]["mean"] == 0
+
+
+def test_vip_without_parts_in_the_first_frame_is_told(
+    roots: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "vip"
+    shutil.copytree(roots["vip"], root)
+    write_label_map(
+        np.zeros((64, 96), np.uint8), root / f"VIP_Fine/Annotations/Category_ids/beta/{0:012d}.png"
+    )
+    assert main(command("vip", root, tmp_path)) == 0
+    assert "video beta: no part is labelled in the first frame" in capsys.readouterr().out
+    assert (tmp_path / "figures/beta_arrows.png").exists()
