@@ -17,8 +17,9 @@ $(VENV)/.installed: setup.py pyproject.toml
 demo: install
 	$(BIN)/python -m fasttrain demo
 
+# A process a core, each with one thread: most tests are too small for more.
 test: install
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 
 check: install
 	$(BIN)/ruff check .

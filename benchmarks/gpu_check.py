@@ -80,15 +80,15 @@ STEPS = (
             "{out}/throughput-cuda.json",
             "recipes/dino.yaml",
         ),
-        seconds=200,
+        seconds=170,
         needs=("timm", "matplotlib", "rich"),
         takes_spare=True,
     ),
     Step(
         name="kernels",
         command=("-m", "benchmarks.kernels", "--short", "--output", "{out}"),
-        seconds=90,
-        needs=("triton",),
+        seconds=125,
+        needs=("triton", "hypothesis"),
     ),
     Step(
         name="loaders",
@@ -101,7 +101,7 @@ STEPS = (
             "--out",
             "{out}/loaders-cuda.json",
         ),
-        seconds=80,
+        seconds=75,
         needs=("nvidia.dali", "av", "matplotlib", "rich"),
     ),
     Step(

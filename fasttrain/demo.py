@@ -18,10 +18,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.nn import functional
 
 from fasttrain.evaluation import consistency_separability, propagate_labels, region_similarity
 from fasttrain.evaluation.figures import overlay_sheet
+from fasttrain.evaluation.frames import normalise
+from fasttrain.evaluation.sequences import hard_labels, soft_labels
 from fasttrain.recipe import Recipe, load_recipe
 from fasttrain.scenes import Scene, render_scene, write_scene
 from fasttrain.train import run_recipe
@@ -29,8 +30,6 @@ from fasttrain.video_encoder import VideoEncoder, load_video_encoder
 
 TRAINING_SCENES = range(16)
 HELD_OUT_SCENES = range(100, 104)
-IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])
-IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])
 
 # Name in the figures, heading in the table, whether larger is better.
 ROWS = (
@@ -86,7 +85,7 @@ def measure(scenes: list[Scene], encoder: VideoEncoder, *, projected: bool) -> O
     labels_VTHW = []
     similarities = []
     for scene in scenes:
-        frames_1TCHW = normalise(scene.frames_THWC)[None]
+        frames_1TCHW = normalise(torch.from_numpy(scene.frames_THWC).movedim(-1, 1))[None]
         with torch.inference_mode():
             tokens_TPD = (encoder if projected else encoder.frozen)(frames_1TCHW)[0].float().cpu()
         grid = encoder.grid(*scene.labels_THW.shape[1:])
@@ -104,18 +103,9 @@ def measure(scenes: list[Scene], encoder: VideoEncoder, *, projected: bool) -> O
 
 def propagate(tokens_TPD: Tensor, grid: tuple[int, int], labels_THW: np.ndarray) -> np.ndarray:
     """Label maps of all frames from the first one's, by label propagation with DAVIS' settings."""
-    first_HW = torch.from_numpy(labels_THW[0]).long()
-    one_hot_1CHW = functional.one_hot(first_HW).movedim(-1, 0)[None].float()
-    first_hwC = functional.interpolate(one_hot_1CHW, size=grid, mode="area")[0].movedim(0, -1)
+    first_hwC = soft_labels(labels_THW[0], grid, int(labels_THW[0].max()) + 1)
     labels_ThwC = propagate_labels(tokens_TPD.unflatten(1, grid), first_hwC)
-    labels_TCHW = functional.interpolate(labels_ThwC.movedim(-1, 1), size=first_HW.shape, mode="bilinear")
-    return labels_TCHW.argmax(dim=1).numpy()
-
-
-def normalise(frames_THWC: np.ndarray) -> Tensor:
-    """uint8 RGB frames as (T, 3, H, W) float32, normalised with the ImageNet mean and std."""
-    frames_THWC_float = torch.from_numpy(frames_THWC).float() / 255
-    return ((frames_THWC_float - IMAGENET_MEAN) / IMAGENET_STD).movedim(-1, 1)
+    return np.stack([hard_labels(labels_hwC, labels_THW.shape[1:]) for labels_hwC in labels_ThwC])
 
 
 def central_square(tokens_ThwD: Tensor) -> Tensor:
