@@ -143,15 +143,14 @@ def run_step(step: Step, out: Path, *, spare: float = 0.0) -> dict[str, Any]:
             stderr=subprocess.STDOUT,
             text=True,
             env={**os.environ, "PYTHONPATH": search_path(scratch), "PYTHONUNBUFFERED": "1"},
-            # A group of its own, so that the workers it started end with it.
+            # A group of its own, so that the workers it started can be ended with it.
             start_new_session=True,
         )
         try:
             output, _ = process.communicate(timeout=limit)
             outcome = "passed" if process.returncode == 0 else "failed"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
+            output = end(process)
             outcome = "out of time"
         files = sorted(
             path for path in Path(scratch).iterdir() if path.is_file() and path.suffix != ".partial"
@@ -165,6 +164,21 @@ def run_step(step: Step, out: Path, *, spare: float = 0.0) -> dict[str, Any]:
         "files": [path.name for path in files],
         "output_tail": output[-4000:],
     }
+
+
+def end(process: subprocess.Popen[str]) -> str:
+    """Stop a step that ran out of time; what it had printed.
+
+    First by asking: torchrun then ends its workers, which are in groups of their own.
+    """
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        os.killpg(process.pid, number)
+        try:
+            output, _ = process.communicate(timeout=10)
+        except subprocess.TimeoutExpired:
+            continue
+        return output
+    return "(what it printed is lost: a worker still holds its output)"
 
 
 def search_path(scratch: str) -> str:

@@ -23,7 +23,7 @@ from benchmarks.throughput import read_recipe, stepper
 from fasttrain import distributed
 from fasttrain.distributed import World
 from fasttrain.recipe import Recipe
-from fasttrain.student import Student
+from fasttrain.student import DTYPES, Student
 
 
 def gather_pairs(frames: Tensor, size: int) -> Tensor:
@@ -43,10 +43,16 @@ def main() -> None:
     with distributed.start(recipe.device) as world:
         size, batch = recipe.data.image_size, recipe.train.batch_size
         frames = torch.randn(2, batch, 3, size, size, device=world.device)
+        if world.device.type == "cuda":
+            # As the loader delivers them: float32 would be twice the bytes to gather.
+            frames = frames.to(DTYPES[recipe.train.precision])
         steps = [stepper(warm_student(recipe, world), frames) for _ in range(world.size)]
         contenders: dict[str, Callable[[], Any]] = {"one backbone, data parallel": steps[0]}
         if world.size > 1:
-            own = warm_student(recipe, dataclasses.replace(world, size=1))
+            all_pairs = dataclasses.replace(recipe.train, batch_size=batch * world.size)
+            own = warm_student(
+                dataclasses.replace(recipe, train=all_pairs), dataclasses.replace(world, size=1)
+            )
             contenders["data parallel"] = lambda: [step() for step in steps]
             contenders["backbones spread"] = lambda: stepper(own, gather_pairs(frames, world.size))()
         # The same calls in the same order on all processes: they meet in each.

@@ -297,7 +297,7 @@ def switches(run: Run) -> dict[str, Any]:
         name: {
             **timing.result(run.pairs),
             "warm_up_seconds": seconds[name],
-            "times_as_it_is": speedup(timings["as it is"], timing),
+            **({"times_as_it_is": speedup(timings["as it is"], timing)} if "as it is" in timings else {}),
         }
         for name, timing in timings.items()
     }
@@ -338,17 +338,25 @@ def scaling(run: Run) -> dict[str, Any]:
         # On a GPU every batch and every size takes half a minute of compilation.
         sizes = sizes[: 1 if run.device.type == "cuda" else 2]
         batches, counts = batches[::2], counts[::2]
+
+    def add(section: str, name: str, facts: dict[str, Any], cost: Callable[[], dict[str, Any]]) -> None:
+        # One that runs out of memory costs no other row.
+        found = run.attempt(f"scaling, {name}", cost)
+        if found is not None:
+            rows.setdefault(section, []).append({**facts, **found})
+
     for count in counts:
-        rows["backbones"].append({"backbones": count, **step_cost(run, base, count)})
+        add("backbones", f"{count} backbones", {"backbones": count}, partial(step_cost, run, base, count))
     for batch in batches:
         recipe = dataclasses.replace(base, train=dataclasses.replace(base.train, batch_size=batch))
-        rows["batch"].append({"batch": batch, **step_cost(run, recipe, 1)})
+        add("batch", f"{batch} pairs", {"batch": batch}, partial(step_cost, run, recipe, 1))
     for size in sizes:
         recipe = dataclasses.replace(base, data=dataclasses.replace(base.data, image_size=size))
-        side = size // (base.backbone.patch_size or 16)
-        rows["resolution"].append({"size": size, "tokens": side**2, **step_cost(run, recipe, 1)})
+        facts = {"size": size, "tokens": (size // (base.backbone.patch_size or 16)) ** 2}
+        add("resolution", f"{size} pixels", facts, partial(step_cost, run, recipe, 1))
     if run.device.type == "cpu":
-        rows["depth"] = [depth_beside_the_peer(run, depth) for depth in SMALL_DEPTHS[: 2 if run.short else 3]]
+        for depth in SMALL_DEPTHS[: 2 if run.short else 3]:
+            add("depth", f"depth {depth}", {"depth": depth}, partial(depth_beside_the_peer, run, depth))
     return rows
 
 
@@ -360,7 +368,6 @@ def depth_beside_the_peer(run: Run, depth: int) -> dict[str, Any]:
     peer = PeerStep(recipe, device=run.device, dtype=DTYPES[recipe.train.precision])
     timings = run.time({"ours": stepper(run.student(recipe), frames), "peer": partial(peer, frames)})
     return {
-        "depth": depth,
         **timings["ours"].result(run.pairs),
         "speedup": {"ours over peer": speedup(timings["peer"], timings["ours"])},
     }
@@ -448,12 +455,25 @@ def over_processes(run: Run, arguments: argparse.Namespace) -> dict[str, Any]:
             # As many threads a process for one as for all.
             threads = max(1, len(os.sched_getaffinity(0)) // counts[-1])
             environment_ = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-            subprocess.run(command, check=True, env=environment_, timeout=240)
+            run_to_end(command, environment_, seconds=240)
             rows.append(json.loads(out.read_text(encoding="utf-8")))
     rates = [row["timings"]["one backbone, data parallel"]["pairs_per_second"] for row in rows]
     for row, rate in zip(rows, rates, strict=True):
         row["efficiency"] = rate / (row["processes"] * rates[0])
     return {"rows": rows}
+
+
+def run_to_end(command: list[str], environment_: dict[str, str], *, seconds: float) -> None:
+    """Run torchrun; out of time it is asked to end, for it then ends its workers too."""
+    process = subprocess.Popen(command, env=environment_)
+    try:
+        code = process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        process.wait(timeout=30)
+        raise
+    if code:
+        raise subprocess.CalledProcessError(code, command)
 
 
 def read_recipe(path: str, overrides: list[str], *, small: bool) -> Recipe:

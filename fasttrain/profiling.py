@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-PARTS = ("data", "encoder", "head and loss", "backward", "meters", "optimiser")
+# Encoder, head and backward pass in one, where a CUDA graph replays them.
+RECORDED_PASS = "recorded pass"
+PARTS = ("data", "encoder", "head and loss", "backward", RECORDED_PASS, "meters", "optimiser")
 # After the first steps, which still fill caches; short enough for a trace that a browser opens.
 SKIPPED, RECORDED = 3, 4
 STEP = "step"

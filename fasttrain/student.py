@@ -27,7 +27,7 @@ from fasttrain.errors import InputError
 from fasttrain.metrics import Meter
 from fasttrain.objective import CosettleObjective, asymmetric_offset
 from fasttrain.optimizer import build_optimizer, portable_state, record_update, set_lr
-from fasttrain.profiling import part
+from fasttrain.profiling import RECORDED_PASS, part
 from fasttrain.projection import Projection
 from fasttrain.recipe import Recipe, to_dict
 from fasttrain.video_encoder import projection_metadata
@@ -45,7 +45,7 @@ class Student:
         self.folder = Path(recipe.output)
         self.dtype = DTYPES[recipe.train.precision]
         self.backbone_settings = backbone_settings(recipe)
-        self.encoder = load_backbone(**self.backbone_settings) if encoder is None else encoder
+        self.encoder = load_on_all(world, self.backbone_settings) if encoder is None else encoder
         self.grid = self.encoder.grid(recipe.data.image_size, recipe.data.image_size)
         if recipe.objective.window > min(self.grid):
             raise InputError(
@@ -114,7 +114,8 @@ class Student:
         positions = self._positions(step)
         with nullcontext() if last else self.world.without_averaging(self.objective):
             if self._pass is not None and not diagnostics:
-                losses = self._pass(frames, positions)
+                with part(RECORDED_PASS):
+                    losses = self._pass(frames, positions)
             else:
                 losses = self._forward_backward(frames, positions, diagnostics)
         with part("meters"):
@@ -190,6 +191,19 @@ def backbone_settings(recipe: Recipe) -> dict[str, Any]:
         "image_size": recipe.data.image_size,
         "seed": recipe.seed,
     }
+
+
+def load_on_all(world: World, settings: dict[str, Any]) -> Backbone:
+    """The encoder; InputError on every process where one of them cannot have it, so that they stay alike."""
+    encoder, reason = None, None
+    try:
+        encoder = load_backbone(**settings)
+    except InputError as error:
+        reason = str(error)
+    reasons = [told for told in world.gather(reason) if told is not None]
+    if encoder is None or reasons:
+        raise InputError(reasons[0])
+    return encoder
 
 
 def student_recipes(recipe: Recipe) -> list[Recipe]:

@@ -87,6 +87,7 @@ def _validation(recipe: Recipe) -> Validate | None:
             device,
             num_videos=recipe.eval.num_videos,
             num_frames=recipe.eval.num_frames,
+            image_size=recipe.data.image_size,
         )
 
     return before_and_after

@@ -75,11 +75,12 @@ class Trainer:
         progress = ProgressReport(
             self.console, total_steps=self.total_steps, first_step=self.first_step, enabled=self.world.is_main
         )
-        logs = {student.name: self._open_log(student) for student in self.students}
-        self._warm_up()
-        clock = Clock()
+        logs: dict[str, MetricsLog | None] = {}
         results: dict[str, dict[str, Any]] = {}
         try:
+            logs |= {student.name: self._open_log(student) for student in self.students}
+            self._warm_up()
+            clock = Clock()
             batches = iter(loader)
             for step in range(self.first_step, self.total_steps):
                 reports = (
@@ -249,6 +250,12 @@ class Trainer:
         data = self.recipe.data
         if not data.source:
             raise InputError("data.source is not set; expected frame folders or videos: data.source=PATH")
+        there = self.world.gather(Path(data.source).expanduser().exists())
+        if any(there) and not all(there):
+            raise InputError(
+                f"data.source: {data.source!r} does not exist for process {there.index(False)} "
+                f"({there.count(False)} of {len(there)}); every node must see it"
+            )
         processes = Processes(self.world.rank, self.world.size, self.world.gather)
         index = open_source(data.source, kind=data.kind, processes=processes)
         for name, reason in index.skipped:
@@ -293,7 +300,17 @@ class Trainer:
                 self.students.remove(student)
                 self.say(f"dropped {student.name}: its loss was not finite when this run was here before")
         steps = [set(saved_steps(student.folder / "checkpoints")) for student in self.students]
+        self._check_same_checkpoints(steps)
         common = set.intersection(*steps)
+        if not common and any(steps):
+            told = ", ".join(
+                f"{student.name}: {max(have) if have else 'none'}"
+                for student, have in zip(self.students, steps, strict=True)
+            )
+            raise InputError(
+                f"output: the backbones in {self.recipe.output!r} share no checkpoint (last steps: {told}); "
+                f"name those that go on together, backbones=[...], or use output=DIR for the others"
+            )
         if not common:
             return 0
         step = max(common)
@@ -308,6 +325,17 @@ class Trainer:
             student.load_state(state)
         self.say(f"going on from step {step} of {self.total_steps}")
         return step
+
+    def _check_same_checkpoints(self, steps: list[set[int]]) -> None:
+        """The main process alone writes: a folder that the others do not see parts them, silently."""
+        mine = [(student.name, sorted(have)) for student, have in zip(self.students, steps, strict=True)]
+        told = self.world.gather(mine)
+        for rank, theirs in enumerate(told):
+            if theirs != told[0]:
+                raise InputError(
+                    f"output: process {rank} sees other checkpoints in {self.recipe.output!r} than 0; "
+                    f"give a folder that all nodes share: output=DIR"
+                )
 
     def _write_recipes(self) -> None:
         if self.world.is_main:

@@ -9,7 +9,17 @@ import torch
 from PIL import Image
 
 from fasttrain import distributed
-from fasttrain.profiling import PARTS, RECORDED, SKIPPED, STEP, StepProfiler, part, summarise, summary_table
+from fasttrain.profiling import (
+    PARTS,
+    RECORDED,
+    RECORDED_PASS,
+    SKIPPED,
+    STEP,
+    StepProfiler,
+    part,
+    summarise,
+    summary_table,
+)
 from fasttrain.recipe import recipe_from_dict
 from fasttrain.student import Student
 
@@ -141,7 +151,7 @@ def test_a_training_run_is_profiled_and_reads_no_number_between_log_steps(tmp_pa
         train(recipe, world, profile=True)
     summary = json.loads((tmp_path / "run" / "profile" / "summary.json").read_text())
     assert summary["steps"] == RECORDED
-    assert all(summary["parts"][name]["ms"] > 0 for name in PARTS)
+    assert all(summary["parts"][name]["ms"] > 0 for name in PARTS if name != RECORDED_PASS)
     # On a CPU torch's fused AdamW reads its step counter once for each of the head's four parameters; on a
     # GPU the counter stays on the device. A meter that read anything would add to these.
     assert summary["scalar_reads"] <= 4

@@ -20,6 +20,7 @@ from fasttrain import distributed
 from fasttrain.errors import InputError
 from fasttrain.recipe import Recipe, load_recipe, recipe_from_dict, to_yaml
 from fasttrain.scenes import render_scene
+from fasttrain.student import load_on_all
 from fasttrain.trainer import Trainer, train
 
 VIDEOS = 6
@@ -245,6 +246,46 @@ def test_a_backbone_of_non_finite_loss_is_dropped_and_stays_dropped(
     assert "dropped mae: its loss was not finite" in capsys.readouterr().out
     assert_same_bits(finished, tmp_path / "dino")
     assert metrics(tmp_path / "mae")[-1]["event"] == "non-finite loss"
+
+
+def test_a_backbone_added_to_a_trained_run_is_refused(frames: Path, tmp_path: Path) -> None:
+    """It would start from nothing, and with it those that are trained."""
+    single = tiny(frames, tmp_path)
+    other = dataclasses.replace(single.backbone, name="mae")
+    run(dataclasses.replace(single, backbones=(single.backbone,)))
+    before = weights(tmp_path / "dino")
+    with pytest.raises(InputError, match=r"share no checkpoint \(last steps: dino: 4, mae: none\)"):
+        run(dataclasses.replace(single, backbones=(single.backbone, other)))
+    assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path / "dino").items())
+
+
+class OneOfTwo(distributed.World):
+    """A process whose partner answers `told` in every gathering."""
+
+    told: Any = None
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, self.told]
+
+
+def one_of_two(told: Any) -> OneOfTwo:
+    world = OneOfTwo(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+    object.__setattr__(world, "told", told)
+    return world
+
+
+def test_a_backbone_that_another_process_cannot_have_is_refused_here_too(
+    frames: Path, tmp_path: Path
+) -> None:
+    settings = {"name": "dino", "embed_dim": 32, "depth": 1, "num_heads": 2, "image_size": 64}
+    with pytest.raises(InputError, match="weights are not there"):
+        load_on_all(one_of_two("weights are not there"), settings)
+    assert load_on_all(one_of_two(None), settings).name == "dino"
+
+
+def test_a_source_that_another_process_does_not_see_is_refused(frames: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"does not exist for process 1 \(1 of 2\)"):
+        Trainer(tiny(frames, tmp_path), one_of_two(False), Console())
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -7,6 +7,7 @@ import argparse
 import json
 import math
 import platform
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -127,8 +128,8 @@ def gather(results: dict[str, Any], output: Path, world: World) -> dict[str, Any
         for rank in range(world.size):
             path = parts / f"{rank}.json"
             merged |= json.loads(path.read_text(encoding="utf-8"))
-            path.unlink()
-        parts.rmdir()
+        # With what a run of more processes, cut off here, may have left.
+        shutil.rmtree(parts)
         merged = dict(sorted(merged.items()))
     return merged
 

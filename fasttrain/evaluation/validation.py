@@ -26,9 +26,9 @@ def validate(
     index: FrameIndex,
     device: torch.device,
     *,
-    num_videos: int = 16,
-    num_frames: int = 20,
-    image_size: int = 224,
+    num_videos: int,
+    num_frames: int,
+    image_size: int,
 ) -> dict[str, float]:
     """Keys `before/...` and `after/...` for metrics.jsonl, from evenly chosen videos of `index`.
 
@@ -47,7 +47,8 @@ def validate(
         except UnreadableFrameError:
             continue
         frames_T3HW = torch.stack([centre_crop(frame, image_size) for frame in clip])
-        tokens_TND = encoder.tokens(frames_T3HW.to(device)).float()
+        # The encoder that trains may have been cast.
+        tokens_TND = encoder.tokens(frames_T3HW.to(device, encoder.positions_ND.dtype)).float()
         before.append(tokens_TND)
         after.append(projection(tokens_TND).float())
     projection.train(was_training)

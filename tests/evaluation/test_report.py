@@ -65,7 +65,7 @@ def test_a_recipe_records_the_trade_off_while_it_trains(videos: Path, tmp_path: 
                 "backbone": backbone,
                 "data": {"source": str(videos), "image_size": 64, "num_threads": 1},
                 "train": {
-                    "steps": 5, "batch_size": 3, "precision": "fp32", "log_every": 3, "tensorboard": False,
+                    "steps": 5, "batch_size": 3, "precision": "bf16", "log_every": 3, "tensorboard": False,
                 },
                 "eval": {"every": 2, "num_videos": 2, "num_frames": 8},
             }
