@@ -42,12 +42,7 @@ def speed_lines(content: dict[str, Any]) -> str:
         ends = content["end_to_end"]
         rows += [
             (f"with data, {content['precision']}, {name}", timing, ratio)
-            for name, ratio in (
-                ("ours", ends["speedup"]["ours over peer"]),
-                ("peer", None),
-                ("ours, data alone", ends["speedup"]["ours, data alone over peer, data alone"]),
-                ("peer, data alone", None),
-            )
+            for name, ratio in (("ours", ends["speedup"]["ours over peer"]), ("peer", None))
             for timing in (ends["timings"][name],)
         ]
     lines = [
