@@ -29,10 +29,15 @@ from torch.nn import functional
 
 from benchmarks.measure import Timing, interleave, speedup, synchronize
 from benchmarks.record import RESULTS, environment, write_results
-from fasttrain.evaluation.propagation import Propagator, propagate_labels
+from fasttrain.evaluation.propagation import (
+    CONTEXT,
+    RADIUS,
+    TEMPERATURE,
+    TOPK,
+    Propagator,
+    propagate_labels,
+)
 
-# As the benchmarks set them for DAVIS.
-CONTEXT, RADIUS, TOPK, TEMPERATURE = 20, 20.0, 7, 0.7
 CLASSES = 4
 # Frames and query pixels that the script takes at a time.
 FRAMES_AT_ONCE, PIXELS_AT_ONCE = 2, 100

@@ -110,7 +110,10 @@ def record_update(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
     recorded = CapturedCall(update, ())
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
-            value.copy_(before[parameter][name]) if parameter in before else value.zero_()
+            if parameter in before:
+                value.copy_(before[parameter][name])
+            else:
+                value.zero_()
     return recorded
 
 

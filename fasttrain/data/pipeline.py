@@ -462,12 +462,14 @@ class Upright:
         kinds = self._kinds[draws.videos]
         # Kind 0 is BT.601, as decoded.
         for kind in np.unique(kinds[kinds > 0]):
-            rows: Any = torch.from_numpy(np.flatnonzero(kinds == kind)).to(frames.device)
-            # Most data sets are of one kind: no gathering then.
-            rows = slice(None) if len(rows) == len(kinds) else rows
-            mixed = torch.einsum("ij,vbjhw->vbihw", self._weights[kind], frames[:, rows].float())
-            mixed += self._biases[kind].view(3, 1, 1)
-            frames[:, rows] = mixed.clamp(self._black, self._white).to(frames.dtype)
+            rows = np.flatnonzero(kinds == kind).tolist()
+            # Most data sets are of one kind. Else one by one: a list of rows would have to be copied to the
+            # device, and the host would wait for it.
+            whole = len(rows) == len(kinds)
+            for place in [slice(None)] if whole else [slice(row, row + 1) for row in rows]:
+                mixed = torch.einsum("ij,vbjhw->vbihw", self._weights[kind], frames[:, place].float())
+                mixed += self._biases[kind].view(3, 1, 1)
+                frames[:, place] = mixed.clamp(self._black, self._white).to(frames.dtype)
 
 
 def rgb_correction(matrix: Matrix) -> npt.NDArray[np.float64]:

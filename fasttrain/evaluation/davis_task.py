@@ -18,6 +18,7 @@ from fasttrain.evaluation import sequences
 from fasttrain.evaluation.davis import boundary_accuracy, region_similarity, statistics
 from fasttrain.evaluation.frames import read_label_map, work_ahead
 from fasttrain.evaluation.harness import Subject, fit_to_patches
+from fasttrain.evaluation.propagation import TOPK
 from fasttrain.evaluation.sequences import Evaluation, LabelMap, VideoSequence
 
 VOID = 255
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--subset", default="val", help="list in ImageSets/YEAR (default: val)")
     parser.add_argument("--height", type=int, default=480, help="of the frames as encoded (default: 480)")
     parser.add_argument("--width", type=int, default=880, help="of the frames as encoded (default: 880)")
-    sequences.add_arguments(parser, topk=7)
+    sequences.add_arguments(parser, topk=TOPK)
 
 
 def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: World) -> dict[str, Any] | None:

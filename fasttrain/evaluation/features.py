@@ -14,14 +14,13 @@ import argparse
 import hashlib
 import io
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -41,13 +40,11 @@ from fasttrain.data.sources import find_source
 from fasttrain.data.videos import probe_video, stream_video_frames
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
-from fasttrain.evaluation.frames import centre_crop, spread
+from fasttrain.evaluation.frames import centre_crop, map_ahead, spread
 from fasttrain.evaluation.harness import Subject, gather, own_share
 
 Frame = npt.NDArray[np.uint8]
 Precision = Literal["fp32", "bf16"]
-Item = TypeVar("Item")
-Found = TypeVar("Found")
 
 # Part of every key: raise it when what is computed changes.
 FORMAT = 1
@@ -260,8 +257,8 @@ class _Extractor:
         """By name: the key of each moment, the number of frames, the reason why it cannot be read or None."""
         results: dict[str, dict[str, Any]] = {}
         with ThreadPoolExecutor(self.workers) as pool, _progress(len(videos), world) as advance:
-            jobs = _ahead(pool, lambda item: self.prepare(*item), videos.items(), 2 * self.workers)
-            chunks = _ahead(pool, lambda work: work(), self.work(jobs), self.workers)
+            jobs = map_ahead(pool, lambda item: self.prepare(*item), videos.items(), 2 * self.workers)
+            chunks = map_ahead(pool, lambda work: work(), self.work(jobs), self.workers)
             sums: dict[str, list[Tensor]] = {}
             reason, thumbnail = None, b""
             for chunk in chunks:
@@ -425,19 +422,6 @@ def _digest(found: VideoFeatures) -> str:
 
 def _hash(about: str, content: bytes) -> str:
     return hashlib.sha256(about.encode() + content).hexdigest()
-
-
-def _ahead(
-    pool: ThreadPoolExecutor, function: Callable[[Item], Found], items: Iterable[Item], depth: int
-) -> Iterator[Found]:
-    """map() on the pool in order, with at most `depth` results waiting: memory stays bounded."""
-    waiting: deque[Future[Found]] = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) > depth:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -40,15 +39,21 @@ def read_image(path: Path) -> Frame:
 
 def work_ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """`function` of each item, in order, a few items ahead of the consumer, in threads."""
-    waiting = iter(items)
     with ThreadPoolExecutor(THREADS) as pool:
-        pending: deque[Future[Result]] = deque(
-            pool.submit(function, item) for item in islice(waiting, 2 * THREADS)
-        )
-        while pending:
-            result = pending.popleft().result()
-            pending.extend(pool.submit(function, item) for item in islice(waiting, 1))
-            yield result
+        yield from map_ahead(pool, function, items, 2 * THREADS)
+
+
+def map_ahead(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], depth: int
+) -> Iterator[Result]:
+    """map() on the pool in order, with at most `depth` results waiting: memory stays bounded."""
+    waiting: deque[Future[Result]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > depth:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def read_label_map(path: Path) -> npt.NDArray[np.uint8]:

@@ -31,6 +31,7 @@ from fasttrain.evaluation.jhmdb import (
     mean_over_joints,
     percentages,
 )
+from fasttrain.evaluation.propagation import TOPK
 from fasttrain.evaluation.sequences import Evaluation, VideoSequence
 
 POSES, FRAMES = "joint_positions", "Rename_Images"
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--size", type=int, default=320, help="side of the frames as encoded (default: 320)")
     parser.add_argument("--sigma", type=float, default=0.5, help="of the joint maps, in cells (default: 0.5)")
-    sequences.add_arguments(parser, topk=7)
+    sequences.add_arguments(parser, topk=TOPK)
 
 
 def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: World) -> dict[str, Any] | None:

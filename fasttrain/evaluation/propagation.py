@@ -26,6 +26,8 @@ from torch.nn import functional
 
 from fasttrain.errors import InputError
 
+# The protocol's, with DAVIS' number of keys: frames, grid cells, keys, and what divides the affinities.
+CONTEXT, RADIUS, TOPK, TEMPERATURE = 20, 20.0, 7, 0.7
 # Affinities held at once on a GPU: 2**26 float32 are 256 MiB.
 GPU_AFFINITIES = 2**26
 # Queries of a strip on a CPU: enough for the product to be efficient, few enough to leave distant keys out.
@@ -44,10 +46,10 @@ class _Strip:
 def propagate_labels(
     features_THWD: Tensor,
     first_labels_HWC: Tensor,
-    context: int = 20,
-    radius: float = 20,
-    topk: int = 7,
-    temperature: float = 0.7,
+    context: int = CONTEXT,
+    radius: float = RADIUS,
+    topk: int = TOPK,
+    temperature: float = TEMPERATURE,
 ) -> Tensor:
     """Soft labels of every frame, (T, H, W, C) float32 on the features' device; frame 0 as given.
 
@@ -75,10 +77,10 @@ class Propagator:
         self,
         first_features_HWD: Tensor,
         first_labels_HWC: Tensor,
-        context: int = 20,
-        radius: float = 20,
-        topk: int = 7,
-        temperature: float = 0.7,
+        context: int,
+        radius: float,
+        topk: int,
+        temperature: float,
     ) -> None:
         check_settings(context, topk, temperature)
         _check_shapes(first_features_HWD, first_labels_HWC)

@@ -24,7 +24,7 @@ from fasttrain.errors import InputError, LocalInputError
 from fasttrain.evaluation import figures
 from fasttrain.evaluation.frames import Frame, read_image, resize, spread, work_ahead
 from fasttrain.evaluation.harness import Subject, gather, own_share
-from fasttrain.evaluation.propagation import Propagator, check_settings
+from fasttrain.evaluation.propagation import CONTEXT, RADIUS, TEMPERATURE, Propagator, check_settings
 
 SHOWN_FRAMES = 6
 # Pictures are drawn at this height at most: a sheet or a short film needs no more.
@@ -64,10 +64,16 @@ class Propagated:
 
 def add_arguments(parser: argparse.ArgumentParser, *, topk: int) -> None:
     """The settings of the propagation, with what the benchmarks have in common as defaults."""
-    parser.add_argument("--context", type=int, default=20, help="last frames attended to (default: 20)")
-    parser.add_argument("--radius", type=float, default=20, help="of the keys, in grid cells (default: 20)")
+    parser.add_argument(
+        "--context", type=int, default=CONTEXT, help="last frames attended to (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--radius", type=float, default=RADIUS, help="of the keys, in grid cells (default: %(default)s)"
+    )
     parser.add_argument("--topk", type=int, default=topk, help="keys of a query (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.7, help="of the softmax (default: 0.7)")
+    parser.add_argument(
+        "--temperature", type=float, default=TEMPERATURE, help="of the softmax (default: %(default)s)"
+    )
     parser.add_argument(
         "--pictures", type=int, default=8, help="sequences that are drawn, evenly chosen (default: 8)"
     )

@@ -122,6 +122,21 @@ def test_clips_are_turned_upright(tmp_path: Path, turns: int) -> None:
     check_against_pillow(index.as_clips(), stage, Turned(index, turns))
 
 
+def test_each_clip_of_a_batch_gets_its_own_matrix() -> None:
+    matrices = ["bt709", "bt601", "bt2020", "bt709"]
+    videos = np.arange(len(matrices))
+    still = np.zeros(len(videos), dtype=np.int64)
+    draws = Draws(videos, videos, np.zeros((len(videos), 2), dtype=np.int64), np.zeros((4, 4)), still > 0)
+    frames = torch.rand(2, len(videos), 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    together = frames.clone()
+    Upright(still, matrices, torch.device("cpu")).set_upright(together, draws)
+    for row, matrix in enumerate(matrices):
+        alone = frames.clone()
+        Upright(still, [matrix] * len(videos), torch.device("cpu")).set_upright(alone, draws)
+        torch.testing.assert_close(together[:, row], alone[:, row])
+    assert torch.equal(together[:, 1], frames[:, 1])
+
+
 @pytest.mark.parametrize("matrix", ["bt709", "bt2020"])
 def test_clips_get_the_matrix_of_their_stream(tmp_path: Path, matrix: str) -> None:
     """What BT.601 made of a colour becomes what its own matrix makes of it."""

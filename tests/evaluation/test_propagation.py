@@ -126,7 +126,7 @@ def test_a_stream_remembers_the_first_and_the_last_frames_only() -> None:
 
 
 def test_a_stream_refuses_a_frame_of_another_size() -> None:
-    stream = module.Propagator(torch.ones(5, 6, 16), torch.ones(5, 6, 2))
+    stream = module.Propagator(torch.ones(5, 6, 16), torch.ones(5, 6, 2), 20, 20, 7, 0.7)
     with pytest.raises(InputError, match=r"\(5, 7, 16\); the first frame's: \(5, 6, 16\)"):
         stream.step(torch.ones(5, 7, 16))
 
