@@ -1,7 +1,10 @@
 """Label propagation on the same features: ours beside the common research script, speed and peak memory.
 
     python -m benchmarks.propagation               measure, write results/propagation-DEVICE.json and its plot
+    python -m benchmarks.propagation --video FOLDER... --weights CHECKPOINT   the features of real frames too
     python -m benchmarks.propagation --plot FILE   draw the plot again from the JSON
+
+Made-up features are a noisy pan over random points, which share no structure; real ones do, and lie close.
 
 The research script (ajabri/videowalk and its descendants) is written plainly below: the context of every
 frame gathered at once, then for two frames and a hundred query pixels at a time the affinity with the whole
@@ -19,7 +22,7 @@ import copy
 import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +30,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.measure import Timing, interleave, speedup, synchronize
+from benchmarks.measure import WARM_UPS, Timing, interleave, speedup, synchronize
 from benchmarks.record import RESULTS, environment, write_results
+from fasttrain.backbones import load_backbone
+from fasttrain.evaluation.frames import read_image, resize
+from fasttrain.evaluation.harness import Subject, fit_to_patches
 from fasttrain.evaluation.propagation import (
     CONTEXT,
     RADIUS,
@@ -42,11 +48,13 @@ CLASSES = 4
 # Frames and query pixels that the script takes at a time.
 FRAMES_AT_ONCE, PIXELS_AT_ONCE = 2, 100
 MEGABYTE = 2**20
+# The widest features of the short benchmark.
+SHORT_WIDTH = 384
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A sequence of 480 x 880 frames, cut into patches."""
+    """A sequence: made-up features of 480 x 880 frames cut into patches, or those of a video's frames."""
 
     name: str
     grid: tuple[int, int]
@@ -54,6 +62,9 @@ class Case:
     frames: int = 40
     script_pixels: int | None = None
     """Query pixels of a frame that the script is timed on; None: all."""
+    video: str | None = None
+    """A folder of frames, encoded by an MAE with these weights."""
+    weights: str = "random"
 
     @property
     def script_share(self) -> float:
@@ -62,6 +73,7 @@ class Case:
 
 CASES = (
     Case(name="patch 16", grid=(30, 55)),
+    Case(name="patch 16, width 768", grid=(30, 55), channels=768),
     Case(name="patch 8", grid=(60, 110)),
 )
 
@@ -126,16 +138,51 @@ def run_script(features_THWD: Tensor, first_labels_HWC: Tensor, device: torch.de
 
 
 def make_sequence(case: Case, frames: int | None = None) -> tuple[Tensor, Tensor]:
-    """Features (T, H, W, D) of a noisy pan over random points, and first labels (H, W, C)."""
+    """Features (T, H, W, D) of the case's first frames, and first labels (H, W, C)."""
     generator = torch.Generator().manual_seed(0)
     height, width = case.grid
     count = frames or case.frames
+    first_labels_HWC = torch.rand(height, width, CLASSES, generator=generator)
+    if case.video is not None:
+        return encode_video(case, count), first_labels_HWC
     world = torch.randn(height, width + count, case.channels, generator=generator)
     features_THWD = torch.empty(count, height, width, case.channels)
     for number, frame_HWD in enumerate(features_THWD):
         torch.randn(frame_HWD.shape, generator=generator, out=frame_HWD)
         frame_HWD.mul_(0.5).add_(world[:, number : number + width])
-    return features_THWD, torch.rand(height, width, CLASSES, generator=generator)
+    return features_THWD, first_labels_HWC
+
+
+def video_case(folder: Path, weights: str) -> Case:
+    """The case of a folder of frames; its sizes are those of the encoder and of the first frame."""
+    size, encoder = frame_size(folder), load_backbone("mae", weights=weights)
+    grid = encoder.grid(*fit_to_patches(size, encoder.patch_size))
+    return Case(
+        name=f"{folder.name}, width {encoder.embed_dim}",
+        grid=grid,
+        channels=encoder.embed_dim,
+        frames=min(len(frames_of(folder)), Case.frames),
+        video=str(folder),
+        weights=weights,
+    )
+
+
+def encode_video(case: Case, count: int) -> Tensor:
+    """Tokens (T, H, W, D) of the video's first frames."""
+    encoder = load_backbone("mae", weights=case.weights)
+    size = fit_to_patches(frame_size(Path(case.video)), encoder.patch_size)
+    subject = Subject(encoder=encoder, projection=None, moments=("before",))
+    frames = (resize(read_image(path), size) for path in frames_of(Path(case.video))[:count])
+    return subject.tokens(frames, torch.device("cpu"))["before"].unflatten(1, case.grid)
+
+
+def frames_of(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.jpg"))
+
+
+def frame_size(folder: Path) -> tuple[int, int]:
+    height, width, _ = read_image(frames_of(folder)[0]).shape
+    return height, width
 
 
 def measure(case: Case, device: torch.device, rounds: int) -> dict[str, Any]:
@@ -149,10 +196,11 @@ def measure(case: Case, device: torch.device, rounds: int) -> dict[str, Any]:
     labels += [stream.step(frame_HWD).cpu() for frame_HWD in on_device_THWD[1:start]]
     earlier_THWC = torch.cat([torch.stack(labels), torch.zeros(FRAMES_AT_ONCE, *first_labels_HWC.shape)])
     script = ResearchScript(features_THWD, device)
+    # The stream forgets its oldest frame at every step: each call starts from the same state.
+    streams = [copy.deepcopy(stream) for _ in range(WARM_UPS + rounds + 1)]
 
     def ours() -> Tensor:
-        # The stream forgets its oldest frame at every step: each call starts from the same state.
-        fresh = copy.deepcopy(stream)
+        fresh = streams.pop()
         return torch.stack([fresh.step(frame_HWD) for frame_HWD in on_device_THWD[start:]]).cpu()
 
     def theirs() -> Tensor:
@@ -256,7 +304,7 @@ def plot(results: Path) -> Path:
         axes.invert_yaxis()
     panels[0].legend()
     where = content["environment"]["device"] or content["environment"]["cpu"]["model"]
-    figure.suptitle(f"Label propagation, 480 x 880, {where}", fontsize=10)
+    figure.suptitle(f"Label propagation, {where}", fontsize=10)
     path = results.with_suffix(".png")
     figure.savefig(path, dpi=120)
     return path
@@ -272,6 +320,8 @@ def main() -> None:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
     )
+    parser.add_argument("--video", type=Path, nargs="+", default=[], help="folders of 23 JPEG frames or more")
+    parser.add_argument("--weights", default="random", metavar="CHECKPOINT", help="of the MAE for --video")
     parser.add_argument("--out", type=Path, help="JSON file (results/propagation-DEVICE.json)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="only draw the plot of this JSON file")
     parser.add_argument("--memory", choices=("ours", "script"), help=argparse.SUPPRESS)
@@ -284,12 +334,15 @@ def main() -> None:
     if arguments.memory:
         print(peak_memory(Case(**arguments.case), arguments.memory, device))
         return
+    out = arguments.out or RESULTS / f"propagation-{device.type}.json"
+    settings = {"context": CONTEXT, "radius": RADIUS, "topk": TOPK, "temperature": TEMPERATURE}
+    cases = [case for case in CASES if not (arguments.short and case.channels > SHORT_WIDTH)]
+    cases += [video_case(folder, arguments.weights) for folder in arguments.video]
     measured = []
-    for case in CASES:
+    for case in cases:
         large = case.grid[0] * case.grid[1] > 5000
-        case = Case(
-            name=case.name,
-            grid=case.grid,
+        case = replace(
+            case,
             frames=24 if arguments.short else case.frames,
             script_pixels=arguments.script_pixels if device.type == "cpu" and large else None,
         )
@@ -301,17 +354,15 @@ def main() -> None:
             f"{100 * time['agreeing_tokens']:.2f} % of the labels agree",
             flush=True,
         )
-    out = arguments.out or RESULTS / f"propagation-{device.type}.json"
-    settings = {"context": CONTEXT, "radius": RADIUS, "topk": TOPK, "temperature": TEMPERATURE}
-    write_results(
-        out,
-        {
-            "environment": environment(),
-            "threads": torch.get_num_threads(),
-            "settings": settings,
-            "cases": measured,
-        },
-    )
+        write_results(
+            out,
+            {
+                "environment": environment(),
+                "threads": torch.get_num_threads(),
+                "settings": settings,
+                "cases": measured,
+            },
+        )
     print(plot(out))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fasttrain.errors import InputError
-from fasttrain.evaluation import propagate_labels
+from fasttrain.evaluation import key_search, propagate_labels
 from fasttrain.evaluation import propagation as module
 
 
@@ -109,9 +109,9 @@ def test_equals_brute_force(
 def test_strips_of_queries_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     features = make_features(1, (6, 9, 14, 32), 8, 0.2)
     first = torch.rand(9, 14, 4, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(module, "CPU_QUERIES", 1000)
+    monkeypatch.setattr(key_search, "CPU_QUERIES", 1000)
     whole = propagate_labels(features, first, 3, 4, 7, 0.7)
-    monkeypatch.setattr(module, "CPU_QUERIES", 20)
+    monkeypatch.setattr(key_search, "CPU_QUERIES", 20)
     torch.testing.assert_close(propagate_labels(features, first, 3, 4, 7, 0.7), whole, rtol=0, atol=1e-6)
     assert_propagates(features, first, 3, 4, 7, 0.7)
 
@@ -121,7 +121,7 @@ def test_a_stream_remembers_the_first_and_the_last_frames_only() -> None:
     first = torch.rand(5, 6, 2, generator=torch.Generator().manual_seed(4))
     stream = module.Propagator(features[0], first, 3, 3, 5, 0.7)
     steps = [stream.step(frame) for frame in features[1:]]
-    assert stream.unit_FND.shape[0] == 4
+    assert stream.search.unit_FND.shape[0] == 4
     assert torch.equal(torch.stack([first, *steps]), propagate_labels(features, first, 3, 3, 5, 0.7))
 
 
@@ -166,6 +166,13 @@ def test_one_frame_and_labels_that_are_all_zero() -> None:
     features = make_features(6, (1, 3, 4, 8), 2, 0.1)
     first = torch.zeros(3, 4, 5)
     assert torch.equal(propagate_labels(features, first), first[None])
+
+
+def test_features_that_are_not_finite_are_refused() -> None:
+    features = torch.ones(2, 3, 4, 8)
+    features[0, 1, 1, 0] = torch.nan
+    with pytest.raises(InputError, match="not all finite"):
+        propagate_labels(features, torch.zeros(3, 4, 5))
 
 
 @pytest.mark.gpu
