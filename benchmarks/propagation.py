@@ -300,11 +300,11 @@ def plot(results: Path) -> Path:
         axes.set_xscale("log")
         axes.margins(x=0.15)
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel(f"{meaning} (less is better)")
+        axes.set_xlabel(meaning)
         axes.invert_yaxis()
     panels[0].legend()
     where = content["environment"]["device"] or content["environment"]["cpu"]["model"]
-    figure.suptitle(f"Label propagation, {where}", fontsize=10)
+    figure.suptitle(f"Label propagation, {where}; less is better", fontsize=10)
     path = results.with_suffix(".png")
     figure.savefig(path, dpi=120)
     return path

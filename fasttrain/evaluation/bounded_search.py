@@ -57,9 +57,9 @@ class BoundedKeySearch(KeySearch):
         # Queries' start of a strip -> frames for which it is still to be searched in full.
         self.in_full = {strip.queries.start: 0 for strip in strips}
         with warnings.catch_warnings():
-            # Said once a process: the compressed rows that `_compute` needs are in beta.
-            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-            torch.eye(1).to_sparse_csr()
+            # Said once a process: compressed rows are in beta, and their indices are not checked.
+            warnings.filterwarnings("ignore", message="Sparse (CSR tensor support|invariant checks)")
+            self._compute(first_ND[:1], torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
 
     def remember(self, place: int, unit_ND: Tensor) -> None:
         super().remember(place, unit_ND)
