@@ -178,8 +178,10 @@ def soft_labels(labels_HW: LabelMap, grid: tuple[int, int], classes: int) -> Ten
 
 def hard_labels(labels_hwC: Tensor, size: tuple[int, ...]) -> LabelMap:
     """(H, W) uint8: the most likely label of each pixel, bilinearly between cells."""
-    full_CHW = functional.interpolate(labels_hwC.movedim(-1, 0)[None], size=size, mode="bilinear")[0]
-    return full_CHW.argmax(0).byte().cpu().numpy()
+    labels_1Chw = labels_hwC.movedim(-1, 0)[None].contiguous()
+    full_CHW = functional.interpolate(labels_1Chw, size=size, mode="bilinear")[0]
+    # argmax over few leading entries takes a CPU thirty times as long.
+    return full_CHW.max(0).indices.byte().cpu().numpy()
 
 
 def write_masks(masks: Sequence[LabelMap], names: Sequence[Path], folder: Path) -> None:
