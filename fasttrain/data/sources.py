@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 from fasttrain.data.images import IMAGE_SUFFIXES, UnreadableFrameError
 from fasttrain.data.index import FolderIndex, FrameFolders, FrameIndex, Skipped, VideoIndex, os_reason
 from fasttrain.data.packed import PackedIndex, is_packed
+from fasttrain.data.probes import ProbeCache, State, state_of
 from fasttrain.data.videos import VIDEO_SUFFIXES, VideoInfo, probe_video
 from fasttrain.errors import InputError
 
@@ -47,6 +48,16 @@ class Processes:
     """A value of each process -> all their values by rank, in every process."""
 
 
+@dataclass(frozen=True)
+class Probe:
+    """What a look into a video file found, or why it cannot be read."""
+
+    state: State
+    found: VideoInfo | str
+    is_new: bool
+    """Whether it took a look: no earlier one was known."""
+
+
 ALONE = Processes(0, 1, lambda value: [value])
 
 
@@ -66,7 +77,10 @@ def open_source(source: str | Path, *, kind: Kind = "auto", processes: Processes
     if packed or kind == "packed":
         return PackedIndex(*(packed or [path]))
     found = find_source(path, kind=kind)
-    index = _probe_videos(found, processes) if found.videos else FolderIndex(found.folders, found.skipped)
+    if found.videos:
+        index: FrameIndex = _probe_videos(path, found, processes)
+    else:
+        index = FolderIndex(found.folders, found.skipped)
     if not len(index):
         reasons = "".join(f", {name}: {reason}" for name, reason in index.skipped[:1])
         raise InputError(
@@ -227,19 +241,26 @@ def _list_entry(root: Path, entry: str) -> tuple[str, int | None]:
     return entry, None
 
 
-def _probe_videos(source: Found, processes: Processes) -> VideoIndex:
-    """Look into every file, in parallel; what cannot be read is skipped and named."""
+def _probe_videos(path: Path, source: Found, processes: Processes) -> VideoIndex:
+    """Look into every file not known from before, in parallel; what cannot be read is skipped and named."""
+    cache = ProbeCache(path)
 
-    def probe(path: Path) -> VideoInfo | str:
+    def probe(name: str) -> Probe:
+        video = source.videos[name]
+        known = cache.find(name, video)
         try:
-            return probe_video(path)
+            return Probe(state_of(video), known or probe_video(video), known is None)
+        except OSError as error:
+            return Probe((0, 0), os_reason(error), True)
         except UnreadableFrameError as error:
-            return str(error)
+            return Probe((0, 0), str(error), True)
 
-    mine = dict(itertools.islice(source.videos.items(), processes.rank, None, processes.size))
+    mine = list(itertools.islice(source.videos, processes.rank, None, processes.size))
     with ThreadPoolExecutor(max_workers=min(32, len(os.sched_getaffinity(0)) * 2)) as pool:
-        probed = dict(zip(mine, pool.map(probe, mine.values()), strict=True))
-    found = {name: info for share in processes.gather(probed) for name, info in share.items()}
-    readable = {name: info for name, info in found.items() if isinstance(info, VideoInfo)}
-    bad = sorted((name, info) for name, info in found.items() if isinstance(info, str))
+        probed = dict(zip(mine, pool.map(probe, mine), strict=True))
+    found = {name: one for share in processes.gather(probed) for name, one in share.items()}
+    readable = {name: one.found for name, one in found.items() if isinstance(one.found, VideoInfo)}
+    if processes.rank == 0 and any(found[name].is_new for name in readable):
+        cache.write({name: (found[name].state, info) for name, info in readable.items()})
+    bad = sorted((name, one.found) for name, one in found.items() if isinstance(one.found, str))
     return VideoIndex(readable, source.skipped + bad)

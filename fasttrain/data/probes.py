@@ -1,0 +1,99 @@
+"""What is known of video files from an earlier look: a file per source in the user's cache.
+
+A look into a video reads all of its packets. At the next start this file spares it wherever the size and the
+time of the last change are still the same; what could not be read is looked into again. It lies in
+$XDG_CACHE_HOME/fasttrain/videos (~/.cache by default) and may be removed at any time.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+import zlib
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+from fasttrain.data.videos import VideoInfo
+
+# Part of a file's header; another layout, or another ffmpeg, is read as nothing known.
+FORMAT = 1
+# A file's size and the time of its last change, in bytes and nanoseconds.
+State = tuple[int, int]
+
+
+def state_of(path: Path) -> State:
+    """Raises OSError where the file cannot be looked at."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+class ProbeCache:
+    """The videos of one source that were readable, by name, each as its file then was."""
+
+    def __init__(self, source: Path) -> None:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        digest = hashlib.sha256(os.fsencode(source.resolve())).hexdigest()
+        self.path = home / "fasttrain" / "videos" / f"{digest[:32]}.json.gz"
+        self._known: dict[str, Any] = self._read()
+
+    def find(self, name: str, path: Path) -> VideoInfo | None:
+        """What is known of a file; None where nothing is, or the file has changed or gone."""
+        entry = self._known.get(name)
+        try:
+            if entry is None or tuple(entry["state"]) != state_of(path):
+                return None
+        except OSError:
+            return None
+        values = dict(entry["info"], path=path)
+        times = values["times"]
+        if isinstance(times, dict):
+            values["times"] = range(times["start"], times["stop"], times["step"])
+        elif times is not None:
+            values["times"] = np.array(times, dtype=np.int64)
+        return VideoInfo(**values)
+
+    def write(self, videos: Mapping[str, tuple[State, VideoInfo]]) -> None:
+        """Remember these videos, all of the source; where the cache cannot be written, a warning says so."""
+        known = {
+            name: {"state": state, "info": _as_json(info)} for name, (state, info) in sorted(videos.items())
+        }
+        content = json.dumps({"header": _header(), "videos": known}).encode()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.path.parent, delete=False) as file:
+                file.write(gzip.compress(content, compresslevel=1))
+            os.replace(file.name, self.path)
+        except OSError as error:
+            warnings.warn(
+                f"{self.path} cannot be written ({error}); the next start looks again", stacklevel=2
+            )
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            content = json.loads(gzip.decompress(self.path.read_bytes()))
+        except (OSError, EOFError, ValueError, zlib.error):
+            return {}
+        return content["videos"] if content["header"] == _header() else {}
+
+
+def _header() -> dict[str, Any]:
+    return {"format": FORMAT, "av": av.__version__, "fields": [field.name for field in fields(VideoInfo)]}
+
+
+def _as_json(info: VideoInfo) -> dict[str, Any]:
+    values = {field.name: getattr(info, field.name) for field in fields(info) if field.name != "path"}
+    times = info.times
+    if isinstance(times, range):
+        values["times"] = {"start": times.start, "stop": times.stop, "step": times.step}
+    elif times is not None:
+        values["times"] = [int(time) for time in times]
+    return values

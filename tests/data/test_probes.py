@@ -1,0 +1,109 @@
+"""A second look into videos takes what the first one found, unless a file has changed."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from makers import encode_video, picture
+
+from fasttrain.data import open_source
+from fasttrain.data import sources as module
+from fasttrain.data.probes import ProbeCache, state_of
+from fasttrain.data.videos import VideoInfo, probe_video
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "videos"
+    root.mkdir()
+    encode_video(root / "even.mp4", [picture(0, t) for t in range(6)])
+    uneven = [0, 40, 100, 120, 200]
+    encode_video(root / "uneven.mkv", [picture(1, t) for t in range(5)], times=uneven)
+    encode_video(root / "timeless.avi", [picture(2, t) for t in range(4)], codec="mpeg4")
+    (root / "bad.mp4").write_bytes(b"no video")
+    return root
+
+
+@pytest.fixture
+def looked_into(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that were looked into, in order of their names."""
+    names: list[str] = []
+
+    def counting(path: Path) -> VideoInfo:
+        names.append(path.name)
+        return probe_video(path)
+
+    monkeypatch.setattr(module, "probe_video", counting)
+    return names
+
+
+def test_a_second_start_looks_at_what_could_not_be_read_alone(folder: Path, looked_into: list[str]) -> None:
+    first = open_source(folder)
+    looked_into.clear()
+    second = open_source(folder)
+    assert looked_into == ["bad.mp4"]
+    assert second.fingerprint() == first.fingerprint()
+    assert second.skipped == first.skipped
+    for one, other in zip(first.videos, second.videos, strict=True):
+        assert type(one.times) is type(other.times)
+        np.testing.assert_array_equal(one.times, other.times)
+        assert {**vars(one), "times": None} == {**vars(other), "times": None}
+    for video, frames in enumerate(first.num_frames):
+        np.testing.assert_array_equal(
+            second.read_frame(video, frames - 1), first.read_frame(video, frames - 1)
+        )
+
+
+def test_a_file_that_changed_is_looked_into_again(folder: Path, looked_into: list[str]) -> None:
+    open_source(folder)
+    encode_video(folder / "even.mp4", [picture(0, t) for t in range(9)])
+    state = state_of(folder / "uneven.mkv")
+    os.utime(folder / "uneven.mkv", ns=(state[1] + 1, state[1] + 1))
+    (folder / "timeless.avi").unlink()
+    looked_into.clear()
+    index = open_source(folder)
+    assert sorted(looked_into) == ["bad.mp4", "even.mp4", "uneven.mkv"]
+    assert dict(zip(index.names, index.num_frames.tolist(), strict=True)) == {"even.mp4": 9, "uneven.mkv": 5}
+    looked_into.clear()
+    open_source(folder)
+    assert looked_into == ["bad.mp4"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "no gzip", "other layout"])
+def test_a_damaged_cache_is_made_again(folder: Path, looked_into: list[str], damage: str) -> None:
+    first = open_source(folder)
+    path = ProbeCache(folder).path
+    data = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    elif damage == "no gzip":
+        path.write_bytes(b"nothing")
+    else:
+        content = json.loads(gzip.decompress(data))
+        content["header"]["format"] = 0
+        path.write_bytes(gzip.compress(json.dumps(content).encode()))
+    looked_into.clear()
+    assert open_source(folder).fingerprint() == first.fingerprint()
+    assert len(looked_into) == 4
+    assert len(ProbeCache(folder)._known) == 3
+
+
+def test_sources_do_not_share_names(folder: Path, tmp_path: Path) -> None:
+    open_source(folder)
+    other = tmp_path / "other"
+    other.mkdir()
+    encode_video(other / "even.mp4", [picture(5, t) for t in range(7)])
+    assert open_source(other).num_frames.tolist() == [7]
+    assert open_source(folder).num_frames.tolist() == [6, 4, 5]
+
+
+def test_a_cache_that_cannot_be_written_is_told(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="cannot be written"):
+        assert len(open_source(folder)) == 3
