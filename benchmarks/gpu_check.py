@@ -1,10 +1,10 @@
 """Everything that wants a GPU, in under nine minutes: `make gpu-check`.
 
-Runs the tests marked `gpu` and the short form of every benchmark, each in a process of its own with a time
-limit, and installs nothing. A step writes into a scratch folder, and every file whole or not at all; what it
-wrote is copied to the folder `--out`, also when it failed or ran out of time. `gpu-check.json` there says of
-each step whether it passed, failed, ran out of time or was skipped, and why; the exit code is 1 if one failed
-or ran out of time.
+Runs the tests marked `gpu`, those of the kernels and the short form of every benchmark, each in a process of
+its own with a time limit, and installs nothing. A step writes into a scratch folder, and every file whole or
+not at all; what it wrote is copied to the folder `--out`, also when it failed or ran out of time.
+`gpu-check.json` there says of each step whether it passed, failed, ran out of time or was skipped, and why;
+the exit code is 1 if one failed or ran out of time.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ PACKAGES = {
     "triton": "Triton",
     "rich": "rich",
     "pytest": "pytest",
+    "xdist": "pytest-xdist",
     "hypothesis": "hypothesis",
     "matplotlib": "matplotlib",
     "scipy": "SciPy",
@@ -67,8 +68,28 @@ STEPS = (
             "--continue-on-collection-errors",
             "--junitxml={out}/gpu-tests.xml",
         ),
-        seconds=110,
+        seconds=100,
         needs=("pytest", "hypothesis", "timm"),
+    ),
+    Step(
+        name="kernel tests",
+        # Not marked `gpu`: without one they run interpreted. Hypothesis would compile for minutes.
+        command=(
+            "-m",
+            "pytest",
+            "-q",
+            "-n",
+            "12",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            "not any_shape",
+            "--junitxml={out}/kernel-tests.xml",
+            "tests/kernels/test_triton.py",
+            "tests/kernels/test_memory.py",
+        ),
+        seconds=75,
+        needs=("pytest", "xdist", "hypothesis", "triton"),
     ),
     Step(
         name="throughput",
@@ -80,15 +101,15 @@ STEPS = (
             "{out}/throughput-cuda.json",
             "recipes/dino.yaml",
         ),
-        seconds=170,
+        seconds=155,
         needs=("timm", "matplotlib", "rich"),
         takes_spare=True,
     ),
     Step(
         name="kernels",
         command=("-m", "benchmarks.kernels", "--short", "--output", "{out}"),
-        seconds=125,
-        needs=("triton", "hypothesis"),
+        seconds=95,
+        needs=("triton",),
     ),
     Step(
         name="loaders",
@@ -97,18 +118,18 @@ STEPS = (
             "benchmarks.loaders",
             "--short",
             "--limit",
-            "65",
+            "60",
             "--out",
             "{out}/loaders-cuda.json",
         ),
-        seconds=75,
+        seconds=70,
         needs=("nvidia.dali", "av", "matplotlib", "rich"),
     ),
     Step(
         name="propagation",
         command=("-m", "benchmarks.propagation", "--short", "--out", "{out}/propagation-cuda.json"),
-        seconds=50,
-        needs=("matplotlib", "scipy"),
+        seconds=40,
+        needs=("matplotlib",),
     ),
 )
 

@@ -33,7 +33,6 @@ from torch.nn import functional
 from benchmarks.measure import WARM_UPS, Timing, interleave, speedup, synchronize
 from benchmarks.record import RESULTS, environment, write_results
 from fasttrain.backbones import load_backbone
-from fasttrain.evaluation.frames import read_image, resize
 from fasttrain.evaluation.harness import Subject, fit_to_patches
 from fasttrain.evaluation.propagation import (
     CONTEXT,
@@ -54,7 +53,7 @@ SHORT_WIDTH = 384
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A sequence: made-up features of 480 x 880 frames cut into patches, or those of a video's frames."""
+    """A sequence: made-up features of 480 x 880 frames, unless named otherwise, or those of a video."""
 
     name: str
     grid: tuple[int, int]
@@ -73,6 +72,7 @@ class Case:
 
 CASES = (
     Case(name="patch 16", grid=(30, 55)),
+    Case(name="patch 16, 320 x 320", grid=(20, 20)),
     Case(name="patch 16, width 768", grid=(30, 55), channels=768),
     Case(name="patch 8", grid=(60, 110)),
 )
@@ -81,25 +81,27 @@ CASES = (
 class ResearchScript:
     """The common script; features and results stay in host memory, the affinities are the device's."""
 
-    def __init__(self, features_THWD: Tensor, device: torch.device) -> None:
+    def __init__(self, features_THWD: Tensor, device: torch.device, *, start: int = 0) -> None:
+        """Frames from `start` on are to be propagated; the script itself gathers the context of all."""
         frames, height, width, _ = features_THWD.shape
         unit_THWD = functional.normalize(features_THWD, dim=-1)
         padded_THWD = torch.cat([unit_THWD[:1].expand(CONTEXT, -1, -1, -1), unit_THWD])
         padded_DTHW = padded_THWD.permute(3, 0, 1, 2).contiguous()
         first_T1 = torch.zeros(frames, 1, dtype=torch.long)
         self.bank_TS = torch.cat([first_T1, torch.arange(CONTEXT) + torch.arange(frames)[:, None]], dim=1)
-        self.keys_DTSN = padded_DTHW[:, self.bank_TS].flatten(-2)
-        self.query_DTN = padded_DTHW[:, CONTEXT:].flatten(-2)
+        self.keys_DTSN = padded_DTHW[:, self.bank_TS[start:]].flatten(-2)
+        self.query_DTN = padded_DTHW[:, CONTEXT + start :].flatten(-2)
         y_N, x_N = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         y_N, x_N = y_N.flatten(), x_N.flatten()
         distance_NN = ((y_N[:, None] - y_N) ** 2 + (x_N[:, None] - x_N) ** 2).float().sqrt()
         self.mask_NN = torch.where(distance_NN < RADIUS, 0.0, -1e10)
-        self.grid, self.device = (height, width), device
+        self.grid, self.device, self.start = (height, width), device, start
 
     def affinities(self, start: int, pixels: int | None = None) -> tuple[Tensor, Tensor]:
         """Weights and sources (2, k, N) of two frames, as places in their context times N plus token."""
-        keys_DtSN = self.keys_DTSN[:, start : start + FRAMES_AT_ONCE].to(self.device)
-        query_DtN = self.query_DTN[:, start : start + FRAMES_AT_ONCE].to(self.device)
+        frames = slice(start - self.start, start - self.start + FRAMES_AT_ONCE)
+        keys_DtSN = self.keys_DTSN[:, frames].to(self.device)
+        query_DtN = self.query_DTN[:, frames].to(self.device)
         weights, sources = [], []
         end = pixels or query_DtN.shape[-1]
         for pixel in range(0, end, PIXELS_AT_ONCE):
@@ -169,6 +171,9 @@ def video_case(folder: Path, weights: str) -> Case:
 
 def encode_video(case: Case, count: int) -> Tensor:
     """Tokens (T, H, W, D) of the video's first frames."""
+    # These read files with packages that a machine which only lends its GPU may lack.
+    from fasttrain.evaluation.frames import read_image, resize
+
     encoder = load_backbone("mae", weights=case.weights)
     size = fit_to_patches(frame_size(Path(case.video)), encoder.patch_size)
     subject = Subject(encoder=encoder, projection=None, moments=("before",))
@@ -177,10 +182,15 @@ def encode_video(case: Case, count: int) -> Tensor:
 
 
 def frames_of(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.jpg"))
+    frames, fewest = sorted(folder.glob("*.jpg")), CONTEXT + 1 + FRAMES_AT_ONCE
+    if len(frames) < fewest:
+        raise SystemExit(f"--video {folder} holds {len(frames)} JPEG frames; expected {fewest} or more")
+    return frames
 
 
 def frame_size(folder: Path) -> tuple[int, int]:
+    from fasttrain.evaluation.frames import read_image
+
     height, width, _ = read_image(frames_of(folder)[0]).shape
     return height, width
 
@@ -195,7 +205,7 @@ def measure(case: Case, device: torch.device, rounds: int) -> dict[str, Any]:
     labels = [first_labels_HWC]
     labels += [stream.step(frame_HWD).cpu() for frame_HWD in on_device_THWD[1:start]]
     earlier_THWC = torch.cat([torch.stack(labels), torch.zeros(FRAMES_AT_ONCE, *first_labels_HWC.shape)])
-    script = ResearchScript(features_THWD, device)
+    script = ResearchScript(features_THWD, device, start=start)
     # The stream forgets its oldest frame at every step: each call starts from the same state.
     streams = [copy.deepcopy(stream) for _ in range(WARM_UPS + rounds + 1)]
 
@@ -244,7 +254,10 @@ def peak_memory(case: Case, contender: str, device: torch.device) -> int:
     if contender == "ours":
         propagate_labels(features_THWD, first_labels_HWC, *context)
     else:
-        ResearchScript(features_THWD, device).affinities(case.frames - FRAMES_AT_ONCE, PIXELS_AT_ONCE)
+        last = case.frames - FRAMES_AT_ONCE
+        # Host memory is not what is looked at on a GPU.
+        first = last if device.type == "cuda" else 0
+        ResearchScript(features_THWD, device, start=first).affinities(last, PIXELS_AT_ONCE)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() - before
     return process_bytes("VmHWM") - before
@@ -320,7 +333,7 @@ def main() -> None:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
     )
-    parser.add_argument("--video", type=Path, nargs="+", default=[], help="folders of 23 JPEG frames or more")
+    parser.add_argument("--video", type=Path, nargs="+", default=[], help="folders of JPEG frames")
     parser.add_argument("--weights", default="random", metavar="CHECKPOINT", help="of the MAE for --video")
     parser.add_argument("--out", type=Path, help="JSON file (results/propagation-DEVICE.json)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="only draw the plot of this JSON file")
@@ -343,7 +356,7 @@ def main() -> None:
         large = case.grid[0] * case.grid[1] > 5000
         case = replace(
             case,
-            frames=24 if arguments.short else case.frames,
+            frames=min(24, case.frames) if arguments.short else case.frames,
             script_pixels=arguments.script_pixels if device.type == "cpu" and large else None,
         )
         time = measure(case, device, rounds=2 if arguments.short else arguments.rounds)

@@ -69,15 +69,16 @@ SWITCHES = {
 }
 GPU_SWITCHES = {
     "compiled, max-autotune": {"compile": "max-autotune"},
-    "CUDA graph": {"cuda_graph": True},
-    "not compiled, CUDA graph": {"compile": "none", "cuda_graph": True},
     "not compiled, fp8": {"compile": "none", "precision": "fp8"},
-    "CUDA graph, fp8": {"cuda_graph": True, "precision": "fp8"},
     # Which of the two PyTorch takes by itself differs with its version and the chip.
     "not compiled, cuDNN attention": {"compile": "none", "attention": "cudnn"},
     "not compiled, flash attention": {"compile": "none", "attention": "flash"},
     "cuDNN attention": {"attention": "cudnn"},
     "flash attention": {"attention": "flash"},
+    # Last: a recording that fails may take others with it.
+    "CUDA graph": {"cuda_graph": True},
+    "not compiled, CUDA graph": {"compile": "none", "cuda_graph": True},
+    "CUDA graph, fp8": {"cuda_graph": True, "precision": "fp8"},
 }
 # On a GPU all pairs go at once as it is.
 CPU_SWITCHES = {"fused attention": {"attention": "flash"}, "all pairs at once": {"chunk": 1_000_000}}
@@ -109,8 +110,11 @@ class Run:
     def frames(self, recipe: Recipe | None = None) -> Tensor:
         recipe = recipe or self.recipe
         size = recipe.data.image_size
-        frames = torch.randn(2, recipe.train.batch_size, 3, size, size, device=self.device)
-        return frames.to(DTYPES[recipe.train.precision]) if self.device.type == "cuda" else frames
+        # Drawn on the CPU: a recording that failed may leave the GPU's generator unusable.
+        frames = torch.randn(2, recipe.train.batch_size, 3, size, size)
+        if self.device.type == "cuda":
+            return frames.to(self.device, DTYPES[recipe.train.precision])
+        return frames
 
     def student(self, recipe: Recipe | None = None) -> Student:
         """A student ready to step."""
@@ -150,16 +154,20 @@ class Run:
             return measure()
         except Exception as error:
             traceback.print_exc()
-            lines = str(error).splitlines() or [""]
-            self.failed[name] = f"failed: {type(error).__name__}: {lines[0]}"
-            if self.device.type == "cuda":
-                # A recording that fails leaves its own stream behind as the current one.
-                torch.cuda.set_stream(torch.cuda.default_stream(self.device))
+            self.failed[name] = f"failed: {told(error)}"
             return None
         finally:
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+
+def told(error: BaseException) -> str:
+    """Type and first line of an error, and of the one in whose handling it was raised."""
+    # The end of a CUDA graph's recording fails in turn, and says nothing of why the recording did.
+    lines = str(error).splitlines() or [""]
+    before = f", after {told(error.__context__)}" if error.__context__ else ""
+    return f"{type(error).__name__}: {lines[0]}{before}"
 
 
 def with_encoder(recipe: Recipe, **switches: Any) -> Recipe:
@@ -531,7 +539,7 @@ def main() -> None:
             print(f"skipped {name}: {reason}", flush=True)
         ahead = dict.fromkeys(wanted, "the run ended before")
         for name, section in wanted.items():
-            figures = run.attempt(name, section)
+            figures = run.attempt(name, partial(writable, section))
             del ahead[name]
             if figures is not None:
                 payload[name] = figures
@@ -543,6 +551,13 @@ def main() -> None:
     print(json.dumps({key: payload[key].get("speedup") for key in ("steps", "end_to_end") if key in payload}))
     if run.failed:
         sys.exit("\n".join(f"{name} {reason}" for name, reason in run.failed.items()))
+
+
+def writable(section: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A section's figures. Raises ValueError where one is no number, which no JSON file can hold."""
+    figures = section()
+    json.dumps(figures, allow_nan=False)
+    return figures
 
 
 def in_fp32(recipe: Recipe) -> Recipe:

@@ -33,8 +33,13 @@ class CapturedCall:
         gc.collect()
         self._graph = torch.cuda.CUDAGraph()
         # "thread_local": the threads that load data may take memory meanwhile.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._outputs = function(*self._inputs)
+        try:
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._outputs = function(*self._inputs)
+        except BaseException:
+            # torch leaves the stream of a failed recording behind as the current one.
+            torch.cuda.set_stream(current)
+            raise
 
     def __call__(self, *inputs: Tensor) -> Any:
         for fixed, new in zip(self._inputs, inputs, strict=True):

@@ -153,10 +153,19 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     tokens, frozen, bias, norm_weight, norm_bias, *ctx.constants, _, _ = inputs
     ctx.save_for_backward(*output[3:], tokens, frozen, bias, norm_weight, norm_bias)
     ctx.mark_non_differentiable(*output[2:])
+    # Or every backward would fill zeros as large as the pooled tokens' gradient, for nothing.
+    ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad_cycle: Tensor, grad_separability: Tensor, *_: Tensor) -> tuple[Any, ...]:
+def _differentiate(
+    ctx: Any, grad_cycle: Tensor | None, grad_separability: Tensor | None, *_: None
+) -> tuple[Any, ...]:
     *saved, bias, norm_weight, norm_bias = ctx.saved_tensors
+    statistics = saved[1]
+    if grad_cycle is None:
+        grad_cycle = statistics.new_zeros(())
+    if grad_separability is None:
+        grad_separability = statistics.new_zeros(())
     parameters = (bias, norm_weight, norm_bias)
     grad_tokens, grad_parameters = _cosettle_backward(
         grad_cycle, grad_separability, *saved, *parameters, *ctx.constants

@@ -1,7 +1,8 @@
 """The exact search of `key_search.py` for CPUs: short products bound every affinity, few are then computed.
 
-With m the mean of the first frame's unit features, P the projection on their strongest principal directions
-(a third of the channels), x = P (u - m) and r = |(u - m) - x|, the affinity of a query q and a key k is
+With m the mean of the first frame's unit features, P the projection on the directions in which they vary most
+(with the columns below a third as many as channels), x = P (u - m) and r = |(u - m) - x|, the affinity of a
+query q and a key k is
 
     q . k  =  q . m  +  m . (k - m)  +  (q - m) . (k - m)
           <=  q . m  +  m . (k - m)  +  x_q . x_k  +  r_q r_k                    (Cauchy and Schwarz)
@@ -10,10 +11,11 @@ and, with x rounded to x' for the product,
 
     x_q . x_k  <=  x'_q . x'_k  +  |x'_q| |x_k - x'_k|  +  |x_q - x'_q| |x_k|.
 
-Every term but the first, which all keys share, is a column of one short product. The k keys of largest bound
-are computed in full; the least of those affinities is a floor that the k-th largest cannot be below, and all
-keys whose bound reaches it are computed too. What is found is therefore exact. Queries whose floor leaves too
-many keys, such as those at things that have just come into view, are searched as on a GPU.
+Every term but the first, which all keys share, is a column of one short product. The keys of largest bound,
+k of the first frame and k of the last, are computed in full; the k-th largest of those affinities is a floor
+that the k-th largest of all cannot be below, and all keys whose bound reaches it are computed too. What is
+found is therefore exact. Queries whose floor leaves too many keys, such as those at things that have just
+come into view, are searched as on a GPU.
 
 Shape suffixes: as in `key_search.py`; E columns of the short product, M keys to compute, P most of a query.
 """
@@ -26,29 +28,33 @@ from torch import Tensor
 
 from fasttrain.evaluation.key_search import KeySearch, Strip
 
-# The share of the channels that goes into the short product, and the columns that bound the rest.
+# Columns of the short product over channels, and those among them that bound what is left out.
 CHANNEL_SHARE, BOUND_COLUMNS = 1 / 3, 5
-# Cells that may reach the floor before the whole search is cheaper for a query.
-MOST_CELLS = 400
+# The share of a query's keys that may reach the floor before the whole search is cheaper: a pair by itself
+# costs some ten times what it does in a product.
+MOST_SHARE = 0.05
 # Frames for which a strip is searched in full once most of its queries had to be.
 FRAMES_IN_FULL = 8
-# What rounding in float32 can add up to, in a sum of some hundred products that are below one in all.
+# More than rounding in float32 adds up to in a sum of some hundred products.
 SLACK = 2.0**-16
 
 
 class BoundedKeySearch(KeySearch):
-    """`KeySearch` on a CPU: the same keys for a fraction of the time."""
+    """`KeySearch` on a CPU: the same keys, faster where features have some structure or matches are clear."""
 
     def __init__(self, first_ND: Tensor, *, places: int, topk: int, strips: list[Strip]) -> None:
         super().__init__(first_ND, places=places, topk=topk)
-        # bfloat16 where the processor multiplies it faster: the bounds are as true, only wider.
-        self.dtype = torch.bfloat16 if torch.cpu.get_capabilities().get("avx512_bf16") else torch.float32
+        # bfloat16 where it is multiplied faster: the bounds are as true, only wider.
+        fast_bf16 = torch.backends.mkldnn.enabled and torch.cpu.get_capabilities().get("avx512_bf16")
+        self.dtype = torch.bfloat16 if fast_bf16 else torch.float32
         mean_D = first_ND.double().mean(0)
         centred_ND = first_ND.double() - mean_D
-        # In order of rising variance.
-        directions_DD = torch.linalg.eigh(centred_ND.T @ centred_ND).eigenvectors
         kept = max(1, round(CHANNEL_SHARE * len(mean_D)) - BOUND_COLUMNS)
-        self.mean_D, self.basis_DE = mean_D.float(), directions_DD[:, -kept:].float()
+        # Two steps of subspace iteration: any orthonormal directions bound, and `eigh` may not converge.
+        covariance_DD = centred_ND.T @ centred_ND
+        start_DE = torch.randn(len(mean_D), kept, generator=torch.Generator().manual_seed(0)).double()
+        basis_DE = torch.linalg.qr(covariance_DD @ (covariance_DD @ start_DE)).Q
+        self.mean_D, self.basis_DE = mean_D.float(), basis_DE.float()
         self.short_FNE = torch.empty((places, len(first_ND), kept + BOUND_COLUMNS), dtype=self.dtype)
         self.short_FNE[0] = self._columns(first_ND, of_keys=True)
         # Kept, for fresh memory costs as much as the product that is written to it.
@@ -74,12 +80,18 @@ class BoundedKeySearch(KeySearch):
         best_QK = bound_FKQ.amax(0).T.contiguous().float().masked_fill_(strip.outside_QK, -torch.inf)
         floor_Q1 = self._floor(query_QD, first_QN, bound_FKQ, best_QK, strip)
         reach_QK, reach_QN = best_QK >= floor_Q1, first_QN >= floor_Q1
-        many_Q = torch.maximum(reach_QK.sum(-1), reach_QN.sum(-1)) > MOST_CELLS
-        reach_QK[many_Q], reach_QN[many_Q] = False, False
-
+        most = MOST_SHARE * (recent * best_QK.shape[1] + first_QN.shape[1])
+        # Cells can be counted at once, and each holds at least one key.
+        many_Q = reach_QK.sum(-1) + reach_QN.sum(-1) > most
+        reach_QK[many_Q] = False
         query_M, cell_M = reach_QK.nonzero(as_tuple=True)
         through_MF = bound_FKQ[:, cell_M, query_M].T
-        at_cell_M, frame_M = (through_MF >= floor_Q1[query_M]).nonzero(as_tuple=True)
+        reach_MF = through_MF >= floor_Q1[query_M]
+        many_Q |= reach_QN.sum(-1).index_add_(0, query_M, reach_MF.sum(-1)) > most
+        reach_MF &= ~many_Q[query_M, None]
+        reach_QN[many_Q] = False
+
+        at_cell_M, frame_M = reach_MF.nonzero(as_tuple=True)
         source_M = (1 + frame_M) * self.unit_FND.shape[1] + strip.keys.start + cell_M[at_cell_M]
         value_QP, source_QP = zip(
             self._compute(query_QD, query_M[at_cell_M], source_M),
@@ -96,7 +108,10 @@ class BoundedKeySearch(KeySearch):
         return affinity_Qk, source_Qk
 
     def _bounds(self, query_QD: Tensor, strip: Strip, recent: int) -> tuple[Tensor, Tensor]:
-        """What no affinity less q . m is above: with the first frame (Q, N), with the last (F, K, Q)."""
+        """Bounds of the affinities less q . m, with the first frame (Q, N) and the last (F, K, Q).
+
+        Written in `dtype`: what they bound is not above them once it is rounded as well.
+        """
         short_QE = self._columns(query_QD, of_keys=False)
         keys_FKE = self.short_FNE[1 : 1 + recent, strip.keys]
         shape = (recent, keys_FKE.shape[1], len(query_QD))

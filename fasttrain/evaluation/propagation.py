@@ -35,7 +35,8 @@ def propagate_labels(
     """Soft labels of every frame, (T, H, W, C) float32 on the features' device; frame 0 as given.
 
     `features_THWD` need not be normalised. `radius` is in cells, exclusive; `temperature` divides the cosine
-    affinity. Raises InputError for shapes or settings that cannot be propagated.
+    affinity. Raises InputError for shapes or settings that cannot be propagated, and for features that are
+    not finite.
     """
     if features_THWD.ndim != 4 or 0 in features_THWD.shape:
         raise InputError(
@@ -54,6 +55,7 @@ def propagate_labels(
 class Propagator:
     """`propagate_labels` of a stream: one frame at a time, remembering the first and the last `context`."""
 
+    @torch.no_grad()
     def __init__(
         self,
         first_features_HWD: Tensor,
@@ -110,7 +112,10 @@ class Propagator:
         return (values_HWX.transpose(0, 1) if height < width else values_HWX).flatten(0, 1)
 
     def _unit(self, features_HWD: Tensor) -> Tensor:
-        return functional.normalize(self._long_side_first(features_HWD).float(), dim=-1)
+        unit_ND = functional.normalize(self._long_side_first(features_HWD).float(), dim=-1)
+        if not unit_ND.isfinite().all():
+            raise InputError("features are not all finite; look at the frame and at the encoder's weights")
+        return unit_ND
 
     def _attend(self, query_QD: Tensor, strip: Strip) -> tuple[Tensor, Tensor]:
         """The k sources of each query, flat indices (place of their frame * N + token), and their weights."""
@@ -153,5 +158,3 @@ def _check_shapes(features: Tensor, labels: Tensor) -> None:
     if labels.ndim != 3 or labels.shape[:2] != features.shape[:2]:
         grid = tuple(features.shape[:2])
         raise InputError(f"first labels have shape {tuple(labels.shape)}; expected {grid} + (classes,)")
-    if not features.isfinite().all():
-        raise InputError("features of the first frame are not all finite; expected what an encoder gives")

@@ -168,9 +168,10 @@ def test_one_frame_and_labels_that_are_all_zero() -> None:
     assert torch.equal(propagate_labels(features, first), first[None])
 
 
-def test_features_that_are_not_finite_are_refused() -> None:
-    features = torch.ones(2, 3, 4, 8)
-    features[0, 1, 1, 0] = torch.nan
+@pytest.mark.parametrize(("frame", "value"), [(0, torch.nan), (2, torch.nan), (1, torch.inf)])
+def test_features_that_are_not_finite_are_refused(frame: int, value: float) -> None:
+    features = torch.ones(3, 3, 4, 8)
+    features[frame, 1, 1, 0] = value
     with pytest.raises(InputError, match="not all finite"):
         propagate_labels(features, torch.zeros(3, 4, 5))
 
