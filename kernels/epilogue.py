@@ -446,7 +446,8 @@ def launch_backward(
         # As many as run at once: each writes its sums for the parameters.
         threads = 32 * constants["num_warps"]
         registers = min(255, 64 + 8 * constants["BLOCK"] * constants["CHUNKS"] // threads)
-        programs = min(programs, 65536 // (threads * registers) * multiprocessors(inputs_BTND.device))
+        at_once = max(1, 65536 // (threads * registers)) * multiprocessors(inputs_BTND.device)
+        programs = min(programs, at_once)
     grad_BTND = torch.empty_like(inputs_BTND, memory_format=torch.contiguous_format)
     partial_P3D = inputs_BTND.new_empty((programs, 3, channels), dtype=torch.float32) if head else None
     with on_device(inputs_BTND):

@@ -59,9 +59,11 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
     projected, frozen, ctx.kl, _ = inputs
     ctx.save_for_backward(output[1], projected, frozen)
     ctx.mark_non_differentiable(output[1])
+    # Or every backward would fill zeros of its size, for nothing.
+    ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+def _differentiate(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None, None, None]:
     return _separability_backward(grad, *ctx.saved_tensors, ctx.kl), None, None, None
 
 

@@ -32,9 +32,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.dtype = inputs[0].dtype
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
+    # Or every backward would fill zeros of its size, for nothing.
+    ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+def _differentiate(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None, None]:
     (grad_walk,) = ctx.saved_tensors
     return (grad * grad_walk).to(ctx.dtype), None, None
 

@@ -308,13 +308,7 @@ def _for_device(index: FrameIndex, device: torch.device, decoder: Decoder) -> tu
                 "(libnvcuvid.so.1); use auto or cpu, or pack the videos once"
             )
         return index, "videos are decoded on the CPU: the driver comes without NVDEC (libnvcuvid.so.1)"
-    # The A100, 8.0, is the one such GPU without AV1.
-    lacks_av1 = torch.cuda.get_device_capability(device) == (8, 0)
-    others = [
-        name
-        for name, video in zip(index.names, index.videos, strict=True)
-        if not nvdec_decodes(video) or (lacks_av1 and video.codec == "av1")
-    ]
+    others = [name for name, video in zip(index.names, index.videos, strict=True) if not nvdec_decodes(video)]
     if others and decoder == "auto":
         return index, (
             f"videos are decoded on the CPU: NVDEC does not take {len(others)} of {len(index)}, the first "

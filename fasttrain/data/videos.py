@@ -37,13 +37,13 @@ VIDEO_SUFFIXES = frozenset(
 # ffmpeg's numbers of the matrices (AVColorSpace); all others are close to BT.601 or rare.
 _MATRICES: dict[int, Matrix] = {1: "bt709", 9: "bt2020", 10: "bt2020"}
 
-# What NVDEC decodes on GPUs since Ampere (the A100 lacks AV1): pixel formats, and the least side in pixels.
+# What DALI decodes on NVDEC, on GPUs since Ampere: pixel formats, and the least side in pixels. Not AV1: it
+# has packets that show a frame decoded before, DALI 2.4 counts decoded frames, and all that follow are off.
 _NVDEC: dict[str, tuple[frozenset[str], int]] = {
     "h264": (frozenset({"yuv420p", "yuvj420p"}), 48),
     "hevc": (frozenset({"yuv420p", "yuvj420p", "yuv420p10le"}), 144),
     "vp8": (frozenset({"yuv420p"}), 48),
     "vp9": (frozenset({"yuv420p", "yuv420p10le"}), 128),
-    "av1": (frozenset({"yuv420p", "yuv420p10le"}), 128),
 }
 
 # Filters that walk the length-prefixed NAL units of a stream: they find a damaged one without decoding.
@@ -74,6 +74,8 @@ class VideoInfo:
     reset_times: Sequence[int]
     """Those of the key frames that reset the decoder, so that nothing before them is needed."""
     num_frames: int
+    shows_again: bool
+    """Whether a VP9 packet shows a frame decoded before, after which DALI's count of frames is off."""
 
 
 def probe_video(path: Path) -> VideoInfo:
@@ -81,7 +83,7 @@ def probe_video(path: Path) -> VideoInfo:
     try:
         with av.open(str(path)) as container:
             stream = _video_stream(container)
-            times, key_times, reset_times = _packet_times(container, stream)
+            times, key_times, reset_times, shows_again = _packet_times(container, stream)
             if not times:
                 raise UnreadableFrameError("it holds no video frames")
             container.seek(0)
@@ -103,6 +105,7 @@ def probe_video(path: Path) -> VideoInfo:
                 key_times=_sorted(key_times),
                 reset_times=_sorted(reset_times),
                 num_frames=len(times),
+                shows_again=shows_again,
             )
     except (av.FFmpegError, OSError) as error:
         raise UnreadableFrameError(_reason(error)) from error
@@ -161,8 +164,8 @@ def has_nvdec() -> bool:
 def nvdec_decodes(video: VideoInfo) -> bool:
     """Whether a GPU's decoder takes this video, and its frames can be found by time."""
     formats, least = _NVDEC.get(video.codec, (frozenset(), 0))
-    has_times = video.times is not None and bool(video.reset_times)
-    return has_times and video.pix_fmt in formats and min(video.width, video.height) >= least
+    has_places = video.times is not None and bool(video.reset_times) and not video.shows_again
+    return has_places and video.pix_fmt in formats and min(video.width, video.height) >= least
 
 
 def cut_clip(video: VideoInfo, frames: Sequence[int]) -> tuple[Frame, list[int]]:
@@ -318,10 +321,11 @@ def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
 
 def _packet_times(
     container: av.container.InputContainer, stream: av.VideoStream
-) -> tuple[PacketTimes, PacketTimes, PacketTimes]:
-    """Presentation times of all packets, of key frames and of decoder resets, in file order."""
+) -> tuple[PacketTimes, PacketTimes, PacketTimes, bool]:
+    """Times of all packets, of key frames and of decoder resets, in file order; and `shows_again`."""
     name = _STRUCTURE_FILTERS.get(stream.codec_context.name)
     structure = BitStreamFilterContext(name, stream) if name else None
+    is_vp9, shows_again = stream.codec_context.codec.canonical_name == "vp9", False
     times: PacketTimes = []
     key_times: PacketTimes = []
     reset_times: PacketTimes = []
@@ -330,6 +334,8 @@ def _packet_times(
             continue
         if packet.is_corrupt:
             raise UnreadableFrameError(f"packet {len(times)} is corrupt")
+        # The fifth bit of a VP9 frame's header, in profiles 0 to 2: show_existing_frame.
+        shows_again |= is_vp9 and bool(bytes(packet)[0] & 0x08)
         # The filter takes the packet's contents away.
         time, resets = packet.pts, packet.is_keyframe
         times.append(time)
@@ -344,7 +350,7 @@ def _packet_times(
                 resets = resets and any(_IDR.search(bytes(unit)) for unit in units)
         if resets:
             reset_times.append(time)
-    return times, key_times, reset_times
+    return times, key_times, reset_times, shows_again
 
 
 def _sorted(times: PacketTimes) -> list[int]:

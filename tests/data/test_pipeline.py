@@ -1,5 +1,6 @@
 """The DALI graph of the GPU, run on the CPU's operators against Pillow; and on a GPU where there is one."""
 
+import dataclasses
 import threading
 import weakref
 from pathlib import Path
@@ -23,7 +24,7 @@ from fasttrain.data.pipeline import (
     rgb_correction,
 )
 from fasttrain.data.sampling import Draws
-from fasttrain.data.videos import has_nvdec
+from fasttrain.data.videos import has_nvdec, nvdec_decodes, probe_video
 from fasttrain.errors import InputError
 
 SIZE = 40
@@ -274,6 +275,15 @@ def test_videos_that_nvdec_cannot_decode_are_named(tmp_path: Path) -> None:
         open_source(tmp_path).as_clips()
 
 
+def test_frames_shown_again_are_not_for_nvdec(tmp_path: Path) -> None:
+    """DALI counts the frames that NVDEC decodes, and AV1 and VP9 have packets that decode none."""
+    frames = [picture(0, t, 160, 208) for t in range(5)]
+    av1 = probe_video(encode_video(tmp_path / "a.mp4", frames, "libsvtav1"))
+    vp9 = probe_video(encode_video(tmp_path / "b.webm", frames, "libvpx-vp9"))
+    assert (nvdec_decodes(av1), nvdec_decodes(vp9), vp9.shows_again) == (False, True, False)
+    assert not nvdec_decodes(dataclasses.replace(vp9, shows_again=True))
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_videos_go_where_they_can_be_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
@@ -281,7 +291,6 @@ def test_videos_go_where_they_can_be_decoded(
     """With a GPU and `auto`: NVDEC if all videos are for it, else the host, and a line says why."""
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(loader_module, "has_nvdec", lambda: there)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     index = vp9_videos(tmp_path)
     chosen, note = loader_module._for_device(index, gpu, "auto")
     assert chosen.storage == ("clips" if there else "frames")
@@ -341,7 +350,7 @@ def test_images_on_the_gpu_are_those_of_the_cpu(tmp_path: Path, decoder: str, dt
 @needs_nvdec
 @pytest.mark.parametrize(
     ("codec", "pix_fmt"),
-    [("libx264", "yuv420p"), ("libx265", "yuv420p10le"), ("libvpx-vp9", "yuv420p"), ("libsvtav1", "yuv420p")],
+    [("libx264", "yuv420p"), ("libx265", "yuv420p10le"), ("libvpx-vp9", "yuv420p")],
 )
 def test_videos_on_the_gpu_are_those_of_the_cpu(tmp_path: Path, codec: str, pix_fmt: str) -> None:
     for video in range(3):
