@@ -53,6 +53,11 @@ class Step:
     takes_spare: bool = False
 
 
+# Not marked `gpu`: without one they run interpreted. Hypothesis' shapes would compile for minutes.
+KERNEL_TESTS = (
+    *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not any_shape"),
+    *("tests/kernels/test_triton.py", "tests/kernels/test_memory.py"),
+)
 STEPS = (
     Step(
         name="tests",
@@ -73,21 +78,7 @@ STEPS = (
     ),
     Step(
         name="kernel tests",
-        # Not marked `gpu`: without one they run interpreted. Hypothesis would compile for minutes.
-        command=(
-            "-m",
-            "pytest",
-            "-q",
-            "-n",
-            "12",
-            "-p",
-            "no:cacheprovider",
-            "-k",
-            "not any_shape",
-            "--junitxml={out}/kernel-tests.xml",
-            "tests/kernels/test_triton.py",
-            "tests/kernels/test_memory.py",
-        ),
+        command=(*KERNEL_TESTS, "-n", "12", "--junitxml={out}/kernel-tests.xml"),
         seconds=75,
         needs=("pytest", "xdist", "hypothesis", "triton"),
     ),
@@ -129,7 +120,7 @@ STEPS = (
         name="propagation",
         command=("-m", "benchmarks.propagation", "--short", "--out", "{out}/propagation-cuda.json"),
         seconds=40,
-        needs=("matplotlib",),
+        needs=("matplotlib", "scipy", "timm", "rich"),
     ),
 )
 

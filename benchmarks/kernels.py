@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from benchmarks.gpu_check import KERNEL_TESTS, ROOT
 from benchmarks.kernel_resources import compile_table, markdown_table, triton_version
 from benchmarks.measure import Timing, copy_ceiling, interleave, speedup, synchronize
 from benchmarks.record import RESULTS, environment, write_results
@@ -259,10 +260,7 @@ def run_tests() -> bool | None:
     if any(importlib.util.find_spec(name) is None for name in ("pytest", "hypothesis")):
         print("the kernels' tests do not run: pytest or hypothesis is not installed", file=sys.stderr)
         return None
-    tests = Path(__file__).resolve().parents[1] / "tests" / "kernels" / "test_triton.py"
-    # Hypothesis' shapes would compile for minutes.
-    words = ["-q", "-p", "no:cacheprovider", "-k", "not any_shape", str(tests)]
-    return subprocess.run([sys.executable, "-m", "pytest", *words], check=False).returncode == 0
+    return subprocess.run([sys.executable, *KERNEL_TESTS], cwd=ROOT, check=False).returncode == 0
 
 
 def plot(path: Path) -> None:

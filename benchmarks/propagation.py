@@ -182,6 +182,7 @@ def encode_video(case: Case, count: int) -> Tensor:
 
 
 def frames_of(folder: Path) -> list[Path]:
+    """In order. Raises SystemExit where they are too few to fill the context and be timed."""
     frames, fewest = sorted(folder.glob("*.jpg")), CONTEXT + 1 + FRAMES_AT_ONCE
     if len(frames) < fewest:
         raise SystemExit(f"--video {folder} holds {len(frames)} JPEG frames; expected {fewest} or more")
@@ -334,7 +335,7 @@ def main() -> None:
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
     )
     parser.add_argument("--video", type=Path, nargs="+", default=[], help="folders of JPEG frames")
-    parser.add_argument("--weights", default="random", metavar="CHECKPOINT", help="of the MAE for --video")
+    parser.add_argument("--weights", default=Case.weights, help="of the MAE that encodes --video")
     parser.add_argument("--out", type=Path, help="JSON file (results/propagation-DEVICE.json)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="only draw the plot of this JSON file")
     parser.add_argument("--memory", choices=("ours", "script"), help=argparse.SUPPRESS)

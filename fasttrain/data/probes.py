@@ -11,7 +11,6 @@ import gzip
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 import zlib
 from collections.abc import Mapping
@@ -45,13 +44,10 @@ class ProbeCache:
         self.path = home / "fasttrain" / "videos" / f"{digest[:32]}.json.gz"
         self._known: dict[str, Any] = self._read()
 
-    def find(self, name: str, path: Path) -> VideoInfo | None:
-        """What is known of a file; None where nothing is, or the file has changed or gone."""
+    def find(self, name: str, path: Path, state: State) -> VideoInfo | None:
+        """What is known of a file that is now in this state; None where nothing is."""
         entry = self._known.get(name)
-        try:
-            if entry is None or tuple(entry["state"]) != state_of(path):
-                return None
-        except OSError:
+        if entry is None or tuple(entry["state"]) != state:
             return None
         values = dict(entry["info"], path=path)
         times = values["times"]
@@ -63,15 +59,21 @@ class ProbeCache:
 
     def write(self, videos: Mapping[str, tuple[State, VideoInfo]]) -> None:
         """Remember these videos, all of the source; where the cache cannot be written, a warning says so."""
+        before = {name: tuple(entry["state"]) for name, entry in self._known.items()}
+        if before == {name: state for name, (state, _) in videos.items()}:
+            return
         known = {
             name: {"state": state, "info": _as_json(info)} for name, (state, info) in sorted(videos.items())
         }
         content = json.dumps({"header": _header(), "videos": known}).encode()
+        unfinished = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.path.parent, delete=False) as file:
-                file.write(gzip.compress(content, compresslevel=1))
-            os.replace(file.name, self.path)
+            try:
+                unfinished.write_bytes(gzip.compress(content, compresslevel=1))
+                os.replace(unfinished, self.path)
+            finally:
+                unfinished.unlink(missing_ok=True)
         except OSError as error:
             warnings.warn(
                 f"{self.path} cannot be written ({error}); the next start looks again", stacklevel=2

@@ -48,16 +48,6 @@ class Processes:
     """A value of each process -> all their values by rank, in every process."""
 
 
-@dataclass(frozen=True)
-class Probe:
-    """What a look into a video file found, or why it cannot be read."""
-
-    state: State
-    found: VideoInfo | str
-    is_new: bool
-    """Whether it took a look: no earlier one was known."""
-
-
 ALONE = Processes(0, 1, lambda value: [value])
 
 
@@ -245,22 +235,22 @@ def _probe_videos(path: Path, source: Found, processes: Processes) -> VideoIndex
     """Look into every file not known from before, in parallel; what cannot be read is skipped and named."""
     cache = ProbeCache(path)
 
-    def probe(name: str) -> Probe:
+    def probe(name: str) -> tuple[State, VideoInfo] | str:
         video = source.videos[name]
-        known = cache.find(name, video)
         try:
-            return Probe(state_of(video), known or probe_video(video), known is None)
+            state = state_of(video)
+            return state, cache.find(name, video, state) or probe_video(video)
         except OSError as error:
-            return Probe((0, 0), os_reason(error), True)
+            return os_reason(error)
         except UnreadableFrameError as error:
-            return Probe((0, 0), str(error), True)
+            return str(error)
 
     mine = list(itertools.islice(source.videos, processes.rank, None, processes.size))
     with ThreadPoolExecutor(max_workers=min(32, len(os.sched_getaffinity(0)) * 2)) as pool:
         probed = dict(zip(mine, pool.map(probe, mine), strict=True))
     found = {name: one for share in processes.gather(probed) for name, one in share.items()}
-    readable = {name: one.found for name, one in found.items() if isinstance(one.found, VideoInfo)}
-    if processes.rank == 0 and any(found[name].is_new for name in readable):
-        cache.write({name: (found[name].state, info) for name, info in readable.items()})
-    bad = sorted((name, one.found) for name, one in found.items() if isinstance(one.found, str))
-    return VideoIndex(readable, source.skipped + bad)
+    readable = {name: one for name, one in found.items() if not isinstance(one, str)}
+    if processes.rank == 0:
+        cache.write(readable)
+    bad = sorted((name, reason) for name, reason in found.items() if isinstance(reason, str))
+    return VideoIndex({name: info for name, (_, info) in readable.items()}, source.skipped + bad)

@@ -186,7 +186,7 @@ def cut_clip(video: VideoInfo, frames: Sequence[int]) -> tuple[Frame, list[int]]
                 if target not in packets:
                     start = max(time for time in video.reset_times if time <= target)
                     packets |= _packets_between(source, stream, start, target)
-            out = _copy_stream(clip, stream)
+            out = clip.add_stream_from_template(stream)
             for packet, dts in zip(packets.values(), _decoding_times(list(packets)), strict=True):
                 packet.dts = dts
                 packet.stream = out
@@ -196,15 +196,6 @@ def cut_clip(video: VideoInfo, frames: Sequence[int]) -> tuple[Frame, list[int]]
     # A decoder counts frames in the order in which they are shown.
     shown = sorted(packets)
     return np.frombuffer(buffer.getvalue(), dtype=np.uint8), [shown.index(target) for target in targets]
-
-
-def _copy_stream(clip: av.container.OutputContainer, stream: av.VideoStream) -> av.stream.Stream:
-    if stream.codec_context.codec.canonical_name == "av1":
-        # PyAV looks for an encoder of the decoder's name, which dav1d is not.
-        return clip.add_mux_stream(
-            "av1", width=stream.width, height=stream.height, time_base=stream.time_base
-        )
-    return clip.add_stream_from_template(stream)
 
 
 def _packets_between(
@@ -335,7 +326,7 @@ def _packet_times(
         if packet.is_corrupt:
             raise UnreadableFrameError(f"packet {len(times)} is corrupt")
         # The fifth bit of a VP9 frame's header, in profiles 0 to 2: show_existing_frame.
-        shows_again |= is_vp9 and bool(bytes(packet)[0] & 0x08)
+        shows_again |= is_vp9 and bool(memoryview(packet)[0] & 0x08)
         # The filter takes the packet's contents away.
         time, resets = packet.pts, packet.is_keyframe
         times.append(time)

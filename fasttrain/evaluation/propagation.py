@@ -67,9 +67,9 @@ class Propagator:
     ) -> None:
         check_settings(context, topk, temperature)
         _check_shapes(first_features_HWD, first_labels_HWC)
-        height, width, channels = first_features_HWD.shape
+        height, width, _ = first_features_HWD.shape
         tokens, device = height * width, first_features_HWD.device
-        self.grid, self.short, self.channels = (height, width), min(height, width), channels
+        self.grid, self.short = (height, width), min(height, width)
         self.context, self.radius, self.temperature = context, radius, temperature
         self.frames_seen = 1
         self.strips = list(strips(max(height, width), self.short, radius, context, device))
@@ -87,7 +87,7 @@ class Propagator:
     @torch.no_grad()
     def step(self, features_HWD: Tensor) -> Tensor:
         """Soft labels (H, W, C) float32 of the next frame from its features (H, W, D)."""
-        expected = (*self.grid, self.channels)
+        expected = (*self.grid, self.search.unit_FND.shape[-1])
         if features_HWD.shape != expected:
             raise InputError(f"features of shape {tuple(features_HWD.shape)}; the first frame's: {expected}")
         unit_ND = self._unit(features_HWD)

@@ -180,7 +180,7 @@ def hard_labels(labels_hwC: Tensor, size: tuple[int, ...]) -> LabelMap:
     """(H, W) uint8: the most likely label of each pixel, bilinearly between cells."""
     labels_1Chw = labels_hwC.movedim(-1, 0)[None].contiguous()
     full_CHW = functional.interpolate(labels_1Chw, size=size, mode="bilinear")[0]
-    # argmax over few leading entries takes a CPU thirty times as long.
+    # argmax over few leading entries takes a CPU some twenty times as long.
     return full_CHW.max(0).indices.byte().cpu().numpy()
 
 
