@@ -87,27 +87,29 @@ class MetricsLog:
 
 def last_event(folder: Path) -> str | None:
     """What the log of a run folder ended on, if its last line tells of an event."""
-    records = [record for _, record in _records(folder / "metrics.jsonl")]
+    records = [record for _, record in read_records(folder / "metrics.jsonl")]
     return records[-1].get("event") if records else None
 
 
-def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every line of a log with what it says."""
+def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every whole line of a log with what it says."""
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            yield line, json.loads(line)
+            record = json.loads(line)
         except json.JSONDecodeError:
             # The run was cut off in the middle of this line.
             continue
+        if isinstance(record, dict) and "step" in record:
+            yield line, record
 
 
 def _drop_lines_from(path: Path, first_step: int) -> None:
     """Take out what a run that was cut off wrote after its last checkpoint, so that no step stands twice."""
     if not path.exists():
         return
-    kept = [line + "\n" for line, record in _records(path) if record["step"] <= first_step]
+    kept = [line + "\n" for line, record in read_records(path) if record["step"] <= first_step]
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept), encoding="utf-8")
     os.replace(partial, path)

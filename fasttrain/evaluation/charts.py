@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from fasttrain.errors import InputError
-from fasttrain.evaluation.figures import contact_sheet
+from fasttrain.evaluation.figures import as_written, contact_sheet
 
 Frame = npt.NDArray[np.uint8]
 
@@ -101,7 +101,7 @@ def segment_bars(
         seen |= set(np.unique(labels_RT).tolist())
         axes.imshow(palette[labels_RT], aspect="auto", interpolation="nearest")
         axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
-        axes.set_title(name, fontsize=9, loc="left")
+        axes.set_title(as_written(name), fontsize=9, loc="left")
         axes.tick_params(axis="x", labelsize=7)
         for border in range(1, len(rows)):
             axes.axhline(border - 0.5, color="white", linewidth=3)
@@ -124,7 +124,7 @@ def _palette(count: int, background: Sequence[int]) -> npt.NDArray[np.float64]:
 
 
 def _short(name: str, length: int = 26) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"
+    return as_written(name if len(name) <= length else name[: length - 1] + "…")
 
 
 def _save(figure: Figure, path: Path) -> Path:

@@ -4,7 +4,6 @@ Draws only what it is given; knows nothing of models. Frames are uint8 RGB. Shap
 H height, W width, C colours, J joints, M matches.
 """
 
-import json
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -18,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fasttrain.errors import InputError
 from fasttrain.evaluation.frames import spread
+from fasttrain.metrics import read_records
 
 Frame = npt.NDArray[np.uint8]
 Labels = npt.NDArray[Any]
@@ -157,7 +157,7 @@ def correspondence_arrows(rows: Sequence[tuple[str, Frame, Frame, Matches]], pat
 
 def learning_curves(runs: Sequence[str | Path], path: str | Path) -> Path:
     """Everything that the runs' `metrics.jsonl` recorded over the steps: one panel per quantity."""
-    histories = {Path(run).name: _read_history(Path(run)) for run in runs}
+    histories = dict(zip(run_names(runs), [_read_history(Path(run)) for run in runs], strict=True))
     names = _panel_names(histories.values())
     if not names:
         raise InputError(
@@ -175,7 +175,7 @@ def learning_curves(runs: Sequence[str | Path], path: str | Path) -> Path:
             points = [(record["step"], record[name]) for record in records if _is_number(record.get(name))]
             if points:
                 steps, values = zip(*points, strict=True)
-                axes.plot(steps, values, label=run, marker="." if len(points) < 30 else None)
+                axes.plot(steps, values, label=as_written(run), marker="." if len(points) < 30 else None)
         if len(histories) > 1:
             axes.legend(fontsize=7)
     return _save_figure(figure, path)
@@ -193,13 +193,24 @@ def trade_off(points: Sequence[tuple[str, dict[str, float], dict[str, float]]], 
         (x, y), (x_after, y_after) = _trade_off_point(before), _trade_off_point(after)
         axes.annotate("", (x_after, y_after), (x, y), arrowprops={"arrowstyle": "->", "color": color})
         axes.scatter([x], [y], facecolors="none", edgecolors=color)
-        axes.scatter([x_after], [y_after], color=color, label=name)
+        axes.scatter([x_after], [y_after], color=color, label=as_written(name))
     axes.set_xlabel("intra-video distance / 95 % diameter (consistent: left)")
     axes.set_ylabel("inter-video distance / 95 % diameter (separable: up)")
     axes.set_title("Before (ring) and after (dot) the projection")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return _save_figure(figure, path)
+
+
+def run_names(runs: Sequence[str | Path]) -> list[str]:
+    """What runs are called: by their folders, by the paths given where two folders are called alike."""
+    names = [Path(run).resolve().name for run in runs]
+    return [name if names.count(name) == 1 else str(run) for name, run in zip(names, runs, strict=True)]
+
+
+def as_written(text: str) -> str:
+    """The text for matplotlib, which takes `$` for mathematics and leaves `_...` out of legends."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def _trade_off_point(figures: dict[str, float]) -> tuple[float, float]:
@@ -222,7 +233,7 @@ def _read_history(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise InputError(f"run {run} has no metrics.jsonl; give the output folder of a training run")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [record for _, record in read_records(path)]
 
 
 def _strip(name: str, pictures: Sequence[Frame], tile_width: int) -> Image.Image:

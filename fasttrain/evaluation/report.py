@@ -31,7 +31,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def write_report(runs: list[Path], output: Path) -> Path:
-    """The page of all runs; pictures are drawn beside it and carried inside."""
+    """The page of all runs, each once; pictures are drawn beside it and carried inside."""
+    runs = list({folder.resolve(): folder for folder in runs}.values())
+    names = dict(zip(runs, figures.run_names(runs), strict=True))
     evaluations = {folder: _evaluations(folder) for folder in runs}
     recorded = [folder for folder in runs if (folder / "metrics.jsonl").is_file()]
     for folder in runs:
@@ -46,18 +48,20 @@ def write_report(runs: list[Path], output: Path) -> Path:
             _section("Learning curves", _image(figures.learning_curves(recorded, pictures / "learning.png")))
         )
     points = [
-        (folder.name, found["results"]["before"], found["results"]["after"])
+        (names[folder], found["results"]["before"], found["results"]["after"])
         for folder, found_all in evaluations.items()
         for found in found_all
-        if found["task"] == "consistency" and {"before", "after"} <= set(found["results"])
+        if found["task"] == "consistency"
+        and {"before", "after"} <= set(found["results"])
+        # One video alone has no distance to others.
+        and found["data"]["videos"] > 1
     ]
     if points:
         body.append(_section("Trade-off", _image(figures.trade_off(points, pictures / "trade_off.png"))))
     for folder, found_all in evaluations.items():
         for found in found_all:
-            title = (
-                f"{folder.name}: {found['task']} ({found['model']['backbone']}, {found['model']['weights']})"
-            )
+            about = f"{found['model']['backbone']}, {found['model']['weights']}"
+            title = f"{names[folder]}: {found['task']} ({about})"
             drawn = folder / "eval" / found["task"] / "figures"
             images = "".join(map(_image, sorted(drawn.glob("*.png"))))
             films = "".join(map(_film, sorted(drawn.glob("*.mp4"))))
@@ -69,7 +73,18 @@ def write_report(runs: list[Path], output: Path) -> Path:
 
 
 def _evaluations(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("eval/*/*.json"))]
+    return [_read_evaluation(path) for path in sorted(folder.glob("eval/*/*.json"))]
+
+
+def _read_evaluation(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        whole = {"task", "model", "data", "results"} <= set(found) and bool(found["results"])
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); evaluate again or remove it") from error
+    if not whole:
+        raise InputError(f"{path} holds no figures of `fasttrain eval`; evaluate again or remove it")
+    return dict(found)
 
 
 def _section(title: str, content: str) -> str:

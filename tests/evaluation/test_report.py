@@ -87,6 +87,58 @@ def test_a_recipe_records_the_trade_off_while_it_trains(videos: Path, tmp_path: 
     assert "Learning curves" in page.read_text()
 
 
+def write_history(run: Path, text: str) -> Path:
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text(text)
+    return run
+
+
+def labels_drawn(page: Path, runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The legends of the page's plots."""
+    legends: list[list[str]] = []
+    save = figures._save_figure
+
+    def save_figure(figure: Any, path: Any) -> Path:
+        legends.extend([text.get_text() for text in axes.get_legend().get_texts()] for axes in figure.axes)
+        return save(figure, path)
+
+    monkeypatch.setattr(figures, "_save_figure", save_figure)
+    assert main(["report", *map(str, runs), "--output", str(page)]) == 0
+    return legends
+
+
+def test_runs_called_alike_or_oddly_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    history = '{"step": 1, "loss": 2}\n{"step": 2, "loss": 1}\n'
+    runs = [write_history(tmp_path / name, history) for name in ("one/mae", "two/mae", "_a", "$\\frac$")]
+    legends = labels_drawn(tmp_path / "page.html", [*runs, tmp_path / "one" / "." / "mae"], monkeypatch)
+    assert legends == [[str(runs[0]), str(runs[1]), " _a", r"\$\frac\$"]]
+
+
+def test_a_run_that_was_cut_off_while_it_wrote(tmp_path: Path) -> None:
+    whole = '{"step": 1, "loss": 2}\n{"step": 2, "loss": 1}\n'
+    run = write_history(tmp_path / "run", whole + '\n{"step": 3, "lo')
+    assert main(["report", str(run), "--output", str(tmp_path / "page.html")]) == 0
+
+
+def test_the_trade_off_leaves_out_a_run_measured_on_one_video(videos: Path, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    words = ["--run", str(run), "--root", str(videos), "--image-size", "64", "--device", "cpu"]
+    assert main(["eval", "consistency", *words, "--num-videos", "1"]) == 0
+    page = tmp_path / "page.html"
+    assert main(["report", str(run), "--output", str(page)]) == 0
+    assert "Trade-off" not in page.read_text()
+    assert "<td>inter_normalized_95</td><td>–</td>" in page.read_text()
+
+
+@pytest.mark.parametrize("text", ['{"task": "davis", "resu', "[]", "3", '{"task": "davis"}'])
+def test_a_damaged_evaluation_is_named(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damaged = tmp_path / "run" / "eval" / "davis" / "davis.json"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text(text)
+    assert main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "page.html")]) == 2
+    assert str(damaged) in capsys.readouterr().err
+
+
 def test_a_folder_without_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "nothing").mkdir()
     assert main(["report", str(tmp_path / "nothing"), "--output", str(tmp_path / "page.html")]) == 2
