@@ -73,7 +73,8 @@ class BoundedKeySearch(KeySearch):
 
     def largest(self, query_QD: Tensor, strip: Strip, recent: int) -> tuple[Tensor, Tensor]:
         start = strip.queries.start
-        if not recent or self.in_full[start]:
+        # A floor takes k keys of the first frame.
+        if not recent or self.in_full[start] or self.topk > self.unit_FND.shape[1]:
             self.in_full[start] = max(0, self.in_full[start] - 1)
             return super().largest(query_QD, strip, recent)
         first_QN, bound_FKQ = self._bounds(query_QD, strip, recent)

@@ -41,7 +41,7 @@ class KeySearch:
 
     def __init__(self, first_ND: Tensor, *, places: int, topk: int) -> None:
         self.unit_FND = torch.empty((places, *first_ND.shape), device=first_ND.device)
-        self.topk = min(topk, len(first_ND))
+        self.topk = topk
         self.unit_FND[0] = first_ND
 
     def remember(self, place: int, unit_ND: Tensor) -> None:
@@ -52,27 +52,33 @@ class KeySearch:
         """The k largest affinities of each query, in order, and their keys: place of the frame * N + token.
 
         Searched are the first frame, all of it, and within the strip's discs the frames at places 1 to
-        `recent`. Where fewer than k keys are in reach the rest has an affinity of -inf.
+        `recent`. Where fewer than k keys are in reach the rest, if there is one, has an affinity of -inf.
         """
-        affinity_Qk, source_Qk = (query_QD @ self.unit_FND[0].T).topk(self.topk, dim=-1)
+        affinity_Qk, source_Qk = _largest(query_QD @ self.unit_FND[0].T, self.topk)
         if not recent:
             return affinity_Qk, source_Qk
         product_FKQ = torch.bmm(self.unit_FND[1 : 1 + recent, strip.keys], query_QD.T.expand(recent, -1, -1))
         best_QK = product_FKQ.amax(0).T.contiguous().masked_fill_(strip.outside_QK, -torch.inf)
         recent_Qk, recent_source_Qk = self._largest_in_cells(product_FKQ, best_QK, strip)
-        affinity_Qk, order_Qk = torch.cat([affinity_Qk, recent_Qk], dim=-1).topk(self.topk, dim=-1)
+        affinity_Qk, order_Qk = _largest(torch.cat([affinity_Qk, recent_Qk], dim=-1), self.topk)
         return affinity_Qk, torch.cat([source_Qk, recent_source_Qk], dim=-1).gather(1, order_Qk)
 
     def _largest_in_cells(self, value_FKQ: Tensor, best_QK: Tensor, strip: Strip) -> tuple[Tensor, Tensor]:
         """The k largest values of each query over frames and cells, in order, and their keys."""
-        best_QG, cell_QG = best_QK.topk(min(self.topk, best_QK.shape[1]), dim=-1)
+        best_QG, cell_QG = _largest(best_QK, self.topk)
         frames, cells = len(value_FKQ), cell_QG.shape[1]
         through_FGQ = value_FKQ.gather(1, cell_QG.T.expand(frames, -1, -1))
         through_FGQ.masked_fill_(best_QG.T.isneginf(), -torch.inf)
         through_QM = through_FGQ.permute(2, 0, 1).flatten(1)
-        value_Qk, place_Qk = through_QM.topk(min(self.topk, frames * cells), dim=-1)
+        value_Qk, place_Qk = _largest(through_QM, self.topk)
         token_Qk = strip.keys.start + cell_QG.gather(1, place_Qk % cells)
         return value_Qk, (1 + place_Qk // cells) * self.unit_FND.shape[1] + token_Qk
+
+
+def _largest(values_QM: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of each row, or all, in order, and their places."""
+    values, places = values_QM.topk(min(count, values_QM.shape[1]), dim=-1)
+    return values, places
 
 
 def strips(long: int, short: int, radius: float, context: int, device: torch.device) -> Iterator[Strip]:

@@ -65,7 +65,7 @@ class Propagator:
         topk: int,
         temperature: float,
     ) -> None:
-        check_settings(context, topk, temperature)
+        check_settings(context, radius, topk, temperature)
         _check_shapes(first_features_HWD, first_labels_HWC)
         height, width, _ = first_features_HWD.shape
         tokens, device = height * width, first_features_HWD.device
@@ -125,7 +125,7 @@ class Propagator:
         copies = self.context - recent
         if copies:
             multiplicity_Qk += copies * self._near_first(strip, source_Qk)
-        return source_Qk, _weights(affinity_Qk, multiplicity_Qk, self.temperature)
+        return source_Qk, _weights(affinity_Qk, multiplicity_Qk, self.search.topk, self.temperature)
 
     def _near_first(self, strip: Strip, source_Qk: Tensor) -> Tensor:
         """Whether each source is a token of the first frame whose copies its query also attends to."""
@@ -134,20 +134,21 @@ class Propagator:
         return near_Qk & (source_Qk < self.labels_FNC.shape[1])
 
 
-def _weights(affinity_Qk: Tensor, multiplicity_Qk: Tensor, temperature: float) -> Tensor:
-    """Softmax over the first k of the affinities, largest first, each repeated `multiplicity` times."""
-    topk = affinity_Qk.shape[1]
+def _weights(affinity_Qk: Tensor, multiplicity_Qk: Tensor, topk: int, temperature: float) -> Tensor:
+    """Softmax over the first `topk` of the affinities, largest first, each repeated `multiplicity` times."""
     before_Qk = multiplicity_Qk.cumsum(-1) - multiplicity_Qk
     taken_Qk = torch.minimum((topk - before_Qk).clamp(min=0), multiplicity_Qk)
     weight_Qk = taken_Qk * ((affinity_Qk - affinity_Qk[:, :1]) / temperature).exp()
     return weight_Qk / weight_Qk.sum(-1, keepdim=True)
 
 
-def check_settings(context: int, topk: int, temperature: float) -> None:
+def check_settings(context: int, radius: float, topk: int, temperature: float) -> None:
     """Raises InputError for settings that nothing can be propagated with."""
     for name, value in (("context", context), ("topk", topk)):
         if value < 1:
             raise InputError(f"{name} is {value}; expected an integer of at least 1")
+    if not radius >= 0:
+        raise InputError(f"radius is {radius}; expected a number of at least 0")
     if not temperature > 0:
         raise InputError(f"temperature is {temperature}; expected a number above 0")
 

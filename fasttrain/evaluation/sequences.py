@@ -93,7 +93,7 @@ def evaluate_all(
     met it, for a sequence that cannot be evaluated, and on all for settings that nothing can be propagated
     with.
     """
-    check_settings(arguments.context, arguments.topk, arguments.temperature)
+    check_settings(arguments.context, arguments.radius, arguments.topk, arguments.temperature)
     evaluation = Evaluation(arguments=arguments, subject=subject, output=output, device=world.device)
     drawn = {sequences[place].name for place in spread(len(sequences), max(0, arguments.pictures))}
     shown = Console(stderr=True)
