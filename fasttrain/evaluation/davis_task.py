@@ -36,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: World) -> dict[str, Any] | None:
     """Figures of all sequences, on the main process."""
+    for name in ("height", "width"):
+        if getattr(arguments, name) < 1:
+            raise InputError(f"--{name} {getattr(arguments, name)}: expected a number above 0")
     found = find_sequences(arguments.root, arguments.year, arguments.subset)
     for sequence in found:
         read_first_objects(sequence, arguments.year)

@@ -60,9 +60,13 @@ def read_label_map(path: Path) -> npt.NDArray[np.uint8]:
     """The labels (H, W) of a palette or grey PNG. Raises InputError for anything else."""
     try:
         with Image.open(path) as image:
-            if image.mode not in ("P", "L"):
+            if image.mode in ("P", "L"):
+                return np.asarray(image)
+            # DAVIS 2016 has a grey annotation of four channels (bear/00077.png).
+            channels_HWC = np.asarray(image.convert("RGB") if image.mode in ("LA", "RGBA") else image)
+            if image.mode not in ("LA", "RGB", "RGBA") or (channels_HWC != channels_HWC[..., :1]).any():
                 raise InputError(f"annotation {path} has mode {image.mode}; expected a palette or grey PNG")
-            return np.asarray(image)
+            return channels_HWC[..., 0]
     except OSError as error:
         raise InputError(f"annotation {path} cannot be read ({error}); replace it") from error
 

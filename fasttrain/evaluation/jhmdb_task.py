@@ -7,6 +7,8 @@ h w grid.
 """
 
 import argparse
+import math
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: World) -> dict[str, Any] | None:
     """Figures of all clips, on the main process."""
     for name in ("size", "sigma"):
-        if not getattr(arguments, name) > 0:
+        if not 0 < getattr(arguments, name) < math.inf:
             raise InputError(f"--{name} {getattr(arguments, name)}: expected a number above 0")
     found = find_sequences(arguments.root, arguments.split, arguments.list)
     for sequence in found:
@@ -91,6 +93,13 @@ def find_sequences(root: Path, split: int, listed: Path | None) -> list[VideoSeq
         if not path.exists():
             raise InputError(f"{path} does not exist; --root must hold JHMDB in its own layout")
     clips = clips_of_list(listed) if listed else clips_of_split(root, split)
+    actions: dict[str, str] = {}
+    for action, name in clips:
+        if actions.setdefault(name, action) != action:
+            raise InputError(
+                f"clip {name} is listed in {actions[name]} and in {action}; figures go by a clip's name, so "
+                "list one of them"
+            )
     return [_find_sequence(root, *clip) for clip in dict.fromkeys(clips)]
 
 
@@ -100,8 +109,10 @@ def clips_of_split(root: Path, split: int) -> list[tuple[str, str]]:
     clips = []
     for path in sorted((root / "splits").glob(f"*{suffix}")):
         for line in sequences.read_list(path):
-            name, part = line.split()
-            if part == TEST:
+            name, _, part = line.partition(" ")
+            if not part.strip().isdecimal():
+                raise InputError(f"list {path}: {line!r}; expected CLIP.avi and a number")
+            if part.strip() == TEST:
                 clips.append((path.name.removesuffix(suffix), name.removesuffix(".avi")))
     if clips:
         return clips
@@ -152,7 +163,7 @@ def read_poses(sequence: VideoSequence) -> Coordinates:
     path = sequence.annotations[0]
     try:
         content = loadmat(path)
-    except (OSError, ValueError, TypeError, NotImplementedError, MatReadError) as error:
+    except (OSError, ValueError, TypeError, NotImplementedError, MatReadError, zlib.error) as error:
         raise InputError(f"annotation {path} cannot be read ({error}); replace it") from error
     if "pos_img" not in content:
         raise InputError(f"annotation {path} holds no pos_img; expected JHMDB's joint_positions.mat")

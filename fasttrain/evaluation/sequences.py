@@ -171,7 +171,7 @@ def find_matches(
 
 def soft_labels(labels_HW: LabelMap, grid: tuple[int, int], classes: int) -> Tensor:
     """(h, w, C) float32: the one-hot labels at the middle of each cell, bilinearly."""
-    one_hot_1CHW = functional.one_hot(torch.from_numpy(labels_HW).long(), classes).movedim(-1, 0)[None]
+    one_hot_1CHW = functional.one_hot(torch.tensor(labels_HW).long(), classes).movedim(-1, 0)[None]
     soft_1Chw = functional.interpolate(one_hot_1CHW.float(), size=grid, mode="bilinear")
     return soft_1Chw[0].movedim(0, -1).contiguous()
 
@@ -268,8 +268,12 @@ def check_pairs(name: str, frames: Sequence[Path], annotations: Path, fewest: in
 
 
 def read_list(path: Path) -> list[str]:
-    """The lines of a list file that say something. Raises InputError where there is none."""
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """The lines of a list file that say something. Raises InputError where there is none, or no text."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"list {path} cannot be read ({error})") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise InputError(f"{path} lists no sequence; expected one a line")
     return lines

@@ -234,7 +234,9 @@ def test_davis_2016_joins_the_objects(tmp_path: Path, listing: str) -> None:
         ]
         (root / "ImageSets/480p/val.txt").write_text("\n".join(lines))
         for path in (root / "Annotations/480p").glob("*/*.png"):
-            Image.fromarray(np.uint8(255 * (read_label_map(path) > 0))).save(path)
+            image = Image.fromarray(np.uint8(255 * (read_label_map(path) > 0)))
+            # The release has one of four channels.
+            (image.convert("RGBA") if path.match("beta/00002.png") else image).save(path)
     assert main(command("davis", root, tmp_path, "--year", "2016", "--pictures", "0")) == 0
     found = read_figures(tmp_path, "davis")
     assert found["data"]["objects"] == 3
@@ -349,6 +351,8 @@ def break_davis(root: Path) -> dict[str, tuple[Any, str]]:
         "empty": (lambda: write_label_map(empty, masks / "00000.png"), "00000.png is empty"),
         "short": (lambda: shorten(frames, masks, 1), "sequence beta has 1 frames; expected at least 3"),
         "size": (lambda: write_label_map(empty[:9], masks / "00004.png"), "00004.png is (9, 96), the first"),
+        "colour": (lambda: shutil.copy(frames / "00001.jpg", masks / "00003.png"), "has mode RGB; expected"),
+        "text": (lambda: (root / "ImageSets/2017/val.txt").write_bytes(b"caf\xe9"), "val.txt cannot be read"),
     }
 
 
@@ -380,7 +384,21 @@ def break_jhmdb(root: Path) -> dict[str, tuple[Any, str]]:
         "still": (lambda: savemat(poses, {"pos_img": truth[..., :1]}), "poses of 1 frames"),
         "outside": (lambda: savemat(poses, {"pos_img": truth + 999}), "beta: no joint of the first frame"),
         "nan": (lambda: savemat(poses, {"pos_img": truth * np.nan}), "not finite"),
+        "twice": (
+            lambda: (root / "splits/sit_test_split1.txt").write_text("beta.avi 2\n"),
+            "clip beta is listed in sit and in wave",
+        ),
+        "packed": (lambda: damage(poses, truth), "cannot be read"),
+        "mark": (lambda: (root / "splits/wave_test_split1.txt").write_text("alpha.avi"), "'alpha.avi'; expe"),
     }
+
+
+def damage(poses: Path, truth: np.ndarray) -> None:
+    """Poses as MATLAB compresses them, with one byte changed."""
+    savemat(poses, {"pos_img": truth}, do_compression=True)
+    data = bytearray(poses.read_bytes())
+    data[len(data) // 2] ^= 255
+    poses.write_bytes(data)
 
 
 def shorten(frames: Path, masks: Path, length: int) -> None:
@@ -413,7 +431,10 @@ def test_bad_input_is_one_line(
     [
         ("davis", ("--topk", "0"), "topk is 0; expected an integer of at least 1"),
         ("davis", ("--temperature", "0"), "temperature is 0.0; expected a number above 0"),
+        ("davis", ("--radius", "nan"), "radius is nan; expected a number of at least 0"),
+        ("davis", ("--height", "0"), "--height 0: expected a number above 0"),
         ("vip", ("--long-side", "32"), "--long-side 32: expected at least 64"),
+        ("jhmdb", ("--sigma", "inf"), "--sigma inf: expected a number above 0"),
         ("jhmdb", ("--sigma", "0"), "--sigma 0.0: expected a number above 0"),
         ("jhmdb", ("--split", "2"), "holds no CLASS_test_split2.txt"),
     ],
