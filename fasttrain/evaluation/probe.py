@@ -23,7 +23,7 @@ def knn_scores(
 
     DINO ranks classes without a vote behind the others in no particular order; here they are never predicted.
     """
-    if temperature <= 0:
+    if not temperature > 0:
         raise InputError(f"temperature {temperature} of the votes: expected more than 0")
     weight_SK = (similarity_SK.double() / temperature).exp()
     votes_SC = weight_SK.new_zeros(len(similarity_SK), num_classes)

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: World) -> dict[str, Any] | None:
     """Accuracy on all test videos, on the main process."""
-    if min(arguments.neighbours) < 1 or arguments.max_iterations < 1 or arguments.temperature <= 0:
+    if min(arguments.neighbours) < 1 or arguments.max_iterations < 1 or not arguments.temperature > 0:
         raise InputError(
             f"--neighbours {arguments.neighbours}, --temperature {arguments.temperature}, --max-iterations "
             f"{arguments.max_iterations}: each must be positive"

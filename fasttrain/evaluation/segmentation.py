@@ -147,7 +147,7 @@ def _read_mapping(path: Path, lines: Sequence[str]) -> list[str]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"{path} cannot be read ({error}); --root must hold mapping.txt, groundTruth/ and splits/"

@@ -8,7 +8,8 @@
 
 Lists may also lie in the root itself, videos in the root or in one of the folders that the archives make, or
 in a packed set. A folder of frames stands in for a video file of its name, and so does a file with another
-suffix; folders of classes may have `_` where the label has another character.
+suffix; folders of classes may have `_` where the label has another character, and those of Kinetics, whose
+archives have none, may be absent.
 """
 
 import argparse
@@ -109,7 +110,7 @@ def read_split(arguments: argparse.Namespace) -> VideoSplit:
     def locate(entries: Entries) -> list[LabelledVideo]:
         found = []
         for name, label in entries:
-            place = finder.find(name)
+            place = finder.find(name, unsorted=layout == "kinetics")
             if place is None:
                 missing.append(name)
             else:
@@ -152,10 +153,14 @@ class _Finder:
                 path = Path(name)
                 self._listings.setdefault(path.parent, {})[_stem(path)] = PackedVideo(index, video)
 
-    def find(self, name: str) -> Place | None:
-        """The video of this name, or else of this stem: a file of another suffix, a folder of frames."""
+    def find(self, name: str, *, unsorted: bool) -> Place | None:
+        """The video of this name, or else of this stem: a file of another suffix, a folder of frames.
+
+        unsorted: it may also lie outside the folder of its class.
+        """
         folder, _, file = name.rpartition("/")
         spellings = dict.fromkeys((folder, folder.replace(" ", "_"), re.sub(r"[^\w/]", "_", folder)))
+        spellings |= {"": None} if unsorted else {}
         for base in _VIDEO_FOLDERS:
             for spelling in spellings:
                 path = Path(base, spelling, file)
@@ -225,7 +230,7 @@ def _required(root: Path, folders: Iterable[str], names: Sequence[str], given: P
 
 def _lines(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"list {path} cannot be read ({error})") from error
     return [line.strip() for line in lines if line.strip()]

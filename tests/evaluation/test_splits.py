@@ -108,6 +108,17 @@ def test_folders_of_classes_may_be_spelled_otherwise(tmp_path: Path) -> None:
     assert len(split.test) == 1
 
 
+def test_kinetics_as_its_archives_unpack(tmp_path: Path) -> None:
+    """Without folders of classes; the lists with the mark that some editors put before a text."""
+    for which, video in (("train", "a"), ("val", "b")):
+        lines = f"\ufefflabel,youtube_id,time_start,time_end,split\nclay pottery,{video},1,11,{which}\n"
+        (tmp_path / f"{which}.csv").write_text(lines, encoding="utf-8")
+        touch(tmp_path, f"{which}/{video}_000001_000011.mp4")
+    split = read(tmp_path)
+    assert split.train[0].place == tmp_path / "train/a_000001_000011.mp4"
+    assert split.test[0].place == tmp_path / "val/b_000001_000011.mp4"
+
+
 def test_absent_videos(tmp_path: Path) -> None:
     given = lists(tmp_path, "a.mp4 x\ngone.mp4 x\n", "b.mp4 x\nlost.mp4 x\n")
     with pytest.raises(InputError, match=r"2 of 4 listed videos .* gone.mp4, lost.mp4; .*--allow-missing"):

@@ -246,6 +246,7 @@ def test_a_class_that_lost_its_training_videos(
     [
         ("probe", ["--neighbours", 5, 0], "--neighbours [5, 0]"),
         ("probe", ["--temperature", 0], "--temperature 0.0"),
+        ("probe", ["--temperature", "nan"], "--temperature nan"),
         ("probe", ["--max-iterations", 0], "--max-iterations 0"),
         ("retrieval", ["--num-frames", 0], "0 frames"),
         ("retrieval", ["--batch-size", 0], "--batch-size 0"),
