@@ -1,5 +1,6 @@
 """The command line: every command has help; bad input is one line and exit code 2."""
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,14 @@ def test_bad_input_is_one_line_and_code_2(
     assert error.startswith("fasttrain: ")
     assert error.count("\n") == 1
     assert part in error
+
+
+def test_names_that_the_terminal_cannot_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n')
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii", write_through=True))
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / "ü.html")]) == 0
+    assert shown.getvalue().decode("ascii").endswith("?.html\n")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

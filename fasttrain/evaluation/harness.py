@@ -163,7 +163,7 @@ def print_comparison(title: str, by_moment: dict[str, dict[str, float]]) -> None
 
 
 def _cell(value: float, moment: str) -> str:
-    return "–" if math.isnan(value) else format(value, "+.4f" if moment == "difference" else ".4f")
+    return "-" if math.isnan(value) else format(value, "+.4f" if moment == "difference" else ".4f")
 
 
 def _finite(value: Any) -> Any:
