@@ -64,7 +64,7 @@ def count_correct(
     """Correct keypoints (thresholds, joints) and found ones (joints,) of one video; see `pck_per_joint`."""
     distance_JT = _relative_distances(*_checked(prediction, truth))
     correct = np.stack([(distance_JT <= threshold).sum(1) for threshold in thresholds])
-    return correct, np.isfinite(distance_JT).sum(1)
+    return correct, (~np.isnan(distance_JT)).sum(1)
 
 
 def percentages(correct: Counts, found_J: Counts) -> npt.NDArray[np.float64]:
@@ -122,13 +122,17 @@ def joints_from_maps(maps_HWJ: Tensor, cells: int = 5) -> Tensor:
 
 
 def _relative_distances(prediction_2JT: Coordinates, truth_2JT: Coordinates) -> Coordinates:
-    """(J, T - 1) distances in person sizes, NaN where the joint was not found."""
+    """(J, T - 1) distances in person sizes, NaN where the joint was not found.
+
+    Infinite where the box is a point, as where no other joint was found: wrong, whatever the threshold.
+    """
     found_JT = prediction_2JT[0] >= 0
     lowest_2T = np.where(found_JT, truth_2JT, np.inf).min(1)
     highest_2T = np.where(found_JT, truth_2JT, -np.inf).max(1)
     with np.errstate(invalid="ignore", divide="ignore"):
         size_T = PERSON_SHARE * np.linalg.norm(highest_2T - lowest_2T, axis=0)
         distance_JT = np.linalg.norm(prediction_2JT - truth_2JT, axis=0) / size_T
+    distance_JT[:, size_T == 0] = np.inf
     return np.where(found_JT, distance_JT, np.nan)[:, 1:]
 
 

@@ -91,6 +91,16 @@ def test_pck_leaves_out_the_first_frame_and_joints_not_found() -> None:
     np.testing.assert_array_equal(pck_per_joint([prediction], [truth], [0.1]), [[0, 100, np.nan]])
 
 
+def test_pck_of_a_joint_that_is_found_alone_is_wrong() -> None:
+    """Its box is a point, so that no distance is small; it counts all the same, as in videowalk."""
+    truth = np.stack([np.array([[0.0, 30.0], [0.0, 40.0]])] * 3, axis=-1)
+    prediction = truth.copy()
+    prediction[:, 1, 1] = -1
+    np.testing.assert_array_equal(pck_per_joint([prediction], [truth], [0.1]), [[50, 100]])
+    prediction[0, 0, 1] += 5
+    np.testing.assert_array_equal(pck_per_joint([prediction], [truth], [0.1]), [[50, 100]])
+
+
 def test_joint_maps_carry_joints() -> None:
     joints = np.array([[3.0, 0.0, 9.7, 40.0], [2.0, 0.0, 5.2, 3.0]])
     maps = joint_maps(joints, (8, 12))
