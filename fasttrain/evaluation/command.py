@@ -58,6 +58,9 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError(f"--root {arguments.root} does not exist; give the folder of the data set")
     task, meaning = TASKS[arguments.task]
     output = arguments.output or (arguments.run or Path()) / "eval" / arguments.task
+    for folder in (output, getattr(arguments, "cache", None)):
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder} is a file; --output and --cache name folders")
     begun = time.perf_counter()
     with distributed.start(arguments.device) as world:
         subject = load_subject(arguments).to(world.device)

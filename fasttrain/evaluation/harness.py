@@ -85,6 +85,8 @@ def load_subject(arguments: argparse.Namespace) -> Subject:
     """The encoder that the command line names. Raises InputError where it names none, or two."""
     if (arguments.run is None) == (arguments.backbone is None):
         raise InputError("give either --run FOLDER or --backbone NAME: which encoder is to be evaluated")
+    if arguments.run is not None and arguments.projection is not None:
+        raise InputError(f"--projection {arguments.projection} goes with --backbone; --run has its own")
     projection: Projection | None
     if arguments.run is not None:
         loaded = load_video_encoder(arguments.run, weights=arguments.weights)

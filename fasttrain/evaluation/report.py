@@ -32,6 +32,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def write_report(runs: list[Path], output: Path) -> Path:
     """The page of all runs, each once; pictures are drawn beside it and carried inside."""
+    if output.is_dir():
+        raise InputError(f"--output {output} is a folder; give the name of the page")
     runs = list({folder.resolve(): folder for folder in runs}.values())
     names = dict(zip(runs, figures.run_names(runs), strict=True))
     evaluations = {folder: _evaluations(folder) for folder in runs}

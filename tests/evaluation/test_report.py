@@ -139,6 +139,12 @@ def test_a_damaged_evaluation_is_named(text: str, tmp_path: Path, capsys: pytest
     assert str(damaged) in capsys.readouterr().err
 
 
+def test_a_folder_in_place_of_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_history(tmp_path / "run", '{"step": 1, "loss": 2}\n')
+    assert main(["report", str(run), "--output", str(tmp_path)]) == 2
+    assert f"--output {tmp_path} is a folder" in capsys.readouterr().err
+
+
 def test_a_folder_without_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "nothing").mkdir()
     assert main(["report", str(tmp_path / "nothing"), "--output", str(tmp_path / "page.html")]) == 2

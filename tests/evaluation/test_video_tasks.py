@@ -253,6 +253,8 @@ def test_a_class_that_lost_its_training_videos(
         ("retrieval", ["--workers", -1], "--workers -1"),
         ("retrieval", ["--image-size", 50], "multiples of 16"),
         ("retrieval", ["--dataset", "ssv2"], "labels.json"),
+        ("retrieval", ["--cache", __file__], "test_video_tasks.py is a file"),
+        ("retrieval", ["--projection", "other.safetensors"], "--run has its own"),
     ],
 )
 def test_bad_settings(
