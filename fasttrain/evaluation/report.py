@@ -52,7 +52,7 @@ def write_report(runs: list[Path], output: Path) -> Path:
     points = [
         (names[folder], found["results"]["before"], found["results"]["after"])
         for folder, found_all in evaluations.items()
-        for found in found_all
+        for found in found_all.values()
         if found["task"] == "consistency"
         and {"before", "after"} <= set(found["results"])
         # One video alone has no distance to others.
@@ -61,10 +61,11 @@ def write_report(runs: list[Path], output: Path) -> Path:
     if points:
         body.append(_section("Trade-off", _image(figures.trade_off(points, pictures / "trade_off.png"))))
     for folder, found_all in evaluations.items():
-        for found in found_all:
+        for path, found in found_all.items():
             about = f"{found['model']['backbone']}, {found['model']['weights']}"
-            title = f"{names[folder]}: {found['task']} ({about})"
-            drawn = folder / "eval" / found["task"] / "figures"
+            task = " in ".join(dict.fromkeys((found["task"], path.parent.name)))
+            title = f"{names[folder]}: {task} ({about})"
+            drawn = path.parent / "figures"
             images = "".join(map(_image, sorted(drawn.glob("*.png"))))
             films = "".join(map(_film, sorted(drawn.glob("*.mp4"))))
             body.append(_section(title, _table(found["results"]) + images + films))
@@ -74,8 +75,9 @@ def write_report(runs: list[Path], output: Path) -> Path:
     return output
 
 
-def _evaluations(folder: Path) -> list[dict[str, Any]]:
-    return [_read_evaluation(path) for path in sorted(folder.glob("eval/*/*.json"))]
+def _evaluations(folder: Path) -> dict[Path, dict[str, Any]]:
+    """The figures of a run's evaluations by file."""
+    return {path: _read_evaluation(path) for path in sorted(folder.glob("eval/*/*.json"))}
 
 
 def _read_evaluation(path: Path) -> dict[str, Any]:

@@ -41,6 +41,20 @@ def test_a_run_with_everything(tmp_path: Path) -> None:
     assert text.count("src=") == text.count('src="data:')
 
 
+def test_an_evaluation_with_a_folder_of_its_own_shows_its_own_pictures(tmp_path: Path) -> None:
+    root, run = write_davis(tmp_path / "davis"), tmp_path / "run"
+    for name, topk in (("davis", "7"), ("few keys", "1")):
+        places = ("--root", str(root), "--output", str(run / "eval" / name), "--topk", topk)
+        assert main(["eval", "davis", *places, *SUBJECT, *SMALL["davis"], "--pictures", "1"]) == 0
+    assert main(["report", str(run), "--output", str(tmp_path / "report.html")]) == 0
+    first, second = (tmp_path / "report.html").read_text().split("<h2>")[1:]
+    assert first.startswith("run: davis (")
+    assert second.startswith("run: davis in few keys (")
+    for name, text in (("davis", first), ("few keys", second)):
+        shown = base64.b64encode((run / "eval" / name / "figures" / "alpha.png").read_bytes()).decode()
+        assert shown in text
+
+
 def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path), "--output", str(tmp_path / "report.html")]) == 2
     assert "holds neither metrics.jsonl nor" in capsys.readouterr().err
