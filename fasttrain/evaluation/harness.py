@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -155,7 +156,7 @@ def with_difference(by_moment: dict[str, dict[str, float]]) -> dict[str, dict[st
 
 
 def print_comparison(title: str, by_moment: dict[str, dict[str, float]]) -> None:
-    table = Table(title=title)
+    table = Table(title=escape(title))
     table.add_column("measure")
     for moment in by_moment:
         table.add_column(moment, justify="right")
