@@ -43,6 +43,8 @@ def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: Wo
     counted = len(chosen) - len(skipped)
     if not counted:
         raise InputError(f"no video of {arguments.root} can be measured; {'; '.join(told[:3])}")
+    if told:
+        print(f"videos passed over: {len(told)}, such as {told[0]}")
     results = {moment: analysis.result() for moment, analysis in analyses.items()}
     if set(results) == {"before", "after"} and counted > 1:
         point = (subject.encoder.name, results["before"], results["after"])

@@ -84,7 +84,10 @@ def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: Wo
         return None
     train, train_skipped = segmentation.fit_to_frames(data.train, extracted.num_frames)
     test, test_skipped = segmentation.fit_to_frames(data.test, extracted.num_frames)
-    skipped = extracted.skipped + train_skipped + test_skipped
+    unlike = train_skipped + test_skipped
+    if unlike:
+        print(f"videos that do not fit their labels: {len(unlike)} are skipped, such as {unlike[0]}")
+    skipped = extracted.skipped + unlike
     for videos, which in ((train, "training"), (test, "test")):
         if not videos:
             raise InputError(f"no video of the {which} list can be used; {'; '.join(skipped[:3])}")

@@ -37,6 +37,14 @@ def test_the_command_without_a_video_that_is_long_enough(
     assert "no video of" in capsys.readouterr().err
 
 
+def test_a_video_that_is_passed_over_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_videos(tmp_path / "videos")
+    write_frames(make_scene(3, 5), root / "short", "{:05d}.jpg")
+    words = ("--root", str(root), "--output", str(tmp_path), *SUBJECT, "--image-size", "64")
+    assert main(["eval", "consistency", *words]) == 0
+    assert "videos passed over: 1, such as short: fewer than 8 frames" in capsys.readouterr().out
+
+
 def test_two_shares_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The two processes of a run one after the other: the main one last, which gathers."""
     root = write_videos(tmp_path / "videos")

@@ -299,7 +299,9 @@ def test_bad_data_sets_for_localization(
     fails("localization", given, "expected `NUMBER LABEL`", capsys)
 
 
-def test_labels_that_do_not_belong_to_the_frames(run: Path, tmp_path: Path) -> None:
+def test_labels_that_do_not_belong_to_the_frames(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = segmentation(tmp_path / "data")
     path = root / "groundTruth" / "S3_Tea_C1.txt"
     path.write_text(path.read_text() * 2)
@@ -310,6 +312,7 @@ def test_labels_that_do_not_belong_to_the_frames(run: Path, tmp_path: Path) -> N
     assert evaluate("localization", "--run", run, "--root", root, "--output", tmp_path / "out") == 0
     found = read(tmp_path / "out", "localization")
     assert found["data"]["skipped"] == ["S3_Tea_C1: 32 frames, but 64 labels; expected a label per frame"]
+    assert "videos that do not fit their labels: 1 are skipped, such as S3_Tea_C1" in capsys.readouterr().out
     assert found["data"]["classes_without_training"] == ["serve"]
     assert found["results"]["before"]["frame accuracy"] < 80
     assert np.isfinite(found["results"]["before"]["mAP mean"])
