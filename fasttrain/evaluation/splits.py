@@ -32,8 +32,9 @@ Entries = list[tuple[str, str]]
 
 # Folders that the published archives make, or that people commonly sort videos into.
 _VIDEO_FOLDERS = (
-    ".", "videos", "UCF-101", "hmdb51_org", "hmdb51", "20bn-something-something-v2", "train", "train_256",
-    "val", "val_256", "validate", "test", "frames", "rawframes",
+    ".", "videos", "videos/train", "videos/val", "UCF-101", "hmdb51_org", "hmdb51",
+    "20bn-something-something-v2", "train", "train_256", "val", "val_256", "validate", "test", "frames",
+    "rawframes",
 )  # fmt: skip
 _MOST_NAMED = 3
 

@@ -117,6 +117,9 @@ def test_kinetics_as_its_archives_unpack(tmp_path: Path) -> None:
     split = read(tmp_path)
     assert split.train[0].place == tmp_path / "train/a_000001_000011.mp4"
     assert split.test[0].place == tmp_path / "val/b_000001_000011.mp4"
+    # Sorted by its publishers' tool, which puts whole files for damaged ones.
+    touch(tmp_path, "videos/train/clay pottery/a_000001_000011.mp4")
+    assert read(tmp_path).train[0].place.parent == tmp_path / "videos/train/clay pottery"
 
 
 def test_absent_videos(tmp_path: Path) -> None:
