@@ -7,6 +7,7 @@ distances are also given over the diameter of the features they live in.
 Shape suffixes: V videos, T frames, P patches, D channels, S sampled patches, G = T - 7 pairs of frames.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
@@ -34,7 +35,8 @@ def consistency_separability(
     `patch_indices` are the patches at which videos are compared, by default eight drawn once with seed 42.
     Keys: `{intra,inter}_{original,normalized_90,normalized_95,normalized_100,diameter_90,diameter_95,
     diameter_100}`, `effective_rank`, `cycle_accuracy`. Inter-video distances of one video alone are NaN.
-    Raises InputError for fewer than 8 frames or a number of patches that is no square.
+    What depends on features that are not finite is NaN. Raises InputError for fewer than 8 frames or a number
+    of patches that is no square.
     """
     if features_VTPD.ndim != 4 or 0 in features_VTPD.shape:
         raise InputError(f"features have shape {tuple(features_VTPD.shape)}; expected (videos, frames, P, D)")
@@ -140,6 +142,8 @@ def _sampled_patches(middles_VPD: Tensor, patch_indices: Tensor | Sequence[int] 
 
 def _effective_rank(features_ND: Tensor) -> float:
     """exp(entropy of the normalised singular values), over the largest rank possible (Roy & Vetterli)."""
+    if not features_ND.isfinite().all():
+        return math.nan
     # In float32 the entropy's last digits depend on the number of threads.
     values = torch.linalg.svdvals(features_ND.double())
     share = values / values.sum() + 1e-12
@@ -157,7 +161,8 @@ def _cycle_accuracy(video_TPD: Tensor) -> Tensor:
     affinity_CWW = first_CWD @ second_CWD.transpose(1, 2) / CYCLE_TEMPERATURE
     cycle_CWW = affinity_CWW.softmax(-1) @ affinity_CWW.transpose(1, 2).softmax(-1)
     home_W = torch.arange(cycle_CWW.shape[-1], device=cycle_CWW.device)
-    return ((cycle_CWW + 1e-6).log().argmax(-1) == home_W).float().mean()
+    accuracy = ((cycle_CWW + 1e-6).log().argmax(-1) == home_W).float().mean()
+    return accuracy.masked_fill(~cycle_CWW.isfinite().all(), torch.nan)
 
 
 def _mean(values: list[Tensor]) -> float:

@@ -12,7 +12,7 @@ import torch
 from fasttrain.data.images import UnreadableFrameError
 from fasttrain.data.sources import FrameIndex, open_source
 from fasttrain.distributed import World
-from fasttrain.errors import InputError
+from fasttrain.errors import InputError, LocalInputError
 from fasttrain.evaluation import figures
 from fasttrain.evaluation.consistency import FEWEST_FRAMES, Analysis
 from fasttrain.evaluation.frames import centre_crop, read_clip, spread
@@ -74,6 +74,11 @@ def measure_share(
             continue
         frames = (centre_crop(frame, arguments.image_size) for frame in clip)
         for moment, tokens_TND in subject.tokens(frames, device).items():
+            if not tokens_TND.isfinite().all():
+                raise LocalInputError(
+                    f"features of {index.names[video]} {moment} the projection are not all finite; look at "
+                    "the frames and at the weights"
+                )
             analyses[moment].add(video, tokens_TND)
     return analyses, skipped
 

@@ -24,7 +24,7 @@ def nearest(queries_QD: Tensor, gallery_GD: Tensor, count: int) -> tuple[Tensor,
     """Cosine similarity (Q, K) and number in the gallery (Q, K) of each query's nearest, nearest first.
 
     K is `count`, or G where the gallery is smaller. Queries go in blocks, so Q x G is never in memory.
-    Raises InputError for shapes that do not fit and for an empty gallery.
+    Raises InputError for shapes that do not fit, for an empty gallery and for features that are not finite.
     """
     if queries_QD.ndim != 2 or gallery_GD.ndim != 2 or queries_QD.shape[1] != gallery_GD.shape[1]:
         raise InputError(
@@ -33,6 +33,8 @@ def nearest(queries_QD: Tensor, gallery_GD: Tensor, count: int) -> tuple[Tensor,
         )
     if not len(gallery_GD) or count < 1:
         raise InputError(f"{count} neighbours from a gallery of {len(gallery_GD)}: at least 1 of 1 is needed")
+    if not bool(queries_QD.isfinite().all() and gallery_GD.isfinite().all()):
+        raise InputError("features that are not finite have no neighbours; is the encoder's output?")
     gallery_GD = functional.normalize(gallery_GD, dim=-1)
     found = [
         (functional.normalize(block_QD, dim=-1) @ gallery_GD.T).topk(min(count, len(gallery_GD)))

@@ -72,3 +72,9 @@ def test_videos_of_different_lengths() -> None:
 def test_bad_input(shape: tuple[int, ...], patches: list[int] | None, message: str) -> None:
     with pytest.raises(InputError, match=message):
         consistency_separability(torch.ones(shape), patches)
+
+
+def test_features_that_are_not_finite_say_nothing() -> None:
+    """A validation during training has them to survive."""
+    found = consistency_separability(torch.full((2, 9, 16, 4), torch.nan))
+    assert all(np.isnan(value) for value in found.values())

@@ -10,6 +10,7 @@ from datasets_made_up import NAMES, SUBJECT, make_scene, write_frames, write_pro
 
 from fasttrain.__main__ import main
 from fasttrain.distributed import World
+from fasttrain.projection import Projection
 
 
 def test_the_command_measures_what_it_can_and_names_the_rest(tmp_path: Path) -> None:
@@ -43,6 +44,18 @@ def test_a_video_that_is_passed_over_is_told(tmp_path: Path, capsys: pytest.Capt
     words = ("--root", str(root), "--output", str(tmp_path), *SUBJECT, "--image-size", "64")
     assert main(["eval", "consistency", *words]) == 0
     assert "videos passed over: 1, such as short: fewer than 8 frames" in capsys.readouterr().out
+
+
+def test_a_projection_that_is_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, head = write_videos(tmp_path / "videos"), write_projection(tmp_path / "projection.safetensors")
+    projection = Projection.load(head)
+    projection.norm.weight.data.fill_(torch.nan)
+    projection.save(head)
+    words = ("--root", str(root), "--output", str(tmp_path), *SUBJECT, "--image-size", "64")
+    assert main(["eval", "consistency", *words, "--projection", str(head)]) == 2
+    told = capsys.readouterr().err
+    assert "features of alpha after the projection are not all finite" in told
+    assert told.count("\n") == 1
 
 
 def test_two_shares_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

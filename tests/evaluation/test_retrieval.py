@@ -57,3 +57,8 @@ def test_bad_input(queries: tuple[int, int], gallery: tuple[int, int], count: in
 def test_no_query() -> None:
     with pytest.raises(InputError, match="0 labels"):
         recall_at(torch.zeros(0, 3, dtype=torch.long), torch.zeros(0, dtype=torch.long))
+
+
+def test_features_that_are_not_finite() -> None:
+    with pytest.raises(InputError, match="not finite"):
+        nearest(torch.ones(2, 3), torch.tensor([[1, 1, torch.nan]]), 1)
