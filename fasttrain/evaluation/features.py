@@ -410,7 +410,8 @@ def _stream(index: FrameIndex, video: int, frames: Sequence[int]) -> Iterator[Fr
 
 def _thumbnail(frame_HWC: Frame) -> bytes:
     image = Image.fromarray(frame_HWC)
-    width = max(1, round(image.width * THUMBNAIL_HEIGHT / image.height))
+    # A frame of a few rows would come out wider than a JPEG can be.
+    width = min(max(1, round(image.width * THUMBNAIL_HEIGHT / image.height)), 4 * THUMBNAIL_HEIGHT)
     data = io.BytesIO()
     image.resize((width, THUMBNAIL_HEIGHT)).save(data, "JPEG", quality=85)
     return data.getvalue()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional
 from video_sets import SETTINGS, clips, write_frames
 
@@ -265,3 +266,11 @@ def test_a_cache_that_another_process_does_not_see(
 def test_bad_input(sampling: dict[str, Any], part: str, subject: Subject, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=part):
         run({}, subject, tmp_path, replace(POOLED, **sampling))
+
+
+def test_a_frame_of_a_few_rows(subject: Subject, tmp_path: Path) -> None:
+    (tmp_path / "wide").mkdir()
+    Image.new("RGB", (4000, 4)).save(tmp_path / "wide" / "0.png")
+    found, skipped = run({"wide": tmp_path / "wide"}, subject, tmp_path / "out")
+    assert not skipped
+    assert found["wide"]["before"].picture().shape == (96, 384, 3)
