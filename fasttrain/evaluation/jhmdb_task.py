@@ -109,10 +109,10 @@ def clips_of_split(root: Path, split: int) -> list[tuple[str, str]]:
     clips = []
     for path in sorted((root / "splits").glob(f"*{suffix}")):
         for line in sequences.read_list(path):
-            name, _, part = line.partition(" ")
-            if not part.strip().isdecimal():
+            name, *part = line.rsplit(maxsplit=1)
+            if not part or not part[0].isdecimal():
                 raise InputError(f"list {path}: {line!r}; expected CLIP.avi and a number")
-            if part.strip() == TEST:
+            if part == [TEST]:
                 clips.append((path.name.removesuffix(suffix), name.removesuffix(".avi")))
     if clips:
         return clips
