@@ -19,6 +19,7 @@ import av
 import numpy as np
 import numpy.typing as npt
 from av.bitstream import BitStreamFilterContext
+from av.stream import Disposition
 
 from fasttrain.data.images import UnreadableFrameError
 
@@ -46,6 +47,10 @@ _NVDEC: dict[str, tuple[frozenset[str], int]] = {
     "vp9": (frozenset({"yuv420p", "yuv420p10le"}), 128),
 }
 
+# Containers whose times are ffmpeg's guesses: AVI has none, and MPEG-PS not for every frame. They are wrong
+# where there are B-frames, or after a seek.
+_GUESSED_TIMES = frozenset({"avi", "mpeg"})
+
 # Filters that walk the length-prefixed NAL units of a stream: they find a damaged one without decoding.
 _STRUCTURE_FILTERS = {"h264": "h264_mp4toannexb", "hevc": "hevc_mp4toannexb"}
 # An H.264 picture that resets the decoder. ffmpeg also marks mere recovery points as key frames; a decoder
@@ -68,31 +73,36 @@ class VideoInfo:
     matrix: Matrix
     """The YCbCr matrix of its colours; ffmpeg takes BT.601 where a stream does not say."""
     times: Times | None
-    """Presentation time of every frame, ascending; None where the container has none (AVI)."""
+    """Presentation time of every frame, ascending; None where a seek keeps none (AVI, MPEG-PS)."""
     key_times: Sequence[int]
     """Presentation times of the key frames, ascending."""
     reset_times: Sequence[int]
-    """Those of the key frames that reset the decoder, so that nothing before them is needed."""
+    """Those of the key frames that reset the decoder, so that nothing before them is needed; an edit list may
+    keep some of them, but not what follows, from being shown."""
     num_frames: int
-    shows_again: bool
-    """Whether a VP9 packet shows a frame decoded before, after which DALI's count of frames is off."""
+    miscounted: bool
+    """Whether a packet hides its frame (VP8) or shows one decoded before (VP9): DALI's count is then off."""
 
 
 def probe_video(path: Path) -> VideoInfo:
     """Read every packet and decode the first frame. Raises UnreadableFrameError with the reason."""
     try:
-        with av.open(str(path)) as container:
+        with _open_video(path) as container:
             stream = _video_stream(container)
-            times, key_times, reset_times, shows_again = _packet_times(container, stream)
+            times, key_times, reset_times, miscounted = _packet_times(container, stream)
             if not times:
                 raise UnreadableFrameError("it holds no video frames")
-            container.seek(0)
-            first = next(container.decode(stream), None)
+            known = _sorted(times)
+            # Before a start at negative times, too; in millionths of a second.
+            container.seek(min(0, int(known[0] * (stream.time_base or 0) * av.time_base)) if known else 0)
+            pictures = container.decode(stream)
+            first = next(pictures, None)
             if first is None:
                 raise UnreadableFrameError("its first frame cannot be decoded")
-            known = _sorted(times)
-            # AVI has no presentation times; ffmpeg's guesses at them are wrong where there are B-frames.
-            seekable = len(set(known)) == len(times) and container.format.name != "avi"
+            seekable = len(set(known)) == len(times) and container.format.name not in _GUESSED_TIMES
+            if seekable and first.pts in known:
+                # A stream that was cut off from its first key frame begins with what nobody can decode.
+                known = known[known.index(first.pts) :]
             return VideoInfo(
                 path=path,
                 codec=stream.codec_context.codec.canonical_name,
@@ -104,8 +114,9 @@ def probe_video(path: Path) -> VideoInfo:
                 times=_compact(known) if seekable else None,
                 key_times=_sorted(key_times),
                 reset_times=_sorted(reset_times),
-                num_frames=len(times),
-                shows_again=shows_again,
+                # MPEG-4 in AVI has packets that stand for a repeated frame and give none.
+                num_frames=len(known) if seekable else 1 + sum(1 for _ in pictures),
+                miscounted=miscounted,
             )
     except (av.FFmpegError, OSError) as error:
         raise UnreadableFrameError(_reason(error)) from error
@@ -164,7 +175,9 @@ def has_nvdec() -> bool:
 def nvdec_decodes(video: VideoInfo) -> bool:
     """Whether a GPU's decoder takes this video, and its frames can be found by time."""
     formats, least = _NVDEC.get(video.codec, (frozenset(), 0))
-    has_places = video.times is not None and bool(video.reset_times) and not video.shows_again
+    # Where there are times, a decoder must be able to start at or before the first.
+    starts = video.times is not None and bool(video.reset_times) and video.reset_times[0] <= video.times[0]
+    has_places = starts and not video.miscounted
     return has_places and video.pix_fmt in formats and min(video.width, video.height) >= least
 
 
@@ -180,7 +193,7 @@ def cut_clip(video: VideoInfo, frames: Sequence[int]) -> tuple[Frame, list[int]]
     targets = [int(video.times[frame]) for frame in frames]
     buffer = io.BytesIO()
     try:
-        with av.open(str(video.path)) as source, av.open(buffer, "w", format="matroska") as clip:
+        with _open_video(video.path) as source, av.open(buffer, "w", format="matroska") as clip:
             stream = _video_stream(source)
             for target in sorted(targets):
                 if target not in packets:
@@ -206,7 +219,7 @@ def _packets_between(
     packets = _collect_packets(container.demux(stream), start, target)
     if packets is None:
         # A stream without an index (MPEG-TS) is sought by guesses, and one may land too late.
-        with av.open(container.name) as again:
+        with _open_video(Path(container.name)) as again:
             packets = _collect_packets(again.demux(_video_stream(again)), start, target)
     if packets is None:
         raise UnreadableFrameError("its packets changed since it was indexed")
@@ -256,7 +269,7 @@ class _FrameReader:
         self.container.close()
 
     def _open(self) -> None:
-        self.container = av.open(str(self.video.path))
+        self.container = _open_video(self.video.path)
         self.stream = _video_stream(self.container)
         # Videos are decoded in parallel; threads inside each would only get in the way.
         self.stream.codec_context.thread_count = 1
@@ -304,34 +317,52 @@ class _FrameReader:
         raise UnreadableFrameError("the frame cannot be decoded", frame)
 
 
+def _open_video(path: Path) -> av.container.InputContainer:
+    """A file for reading. Titles and the like, which nobody reads, may be in any encoding."""
+    return av.open(str(path), metadata_errors="replace")
+
+
 def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
-    if not container.streams.video:
+    """The first video stream that is not a cover picture."""
+    streams = (one for one in container.streams.video if not one.disposition & Disposition.attached_pic)
+    stream = next(streams, None)
+    if stream is None:
         raise UnreadableFrameError("it holds no video stream")
-    return container.streams.video[0]
+    if stream.codec_context is None:
+        raise UnreadableFrameError("ffmpeg does not know its codec")
+    return stream
 
 
 def _packet_times(
     container: av.container.InputContainer, stream: av.VideoStream
 ) -> tuple[PacketTimes, PacketTimes, PacketTimes, bool]:
-    """Times of all packets, of key frames and of decoder resets, in file order; and `shows_again`."""
+    """Times of the packets that show a frame, of key frames and of decoder resets, in file order; and
+    `miscounted`."""
     name = _STRUCTURE_FILTERS.get(stream.codec_context.name)
     structure = BitStreamFilterContext(name, stream) if name else None
-    is_vp9, shows_again = stream.codec_context.codec.canonical_name == "vp9", False
+    codec, miscounted = stream.codec_context.codec.canonical_name, False
     times: PacketTimes = []
     key_times: PacketTimes = []
     reset_times: PacketTimes = []
     for packet in container.demux(stream):
-        if not packet.size or packet.is_discard:
+        if not packet.size:
             continue
         if packet.is_corrupt:
             raise UnreadableFrameError(f"packet {len(times)} is corrupt")
+        header = memoryview(packet)[0]
+        # What an edit list leaves out is not shown, but what is shown may need it.
+        shown = not packet.is_discard
+        # A VP8 frame's show_frame bit.
+        if codec == "vp8" and not header & 0x10:
+            shown, miscounted = False, True
         # The fifth bit of a VP9 frame's header, in profiles 0 to 2: show_existing_frame.
-        shows_again |= is_vp9 and bool(memoryview(packet)[0] & 0x08)
+        miscounted |= codec == "vp9" and bool(header & 0x08)
         # The filter takes the packet's contents away.
         time, resets = packet.pts, packet.is_keyframe
-        times.append(time)
-        if packet.is_keyframe:
-            key_times.append(time)
+        if shown:
+            times.append(time)
+            if packet.is_keyframe:
+                key_times.append(time)
         if structure:
             try:
                 units = structure.filter(packet)
@@ -341,7 +372,7 @@ def _packet_times(
                 resets = resets and any(_IDR.search(bytes(unit)) for unit in units)
         if resets:
             reset_times.append(time)
-    return times, key_times, reset_times, shows_again
+    return times, key_times, reset_times, miscounted
 
 
 def _sorted(times: PacketTimes) -> list[int]:
