@@ -10,7 +10,7 @@ import io
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 Bytes = npt.NDArray[np.uint8]
@@ -18,6 +18,19 @@ Bytes = npt.NDArray[np.uint8]
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+EXIF_ORIENTATION = 0x0112
+# What sets a picture upright, by that tag. Pillow's exif_transpose also writes the other tags anew, and
+# raises where one of them is odd.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _START_OF_SCAN = 0xDA
@@ -69,14 +82,15 @@ def decode_image(data: Bytes) -> npt.NDArray[np.uint8]:
     check_encoded(data)
     try:
         with Image.open(io.BytesIO(data.tobytes())) as image:
-            upright = ImageOps.exif_transpose(image)
+            turn = _TURNS.get(image.getexif().get(EXIF_ORIENTATION, 1))
+            upright = image if turn is None else image.transpose(turn)
             if upright.mode.startswith("I"):
                 # Pillow clips 16-bit grey to 255 instead of scaling it.
                 grey = np.asarray(upright, dtype=np.float64) / 257
                 return np.repeat(np.rint(grey).astype(np.uint8)[..., None], 3, axis=2)
             return np.asarray(upright.convert("RGB"))
-    # Pillow raises SyntaxError for a broken PNG chunk, ValueError and OSError for the rest.
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    # Pillow promises no kind: SyntaxError for a broken PNG chunk, NotImplementedError for odd pixels, ...
+    except Exception as error:
         raise UnreadableFrameError(f"cannot be decoded: {error}") from error
 
 

@@ -44,7 +44,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fasttrain.data.images import UnreadableFrameError, check_encoded, decode_image
+from fasttrain.data.images import EXIF_ORIENTATION, UnreadableFrameError, check_encoded, decode_image
 from fasttrain.data.index import Skipped, os_reason
 from fasttrain.data.packed import (
     Part,
@@ -371,7 +371,8 @@ def _reencode(data: Frame, options: PackOptions) -> bytes:
     frame = decode_image(data)
     content = data.tobytes()
     with Image.open(io.BytesIO(content)) as image:
-        fits = image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(0x0112, 1) == 1
+        upright = image.getexif().get(EXIF_ORIENTATION, 1) == 1
+        fits = upright and image.format == "JPEG" and image.mode == "RGB"
     return content if fits and min(frame.shape[:2]) <= options.short_side else encode_jpeg(frame, options)
 
 
