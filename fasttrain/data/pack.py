@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import fcntl
 import hashlib
 import io
 import os
@@ -197,7 +198,6 @@ def pack(
         raise InputError(f"nothing in {source} to pack; expected frame folders or video files")
     if destination.exists() and not destination.is_dir():
         raise InputError(f"the destination {destination} is a file; expected a folder")
-    destination.mkdir(parents=True, exist_ok=True)
     identity = {**dataclasses.asdict(options), "source": _digest(all_names)}
     if _is_packed(destination, part, identity):
         console.print(
@@ -205,9 +205,26 @@ def pack(
             soft_wrap=True,
         )
         return
-    write_manifest(part.manifest(destination), identity, complete=False, skipped=[])
-    for partial in destination.glob(f"*-{part.number}of{part.count}*.partial"):
-        partial.unlink()
+    with _alone(destination, part):
+        _write_part(source, found, names, destination, part, identity, options, workers, console)
+
+
+def _write_part(
+    source: Path,
+    found: Found,
+    names: Sequence[str],
+    destination: Path,
+    part: Part,
+    identity: dict[str, Any],
+    options: PackOptions,
+    workers: int,
+    console: Console,
+) -> None:
+    """Pack what is missing of a part, in a destination that no other process writes to."""
+    with _writing(destination):
+        write_manifest(part.manifest(destination), identity, complete=False, skipped=[])
+        for partial in destination.glob(f"*-{part.number}of{part.count}*.partial"):
+            partial.unlink()
     done = [shard for _, shard in part.shards(destination)]
     writer = ShardWriter(destination, part, options.shard_bytes, done)
     # What is missing before any video is opened belongs to the first part's report.
@@ -220,9 +237,11 @@ def pack(
             PackProgress(console, total=len(names), done=writer.videos_done) as progress,
         ):
             for name, video in _in_order(encode, names[writer.videos_done :], workers, stop):
-                writer.add(name, video.frames, video.skipped)
+                with _writing(destination):
+                    writer.add(name, video.frames, video.skipped)
                 progress.advance(len(video.frames), len(video.skipped))
-        writer.close()
+        with _writing(destination):
+            writer.close()
     except KeyboardInterrupt:
         # Not before the bar is gone and the workers have left.
         console.print(
@@ -235,7 +254,8 @@ def pack(
     totals = {"shards": writer.number, "total_frames": writer.num_frames, "total_bytes": writer.num_bytes}
     if part.count == 1 and not writer.num_frames:
         raise InputError(f"no video of {source} can be read; the first, {skipped[0][0]}: {skipped[0][1]}")
-    write_manifest(part.manifest(destination), {**identity, **totals}, complete=True, skipped=skipped)
+    with _writing(destination):
+        write_manifest(part.manifest(destination), {**identity, **totals}, complete=True, skipped=skipped)
     _report(console, part.manifest(destination), totals, skipped)
 
 
@@ -487,6 +507,41 @@ def _is_packed(destination: Path, part: Part, identity: dict[str, Any]) -> bool:
                 "use the same source and options, or another folder"
             )
     return part.is_complete(destination)
+
+
+@contextmanager
+def _alone(destination: Path, part: Part) -> Iterator[None]:
+    """Refuse a part that another process is writing: each would take the other's half-written files."""
+    path = destination / f"pack-{part.number}of{part.count}.lock"
+    with _writing(destination):
+        destination.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another process is packing part {part.number} of {part.count} into {destination}; wait for "
+                "it, or give each machine a --shard I/N of its own"
+            ) from None
+        # Some file systems of clusters know no locks.
+        except OSError:
+            pass
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(destination: Path) -> Iterator[None]:
+    """A full disk or a folder that may not be written is one line."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{destination} cannot be written: {os_reason(error)}; the same command goes on from there"
+        ) from None
 
 
 def _report(console: Console, manifest: Path, totals: dict[str, int], skipped: Skipped) -> None:
