@@ -120,6 +120,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         known = manifest["format"] == FORMAT
+        expected = {"complete", "skipped"} | ({"shards"} if manifest["complete"] else set())
+        if known and not expected <= manifest.keys():
+            raise ValueError(f"expected the keys {', '.join(sorted(expected))}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error}); pack again") from None
     if not known:
@@ -144,8 +147,9 @@ def read_shard_index(path: Path) -> ShardIndex:
             )
     except OSError as error:
         raise InputError(f"{path} cannot be read: {os_reason(error)}") from None
-    # What NumPy says of a file that is no archive of its own leads nobody anywhere.
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+    # What NumPy says of a file that is no archive of its own leads nobody anywhere. RuntimeError: a flipped
+    # bit in a zip header asks for a password, or for what no zip file has yet.
+    except (ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
         raise InputError(f"{path} is damaged; delete it and pack again") from None
 
 

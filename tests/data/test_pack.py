@@ -306,9 +306,24 @@ def flip_a_byte(shard: Path) -> None:
     shard.write_bytes(data)
 
 
+def flip_a_zip_flag(shard: Path) -> None:
+    """The first bit that says encrypted, in the archive's directory."""
+    index = shard.with_suffix(".npz")
+    data = bytearray(index.read_bytes())
+    data[data.index(b"PK\x01\x02") + 8] ^= 1
+    index.write_bytes(data)
+
+
+def lose_a_key(shard: Path) -> None:
+    manifest = shard.with_name("pack-1of1.json")
+    manifest.write_text(manifest.read_text().replace('"shards"', '"shbrds"'))
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
+        (flip_a_zip_flag, "is damaged"),
+        (lose_a_key, "is damaged"),
         (flip_a_byte, "frame 0 of class_0/video_0 is not what was packed"),
         (lambda shard: shard.write_bytes(shard.read_bytes()[:-600]), "bytes, expected"),
         (lambda shard: shard.unlink(), "No such file"),
