@@ -55,10 +55,11 @@ def open_source(source: str | Path, *, kind: Kind = "auto", processes: Processes
     """Index the videos of a source.
 
     folders: frame folders (jpg, jpeg, png) at any depth, frames in natural order of their names; list: a
-    text file with a frame folder or a video file per line, absolute or relative to the list, optionally
-    followed by the number of frames to use; videos: a folder of video files at any depth, or one file;
-    packed: what `fasttrain pack` wrote, or a text file that lists the folders of its parts. `auto` looks
-    which it is. `processes` share the work of looking into videos and get the same index. Raises InputError
+    text file with a frame folder or a video file per line, absolute or relative to the list, a frame folder
+    optionally followed by the number of frames to use (behind a video file, a number is a label and means
+    nothing); videos: a folder of video files at any depth, or one file; packed: what `fasttrain pack` wrote,
+    or a text file that lists the folders of its parts. `auto` looks which it is. `processes` share the work
+    of looking into videos and get the same index. Raises InputError
     where the source is missing, is not of the kind, or holds nothing that can be read.
     """
     path = Path(source).expanduser()
@@ -184,7 +185,8 @@ def _natural_key(name: str) -> list[str | int]:
 def _list_entries(path: Path) -> list[str]:
     """The lines of a list that say something."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # -sig: editors on Windows begin a file with a byte order mark.
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"{path} is neither a video file nor a text file that lists folders: {error}"
@@ -210,7 +212,7 @@ def _read_list(path: Path) -> Found:
                 continue
             if not files:
                 skipped.append((name, "no jpg, jpeg or png in it"))
-            elif limit is not None and limit > len(files):
+            elif limit is not None and not 0 < limit <= len(files):
                 skipped.append((name, f"the list says {limit} frames, the folder holds {len(files)}"))
             else:
                 folders[name] = place, files[:limit]
@@ -224,11 +226,14 @@ def _read_list(path: Path) -> Found:
 
 
 def _list_entry(root: Path, entry: str) -> tuple[str, int | None]:
-    """A line -> its path, and the number of frames if it ends in one. A path may hold spaces."""
+    """A line -> its path, and the number of frames if it ends in one. A path may hold spaces.
+
+    ./video and video/ are the same as video.
+    """
     parts = entry.rsplit(maxsplit=1)
     if len(parts) == 2 and parts[1].isdecimal() and not (root / entry).exists():
-        return parts[0], int(parts[1])
-    return entry, None
+        return Path(parts[0]).as_posix(), int(parts[1])
+    return Path(entry).as_posix(), None
 
 
 def _probe_videos(path: Path, source: Found, processes: Processes) -> VideoIndex:

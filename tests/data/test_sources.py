@@ -74,6 +74,22 @@ def test_a_list_of_folders_is_relative_to_the_list(tmp_path: Path) -> None:
     ]
 
 
+def test_a_list_written_by_many_hands(tmp_path: Path) -> None:
+    """A byte order mark, Windows' line ends, two spellings of a path, a label where a length belongs."""
+    write_folders(tmp_path, [5, 4, 3])
+    listing = tmp_path / "train.txt"
+    listing.write_bytes(
+        b"\xef\xbb\xbfclass_0/video_0\r\nclass_1/video_1/\r\n./class_1/video_1 2\r\nclass_0/video_2 0\r\n"
+    )
+    index = open_source(listing)
+    assert index.names == ["class_0/video_0", "class_1/video_1"]
+    assert index.num_frames.tolist() == [5, 4]
+    assert index.skipped == [
+        ("class_1/video_1", "listed before"),
+        ("class_0/video_2", "the list says 0 frames, the folder holds 3"),
+    ]
+
+
 def test_a_folder_of_videos_names_what_it_skips(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     whole = encode_video(tmp_path / "b" / "whole.mp4", [picture(0, t) for t in range(6)])
