@@ -2,7 +2,7 @@
 
     fasttrain pack SOURCE DESTINATION              pack; run it again and it goes on where it was
     fasttrain pack SOURCE DESTINATION --shard 1/4  the first of four machines that share the work
-    fasttrain pack --check DESTINATION             verify every byte of a packed set
+    fasttrain pack --check DESTINATION             verify every frame of a packed set
     fasttrain RECIPE data.source=DESTINATION       train on it
 
 Any WebDataset reader takes the shards; training reads two byte ranges per pair. What could not be read is
@@ -144,7 +144,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="who decodes videos: PyAV, or the GPU's NVDEC through DALI (auto: NVDEC where there is one)",
     )
-    parser.add_argument("--check", action="store_true", help="verify the packed set SOURCE, every byte")
+    parser.add_argument("--check", action="store_true", help="verify the packed set SOURCE, every frame")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -154,7 +154,7 @@ def run(args: argparse.Namespace) -> None:
     workers = args.workers or len(os.sched_getaffinity(0))
     if args.check:
         frames = check(args.source, workers=workers, console=console)
-        console.print(f"{args.source}: {frames} frames, every byte as it was packed", soft_wrap=True)
+        console.print(f"{args.source}: {frames} frames, each as it was packed", soft_wrap=True)
         return
     if args.destination is None:
         raise InputError("pack needs a DESTINATION folder: fasttrain pack SOURCE DESTINATION")

@@ -471,7 +471,7 @@ def test_the_command_packs_and_checks(tmp_path: Path, capsys: pytest.CaptureFixt
     command("--check", str(tmp_path / "out"))
     said = capsys.readouterr().out
     assert "7 frames in 1 shards" in said
-    assert "7 frames, every byte as it was packed" in said
+    assert "7 frames, each as it was packed" in said
 
 
 def test_one_process_at_a_time_writes_a_part(tmp_path: Path) -> None:
