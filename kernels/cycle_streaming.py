@@ -225,7 +225,6 @@ def _diagnostics_kernel(
     walk_ptr: tl.tensor,
     there_ptr: tl.tensor,
     back_ptr: tl.tensor,
-    return_ptr: tl.tensor,
     correct_ptr: tl.tensor,
     squares_ptr: tl.tensor,
     tokens: tl.tensor,
@@ -240,8 +239,10 @@ def _diagnostics_kernel(
     second_ptr = first_ptr + tokens * D
     third_ptr = second_ptr + tokens * D
     normaliser_I = tl.load(there_ptr + sample * tokens + rows, mask=rows < tokens, other=0.0)
-    return_I = tl.load(return_ptr + sample * tokens + rows, mask=rows < tokens, other=0.0)
-    beaten_I = tl.zeros([BLOCK], dtype=tl.int32)
+    # The diagonal comes from these tiles, not from step 2: other rounding would decide between equal entries.
+    diagonal_I = tl.zeros([BLOCK], dtype=tl.float32)
+    before_I = tl.full([BLOCK], -1.0, dtype=tl.float32)
+    after_I = tl.full([BLOCK], -1.0, dtype=tl.float32)
     squares_I = tl.zeros([BLOCK], dtype=tl.float32)
     for target in range(0, tokens, BLOCK):
         ends = target + tl.arange(0, BLOCK)
@@ -263,11 +264,12 @@ def _diagnostics_kernel(
         cycle_IE = tl.where(is_end, cycle_IE, 0.0)
         squares_I += tl.sum(cycle_IE * cycle_IE, 1)
         earlier = ends[None, :] < rows[:, None]
-        other = is_end & (ends[None, :] != rows[:, None])
-        diagonal = return_I[:, None]
-        beats = other & ((cycle_IE > diagonal) | ((cycle_IE == diagonal) & earlier))
-        beaten_I = tl.maximum(beaten_I, tl.max(beats.to(tl.int32), 1))
-    tl.store(correct_ptr + sample * tokens + rows, 1.0 - beaten_I.to(tl.float32), mask=rows < tokens)
+        later = is_end & (ends[None, :] > rows[:, None])
+        diagonal_I += tl.sum(tl.where(ends[None, :] == rows[:, None], cycle_IE, 0.0), 1)
+        before_I = tl.maximum(before_I, tl.max(tl.where(earlier, cycle_IE, -1.0), 1))
+        after_I = tl.maximum(after_I, tl.max(tl.where(later, cycle_IE, -1.0), 1))
+    correct_I = tl.where((diagonal_I > before_I) & (diagonal_I >= after_I), 1.0, 0.0)
+    tl.store(correct_ptr + sample * tokens + rows, correct_I, mask=rows < tokens)
     tl.store(squares_ptr + sample * tokens + rows, squares_I, mask=rows < tokens)
 
 
@@ -341,7 +343,6 @@ def launch_streaming(
                 walk_B3MD,
                 there_BM,
                 back_BM,
-                return_BM,
                 correct_BM,
                 squares_BM,
                 tokens,

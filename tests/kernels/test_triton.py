@@ -155,6 +155,15 @@ def test_diagnostics(device: str, grid: tuple[int, int], window: int) -> None:
     assert without.identity_similarity is None
 
 
+@pytest.mark.parametrize("grid", [(7, 7), (9, 9)])
+def test_accuracy_of_a_head_that_collapsed(device: str, grid: tuple[int, int]) -> None:
+    """All tokens alike: the first of equal entries is the arg-max, fused and streaming."""
+    cells = grid[0] * grid[1]
+    frozen = tokens(1, 3, cells, 24, device=device)
+    value = cosettle_loss(frozen, frozen[:, :1, :1].expand_as(frozen), grid, window=1, backend="triton")
+    assert value.cycle_accuracy.item() == pytest.approx(1 / cells)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("views", "there_and_back"), [(2, False), (2, True), (3, False), (3, True), (5, False)]
