@@ -42,7 +42,7 @@ from .epilogue import (
     statistics_shape,
 )
 from .reference import CosettleLoss, Regularizer
-from .runtime import Backend, operator, unit_stride, use_triton, wants_gradient
+from .runtime import Backend, operator, require_kept, unit_stride, use_triton, wants_gradient
 
 _ARGUMENTS = (
     "Tensor inputs, Tensor frozen, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, "
@@ -150,7 +150,7 @@ def _forward_fake(
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tokens, frozen, bias, norm_weight, norm_bias, *ctx.constants, _, _ = inputs
+    tokens, frozen, bias, norm_weight, norm_bias, *ctx.constants, ctx.kept, _ = inputs
     ctx.save_for_backward(*output[3:], tokens, frozen, bias, norm_weight, norm_bias)
     ctx.mark_non_differentiable(*output[2:])
     # Or every backward would fill zeros as large as the pooled tokens' gradient, for nothing.
@@ -160,6 +160,7 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 def _differentiate(
     ctx: Any, grad_cycle: Tensor | None, grad_separability: Tensor | None, *_: None
 ) -> tuple[Any, ...]:
+    require_kept(ctx.kept)
     *saved, bias, norm_weight, norm_bias = ctx.saved_tensors
     statistics = saved[1]
     if grad_cycle is None:

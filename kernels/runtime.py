@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 if TYPE_CHECKING:
     import triton
@@ -68,6 +69,9 @@ def _obstacle(tensors: dict[str, Tensor]) -> str | None:
         if not INTERPRETED and not _is_supported(tensor.device):
             expected = "an NVIDIA GPU of compute capability 8.0 or newer"
             return f"{name} must be on {expected} for backend 'triton', got {tensor.device}: use 'eager'"
+        # Operators drop a tangent without a word. (torch.compile knows no forward-mode differentiation.)
+        if not torch.compiler.is_compiling() and unpack_dual(tensor).tangent is not None:
+            return f"{name} must have no forward-mode tangent for backend 'triton': use 'eager'"
     return None
 
 
@@ -104,6 +108,20 @@ def operator(
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd will ask for the gradient of any of them."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def require_kept(kept: bool) -> None:
+    """The forward must have kept what its backward needs.
+
+    Raises:
+        RuntimeError: no input required a gradient where the operator was called or torch.export traced it.
+    """
+    if not kept:
+        raise RuntimeError(
+            f"{NAMESPACE} kept nothing for its backward, for no input required a gradient where it was "
+            "called (inside torch.vmap none does) or exported: use backend 'eager', or export with inputs "
+            "that do"
+        )
 
 
 def unit_stride(tensor: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from . import reference
 from .checks import check_regularizer, check_same, check_tokens
 from .epilogue import Cells, launch_backward, launch_forward, statistics_shape
 from .reference import Regularizer
-from .runtime import Backend, operator, unit_stride, use_triton, wants_gradient
+from .runtime import Backend, operator, require_kept, unit_stride, use_triton, wants_gradient
 
 
 def _cells(projected: Tensor) -> Cells:
@@ -56,14 +56,17 @@ def _separability_backward(
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    projected, frozen, ctx.kl, _ = inputs
+    projected, frozen, ctx.kl, ctx.kept = inputs
     ctx.save_for_backward(output[1], projected, frozen)
     ctx.mark_non_differentiable(output[1])
     # Or every backward would fill zeros of its size, for nothing.
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None, None, None]:
+def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None, None]:
+    require_kept(ctx.kept)
+    if grad is None:
+        return None, None, None, None
     return _separability_backward(grad, *ctx.saved_tensors, ctx.kl), None, None, None
 
 

@@ -25,20 +25,33 @@ from .affinity import affinity_softmax
 from .checks import check_temperature, check_tokens
 from .cycle import grad_scale
 from .cycle_streaming import launch_three_views
-from .runtime import Backend, operator, use_triton, wants_gradient
+from .runtime import Backend, operator, require_kept, use_triton, wants_gradient
+
+
+@operator(
+    "cycle_three_views_backward",
+    "(Tensor grad, Tensor loss, Tensor grad_walk, ScalarType dtype) -> Tensor",
+    fake=lambda grad, loss, grad_walk, dtype: grad_walk.new_empty(grad_walk.shape, dtype=dtype),
+)
+def _cycle_three_views_backward(grad: Tensor, loss: Tensor, grad_walk: Tensor, dtype: torch.dtype) -> Tensor:
+    """The walk's gradient. The loss, which depends on the walk, makes a second derivative an error."""
+    return (grad * grad_walk).to(dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.dtype = inputs[0].dtype
-    ctx.save_for_backward(output[1])
+    walk, _, ctx.kept = inputs
+    ctx.dtype = walk.dtype
+    ctx.save_for_backward(*output)
     ctx.mark_non_differentiable(output[1])
     # Or every backward would fill zeros of its size, for nothing.
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None, None]:
-    (grad_walk,) = ctx.saved_tensors
-    return (grad * grad_walk).to(ctx.dtype), None, None
+def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
+    require_kept(ctx.kept)
+    if grad is None:
+        return None, None, None
+    return _cycle_three_views_backward(grad, *ctx.saved_tensors, ctx.dtype), None, None
 
 
 @operator(
@@ -46,13 +59,13 @@ def _differentiate(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None, None]
     "(Tensor walk, float temperature, bool grad) -> (Tensor, Tensor)",
     fake=lambda walk, temperature, grad: (
         walk.new_empty((), dtype=torch.float32),
-        walk.new_empty(walk.shape if grad else (0,), dtype=torch.float32),
+        walk.new_empty(walk.shape, dtype=torch.float32) if grad else walk.new_empty(0),
     ),
     setup_context=_save,
     backward=_differentiate,
 )
 def _cycle_three_views(walk_B3MD: Tensor, temperature: float, grad: bool) -> tuple[Tensor, Tensor]:
-    """The loss, 0-d, and its gradient for the walk, both in fp32."""
+    """The loss, 0-d, and its gradient for the walk, both in fp32; the latter empty without `grad`."""
     rows = walk_B3MD.shape[0] * walk_B3MD.shape[2]
     figures_1BM, grad_walk = launch_three_views(
         walk_B3MD.contiguous(), temperature, grad_dtype=torch.float32 if grad else None, diagnostics=False

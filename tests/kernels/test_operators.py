@@ -76,6 +76,67 @@ def test_an_exported_program_keeps_the_operator(device: str, tmp_path: Path) -> 
     assert torch.equal(program.module()(frozen, projected), fused(frozen, projected))
 
 
+def affinity(frozen: Tensor, tokens: Tensor) -> Tensor:
+    return affinity_softmax(tokens[:, 0], tokens[:, 1], 0.1, backend="triton").square().sum()
+
+
+@pytest.mark.parametrize("loss", [fused, fused_head, walk_there_and_back, separability])
+def test_a_program_exported_without_gradients_refuses_them(device: str, loss: Callable[..., Tensor]) -> None:
+    """Its backward would read statistics that the forward never wrote."""
+
+    class Loss(torch.nn.Module):
+        def forward(self, frozen: Tensor, projected: Tensor) -> Tensor:
+            return loss(frozen, projected)
+
+    views = 2 if loss is walk_there_and_back else 3
+    frozen, projected = (torch.randn(1, views, 4, 16, device=device) for _ in range(2))
+    program = torch.export.export(Loss(), (frozen, projected)).module()
+    with pytest.raises(RuntimeError, match="kept nothing for its backward"):
+        program(frozen, projected.requires_grad_()).backward()
+    trained = torch.export.export(Loss(), (frozen, projected)).module()
+    value, truth = (
+        torch.autograd.grad(function(frozen, projected), projected)[0] for function in (trained, loss)
+    )
+    assert torch.equal(value, truth)
+
+
+@pytest.mark.parametrize("loss", [fused, fused_head, walk_there_and_back, separability])
+def test_second_derivatives_are_errors(device: str, loss: Callable[..., Tensor]) -> None:
+    """Also where the gradient from above is a constant; a gradient penalty would be silently wrong."""
+    views = 2 if loss is walk_there_and_back else 3
+    frozen, projected = (torch.randn(1, views, 4, 16, device=device) for _ in range(2))
+    projected.requires_grad_()
+    total = loss(frozen, projected) + projected.square().sum()
+    (gradient,) = torch.autograd.grad(total, projected, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("loss", [fused, fused_head, walk_there_and_back, separability, affinity])
+def test_forward_mode_is_an_error(device: str, loss: Callable[..., Tensor]) -> None:
+    """An operator would drop the tangent, and the derivative be zero."""
+    frozen, projected = (torch.randn(1, 3, 4, 16, device=device) for _ in range(2))
+    with pytest.raises(ValueError, match="must have no forward-mode tangent for backend 'triton'"):
+        torch.func.jvp(lambda tokens: loss(frozen, tokens), (projected,), (torch.ones_like(projected),))
+
+
+@pytest.mark.parametrize("loss", [fused, fused_head, walk_there_and_back, separability, affinity])
+def test_no_gradient_from_above_is_none_below(device: str, loss: Callable[..., Tensor]) -> None:
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, value: Tensor) -> Tensor:
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx: object, grad: Tensor) -> None:
+            return None
+
+    views = 2 if loss is walk_there_and_back else 3
+    frozen, projected = (torch.randn(1, views, 4, 16, device=device) for _ in range(2))
+    Stop.apply(loss(frozen, projected.requires_grad_())).backward()
+    assert projected.grad is None or not projected.grad.any()
+
+
 def test_operators_pass_opcheck(device: str) -> None:
     def tokens(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, requires_grad=True)
@@ -98,6 +159,7 @@ def test_operators_pass_opcheck(device: str) -> None:
             (frozen, frozen, None, None, None, 0.0, False, 2, 2, 2, 0.1, False, False, False),
         ),
         (operators.separability, (frozen, frozen, False, False)),
+        (operators.cycle_three_views, (frozen.bfloat16(), 0.1, False)),
     ]:
         torch.library.opcheck(operator.default, arguments, test_utils=checks)
 
