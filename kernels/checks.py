@@ -102,4 +102,5 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Compared, for torch.compile cannot trace math.isfinite of a number that it keeps dynamic.
+    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf

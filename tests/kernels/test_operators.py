@@ -64,6 +64,20 @@ def test_compile_sees_through(device: str, loss: Callable[..., Tensor]) -> None:
     assert torch.equal(value_grad, truth_grad)
 
 
+def test_a_temperature_that_changes_compiles(device: str) -> None:
+    """From its second value on torch.compile keeps a float dynamic."""
+
+    def loss(frozen: Tensor, projected: Tensor, temperature: float) -> Tensor:
+        options = {"temperature": temperature, "lambda_reg": temperature, "backend": "triton"}
+        return cosettle_loss(frozen, projected, (2, 2), diagnostics=False, **options).loss
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    frozen, projected = (torch.randn(1, 3, 4, 16, device=device) for _ in range(2))
+    for temperature in (0.1, 0.2, 0.3):
+        value, truth = (function(frozen, projected, temperature) for function in (compiled, loss))
+        assert torch.allclose(value, truth)
+
+
 def test_an_exported_program_keeps_the_operator(device: str, tmp_path: Path) -> None:
     class Loss(torch.nn.Module):
         def forward(self, frozen: Tensor, projected: Tensor) -> Tensor:
