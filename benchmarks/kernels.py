@@ -154,11 +154,26 @@ def disagreement(contenders: dict[str, Contender], frozen: Tensor) -> dict[str, 
     return relative
 
 
-def captured(contenders: dict[str, Contender], frozen: Tensor, peaks: dict[str, Any]) -> dict[str, Any]:
-    """Each contender's step as a CUDA graph; none where all graphs' memory together would not fit."""
+def captured(
+    contenders: dict[str, Contender], frozen: Tensor, peaks: dict[str, Any], failed: dict[str, str]
+) -> dict[str, Any]:
+    """Each contender's step as a CUDA graph; none where all graphs' memory together would not fit.
+
+    One that cannot be recorded goes into `failed`, with the reason.
+    """
     if not frozen.is_cuda or 2 * sum(peaks.values()) > torch.cuda.mem_get_info()[0]:
         return {}
-    return {name: CapturedCall(partial(each.step, frozen), ()) for name, each in contenders.items()}
+    graphs = {}
+    for name, each in contenders.items():
+        try:
+            graphs[name] = CapturedCall(partial(each.step, frozen), ())
+        except Exception as error:
+            failed[f"{name}, graph"] = _reason(error)
+    return graphs
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:1000]
 
 
 def measure_shape(
@@ -170,12 +185,13 @@ def measure_shape(
     rounds: int = 9,
     calls: int | None = None,
 ) -> dict[str, Any]:
-    """All contenders at one shape; one that runs out of memory is reported as such."""
+    """All contenders at one shape; one that runs out of memory, or that we only compare with and that fails,
+    is reported as such."""
     torch.compiler.reset()
     # The larger half takes tens of milliseconds a call.
     calls = calls or (10 if shape.map_bytes < 2**29 else 2)
     frozen = torch.randn(shape.batch, 3, shape.tokens, shape.channels, device=device).bfloat16()
-    result: dict[str, Any] = {**shape._asdict(), "out_of_memory": []}
+    result: dict[str, Any] = {**shape._asdict(), "out_of_memory": [], "failed": {}}
     contenders = {
         "fused": Contender(shape, "triton", compiled=False, device=device),
         "eager": Contender(shape, "eager", compiled=False, device=device),
@@ -190,6 +206,12 @@ def measure_shape(
         except torch.OutOfMemoryError:
             result["out_of_memory"].append(name)
             del contenders[name]
+        except Exception as error:
+            # torch.compile's, say, on a machine without what it needs: the others' figures stand without it.
+            if name == "fused":
+                raise
+            result["failed"][name] = _reason(error)
+            del contenders[name]
         if device.type == "cuda":
             torch.cuda.empty_cache()
     result["peak_bytes"] = peaks
@@ -197,7 +219,7 @@ def measure_shape(
     phases: dict[str, dict[str, Callable[[], Any]]] = {
         "forward": {name: partial(each.forward, frozen) for name, each in contenders.items()},
         "step": {name: partial(each.step, frozen) for name, each in contenders.items()},
-        "graph": captured(contenders, frozen, peaks),
+        "graph": captured(contenders, frozen, peaks, result["failed"]),
     }
     for phase, functions in phases.items():
         if not functions:
@@ -341,6 +363,9 @@ def main() -> None:
     print("\n".join(goals(payload)), path, sep="\n")
     if passed is False:
         sys.exit("the kernels' tests failed: these figures are of kernels that are wrong")
+    failed = {name: reason for row in payload["shapes"] for name, reason in row["failed"].items()}
+    if failed:
+        sys.exit("\n".join(f"failed: {name}: {reason}" for name, reason in failed.items()))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The kernels' benchmark, on a shape small enough for the interpreter: a GPU hour must not end in a typo."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,37 @@ def test_a_contender_out_of_memory_is_left_out(device: str, monkeypatch: pytest.
     shapes = [{**row, "batch": 128, "grid": [37, 37]}]
     lines = benchmark.goals({"environment": {"device": None}, "shapes": shapes})
     assert lines[-1] == "goal, N = 1369 at B = 128 runs: met (on None)"
+
+
+def test_a_contender_that_fails_costs_no_other_figures(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(*arguments: object) -> None:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda function: no_compiler)
+    row = benchmark.measure_shape(TINY, 1e9, device=torch.device(device), rounds=1, calls=1)
+    assert row["failed"]["compiled"] == "RuntimeError: no C++ compiler"
+    assert set(row["step"]) == {"fused", "eager"}
+
+
+def test_a_graph_that_cannot_be_recorded_costs_no_other_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu:
+        is_cuda = True
+
+    def record(step: Callable[[], None], inputs: tuple) -> str:
+        if step.func.__self__.backend == "eager":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return "graph"
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100, 100))
+    monkeypatch.setattr(benchmark, "CapturedCall", record)
+    place = torch.device("cpu")
+    contenders = {
+        name: benchmark.Contender(TINY, name, compiled=False, device=place) for name in ("triton", "eager")
+    }
+    failed: dict[str, str] = {}
+    graphs = benchmark.captured(contenders, OnGpu(), {"triton": 10, "eager": 20}, failed)
+    assert graphs == {"triton": "graph"}
+    assert "stream is capturing" in failed["eager, graph"]
 
 
 def test_wrong_gradients_end_the_benchmark(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
