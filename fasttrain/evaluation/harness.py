@@ -9,6 +9,7 @@ import math
 import platform
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -138,8 +139,12 @@ def gather(results: dict[str, Any], output: Path, world: World) -> dict[str, Any
 
 
 def write_figures(path: Path, payload: Mapping[str, Any]) -> None:
-    """Write JSON with the versions of what computed it; what is not a finite number is null."""
-    versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+    """Write JSON with the installed versions of what computed it; what is not a finite number is null."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        # fasttrain itself is not installed where it runs from a checkout, as `make gpu-check` lets it.
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_finite({**payload, "versions": versions}), indent=2, allow_nan=False)
     partial = path.with_suffix(".partial")
