@@ -76,6 +76,24 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "benchmarks.no_such_module" in (obstacle(absent) or "")
 
 
+@pytest.mark.parametrize("package", ["rich", "scipy"])
+def test_files_that_need_what_is_missing_are_left_out(tmp_path: Path, package: str) -> None:
+    """The step of the tests does not fail for them."""
+    text = f"""
+import sys, pytest
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == {package!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}")
+sys.meta_path.insert(0, Absent())
+files = "test_recipe.py", "test_trainer.py", "evaluation/test_localization.py"
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--co", *("tests/" + name for name in files)]))
+"""
+    result = run_step(program(text), tmp_path)
+    assert result["outcome"] == "passed", result["output_tail"]
+    assert f"needs the package {package}, which is not installed" in result["output_tail"]
+
+
 def test_without_a_gpu_everything_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
