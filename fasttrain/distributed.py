@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fasttrain.errors import InputError
+
+# How long processes wait for one another: the shares of an evaluation may end far apart, and NCCL would give
+# up after ten minutes, gloo after thirty. When one dies, torchrun ends the others of its node at once.
+PATIENCE = timedelta(hours=6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +97,8 @@ def start(device: Literal["auto", "cuda", "cpu"] = "auto") -> Iterator[World]:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1:
         backend = "nccl" if place.type == "cuda" else "gloo"
-        dist.init_process_group(backend, device_id=place if place.type == "cuda" else None)
+        device_id = place if place.type == "cuda" else None
+        dist.init_process_group(backend, device_id=device_id, timeout=PATIENCE)
     try:
         yield World(
             rank=rank_from_environment(),

@@ -1,0 +1,19 @@
+"""How processes join a run."""
+
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from fasttrain import distributed
+
+
+def test_processes_wait_for_one_another_longer_than_nccl_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shares of an evaluation may end more than its ten minutes apart."""
+    given = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: given.update(options))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    with distributed.start("cpu"):
+        pass
+    assert given["timeout"] >= timedelta(hours=1)
