@@ -20,9 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fasttrain.errors import InputError
 
-# How long processes wait for one another: the shares of an evaluation may end far apart, and NCCL would give
+# How long processes wait for one another: shares of a first look or an evaluation end far apart; NCCL gives
 # up after ten minutes, gloo after thirty. When one dies, torchrun ends the others of its node at once.
-PATIENCE = timedelta(hours=6)
+PATIENCE = timedelta(hours=2)
 
 
 @dataclass(frozen=True, kw_only=True)
