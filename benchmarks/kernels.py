@@ -167,6 +167,7 @@ def captured(
     for name, each in contenders.items():
         try:
             graphs[name] = CapturedCall(partial(each.step, frozen), ())
+        # Whatever kind: the figures measured so far stand without it, and the exit code tells.
         except Exception as error:
             failed[f"{name}, graph"] = _reason(error)
     return graphs

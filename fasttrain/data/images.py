@@ -10,7 +10,7 @@ import io
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 Bytes = npt.NDArray[np.uint8]
@@ -19,7 +19,6 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-EXIF_ORIENTATION = 0x0112
 # What sets a picture upright, by that tag. Pillow's exif_transpose also writes the other tags anew, and
 # raises where one of them is odd.
 _TURNS = {
@@ -82,14 +81,15 @@ def decode_image(data: Bytes) -> npt.NDArray[np.uint8]:
     check_encoded(data)
     try:
         with Image.open(io.BytesIO(data.tobytes())) as image:
-            turn = _TURNS.get(image.getexif().get(EXIF_ORIENTATION, 1))
+            turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
             upright = image if turn is None else image.transpose(turn)
             if upright.mode.startswith("I"):
                 # Pillow clips 16-bit grey to 255 instead of scaling it.
                 grey = np.asarray(upright, dtype=np.float64) / 257
                 return np.repeat(np.rint(grey).astype(np.uint8)[..., None], 3, axis=2)
             return np.asarray(upright.convert("RGB"))
-    # Pillow promises no kind: SyntaxError for a broken PNG chunk, NotImplementedError for odd pixels, ...
+    # Pillow raises what its plugins meet in odd bytes (SyntaxError, NotImplementedError, TypeError,
+    # struct.error, ...) and promises no kind; one bad file must not end a run.
     except Exception as error:
         raise UnreadableFrameError(f"cannot be decoded: {error}") from error
 

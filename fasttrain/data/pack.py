@@ -41,11 +41,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fasttrain.data.images import EXIF_ORIENTATION, UnreadableFrameError, check_encoded, decode_image
+from fasttrain.data.images import UnreadableFrameError, check_encoded, decode_image
 from fasttrain.data.index import Skipped, os_reason
 from fasttrain.data.packed import (
     Part,
@@ -391,7 +391,7 @@ def _reencode(data: Frame, options: PackOptions) -> bytes:
     frame = decode_image(data)
     content = data.tobytes()
     with Image.open(io.BytesIO(content)) as image:
-        upright = image.getexif().get(EXIF_ORIENTATION, 1) == 1
+        upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
         fits = upright and image.format == "JPEG" and image.mode == "RGB"
     return content if fits and min(frame.shape[:2]) <= options.short_side else encode_jpeg(frame, options)
 
@@ -524,7 +524,7 @@ def _alone(destination: Path, part: Part) -> Iterator[None]:
                 f"another process is packing part {part.number} of {part.count} into {destination}; wait for "
                 "it, or give each machine a --shard I/N of its own"
             ) from None
-        # Some file systems of clusters know no locks.
+        # Some file systems of clusters know no locks; there nobody guards against a second process.
         except OSError:
             pass
         try:

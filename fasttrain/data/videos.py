@@ -85,7 +85,10 @@ class VideoInfo:
 
 
 def probe_video(path: Path) -> VideoInfo:
-    """Read every packet and decode the first frame. Raises UnreadableFrameError with the reason."""
+    """Read every packet and decode the first frame; all of them where the container's times are guesses.
+
+    Raises UnreadableFrameError with the reason.
+    """
     try:
         with _open_video(path) as container:
             stream = _video_stream(container)

@@ -106,6 +106,16 @@ def load_subject(arguments: argparse.Namespace) -> Subject:
     )
 
 
+def read_lines(path: Path, expected: str = "a text file in UTF-8") -> list[str]:
+    """The lines of a text file that say something, stripped. Raises InputError where it cannot be read."""
+    try:
+        # -sig: editors on Windows begin a file with a byte order mark.
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); expected {expected}") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
 def fit_to_patches(size: tuple[int, int], patch: int) -> tuple[int, int]:
     """The nearest height and width that whole patches cover."""
     height, width = (max(patch, round(side / patch) * patch) for side in size)

@@ -24,6 +24,7 @@ from fasttrain.data.sources import find_source
 from fasttrain.data.videos import VIDEO_SUFFIXES
 from fasttrain.errors import InputError
 from fasttrain.evaluation.features import PackedVideo, Place
+from fasttrain.evaluation.harness import read_lines
 
 Labels = npt.NDArray[np.int64]
 
@@ -146,12 +147,7 @@ def _read_mapping(path: Path, lines: Sequence[str]) -> list[str]:
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path} cannot be read ({error}); --root must hold mapping.txt, groundTruth/ and splits/"
-        ) from error
+    lines = read_lines(path, "mapping.txt, groundTruth/ and splits/ in --root")
     if not lines:
         raise InputError(f"{path} is empty")
     return lines

@@ -23,7 +23,7 @@ from fasttrain.distributed import World
 from fasttrain.errors import InputError, LocalInputError
 from fasttrain.evaluation import figures
 from fasttrain.evaluation.frames import Frame, read_image, resize, spread, work_ahead
-from fasttrain.evaluation.harness import Subject, gather, own_share
+from fasttrain.evaluation.harness import Subject, gather, own_share, read_lines
 from fasttrain.evaluation.propagation import CONTEXT, RADIUS, TEMPERATURE, Propagator, check_settings
 
 SHOWN_FRAMES = 6
@@ -269,11 +269,7 @@ def check_pairs(name: str, frames: Sequence[Path], annotations: Path, fewest: in
 
 def read_list(path: Path) -> list[str]:
     """The lines of a list file that say something. Raises InputError where there is none, or no text."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"list {path} cannot be read ({error})") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = read_lines(path)
     if not lines:
         raise InputError(f"{path} lists no sequence; expected one a line")
     return lines

@@ -25,6 +25,7 @@ from fasttrain.data.packed import PackedIndex, is_packed
 from fasttrain.data.videos import VIDEO_SUFFIXES
 from fasttrain.errors import InputError
 from fasttrain.evaluation.features import PackedVideo, Place
+from fasttrain.evaluation.harness import read_lines
 
 Layout = Literal["auto", "ucf101", "hmdb51", "kinetics", "ssv2", "list"]
 # (path relative to the folder of videos, class) in the order of the list.
@@ -229,14 +230,6 @@ def _required(root: Path, folders: Iterable[str], names: Sequence[str], given: P
     return path
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"list {path} cannot be read ({error})") from error
-    return [line.strip() for line in lines if line.strip()]
-
-
 def _checked(entries: Entries, which: str, classes: Sequence[str]) -> Entries:
     """The entries, each once. Raises InputError where there is none, or a class is unknown or ambiguous."""
     if not entries:
@@ -257,11 +250,11 @@ def _checked(entries: Entries, which: str, classes: Sequence[str]) -> Entries:
 def _read_ucf(root: Path, arguments: argparse.Namespace) -> tuple[list[str], Entries, Entries]:
     folders = ("ucfTrainTestlist", ".")
     number = f"{arguments.split:02d}"
-    classes = [line.split()[-1] for line in _lines(_required(root, folders, ["classInd.txt"]))]
+    classes = [line.split()[-1] for line in read_lines(_required(root, folders, ["classInd.txt"]))]
 
     def read(name: str, given: Path | None) -> Entries:
         path = _required(root, folders, [name], given)
-        videos = [line.split()[0] for line in _lines(path)]
+        videos = [line.split()[0] for line in read_lines(path)]
         for video in videos:
             if "/" not in video:
                 raise InputError(f"list {path}: {video!r}; expected CLASS/NAME.avi")
@@ -294,7 +287,7 @@ def _read_hmdb(root: Path, arguments: argparse.Namespace) -> tuple[list[str], En
     classes = [path.name.removesuffix(f"_test_split{arguments.split}.txt") for path in files]
     marked: dict[str, Entries] = {"0": [], "1": [], "2": []}
     for path, name in zip(files, classes, strict=True):
-        for line in _lines(path):
+        for line in read_lines(path):
             video, _, mark = line.rpartition(" ")
             if mark not in marked or not video:
                 raise InputError(f"list {path}: {line!r}; expected a video and 0, 1 or 2")
@@ -313,7 +306,7 @@ _KINETICS_FILES = {
 def _read_kinetics(root: Path, arguments: argparse.Namespace) -> tuple[list[str], Entries, Entries]:
     def read(which: str, given: Path | None) -> Entries:
         path = _required(root, _KINETICS_FOLDERS, _KINETICS_FILES[which], given)
-        rows = list(csv.DictReader(_lines(path)))
+        rows = list(csv.DictReader(read_lines(path)))
         try:
             return [
                 (
@@ -371,7 +364,7 @@ def _read_lists(root: Path, arguments: argparse.Namespace) -> tuple[list[str], E
 
     def read(given: Path) -> Entries:
         entries = []
-        for line in _lines(given):
+        for line in read_lines(given):
             if line.startswith("#"):
                 continue
             parts = line.rsplit(maxsplit=1)

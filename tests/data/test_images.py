@@ -5,9 +5,9 @@ import io
 import numpy as np
 import pytest
 from makers import picture
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
-from fasttrain.data.images import EXIF_ORIENTATION, UnreadableFrameError, decode_image
+from fasttrain.data.images import UnreadableFrameError, decode_image
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -23,7 +23,7 @@ def decoded(data: bytes) -> np.ndarray:
 @pytest.mark.parametrize("orientation", range(10))
 def test_pictures_are_set_upright(orientation: int) -> None:
     exif = Image.Exif()
-    exif[EXIF_ORIENTATION] = orientation
+    exif[ExifTags.Base.Orientation] = orientation
     data = encoded(Image.fromarray(picture(0, 0)), "JPEG", exif=exif)
     with Image.open(io.BytesIO(data)) as image:
         upright = np.asarray(ImageOps.exif_transpose(image))
@@ -32,7 +32,7 @@ def test_pictures_are_set_upright(orientation: int) -> None:
 
 def test_an_odd_tag_beside_the_orientation_does_no_harm() -> None:
     exif = Image.Exif()
-    exif[EXIF_ORIENTATION], exif[0x010E] = 6, "made up"
+    exif[ExifTags.Base.Orientation], exif[0x010E] = 6, "made up"
     data = encoded(Image.fromarray(picture(0, 0)), "JPEG", exif=exif)
     # A number by its tag, a text by its type.
     odd = data.replace(b"\x01\x0e\x00\x02", b"\x01\x00\x00\x02")
