@@ -74,6 +74,11 @@ def examine() -> list[Finding]:
             required=True,
         ),
         Finding(
+            name="nvJPEG",
+            found=_first_version("nvidia-nvjpeg-cu12", "nvidia-nvjpeg"),
+            cost="data.decoder=mixed decodes JPEGs on the CPU all the same: pip install nvidia-nvjpeg-cu12",
+        ),
+        Finding(
             name="PyAV",
             found=_version("av"),
             cost="videos cannot be indexed, nor decoded on the CPU: pip install av",

@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     for folder in (output, getattr(arguments, "cache", None)):
         if folder is not None and folder.exists() and not folder.is_dir():
             raise InputError(f"{folder} is a file; --output and --cache name folders")
-    begun = time.perf_counter()
+    begun, earlier = time.perf_counter(), _pictures(output)
     with distributed.start(arguments.device) as world:
         subject = load_subject(arguments).to(world.device)
         found = task.run(arguments, subject, output, world)
@@ -73,9 +73,18 @@ def run(arguments: argparse.Namespace) -> None:
         }
         path = output / f"{arguments.task}.json"
         about = {"task": arguments.task, "settings": settings, "model": subject.describe()}
+        # The folder may also hold those of an earlier evaluation, of other sequences.
+        about["pictures"] = [
+            name for name, written in _pictures(output).items() if written != earlier.get(name)
+        ]
         write_figures(path, {**about, "seconds": time.perf_counter() - begun, **found})
         print_comparison(
             f"{arguments.task}: {meaning}\n{subject.encoder.name}, {subject.encoder.weights}",
             found["results"],
         )
         print(f"written to {path}")
+
+
+def _pictures(output: Path) -> dict[str, int]:
+    """Names in the folder of pictures, in order, and when each was written."""
+    return {path.name: path.stat().st_mtime_ns for path in sorted(output.glob("figures/*"))}

@@ -65,9 +65,9 @@ def write_report(runs: list[Path], output: Path) -> Path:
             about = f"{found['model']['backbone']}, {found['model']['weights']}"
             task = " in ".join(dict.fromkeys((found["task"], path.parent.name)))
             title = f"{names[folder]}: {task} ({about})"
-            drawn = path.parent / "figures"
-            images = "".join(map(_image, sorted(drawn.glob("*.png"))))
-            films = "".join(map(_film, sorted(drawn.glob("*.mp4"))))
+            drawn = [path.parent / "figures" / name for name in found["pictures"]]
+            images = "".join(_image(one) for one in drawn if one.suffix == ".png" and one.is_file())
+            films = "".join(_film(one) for one in drawn if one.suffix == ".mp4" and one.is_file())
             body.append(_section(title, _table(found["results"]) + images + films))
     output.parent.mkdir(parents=True, exist_ok=True)
     head = f'<!doctype html><meta charset="utf-8"><title>fasttrain</title><style>{STYLE}</style>'
@@ -83,7 +83,7 @@ def _evaluations(folder: Path) -> dict[Path, dict[str, Any]]:
 def _read_evaluation(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        whole = {"task", "model", "data", "results"} <= set(found) and bool(found["results"])
+        whole = {"task", "model", "data", "results", "pictures"} <= set(found) and bool(found["results"])
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path} cannot be read ({error}); evaluate again or remove it") from error
     if not whole:

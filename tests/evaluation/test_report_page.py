@@ -54,6 +54,14 @@ def test_an_evaluation_with_a_folder_of_its_own_shows_its_own_pictures(tmp_path:
         shown = base64.b64encode((run / "eval" / name / "figures" / "alpha.png").read_bytes()).decode()
         assert shown in text
 
+    # Evaluated again without pictures, one does not show the earlier ones.
+    places = ("--root", str(root), "--output", str(run / "eval" / "few keys"), "--pictures", "0")
+    assert main(["eval", "davis", *places, *SUBJECT, *SMALL["davis"]]) == 0
+    assert main(["report", str(run), "--output", str(tmp_path / "report.html")]) == 0
+    first, second = (tmp_path / "report.html").read_text().split("<h2>")[1:]
+    assert "src=" in first
+    assert "src=" not in second
+
 
 def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path), "--output", str(tmp_path / "report.html")]) == 2
