@@ -12,10 +12,20 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["fasttrain", "fasttrain.data", "fasttrain.evaluation", "fasttrain_kernels"],
+    packages=[
+        "fasttrain",
+        "fasttrain.data",
+        "fasttrain.evaluation",
+        "fasttrain.recipes",
+        "fasttrain_kernels",
+    ],
     # The plain name `kernels` belongs to a Hugging Face package that transformers imports.
-    package_dir={"fasttrain": "fasttrain", "fasttrain_kernels": "kernels"},
-    package_data={"fasttrain": ["py.typed"], "fasttrain_kernels": ["py.typed", "README.md"]},
+    package_dir={"fasttrain": "fasttrain", "fasttrain.recipes": "recipes", "fasttrain_kernels": "kernels"},
+    package_data={
+        "fasttrain": ["py.typed"],
+        "fasttrain.recipes": ["*.yaml"],
+        "fasttrain_kernels": ["py.typed", "README.md"],
+    },
     install_requires=[
         "torch>=2.11",
         "torchvision",  # imported by timm

@@ -1,13 +1,15 @@
 """The command line: `python -m fasttrain RECIPE [key=value ...]`, or a subcommand.
 
-A subcommand is a module with `add_arguments(parser)` and `run(arguments)`. Bad input (`InputError`) ends in
-one line on stderr and exit code 2; every other exception is ours and keeps its traceback.
+A subcommand is a module with `add_arguments(parser)` and `run(arguments)`. Bad input (`InputError`, or a
+place that the system keeps from us) ends in one line on stderr and exit code 2; every other exception is ours
+and keeps its traceback.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import importlib
 import io
 import sys
@@ -27,6 +29,8 @@ COMMANDS = {
     "doctor": ("fasttrain.doctor", "say what this machine has, what it lacks and what that costs"),
     "demo": ("fasttrain.demo", "train on made-up video and show what it bought"),
 }
+# What the system says of a place that was named badly, or may not be written.
+BAD_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,6 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # All processes meet the same bad input and one line is enough, unless only this one met it.
         if rank_from_environment() == 0 or isinstance(error, LocalInputError):
             print(f"fasttrain: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in BAD_PLACE or error.filename is None:
+            raise
+        print(f"fasttrain: cannot use {error.filename}: {error.strerror}; give another", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -90,13 +90,26 @@ def examine() -> list[Finding]:
             cost="the losses run in eager PyTorch: several times slower, and memory grows with N squared",
         ),
         Finding(name="timm", found=_version("timm"), cost="no backbone can be built", required=True),
-        Finding(name="NVIDIA Apex", found=_apex(), cost=_apex_cost()),
-        Finding(name="TensorBoard", found=_version("tensorboard"), cost="set train.tensorboard=false"),
         Finding(
             name="Hugging Face Hub",
             found=_version("huggingface_hub"),
-            cost="hf:// and timm:// weights cannot be fetched; give local files",
+            cost="no backbone can be built: timm needs it",
+            required=True,
         ),
+        Finding(
+            name="Matplotlib",
+            found=_version("matplotlib"),
+            cost="no learning curves at a run's end, no evaluation, no report",
+            required=True,
+        ),
+        Finding(
+            name="SciPy",
+            found=_version("scipy"),
+            cost="no learning curves at a run's end, no evaluation, no report",
+            required=True,
+        ),
+        Finding(name="NVIDIA Apex", found=_apex(), cost=_apex_cost()),
+        Finding(name="TensorBoard", found=_version("tensorboard"), cost="set train.tensorboard=false"),
     ]
 
 

@@ -8,10 +8,8 @@ Shape suffixes: B samples, C colours, H and W pixels, N tokens, D channels.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -64,7 +62,7 @@ class EncoderRuntime:
             _attend_plainly(encoder)
         if recipe.attention != "auto":
             views = _attending(views, ATTENTION[recipe.attention])
-        self._views = compile_cached(views, COMPILE_MODES[mode]) if self.compiled else views
+        self._views = compile_fixed(views, COMPILE_MODES[mode]) if self.compiled else views
 
     @torch.no_grad()
     def three_views(self, frames: Tensor, positions: Tensor) -> Tensor:
@@ -115,14 +113,12 @@ def _attend_plainly(encoder: Backbone) -> None:
             module.fused_attn = False
 
 
-def compile_cached(
+def compile_fixed(
     function: Callable[[Tensor, Tensor], Tensor], mode: str | None
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """torch.compile for fixed shapes, with its code kept in the user's cache folder from run to run."""
+    """torch.compile for fixed shapes; PyTorch keeps the code from run to run (TORCHINDUCTOR_CACHE_DIR)."""
     # Every kind of encoder in a process is a program of its own; past PyTorch's limit of eight they would
     # silently run uncompiled.
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, MOST_PROGRAMS)
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fasttrain" / "inductor"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     return torch.compile(function, dynamic=False, mode=mode)

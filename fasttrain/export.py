@@ -73,7 +73,9 @@ def export(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.{os.getpid()}.pt2")
     try:
-        torch.export.save(program, partial)
+        # Given a name, torch tells a place that cannot be written in an error of its own kind.
+        with partial.open("wb") as opened:
+            torch.export.save(program, opened)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -248,10 +248,15 @@ _Loader.add_implicit_resolver(
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read the recipe at `path`, apply `key=value` overrides in order, and check everything.
 
+    Where the current folder has no `path`, such as recipes/dinov2.yaml, it is the project's own.
+
     Raises:
         InputError: the file is missing or no YAML mapping; a key is unknown, mistyped or out of range.
     """
-    tree = _read_tree(Path(path), seen=())
+    package = Path(__file__).parent
+    # Where it lies in an installed package, and in a checkout.
+    places = (Path(path), package / path, package.parent / path)
+    tree = _read_tree(next((place for place in places if place.is_file()), places[0]), seen=())
     for override in overrides:
         _apply_override(tree, override)
     return recipe_from_dict(tree)

@@ -34,6 +34,8 @@ class VideoEncoder(nn.Module):
 
     def frozen(self, frames: Tensor) -> Tensor:
         """The backbone's own tokens (B, T, N, D), before the projection: the baseline of every comparison."""
+        if frames.ndim != 5 or frames.shape[2] != 3:
+            raise InputError(f"frames of shape {tuple(frames.shape)}: expected (B, T, 3, H, W)")
         return self.encoder.tokens(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
 
     def forward(self, frames: Tensor, *, normalize: bool = False) -> Tensor:
@@ -73,7 +75,10 @@ def load_video_encoder(
     """
     path = Path(run) / PROJECTION_FILE
     if not path.is_file():
-        raise InputError(f"run {run}: no {PROJECTION_FILE} there; give the output folder of a training run")
+        raise InputError(
+            f"run {run}: no {PROJECTION_FILE} there; give the output folder of a training run (with several "
+            f"backbones, output/NAME)"
+        )
     projection = Projection.load(path)
     encoder = load_backbone(
         **_backbone_settings(projection, path) | ({"weights": weights} if weights else {})

@@ -99,16 +99,16 @@ def cycle_consistency_loss(walk_BTMD: Tensor, temperature: float) -> Tensor:
     return cycle_loss_of(return_probability(cycle_affinities(walk_BTMD, temperature)))
 
 
-@torch.no_grad()
 def cycle_diagnostics(affinities: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Cycle accuracy and identity similarity, 0-d each; needs the whole of C = A_1 ... A_K.
 
     Accuracy is the share of rows of C whose arg-max is the diagonal; similarity the cosine between all of C
-    and all of the identity, taken over the batch at once.
+    and all of the identity, taken over the batch at once. Neither has gradients.
     """
-    cycle_BMM = affinities[0]
+    # Detached, not under no_grad: torch.export.save refuses such a block where nothing uses what it gives.
+    cycle_BMM = affinities[0].detach()
     for step in affinities[1:]:
-        cycle_BMM = cycle_BMM @ step
+        cycle_BMM = cycle_BMM @ step.detach()
     start = torch.arange(cycle_BMM.shape[-1], device=cycle_BMM.device)
     accuracy = (cycle_BMM.argmax(-1) == start).to(cycle_BMM.dtype).mean()
     diagonal = cycle_BMM.diagonal(dim1=-2, dim2=-1)

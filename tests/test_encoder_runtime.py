@@ -114,7 +114,7 @@ def test_another_attention_kernel_is_another_program(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(
         encoder_runtime,
-        "compile_cached",
+        "compile_fixed",
         lambda function, mode: torch.compile(function, backend=record, dynamic=False),
     )
     counts = []

@@ -49,6 +49,15 @@ def test_bad_input_is_one_line_and_code_2(
     assert part in error
 
 
+def test_a_place_that_cannot_be_used_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n')
+    (tmp_path / "file").touch()
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / "file" / "page.html")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"fasttrain: cannot use {tmp_path / 'file'}")
+    assert error.count("\n") == 1
+
+
 def test_names_that_the_terminal_cannot_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n')
     shown = io.BytesIO()

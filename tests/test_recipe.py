@@ -148,6 +148,16 @@ def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
         load_recipe(tmp_path / "nowhere.yaml")
 
 
+def test_the_projects_recipes_are_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("recipes/mae.yaml") == load_recipe(RECIPES / "mae.yaml")
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mae.yaml").write_text("seed: 7\n")
+    assert load_recipe("recipes/mae.yaml").seed == 7
+
+
 def test_identity_ignores_what_may_change_on_resume_and_nothing_else() -> None:
     recipe = Recipe()
     moved = dataclasses.replace(

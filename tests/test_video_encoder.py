@@ -53,6 +53,8 @@ def test_frames_to_projected_tokens(tmp_path: Path) -> None:
     normalised = encoder(video_BTCHW, normalize=True)
     torch.testing.assert_close(normalised, F.normalize(tokens_BTND, dim=-1))
     assert not tokens_BTND.requires_grad
+    with pytest.raises(InputError, match=r"\(3, 3, 64, 96\): expected \(B, T, 3, H, W\)"):
+        encoder(video_BTCHW[0])
 
 
 def test_settings_that_were_left_out_are_read_again(tmp_path: Path) -> None:

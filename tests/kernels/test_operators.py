@@ -90,6 +90,16 @@ def test_an_exported_program_keeps_the_operator(device: str, tmp_path: Path) -> 
     assert torch.equal(program.module()(frozen, projected), fused(frozen, projected))
 
 
+def test_the_eager_loss_exports_without_its_diagnostics(tmp_path: Path) -> None:
+    class Loss(torch.nn.Module):
+        def forward(self, frozen: Tensor, projected: Tensor) -> Tensor:
+            return cosettle_loss(frozen, projected, (2, 2), backend="eager").loss
+
+    inputs = torch.randn(1, 3, 4, 16), torch.randn(1, 3, 4, 16)
+    torch.export.save(torch.export.export(Loss(), inputs), tmp_path / "loss.pt2")
+    assert torch.equal(torch.export.load(tmp_path / "loss.pt2").module()(*inputs), Loss()(*inputs))
+
+
 def affinity(frozen: Tensor, tokens: Tensor) -> Tensor:
     return affinity_softmax(tokens[:, 0], tokens[:, 1], 0.1, backend="triton").square().sum()
 
