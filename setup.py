@@ -32,13 +32,13 @@ setup(
         "triton>=3.6; platform_system == 'Linux'",
         "nvidia-dali-cuda120>=2.4; platform_system == 'Linux'",
         "timm>=1.0.20",
-        "av>=14",  # video on machines without NVDEC
+        "av>=17.1",  # video on machines without NVDEC
         "numpy>=1.26",
         "pyyaml>=6",
         "rich>=13",
         "safetensors>=0.4",
         "huggingface_hub>=0.30",
-        "pillow>=10",
+        "pillow>=10.4",
         "matplotlib>=3.8",
         "scipy>=1.11",  # JHMDB joint positions are .mat files; L-BFGS of the linear probes
         "tensorboard>=2.16",
