@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -198,7 +199,7 @@ class Recipe:
 
     output: Annotated[str, MAY_CHANGE] = "runs/run"
     """Folder of the run."""
-    seed: int = 0
+    seed: Annotated[int, Range(low=0, high=2**63 - 1)] = 0
     """Seed of the head's weights, the sample order, the pairs, the crops and the position offsets."""
     resume: Annotated[Literal["auto", "never"], MAY_CHANGE] = "auto"
     """`auto` goes on from the last checkpoint in `output`; `never` refuses a folder that holds a run."""
@@ -230,8 +231,22 @@ class Recipe:
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 as people mean it: `1e-4` is a float, and a key stands once."""
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep=deep)
+        # What PyYAML raises for the 30th of February, or for a number of thousands of digits.
+        except (AttributeError, KeyError, ValueError) as error:
+            if not isinstance(node, yaml.ScalarNode):
+                raise
+            kind = node.tag.rsplit(":", 1)[-1]
+            raise yaml.constructor.ConstructorError(
+                problem=f"{node.value[:20]!r} is no {kind}", problem_mark=node.start_mark
+            ) from error
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        # What `<<` merges in may stand in the mapping as well, which then wins.
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in own]
         for key in keys:
             if keys.count(key) > 1:
                 raise InputError(f"key {key!r} stands twice in one mapping{node.start_mark}; keep one")
@@ -351,7 +366,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         tree = child
     if key == "backbones" and isinstance(value, list) and all(isinstance(name, str) for name in value):
         value = _pick_backbones(tree.get(key) or [], value)
-    tree[leaf] = value
+    # A section given as a whole changes the keys it names, as a file changes those of its base.
+    tree.update(_merge(tree, {leaf: value}))
 
 
 def _pick_backbones(entries: list[Any], names: list[str]) -> list[Any]:
@@ -410,7 +426,7 @@ def _check(hint: Any, value: Any, path: str) -> Any:
         return _check_tuple(arguments, value, path)
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, path)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise InputError(f"{path}: expected {hint.__name__}, got {value!r} ({type(value).__name__})")

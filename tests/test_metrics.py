@@ -51,16 +51,20 @@ def test_log_drops_what_came_after_the_last_checkpoint(tmp_path: Path) -> None:
     assert lines == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 0.5}]
 
 
-def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
+def test_tensorboard_gets_the_numbers_and_after_a_resume_no_step_twice(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = MetricsLog(tmp_path, first_step=0, tensorboard=True)
-    log.write(4, {"loss": 0.25, "faults": ["a name"]})
-    log.close()
+    for first_step, steps in ((0, (2, 4, 5)), (4, (5, 6))):
+        log = MetricsLog(tmp_path, first_step=first_step, tensorboard=True)
+        for step in steps:
+            log.write(step, {"loss": first_step + 0.25, "faults": ["a name"]})
+        log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert events.Tags()["scalars"] == ["loss"]
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(4, 0.25)]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
+        (2, 0.25), (4, 0.25), (5, 4.25), (6, 4.25),
+    ]  # fmt: skip
 
 
 def test_plain_lines_where_there_is_no_terminal() -> None:

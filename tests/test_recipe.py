@@ -81,6 +81,21 @@ def test_overrides_win_over_the_file_and_the_file_over_its_base(tmp_path: Path) 
     assert recipe.output == "2024"
 
 
+def test_a_section_on_the_command_line_changes_the_keys_it_names(tmp_path: Path) -> None:
+    path = write(tmp_path, "train: {epochs: 4, batch_size: 3}\n")
+    assert load_recipe(path, ["train={epochs: 2}"]).train == TrainRecipe(epochs=2.0, batch_size=3)
+
+
+def test_a_path_that_looks_like_a_date_is_a_path(tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path, ""), ["output=2024-02-30"]).output == "2024-02-30"
+
+
+def test_anchors_and_merge_keys(tmp_path: Path) -> None:
+    text = "backbones:\n  - &first {name: mae, depth: 2}\n  - {<<: *first, name: dino}\n"
+    mae, dino = load_recipe(write(tmp_path, text)).backbones
+    assert (mae, dino) == (BackboneRecipe(name="mae", depth=2), BackboneRecipe(name="dino", depth=2))
+
+
 def test_some_of_the_backbones_are_picked_by_name() -> None:
     every = load_recipe(RECIPES / "all.yaml").backbones
     picked = load_recipe(RECIPES / "all.yaml", ["backbones=[dino,mae]"]).backbones
@@ -117,6 +132,10 @@ def test_some_of_the_backbones_are_picked_by_name() -> None:
         ("backbones=[{name: mae}, {name: mae}]", ("'mae'", "twice")),
         ("backbones=[{nam: mae}]", ("'backbones[0].nam'", "'backbone.name'")),
         ("nonsense", ("'nonsense'", "key=value")),
+        ("seed=-1", ("seed", "-1", "at least 0")),
+        ("train.epochs=2024-02-30", ("train.epochs", "float", "2024-02-30")),
+        (f"train.epochs=1{'0' * 400}", ("train.epochs", "float")),
+        (f"train.steps={'9' * 5000}", ("train.steps", "int")),
     ],
 )
 def test_bad_keys_and_values_name_themselves(override: str, parts: tuple[str, ...]) -> None:
@@ -136,6 +155,7 @@ def test_bad_keys_and_values_name_themselves(override: str, parts: tuple[str, ..
         ("seed: 1\nseed: 2", "twice"),
         ("base: recipe.yaml", "leads back to itself"),
         ("base: nowhere.yaml", "nowhere.yaml"),
+        ("output: 2024-02-30", "'2024-02-30' is no timestamp .*line 1, column 9"),
     ],
 )
 def test_bad_files_name_themselves(text: str, part: str, tmp_path: Path) -> None:
