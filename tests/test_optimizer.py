@@ -43,6 +43,12 @@ def test_frozen_parameters_are_left_out() -> None:
     assert [len(group["params"]) for group in groups] == [0, 1]
 
 
+def test_the_recipes_numbers_reach_the_optimiser() -> None:
+    recipe = OptimizerRecipe(betas=(0.5, 0.6), eps=1e-3)
+    for group in build_optimizer(recipe, torch.nn.Linear(2, 2)).param_groups:
+        assert (group["betas"], group["eps"], group["lr"]) == (recipe.betas, recipe.eps, 0)
+
+
 @given(
     total=st.integers(2, 5000),
     epochs=st.floats(1.5, 100),

@@ -133,7 +133,8 @@ def pixel_box(box: Floats, height: int, width: int) -> tuple[int, int, int, int]
 
 def _below(uniforms: Floats, bounds: Ints | int) -> Ints:
     """Integers uniform on [0, bound), from uniforms in [0, 1)."""
-    return np.minimum((uniforms * bounds).astype(np.int64), np.asarray(bounds) - 1)
+    # Even the largest number below one, times a bound below 2^53, is rounded to less than the bound.
+    return (uniforms * bounds).astype(np.int64)
 
 
 def _uniforms(seed: int, epochs: Ints, samples: Ints, attempt: int) -> Floats:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fasttrain_kernels import cosettle_loss, reference
+from fasttrain_kernels import cosettle_loss, reference, separability_loss
 
 LOSS_CASES = [
     "cold",
@@ -122,9 +122,13 @@ def test_pooling_is_average_pooling() -> None:
     torch.testing.assert_close(reference.pool_tokens(tokens, (5, 7), 2), truth)
 
 
-def test_nothing_flows_into_the_frozen_tokens() -> None:
+@pytest.mark.parametrize("alone", [False, True])
+def test_nothing_flows_into_the_frozen_tokens(alone: bool) -> None:
     frozen, projected = (torch.randn(1, 3, 16, 8, requires_grad=True) for _ in range(2))
-    cosettle_loss(frozen, projected, grid=(4, 4)).loss.backward()
+    if alone:
+        separability_loss(frozen, projected).backward()
+    else:
+        cosettle_loss(frozen, projected, grid=(4, 4)).loss.backward()
     assert frozen.grad is None
     assert projected.grad.abs().sum() > 0
 
