@@ -154,6 +154,7 @@ def test_a_recorded_run_goes_on_unrecorded(monkeypatch: pytest.MonkeyPatch) -> N
     after.module.load_state_dict(recorded.module.state_dict())
     state = portable_state(recorded.optimizer)
     assert [type(group["lr"]) for group in state["param_groups"]] == [float, float]
+    assert not any(group["capturable"] for group in state["param_groups"])
     after.optimizer.load_state_dict(state)
     after.steps(range(2, 4))
     torch.testing.assert_close(after.weights(), plain.weights(), rtol=1e-6, atol=1e-7)

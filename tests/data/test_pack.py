@@ -23,7 +23,7 @@ from test_loader import check_pixels
 
 from fasttrain.data import open_source
 from fasttrain.data.pack import PackOptions, _alone, add_arguments, check, pack, run, spread
-from fasttrain.data.packed import Part
+from fasttrain.data.packed import Part, read_shard_index
 from fasttrain.data.pipeline import ClipDecoder
 from fasttrain.data.videos import cut_clip, has_nvdec, probe_video, read_video_frames
 from fasttrain.errors import InputError
@@ -193,7 +193,7 @@ import io, sys
 from pathlib import Path
 from rich.console import Console
 from fasttrain.data.pack import PackOptions, pack
-from fasttrain.data.packed import Part
+from fasttrain.data.packed import Part, read_shard_index
 pack(Path(sys.argv[1]), Path(sys.argv[2]), kind="auto", part=Part(1, 1), workers=1, console=Console(),
      options=PackOptions(frames=0, short_side=256, quality=90, shard_bytes=20_000, decoder="pyav"))
 """
@@ -354,16 +354,18 @@ def test_packing_again_fills_a_gap(tmp_path: Path) -> None:
 def spoilt_in_mid_run(tmp_path: Path, spoil: Callable[[Path], object]) -> list[str]:
     """Damage the first shard while a loader runs; returns the reasons of its faults."""
     packed(write_folders(tmp_path / "frames", [6] * 12), tmp_path / "packed")
+    shard = tmp_path / "packed" / "frames-1of1-000000.tar"
+    inside = set(read_shard_index(shard.with_suffix(".npz")).names)
     index = open_source(tmp_path / "packed")
+    assert inside < set(index.names)
     loader = make_loader(index, num_steps=24, prefetch=1, max_bad_fraction=1.0)
     for number, pairs in enumerate(loader):
         assert torch.isfinite(pairs.frames).all()
         if number == 2:
-            spoil(tmp_path / "packed" / "frames-1of1-000000.tar")
+            spoil(shard)
     loader.close()
     assert number == 23
-    shard = {name for name, _ in zip(index.names, index.num_frames, strict=True)}
-    assert {fault.name for fault in loader.faults} <= shard
+    assert {fault.name for fault in loader.faults} <= inside
     return [fault.reason for fault in loader.faults]
 
 
