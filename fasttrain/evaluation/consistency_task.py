@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from fasttrain.data.images import UnreadableFrameError
-from fasttrain.data.sources import FrameIndex, open_source
+from fasttrain.data.index import FrameIndex
+from fasttrain.data.sources import open_source
 from fasttrain.distributed import World
 from fasttrain.errors import InputError, LocalInputError
 from fasttrain.evaluation import figures

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fasttrain.data.images import IMAGENET_MEAN, IMAGENET_STD, UnreadableFrameError, decode_image
-from fasttrain.data.sources import FrameIndex
+from fasttrain.data.index import FrameIndex
 from fasttrain.errors import InputError
 
 Frame = npt.NDArray[np.uint8]

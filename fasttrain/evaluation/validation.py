@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fasttrain.backbones import Backbone
 from fasttrain.data.images import UnreadableFrameError
-from fasttrain.data.sources import FrameIndex
+from fasttrain.data.index import FrameIndex
 from fasttrain.evaluation.consistency import FEWEST_FRAMES, measure_videos
 from fasttrain.evaluation.frames import centre_crop, read_clip, spread
 
