@@ -122,6 +122,16 @@ def test_pooling_is_average_pooling() -> None:
     torch.testing.assert_close(reference.pool_tokens(tokens, (5, 7), 2), truth)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    frozen, projected = (torch.randn(2, 3, 16, 8).to(dtype) for _ in range(2))
+    half, single = (
+        cosettle_loss(*tokens, grid=(4, 4), backend="eager")
+        for tokens in ((frozen, projected), (frozen.float(), projected.float()))
+    )
+    assert all(torch.equal(one, other) for one, other in zip(half, single, strict=True))
+
+
 @pytest.mark.parametrize("alone", [False, True])
 def test_nothing_flows_into_the_frozen_tokens(alone: bool) -> None:
     frozen, projected = (torch.randn(1, 3, 16, 8, requires_grad=True) for _ in range(2))
