@@ -14,8 +14,8 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from fasttrain.data.sampling import spread
 from fasttrain.errors import InputError
-from fasttrain.evaluation.frames import spread
 from fasttrain.metrics import read_records
 
 Frame = npt.NDArray[np.uint8]

@@ -78,11 +78,6 @@ def read_clip(index: FrameIndex, video: int, frames: Sequence[int]) -> list[Fram
     return [index.read_frame(video, frame) for frame in frames]
 
 
-def spread(length: int, count: int) -> list[int]:
-    """At most `count` different places, evenly over 0..length-1, both ends among them."""
-    return sorted(set(np.linspace(0, length - 1, min(count, length)).round().astype(int).tolist()))
-
-
 def resize(frame_HWC: Frame, size: tuple[int, int]) -> Tensor:
     """(3, height, width) float32, normalised, of the whole frame at another size (bilinear, antialiased)."""
     frame_13HW = torch.from_numpy(np.array(frame_HWC)).permute(2, 0, 1)[None]

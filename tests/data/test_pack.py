@@ -22,7 +22,7 @@ from test_faults import odd_frames
 from test_loader import check_pixels
 
 from fasttrain.data import open_source
-from fasttrain.data.pack import PackOptions, _alone, add_arguments, check, pack, run, spread
+from fasttrain.data.pack import PackOptions, _alone, add_arguments, check, pack, run
 from fasttrain.data.packed import Part, read_shard_index
 from fasttrain.data.pipeline import ClipDecoder
 from fasttrain.data.videos import cut_clip, has_nvdec, probe_video, read_video_frames
@@ -511,17 +511,6 @@ def test_nothing_readable_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "videos" / "a.mp4").write_bytes(b"no video")
     with pytest.raises(InputError, match=r"no video of .* can be read; the first, a\.mp4"):
         packed(tmp_path / "videos", tmp_path / "packed")
-
-
-def test_spread_keeps_both_ends() -> None:
-    assert spread(10, 4) == [0, 3, 6, 9]
-    assert spread(5, 0) == spread(5, 9) == [0, 1, 2, 3, 4]
-    assert spread(9, 1) == [0]
-    for wanted in range(2, 30):
-        frames = spread(30, wanted)
-        assert frames[0] == 0
-        assert frames[-1] == 29
-        assert len(set(frames)) == wanted
 
 
 def test_the_gpus_clip_decoder_on_the_cpu(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from makers import make_sampling
 
-from fasttrain.data.sampling import draw_crop, draw_pair, pixel_box
+from fasttrain.data.sampling import draw_crop, draw_pair, pixel_box, spread
 
 PAPER = {"area": (0.5, 1.0), "ratio": (3 / 4, 4 / 3)}
 
@@ -173,6 +173,18 @@ def test_replacements_are_spread_over_the_data() -> None:
     assert len(set(videos)) > 40
     again = sampling.draw(lengths, np.array([2]), np.array([9]), 17)
     np.testing.assert_array_equal(again.boxes, drawn[16].boxes)
+
+
+def test_spread_keeps_both_ends() -> None:
+    assert spread(10, 4) == [0, 3, 6, 9]
+    assert spread(5, 9) == [0, 1, 2, 3, 4]
+    assert spread(0, 3) == []
+    assert spread(9, 1) == [0]
+    for wanted in range(2, 30):
+        frames = spread(30, wanted)
+        assert frames[0] == 0
+        assert frames[-1] == 29
+        assert len(set(frames)) == wanted
 
 
 def test_flips_happen_at_their_probability() -> None:
