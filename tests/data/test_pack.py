@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from makers import encode_video, make_loader, picture, write_folders
-from PIL import Image
+from PIL import ExifTags, Image
 from rich.console import Console
 from test_faults import odd_frames
 from test_loader import check_pixels
@@ -63,7 +63,7 @@ def command(*words: str) -> None:
 
 def test_a_packed_set_is_its_source(tmp_path: Path) -> None:
     source = open_source(write_folders(tmp_path / "frames", [9, 4, 12, 1]))
-    packed(tmp_path / "frames", tmp_path / "packed")
+    packed(tmp_path / "frames", tmp_path / "packed", short_side=48)
     index = open_source(tmp_path / "packed")
     assert index.kind == "packed"
     assert index.names == source.names
@@ -148,7 +148,7 @@ def test_a_jpeg_that_decodes_to_garbage_is_left_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", odd_frames())
 def test_unusual_frames_are_packed(tmp_path: Path, case: str) -> None:
-    """None is taken for damaged."""
+    """None is taken for damaged, and any reader shows what is packed: RGB, upright without a tag."""
     stored = odd_frames()[case]
     (tmp_path / "frames" / case).mkdir(parents=True)
     for frame, data in enumerate(stored):
@@ -159,6 +159,9 @@ def test_unusual_frames_are_packed(tmp_path: Path, case: str) -> None:
     assert index.skipped == []
     assert index.num_frames.tolist() == [len(stored)]
     for frame in range(len(stored)):
+        with Image.open(io.BytesIO(index.read(0, [frame])[0].tobytes())) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            assert (image.format, image.mode, turned) == ("JPEG", "RGB", False)
         difference = index.read_frame(0, frame).astype(int) - source.read_frame(0, frame)
         # Dithered colours do not survive halved chroma.
         assert np.abs(difference).mean() < (16 if case == "palette" else 4)

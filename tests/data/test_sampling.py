@@ -177,6 +177,7 @@ def test_replacements_are_spread_over_the_data() -> None:
 
 def test_spread_keeps_both_ends() -> None:
     assert spread(10, 4) == [0, 3, 6, 9]
+    assert spread(9, 4) == [0, 3, 5, 8]
     assert spread(5, 9) == [0, 1, 2, 3, 4]
     assert spread(0, 3) == []
     assert spread(9, 1) == [0]
