@@ -42,7 +42,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, functional
 
-from benchmarks.measure import cpu_seconds
+from benchmarks.measure import cpu_seconds, synchronize
 from benchmarks.record import RESULTS, environment, write_results
 from fasttrain.data import FramePairs, PairLoader, PairSampling, open_source
 from fasttrain.data.images import IMAGENET_MEAN, IMAGENET_STD
@@ -268,21 +268,16 @@ def measure(name: str, setting: Setting) -> dict[str, float]:
     batches = contenders(setting)[name](warm_up + counted + 16)
     for _ in range(warm_up):
         next(batches)
-    synchronize(setting)
+    synchronize(torch.device(setting.device))
     cpu, start = cpu_seconds(), time.perf_counter()
     for _ in range(counted):
         next(batches)
-    synchronize(setting)
+    synchronize(torch.device(setting.device))
     seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu
     # Ends the workers, whose going down is not part of the measurement.
     del batches
     pairs = counted * setting.batch
     return {"pairs_per_second": pairs / seconds, "cpu_seconds_per_pair": cpu / pairs}
-
-
-def synchronize(setting: Setting) -> None:
-    if setting.device == "cuda":
-        torch.cuda.synchronize()
 
 
 def measure_step(name: str, setting: Setting) -> dict[str, float]:
@@ -295,11 +290,11 @@ def measure_step(name: str, setting: Setting) -> dict[str, float]:
     def timed(feed: Callable[[], torch.Tensor]) -> float:
         for _ in range(warm_up):
             step(feed())
-        synchronize(setting)
+        synchronize(torch.device(setting.device))
         begin = time.perf_counter()
         for _ in range(setting.steps):
             step(feed())
-        synchronize(setting)
+        synchronize(torch.device(setting.device))
         return (time.perf_counter() - begin) / setting.steps
 
     alone = timed(lambda: resident)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 WARM_UPS = 2
+CEILING_ROUNDS = 5
 
 
 def synchronize(device: torch.device) -> None:
@@ -95,19 +96,19 @@ def cpu_seconds() -> float:
     return own.ru_utime + own.ru_stime + ended.ru_utime + ended.ru_stime + alive
 
 
-def matrix_ceiling(dtype: torch.dtype, device: torch.device, *, rounds: int = 5) -> float:
+def matrix_ceiling(dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s of one large matrix product of random numbers, the median."""
     side = 8192 if device.type == "cuda" else 1536
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     calls = 10 if device.type == "cuda" else 1
-    timing = interleave({"": lambda: a @ b}, rounds=rounds, calls=calls, device=device)[""]
+    timing = interleave({"": lambda: a @ b}, rounds=CEILING_ROUNDS, calls=calls, device=device)[""]
     return 2 * side**3 / statistics.median(timing.wall)
 
 
-def copy_ceiling(device: torch.device, *, rounds: int = 5) -> float:
+def copy_ceiling(device: torch.device) -> float:
     """Bytes/s of a copy far larger than the caches, bytes read plus bytes written, the median."""
     size = 2**32 if device.type == "cuda" else 2**28
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
-    timing = interleave({"": lambda: target.copy_(source)}, rounds=rounds, calls=3, device=device)[""]
+    timing = interleave({"": lambda: target.copy_(source)}, rounds=CEILING_ROUNDS, calls=3, device=device)[""]
     return 2 * size / statistics.median(timing.wall)

@@ -19,6 +19,7 @@ from torch import Tensor
 from fasttrain.backbones import load_backbone, resize_positions
 from fasttrain.projection import Projection
 from fasttrain.recipe import Recipe
+from fasttrain.student import backbone_settings
 
 
 class PeerStep:
@@ -27,18 +28,9 @@ class PeerStep:
     def __init__(
         self, recipe: Recipe, *, device: torch.device, dtype: torch.dtype, fused_attention: bool = False
     ) -> None:
-        backbone, self.objective = recipe.backbone, recipe.objective
+        self.objective = recipe.objective
         self.device, self.dtype, self.size = device, dtype, recipe.data.image_size
-        self.encoder = load_backbone(
-            backbone.name,
-            weights=backbone.weights,
-            image_size=self.size,
-            patch_size=backbone.patch_size,
-            embed_dim=backbone.embed_dim,
-            depth=backbone.depth,
-            num_heads=backbone.num_heads,
-            seed=recipe.seed,
-        ).to(device)
+        self.encoder = load_backbone(**backbone_settings(recipe)).to(device)
         for block in self.encoder.blocks:
             block.attn.fused_attn = fused_attention
         self.head = Projection(self.encoder.embed_dim, head=recipe.projection.head, seed=recipe.seed).to(

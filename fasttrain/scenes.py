@@ -1,7 +1,7 @@
 """Made-up video with known masks: textured shapes that drift, turn and grow over a panning background.
 
-Everything is a function of the seed. `write_scene` encodes a real H.264 file and, on request, the label maps
-as palette PNGs in the layout of DAVIS. Shape suffixes: T frames, H height, W width, C colours.
+Everything is a function of the seed. `write_scene` encodes a real H.264 file. Shape suffixes: T frames, H
+height, W width, C colours.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 import av
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 Array = NDArray[np.float64]
 
@@ -52,11 +51,11 @@ def render_scene(
     return Scene(frames_THWC=frames, labels_THW=labels)
 
 
-def write_scene(scene: Scene, video: Path, masks: Path | None = None, *, rate: int = 24) -> None:
-    """Encode the frames as H.264; write label maps as `masks/00000.png` and so on."""
+def write_scene(scene: Scene, video: Path) -> None:
+    """Encode the frames as H.264, 24 a second."""
     video.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(video), "w") as container:
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "18", "g": "12"})
+        stream = container.add_stream("libx264", rate=24, options={"crf": "18", "g": "12"})
         stream.height, stream.width = scene.frames_THWC.shape[1:3]
         stream.pix_fmt = "yuv420p"
         # One thread: the file is then the same on every machine with the same encoder.
@@ -64,12 +63,6 @@ def write_scene(scene: Scene, video: Path, masks: Path | None = None, *, rate: i
         for image in scene.frames_THWC:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode(None))
-    if masks is not None:
-        masks.mkdir(parents=True, exist_ok=True)
-        for t, labels in enumerate(scene.labels_THW):
-            picture = Image.fromarray(labels, mode="P")
-            picture.putpalette([0, 0, 0, 224, 64, 48, 48, 160, 80, 64, 96, 224])
-            picture.save(masks / f"{t:05d}.png")
 
 
 Texture = Callable[[Array, Array], Array]

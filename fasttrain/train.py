@@ -28,7 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="key=value",
         help="dotted recipe keys, such as data.source=PATH train.epochs=1",
     )
-
     parser.add_argument(
         "--profile",
         action="store_true",

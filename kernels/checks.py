@@ -80,14 +80,9 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature must be a finite number above 0, got {temperature!r}")
 
 
-def check_lambda(lambda_reg: float) -> None:
-    if not (_is_number(lambda_reg) and lambda_reg >= 0):
-        raise ValueError(f"lambda_reg must be a finite number, 0 or more, got {lambda_reg!r}")
-
-
-def check_norm_eps(norm_eps: float) -> None:
-    if not (_is_number(norm_eps) and norm_eps >= 0):
-        raise ValueError(f"norm_eps must be a finite number, 0 or more, got {norm_eps!r}")
+def check_non_negative(name: str, value: float) -> None:
+    if not (_is_number(value) and value >= 0):
+        raise ValueError(f"{name} must be a finite number, 0 or more, got {value!r}")
 
 
 def check_regularizer(regularizer: str) -> None:

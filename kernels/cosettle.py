@@ -22,8 +22,7 @@ from torch import Tensor
 from . import reference
 from .checks import (
     check_grid,
-    check_lambda,
-    check_norm_eps,
+    check_non_negative,
     check_parameter,
     check_regularizer,
     check_same,
@@ -39,6 +38,7 @@ from .epilogue import (
     launch_backward,
     launch_forward,
     pooled_dtype,
+    separability_scale,
     statistics_shape,
 )
 from .reference import CosettleLoss, Regularizer
@@ -60,11 +60,6 @@ def _head(
     if bias is None or norm_weight is None or norm_bias is None:
         return None
     return HeadParameters(bias.contiguous(), norm_weight.contiguous(), norm_bias.contiguous(), norm_eps, tanh)
-
-
-def _term_scale(inputs: Tensor, kl: bool) -> float:
-    """What turns the sum of the separability terms into the loss."""
-    return 1.0 / (inputs.shape[0] if kl else inputs.numel())
 
 
 def _backward_fake(
@@ -114,7 +109,7 @@ def _cosettle_backward(
         grad_cycle,
         grad_pooled,
         kl=kl,
-        term_scale=_term_scale(inputs, kl),
+        term_scale=separability_scale(inputs, kl),
         pooled_scale=1.0 / (grad_scale(tokens) * temperature * samples * tokens),
     )
     if grad_parameters is None:
@@ -212,7 +207,7 @@ def _cosettle(
         Cells((height, width), (window, window)),
         kl=kl,
         pool=True,
-        term_scale=_term_scale(inputs, kl),
+        term_scale=separability_scale(inputs, kl),
         statistics=grad,
     )
     figures_FBM, grad_pooled = launch_three_views(
@@ -277,7 +272,7 @@ def _checked_options(
     check_views("frozen", frozen, 3)
     check_grid(grid, window, frozen.shape[2])
     check_temperature(temperature)
-    check_lambda(lambda_reg)
+    check_non_negative("lambda_reg", lambda_reg)
     check_regularizer(regularizer)
     return {
         "grid": grid,
@@ -360,7 +355,7 @@ def cosettle_head_loss(
     parameters = {"bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
     for name, parameter in parameters.items():
         check_parameter(name, parameter, "linear", linear)
-    check_norm_eps(norm_eps)
+    check_non_negative("norm_eps", norm_eps)
     if use_triton(backend, frozen=frozen, linear=linear, **parameters):
         return _fused(linear, frozen, (bias, norm_weight, norm_bias), norm_eps, tanh, **options)
     projected = reference.head_epilogue(linear, bias, norm_weight, norm_bias, norm_eps, tanh)

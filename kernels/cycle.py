@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from .reference import CYCLE_EPS
-from .runtime import inline, jit, on_device, power_of_two, tl, triton
+from .runtime import inline, jit, on_device, tl, triton
 from .tiles import dot
 
 MAX_FUSED_TOKENS = 64
@@ -42,7 +42,7 @@ def grad_scale(tokens: int) -> float:
     The largest is at most 4 M times a token's component, so that fp16 holds it for components up to one, and
     keeps as much as can be of the small ones.
     """
-    return 4096.0 / power_of_two(tokens)
+    return 4096.0 / triton.next_power_of_2(tokens)
 
 
 class CycleResult(NamedTuple):
@@ -179,9 +179,9 @@ def launch_cycle(
     figures_FBM = walk_B3MD.new_empty((4 if diagnostics else 1, samples, tokens), dtype=torch.float32)
     grad_shape = walk_B3MD.shape if grad_dtype else (0,)
     grad_B3MD = torch.empty(grad_shape, device=walk_B3MD.device, dtype=grad_dtype or walk_B3MD.dtype)
-    block = max(power_of_two(tokens), 16)
+    block = max(triton.next_power_of_2(tokens), 16)
     half = walk_B3MD.element_size() == 2
-    block_channels = min(max(power_of_two(channels), 16), 64 if half else 16)
+    block_channels = min(max(triton.next_power_of_2(channels), 16), 64 if half else 16)
     # Diagnostics are a launch of their own: together with the gradient they would not fit into registers.
     launches = [(grad_dtype is not None, False)] if grad_dtype or not diagnostics else []
     if diagnostics:

@@ -26,7 +26,7 @@ from torch import Tensor
 from .cycle import MAX_FUSED_TOKENS, CycleResult, grad_scale, launch_cycle
 from .elementary import LOG2_E, exp2
 from .reference import CYCLE_EPS
-from .runtime import compute_capability, inline, jit, on_device, power_of_two, tl, triton
+from .runtime import compute_capability, inline, jit, on_device, tl, triton
 from .tiles import dot, load_tokens, logits_tile, own_block
 
 
@@ -281,7 +281,7 @@ def tile_of(tokens: Tensor) -> dict[str, Any]:
     """
     half = tokens.element_size() == 2
     wide = half and compute_capability(tokens.device) >= (9, 0)
-    channels = max(power_of_two(tokens.shape[-1]), 16)
+    channels = max(triton.next_power_of_2(tokens.shape[-1]), 16)
     return {
         "D": tokens.shape[-1],
         "BLOCK": 64 if half else 32,
@@ -324,7 +324,7 @@ def launch_streaming(
         if grad_dtype:
             rows = (walk_B3MD, there_BM, back_BM, return_BM, through_BM)
             _through_kernel[launch](*rows, tokens, scale, EPS=CYCLE_EPS, **tile)
-            slice_channels = min(max(power_of_two(channels), 16), 128 if half else 64)
+            slice_channels = min(max(triton.next_power_of_2(channels), 16), 128 if half else 64)
             launch_sliced = (blocks * samples, triton.cdiv(channels, slice_channels))
             for of_second in (False, True):
                 _gradient_kernel[launch_sliced](

@@ -49,7 +49,7 @@ from .rows import (
     sum_two,
     zero_row,
 )
-from .runtime import inline, jit, multiprocessors, on_device, power_of_two, tl, triton
+from .runtime import inline, jit, multiprocessors, on_device, tl, triton
 
 
 class HeadParameters(NamedTuple):
@@ -377,6 +377,11 @@ def statistics_shape(inputs_BTND: Tensor, wanted: bool) -> tuple[int, ...]:
     return (*inputs_BTND.shape[:3], STATISTICS) if wanted else (0,)
 
 
+def separability_scale(inputs_BTND: Tensor, kl: bool) -> float:
+    """What turns the sum of the separability terms into the loss."""
+    return 1.0 / (inputs_BTND.shape[0] if kl else inputs_BTND.numel())
+
+
 def launch_forward(
     inputs_BTND: Tensor,
     frozen_BTND: Tensor,
@@ -494,5 +499,5 @@ def _constants(
         "CHUNKS": chunks,
         # Triton 3.10 turns multiply-and-add off unless asked for it.
         "enable_fp_fusion": True,
-        "num_warps": max(1, power_of_two(triton.cdiv(block * chunks, channels_per_warp))),
+        "num_warps": triton.next_power_of_2(triton.cdiv(block * chunks, channels_per_warp)),
     }

@@ -7,12 +7,12 @@ D.
 
 from __future__ import annotations
 
-from .runtime import INTERPRETED, inline, power_of_two, tl
+from .runtime import INTERPRETED, inline, tl, triton
 
 
 def row_blocks(channels: int) -> tuple[int, int]:
     """BLOCK and CHUNKS of the shortest cover of `channels`: one power of two, or three of at least 128."""
-    whole = power_of_two(channels)
+    whole = triton.next_power_of_2(channels)
     third = whole // 4
     return (third, 3) if third >= 128 and 3 * third >= channels else (max(whole, 32), 1)
 

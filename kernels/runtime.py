@@ -142,8 +142,3 @@ def compute_capability(device: torch.device) -> tuple[int, int]:
 def on_device(tensor: Tensor) -> torch.cuda.device:
     """Context in which kernels launch on the tensor's GPU; does nothing for CPU tensors."""
     return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
-
-
-def power_of_two(size: int) -> int:
-    """The smallest power of two that is not below `size`."""
-    return 1 << (size - 1).bit_length()

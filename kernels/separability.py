@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import reference
 from .checks import check_regularizer, check_same, check_tokens
-from .epilogue import Cells, launch_backward, launch_forward, statistics_shape
+from .epilogue import Cells, launch_backward, launch_forward, separability_scale, statistics_shape
 from .reference import Regularizer
 from .runtime import Backend, operator, require_kept, unit_stride, use_triton, wants_gradient
 
@@ -25,10 +25,6 @@ from .runtime import Backend, operator, require_kept, unit_stride, use_triton, w
 def _cells(projected: Tensor) -> Cells:
     """Four tokens to a program, as they come: without pooling the grid does not matter."""
     return Cells((1, projected.shape[2]), (1, 4))
-
-
-def _scale(projected: Tensor, kl: bool) -> float:
-    return 1.0 / (projected.shape[0] if kl else projected.numel())
 
 
 @operator(
@@ -50,7 +46,7 @@ def _separability_backward(
         grad,
         None,
         kl=kl,
-        term_scale=_scale(projected, kl),
+        term_scale=separability_scale(projected, kl),
         pooled_scale=0.0,
     )[0]
 
@@ -90,7 +86,7 @@ def _separability(projected: Tensor, frozen: Tensor, kl: bool, grad: bool) -> tu
         _cells(projected),
         kl=kl,
         pool=False,
-        term_scale=_scale(projected, kl),
+        term_scale=separability_scale(projected, kl),
         statistics=grad,
     )
     return terms_BTN.sum(), statistics_BTNS

@@ -43,6 +43,12 @@ def test_frozen_parameters_are_left_out() -> None:
     assert [len(group["params"]) for group in groups] == [0, 1]
 
 
+def test_the_recipes_numbers_reach_the_optimiser() -> None:
+    recipe = OptimizerRecipe(betas=(0.5, 0.6), eps=1e-3)
+    for group in build_optimizer(recipe, torch.nn.Linear(2, 2)).param_groups:
+        assert (group["betas"], group["eps"], group["lr"]) == (recipe.betas, recipe.eps, 0)
+
+
 @given(
     total=st.integers(2, 5000),
     epochs=st.floats(1.5, 100),
@@ -148,6 +154,7 @@ def test_a_recorded_run_goes_on_unrecorded(monkeypatch: pytest.MonkeyPatch) -> N
     after.module.load_state_dict(recorded.module.state_dict())
     state = portable_state(recorded.optimizer)
     assert [type(group["lr"]) for group in state["param_groups"]] == [float, float]
+    assert not any(group["capturable"] for group in state["param_groups"])
     after.optimizer.load_state_dict(state)
     after.steps(range(2, 4))
     torch.testing.assert_close(after.weights(), plain.weights(), rtol=1e-6, atol=1e-7)

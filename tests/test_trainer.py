@@ -274,9 +274,7 @@ def one_of_two(told: Any) -> OneOfTwo:
     return world
 
 
-def test_a_backbone_that_another_process_cannot_have_is_refused_here_too(
-    frames: Path, tmp_path: Path
-) -> None:
+def test_a_backbone_that_another_process_cannot_have_is_refused_here_too() -> None:
     settings = {"name": "dino", "embed_dim": 32, "depth": 1, "num_heads": 2, "image_size": 64}
     with pytest.raises(InputError, match="weights are not there"):
         load_on_all(one_of_two("weights are not there"), settings)

@@ -55,6 +55,7 @@ from fasttrain.data.packed import (
     read_manifest,
     write_manifest,
 )
+from fasttrain.data.sampling import spread
 from fasttrain.data.sources import Found, Kind, find_source, packed_folders
 from fasttrain.data.videos import (
     VideoInfo,
@@ -348,7 +349,7 @@ def _make_encoder(
             return _encode_folder(name, *found.folders[name], options)
         try:
             video = probe_video(found.videos[name])
-            wanted = spread(video.num_frames, options.frames)
+            wanted = spread(video.num_frames, options.frames or video.num_frames)
             if gpu and nvdec_decodes(video):
                 try:
                     return encode_frames(gpu.stream(video, wanted))
@@ -373,7 +374,7 @@ def _make_encoder(
 def _encode_folder(name: str, folder: Path, files: Sequence[str], options: PackOptions) -> PackedVideo:
     """A frame that cannot be read is left out; the others move up."""
     frames, skipped = [], []
-    for number in spread(len(files), options.frames):
+    for number in spread(len(files), options.frames or len(files)):
         file = files[number]
         try:
             data = np.fromfile(folder / file, dtype=np.uint8)
@@ -406,13 +407,6 @@ def encode_jpeg(frame: Frame, options: PackOptions) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=options.quality)
     return buffer.getvalue()
-
-
-def spread(num_frames: int, wanted: int) -> list[int]:
-    """`wanted` frame numbers from first to last, evenly; all of them for 0 or where there are no more."""
-    if not 0 < wanted < num_frames:
-        return list(range(num_frames))
-    return [int(number) for number in np.linspace(0, num_frames - 1, wanted).round()]
 
 
 class _GpuFrames:

@@ -131,9 +131,15 @@ def pixel_box(box: Floats, height: int, width: int) -> tuple[int, int, int, int]
     return top, left, min(max(bottom, top + 1), height), min(max(right, left + 1), width)
 
 
+def spread(length: int, count: int) -> list[int]:
+    """At most `count` different places, evenly over 0..length-1, both ends among them."""
+    return sorted(set(np.linspace(0, length - 1, min(count, length)).round().astype(int).tolist()))
+
+
 def _below(uniforms: Floats, bounds: Ints | int) -> Ints:
     """Integers uniform on [0, bound), from uniforms in [0, 1)."""
-    return np.minimum((uniforms * bounds).astype(np.int64), np.asarray(bounds) - 1)
+    # Even the largest number below one, times a bound below 2^53, is rounded to less than the bound.
+    return (uniforms * bounds).astype(np.int64)
 
 
 def _uniforms(seed: int, epochs: Ints, samples: Ints, attempt: int) -> Floats:

@@ -59,8 +59,8 @@ def open_source(source: str | Path, *, kind: Kind = "auto", processes: Processes
     optionally followed by the number of frames to use (behind a video file, a number is a label and means
     nothing); videos: a folder of video files at any depth, or one file; packed: what `fasttrain pack` wrote,
     or a text file that lists the folders of its parts. `auto` looks which it is. `processes` share the work
-    of looking into videos and get the same index. Raises InputError
-    where the source is missing, is not of the kind, or holds nothing that can be read.
+    of looking into videos and get the same index. Raises InputError where the source is missing, is not of
+    the kind, or holds nothing that can be read.
     """
     path = Path(source).expanduser()
     may_be_packed = kind in ("auto", "packed") or (kind == "list" and path.is_file())

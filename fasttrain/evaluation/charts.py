@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from fasttrain.errors import InputError
-from fasttrain.evaluation.figures import as_written, contact_sheet
+from fasttrain.evaluation.figures import as_written, contact_sheet, save_figure
 
 Frame = npt.NDArray[np.uint8]
 
@@ -77,7 +77,7 @@ def confusion_maps(counts: Mapping[str, Any], classes: Sequence[str], path: Path
             axes.set_xticks(range(len(classes)), names, rotation=90, fontsize=6)
             axes.set_yticks(range(len(classes)), names, fontsize=6)
     figure.colorbar(scale, ax=list(grid), shrink=0.8)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def segment_bars(
@@ -110,7 +110,7 @@ def segment_bars(
         :_MOST_NAMES
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=7)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _palette(count: int, background: Sequence[int]) -> npt.NDArray[np.float64]:
@@ -123,11 +123,5 @@ def _palette(count: int, background: Sequence[int]) -> npt.NDArray[np.float64]:
     return palette
 
 
-def _short(name: str, length: int = 26) -> str:
-    return as_written(name if len(name) <= length else name[: length - 1] + "…")
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    return path
+def _short(name: str) -> str:
+    return as_written(name if len(name) <= 26 else name[:25] + "…")

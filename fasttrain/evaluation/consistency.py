@@ -157,7 +157,7 @@ def _cycle_accuracy(video_TPD: Tensor) -> Tensor:
     grid_TDhw = video_TPD.transpose(1, 2).reshape(frames, channels, side, side)
     pooled_TWD = functional.avg_pool2d(grid_TDhw, kernel_size=2).flatten(2).transpose(1, 2)
     share = torch.tensor(CYCLE_PAIRS) * frames
-    first_CWD, second_CWD = (pooled_TWD[share[:, side].long().clamp(max=frames - 1)] for side in (0, 1))
+    first_CWD, second_CWD = (pooled_TWD[share[:, side].long()] for side in (0, 1))
     affinity_CWW = first_CWD @ second_CWD.transpose(1, 2) / CYCLE_TEMPERATURE
     cycle_CWW = affinity_CWW.softmax(-1) @ affinity_CWW.transpose(1, 2).softmax(-1)
     home_W = torch.arange(cycle_CWW.shape[-1], device=cycle_CWW.device)

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from fasttrain.data.images import UnreadableFrameError
-from fasttrain.data.sources import FrameIndex, open_source
+from fasttrain.data.index import FrameIndex
+from fasttrain.data.sampling import spread
+from fasttrain.data.sources import open_source
 from fasttrain.distributed import World
 from fasttrain.errors import InputError, LocalInputError
 from fasttrain.evaluation import figures
 from fasttrain.evaluation.consistency import FEWEST_FRAMES, Analysis
-from fasttrain.evaluation.frames import centre_crop, read_clip, spread
+from fasttrain.evaluation.frames import centre_crop, read_clip
 from fasttrain.evaluation.harness import Subject, own_share
 
 

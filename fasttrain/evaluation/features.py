@@ -36,11 +36,12 @@ from torch.nn import functional
 from fasttrain.data.images import UnreadableFrameError
 from fasttrain.data.index import FolderIndex, FrameIndex, VideoIndex, os_reason
 from fasttrain.data.packed import PackedIndex
+from fasttrain.data.sampling import spread
 from fasttrain.data.sources import find_source
 from fasttrain.data.videos import probe_video, stream_video_frames
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
-from fasttrain.evaluation.frames import centre_crop, map_ahead, spread
+from fasttrain.evaluation.frames import centre_crop, map_ahead
 from fasttrain.evaluation.harness import Subject, gather, own_share
 
 Frame = npt.NDArray[np.uint8]

@@ -5,7 +5,6 @@ H height, W width, C colours, J joints, M matches.
 """
 
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from fasttrain.data.sampling import spread
 from fasttrain.errors import InputError
-from fasttrain.evaluation.frames import spread
 from fasttrain.metrics import read_records
 
 Frame = npt.NDArray[np.uint8]
@@ -52,12 +51,12 @@ def write_label_map(labels_HW: Labels, path: Path) -> None:
     image.save(path)
 
 
-def overlay_masks(frame_HWC: Frame, labels_HW: Labels, opacity: float = 0.5) -> Frame:
+def overlay_masks(frame_HWC: Frame, labels_HW: Labels) -> Frame:
     """The frame with every object tinted in its palette colour and outlined."""
     labels_HW = np.asarray(labels_HW).astype(np.uint8)
     colors_HWC = voc_palette()[labels_HW]
     inside_HW1 = (labels_HW > 0)[..., None]
-    mixed_HWC = frame_HWC * (1 - opacity) + colors_HWC * opacity
+    mixed_HWC = frame_HWC * 0.5 + colors_HWC * 0.5
     edge_HW = np.zeros(labels_HW.shape, dtype=bool)
     edge_HW[:, 1:] |= labels_HW[:, 1:] != labels_HW[:, :-1]
     edge_HW[1:] |= labels_HW[1:] != labels_HW[:-1]
@@ -81,16 +80,16 @@ def overlay_pose(frame_HWC: Frame, joints_2J: npt.ArrayLike) -> Frame:
     return np.asarray(image)
 
 
-def overlay_sheet(rows: Sequence[tuple[str, Frame, Labels]], path: str | Path, columns: int = 6) -> Path:
+def overlay_sheet(rows: Sequence[tuple[str, Frame, Labels]], path: str | Path) -> Path:
     """A contact sheet of label maps on their frames, one captioned row per (name, frames THWC, labels THW).
 
-    Shows `columns` frames, evenly spread over each row.
+    Shows six frames, evenly spread over each row.
     """
     pictures = []
     for name, frames_THWC, labels_THW in rows:
         if len(frames_THWC) != len(labels_THW):
             raise InputError(f"row {name!r}: {len(frames_THWC)} frames, {len(labels_THW)} label maps")
-        shown = spread(len(frames_THWC), columns)
+        shown = spread(len(frames_THWC), 6)
         pictures.append((name, [overlay_masks(frames_THWC[t], labels_THW[t]) for t in shown]))
     return contact_sheet(pictures, path)
 
@@ -114,13 +113,13 @@ def contact_sheet(
     return path
 
 
-def write_video(frames: Sequence[Frame], path: str | Path, rate: int = 12) -> Path:
-    """Encode frames of one size as H.264 that browsers play; odd sizes lose their last row or column."""
+def write_video(frames: Sequence[Frame], path: str | Path) -> Path:
+    """Encode frames of one size as H.264, 12 a second; odd sizes lose their last row or column."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     height, width = (size // 2 * 2 for size in frames[0].shape[:2])
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(rate), options={"crf": "23"})
+        stream = container.add_stream("libx264", rate=12, options={"crf": "23"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for frame_HWC in frames:
             picture = np.ascontiguousarray(frame_HWC[:height, :width])
@@ -178,7 +177,7 @@ def learning_curves(runs: Sequence[str | Path], path: str | Path) -> Path:
                 axes.plot(steps, values, label=as_written(run), marker="." if len(points) < 30 else None)
         if len(histories) > 1:
             axes.legend(fontsize=7)
-    return _save_figure(figure, path)
+    return save_figure(figure, path)
 
 
 def trade_off(points: Sequence[tuple[str, dict[str, float], dict[str, float]]], path: str | Path) -> Path:
@@ -199,7 +198,7 @@ def trade_off(points: Sequence[tuple[str, dict[str, float], dict[str, float]]], 
     axes.set_title("Before (ring) and after (dot) the projection")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    return _save_figure(figure, path)
+    return save_figure(figure, path)
 
 
 def run_names(runs: Sequence[str | Path]) -> list[str]:
@@ -253,7 +252,8 @@ def _rgb(color: npt.NDArray[np.uint8]) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _save_figure(figure: Figure, path: str | Path) -> Path:
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write a figure of Matplotlib's, with the folders above it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

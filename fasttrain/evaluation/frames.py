@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fasttrain.data.images import IMAGENET_MEAN, IMAGENET_STD, UnreadableFrameError, decode_image
-from fasttrain.data.sources import FrameIndex
+from fasttrain.data.index import FrameIndex
 from fasttrain.errors import InputError
 
 Frame = npt.NDArray[np.uint8]
@@ -76,11 +76,6 @@ def read_clip(index: FrameIndex, video: int, frames: Sequence[int]) -> list[Fram
     if index.storage == "frames":
         return list(index.read(video, frames))
     return [index.read_frame(video, frame) for frame in frames]
-
-
-def spread(length: int, count: int) -> list[int]:
-    """At most `count` different places, evenly over 0..length-1, both ends among them."""
-    return sorted(set(np.linspace(0, length - 1, min(count, length)).round().astype(int).tolist()))
 
 
 def resize(frame_HWC: Frame, size: tuple[int, int]) -> Tensor:

@@ -1,7 +1,8 @@
 """Percentage of correct keypoints of propagated poses, and the joint maps that carry them (JHMDB).
 
-The measures alone. Jhuang et al., "Towards Understanding Action
-Recognition" (ICCV 2013), evaluated as in github ajabri/videowalk.
+The measures alone. Jhuang et al., "Towards Understanding Action Recognition" (ICCV 2013), evaluated as in
+github ajabri/videowalk. Shape suffixes: T frames, J joints, H W grid, N = H * W cells, C top cells, S side
+of a Gaussian.
 """
 
 import math

@@ -83,7 +83,7 @@ def segmental_f1(
         for one in guessed:
             overlaps = [_iou(one, other) if other.label == one.label else 0.0 for other in true]
             best = int(np.argmax(overlaps)) if overlaps else -1
-            if best >= 0 and overlaps[best] >= overlap and best not in taken:
+            if best >= 0 and overlaps[best] >= overlap:
                 taken.add(best)
         hits += len(taken)
     # 2 precision recall / (precision + recall), written without its divisions by zero.

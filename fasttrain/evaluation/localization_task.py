@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fasttrain.data.sampling import spread
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.evaluation import charts, features, segmentation
 from fasttrain.evaluation.features import Extracted, Sampling, extract
-from fasttrain.evaluation.frames import spread
 from fasttrain.evaluation.harness import Subject
 from fasttrain.evaluation.linear import MAX_ITERATIONS, LinearClassifier, fit_linear
 from fasttrain.evaluation.localization import (

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasttrain.data.sampling import spread
 from fasttrain.distributed import World
 from fasttrain.evaluation import charts, video_features
 from fasttrain.evaluation.features import Extracted
-from fasttrain.evaluation.frames import spread
 from fasttrain.evaluation.harness import Subject
 from fasttrain.evaluation.retrieval import RANKS, nearest, recall_at
 from fasttrain.evaluation.splits import LabelledVideo

@@ -19,10 +19,11 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn import functional
 
+from fasttrain.data.sampling import spread
 from fasttrain.distributed import World
 from fasttrain.errors import InputError, LocalInputError
 from fasttrain.evaluation import figures
-from fasttrain.evaluation.frames import Frame, read_image, resize, spread, work_ahead
+from fasttrain.evaluation.frames import Frame, read_image, resize, work_ahead
 from fasttrain.evaluation.harness import Subject, gather, own_share, read_lines
 from fasttrain.evaluation.propagation import CONTEXT, RADIUS, TEMPERATURE, Propagator, check_settings
 

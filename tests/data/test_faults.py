@@ -159,6 +159,8 @@ def test_files_that_vanish_in_mid_run(tmp_path: Path) -> None:
             for path in (root / "class_1" / "video_3").iterdir():
                 path.unlink()
     check_replaced(index, [loader], "class_1/video_3", "no such file")
+    # A replacement is one more sample that was seen.
+    assert loader.num_seen == 14 * 2 + len(loader.faults)
     assert loader.drain_faults() == loader.faults
     assert loader.drain_faults() == []
     loader.close()

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import torch
 from makers import encode_video, make_loader, picture, write_folders
-from PIL import Image
+from PIL import ExifTags, Image
 from rich.console import Console
 from test_faults import odd_frames
 from test_loader import check_pixels
 
 from fasttrain.data import open_source
-from fasttrain.data.pack import PackOptions, _alone, add_arguments, check, pack, run, spread
-from fasttrain.data.packed import Part
+from fasttrain.data.pack import PackOptions, _alone, add_arguments, check, pack, run
+from fasttrain.data.packed import Part, read_shard_index
 from fasttrain.data.pipeline import ClipDecoder
 from fasttrain.data.videos import cut_clip, has_nvdec, probe_video, read_video_frames
 from fasttrain.errors import InputError
@@ -63,7 +63,7 @@ def command(*words: str) -> None:
 
 def test_a_packed_set_is_its_source(tmp_path: Path) -> None:
     source = open_source(write_folders(tmp_path / "frames", [9, 4, 12, 1]))
-    packed(tmp_path / "frames", tmp_path / "packed")
+    packed(tmp_path / "frames", tmp_path / "packed", short_side=48)
     index = open_source(tmp_path / "packed")
     assert index.kind == "packed"
     assert index.names == source.names
@@ -148,7 +148,7 @@ def test_a_jpeg_that_decodes_to_garbage_is_left_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", odd_frames())
 def test_unusual_frames_are_packed(tmp_path: Path, case: str) -> None:
-    """None is taken for damaged."""
+    """None is taken for damaged, and any reader shows what is packed: RGB, upright without a tag."""
     stored = odd_frames()[case]
     (tmp_path / "frames" / case).mkdir(parents=True)
     for frame, data in enumerate(stored):
@@ -159,6 +159,9 @@ def test_unusual_frames_are_packed(tmp_path: Path, case: str) -> None:
     assert index.skipped == []
     assert index.num_frames.tolist() == [len(stored)]
     for frame in range(len(stored)):
+        with Image.open(io.BytesIO(index.read(0, [frame])[0].tobytes())) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            assert (image.format, image.mode, turned) == ("JPEG", "RGB", False)
         difference = index.read_frame(0, frame).astype(int) - source.read_frame(0, frame)
         # Dithered colours do not survive halved chroma.
         assert np.abs(difference).mean() < (16 if case == "palette" else 4)
@@ -193,7 +196,7 @@ import io, sys
 from pathlib import Path
 from rich.console import Console
 from fasttrain.data.pack import PackOptions, pack
-from fasttrain.data.packed import Part
+from fasttrain.data.packed import Part, read_shard_index
 pack(Path(sys.argv[1]), Path(sys.argv[2]), kind="auto", part=Part(1, 1), workers=1, console=Console(),
      options=PackOptions(frames=0, short_side=256, quality=90, shard_bytes=20_000, decoder="pyav"))
 """
@@ -354,16 +357,18 @@ def test_packing_again_fills_a_gap(tmp_path: Path) -> None:
 def spoilt_in_mid_run(tmp_path: Path, spoil: Callable[[Path], object]) -> list[str]:
     """Damage the first shard while a loader runs; returns the reasons of its faults."""
     packed(write_folders(tmp_path / "frames", [6] * 12), tmp_path / "packed")
+    shard = tmp_path / "packed" / "frames-1of1-000000.tar"
+    inside = set(read_shard_index(shard.with_suffix(".npz")).names)
     index = open_source(tmp_path / "packed")
+    assert inside < set(index.names)
     loader = make_loader(index, num_steps=24, prefetch=1, max_bad_fraction=1.0)
     for number, pairs in enumerate(loader):
         assert torch.isfinite(pairs.frames).all()
         if number == 2:
-            spoil(tmp_path / "packed" / "frames-1of1-000000.tar")
+            spoil(shard)
     loader.close()
     assert number == 23
-    shard = {name for name, _ in zip(index.names, index.num_frames, strict=True)}
-    assert {fault.name for fault in loader.faults} <= shard
+    assert {fault.name for fault in loader.faults} <= inside
     return [fault.reason for fault in loader.faults]
 
 
@@ -509,17 +514,6 @@ def test_nothing_readable_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "videos" / "a.mp4").write_bytes(b"no video")
     with pytest.raises(InputError, match=r"no video of .* can be read; the first, a\.mp4"):
         packed(tmp_path / "videos", tmp_path / "packed")
-
-
-def test_spread_keeps_both_ends() -> None:
-    assert spread(10, 4) == [0, 3, 6, 9]
-    assert spread(5, 0) == spread(5, 9) == [0, 1, 2, 3, 4]
-    assert spread(9, 1) == [0]
-    for wanted in range(2, 30):
-        frames = spread(30, wanted)
-        assert frames[0] == 0
-        assert frames[-1] == 29
-        assert len(set(frames)) == wanted
 
 
 def test_the_gpus_clip_decoder_on_the_cpu(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from makers import make_sampling
 
-from fasttrain.data.sampling import draw_crop, draw_pair, pixel_box
+from fasttrain.data.sampling import draw_crop, draw_pair, pixel_box, spread
 
 PAPER = {"area": (0.5, 1.0), "ratio": (3 / 4, 4 / 3)}
 
@@ -30,9 +30,10 @@ def test_frame_two_follows_at_the_gap(n: int, seed: int) -> None:
         assert first.max() < n - gap
 
 
-@pytest.mark.parametrize("n", [1, 2, 4, 6])
-def test_short_videos_give_two_independent_frames(n: int) -> None:
-    pairs = draw_pair(np.full(4000, n), uniforms(4000, 2), gap=0.15)
+# A video of four frames gives independent ones whatever the gap.
+@pytest.mark.parametrize(("n", "gap"), [(1, 0.15), (2, 0.15), (4, 0.5), (6, 0.15)])
+def test_short_videos_give_two_independent_frames(n: int, gap: float) -> None:
+    pairs = draw_pair(np.full(4000, n), uniforms(4000, 2), gap=gap)
     counts = np.zeros((n, n))
     np.add.at(counts, (pairs[:, 0], pairs[:, 1]), 1)
     # Each of the n^2 pairs within five standard deviations of its share.
@@ -51,7 +52,8 @@ def test_frame_one_is_uniform_on_its_range(n: int) -> None:
 
 
 @pytest.mark.parametrize("u", [0.0, np.nextafter(1, 0)])
-@pytest.mark.parametrize("gap", [0.0, 0.15, 1.0])
+# A share of 0.9 leaves a video of seven frames no room for frame 1.
+@pytest.mark.parametrize("gap", [0.0, 0.15, 0.9, 1.0])
 @pytest.mark.parametrize("n", [1, 2, 5, 7, 10**6 + 3])
 def test_pairs_stay_in_the_video_at_the_ends_of_the_unit_interval(n: int, gap: float, u: float) -> None:
     pair = draw_pair([n], [[u, u]], gap=gap)
@@ -116,10 +118,14 @@ def test_pixel_boxes_are_near_and_never_empty(box: tuple[float, ...], height: in
         assert abs(pixel - edge * extent) <= (0.5 if extent > 2 else 1)
 
 
+def test_a_box_thinner_than_a_pixel_is_one() -> None:
+    assert pixel_box(np.array([0.31, 0.96, 0.32, 0.97]), 10, 10) == (3, 9, 4, 10)
+
+
 @settings(max_examples=50)
 @given(
     samples=st.integers(1, 40),
-    seed=st.integers(0, 2**63),
+    seed=st.integers(-(2**63), 2**63),
     start=st.integers(0, 200),
     length=st.integers(1, 100),
 )
@@ -167,6 +173,19 @@ def test_replacements_are_spread_over_the_data() -> None:
     assert len(set(videos)) > 40
     again = sampling.draw(lengths, np.array([2]), np.array([9]), 17)
     np.testing.assert_array_equal(again.boxes, drawn[16].boxes)
+
+
+def test_spread_keeps_both_ends() -> None:
+    assert spread(10, 4) == [0, 3, 6, 9]
+    assert spread(9, 4) == [0, 3, 5, 8]
+    assert spread(5, 9) == [0, 1, 2, 3, 4]
+    assert spread(0, 3) == []
+    assert spread(9, 1) == [0]
+    for wanted in range(2, 30):
+        frames = spread(30, wanted)
+        assert frames[0] == 0
+        assert frames[-1] == 29
+        assert len(set(frames)) == wanted
 
 
 def test_flips_happen_at_their_probability() -> None:

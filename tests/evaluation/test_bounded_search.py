@@ -116,6 +116,17 @@ def test_queries_without_a_match_are_searched_in_full_and_their_strip_for_a_whil
     assert searched == [140, *[240] * bounded_search.FRAMES_IN_FULL, 140]
 
 
+def test_keys_beyond_the_disc_do_not_raise_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last keys are all the query itself, the disc holds one cell: the first frame's keys are found."""
+    unit_TND = unit_features(5, 5, 12, 9, 48, 1.0)
+    unit_TND[1:] = unit_TND[1, 0]
+    (strip,) = strips(12, 9, 1.0, 3, CPU)
+    whole, bounded = build(unit_TND, [strip], 9, monkeypatch, "float32")
+    expected_Qk, _ = whole.largest(unit_TND[-1], strip, 3)
+    found_Qk, _ = bounded.largest(unit_TND[-1], strip, 3)
+    torch.testing.assert_close(found_Qk, expected_Qk, rtol=0, atol=4 * torch.finfo(torch.float32).eps)
+
+
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_what_is_rounded_up_is_not_below(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     unit_TND = unit_features(4, 3, 6, 5, 4, 0.1)

@@ -35,6 +35,13 @@ def test_still_videos_do_not_move() -> None:
     assert found["inter_original"] > 0
 
 
+def test_features_that_are_all_alike_lie_at_no_distance() -> None:
+    """In one channel alone, so that the other singular values are zero."""
+    found = consistency_separability(torch.eye(4)[0].expand(3, 9, 16, 4))
+    assert found["inter_normalized_95"] == found["intra_normalized_95"] == 0
+    assert found["effective_rank"] == pytest.approx(1 / 4)
+
+
 def test_distances_scale_and_shares_do_not() -> None:
     features = random_features()
     small, large = consistency_separability(features), consistency_separability(3 * features)

@@ -1,6 +1,7 @@
 """J, F, PCK and mIoU against the official toolkits' numbers, and at the edges that those define."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -45,12 +46,13 @@ def test_a_mask_equals_itself(mask: np.ndarray) -> None:
     assert boundary_accuracy(mask, mask) == 1
 
 
-def test_contours_match_within_the_tolerance() -> None:
-    """A 400 x 300 image has a tolerance of 4 pixels: shifts up to it cost nothing, one more costs."""
-    mask = np.zeros((300, 400), dtype=bool)
+@pytest.mark.parametrize(("size", "pixels"), [((300, 400), 4), ((315, 420), 5)])
+def test_contours_match_within_the_tolerance(size: tuple[int, int], pixels: int) -> None:
+    """0.008 of the diagonal is 4 and 4.2 pixels: shifts up to it, rounded up, cost nothing."""
+    mask = np.zeros(size, dtype=bool)
     mask[100:200, 100:200] = True
-    assert boundary_accuracy(np.roll(mask, 4, axis=1), mask) == 1
-    assert boundary_accuracy(np.roll(mask, 5, axis=1), mask) < 1
+    assert boundary_accuracy(np.roll(mask, pixels, axis=1), mask) == 1
+    assert boundary_accuracy(np.roll(mask, pixels + 1, axis=1), mask) < 1
 
 
 def test_statistics_share_the_border_frames_of_their_bins() -> None:
@@ -61,6 +63,9 @@ def test_statistics_share_the_border_frames_of_their_bins() -> None:
     assert found.recall == pytest.approx(0.5)
     assert found.decay == pytest.approx(values[0:10].mean() - values[28:38].mean())
     assert np.isnan(statistics([]).mean)
+    # Three frames: borders at 1, 1.5, 2, 2.5 and 3, halves rounded up. Recall is of values above 0.5.
+    assert statistics([1, 0.5, 0]).decay == (1 + 0.5) / 2 - 0
+    assert statistics([0.5, 0.6]).recall == 0.5
 
 
 def load_poses(shared: Path) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
@@ -91,6 +96,14 @@ def test_pck_leaves_out_the_first_frame_and_joints_not_found() -> None:
     np.testing.assert_array_equal(pck_per_joint([prediction], [truth], [0.1]), [[0, 100, np.nan]])
 
 
+def test_pck_counts_a_joint_at_the_threshold() -> None:
+    """The box's diagonal is 50 pixels, a person's size 30: a tenth of it is 3 pixels."""
+    truth = np.stack([np.array([[0.0, 30.0], [0.0, 40.0]])] * 2, axis=-1)
+    prediction = truth.copy()
+    prediction[0, 0, 1] += 3
+    assert pck([prediction], [truth], thresholds=[0.1]) == [100]
+
+
 def test_pck_of_a_joint_that_is_found_alone_is_wrong() -> None:
     """Its box is a point, so that no distance is small; it counts all the same, as in videowalk."""
     truth = np.stack([np.array([[0.0, 30.0], [0.0, 40.0]])] * 3, axis=-1)
@@ -105,9 +118,10 @@ def test_joint_maps_carry_joints() -> None:
     joints = np.array([[3.0, 0.0, 9.7, 40.0], [2.0, 0.0, 5.2, 3.0]])
     maps = joint_maps(joints, (8, 12))
     assert maps.shape == (8, 12, 5)
-    torch.testing.assert_close(
-        joints_from_maps(maps)[:, :3], torch.tensor([[3.0, 0.0, 10.0], [2.0, 0.0, 5.0]]), atol=0.3, rtol=0
-    )
+    # In the corner a quarter of the Gaussian is left: weights 1, e^-2, e^-2 and e^-4.
+    corner = math.exp(-2) / (1 + math.exp(-2))
+    expected = torch.tensor([[3.0, corner, 10.0], [2.0, corner, 5.0]])
+    torch.testing.assert_close(joints_from_maps(maps)[:, :3], expected, atol=1e-6, rtol=0)
     assert joints_from_maps(maps)[:, 3].tolist() == [-1, -1]
     assert torch.equal(maps[..., 0] == 1, maps[..., 1:].sum(-1) == 0)
 
@@ -124,8 +138,10 @@ def test_mean_iou_equals_the_published_number(shared: Path) -> None:
 
 
 def test_mean_iou_leaves_out_classes_that_never_occur_and_void() -> None:
-    truth = np.array([[0, 0, 1, 255]])
-    assert mean_iou([np.array([[0, 1, 1, 0]])], [truth], num_classes=20) == pytest.approx((1 / 2 + 1 / 2) / 2)
+    truth = np.array([[0, 0, 1, 255, -1]])
+    assert mean_iou([np.array([[0, 1, 1, 0, 0]])], [truth], num_classes=20) == pytest.approx(
+        (1 / 2 + 1 / 2) / 2
+    )
 
 
 @given(st.lists(arrays(np.uint8, (4, 5), elements=st.integers(0, 19)), min_size=1, max_size=4))

@@ -106,14 +106,27 @@ def test_equals_brute_force(
     assert_propagates(features, first, context, radius, topk, 0.1)
 
 
-def test_strips_of_queries_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("radius", [4.0, 3.5])
+def test_strips_of_queries_make_no_difference(radius: float, monkeypatch: pytest.MonkeyPatch) -> None:
     features = make_features(1, (6, 9, 14, 32), 8, 0.2)
     first = torch.rand(9, 14, 4, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(key_search, "CPU_QUERIES", 1000)
-    whole = propagate_labels(features, first, 3, 4, 7, 0.7)
+    whole = propagate_labels(features, first, 3, radius, 7, 0.7)
     monkeypatch.setattr(key_search, "CPU_QUERIES", 20)
-    torch.testing.assert_close(propagate_labels(features, first, 3, 4, 7, 0.7), whole, rtol=0, atol=1e-6)
-    assert_propagates(features, first, 3, 4, 7, 0.7)
+    torch.testing.assert_close(propagate_labels(features, first, 3, radius, 7, 0.7), whole, rtol=0, atol=1e-6)
+    assert_propagates(features, first, 3, radius, 7, 0.7)
+
+
+def test_products_are_in_full_precision_whatever_was_set() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu"), key_search.full_precision(torch.device("cpu")):
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_a_stream_remembers_the_first_and_the_last_frames_only() -> None:

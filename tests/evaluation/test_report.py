@@ -96,13 +96,13 @@ def write_history(run: Path, text: str) -> Path:
 def labels_drawn(page: Path, runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The legends of the page's plots."""
     legends: list[list[str]] = []
-    save = figures._save_figure
+    save = figures.save_figure
 
     def save_figure(figure: Any, path: Any) -> Path:
         legends.extend([text.get_text() for text in axes.get_legend().get_texts()] for axes in figure.axes)
         return save(figure, path)
 
-    monkeypatch.setattr(figures, "_save_figure", save_figure)
+    monkeypatch.setattr(figures, "save_figure", save_figure)
     assert main(["report", *map(str, runs), "--output", str(page)]) == 0
     return legends
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fasttrain_kernels import cosettle_loss, reference
+from fasttrain_kernels import cosettle_loss, reference, separability_loss
 
 LOSS_CASES = [
     "cold",
@@ -122,9 +122,23 @@ def test_pooling_is_average_pooling() -> None:
     torch.testing.assert_close(reference.pool_tokens(tokens, (5, 7), 2), truth)
 
 
-def test_nothing_flows_into_the_frozen_tokens() -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    frozen, projected = (torch.randn(2, 3, 16, 8).to(dtype) for _ in range(2))
+    half, single = (
+        cosettle_loss(*tokens, grid=(4, 4), backend="eager")
+        for tokens in ((frozen, projected), (frozen.float(), projected.float()))
+    )
+    assert all(torch.equal(one, other) for one, other in zip(half, single, strict=True))
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_nothing_flows_into_the_frozen_tokens(alone: bool) -> None:
     frozen, projected = (torch.randn(1, 3, 16, 8, requires_grad=True) for _ in range(2))
-    cosettle_loss(frozen, projected, grid=(4, 4)).loss.backward()
+    if alone:
+        separability_loss(frozen, projected).backward()
+    else:
+        cosettle_loss(frozen, projected, grid=(4, 4)).loss.backward()
     assert frozen.grad is None
     assert projected.grad.abs().sum() > 0
 

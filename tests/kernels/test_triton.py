@@ -311,6 +311,18 @@ def test_cold_streaming_with_the_head(device: str, content: str) -> None:
     check_against_eager(loss, torch.bfloat16, tokens(1, 3, 70, 50, device=device), linear, *parameters)
 
 
+def test_opposite_views_do_not_overflow_beyond_the_last_token(device: str) -> None:
+    """All logits lie near -1 / 0.01, those of the rest of a tile at 0: unmasked, it would be infinite."""
+    noise = torch.randn(1, 3, 70, 24, generator=torch.Generator().manual_seed(0))
+    views = torch.tensor([1.0, -1.0, 1.0]).view(1, 3, 1, 1) + 0.1 * noise
+    walk = torch.nn.functional.normalize(views, dim=-1).to(device)
+
+    def loss(backend: str, walk: Tensor) -> tuple[Tensor, ...]:
+        return (cycle_consistency_loss(walk, 0.01, backend=backend),)
+
+    check_against_eager(loss, torch.float32, walk)
+
+
 def laid_out(values: Tensor, layout: str) -> Tensor:
     """The same numbers with other strides."""
     if layout == "views last":
