@@ -19,8 +19,8 @@ from fasttrain.errors import InputError
 _NAME = re.compile(r"step_(\d{8})\.pt")
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int) -> Path:
-    """Write `state` as the checkpoint after `step` optimiser steps, then drop all but the newest `keep`."""
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
+    """Write `state` as the checkpoint after `step` optimiser steps."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:08d}.pt"
     partial = path.with_suffix(".partial")
@@ -29,9 +29,15 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-    for old in saved_steps(folder)[:-keep]:
-        (folder / f"step_{old:08d}.pt").unlink()
     return path
+
+
+def drop_checkpoints(folder: Path, step: int, *, keep: int) -> None:
+    """Leave the newest `keep` checkpoints up to `step`: later ones are of a run that was cut off."""
+    steps = saved_steps(folder)
+    kept = [saved for saved in steps if saved <= step][-keep:]
+    for dropped in set(steps) - set(kept):
+        (folder / f"step_{dropped:08d}.pt").unlink()
 
 
 def saved_steps(folder: Path) -> list[int]:

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from fasttrain.backbones import Backbone
-from fasttrain.checkpoint import load_checkpoint, saved_steps
+from fasttrain.checkpoint import drop_checkpoints, load_checkpoint, saved_steps
 from fasttrain.data import (
     FrameIndex,
     FramePairs,
@@ -97,10 +97,14 @@ class Trainer:
                 progress.advance(step + 1)
                 if reports:
                     results = self._report(step + 1, clock, loader, logs, progress)
+                is_last = step + 1 == self.total_steps
+                if is_last:
+                    # Ahead of the last checkpoint, with which a run counts as trained.
+                    self._write_results(results)
                 if self._saves_after(step):
                     self._save(step + 1)
                 # After a report only: a head that a non-finite loss spoilt is never written.
-                if reports and self._asked_to_stop():
+                if reports and not is_last and self._asked_to_stop():
                     self._save(step + 1)
                     progress.message(f"stopped after step {step + 1}; the same command goes on from there")
                     raise KeyboardInterrupt
@@ -217,7 +221,16 @@ class Trainer:
         if self.world.is_main:
             for student in self.students:
                 student.save(step, self.facts)
+            # Only now: the backbones must have a checkpoint in common at any moment.
+            for student in self.students:
+                drop_checkpoints(student.folder / "checkpoints", step, keep=self.recipe.train.keep)
         self.world.barrier()
+
+    def _write_results(self, results: dict[str, dict[str, Any]]) -> None:
+        if self.world.is_main:
+            for student in self.students:
+                text = json.dumps({"backbone": student.name, **results[student.name]}, indent=2)
+                (student.folder / "train.json").write_text(text + "\n", encoding="utf-8")
 
     def _is_due(self, step: int, every: int) -> bool:
         """Whether something that happens every `every` steps (0: never) happens after `step`."""
@@ -431,10 +444,6 @@ def train(
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if world.is_main:
-        for student in trainer.students:
-            text = json.dumps({"backbone": student.name, **results[student.name]}, indent=2)
-            (student.folder / "train.json").write_text(text + "\n", encoding="utf-8")
     if profiler is not None:
         summary = profiler.close()
         trainer.say(

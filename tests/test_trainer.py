@@ -162,6 +162,50 @@ def test_resume_goes_on_to_the_same_bits(
     assert [line["step"] for line in metrics(tmp_path)] == [2, 4]
 
 
+@pytest.mark.parametrize("write", range(4))
+def test_a_run_cut_off_in_its_last_save_is_finished_by_the_next(
+    write: int, frames: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before each of the files that two backbones, which keep one checkpoint, write after step 4."""
+    single = tiny(frames, tmp_path, train={"keep": 1})
+    both = dataclasses.replace(
+        single, backbones=(single.backbone, dataclasses.replace(single.backbone, name="mae"))
+    )
+    replace = os.replace
+    written: list[str] = []
+
+    def cut(source: str | Path, target: str | Path) -> None:
+        if Path(target).suffix in (".pt", ".safetensors"):
+            if len(written) == 4 + write:
+                raise RuntimeError("pulled the plug")
+            written.append(str(target))
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", cut)
+        with pytest.raises(RuntimeError, match="pulled the plug"):
+            run(both)
+    run(both)
+    assert_same_bits(finished, tmp_path / "dino")
+    for name in ("dino", "mae"):
+        assert json.loads((tmp_path / name / "train.json").read_text())["epoch"] == 16 / VIDEOS
+        assert [path.name for path in (tmp_path / name / "checkpoints").glob("*.pt")] == ["step_00000004.pt"]
+
+
+def test_a_signal_in_the_last_step_changes_nothing(
+    frames: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_results = Trainer._write_results
+
+    def signalled(self: Trainer, results: dict[str, dict[str, Any]]) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        write_results(self, results)
+
+    monkeypatch.setattr(Trainer, "_write_results", signalled)
+    assert list(run(tiny(frames, tmp_path))) == ["dino"]
+    assert_same_bits(finished, tmp_path)
+
+
 def test_a_signal_ends_with_a_checkpoint_and_resumes_to_the_same_bits(
     frames: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
