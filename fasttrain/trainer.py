@@ -63,7 +63,10 @@ class Trainer:
         self.facts = {"global_batch": self.global_batch, "data": self.index.fingerprint()}
         self._check_same_data()
         self.students = self._build_students(recipes)
+        # Of all processes, up to the last report and before this start.
+        self.bad_samples = self.samples = 0
         self.first_step = self._resume()
+        self._counted_before = self.bad_samples, self.samples
         self._stop_asked = False
 
     def fit(self, profiler: StepProfiler | None = None) -> dict[str, dict[str, Any]]:
@@ -160,13 +163,13 @@ class Trainer:
         """Read all meters (here alone the host waits), write them down, stop on a non-finite loss."""
         readings = {student.name: student.read_meters() for student in self.students}
         rate, seconds = clock.read()
-        faults, bad_samples, samples = self._gather_faults(loader)
+        faults = self._gather_faults(loader)
         common = {
             "epoch": step / self.steps_per_epoch,
             "lr": self.lr(step - 1),
             "pairs_per_second": rate,
             "seconds": seconds,
-            "bad_samples": bad_samples,
+            "bad_samples": self.bad_samples,
             "bad_files": len(self.index.skipped),
         }
         records: dict[str, dict[str, Any]] = {}
@@ -186,17 +189,21 @@ class Trainer:
             records[student.name] = record
         if faults:
             # After they were written down; all processes come to the same answer.
-            check_bad_fraction(bad_samples, samples, self.recipe.data.max_bad_fraction, faults[-1])
+            limit = self.recipe.data.max_bad_fraction
+            check_bad_fraction(self.bad_samples, self.samples, limit, faults[-1])
         return records
 
-    def _gather_faults(self, loader: PairLoader) -> tuple[list[str], int, int]:
-        """New faults of all processes, all faults so far, all samples so far; the new ones are said."""
+    def _gather_faults(self, loader: PairLoader) -> list[str]:
+        """New faults of all processes, which are said; counts them and all samples."""
         mine = [str(fault) for fault in loader.drain_faults()]
         told = self.world.gather((mine, len(loader.faults), loader.num_seen))
         faults = [fault for new, _, _ in told for fault in new]
         for fault in faults:
             self.say(f"replaced a sample that cannot be read: {fault}")
-        return faults, sum(bad for _, bad, _ in told), sum(seen for _, _, seen in told)
+        bad_before, seen_before = self._counted_before
+        self.bad_samples = bad_before + sum(bad for _, bad, _ in told)
+        self.samples = seen_before + sum(seen for _, _, seen in told)
+        return faults
 
     def _drop_non_finite(
         self, student: Student, step: int, loader: PairLoader, logs: dict[str, MetricsLog | None]
@@ -219,8 +226,9 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         if self.world.is_main:
+            counts = {"bad_samples": self.bad_samples, "samples": self.samples}
             for student in self.students:
-                student.save(step, self.facts)
+                student.save(step, self.facts | counts)
             # Only now: the backbones must have a checkpoint in common at any moment.
             for student in self.students:
                 drop_checkpoints(student.folder / "checkpoints", step, keep=self.recipe.train.keep)
@@ -336,6 +344,8 @@ class Trainer:
                         f"to go on, {RESUME_ADVICE[key]}, or choose another folder with output=DIR"
                     )
             student.load_state(state)
+            # Checkpoints of earlier versions lack them.
+            self.bad_samples, self.samples = state.get("bad_samples", 0), state.get("samples", 0)
         self.say(f"going on from step {step} of {self.total_steps}")
         return step
 

@@ -17,6 +17,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from fasttrain import distributed
+from fasttrain.data.images import UnreadableFrameError
+from fasttrain.data.index import FolderIndex
 from fasttrain.errors import InputError
 from fasttrain.recipe import Recipe, load_recipe, recipe_from_dict, to_yaml
 from fasttrain.scenes import render_scene
@@ -145,6 +147,32 @@ def test_resume_goes_on_to_the_same_bits(
     crash_at: int, frames: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that dies in the middle of an epoch, before or after its checkpoint at step 2."""
+    crash_and_resume(tiny(frames, tmp_path), crash_at, monkeypatch)
+    assert_same_bits(finished, tmp_path)
+    assert [line["step"] for line in metrics(tmp_path)] == [2, 4]
+
+
+def test_bad_samples_are_counted_over_a_resume(
+    frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A video that lost its frames is met once an epoch, twice in the run: by step 2 and after."""
+    recipe = tiny(frames, tmp_path / "whole", data={"max_bad_fraction": 1.0})
+    read = FolderIndex.read
+
+    def read_most(self: FolderIndex, video: int, frames: Any) -> Any:
+        if video == 1:
+            raise UnreadableFrameError("gone", int(frames[0]))
+        return read(self, video, frames)
+
+    monkeypatch.setattr(FolderIndex, "read", read_most)
+    run(recipe)
+    crash_and_resume(dataclasses.replace(recipe, output=str(tmp_path / "cut")), 2, monkeypatch)
+    counts = [[line["bad_samples"] for line in metrics(tmp_path / name)] for name in ("whole", "cut")]
+    assert counts[0] == counts[1]
+    assert 0 < counts[0][0] < counts[0][1]
+
+
+def crash_and_resume(recipe: Recipe, crash_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     take_step = Trainer._step
 
     def crash(self: Trainer, batches: Any, step: int, **options: Any) -> None:
@@ -152,14 +180,11 @@ def test_resume_goes_on_to_the_same_bits(
             raise RuntimeError("pulled the plug")
         take_step(self, batches, step, **options)
 
-    recipe = tiny(frames, tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_step", crash)
         with pytest.raises(RuntimeError, match="pulled the plug"):
             run(recipe)
     run(recipe)
-    assert_same_bits(finished, tmp_path)
-    assert [line["step"] for line in metrics(tmp_path)] == [2, 4]
 
 
 @pytest.mark.parametrize("write", range(4))
