@@ -6,6 +6,7 @@ reads it. A file appears under its name only when it is whole.
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import re
@@ -23,12 +24,18 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Write `state` as the checkpoint after `step` optimiser steps."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:08d}.pt"
+    # First to memory: on a full disk torch hides what the system says.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
     partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     return path
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -37,6 +38,7 @@ from fasttrain.profiling import SKIPPED, STEP, StepProfiler, part, summary_table
 from fasttrain.projection import Projection
 from fasttrain.recipe import Recipe, differences, identity, load_recipe, to_yaml
 from fasttrain.student import DTYPES, Student, student_recipes
+from fasttrain.writing import alone, writing
 
 # (encoder, projection, index, device) -> figures, before and after the projection.
 Validate = Callable[[Backbone, Projection, FrameIndex, torch.device], dict[str, float]]
@@ -74,6 +76,10 @@ class Trainer:
         loader = self._open_loader()
         if loader.note:
             self.say(loader.note)
+        with self._alone():
+            return self._fit(loader, profiler)
+
+    def _fit(self, loader: PairLoader, profiler: StepProfiler | None) -> dict[str, dict[str, Any]]:
         self._write_recipes()
         progress = ProgressReport(
             self.console, total_steps=self.total_steps, first_step=self.first_step, enabled=self.world.is_main
@@ -121,7 +127,8 @@ class Trainer:
             loader.close()
             for log in logs.values():
                 if log is not None:
-                    log.close()
+                    with self._writing():
+                        log.close()
         return results
 
     def _warm_up(self) -> None:
@@ -184,7 +191,8 @@ class Trainer:
             log = logs[student.name]
             if log is not None:
                 faulty = {"faults": faults} if faults else {}
-                log.write(step, {**record, **faulty})
+                with self._writing():
+                    log.write(step, {**record, **faulty})
             progress.show(step, student.name, record, (self.total_steps - step) * self.global_batch / rate)
             records[student.name] = record
         if faults:
@@ -227,18 +235,20 @@ class Trainer:
     def _save(self, step: int) -> None:
         if self.world.is_main:
             counts = {"bad_samples": self.bad_samples, "samples": self.samples}
-            for student in self.students:
-                student.save(step, self.facts | counts)
-            # Only now: the backbones must have a checkpoint in common at any moment.
-            for student in self.students:
-                drop_checkpoints(student.folder / "checkpoints", step, keep=self.recipe.train.keep)
+            with self._writing():
+                for student in self.students:
+                    student.save(step, self.facts | counts)
+                # Only now: the backbones must have a checkpoint in common at any moment.
+                for student in self.students:
+                    drop_checkpoints(student.folder / "checkpoints", step, keep=self.recipe.train.keep)
         self.world.barrier()
 
     def _write_results(self, results: dict[str, dict[str, Any]]) -> None:
         if self.world.is_main:
             for student in self.students:
                 text = json.dumps({"backbone": student.name, **results[student.name]}, indent=2)
-                (student.folder / "train.json").write_text(text + "\n", encoding="utf-8")
+                with self._writing():
+                    (student.folder / "train.json").write_text(text + "\n", encoding="utf-8")
 
     def _is_due(self, step: int, every: int) -> bool:
         """Whether something that happens every `every` steps (0: never) happens after `step`."""
@@ -363,17 +373,31 @@ class Trainer:
     def _write_recipes(self) -> None:
         if self.world.is_main:
             for student in self.students:
-                student.folder.mkdir(parents=True, exist_ok=True)
-                partial = student.folder / "recipe.partial"
-                partial.write_text(to_yaml(student.recipe), encoding="utf-8")
-                os.replace(partial, student.folder / "recipe.yaml")
+                with self._writing():
+                    partial = student.folder / "recipe.partial"
+                    partial.write_text(to_yaml(student.recipe), encoding="utf-8")
+                    os.replace(partial, student.folder / "recipe.yaml")
 
     def _open_log(self, student: Student) -> MetricsLog | None:
         if not self.world.is_main:
             return None
-        return MetricsLog(
-            student.folder, first_step=self.first_step, tensorboard=self.recipe.train.tensorboard
-        )
+        with self._writing():
+            return MetricsLog(
+                student.folder, first_step=self.first_step, tensorboard=self.recipe.train.tensorboard
+            )
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Refuse folders that another run writes: each would take the other's half-written files."""
+        with ExitStack() as locks:
+            if self.world.is_main:
+                for student in self.students:
+                    refusal = f"output: another run writes {student.folder}; wait for it, or use output=DIR"
+                    locks.enter_context(alone(student.folder / "run.lock", refusal))
+            yield
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing(Path(self.recipe.output))
 
     def _open_loader(self) -> PairLoader:
         data, train = self.recipe.data, self.recipe.train

@@ -1,6 +1,7 @@
 """Training end to end on small made-up frame folders: the same steps however they are cut."""
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -424,6 +425,34 @@ def test_bad_input_is_refused_before_anything_is_written(
     with pytest.raises(InputError, match=part):
         run(tiny(frames, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on(
+    frames: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = os.fsync
+
+    def fill(descriptor: int) -> None:
+        if (tmp_path / "checkpoints" / "step_00000002.pt").exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fill)
+        with pytest.raises(InputError, match=f"{tmp_path} cannot be written: no space left on device"):
+            run(tiny(frames, tmp_path))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002.pt"]
+    run(tiny(frames, tmp_path))
+    assert_same_bits(finished, tmp_path)
+
+
+def test_a_second_run_in_the_folder_is_refused(frames: Path, finished: Path, tmp_path: Path) -> None:
+    with distributed.start("cpu") as world:
+        first, second = (Trainer(tiny(frames, tmp_path), world, Console()) for _ in range(2))
+        with first._alone(), pytest.raises(InputError, match=f"another run writes {tmp_path}"):
+            second.fit()
+        second.fit()
+    assert_same_bits(finished, tmp_path)
 
 
 def test_another_recipes_folder_is_refused(frames: Path, finished: Path) -> None:
