@@ -6,6 +6,7 @@ reads it. A file appears under its name only when it is whole.
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import re
@@ -19,19 +20,31 @@ from fasttrain.errors import InputError
 _NAME = re.compile(r"step_(\d{8})\.pt")
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int) -> Path:
-    """Write `state` as the checkpoint after `step` optimiser steps, then drop all but the newest `keep`."""
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
+    """Write `state` as the checkpoint after `step` optimiser steps."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:08d}.pt"
+    # First to memory: on a full disk torch hides what the system says.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
     partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    for old in saved_steps(folder)[:-keep]:
-        (folder / f"step_{old:08d}.pt").unlink()
+    try:
+        with partial.open("wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     return path
+
+
+def drop_checkpoints(folder: Path, step: int, *, keep: int) -> None:
+    """Leave the newest `keep` checkpoints up to `step`: later ones are of a run that was cut off."""
+    steps = saved_steps(folder)
+    kept = [saved for saved in steps if saved <= step][-keep:]
+    for dropped in set(steps) - set(kept):
+        (folder / f"step_{dropped:08d}.pt").unlink()
 
 
 def saved_steps(folder: Path) -> list[int]:

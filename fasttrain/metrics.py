@@ -174,7 +174,8 @@ class ProgressReport:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, status=f"{name}  {status}")
         else:
-            left = time.strftime("%H:%M:%S", time.gmtime(seconds_left))
+            hours, seconds = divmod(int(seconds_left), 3600)
+            left = f"{hours:02}:{seconds // 60:02}:{seconds % 60:02}"
             self._console.print(
                 f"{name}  step {step}/{self._total}  {status}  left {left}", highlight=False, soft_wrap=True
             )

@@ -199,7 +199,7 @@ class Recipe:
 
     output: Annotated[str, MAY_CHANGE] = "runs/run"
     """Folder of the run."""
-    seed: Annotated[int, Range(low=0, high=2**63 - 1)] = 0
+    seed: Annotated[int, Range(low=-(2**63), high=2**63 - 1)] = 0
     """Seed of the head's weights, the sample order, the pairs, the crops and the position offsets."""
     resume: Annotated[Literal["auto", "never"], MAY_CHANGE] = "auto"
     """`auto` goes on from the last checkpoint in `output`; `never` refuses a folder that holds a run."""

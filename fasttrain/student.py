@@ -175,13 +175,14 @@ class Student:
         self.scaler.load_state_dict(state["scaler"])
 
     def save(self, step: int, facts: dict[str, Any]) -> None:
-        """Write checkpoint and projection; the main process only."""
-        state = {"step": step, **facts, **self.state()}
-        save_checkpoint(self.folder / "checkpoints", step, state, keep=self.recipe.train.keep)
+        """Write projection and checkpoint; the main process only."""
         metadata = projection_metadata(
             self.backbone_settings, self.encoder, self.projection, to_dict(self.recipe)
         )
         self.projection.save(self.folder / "projection.safetensors", metadata)
+        # Last: a run that is cut off in between takes the steps again, and with them the projection.
+        state = {"step": step, **facts, **self.state()}
+        save_checkpoint(self.folder / "checkpoints", step, state)
 
 
 def backbone_settings(recipe: Recipe) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from rich.console import Console
 
 from fasttrain.backbones import Backbone
-from fasttrain.checkpoint import load_checkpoint, saved_steps
+from fasttrain.checkpoint import drop_checkpoints, load_checkpoint, saved_steps
 from fasttrain.data import (
     FrameIndex,
     FramePairs,
@@ -37,6 +38,7 @@ from fasttrain.profiling import SKIPPED, STEP, StepProfiler, part, summary_table
 from fasttrain.projection import Projection
 from fasttrain.recipe import Recipe, differences, identity, load_recipe, to_yaml
 from fasttrain.student import DTYPES, Student, student_recipes
+from fasttrain.writing import alone, writing
 
 # (encoder, projection, index, device) -> figures, before and after the projection.
 Validate = Callable[[Backbone, Projection, FrameIndex, torch.device], dict[str, float]]
@@ -63,7 +65,10 @@ class Trainer:
         self.facts = {"global_batch": self.global_batch, "data": self.index.fingerprint()}
         self._check_same_data()
         self.students = self._build_students(recipes)
+        # Of all processes, up to the last report and before this start.
+        self.bad_samples = self.samples = 0
         self.first_step = self._resume()
+        self._counted_before = self.bad_samples, self.samples
         self._stop_asked = False
 
     def fit(self, profiler: StepProfiler | None = None) -> dict[str, dict[str, Any]]:
@@ -71,6 +76,10 @@ class Trainer:
         loader = self._open_loader()
         if loader.note:
             self.say(loader.note)
+        with self._alone():
+            return self._fit(loader, profiler)
+
+    def _fit(self, loader: PairLoader, profiler: StepProfiler | None) -> dict[str, dict[str, Any]]:
         self._write_recipes()
         progress = ProgressReport(
             self.console, total_steps=self.total_steps, first_step=self.first_step, enabled=self.world.is_main
@@ -97,10 +106,14 @@ class Trainer:
                 progress.advance(step + 1)
                 if reports:
                     results = self._report(step + 1, clock, loader, logs, progress)
+                is_last = step + 1 == self.total_steps
+                if is_last:
+                    # Ahead of the last checkpoint, with which a run counts as trained.
+                    self._write_results(results)
                 if self._saves_after(step):
                     self._save(step + 1)
                 # After a report only: a head that a non-finite loss spoilt is never written.
-                if reports and self._asked_to_stop():
+                if reports and not is_last and self._asked_to_stop():
                     self._save(step + 1)
                     progress.message(f"stopped after step {step + 1}; the same command goes on from there")
                     raise KeyboardInterrupt
@@ -114,7 +127,8 @@ class Trainer:
             loader.close()
             for log in logs.values():
                 if log is not None:
-                    log.close()
+                    with self._writing():
+                        log.close()
         return results
 
     def _warm_up(self) -> None:
@@ -156,13 +170,13 @@ class Trainer:
         """Read all meters (here alone the host waits), write them down, stop on a non-finite loss."""
         readings = {student.name: student.read_meters() for student in self.students}
         rate, seconds = clock.read()
-        faults, bad_samples, samples = self._gather_faults(loader)
+        faults = self._gather_faults(loader)
         common = {
             "epoch": step / self.steps_per_epoch,
             "lr": self.lr(step - 1),
             "pairs_per_second": rate,
             "seconds": seconds,
-            "bad_samples": bad_samples,
+            "bad_samples": self.bad_samples,
             "bad_files": len(self.index.skipped),
         }
         records: dict[str, dict[str, Any]] = {}
@@ -177,22 +191,27 @@ class Trainer:
             log = logs[student.name]
             if log is not None:
                 faulty = {"faults": faults} if faults else {}
-                log.write(step, {**record, **faulty})
+                with self._writing():
+                    log.write(step, {**record, **faulty})
             progress.show(step, student.name, record, (self.total_steps - step) * self.global_batch / rate)
             records[student.name] = record
         if faults:
             # After they were written down; all processes come to the same answer.
-            check_bad_fraction(bad_samples, samples, self.recipe.data.max_bad_fraction, faults[-1])
+            limit = self.recipe.data.max_bad_fraction
+            check_bad_fraction(self.bad_samples, self.samples, limit, faults[-1])
         return records
 
-    def _gather_faults(self, loader: PairLoader) -> tuple[list[str], int, int]:
-        """New faults of all processes, all faults so far, all samples so far; the new ones are said."""
+    def _gather_faults(self, loader: PairLoader) -> list[str]:
+        """New faults of all processes, which are said; counts them and all samples."""
         mine = [str(fault) for fault in loader.drain_faults()]
         told = self.world.gather((mine, len(loader.faults), loader.num_seen))
         faults = [fault for new, _, _ in told for fault in new]
         for fault in faults:
             self.say(f"replaced a sample that cannot be read: {fault}")
-        return faults, sum(bad for _, bad, _ in told), sum(seen for _, _, seen in told)
+        bad_before, seen_before = self._counted_before
+        self.bad_samples = bad_before + sum(bad for _, bad, _ in told)
+        self.samples = seen_before + sum(seen for _, _, seen in told)
+        return faults
 
     def _drop_non_finite(
         self, student: Student, step: int, loader: PairLoader, logs: dict[str, MetricsLog | None]
@@ -215,9 +234,21 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         if self.world.is_main:
-            for student in self.students:
-                student.save(step, self.facts)
+            counts = {"bad_samples": self.bad_samples, "samples": self.samples}
+            with self._writing():
+                for student in self.students:
+                    student.save(step, self.facts | counts)
+                # Only now: the backbones must have a checkpoint in common at any moment.
+                for student in self.students:
+                    drop_checkpoints(student.folder / "checkpoints", step, keep=self.recipe.train.keep)
         self.world.barrier()
+
+    def _write_results(self, results: dict[str, dict[str, Any]]) -> None:
+        if self.world.is_main:
+            for student in self.students:
+                text = json.dumps({"backbone": student.name, **results[student.name]}, indent=2)
+                with self._writing():
+                    (student.folder / "train.json").write_text(text + "\n", encoding="utf-8")
 
     def _is_due(self, step: int, every: int) -> bool:
         """Whether something that happens every `every` steps (0: never) happens after `step`."""
@@ -323,6 +354,8 @@ class Trainer:
                         f"to go on, {RESUME_ADVICE[key]}, or choose another folder with output=DIR"
                     )
             student.load_state(state)
+            # Checkpoints of earlier versions lack them.
+            self.bad_samples, self.samples = state.get("bad_samples", 0), state.get("samples", 0)
         self.say(f"going on from step {step} of {self.total_steps}")
         return step
 
@@ -340,17 +373,31 @@ class Trainer:
     def _write_recipes(self) -> None:
         if self.world.is_main:
             for student in self.students:
-                student.folder.mkdir(parents=True, exist_ok=True)
-                partial = student.folder / "recipe.partial"
-                partial.write_text(to_yaml(student.recipe), encoding="utf-8")
-                os.replace(partial, student.folder / "recipe.yaml")
+                with self._writing():
+                    partial = student.folder / "recipe.partial"
+                    partial.write_text(to_yaml(student.recipe), encoding="utf-8")
+                    os.replace(partial, student.folder / "recipe.yaml")
 
     def _open_log(self, student: Student) -> MetricsLog | None:
         if not self.world.is_main:
             return None
-        return MetricsLog(
-            student.folder, first_step=self.first_step, tensorboard=self.recipe.train.tensorboard
-        )
+        with self._writing():
+            return MetricsLog(
+                student.folder, first_step=self.first_step, tensorboard=self.recipe.train.tensorboard
+            )
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Refuse folders that another run writes: each would take the other's half-written files."""
+        with ExitStack() as locks:
+            if self.world.is_main:
+                for student in self.students:
+                    refusal = f"output: another run writes {student.folder}; wait for it, or use output=DIR"
+                    locks.enter_context(alone(student.folder / "run.lock", refusal))
+            yield
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing(Path(self.recipe.output))
 
     def _open_loader(self) -> PairLoader:
         data, train = self.recipe.data, self.recipe.train
@@ -431,10 +478,6 @@ def train(
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if world.is_main:
-        for student in trainer.students:
-            text = json.dumps({"backbone": student.name, **results[student.name]}, indent=2)
-            (student.folder / "train.json").write_text(text + "\n", encoding="utf-8")
     if profiler is not None:
         summary = profiler.close()
         trainer.say(

@@ -49,7 +49,9 @@ ALLOWED = {
         "projection",
         "recipe",
         "student",
+        "writing",
     },
+    "writing": {"errors"},
 }
 
 

@@ -78,10 +78,10 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
         "cycle_accuracy": 0.75,
         "lr": 1e-4,
     }
-    report.show(5, "dino", record, 65.0)
+    report.show(5, "dino", record, 30 * 3600 + 65.0)
     report.close()
     line = out.getvalue()
-    for part in ("dino", "5/10", "12.5 pairs/s", "1.2500", "0.750", "1.00e-04", "00:01:05"):
+    for part in ("dino", "5/10", "12.5 pairs/s", "1.2500", "0.750", "1.00e-04", "left 30:01:05"):
         assert part in line
 
 

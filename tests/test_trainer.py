@@ -1,6 +1,7 @@
 """Training end to end on small made-up frame folders: the same steps however they are cut."""
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -17,6 +18,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from fasttrain import distributed
+from fasttrain.data.images import UnreadableFrameError
+from fasttrain.data.index import FolderIndex
 from fasttrain.errors import InputError
 from fasttrain.recipe import Recipe, load_recipe, recipe_from_dict, to_yaml
 from fasttrain.scenes import render_scene
@@ -145,6 +148,32 @@ def test_resume_goes_on_to_the_same_bits(
     crash_at: int, frames: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that dies in the middle of an epoch, before or after its checkpoint at step 2."""
+    crash_and_resume(tiny(frames, tmp_path), crash_at, monkeypatch)
+    assert_same_bits(finished, tmp_path)
+    assert [line["step"] for line in metrics(tmp_path)] == [2, 4]
+
+
+def test_bad_samples_are_counted_over_a_resume(
+    frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A video that lost its frames is met once an epoch, twice in the run: by step 2 and after."""
+    recipe = tiny(frames, tmp_path / "whole", data={"max_bad_fraction": 1.0})
+    read = FolderIndex.read
+
+    def read_most(self: FolderIndex, video: int, frames: Any) -> Any:
+        if video == 1:
+            raise UnreadableFrameError("gone", int(frames[0]))
+        return read(self, video, frames)
+
+    monkeypatch.setattr(FolderIndex, "read", read_most)
+    run(recipe)
+    crash_and_resume(dataclasses.replace(recipe, output=str(tmp_path / "cut")), 2, monkeypatch)
+    counts = [[line["bad_samples"] for line in metrics(tmp_path / name)] for name in ("whole", "cut")]
+    assert counts[0] == counts[1]
+    assert 0 < counts[0][0] < counts[0][1]
+
+
+def crash_and_resume(recipe: Recipe, crash_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     take_step = Trainer._step
 
     def crash(self: Trainer, batches: Any, step: int, **options: Any) -> None:
@@ -152,14 +181,55 @@ def test_resume_goes_on_to_the_same_bits(
             raise RuntimeError("pulled the plug")
         take_step(self, batches, step, **options)
 
-    recipe = tiny(frames, tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_step", crash)
         with pytest.raises(RuntimeError, match="pulled the plug"):
             run(recipe)
     run(recipe)
+
+
+@pytest.mark.parametrize("write", range(4))
+def test_a_run_cut_off_in_its_last_save_is_finished_by_the_next(
+    write: int, frames: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before each of the files that two backbones, which keep one checkpoint, write after step 4."""
+    single = tiny(frames, tmp_path, train={"keep": 1})
+    both = dataclasses.replace(
+        single, backbones=(single.backbone, dataclasses.replace(single.backbone, name="mae"))
+    )
+    replace = os.replace
+    written: list[str] = []
+
+    def cut(source: str | Path, target: str | Path) -> None:
+        if Path(target).suffix in (".pt", ".safetensors"):
+            if len(written) == 4 + write:
+                raise RuntimeError("pulled the plug")
+            written.append(str(target))
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", cut)
+        with pytest.raises(RuntimeError, match="pulled the plug"):
+            run(both)
+    run(both)
+    assert_same_bits(finished, tmp_path / "dino")
+    for name in ("dino", "mae"):
+        assert json.loads((tmp_path / name / "train.json").read_text())["epoch"] == 16 / VIDEOS
+        assert [path.name for path in (tmp_path / name / "checkpoints").glob("*.pt")] == ["step_00000004.pt"]
+
+
+def test_a_signal_in_the_last_step_changes_nothing(
+    frames: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_results = Trainer._write_results
+
+    def signalled(self: Trainer, results: dict[str, dict[str, Any]]) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        write_results(self, results)
+
+    monkeypatch.setattr(Trainer, "_write_results", signalled)
+    assert list(run(tiny(frames, tmp_path))) == ["dino"]
     assert_same_bits(finished, tmp_path)
-    assert [line["step"] for line in metrics(tmp_path)] == [2, 4]
 
 
 def test_a_signal_ends_with_a_checkpoint_and_resumes_to_the_same_bits(
@@ -353,6 +423,34 @@ def test_bad_input_is_refused_before_anything_is_written(
     with pytest.raises(InputError, match=part):
         run(tiny(frames, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on(
+    frames: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = os.fsync
+
+    def fill(descriptor: int) -> None:
+        if (tmp_path / "checkpoints" / "step_00000002.pt").exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fill)
+        with pytest.raises(InputError, match=f"{tmp_path} cannot be written: no space left on device"):
+            run(tiny(frames, tmp_path))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002.pt"]
+    run(tiny(frames, tmp_path))
+    assert_same_bits(finished, tmp_path)
+
+
+def test_a_second_run_in_the_folder_is_refused(frames: Path, finished: Path, tmp_path: Path) -> None:
+    with distributed.start("cpu") as world:
+        first, second = (Trainer(tiny(frames, tmp_path), world, Console()) for _ in range(2))
+        with first._alone(), pytest.raises(InputError, match=f"another run writes {tmp_path}"):
+            second.fit()
+        second.fit()
+    assert_same_bits(finished, tmp_path)
 
 
 def test_another_recipes_folder_is_refused(frames: Path, finished: Path) -> None:

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import fcntl
 import hashlib
 import io
 import os
@@ -32,7 +31,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -67,6 +66,7 @@ from fasttrain.data.videos import (
     stream_video_frames,
 )
 from fasttrain.errors import InputError
+from fasttrain.writing import alone, writing
 
 Frame = npt.NDArray[np.uint8]
 
@@ -222,7 +222,7 @@ def _write_part(
     console: Console,
 ) -> None:
     """Pack what is missing of a part, in a destination that no other process writes to."""
-    with _writing(destination):
+    with writing(destination):
         write_manifest(part.manifest(destination), identity, complete=False, skipped=[])
         for partial in destination.glob(f"*-{part.number}of{part.count}*.partial"):
             partial.unlink()
@@ -238,10 +238,10 @@ def _write_part(
             PackProgress(console, total=len(names), done=writer.videos_done) as progress,
         ):
             for name, video in _in_order(encode, names[writer.videos_done :], workers, stop):
-                with _writing(destination):
+                with writing(destination):
                     writer.add(name, video.frames, video.skipped)
                 progress.advance(len(video.frames), len(video.skipped))
-        with _writing(destination):
+        with writing(destination):
             writer.close()
     except KeyboardInterrupt:
         # Not before the bar is gone and the workers have left.
@@ -255,7 +255,7 @@ def _write_part(
     totals = {"shards": writer.number, "total_frames": writer.num_frames, "total_bytes": writer.num_bytes}
     if part.count == 1 and not writer.num_frames:
         raise InputError(f"no video of {source} can be read; the first, {skipped[0][0]}: {skipped[0][1]}")
-    with _writing(destination):
+    with writing(destination):
         write_manifest(part.manifest(destination), {**identity, **totals}, complete=True, skipped=skipped)
     _report(console, part.manifest(destination), totals, skipped)
 
@@ -503,39 +503,13 @@ def _is_packed(destination: Path, part: Part, identity: dict[str, Any]) -> bool:
     return part.is_complete(destination)
 
 
-@contextmanager
-def _alone(destination: Path, part: Part) -> Iterator[None]:
+def _alone(destination: Path, part: Part) -> AbstractContextManager[None]:
     """Refuse a part that another process is writing: each would take the other's half-written files."""
-    path = destination / f"pack-{part.number}of{part.count}.lock"
-    with _writing(destination):
-        destination.mkdir(parents=True, exist_ok=True)
-        file = path.open("ab")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"another process is packing part {part.number} of {part.count} into {destination}; wait for "
-                "it, or give each machine a --shard I/N of its own"
-            ) from None
-        # Some file systems of clusters know no locks; there nobody guards against a second process.
-        except OSError:
-            pass
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _writing(destination: Path) -> Iterator[None]:
-    """A full disk or a folder that may not be written is one line."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"{destination} cannot be written: {os_reason(error)}; the same command goes on from there"
-        ) from None
+    return alone(
+        destination / f"pack-{part.number}of{part.count}.lock",
+        f"another process is packing part {part.number} of {part.count} into {destination}; wait for "
+        "it, or give each machine a --shard I/N of its own",
+    )
 
 
 def _report(console: Console, manifest: Path, totals: dict[str, int], skipped: Skipped) -> None:
