@@ -68,7 +68,7 @@ class MetricsLog:
             # Imported late: it costs a second that a run without it need not pay.
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
 
     def write(self, step: int, record: dict[str, Any]) -> None:
         """Append one line; numbers go to TensorBoard as well."""

@@ -63,19 +63,6 @@ def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(4, 0.25)]
 
 
-def test_tensorboard_forgets_what_came_after_the_last_checkpoint(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    for first_step, steps in ((0, (1, 2, 3, 4)), (2, (3,))):
-        log = MetricsLog(tmp_path, first_step=first_step, tensorboard=True)
-        for step in steps:
-            log.write(step, {"loss": step + 0.5 * first_step})
-        log.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1), (2, 2), (3, 4)]
-
-
 def test_plain_lines_where_there_is_no_terminal() -> None:
     out = io.StringIO()
     report = ProgressReport(Console(file=out, width=300), total_steps=10, first_step=0, enabled=True)
