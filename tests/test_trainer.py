@@ -325,6 +325,16 @@ def test_a_non_finite_loss_names_step_and_samples(frames: Path, tmp_path: Path) 
     assert not (tmp_path / "checkpoints" / "step_00000003.pt").exists()
 
 
+def test_the_loss_scale_is_part_of_a_checkpoint(frames: Path, tmp_path: Path) -> None:
+    with distributed.start("cpu") as world:
+        recipe = tiny(frames, tmp_path, train={"precision": "fp16"})
+        student = Trainer(recipe, world, Console(quiet=True)).students[0]
+    state = student.state()
+    state["scaler"] = {**state["scaler"], "scale": 8.0, "_growth_tracker": 5}
+    student.load_state(state)
+    assert student.state()["scaler"] == state["scaler"]
+
+
 def test_the_encoder_stays_frozen(frames: Path, tmp_path: Path) -> None:
     with distributed.start("cpu") as world:
         trainer = Trainer(tiny(frames, tmp_path), world, Console(quiet=True))
