@@ -1,7 +1,7 @@
 """Timing side by side: every contender once a round, rounds repeated, medians and spread; and two ceilings.
 
 On a shared machine the neighbours load all contenders alike this way, and CPU seconds count only our own
-work. On a GPU wall time between two synchronisations is the device's own, for many calls are queued between.
+work. On a GPU the wall time between two synchronisations is the device's own, because many calls are queued.
 """
 
 from __future__ import annotations

@@ -91,8 +91,8 @@ def _attending(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """`views` with one attention kernel, chosen inside of what is compiled.
 
-    Outside of it the choice is no part of what PyTorch looks its programs up by: an encoder would be given
-    the program, and the attention kernel, of another that has the same shapes.
+    PyTorch does not look at a choice that is made outside when it looks for a compiled program: an encoder
+    would get the program, and with it the attention kernel, of another encoder of the same shapes.
     """
 
     def attend(frames: Tensor, positions: Tensor) -> Tensor:

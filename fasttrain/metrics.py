@@ -6,7 +6,6 @@ A `Meter` adds up on the device; `read()` is the one place where the host waits,
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import Tensor
 
 from fasttrain.distributed import World
+from fasttrain.files import write_atomically
 
 
 class Meter:
@@ -111,9 +111,7 @@ def _drop_lines_from(path: Path, first_step: int) -> None:
     if not path.exists():
         return
     kept = [line + "\n" for line, record in read_records(path) if record["step"] <= first_step]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+    write_atomically(path, "".join(kept).encode())
 
 
 class Clock:

@@ -62,6 +62,6 @@ def asymmetric_offset(seed: int, step: int, count: int) -> tuple[int, int]:
     A pure function, the same on all processes and in all accumulated passes of a step, so that a step does
     not depend on how its batch is divided.
     """
-    generator = np.random.Generator(np.random.Philox(key=np.array([seed, step], dtype=np.uint64)))
+    generator = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, step], dtype=np.uint64)))
     row, column = generator.integers(0, count, size=2)
     return int(row), int(column)

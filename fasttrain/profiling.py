@@ -101,21 +101,12 @@ def summarise(events: Iterable[dict[str, Any]], *, steps: int) -> dict[str, Any]
     part_ranges = _ranges(complete, PARTS)
     work = [event for event in complete if event.get("cat") in _ON_DEVICE]
     parts = dict.fromkeys(PARTS, 0.0)
-    streams: dict[str, set[Any]] = {name: set() for name in PARTS}
-    outside = 0.0
     if work:
-        launched = {
-            event["args"]["correlation"]: event["ts"]
-            for event in complete
-            if event.get("cat") in _LAUNCHES and "correlation" in event.get("args", {})
-        }
-        for event in work:
-            name = _range_of(part_ranges, launched.get(event.get("args", {}).get("correlation")))
-            if name is None:
-                outside += event["dur"]
-            else:
+        owners = _owners(complete, work, part_ranges)
+        for event, name in owners:
+            if name is not None:
                 parts[name] += event["dur"]
-                streams[name].add(event["args"].get("stream"))
+        outside = sum(event["dur"] for event, name in owners if name is None)
     else:
         for start, end, name in part_ranges:
             parts[name] += end - start
@@ -147,8 +138,26 @@ def summarise(events: Iterable[dict[str, Any]], *, steps: int) -> dict[str, Any]
         busy = _union([(event["ts"], event["ts"] + event["dur"]) for event in work])
         window = max(e["ts"] + e["dur"] for e in work) - min(e["ts"] for e in work)
         summary["busy_share"] = busy / window if window else 0.0
-        summary["streams"] = {name: len(found) for name, found in streams.items()}
+        summary["streams"] = {
+            wanted: len({event["args"].get("stream") for event, name in owners if name == wanted})
+            for wanted in PARTS
+        }
     return summary
+
+
+def _owners(
+    complete: list[dict[str, Any]], work: list[dict[str, Any]], part_ranges: list[tuple[float, float, str]]
+) -> list[tuple[dict[str, Any], str | None]]:
+    """The device's work, each with the part during which the host launched it, None where there was none."""
+    launched = {
+        event["args"]["correlation"]: event["ts"]
+        for event in complete
+        if event.get("cat") in _LAUNCHES and "correlation" in event.get("args", {})
+    }
+    return [
+        (event, _range_of(part_ranges, launched.get(event.get("args", {}).get("correlation"))))
+        for event in work
+    ]
 
 
 def summary_table(summary: dict[str, Any]) -> str:

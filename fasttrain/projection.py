@@ -4,7 +4,6 @@ Stands between the frozen tokens of `backbones` and the losses of `objective`. A
 safetensors file whose metadata says which encoder it belongs to (`video_encoder` reads it).
 """
 
-import os
 import re
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -14,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fasttrain.errors import InputError
+from fasttrain.files import write_atomically
 from fasttrain.weights import find_file, find_state_dict, read_checkpoint, seeded
 
 Head = Literal["linear", "mlp2", "mlp3"]
@@ -84,15 +84,8 @@ class Projection(nn.Module):
 
         metadata: what `load` gives back as `.metadata`; the head is always added.
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            partial.write_bytes(save(tensors, {**(metadata or {}), "head": self.head}))
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_atomically(Path(path), save(tensors, {**(metadata or {}), "head": self.head}))
 
     @classmethod
     def load(cls, path: str | Path) -> "Projection":

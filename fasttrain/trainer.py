@@ -32,13 +32,13 @@ from fasttrain.data import (
 )
 from fasttrain.distributed import World
 from fasttrain.errors import InputError, LocalInputError
+from fasttrain.files import alone, write_atomically, writing
 from fasttrain.metrics import NON_FINITE, Clock, MetricsLog, ProgressReport, last_event
 from fasttrain.optimizer import learning_rate_factor
 from fasttrain.profiling import SKIPPED, STEP, StepProfiler, part, summary_table
 from fasttrain.projection import Projection
 from fasttrain.recipe import Recipe, differences, identity, load_recipe, to_yaml
 from fasttrain.student import DTYPES, Student, student_recipes
-from fasttrain.writing import alone, writing
 
 # (encoder, projection, index, device) -> figures, before and after the projection.
 Validate = Callable[[Backbone, Projection, FrameIndex, torch.device], dict[str, float]]
@@ -248,7 +248,7 @@ class Trainer:
             for student in self.students:
                 text = json.dumps({"backbone": student.name, **results[student.name]}, indent=2)
                 with self._writing():
-                    (student.folder / "train.json").write_text(text + "\n", encoding="utf-8")
+                    write_atomically(student.folder / "train.json", f"{text}\n".encode())
 
     def _is_due(self, step: int, every: int) -> bool:
         """Whether something that happens every `every` steps (0: never) happens after `step`."""
@@ -374,9 +374,7 @@ class Trainer:
         if self.world.is_main:
             for student in self.students:
                 with self._writing():
-                    partial = student.folder / "recipe.partial"
-                    partial.write_text(to_yaml(student.recipe), encoding="utf-8")
-                    os.replace(partial, student.folder / "recipe.yaml")
+                    write_atomically(student.folder / "recipe.yaml", to_yaml(student.recipe).encode())
 
     def _open_log(self, student: Student) -> MetricsLog | None:
         if not self.world.is_main:

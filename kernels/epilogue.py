@@ -9,7 +9,8 @@ Per token, with x the input, z the frozen token and E the layer norm's epsilon:
     pooled = mean of p over the cells of one window
 
 The KL divergence in this form is a difference of small numbers, where the textbook's form subtracts two
-numbers near log D: it keeps six digits in fp32 where that keeps three.
+numbers near log D. In fp32 it keeps about one digit more: of 768 channels and a divergence of 4e-4, 3e-5 and
+3e-7 a token the relative errors were 1e-5, 5e-5 and 1e-2, the textbook's 5e-5, 4e-4 and 1e-1 (interpreter).
 
 Backward, from the gradients s of each separability term and G of the pooled tokens, a row at a time
 recomputed from x and z; the six sums over channels that this would take again are kept, 24 bytes a token:

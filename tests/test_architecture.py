@@ -14,8 +14,9 @@ ALLOWED = {
     "checkpoint": {"errors"},
     "errors": set(),
     "optimizer": {"cuda_graph", "errors", "recipe"},
-    "metrics": {"distributed"},
-    "projection": {"errors", "weights"},
+    "files": {"errors"},
+    "metrics": {"distributed", "files"},
+    "projection": {"errors", "files", "weights"},
     "objective": {"projection", "recipe"},
     "fp8": {"errors"},
     "cuda_graph": set(),
@@ -43,15 +44,14 @@ ALLOWED = {
         "data",
         "distributed",
         "errors",
+        "files",
         "metrics",
         "optimizer",
         "profiling",
         "projection",
         "recipe",
         "student",
-        "writing",
     },
-    "writing": {"errors"},
 }
 
 

@@ -42,6 +42,7 @@ def test_offsets_are_a_function_of_seed_and_step_and_cover_the_range() -> None:
     drawn = {asymmetric_offset(0, step, 3) for step in range(200)}
     assert drawn == {(row, column) for row in range(3) for column in range(3)}
     assert asymmetric_offset(0, 5, 100) == asymmetric_offset(0, 5, 100)
+    assert asymmetric_offset(-1, 5, 2**30) == asymmetric_offset(2**64 - 1, 5, 2**30)
     assert [asymmetric_offset(0, s, 1000) for s in range(5)] != [
         asymmetric_offset(1, s, 1000) for s in range(5)
     ]

@@ -18,9 +18,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from fasttrain import distributed
+from fasttrain.backbones import Backbone
 from fasttrain.data.images import UnreadableFrameError
 from fasttrain.data.index import FolderIndex
 from fasttrain.errors import InputError
+from fasttrain.objective import asymmetric_offset
 from fasttrain.recipe import Recipe, load_recipe, recipe_from_dict, to_yaml
 from fasttrain.scenes import render_scene
 from fasttrain.student import load_on_all
@@ -393,6 +395,33 @@ def test_a_non_finite_loss_names_step_and_samples(frames: Path, tmp_path: Path) 
     assert len(event["samples"]) == 4
     assert (tmp_path / "checkpoints" / "step_00000002.pt").exists()
     assert not (tmp_path / "checkpoints" / "step_00000003.pt").exists()
+
+
+def test_every_step_has_an_offset_of_positions_that_its_passes_share(
+    frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offsets = []
+    cut = Backbone.asymmetric_positions
+
+    def noted(encoder: Backbone, ratio: float, *, offset: tuple[int, int]) -> torch.Tensor:
+        offsets.append(offset)
+        return cut(encoder, ratio, offset=offset)
+
+    monkeypatch.setattr(Backbone, "asymmetric_positions", noted)
+    run(tiny(frames, tmp_path, seed=3, train={"batch_size": 2, "accumulate": 2}))
+    # 4 x 4 patches, enlarged to 44 x 44.
+    assert offsets == [asymmetric_offset(3, step, 41) for step in range(4) for _ in range(2)]
+    assert len(set(offsets)) == 4
+
+
+def test_the_loss_scale_is_part_of_a_checkpoint(frames: Path, tmp_path: Path) -> None:
+    with distributed.start("cpu") as world:
+        recipe = tiny(frames, tmp_path, train={"precision": "fp16"})
+        student = Trainer(recipe, world, Console(quiet=True)).students[0]
+    state = student.state()
+    state["scaler"] = {**state["scaler"], "scale": 8.0, "_growth_tracker": 5}
+    student.load_state(state)
+    assert student.state()["scaler"] == state["scaler"]
 
 
 def test_the_encoder_stays_frozen(frames: Path, tmp_path: Path) -> None:

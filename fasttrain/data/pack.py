@@ -66,7 +66,7 @@ from fasttrain.data.videos import (
     stream_video_frames,
 )
 from fasttrain.errors import InputError
-from fasttrain.writing import alone, writing
+from fasttrain.files import alone, writing
 
 Frame = npt.NDArray[np.uint8]
 

@@ -9,9 +9,9 @@ Written by pack.py, opened by sources.py. A set is one folder (or, by a list, se
 
 The index beside a shard is written after it, so a shard that has one is whole.
 
-A frame is read by `pread` of its byte range from the page cache that a memory map would show. The map itself
-would save a copy of 20 KB and cost a rank: where a shard is cut off or its disk fails, touching a map is
-SIGBUS, which no handler survives, and `pread` is an error like any other.
+A frame is read by `pread` of its byte range, from the page cache that a memory map would use too. A map would
+save a copy of 20 KB, but it can end the process: where a shard is cut off or its disk fails, touching the map
+is SIGBUS, which no handler survives, while `pread` gives an error like any other.
 """
 
 from __future__ import annotations

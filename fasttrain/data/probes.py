@@ -22,6 +22,7 @@ import av
 import numpy as np
 
 from fasttrain.data.videos import VideoInfo
+from fasttrain.files import write_atomically
 
 # Part of a file's header; another layout, or another ffmpeg, is read as nothing known.
 FORMAT = 1
@@ -66,14 +67,8 @@ class ProbeCache:
             name: {"state": state, "info": _as_json(info)} for name, (state, info) in sorted(videos.items())
         }
         content = json.dumps({"header": _header(), "videos": known}).encode()
-        unfinished = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                unfinished.write_bytes(gzip.compress(content, compresslevel=1))
-                os.replace(unfinished, self.path)
-            finally:
-                unfinished.unlink(missing_ok=True)
+            write_atomically(self.path, gzip.compress(content, compresslevel=1))
         except OSError as error:
             warnings.warn(
                 f"{self.path} cannot be written ({error}); the next start looks again", stacklevel=2

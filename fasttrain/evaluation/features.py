@@ -43,6 +43,7 @@ from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.evaluation.frames import centre_crop, map_ahead
 from fasttrain.evaluation.harness import Subject, gather, own_share
+from fasttrain.files import write_atomically
 
 Frame = npt.NDArray[np.uint8]
 Precision = Literal["fp32", "bf16"]
@@ -145,17 +146,10 @@ class FeatureStore:
 
     def save(self, key: str, found: VideoFeatures) -> None:
         """Atomic: a reader sees the whole file or none."""
-        path = self.path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
         thumbnail = torch.from_numpy(np.frombuffer(found.thumbnail, dtype=np.uint8).copy())
         tensors = {"features": found.features_TD.contiguous(), "thumbnail": thumbnail}
         about = {"key": key, "num_frames": str(found.num_frames), "digest": _digest(found)}
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            unfinished.write_bytes(save(tensors, about))
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_atomically(self.path(key), save(tensors, about))
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from torch import Tensor
 from fasttrain.backbones import Backbone, load_backbone
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
+from fasttrain.files import write_atomically
 from fasttrain.projection import Projection
 from fasttrain.video_encoder import load_video_encoder
 
@@ -155,11 +156,8 @@ def write_figures(path: Path, payload: Mapping[str, Any]) -> None:
         # fasttrain itself is not installed where it runs from a checkout, as `make gpu-check` lets it.
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_finite({**payload, "versions": versions}), indent=2, allow_nan=False)
-    partial = path.with_suffix(".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_atomically(path, f"{text}\n".encode())
 
 
 def with_difference(by_moment: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:

@@ -125,7 +125,7 @@ def test_a_box_thinner_than_a_pixel_is_one() -> None:
 @settings(max_examples=50)
 @given(
     samples=st.integers(1, 40),
-    seed=st.integers(0, 2**63),
+    seed=st.integers(-(2**63), 2**63),
     start=st.integers(0, 200),
     length=st.integers(1, 100),
 )

@@ -334,10 +334,11 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
     return values
 
 
-def test_a_projected_zero_token_follows_normalize(device: str) -> None:
+@pytest.mark.parametrize("factor", [0.0, 1e-14])
+def test_a_projected_zero_token_follows_normalize(device: str, factor: float) -> None:
     """torch.nn.functional.normalize divides by 1e-12 there, and its gradient is that much larger."""
     frozen, projected = (tokens(1, 3, 4, 16, device=device) for _ in range(2))
-    projected[0, 1, 2] = 0
+    projected[0, 1, 2] *= factor
     truth, value = (
         evaluate(objective((2, 2), window=1), backend, dtype, [frozen, projected])[-1][0, 1, 2]
         for backend, dtype in (("eager", torch.float64), ("triton", torch.float32))

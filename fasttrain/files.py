@@ -1,16 +1,28 @@
-"""Writing into a folder of the user's: alone, and with one line where it cannot be written.
+"""Files of a user's folder: whole or not at all, written by one process alone, one line where that fails.
 
-`trainer` and `data.pack` write for hours into a folder that a second process may be given by mistake.
+What must be on the disk before anything later is written, checkpoints and packed shards, has its own way.
 """
 
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from fasttrain.errors import InputError
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write under a name of this process, then rename; the folder of `path` is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager
