@@ -9,6 +9,7 @@ tokens, L tokens in all, S cells on a side of the encoder's own square grid, D c
 
 import difflib
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -168,8 +169,9 @@ def sincos_positions(grid: tuple[int, int], dim: int, first: Axis) -> Tensor:
 def _build_timm(name: str, **sizes: Any) -> Any:
     try:
         vit = timm.create_model(name, num_classes=0, dynamic_img_size=True, **sizes)
-    # Networks of other kinds take other arguments; sizes that do not go together fail timm's assertions.
-    except (TypeError, AssertionError) as error:
+    # Networks of other kinds take other arguments; sizes that do not go together fail timm's assertions; a
+    # name may end in a tag that timm does not have.
+    except (TypeError, AssertionError, RuntimeError) as error:
         raise InputError(f"backbone {name} is no plain ViT of timm's of these sizes ({error})") from error
     if not isinstance(vit, VisionTransformer) or vit.pos_embed is None:
         raise InputError(f"backbone {name} is a {type(vit).__name__}; expected a ViT with absolute positions")
@@ -181,7 +183,7 @@ def _build_timm(name: str, **sizes: Any) -> Any:
 def _sizes(state: StateDict) -> dict[str, Any]:
     """The sizes that a checkpoint shows; what it lacks is left to `_fill` to report."""
     sizes: dict[str, Any] = {}
-    blocks = [int(key.split(".")[1]) for key in state if key.startswith("blocks.")]
+    blocks = [int(match[1]) for key in state if (match := re.match(r"blocks\.(\d+)\.", key))]
     if blocks:
         sizes["depth"] = max(blocks) + 1
     projection = state.get("patch_embed.proj.weight")

@@ -251,6 +251,7 @@ def test_a_timm_vit_by_name_gives_timms_tokens(name: str, sizes: dict[str, int])
         ({"name": "dinov3"}, "'dinov3'.*mae, ijepa, .*dinov2"),
         ({"name": "vit_tiny_patch16_223"}, "close to it: vit_tiny_patch16_224"),
         ({"name": "resnet18"}, "resnet18 is no plain ViT"),
+        ({"name": "vit_tiny_patch16_224.mine"}, "Invalid pretrained tag"),
         ({"name": "vit_tiny_patch16_224", "embed_dim": 100}, "vit_tiny_patch16_224 .* num_heads"),
         ({"name": "eva02_tiny_patch14_224"}, "eva02_tiny_patch14_224 is a Eva"),
         ({"name": "mae", "image_size": 100}, "100 x 100: mae needs multiples of 16; resize it to 96 x 96"),

@@ -40,5 +40,14 @@ def test_a_damaged_file_is_named(size: int, tmp_path: Path) -> None:
         load_checkpoint(tmp_path, 3)
 
 
+def test_a_single_damaged_bit_is_named(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 3, {"weight": torch.zeros(1000)})
+    content = bytearray(path.read_bytes())
+    content[content.index(bytes(4000)) + 2000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"step_00000003.*checksum"):
+        load_checkpoint(tmp_path, 3)
+
+
 def test_no_folder_means_no_steps(tmp_path: Path) -> None:
     assert saved_steps(tmp_path / "nowhere") == []

@@ -225,6 +225,7 @@ def make_damaged(folder: Path) -> dict[str, Path]:
         content = (folder / f"whole.{suffix}").read_bytes()
         (folder / f"truncated.{suffix}").write_bytes(content[: len(content) // 2])
     (folder / "empty.pth").touch()
+    (folder / "text.pth").write_text("hello\n")
     (folder / "page.pth").write_text("<html>404</html>")
     (folder / "pickle.pth").write_bytes(pickle.dumps([1, 2]))
     torch.save([1, 2], folder / "list.pth")
@@ -239,6 +240,7 @@ def make_damaged(folder: Path) -> dict[str, Path]:
         "truncated.safetensors",
         "empty.pth",
         "page.pth",
+        "text.pth",
         "pickle.pth",
         "list.pth",
         "no_tensors.pth",
