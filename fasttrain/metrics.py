@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from torch import Tensor
 
 from fasttrain.distributed import World
@@ -145,11 +146,13 @@ class ProgressReport:
             self._bar = Progress(
                 TextColumn("[bold]step"),
                 MofNCompleteColumn(),
-                BarColumn(),
-                TextColumn("{task.fields[status]}"),
+                BarColumn(bar_width=10),
+                # Gives way on a narrow terminal: step and time left stay whole.
+                TextColumn("{task.fields[status]}", table_column=Column(ratio=1, no_wrap=True)),
                 TextColumn("left"),
                 TimeRemainingColumn(),
                 console=console,
+                expand=True,
             )
             self._task = self._bar.add_task("train", total=total_steps, completed=first_step, status="")
             self._bar.start()

@@ -46,6 +46,8 @@ class Student:
         self.dtype = DTYPES[recipe.train.precision]
         self.backbone_settings = backbone_settings(recipe)
         self.encoder = load_on_all(world, self.backbone_settings) if encoder is None else encoder
+        # What a resumed run must find unchanged: a file of weights may be another under the same name.
+        self.facts = {"weights_hash": self.encoder.weights_hash}
         self.grid = self.encoder.grid(recipe.data.image_size, recipe.data.image_size)
         if recipe.objective.window > min(self.grid):
             raise InputError(
@@ -181,7 +183,7 @@ class Student:
         )
         self.projection.save(self.folder / "projection.safetensors", metadata)
         # Last: a run that is cut off in between takes the steps again, and with them the projection.
-        state = {"step": step, **facts, **self.state()}
+        state = {"step": step, **facts, **self.facts, **self.state()}
         save_checkpoint(self.folder / "checkpoints", step, state)
 
 

@@ -347,8 +347,9 @@ class Trainer:
         step = max(common)
         for student in self.students:
             state = load_checkpoint(student.folder / "checkpoints", step)
-            for key, value in self.facts.items():
-                if state[key] != value:
+            for key, value in (self.facts | student.facts).items():
+                # Checkpoints of earlier versions lack the hash of the weights.
+                if state.get(key, value) != value:
                     raise InputError(
                         f"{student.folder}: its run had {key} {state[key]!r}, this one has {value!r}; "
                         f"to go on, {RESUME_ADVICE[key]}, or choose another folder with output=DIR"
@@ -430,6 +431,7 @@ class Trainer:
 RESUME_ADVICE = {
     "global_batch": "set train.batch_size and train.accumulate to give the same over all processes",
     "data": "use the same data.source",
+    "weights_hash": "give the backbone the weights that it began with",
 }
 
 

@@ -67,18 +67,33 @@ def test_tensorboard_gets_the_numbers_and_after_a_resume_no_step_twice(tmp_path:
     ]  # fmt: skip
 
 
+RECORD = {
+    "pairs_per_second": 12.5,
+    "loss": 1.25,
+    "cycle": 1.0,
+    "separability": 0.5,
+    "cycle_accuracy": 0.75,
+    "lr": 1e-4,
+}
+
+
+def test_a_terminal_of_80_columns_shows_step_and_time_left() -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=80, force_terminal=True, color_system=None)
+    report = ProgressReport(console, total_steps=46875, first_step=0, enabled=True)
+    report.show(20000, "dinov2", RECORD, 65.0)
+    report.advance(20000)
+    report.close()
+    # The last state of the bar, then the cursor comes back.
+    last = out.getvalue().splitlines()[-2]
+    for part in ("20000/46875", "dinov2", "12.5 pairs/s", "loss 1.2500", "left -:--:--"):
+        assert part in last
+
+
 def test_plain_lines_where_there_is_no_terminal() -> None:
     out = io.StringIO()
     report = ProgressReport(Console(file=out, width=300), total_steps=10, first_step=0, enabled=True)
-    record = {
-        "pairs_per_second": 12.5,
-        "loss": 1.25,
-        "cycle": 1.0,
-        "separability": 0.5,
-        "cycle_accuracy": 0.75,
-        "lr": 1e-4,
-    }
-    report.show(5, "dino", record, 30 * 3600 + 65.0)
+    report.show(5, "dino", RECORD, 30 * 3600 + 65.0)
     report.close()
     line = out.getvalue()
     for part in ("dino", "5/10", "12.5 pairs/s", "1.2500", "0.750", "1.00e-04", "left 30:01:05"):

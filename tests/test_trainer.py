@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
 
 from fasttrain import distributed
 from fasttrain.backbones import Backbone
@@ -500,3 +501,22 @@ def test_another_batch_or_other_data_are_refused_on_resume(
         (fewer / f"video{video}").symlink_to(frames / "class" / f"video{video}")
     with pytest.raises(InputError, match="data"):
         run(tiny(fewer, tmp_path))
+
+
+def test_other_weights_under_the_same_name_are_refused_on_resume(frames: Path, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {
+        "patch_size": 16,
+        "embed_dim": 32,
+        "depth": 1,
+        "num_heads": 2,
+        "norm_layer": torch.nn.LayerNorm,
+    }
+    vit = VisionTransformer(img_size=64, num_classes=0, **sizes)
+    file = tmp_path / "weights.pth"
+    recipe = tiny(frames, tmp_path / "run", backbone={"weights": str(file)})
+    torch.save(vit.state_dict(), file)
+    run(recipe)
+    vit.norm.weight.data *= 2
+    torch.save(vit.state_dict(), file)
+    with pytest.raises(InputError, match=r"weights_hash .*the weights that it began with"):
+        run(recipe)
