@@ -56,7 +56,7 @@ class Step:
 # Not marked `gpu`: without one they run interpreted. Hypothesis' shapes would compile for minutes.
 KERNEL_TESTS = (
     *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not any_shape"),
-    *("tests/kernels/test_triton.py", "tests/kernels/test_memory.py"),
+    *("tests/kernels/test_elementary.py", "tests/kernels/test_triton.py", "tests/kernels/test_memory.py"),
 )
 STEPS = (
     Step(

@@ -24,6 +24,7 @@ from fasttrain.data.images import UnreadableFrameError
 from fasttrain.data.index import FolderIndex
 from fasttrain.errors import InputError
 from fasttrain.objective import asymmetric_offset
+from fasttrain.optimizer import learning_rate_factor
 from fasttrain.recipe import Recipe, load_recipe, recipe_from_dict, to_yaml
 from fasttrain.scenes import render_scene
 from fasttrain.student import load_on_all
@@ -133,6 +134,9 @@ def test_a_run_folder_has_everything(finished: Path) -> None:
     }  # fmt: skip
     assert wanted <= lines[0].keys()
     assert lines[-1]["epoch"] == pytest.approx(16 / VIDEOS)
+    # The rate of the second step, for 4 pairs where the recipe's is for 256.
+    factor = learning_rate_factor(1, total_steps=4, epochs=5.0, warmup_epochs=1.0)
+    assert lines[0]["lr"] == pytest.approx(0.1 * 4 / 256 * factor)
     assert lines[0]["loss"] == pytest.approx(lines[0]["cycle"] + 3 * lines[0]["separability"])
 
 
@@ -352,6 +356,27 @@ def test_a_backbone_that_another_process_cannot_have_is_refused_here_too() -> No
     with pytest.raises(InputError, match="weights are not there"):
         load_on_all(one_of_two("weights are not there"), settings)
     assert load_on_all(one_of_two(None), settings).name == "dino"
+
+
+def test_the_number_of_steps_follows_from_the_epochs(frames: Path, tmp_path: Path) -> None:
+    recipe = tiny(frames, tmp_path, train={"steps": None, "epochs": 2.5, "batch_size": 2})
+    with distributed.start("cpu") as world:
+        # 15 pairs; the last global batch that would not be full is left out.
+        assert Trainer(recipe, world, Console(quiet=True)).total_steps == 7
+
+
+class SeesNoCheckpoints(distributed.World):
+    """A process whose partner sees what it sees, but for the checkpoints."""
+
+    def gather(self, value: Any) -> list[Any]:
+        names = [name for name, _ in value] if isinstance(value, list) else None
+        return [value, [(name, []) for name in names] if names else value]
+
+
+def test_checkpoints_that_another_process_does_not_see_are_refused(frames: Path, finished: Path) -> None:
+    world = SeesNoCheckpoints(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+    with pytest.raises(InputError, match="process 1 sees other checkpoints"):
+        Trainer(load_recipe(finished / "recipe.yaml"), world, Console(quiet=True))
 
 
 def test_a_source_that_another_process_does_not_see_is_refused(frames: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fasttrain_kernels import cosettle_loss, reference, separability_loss
+from fasttrain_kernels import cosettle_loss, cycle_consistency_loss, reference, separability_loss
 
 LOSS_CASES = [
     "cold",
@@ -113,6 +113,12 @@ def test_the_diagonal_is_that_of_the_whole_product() -> None:
     logits = torch.log(whole + reference.CYCLE_EPS).flatten(0, 1)
     truth = torch.nn.functional.cross_entropy(logits, torch.arange(7).repeat(2))
     torch.testing.assert_close(reference.cycle_consistency_loss(walk, 0.1), truth)
+
+
+def test_a_walk_there_and_back_returns_through_the_same_views() -> None:
+    walk = torch.nn.functional.normalize(torch.randn(2, 4, 7, 12, dtype=torch.float64), dim=-1)
+    returned = cycle_consistency_loss(walk, 0.1, there_and_back=True, backend="eager")
+    assert torch.equal(returned, cycle_consistency_loss(walk[:, [0, 1, 2, 3, 2, 1, 0]], 0.1, backend="eager"))
 
 
 def test_pooling_is_average_pooling() -> None:
