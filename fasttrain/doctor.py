@@ -96,17 +96,14 @@ def examine() -> list[Finding]:
             cost="no backbone can be built: timm needs it",
             required=True,
         ),
-        Finding(
-            name="Matplotlib",
-            found=_version("matplotlib"),
-            cost="no learning curves at a run's end, no evaluation, no report",
-            required=True,
-        ),
-        Finding(
-            name="SciPy",
-            found=_version("scipy"),
-            cost="no learning curves at a run's end, no evaluation, no report",
-            required=True,
+        *(
+            Finding(
+                name=name,
+                found=_version(name.lower()),
+                cost="no learning curves at a run's end, no evaluation, no report",
+                required=True,
+            )
+            for name in ("Matplotlib", "SciPy")
         ),
         Finding(name="NVIDIA Apex", found=_apex(), cost=_apex_cost()),
         Finding(name="TensorBoard", found=_version("tensorboard"), cost="set train.tensorboard=false"),

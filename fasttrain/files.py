@@ -55,7 +55,11 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
         raise InputError(
-            f"{folder} cannot be written: {reason}; the same command goes on from there"
+            f"{folder} cannot be written: {os_reason(error)}; the same command goes on from there"
         ) from None
+
+
+def os_reason(error: OSError) -> str:
+    """What went wrong with a file, in a few words."""
+    return (error.strerror or str(error)).lower()

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from fasttrain.data.images import Bytes, UnreadableFrameError, check_encoded, decode_image
 from fasttrain.data.videos import VideoInfo, cut_clip, nvdec_decodes, read_video_frames
 from fasttrain.errors import InputError
+from fasttrain.files import os_reason
 
 # What `read` gives: images, encoded JPEG or PNG (n,); frames, RGB (H, W, 3); clips, a Matroska file (n,) for
 # the GPU's decoder and the numbers of the frames in it.
@@ -123,8 +124,3 @@ class ClipIndex(VideoIndex):
     def read_frame(self, video: int, frame: int) -> npt.NDArray[np.uint8]:
         (rgb,) = read_video_frames(self.videos[video], [frame])
         return rgb
-
-
-def os_reason(error: OSError) -> str:
-    """What went wrong with a file, in a few words."""
-    return (error.strerror or str(error)).lower()

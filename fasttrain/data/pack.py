@@ -45,7 +45,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fasttrain.data.images import UnreadableFrameError, check_encoded, decode_image
-from fasttrain.data.index import Skipped, os_reason
+from fasttrain.data.index import Skipped
 from fasttrain.data.packed import (
     Part,
     ShardWriter,
@@ -66,7 +66,7 @@ from fasttrain.data.videos import (
     stream_video_frames,
 )
 from fasttrain.errors import InputError
-from fasttrain.files import alone, writing
+from fasttrain.files import alone, os_reason, writing
 
 Frame = npt.NDArray[np.uint8]
 

@@ -34,8 +34,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fasttrain.data.images import Bytes, UnreadableFrameError
-from fasttrain.data.index import FrameIndex, Skipped, Storage, os_reason
+from fasttrain.data.index import FrameIndex, Skipped, Storage
 from fasttrain.errors import InputError
+from fasttrain.files import os_reason
 
 FORMAT = 2
 TAR_BLOCK = 512

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fasttrain.data.images import IMAGE_SUFFIXES, UnreadableFrameError
-from fasttrain.data.index import FolderIndex, FrameFolders, FrameIndex, Skipped, VideoIndex, os_reason
+from fasttrain.data.index import FolderIndex, FrameFolders, FrameIndex, Skipped, VideoIndex
 from fasttrain.data.packed import PackedIndex, is_packed
 from fasttrain.data.probes import ProbeCache, State, state_of
 from fasttrain.data.videos import VIDEO_SUFFIXES, VideoInfo, probe_video
 from fasttrain.errors import InputError
+from fasttrain.files import os_reason
 
 Kind = Literal["auto", "folders", "list", "videos", "packed"]
 

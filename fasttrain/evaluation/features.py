@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fasttrain.data.images import UnreadableFrameError
-from fasttrain.data.index import FolderIndex, FrameIndex, VideoIndex, os_reason
+from fasttrain.data.index import FolderIndex, FrameIndex, VideoIndex
 from fasttrain.data.packed import PackedIndex
 from fasttrain.data.sampling import spread
 from fasttrain.data.sources import find_source
@@ -43,7 +43,7 @@ from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.evaluation.frames import centre_crop, map_ahead
 from fasttrain.evaluation.harness import Subject, gather, own_share
-from fasttrain.files import write_atomically
+from fasttrain.files import os_reason, write_atomically
 
 Frame = npt.NDArray[np.uint8]
 Precision = Literal["fp32", "bf16"]
