@@ -30,7 +30,7 @@ COMMANDS = {
     "demo": ("fasttrain.demo", "train on made-up video and show what it bought"),
 }
 # What the system says of a place that was named badly, or may not be written.
-BAD_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+BAD_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=f"fasttrain {name}", description=module.__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     module.add_arguments(parser)
-    arguments = parser.parse_args(words)
+    # Options may stand between positional words, except beside subcommands, which argparse does not mix.
+    arguments = parser.parse_args(words) if name == "eval" else parser.parse_intermixed_args(words)
     if name == "train":
         _refuse_mistyped_command(arguments.recipe)
     try:

@@ -16,6 +16,7 @@ import inspect
 import itertools
 import json
 import math
+import os
 import re
 import sys
 import types
@@ -55,7 +56,8 @@ MAY_CHANGE = "may change on resume"
 
 Positive = Annotated[float, Range(low=0, open_low=True)]
 NonNegative = Annotated[float, Range(low=0)]
-Count = Annotated[int, Range(low=1)]
+# Small enough for the product of two to be a 64-bit number.
+Count = Annotated[int, Range(low=1, high=2**31 - 1)]
 Fraction = Annotated[float, Range(low=0, high=1)]
 
 
@@ -121,7 +123,7 @@ class DataRecipe:
     """Frame folders, a text file that lists them, a folder of video files, or a packed set."""
     kind: Annotated[Literal["auto", "folders", "list", "videos", "packed"], MAY_CHANGE] = "auto"
     """How to read the source; `auto` looks."""
-    image_size: Count = 224
+    image_size: Annotated[int, Range(low=1, high=2**14)] = 224
     """Side of the square crop in pixels that the encoder sees."""
     gap: Fraction = 0.15
     """Distance of the two frames as a share of the video's length."""
@@ -137,7 +139,7 @@ class DataRecipe:
     """Where frames are decoded: host or GPU (`mixed`); `auto`: JPEG on the host, video on NVDEC if it can."""
     jpeg_engine_load: Annotated[Fraction, MAY_CHANGE] = 0.65
     """With `mixed`, the share of JPEG frames for the GPU's JPEG engine; its CUDA cores get the rest."""
-    num_threads: Annotated[int, Range(low=0), MAY_CHANGE] = 0
+    num_threads: Annotated[int, Range(low=0, high=2**12), MAY_CHANGE] = 0
     """Decoding threads of each process; 0 shares the machine's cores among its processes."""
     prefetch: Annotated[Count, MAY_CHANGE] = 2
     """Batches that are decoded ahead."""
@@ -198,7 +200,7 @@ class Recipe:
     """One run. `backbones` is empty for a single backbone; otherwise all of them train from one stream."""
 
     output: Annotated[str, MAY_CHANGE] = "runs/run"
-    """Folder of the run."""
+    """Folder of the run; `~` is the home folder."""
     seed: Annotated[int, Range(low=-(2**63), high=2**63 - 1)] = 0
     """Seed of the head's weights, the sample order, the pairs, the crops and the position offsets."""
     resume: Annotated[Literal["auto", "never"], MAY_CHANGE] = "auto"
@@ -281,7 +283,7 @@ def recipe_from_dict(tree: Mapping[str, Any]) -> Recipe:
     """Build a checked recipe from nested mappings (what `to_dict` returns, or any part of it)."""
     recipe = _build(Recipe, tree, path="")
     _check_relations(recipe)
-    return recipe
+    return dataclasses.replace(recipe, output=os.path.expanduser(recipe.output))
 
 
 def to_dict(recipe: Any) -> dict[str, Any]:
@@ -449,7 +451,9 @@ def _check_tuple(arguments: tuple[Any, ...], value: Any, path: str) -> tuple[Any
 
 
 def _check_relations(recipe: Recipe) -> None:
-    """What no single key can tell."""
+    """What no type can tell."""
+    if not recipe.output:
+        raise InputError("output: '' is no folder; name one with output=DIR")
     for path, (low, high) in (
         ("data.crop_area", recipe.data.crop_area),
         ("data.crop_ratio", recipe.data.crop_ratio),

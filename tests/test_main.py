@@ -49,6 +49,20 @@ def test_bad_input_is_one_line_and_code_2(
     assert part in error
 
 
+def test_options_stand_anywhere_between_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(RECIPES / "dino.yaml"), "--profile", "data.source=nowhere"]) == 2
+    assert "nowhere" in capsys.readouterr().err
+    assert main(["pack", str(tmp_path / "nowhere"), "--frames", "2", str(tmp_path / "packed")]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_name_that_is_too_long_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(RECIPES / "quickstart.yaml"), f"data.source={'a' * 300}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fasttrain: cannot use aaa")
+    assert error.count("\n") == 1
+
+
 def test_a_place_that_cannot_be_used_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n')
     (tmp_path / "file").touch()

@@ -90,6 +90,11 @@ def test_a_path_that_looks_like_a_date_is_a_path(tmp_path: Path) -> None:
     assert load_recipe(write(tmp_path, ""), ["output=2024-02-30"]).output == "2024-02-30"
 
 
+def test_the_home_folder_of_an_output_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_recipe(write(tmp_path, "output: ~/run\n")).output == str(tmp_path / "run")
+
+
 def test_anchors_and_merge_keys(tmp_path: Path) -> None:
     text = "backbones:\n  - &first {name: mae, depth: 2}\n  - {<<: *first, name: dino}\n"
     mae, dino = load_recipe(write(tmp_path, text)).backbones
@@ -116,6 +121,10 @@ def test_some_of_the_backbones_are_picked_by_name() -> None:
         ("train.epochs=five", ("train.epochs", "float", "'five'")),
         ("train.batch_size=2.5", ("train.batch_size", "int", "2.5")),
         ("train.batch_size=0", ("train.batch_size", "0", "at least 1")),
+        (f"data.pairs_per_video={10**21}", ("data.pairs_per_video", f"{10**21}", "at most")),
+        (f"data.image_size={10**6}", ("data.image_size", f"{10**6}", "at most 16384")),
+        (f"data.num_threads={10**6}", ("data.num_threads", f"{10**6}", "at most 4096")),
+        ("output=", ("output", "''", "output=DIR")),
         ("train.tensorboard=3", ("train.tensorboard", "bool", "3")),
         ("train.epochs=true", ("train.epochs", "float", "True")),
         ("train.epochs=.nan", ("train.epochs", "nan")),
