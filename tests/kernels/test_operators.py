@@ -272,8 +272,14 @@ print(torch.allclose(compiled(frozen, projected, (2, 2)).loss, cosettle_loss(fro
     assert run_python(code, tmp_path).strip() == "True"
 
 
-@pytest.mark.parametrize("architecture", [80, 90, 100])
-def test_compiles_without_spilling_at_the_papers_shape(architecture: int, tmp_path: Path) -> None:
+# 86 and 120: the cards of desktop machines, with less shared memory (CUDA programming guide).
+@pytest.mark.parametrize(
+    ("architecture", "cores", "shared_kib"),
+    [(80, "mma", 163), (86, "mma", 99), (90, "wgmma", 227), (100, "tcgen05", 227), (120, "mma", 99)],
+)
+def test_compiles_without_spilling_at_the_papers_shape(
+    architecture: int, cores: str, shared_kib: int, tmp_path: Path
+) -> None:
     pytest.importorskip("triton")
     code = f"""
 import torch
@@ -282,12 +288,12 @@ cases = launches_at(768, torch.bfloat16, {architecture})
 for name in ("head forward", "head backward", "cycle"):
     for launch in cases[name]:
         found = resources(compile_launch(launch, {architecture}))
-        print(name, found["spill_bytes"], found["tensor_cores"])
+        fits = found["shared_bytes"] <= {shared_kib} * 1024
+        print(name, found["spill_bytes"], found["tensor_cores"], fits)
 """
     (tmp_path / "fasttrain_kernels").symlink_to(FOLDER)
     lines = run_python(code, tmp_path, FOLDER.parent).splitlines()
-    cores = {80: "mma", 90: "wgmma", 100: "tcgen05"}[architecture]
-    assert lines == ["head forward 0 None", "head backward 0 None", f"cycle 0 {cores}"]
+    assert lines == ["head forward 0 None True", "head backward 0 None True", f"cycle 0 {cores} True"]
 
 
 @pytest.mark.parametrize("version", ["3.6", "3.9"])
