@@ -18,7 +18,17 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = ("torch", "triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "timm", "av", "numpy")
+PACKAGES = (
+    "torch",
+    "triton",
+    "nvidia-dali-cuda120",
+    "nvidia-dali-cuda130",
+    "timm",
+    "av",
+    "numpy",
+    "torchcodec",
+    "decord",
+)
 
 
 def environment() -> dict[str, Any]:
