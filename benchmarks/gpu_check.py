@@ -101,6 +101,7 @@ STEPS = (
         command=("-m", "benchmarks.kernels", "--short", "--output", "{out}"),
         seconds=95,
         needs=("triton",),
+        takes_spare=True,
     ),
     Step(
         name="loaders",
@@ -121,6 +122,7 @@ STEPS = (
         command=("-m", "benchmarks.propagation", "--short", "--out", "{out}/propagation-cuda.json"),
         seconds=40,
         needs=("matplotlib", "scipy", "timm", "rich"),
+        takes_spare=True,
     ),
 )
 

@@ -8,8 +8,11 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import shutil
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -89,6 +92,12 @@ def examine() -> list[Finding]:
             found=_version("triton"),
             cost="the losses run in eager PyTorch: several times slower, and memory grows with N squared",
         ),
+        Finding(
+            name="C compiler",
+            found=_compiler(),
+            cost="on a GPU neither Triton nor torch.compile can start: install gcc and Python's headers "
+            "(python3-dev), or set objective.backend=eager encoder.compile=none",
+        ),
         Finding(name="timm", found=_version("timm"), cost="no backbone can be built", required=True),
         Finding(
             name="Hugging Face Hub",
@@ -132,6 +141,14 @@ def _gpu() -> str | None:
         gpu = torch.cuda.get_device_properties(i)
         names.append(f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}")
     return f"{'; '.join(names)}; CUDA {torch.version.cuda}"
+
+
+def _compiler() -> str | None:
+    """What Triton builds its launchers with: the compiler that it takes, and Python's headers."""
+    if not Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h").is_file():
+        return None
+    names = (os.environ.get("CC"), "gcc", "clang")
+    return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
 def _library(name: str) -> str | None:

@@ -115,6 +115,26 @@ def test_doctor_finds_what_is_required(capsys: pytest.CaptureFixture[str]) -> No
     assert "torch" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("absent", ["compiler", "headers"])
+def test_doctor_misses_what_triton_builds_with(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, absent: str
+) -> None:
+    headers, compiler = tmp_path / "Python.h", tmp_path / "gcc"
+    for path in {headers, compiler} - {{"compiler": compiler, "headers": headers}[absent]}:
+        path.touch(mode=0o755)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sysconfig.get_config_var", lambda name: str(tmp_path))
+    assert found_by_doctor("C compiler") is None
+    headers.touch()
+    compiler.touch(mode=0o755)
+    assert found_by_doctor("C compiler") == str(compiler)
+
+
+def found_by_doctor(name: str) -> str | None:
+    return next(finding.found for finding in examine() if finding.name == name)
+
+
 def test_doctor_tells_pypis_apex_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fasttrain.doctor._has_module", lambda name: name == "apex")
     finding = next(finding for finding in examine() if finding.name == "NVIDIA Apex")

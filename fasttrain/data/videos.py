@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -50,6 +50,11 @@ _NVDEC: dict[str, tuple[frozenset[str], int]] = {
 # Containers whose times are ffmpeg's guesses: AVI has none, and MPEG-PS not for every frame. They are wrong
 # where there are B-frames, or after a seek.
 _GUESSED_TIMES = frozenset({"avi", "mpeg"})
+
+# PyAV reads titles in odd encodings from version 19 on; before, it raises unless told otherwise.
+_ANY_ENCODING: dict[str, Any] = (
+    {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
+)
 
 # Filters that walk the length-prefixed NAL units of a stream: they find a damaged one without decoding.
 _STRUCTURE_FILTERS = {"h264": "h264_mp4toannexb", "hevc": "hevc_mp4toannexb"}
@@ -322,7 +327,7 @@ class _FrameReader:
 
 def _open_video(path: Path) -> av.container.InputContainer:
     """A file for reading. Titles and the like, which nobody reads, may be in any encoding."""
-    return av.open(str(path), metadata_errors="replace")
+    return av.open(str(path), **_ANY_ENCODING)
 
 
 def _video_stream(container: av.container.InputContainer) -> av.VideoStream:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,10 +104,21 @@ def squared_distance(one: Tensor, other: Tensor, short: int) -> Tensor:
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Products in true float32, whatever TF32 and autocast say: near affinities must keep their order."""
-    precision = torch.get_float32_matmul_precision()
+    backends: Any = torch.backends
+    switches = backends.cuda.matmul, backends.mkldnn.matmul
+    newer = [switch.fp32_precision for switch in switches]
+    try:
+        precision = torch.get_float32_matmul_precision()
+    # PyTorch's older switch refuses to be read where a newer one was set.
+    except RuntimeError:
+        precision = None
     torch.set_float32_matmul_precision("highest")
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        if precision is None:
+            for switch, before in zip(switches, newer, strict=True):
+                switch.fp32_precision = before
+        else:
+            torch.set_float32_matmul_precision(precision)

@@ -48,7 +48,8 @@ def test_a_step_takes_the_time_that_others_leave(tmp_path: Path, monkeypatch: py
         Step(name="quick", command=("-c", ""), seconds=50),
         Step(name="taker", command=("-c", ""), seconds=30, takes_spare=True),
         Step(name="absent", command=("-m", "benchmarks.no_such_module"), seconds=20),
-        Step(name="last", command=("-c", ""), seconds=10),
+        Step(name="plain", command=("-c", ""), seconds=10),
+        Step(name="last", command=("-c", ""), seconds=10, takes_spare=True),
     )
     monkeypatch.setattr(gpu_check, "STEPS", steps)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -57,8 +58,14 @@ def test_a_step_takes_the_time_that_others_leave(tmp_path: Path, monkeypatch: py
     assert main() == 0
     report: dict[str, Any] = json.loads((tmp_path / "gpu-check.json").read_text())["steps"]
     limits = {name: step.get("limit_seconds") for name, step in report.items()}
-    assert (limits["quick"], limits["absent"], limits["last"]) == (50, None, 10)
+    assert (limits["quick"], limits["absent"], limits["plain"]) == (50, None, 10)
     assert 80 < limits["taker"] <= 100
+    # What the first left is not lost: all seconds together are 120.
+    assert 100 < limits["last"] <= 120
+
+
+def test_the_last_step_takes_what_all_before_it_leave() -> None:
+    assert STEPS[-1].takes_spare
 
 
 def test_the_project_is_found_without_being_installed(tmp_path: Path) -> None:

@@ -110,7 +110,9 @@ def test_codecs_and_bit_depths_come_out_near_what_went_in(
     tmp_path: Path, codec: str, suffix: str, pix_fmt: str, level: float
 ) -> None:
     frames = [picture(2, t, 128, 192) for t in range(12)]
-    options = {"x265-params": "log-level=none"} if codec == "libx265" else {"b": 8_000_000}
+    # At a rate far above its needs, newer versions of the AV1 encoder spoil the last frame.
+    own = {"libx265": {"x265-params": "log-level=none"}, "libsvtav1": {"crf": 20}}
+    options = own.get(codec, {"b": 8_000_000})
     path = encode_video(tmp_path / f"x{suffix}", frames, codec, pix_fmt=pix_fmt, **options)
     video = probe_video(path)
     assert video.num_frames == 12

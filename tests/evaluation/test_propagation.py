@@ -129,6 +129,20 @@ def test_products_are_in_full_precision_whatever_was_set() -> None:
         torch.set_float32_matmul_precision(before)
 
 
+def test_products_are_in_full_precision_whatever_the_newer_switch_says() -> None:
+    """PyTorch's older switch cannot even be read then."""
+    switch = torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    try:
+        switch.fp32_precision = "tf32"
+        with key_search.full_precision(torch.device("cpu")):
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert switch.fp32_precision == "ieee"
+        assert switch.fp32_precision == "tf32"
+    finally:
+        switch.fp32_precision = before
+
+
 def test_a_stream_remembers_the_first_and_the_last_frames_only() -> None:
     features = make_features(2, (9, 5, 6, 16), 4, 0.3)
     first = torch.rand(5, 6, 2, generator=torch.Generator().manual_seed(4))
