@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,12 @@ from fasttrain.errors import InputError
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write under a name of this process, then rename; the folder of `path` is made if need be."""
+    """Write under a name of its own, then rename; the folder of `path` is made if need be.
+
+    Any number of processes may write the same file at once; those of two containers may have one number.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         partial.write_bytes(content)
         os.replace(partial, path)
@@ -58,6 +62,17 @@ def writing(folder: Path) -> Iterator[None]:
         raise InputError(
             f"{folder} cannot be written: {os_reason(error)}; the same command goes on from there"
         ) from None
+
+
+def text_lines(path: Path) -> list[str]:
+    """The lines of a text file in UTF-8 that say something, stripped. Raises OSError, UnicodeDecodeError.
+
+    Lines end as files end them. `str.splitlines` would also break at marks that titles of videos hold, such
+    as U+2028.
+    """
+    # -sig: editors on Windows begin a file with a byte order mark. In text mode \r\n is \n.
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    return [line.strip() for line in lines if line.strip()]
 
 
 def os_reason(error: OSError) -> str:

@@ -155,7 +155,7 @@ def run(args: argparse.Namespace) -> None:
     workers = args.workers or len(os.sched_getaffinity(0))
     if args.check:
         frames = check(args.source, workers=workers, console=console)
-        console.print(f"{args.source}: {frames} frames, each as it was packed", soft_wrap=True)
+        _say(console, f"{args.source}: {frames} frames, each as it was packed")
         return
     if args.destination is None:
         raise InputError("pack needs a DESTINATION folder: fasttrain pack SOURCE DESTINATION")
@@ -201,10 +201,7 @@ def pack(
         raise InputError(f"the destination {destination} is a file; expected a folder")
     identity = {**dataclasses.asdict(options), "source": _digest(all_names)}
     if _is_packed(destination, part, identity):
-        console.print(
-            f"{destination} is already packed; `fasttrain pack --check {destination}` verifies it",
-            soft_wrap=True,
-        )
+        _say(console, f"{destination} is already packed; `fasttrain pack --check {destination}` verifies it")
         return
     with _alone(destination, part):
         _write_part(source, found, names, destination, part, identity, options, workers, console)
@@ -245,10 +242,9 @@ def _write_part(
             writer.close()
     except KeyboardInterrupt:
         # Not before the bar is gone and the workers have left.
-        console.print(
+        _say(
+            console,
             f"stopped with {writer.number} shards in {destination}; the same command goes on from there",
-            highlight=False,
-            soft_wrap=True,
         )
         raise
     skipped = skipped + writer.all_skipped
@@ -357,12 +353,10 @@ def _make_encoder(
                 except RuntimeError as error:
                     if not told.is_set():
                         told.set()
-                        console.print(
+                        _say(
+                            console,
                             f"{name}: NVDEC does not decode it ({str(error).splitlines()[0]}), PyAV will; "
                             "more such videos are not named",
-                            highlight=False,
-                            markup=False,
-                            soft_wrap=True,
                         )
             return encode_frames(stream_video_frames(video, wanted))
         except UnreadableFrameError as error:
@@ -515,19 +509,23 @@ def _alone(destination: Path, part: Part) -> AbstractContextManager[None]:
 def _report(console: Console, manifest: Path, totals: dict[str, int], skipped: Skipped) -> None:
     _print_some(console, [f"could not be read: {name}: {reason}" for name, reason in skipped])
     listed = f", listed in {manifest}" if skipped else ""
-    console.print(
+    _say(
+        console,
         f"{totals['total_frames']} frames in {totals['shards']} shards, "
         f"{totals['total_bytes'] / 2**20:.1f} MB; {len(skipped)} files could not be read{listed}",
-        highlight=False,
-        soft_wrap=True,
     )
 
 
 def _print_some(console: Console, lines: Sequence[str]) -> None:
     for line in lines[:SHOWN]:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        _say(console, line)
     if len(lines) > SHOWN:
-        console.print(f"and {len(lines) - SHOWN} more", highlight=False)
+        _say(console, f"and {len(lines) - SHOWN} more")
+
+
+def _say(console: Console, line: str) -> None:
+    """One line as it is: brackets in a path are no markup."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -113,7 +113,7 @@ class Part:
 
 def is_packed(path: Path) -> bool:
     """Whether a path is a packed set, finished or not."""
-    return path.is_dir() and bool(_parts(path))
+    return os.path.isdir(path) and bool(_parts(path))
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

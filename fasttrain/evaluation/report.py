@@ -9,6 +9,7 @@ from typing import Any
 
 from fasttrain.errors import InputError
 from fasttrain.evaluation import figures
+from fasttrain.files import write_atomically
 
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}"
@@ -69,9 +70,10 @@ def write_report(runs: list[Path], output: Path) -> Path:
             images = "".join(_image(one) for one in drawn if one.suffix == ".png" and one.is_file())
             films = "".join(_film(one) for one in drawn if one.suffix == ".mp4" and one.is_file())
             body.append(_section(title, _table(found["results"]) + images + films))
-    output.parent.mkdir(parents=True, exist_ok=True)
     head = f'<!doctype html><meta charset="utf-8"><title>fasttrain</title><style>{STYLE}</style>'
-    output.write_text(f"{head}<h1>fasttrain</h1>{''.join(body)}\n", encoding="utf-8")
+    page = f"{head}<h1>fasttrain</h1>{''.join(body)}\n"
+    # A folder's name may be no UTF-8.
+    write_atomically(output, page.encode("utf-8", "replace"))
     return output
 
 

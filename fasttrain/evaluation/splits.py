@@ -15,6 +15,7 @@ archives have none, may be absent.
 import argparse
 import csv
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -181,7 +182,7 @@ class _Finder:
 def _list_videos(folder: Path) -> dict[str, Place]:
     """Video files by name and by stem, folders by name."""
     entries: dict[str, Place] = {}
-    if folder.is_dir():
+    if os.path.isdir(folder):
         for path in sorted(folder.iterdir()):
             if path.suffix.lower() in VIDEO_SUFFIXES:
                 entries[path.name] = path
@@ -362,12 +363,15 @@ def _read_lists(root: Path, arguments: argparse.Namespace) -> tuple[list[str], E
     if not (arguments.train_list and arguments.test_list):
         raise InputError("--dataset list needs both --train-list and --test-list: `path label` per line")
 
+    finder = _Finder(arguments.videos or root)
+
     def read(given: Path) -> Entries:
         entries = []
         for line in read_lines(given):
-            if line.startswith("#"):
-                continue
             parts = line.rsplit(maxsplit=1)
+            # A comment, unless it names a video: those of HMDB51 may begin with #.
+            if line.startswith("#") and finder.find(parts[0], unsorted=False) is None:
+                continue
             if len(parts) != 2:
                 raise InputError(f"list {given}: {line!r}; expected `path label`")
             entries.append((parts[0], parts[1]))

@@ -1,6 +1,7 @@
 """The trade-off of one and of several runs, on the page and during training."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,15 @@ def test_runs_called_alike_or_oddly_are_told_apart(tmp_path: Path, monkeypatch: 
     runs = [write_history(tmp_path / name, history) for name in ("one/mae", "two/mae", "_a", "$\\frac$")]
     legends = labels_drawn(tmp_path / "page.html", [*runs, tmp_path / "one" / "." / "mae"], monkeypatch)
     assert legends == [[str(runs[0]), str(runs[1]), " _a", r"\$\frac\$"]]
+
+
+def test_a_run_whose_name_is_no_utf_8(tmp_path: Path) -> None:
+    run = write_history(tmp_path / os.fsdecode(b"run\xff"), '{"step": 1, "loss": 2}\n')
+    found = {"task": "davis", "model": {"backbone": "dino", "weights": "w"}, "data": {}, "pictures": []}
+    (run / "eval" / "davis").mkdir(parents=True)
+    (run / "eval/davis/davis.json").write_text(json.dumps({**found, "results": {"before": {"J": 0.5}}}))
+    assert main(["report", str(run), "--output", str(tmp_path / "page.html")]) == 0
+    assert "<h2>run?: davis" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_a_run_that_was_cut_off_while_it_wrote(tmp_path: Path) -> None:

@@ -96,6 +96,13 @@ def test_a_list_may_name_absolute_paths(tmp_path: Path) -> None:
     assert read(tmp_path / "empty", **given).train[0].place == tmp_path / "a.mp4"
 
 
+def test_a_list_may_name_videos_that_begin_like_a_comment(tmp_path: Path) -> None:
+    """HMDB51 has such names; what is no video is a comment."""
+    touch(tmp_path, "#20 Rhythm clap.avi")
+    given = lists(tmp_path, "# a.mp4 x\n#20 Rhythm clap.avi x\n#b.mp4 x\n#\n", "b.mp4 x\n")
+    assert [video.name for video in read(tmp_path, **given).train] == ["#20 Rhythm clap.avi"]
+
+
 def test_folders_of_classes_may_be_spelled_otherwise(tmp_path: Path) -> None:
     rows = {"train": ("person's head (not hair)", "a"), "val": ("person's head (not hair)", "b")}
     for which, (label, video) in rows.items():
