@@ -51,6 +51,7 @@ from fasttrain.data.packed import (
     ShardWriter,
     check_shard,
     finished_parts,
+    misplaced_shards,
     read_manifest,
     write_manifest,
 )
@@ -199,7 +200,7 @@ def pack(
         raise InputError(f"nothing in {source} to pack; expected frame folders or video files")
     if destination.exists() and not destination.is_dir():
         raise InputError(f"the destination {destination} is a file; expected a folder")
-    identity = {**dataclasses.asdict(options), "source": _digest(all_names)}
+    identity = {**dataclasses.asdict(options), "source": _digest(found)}
     if _is_packed(destination, part, identity):
         _say(console, f"{destination} is already packed; `fasttrain pack --check {destination}` verifies it")
         return
@@ -223,6 +224,11 @@ def _write_part(
         write_manifest(part.manifest(destination), identity, complete=False, skipped=[])
         for partial in destination.glob(f"*-{part.number}of{part.count}*.partial"):
             partial.unlink()
+    misplaced = misplaced_shards(destination, part)
+    if misplaced:
+        raise InputError(
+            f"{misplaced[0]}; delete it and its .npz, or put the right ones there, and pack again"
+        )
     done = [shard for _, shard in part.shards(destination)]
     writer = ShardWriter(destination, part, options.shard_bytes, done)
     # What is missing before any video is opened belongs to the first part's report.
@@ -267,6 +273,7 @@ def check(root: Path, *, workers: int, console: Console) -> int:
             frames += count
             damage += found
             progress.advance(count, len(found))
+    damage += [one for folder, part in parts for one in misplaced_shards(folder, part)]
     _print_some(console, damage)
     if damage:
         raise InputError(
@@ -479,8 +486,20 @@ def _parse_part(text: str) -> Part:
     return Part(int(number), int(count))
 
 
-def _digest(names: Sequence[str]) -> str:
-    return hashlib.sha256("\0".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+def _digest(found: Found) -> str:
+    """Of what can be told of a source without opening a video: names, the frames' names, the files' sizes."""
+    digest = hashlib.sha256()
+    for name in sorted(found.folders or found.videos):
+        told = found.folders[name][1] if found.folders else [str(_size(found.videos[name]))]
+        digest.update("\0".join([name, *told, ""]).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:32]
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def _is_packed(destination: Path, part: Part, identity: dict[str, Any]) -> bool:
@@ -490,8 +509,9 @@ def _is_packed(destination: Path, part: Part, identity: dict[str, Any]) -> bool:
     manifest = read_manifest(part.manifest(destination))
     for key, value in identity.items():
         if manifest.get(key) != value:
+            hint = ", which stands for the names of its files and their sizes" if key == "source" else ""
             raise InputError(
-                f"{destination} was begun with {key}={manifest.get(key)}, now it is {value}; "
+                f"{destination} was begun with {key}={manifest.get(key)}, now it is {value}{hint}; "
                 "use the same source and options, or another folder"
             )
     return part.is_complete(destination)

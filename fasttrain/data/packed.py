@@ -179,9 +179,9 @@ def finished_parts(roots: Sequence[Path]) -> list[tuple[Path, Part]]:
         part = Part(number, count)
         if part not in found or not part.is_complete(found[part]):
             raise InputError(
-                f"part {number} of {count} of the packed set {place} is not finished, or a shard is missing; "
-                f"run `fasttrain pack` with --shard {number}/{count} again, it goes on where it was; a text "
-                "file with a folder per line joins parts in several folders"
+                f"part {number} of {count} of the packed set {place} is not finished, or a shard is missing "
+                f"or surplus; run `fasttrain pack` with --shard {number}/{count} again, it goes on where it "
+                "was; a text file with a folder per line joins parts in several folders"
             )
     _check_one_set(found)
     return sorted(((root, part) for part, root in found.items()), key=lambda entry: entry[1])
@@ -408,6 +408,25 @@ def check_shard(path: Path) -> tuple[int, list[str]]:
             return len(frames), damage
     except (OSError, tarfile.TarError, ValueError) as error:
         return len(frames), [f"{path.name}: {error}"]
+
+
+def misplaced_shards(root: Path, part: Part) -> list[str]:
+    """Shards that are whole but cannot stand where they do: copied, renamed or from another set."""
+    found: list[str] = []
+    seen: set[str] = set()
+    behind = 0
+    for path in part.paths(root):
+        try:
+            index = read_shard_index(path.with_suffix(".npz"))
+        except InputError:
+            # `check_shard` tells.
+            continue
+        names = set(index.names)
+        if index.videos_done - behind < len(names) or not seen.isdisjoint(names):
+            found.append(f"{path}: not the shard of that number, its videos are those of another")
+        seen |= names
+        behind = index.videos_done
+    return found
 
 
 def write_manifest(path: Path, content: dict[str, Any], *, complete: bool, skipped: Skipped) -> None:

@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -318,6 +319,44 @@ def test_other_options_or_another_source_are_refused(tmp_path: Path) -> None:
         packed(source, tmp_path / "packed", quality=50)
     with pytest.raises(InputError, match="was begun with source="):
         packed(write_folders(tmp_path / "more", [3] * 5), tmp_path / "packed")
+
+
+def test_a_source_that_grew_is_another_source(tmp_path: Path) -> None:
+    """A frame more in a folder, another number in a list, another size of a video."""
+    source = write_folders(tmp_path / "frames", [4, 4])
+    listing = tmp_path / "list.txt"
+    listing.write_text("frames/class_0/video_0 3\n")
+    video = encode_video(tmp_path / "video.mp4", [picture(0, t) for t in range(4)])
+    for number, path in enumerate((source, listing, video)):
+        packed(path, tmp_path / f"packed{number}")
+        packed(path, tmp_path / f"packed{number}")
+    listing.write_text("frames/class_0/video_0 4\n")
+    shutil.copy(source / "class_0/video_0/00000.jpg", source / "class_0/video_0/00004.jpg")
+    video.write_bytes(video.read_bytes() + b"\0")
+    for number, path in enumerate((source, listing, video)):
+        with pytest.raises(InputError, match="was begun with source="):
+            packed(path, tmp_path / f"packed{number}")
+
+
+def test_shards_that_change_places_are_named(tmp_path: Path) -> None:
+    source, out = write_folders(tmp_path / "frames", [6] * 12), tmp_path / "packed"
+    packed(source, out)
+    last = len(list(out.glob("*.tar"))) - 1
+    assert last > 1
+    swapped = tmp_path / "swapped"
+    shutil.copytree(out, swapped)
+    for suffix in (".tar", ".npz"):
+        shutil.copy(out / f"frames-1of1-000000{suffix}", swapped / f"frames-1of1-000001{suffix}")
+        shutil.copy(out / f"frames-1of1-000001{suffix}", swapped / f"frames-1of1-000000{suffix}")
+    with pytest.raises(InputError, match=r"000001.tar: not the shard of that number"):
+        check(swapped, workers=1, console=Console(file=io.StringIO()))
+    # One too many is not taken for work that is done.
+    for suffix in (".tar", ".npz"):
+        shutil.copy(out / f"frames-1of1-000000{suffix}", out / f"frames-1of1-{last + 1:06d}{suffix}")
+    with pytest.raises(InputError, match="or surplus"):
+        check(out, workers=1, console=Console(file=io.StringIO()))
+    with pytest.raises(InputError, match=rf"{last + 1:06d}.tar: not the shard of that number"):
+        packed(source, out)
 
 
 def flip_a_byte(shard: Path) -> None:
