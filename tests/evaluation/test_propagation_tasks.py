@@ -490,3 +490,19 @@ def test_vip_without_parts_in_the_first_frame_is_told(
     assert main(command("vip", root, tmp_path)) == 0
     assert "video beta: no part is labelled in the first frame" in capsys.readouterr().out
     assert (tmp_path / "figures/beta_arrows.png").exists()
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_work(
+    roots: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def access(path: Path, mode: int) -> bool:
+        return path != tmp_path
+
+    monkeypatch.setattr(os, "access", access)
+    output = tmp_path / "new" / "folder"
+    assert main(command("davis", roots["davis"], output)) == 2
+    assert f"{output} cannot be written to; give another --output" in capsys.readouterr().err
+    assert not output.parent.exists()
