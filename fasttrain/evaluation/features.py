@@ -4,8 +4,9 @@ A feature is the mean over a frame's tokens of the L2-normalised tokens; a video
 frames. The cache holds one safetensors file per video and moment (before, after the projection), named by a
 hash of all that the feature is a function of: encoder, weights and, after, the projection's; which frames,
 how large; and what is in the file. Frame folders and packed sets are hashed by the frames that are used,
-byte by byte; a video file by its size and its first, middle and last 16 KiB, as fast as opening it. A run
-that finds everything in the cache decodes nothing; a file of the cache that is damaged is made again.
+byte by byte; a video file by its size, its time of change and its first, middle and last 16 KiB, as fast as
+opening it: a download that was filled in later, or a copy, is another video. A run that finds everything in
+the cache decodes nothing; a file of the cache that is damaged is made again.
 
 Shape suffixes: T frames, H W pixels, N tokens, D channels.
 """
@@ -372,7 +373,7 @@ def _identify(place: Place, sampling: Sampling) -> tuple[bytes, list[int]]:
         return digest.digest(), frames
     with place.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
-        digest.update(f"{size} bytes".encode())
+        digest.update(f"{size} bytes of {os.fstat(file.fileno()).st_mtime_ns}".encode())
         for start in (0, (size - _SAMPLE) // 2, size - _SAMPLE):
             file.seek(max(0, start))
             digest.update(file.read(_SAMPLE))

@@ -1,6 +1,7 @@
 """The feature cache: what it is a function of, that a hit opens nothing, that damage is repaired."""
 
 import argparse
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -180,6 +181,19 @@ def test_changed_content_is_another_entry(
     shutil.copy(videos["folder"] / "00000.jpg", videos["folder"] / "00001.jpg")
     forbid(monkeypatch)
     run(videos, subject, tmp_path / "out")
+
+
+def test_a_hole_that_is_filled_in_later_is_another_video(tmp_path: Path) -> None:
+    """Downloads may have their size from the first, and their first, middle and last parts before others."""
+    video = tmp_path / "video.mp4"
+    video.write_bytes(bytes(200_000))
+    os.utime(video, ns=(1, 1))
+    before = features._identify(video, POOLED)
+    assert features._identify(video, POOLED) == before
+    with video.open("r+b") as file:
+        file.seek(50_000)
+        file.write(b"the rest")
+    assert features._identify(video, POOLED) != before
 
 
 @pytest.mark.parametrize(
