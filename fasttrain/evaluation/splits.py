@@ -8,8 +8,8 @@
 
 Lists may also lie in the root itself, videos in the root or in one of the folders that the archives make, or
 in a packed set. A folder of frames stands in for a video file of its name, and so does a file with another
-suffix; folders of classes may have `_` where the label has another character, and those of Kinetics, whose
-archives have none, may be absent.
+suffix; folders of classes may have `_` where the label has another character, and may be absent but for plain
+lists, as they are in the archives of Kinetics and in frames of UCF101 and HMDB51 that others have published.
 """
 
 import argparse
@@ -113,7 +113,7 @@ def read_split(arguments: argparse.Namespace) -> VideoSplit:
     def locate(entries: Entries) -> list[LabelledVideo]:
         found = []
         for name, label in entries:
-            place = finder.find(name, unsorted=layout == "kinetics")
+            place = finder.find(name, unsorted=layout != "list")
             if place is None:
                 missing.append(name)
             else:
@@ -307,7 +307,14 @@ _KINETICS_FILES = {
 def _read_kinetics(root: Path, arguments: argparse.Namespace) -> tuple[list[str], Entries, Entries]:
     def read(which: str, given: Path | None) -> Entries:
         path = _required(root, _KINETICS_FOLDERS, _KINETICS_FILES[which], given)
-        rows = list(csv.DictReader(read_lines(path)))
+        reader = csv.DictReader(read_lines(path))
+        rows, columns = list(reader), reader.fieldnames or []
+        # A list without its line of names would seem to be short of its first video, or empty.
+        if columns and not {"label", "youtube_id", "time_start", "time_end"} <= set(columns):
+            raise InputError(
+                f"list {path} begins with {','.join(columns)!r}; expected the columns label, youtube_id, "
+                "time_start, time_end; other lists are read with --dataset list"
+            )
         try:
             return [
                 (
@@ -317,7 +324,7 @@ def _read_kinetics(root: Path, arguments: argparse.Namespace) -> tuple[list[str]
                 )
                 for row in rows
             ]
-        except (KeyError, TypeError, ValueError) as error:
+        except (TypeError, ValueError) as error:
             raise InputError(
                 f"list {path}: {error}; expected the columns label, youtube_id, time_start, time_end"
             ) from error
@@ -339,7 +346,7 @@ def _read_ssv2(root: Path, arguments: argparse.Namespace) -> tuple[list[str], En
     def load(which: str, given: Path | None = None) -> tuple[Path, Any]:
         path = _required(root, _SSV2_FOLDERS, _SSV2_FILES[which], given)
         try:
-            return path, json.loads(path.read_text(encoding="utf-8"))
+            return path, json.loads(path.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
             raise InputError(f"list {path} cannot be read ({error})") from error
 

@@ -129,6 +129,21 @@ def test_kinetics_as_its_archives_unpack(tmp_path: Path) -> None:
     assert read(tmp_path).train[0].place.parent == tmp_path / "videos/train/clay pottery"
 
 
+@pytest.mark.parametrize("layout", ["ucf101", "hmdb51"])
+def test_frames_in_one_folder_without_classes(layout: str, tmp_path: Path) -> None:
+    """As frames of UCF101 and HMDB51 are published by others; a class's own folder comes first."""
+    root = LAYOUTS[layout](tmp_path / layout)
+    split = read(root)
+    frames = tmp_path / "jpegs_256"
+    for video in (*split.train, *split.test):
+        (frames / Path(video.name).stem).mkdir(parents=True)
+    flat = read(root, videos=frames)
+    assert all(video.place.parent == frames for video in (*flat.train, *flat.test))
+    first = split.train[0].name
+    touch(frames, first)
+    assert read(root, videos=frames).train[0].place == frames / first
+
+
 def test_absent_videos(tmp_path: Path) -> None:
     given = lists(tmp_path, "a.mp4 x\ngone.mp4 x\n", "b.mp4 x\nlost.mp4 x\n")
     with pytest.raises(InputError, match=r"2 of 4 listed videos .* gone.mp4, lost.mp4; .*--allow-missing"):
@@ -202,6 +217,11 @@ def kinetics_columns(root: Path) -> Path:
     return root
 
 
+def kinetics_headless(root: Path) -> Path:
+    (root / "train.csv").write_text("x,y,1,9,train\n")
+    return root
+
+
 def kinetics_times(root: Path) -> Path:
     (root / "train.csv").write_text("label,youtube_id,time_start,time_end,split\nx,y,soon,9,train\n")
     return root
@@ -224,7 +244,8 @@ def ssv2_damaged(root: Path) -> Path:
         (ucf, "class 'B' of the test list is not among the 1 classes"),
         (ucf_flat, "'b.avi'; expected CLASS/NAME.avi"),
         (hmdb, "'a.avi 3'; expected a video and 0, 1 or 2"),
-        (kinetics_columns, "'label'; expected the columns label"),
+        (kinetics_columns, "begins with 'name,id'; expected the columns label"),
+        (kinetics_headless, "begins with 'x,y,1,9,train'; expected the columns label"),
         (kinetics_times, "'soon'.*expected the columns label"),
         (ssv2_templates, "'template'.*expected objects with id and template"),
         (ssv2_damaged, "labels.json cannot be read"),
