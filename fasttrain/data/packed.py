@@ -136,7 +136,7 @@ def read_shard_index(path: Path) -> ShardIndex:
     try:
         with np.load(path, allow_pickle=False) as content:
             told = json.loads(content["told"].tobytes())
-            return ShardIndex(
+            index = ShardIndex(
                 names=told["names"],
                 lengths=content["lengths"],
                 blocks=content["blocks"],
@@ -146,12 +146,28 @@ def read_shard_index(path: Path) -> ShardIndex:
                 videos_done=told["videos_done"],
                 num_bytes=told["num_bytes"],
             )
+            if not _agrees(index):
+                raise ValueError("its parts contradict one another")
+            return index
     except OSError as error:
         raise InputError(f"{path} cannot be read: {os_reason(error)}") from None
     # What NumPy says of a file that is no archive of its own leads nobody anywhere. RuntimeError: a flipped
     # bit in a zip header asks for a password, or for what no zip file has yet.
     except (ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
         raise InputError(f"{path} is damaged; delete it and pack again") from None
+
+
+def _agrees(index: ShardIndex) -> bool:
+    """Whether an index that was read is one that could have been written. Raises TypeError for some others."""
+    arrays = (index.lengths, index.blocks, index.sizes, index.crcs)
+    ends = index.blocks.astype(np.int64) * TAR_BLOCK + index.sizes
+    return (
+        all(array.ndim == 1 and array.dtype.kind in "iu" for array in arrays)
+        and all(isinstance(name, str) for name in index.names)
+        and len(index.names) == len(set(index.names)) == len(index.lengths) <= index.videos_done
+        and int(index.lengths.sum()) == len(index.blocks) == len(index.sizes) == len(index.crcs)
+        and bool((index.lengths > 0).all() and (index.sizes > 0).all() and (ends <= index.num_bytes).all())
+    )
 
 
 def finished_parts(roots: Sequence[Path]) -> list[tuple[Path, Part]]:

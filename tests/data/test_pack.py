@@ -1,6 +1,7 @@
 """Packing: what is in the shards, going on after a kill, several machines, and damage."""
 
 import argparse
+import dataclasses
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -376,6 +378,45 @@ def flip_a_zip_flag(shard: Path) -> None:
 def lose_a_key(shard: Path) -> None:
     manifest = shard.with_name("pack-1of1.json")
     manifest.write_text(manifest.read_text().replace('"shards"', '"shbrds"'))
+
+
+def edit(**changes: Callable[[Any], Any]) -> Callable[[Path], None]:
+    """Write the index again with parts of it changed."""
+
+    def damage(shard: Path) -> None:
+        index = read_shard_index(shard.with_suffix(".npz"))
+        changed = {name: change(getattr(index, name)) for name, change in changes.items()}
+        shard.with_suffix(".npz").write_bytes(dataclasses.replace(index, **changed).to_bytes())
+
+    return damage
+
+
+EDITS = (
+    edit(lengths=lambda lengths: lengths + 1),
+    edit(lengths=lambda lengths: -lengths),
+    edit(lengths=lambda lengths: lengths[:-1]),
+    edit(lengths=lambda lengths: np.array(["a"] * len(lengths))),
+    edit(blocks=lambda blocks: blocks[:-3]),
+    edit(blocks=lambda blocks: blocks[None]),
+    edit(blocks=lambda blocks: blocks.astype(np.uint64) + 2**40),
+    edit(sizes=lambda sizes: -sizes),
+    edit(sizes=lambda sizes: sizes.astype(float)),
+    edit(names=lambda names: [1] * len(names)),
+    edit(names=lambda names: names[:-1]),
+    edit(names=lambda names: names[:1] * len(names)),
+    edit(num_bytes=lambda _: "many"),
+    edit(videos_done=lambda _: None),
+)
+
+
+@pytest.mark.parametrize("damage", EDITS)
+def test_an_index_that_contradicts_itself_is_named(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    packed(write_folders(tmp_path / "frames", [6] * 2), tmp_path / "packed")
+    damage(tmp_path / "packed" / "frames-1of1-000000.tar")
+    with pytest.raises(InputError, match=r"frames-1of1-000000.npz is damaged"):
+        check(tmp_path / "packed", workers=1, console=Console(file=io.StringIO()))
+    with pytest.raises(InputError, match=r"frames-1of1-000000.npz is damaged"):
+        open_source(tmp_path / "packed")
 
 
 @pytest.mark.parametrize(
