@@ -158,7 +158,7 @@ def read_shard_index(path: Path) -> ShardIndex:
 
 
 def _agrees(index: ShardIndex) -> bool:
-    """Whether an index that was read is one that could have been written. Raises TypeError for some others."""
+    """Whether an index could have been written so. Raises TypeError for some that could not."""
     arrays = (index.lengths, index.blocks, index.sizes, index.crcs)
     ends = index.blocks.astype(np.int64) * TAR_BLOCK + index.sizes
     return (
