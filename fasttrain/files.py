@@ -1,6 +1,7 @@
 """Files of a user's folder: whole or not at all, written by one process alone, one line where that fails.
 
-What must be on the disk before anything later is written, checkpoints and packed shards, has its own way.
+Also how lists are read. What must be on the disk before anything later is written, checkpoints and packed
+shards, has its own way.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ import fcntl
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from fasttrain.errors import InputError
 
@@ -38,19 +40,30 @@ def alone(lock: Path, refusal: str) -> Iterator[None]:
     """
     with writing(lock.parent):
         lock.parent.mkdir(parents=True, exist_ok=True)
-        file = lock.open("ab")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(refusal) from None
-        # Some file systems of clusters know no locks; there nobody guards against a second process.
-        except OSError:
-            pass
+    with _locked(lock, refusal):
         try:
             yield
         finally:
             lock.unlink(missing_ok=True)
+
+
+def _locked(lock: Path, refusal: str) -> BinaryIO:
+    while True:
+        with writing(lock.parent):
+            file = lock.open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise InputError(refusal) from None
+        # Some file systems of clusters know no locks; there nobody guards against a second process.
+        except OSError:
+            return file
+        # Its holder may have removed it since it was opened: then it is nobody's lock any more.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                return file
+        file.close()
 
 
 @contextmanager

@@ -84,7 +84,7 @@ def write_report(runs: list[Path], output: Path) -> Path:
 
 def _evaluations(folder: Path) -> dict[Path, dict[str, Any]]:
     """The figures of a run's evaluations by file."""
-    return {path: _read_evaluation(path) for path in sorted(folder.glob("eval/*/*.json"))}
+    return {path: _read_evaluation(path) for path in sorted(folder.glob("eval/*/[!.]*.json"))}
 
 
 def _read_evaluation(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -268,7 +269,8 @@ def _read_ucf(root: Path, arguments: argparse.Namespace) -> tuple[list[str], Ent
 # HMDB51: one file per class, `NAME.avi MARK`; 1: training, 2: test, 0: in neither.
 def _hmdb_files(root: Path, split: int) -> list[Path]:
     for folder in ("testTrainMulti_7030_splits", "splits", "."):
-        files = sorted((root / folder).glob(f"*_test_split{split}.txt"))
+        # Copies made on a Mac have `._NAME` beside every NAME.
+        files = sorted((root / folder).glob(f"[!.]*_test_split{split}.txt"))
         if files:
             return files
     return []
@@ -370,14 +372,16 @@ def _read_lists(root: Path, arguments: argparse.Namespace) -> tuple[list[str], E
     if not (arguments.train_list and arguments.test_list):
         raise InputError("--dataset list needs both --train-list and --test-list: `path label` per line")
 
-    finder = _Finder(arguments.videos or root)
+    @cache
+    def finder() -> _Finder:
+        return _Finder(arguments.videos or root)
 
     def read(given: Path) -> Entries:
         entries = []
         for line in read_lines(given):
             parts = line.rsplit(maxsplit=1)
             # A comment, unless it names a video: those of HMDB51 may begin with #.
-            if line.startswith("#") and finder.find(parts[0], unsorted=False) is None:
+            if line.startswith("#") and finder().find(parts[0], unsorted=False) is None:
                 continue
             if len(parts) != 2:
                 raise InputError(f"list {given}: {line!r}; expected `path label`")
