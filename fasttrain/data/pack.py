@@ -274,6 +274,9 @@ def check(root: Path, *, workers: int, console: Console) -> int:
             damage += found
             progress.advance(count, len(found))
     damage += [one for folder, part in parts for one in misplaced_shards(folder, part)]
+    # Other readers of the folder would take them.
+    surplus = {path for folder, part in parts for path in part.files(folder)} - set(shards)
+    damage += [f"{path}: a shard that the set does not have" for path in sorted(surplus)]
     _print_some(console, damage)
     if damage:
         raise InputError(

@@ -105,6 +105,10 @@ class Part:
         for path in self.paths(root):
             yield path, read_shard_index(path.with_suffix(".npz"))
 
+    def files(self, root: Path) -> Iterator[Path]:
+        """Whatever is called a shard of this part."""
+        return root.glob(f"frames-{self.number}of{self.count}-*.tar")
+
     def paths(self, root: Path) -> Iterator[Path]:
         """The shards that have their index, up to the first that has not."""
         paths = (self.shard(root, number) for number in itertools.count())

@@ -352,6 +352,10 @@ def test_shards_that_change_places_are_named(tmp_path: Path) -> None:
         shutil.copy(out / f"frames-1of1-000001{suffix}", swapped / f"frames-1of1-000000{suffix}")
     with pytest.raises(InputError, match=r"000001.tar: not the shard of that number"):
         check(swapped, workers=1, console=Console(file=io.StringIO()))
+    shutil.copy(out / "frames-1of1-000000.tar", out / "frames-1of1-000077.tar")
+    with pytest.raises(InputError, match=r"000077.tar: a shard that the set does not have"):
+        check(out, workers=1, console=Console(file=io.StringIO()))
+    (out / "frames-1of1-000077.tar").unlink()
     # One too many is not taken for work that is done.
     for suffix in (".tar", ".npz"):
         shutil.copy(out / f"frames-1of1-000000{suffix}", out / f"frames-1of1-{last + 1:06d}{suffix}")
