@@ -31,6 +31,8 @@ COMMANDS = {
 }
 # What the system says of a place that was named badly, or may not be written.
 BAD_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
+# A write that found no room has no name of a file with it.
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,6 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"fasttrain: {error}", file=sys.stderr)
         return 2
     except OSError as error:
+        if error.errno in NO_ROOM:
+            reason = f"{error.strerror} where the results are written".lower()
+            print(f"fasttrain: {reason}; make room and run the same command again", file=sys.stderr)
+            return 2
         if error.errno not in BAD_PLACE or error.filename is None:
             raise
         print(f"fasttrain: cannot use {error.filename}: {error.strerror}; give another", file=sys.stderr)

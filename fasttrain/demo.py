@@ -146,5 +146,7 @@ def print_table(recipe: Recipe, before: dict[str, float], after: dict[str, float
         change = after[name] - before[name]
         table.add_row(f"{heading} {arrow}", f"{before[name]:.3f}", f"{after[name]:.3f}", f"{change:+.3f}")
     console.print(table)
-    console.print(f"picture: {picture}", highlight=False)
-    console.print(f"run: {recipe.output}  (load_video_encoder({recipe.output!r}))", highlight=False)
+    console.print(f"picture: {picture}", highlight=False, markup=False)
+    console.print(
+        f"run: {recipe.output}  (load_video_encoder({recipe.output!r}))", highlight=False, markup=False
+    )

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     path = export(arguments.run, arguments.file, size=arguments.size, weights=arguments.weights)
     megabytes = path.stat().st_size / 1e6
-    Console().print(f"wrote {path} ({megabytes:.1f} MB)", highlight=False)
+    Console().print(f"wrote {path} ({megabytes:.1f} MB)", highlight=False, markup=False)
 
 
 class _PerFrame(nn.Module):

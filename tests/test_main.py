@@ -72,6 +72,25 @@ def test_a_place_that_cannot_be_used_is_one_line(tmp_path: Path, capsys: pytest.
     assert error.count("\n") == 1
 
 
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n{"step": 2, "loss": 1}\n')
+    page = tmp_path / "page.html"
+    page.write_text("an earlier one")
+    # No file may grow past 1 kB, which looks like a full disk.
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "from fasttrain.__main__ import main; import fasttrain.evaluation.report;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000,) * 2); sys.exit(main(sys.argv[1:]))"
+    )
+    words = [sys.executable, "-B", "-c", code, "report", str(tmp_path), "--output", str(page)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "fasttrain: file too large where the results are written; make room and run the same command again\n"
+    )
+    assert page.read_text() == "an earlier one"
+
+
 def test_names_that_the_terminal_cannot_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n')
     shown = io.BytesIO()

@@ -51,6 +51,7 @@ from fasttrain.data.packed import (
     ShardWriter,
     check_shard,
     finished_parts,
+    misplaced_shards,
     read_manifest,
     write_manifest,
 )
@@ -155,7 +156,7 @@ def run(args: argparse.Namespace) -> None:
     workers = args.workers or len(os.sched_getaffinity(0))
     if args.check:
         frames = check(args.source, workers=workers, console=console)
-        console.print(f"{args.source}: {frames} frames, each as it was packed", soft_wrap=True)
+        _say(console, f"{args.source}: {frames} frames, each as it was packed")
         return
     if args.destination is None:
         raise InputError("pack needs a DESTINATION folder: fasttrain pack SOURCE DESTINATION")
@@ -199,12 +200,9 @@ def pack(
         raise InputError(f"nothing in {source} to pack; expected frame folders or video files")
     if destination.exists() and not destination.is_dir():
         raise InputError(f"the destination {destination} is a file; expected a folder")
-    identity = {**dataclasses.asdict(options), "source": _digest(all_names)}
+    identity = {**dataclasses.asdict(options), "source": _digest(found)}
     if _is_packed(destination, part, identity):
-        console.print(
-            f"{destination} is already packed; `fasttrain pack --check {destination}` verifies it",
-            soft_wrap=True,
-        )
+        _say(console, f"{destination} is already packed; `fasttrain pack --check {destination}` verifies it")
         return
     with _alone(destination, part):
         _write_part(source, found, names, destination, part, identity, options, workers, console)
@@ -226,6 +224,11 @@ def _write_part(
         write_manifest(part.manifest(destination), identity, complete=False, skipped=[])
         for partial in destination.glob(f"*-{part.number}of{part.count}*.partial"):
             partial.unlink()
+    misplaced = misplaced_shards(destination, part)
+    if misplaced:
+        raise InputError(
+            f"{misplaced[0]}; delete it and its .npz, or put the right ones there, and pack again"
+        )
     done = [shard for _, shard in part.shards(destination)]
     writer = ShardWriter(destination, part, options.shard_bytes, done)
     # What is missing before any video is opened belongs to the first part's report.
@@ -245,10 +248,9 @@ def _write_part(
             writer.close()
     except KeyboardInterrupt:
         # Not before the bar is gone and the workers have left.
-        console.print(
+        _say(
+            console,
             f"stopped with {writer.number} shards in {destination}; the same command goes on from there",
-            highlight=False,
-            soft_wrap=True,
         )
         raise
     skipped = skipped + writer.all_skipped
@@ -271,6 +273,10 @@ def check(root: Path, *, workers: int, console: Console) -> int:
             frames += count
             damage += found
             progress.advance(count, len(found))
+    damage += [one for folder, part in parts for one in misplaced_shards(folder, part)]
+    # Other readers of the folder would take them.
+    surplus = {path for folder, part in parts for path in part.files(folder)} - set(shards)
+    damage += [f"{path}: a shard that the set does not have" for path in sorted(surplus)]
     _print_some(console, damage)
     if damage:
         raise InputError(
@@ -357,12 +363,10 @@ def _make_encoder(
                 except RuntimeError as error:
                     if not told.is_set():
                         told.set()
-                        console.print(
+                        _say(
+                            console,
                             f"{name}: NVDEC does not decode it ({str(error).splitlines()[0]}), PyAV will; "
                             "more such videos are not named",
-                            highlight=False,
-                            markup=False,
-                            soft_wrap=True,
                         )
             return encode_frames(stream_video_frames(video, wanted))
         except UnreadableFrameError as error:
@@ -485,8 +489,20 @@ def _parse_part(text: str) -> Part:
     return Part(int(number), int(count))
 
 
-def _digest(names: Sequence[str]) -> str:
-    return hashlib.sha256("\0".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+def _digest(found: Found) -> str:
+    """Of what can be told of a source without opening a video: names, the frames' names, the files' sizes."""
+    digest = hashlib.sha256()
+    for name in sorted(found.folders or found.videos):
+        told = found.folders[name][1] if found.folders else [str(_size(found.videos[name]))]
+        digest.update("\0".join([name, *told, ""]).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:32]
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def _is_packed(destination: Path, part: Part, identity: dict[str, Any]) -> bool:
@@ -496,8 +512,9 @@ def _is_packed(destination: Path, part: Part, identity: dict[str, Any]) -> bool:
     manifest = read_manifest(part.manifest(destination))
     for key, value in identity.items():
         if manifest.get(key) != value:
+            hint = ", which stands for the names of its files and their sizes" if key == "source" else ""
             raise InputError(
-                f"{destination} was begun with {key}={manifest.get(key)}, now it is {value}; "
+                f"{destination} was begun with {key}={manifest.get(key)}, now it is {value}{hint}; "
                 "use the same source and options, or another folder"
             )
     return part.is_complete(destination)
@@ -515,19 +532,23 @@ def _alone(destination: Path, part: Part) -> AbstractContextManager[None]:
 def _report(console: Console, manifest: Path, totals: dict[str, int], skipped: Skipped) -> None:
     _print_some(console, [f"could not be read: {name}: {reason}" for name, reason in skipped])
     listed = f", listed in {manifest}" if skipped else ""
-    console.print(
+    _say(
+        console,
         f"{totals['total_frames']} frames in {totals['shards']} shards, "
         f"{totals['total_bytes'] / 2**20:.1f} MB; {len(skipped)} files could not be read{listed}",
-        highlight=False,
-        soft_wrap=True,
     )
 
 
 def _print_some(console: Console, lines: Sequence[str]) -> None:
     for line in lines[:SHOWN]:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        _say(console, line)
     if len(lines) > SHOWN:
-        console.print(f"and {len(lines) - SHOWN} more", highlight=False)
+        _say(console, f"and {len(lines) - SHOWN} more")
+
+
+def _say(console: Console, line: str) -> None:
+    """One line as it is: brackets in a path are no markup."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -105,6 +105,10 @@ class Part:
         for path in self.paths(root):
             yield path, read_shard_index(path.with_suffix(".npz"))
 
+    def files(self, root: Path) -> Iterator[Path]:
+        """Whatever is called a shard of this part."""
+        return root.glob(f"frames-{self.number}of{self.count}-*.tar")
+
     def paths(self, root: Path) -> Iterator[Path]:
         """The shards that have their index, up to the first that has not."""
         paths = (self.shard(root, number) for number in itertools.count())
@@ -113,7 +117,7 @@ class Part:
 
 def is_packed(path: Path) -> bool:
     """Whether a path is a packed set, finished or not."""
-    return path.is_dir() and bool(_parts(path))
+    return os.path.isdir(path) and bool(_parts(path))
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -136,7 +140,7 @@ def read_shard_index(path: Path) -> ShardIndex:
     try:
         with np.load(path, allow_pickle=False) as content:
             told = json.loads(content["told"].tobytes())
-            return ShardIndex(
+            index = ShardIndex(
                 names=told["names"],
                 lengths=content["lengths"],
                 blocks=content["blocks"],
@@ -146,12 +150,28 @@ def read_shard_index(path: Path) -> ShardIndex:
                 videos_done=told["videos_done"],
                 num_bytes=told["num_bytes"],
             )
+            if not _agrees(index):
+                raise ValueError("its parts contradict one another")
+            return index
     except OSError as error:
         raise InputError(f"{path} cannot be read: {os_reason(error)}") from None
     # What NumPy says of a file that is no archive of its own leads nobody anywhere. RuntimeError: a flipped
     # bit in a zip header asks for a password, or for what no zip file has yet.
     except (ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
         raise InputError(f"{path} is damaged; delete it and pack again") from None
+
+
+def _agrees(index: ShardIndex) -> bool:
+    """Whether an index could have been written so. Raises TypeError for some that could not."""
+    arrays = (index.lengths, index.blocks, index.sizes, index.crcs)
+    ends = index.blocks.astype(np.int64) * TAR_BLOCK + index.sizes
+    return (
+        all(array.ndim == 1 and array.dtype.kind in "iu" for array in arrays)
+        and all(isinstance(name, str) for name in index.names)
+        and len(index.names) == len(set(index.names)) == len(index.lengths) <= index.videos_done
+        and int(index.lengths.sum()) == len(index.blocks) == len(index.sizes) == len(index.crcs)
+        and bool((index.lengths > 0).all() and (index.sizes > 0).all() and (ends <= index.num_bytes).all())
+    )
 
 
 def finished_parts(roots: Sequence[Path]) -> list[tuple[Path, Part]]:
@@ -179,9 +199,9 @@ def finished_parts(roots: Sequence[Path]) -> list[tuple[Path, Part]]:
         part = Part(number, count)
         if part not in found or not part.is_complete(found[part]):
             raise InputError(
-                f"part {number} of {count} of the packed set {place} is not finished, or a shard is missing; "
-                f"run `fasttrain pack` with --shard {number}/{count} again, it goes on where it was; a text "
-                "file with a folder per line joins parts in several folders"
+                f"part {number} of {count} of the packed set {place} is not finished, or a shard is missing "
+                f"or surplus; run `fasttrain pack` with --shard {number}/{count} again, it goes on where it "
+                "was; a text file with a folder per line joins parts in several folders"
             )
     _check_one_set(found)
     return sorted(((root, part) for part, root in found.items()), key=lambda entry: entry[1])
@@ -408,6 +428,25 @@ def check_shard(path: Path) -> tuple[int, list[str]]:
             return len(frames), damage
     except (OSError, tarfile.TarError, ValueError) as error:
         return len(frames), [f"{path.name}: {error}"]
+
+
+def misplaced_shards(root: Path, part: Part) -> list[str]:
+    """Shards that are whole but cannot stand where they do: copied, renamed or from another set."""
+    found: list[str] = []
+    seen: set[str] = set()
+    behind = 0
+    for path in part.paths(root):
+        try:
+            index = read_shard_index(path.with_suffix(".npz"))
+        except InputError:
+            # `check_shard` tells.
+            continue
+        names = set(index.names)
+        if index.videos_done - behind < len(names) or not seen.isdisjoint(names):
+            found.append(f"{path}: not the shard of that number, its videos are those of another")
+        seen |= names
+        behind = index.videos_done
+    return found
 
 
 def write_manifest(path: Path, content: dict[str, Any], *, complete: bool, skipped: Skipped) -> None:

@@ -21,7 +21,7 @@ from fasttrain.data.packed import PackedIndex, is_packed
 from fasttrain.data.probes import ProbeCache, State, state_of
 from fasttrain.data.videos import VIDEO_SUFFIXES, VideoInfo, probe_video
 from fasttrain.errors import InputError
-from fasttrain.files import os_reason
+from fasttrain.files import os_reason, text_lines
 
 Kind = Literal["auto", "folders", "list", "videos", "packed"]
 
@@ -184,16 +184,19 @@ def _natural_key(name: str) -> list[str | int]:
 
 
 def _list_entries(path: Path) -> list[str]:
-    """The lines of a list that say something."""
+    """The lines of a list that say something, without comments: `#` and what names no file."""
     try:
-        # -sig: editors on Windows begin a file with a byte order mark.
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = text_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"{path} is neither a video file nor a text file that lists folders: {error}"
         ) from None
-    entries = (line.strip() for line in lines)
-    return [entry for entry in entries if entry and not entry.startswith("#")]
+    # Names of HMDB51 begin with #.
+    return [
+        line
+        for line in lines
+        if not line.startswith("#") or os.path.exists(path.parent / _list_entry(path.parent, line)[0])
+    ]
 
 
 def _read_list(path: Path) -> Found:
@@ -205,7 +208,8 @@ def _read_list(path: Path) -> Found:
         place = path.parent / name
         if name in folders or name in videos:
             skipped.append((name, "listed before"))
-        elif place.is_dir():
+        # Unlike Path's, these take a line that is too long for a name as one that is not there.
+        elif os.path.isdir(place):
             try:
                 files = _frame_files(os.scandir(place))
             except OSError as error:
@@ -217,7 +221,7 @@ def _read_list(path: Path) -> Found:
                 skipped.append((name, f"the list says {limit} frames, the folder holds {len(files)}"))
             else:
                 folders[name] = place, files[:limit]
-        elif place.exists():
+        elif os.path.exists(place):
             videos[name] = place
         else:
             skipped.append((name, "does not exist"))
@@ -232,7 +236,7 @@ def _list_entry(root: Path, entry: str) -> tuple[str, int | None]:
     ./video and video/ are the same as video.
     """
     parts = entry.rsplit(maxsplit=1)
-    if len(parts) == 2 and parts[1].isdecimal() and not (root / entry).exists():
+    if len(parts) == 2 and parts[1].isdecimal() and not os.path.exists(root / entry):
         return Path(parts[0]).as_posix(), int(parts[1])
     return Path(entry).as_posix(), None
 

@@ -7,6 +7,7 @@ videos are spread over the processes; `--` keeps torchrun from taking --run for 
 """
 
 import argparse
+import os
 import time
 from pathlib import Path
 from types import ModuleType
@@ -61,6 +62,9 @@ def run(arguments: argparse.Namespace) -> None:
     for folder in (output, getattr(arguments, "cache", None)):
         if folder is not None and folder.exists() and not folder.is_dir():
             raise InputError(f"{folder} is a file; --output and --cache name folders")
+        # Before the work of hours, not after it.
+        if folder is not None and not os.access(_nearest(folder), os.W_OK):
+            raise InputError(f"{folder} cannot be written to; give another --output or --cache")
     begun, earlier = time.perf_counter(), _pictures(output)
     with distributed.start(arguments.device) as world:
         subject = load_subject(arguments).to(world.device)
@@ -83,6 +87,11 @@ def run(arguments: argparse.Namespace) -> None:
             found["results"],
         )
         print(f"written to {path}")
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or the first above it that is there."""
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
 
 
 def _pictures(output: Path) -> dict[str, int]:

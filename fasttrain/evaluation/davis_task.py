@@ -73,7 +73,7 @@ def find_sequences(root: Path, year: str, subset: str) -> list[VideoSequence]:
 
 
 def _find_sequence(root: Path, name: str) -> VideoSequence:
-    frames = sorted((root / "JPEGImages" / "480p" / name).glob("*.jpg"))
+    frames = sequences.numbered(root / "JPEGImages" / "480p" / name, ".jpg")
     # J and F leave out the first frame and the last.
     annotations = sequences.check_pairs(name, frames, root / "Annotations" / "480p" / name, fewest=3)
     return VideoSequence(name, frames, annotations)

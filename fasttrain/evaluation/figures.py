@@ -28,6 +28,7 @@ LIMBS = (
     *((5, 9), (6, 10), (7, 11), (8, 12), (9, 13), (10, 14)),
 )
 CAPTION_HEIGHT = 22
+_TRADE_OFF = ("intra_normalized_95", "inter_normalized_95")
 _BACKGROUND = (255, 255, 255)
 _INK = (30, 30, 30)
 
@@ -212,8 +213,14 @@ def as_written(text: str) -> str:
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
+def has_trade_off(figures: dict[str, Any]) -> bool:
+    """Whether figures of an evaluation hold a point of the trade-off; one that is no number is None there."""
+    return all(_is_number(figures.get(key)) for key in _TRADE_OFF)
+
+
 def _trade_off_point(figures: dict[str, float]) -> tuple[float, float]:
-    return figures["intra_normalized_95"], figures["inter_normalized_95"]
+    intra, inter = (figures[key] for key in _TRADE_OFF)
+    return intra, inter
 
 
 def _panel_names(histories: Any) -> list[str]:

@@ -24,7 +24,7 @@ from torch import Tensor
 from fasttrain.backbones import Backbone, load_backbone
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
-from fasttrain.files import write_atomically
+from fasttrain.files import text_lines, write_atomically
 from fasttrain.projection import Projection
 from fasttrain.video_encoder import load_video_encoder
 
@@ -110,11 +110,9 @@ def load_subject(arguments: argparse.Namespace) -> Subject:
 def read_lines(path: Path, expected: str = "a text file in UTF-8") -> list[str]:
     """The lines of a text file that say something, stripped. Raises InputError where it cannot be read."""
     try:
-        # -sig: editors on Windows begin a file with a byte order mark.
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        return text_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}); expected {expected}") from error
-    return [line.strip() for line in lines if line.strip()]
 
 
 def fit_to_patches(size: tuple[int, int], patch: int) -> tuple[int, int]:

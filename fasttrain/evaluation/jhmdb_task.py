@@ -107,7 +107,7 @@ def clips_of_split(root: Path, split: int) -> list[tuple[str, str]]:
     """Class and name of each test clip. Raises InputError where `root` holds no list of them."""
     suffix = f"_test_split{split}.txt"
     clips = []
-    for path in sorted((root / "splits").glob(f"*{suffix}")):
+    for path in sorted((root / "splits").glob(f"[!.]*{suffix}")):
         for line in sequences.read_list(path):
             name, *part = line.rsplit(maxsplit=1)
             if not part or not part[0].isdecimal():
@@ -143,7 +143,7 @@ def _find_sequence(root: Path, action: str, name: str) -> VideoSequence:
     poses = root / POSES / action / name / "joint_positions.mat"
     if not poses.is_file():
         raise InputError(f"clip {name}: annotation {poses} is missing")
-    frames = sequences.numbered((root / FRAMES / action / name).glob("*.png"))
+    frames = sequences.numbered(root / FRAMES / action / name, ".png")
     if len(frames) < 2:
         raise InputError(
             f"clip {name} has {len(frames)} frames in {root / FRAMES / action / name} (*.png); expected at "

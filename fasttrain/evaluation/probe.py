@@ -13,6 +13,8 @@ from fasttrain.errors import InputError
 from fasttrain.evaluation.retrieval import nearest
 
 TEMPERATURE = 0.07
+# exp(1 / temperature), the vote of a video like the query, is no number in float64 below 0.0014.
+LEAST_TEMPERATURE = 0.0015
 NEIGHBOURS = (10, 20, 100, 200)
 
 
@@ -23,8 +25,8 @@ def knn_scores(
 
     DINO ranks classes without a vote behind the others in no particular order; here they are never predicted.
     """
-    if not temperature > 0:
-        raise InputError(f"temperature {temperature} of the votes: expected more than 0")
+    if not temperature >= LEAST_TEMPERATURE:
+        raise InputError(f"temperature {temperature} of the votes: expected at least {LEAST_TEMPERATURE}")
     weight_SK = (similarity_SK.double() / temperature).exp()
     votes_SC = weight_SK.new_zeros(len(similarity_SK), num_classes)
     votes_SC.scatter_add_(1, neighbour_labels_SK, weight_SK)

@@ -18,6 +18,7 @@ from fasttrain.evaluation import charts, video_features
 from fasttrain.evaluation.harness import Subject
 from fasttrain.evaluation.linear import MAX_ITERATIONS, fit_linear
 from fasttrain.evaluation.probe import (
+    LEAST_TEMPERATURE,
     NEIGHBOURS,
     TEMPERATURE,
     confusion,
@@ -47,11 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: World) -> dict[str, Any] | None:
     """Accuracy on all test videos, on the main process."""
-    if min(arguments.neighbours) < 1 or arguments.max_iterations < 1 or not arguments.temperature > 0:
+    if min(arguments.neighbours) < 1 or arguments.max_iterations < 1:
         raise InputError(
-            f"--neighbours {arguments.neighbours}, --temperature {arguments.temperature}, --max-iterations "
-            f"{arguments.max_iterations}: each must be positive"
+            f"--neighbours {arguments.neighbours}, --max-iterations {arguments.max_iterations}: each must be "
+            "positive"
         )
+    if not arguments.temperature >= LEAST_TEMPERATURE:
+        raise InputError(f"--temperature {arguments.temperature}: expected at least {LEAST_TEMPERATURE}")
     found = extract_split(arguments, subject, output, world)
     if found is None:
         return None

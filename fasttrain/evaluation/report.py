@@ -9,6 +9,7 @@ from typing import Any
 
 from fasttrain.errors import InputError
 from fasttrain.evaluation import figures
+from fasttrain.files import write_atomically
 
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}"
@@ -46,17 +47,22 @@ def write_report(runs: list[Path], output: Path) -> Path:
     pictures = output.parent / f"{output.stem}_figures"
     body = []
     if recorded:
-        body.append(
-            _section("Learning curves", _image(figures.learning_curves(recorded, pictures / "learning.png")))
-        )
+        try:
+            curves = figures.learning_curves(recorded, pictures / "learning.png")
+            body.append(_section("Learning curves", _image(curves)))
+        # No step is recorded yet; what was evaluated is shown all the same.
+        except InputError:
+            if not any(evaluations.values()):
+                raise
     points = [
         (names[folder], found["results"]["before"], found["results"]["after"])
         for folder, found_all in evaluations.items()
         for found in found_all.values()
         if found["task"] == "consistency"
         and {"before", "after"} <= set(found["results"])
-        # One video alone has no distance to others.
+        # One video alone has no distance to others; features that are all alike have no diameter.
         and found["data"]["videos"] > 1
+        and all(map(figures.has_trade_off, found["results"].values()))
     ]
     if points:
         body.append(_section("Trade-off", _image(figures.trade_off(points, pictures / "trade_off.png"))))
@@ -69,26 +75,48 @@ def write_report(runs: list[Path], output: Path) -> Path:
             images = "".join(_image(one) for one in drawn if one.suffix == ".png" and one.is_file())
             films = "".join(_film(one) for one in drawn if one.suffix == ".mp4" and one.is_file())
             body.append(_section(title, _table(found["results"]) + images + films))
-    output.parent.mkdir(parents=True, exist_ok=True)
     head = f'<!doctype html><meta charset="utf-8"><title>fasttrain</title><style>{STYLE}</style>'
-    output.write_text(f"{head}<h1>fasttrain</h1>{''.join(body)}\n", encoding="utf-8")
+    page = f"{head}<h1>fasttrain</h1>{''.join(body)}\n"
+    # A folder's name may be no UTF-8.
+    write_atomically(output, page.encode("utf-8", "replace"))
     return output
 
 
 def _evaluations(folder: Path) -> dict[Path, dict[str, Any]]:
     """The figures of a run's evaluations by file."""
-    return {path: _read_evaluation(path) for path in sorted(folder.glob("eval/*/*.json"))}
+    return {path: _read_evaluation(path) for path in sorted(folder.glob("eval/*/[!.]*.json"))}
 
 
 def _read_evaluation(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        whole = {"task", "model", "data", "results", "pictures"} <= set(found) and bool(found["results"])
-    except (OSError, ValueError, TypeError) as error:
+        whole = _is_evaluation(found)
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}); evaluate again or remove it") from error
     if not whole:
         raise InputError(f"{path} holds no figures of `fasttrain eval`; evaluate again or remove it")
     return dict(found)
+
+
+def _is_evaluation(found: Any) -> bool:
+    """Whether JSON has what the page shows: what `eval` writes has; other files may lie beside it."""
+    try:
+        moments = list(found["results"].values())
+        return (
+            isinstance(found["task"], str)
+            and all(isinstance(found["model"][key], str) for key in ("backbone", "weights"))
+            and all(isinstance(name, str) and "/" not in name for name in found["pictures"])
+            and (found["task"] != "consistency" or isinstance(found["data"]["videos"], int))
+            and bool(moments)
+            and all(moment.keys() == moments[0].keys() for moment in moments)
+            and all(
+                value is None or isinstance(value, int | float)
+                for moment in moments
+                for value in moment.values()
+            )
+        )
+    except (KeyError, TypeError, AttributeError):
+        return False
 
 
 def _section(title: str, content: str) -> str:

@@ -5,7 +5,7 @@ T frames, H W pixels, h w grid, N = h * w tokens, D channels, C classes.
 """
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -262,7 +262,7 @@ def check_pairs(name: str, frames: Sequence[Path], annotations: Path, fewest: in
     missing = [path for path in wanted if not path.is_file()]
     if missing:
         raise InputError(f"sequence {name}: annotation {missing[0]} is missing ({len(missing)} in all)")
-    surplus = {path.stem for path in annotations.glob("*.png")} - {path.stem for path in frames}
+    surplus = {path.stem for path in numbered(annotations, ".png")} - {path.stem for path in frames}
     if surplus:
         raise InputError(f"sequence {name}: frame {min(surplus)} is annotated, but its image is missing")
     return wanted
@@ -284,6 +284,10 @@ def take_notes(per_sequence: dict[str, Any]) -> list[str]:
     return notes
 
 
-def numbered(paths: Iterable[Path]) -> list[Path]:
-    """Files in the order of their numbers, padded with zeros or not."""
+def numbered(folder: Path, suffix: str) -> list[Path]:
+    """A folder's files of a kind in the order of their numbers, padded with zeros or not.
+
+    Hidden ones are left out: copies made on a Mac have `._NAME` beside every NAME.
+    """
+    paths = (path for path in folder.glob(f"*{suffix}") if not path.name.startswith("."))
     return sorted(paths, key=lambda path: (len(path.stem), path.stem))

@@ -8,16 +8,18 @@
 
 Lists may also lie in the root itself, videos in the root or in one of the folders that the archives make, or
 in a packed set. A folder of frames stands in for a video file of its name, and so does a file with another
-suffix; folders of classes may have `_` where the label has another character, and those of Kinetics, whose
-archives have none, may be absent.
+suffix; folders of classes may have `_` where the label has another character, and may be absent but for plain
+lists, as they are in the archives of Kinetics and in frames of UCF101 and HMDB51 that others have published.
 """
 
 import argparse
 import csv
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -112,7 +114,7 @@ def read_split(arguments: argparse.Namespace) -> VideoSplit:
     def locate(entries: Entries) -> list[LabelledVideo]:
         found = []
         for name, label in entries:
-            place = finder.find(name, unsorted=layout == "kinetics")
+            place = finder.find(name, unsorted=layout != "list")
             if place is None:
                 missing.append(name)
             else:
@@ -181,7 +183,7 @@ class _Finder:
 def _list_videos(folder: Path) -> dict[str, Place]:
     """Video files by name and by stem, folders by name."""
     entries: dict[str, Place] = {}
-    if folder.is_dir():
+    if os.path.isdir(folder):
         for path in sorted(folder.iterdir()):
             if path.suffix.lower() in VIDEO_SUFFIXES:
                 entries[path.name] = path
@@ -267,7 +269,8 @@ def _read_ucf(root: Path, arguments: argparse.Namespace) -> tuple[list[str], Ent
 # HMDB51: one file per class, `NAME.avi MARK`; 1: training, 2: test, 0: in neither.
 def _hmdb_files(root: Path, split: int) -> list[Path]:
     for folder in ("testTrainMulti_7030_splits", "splits", "."):
-        files = sorted((root / folder).glob(f"*_test_split{split}.txt"))
+        # Copies made on a Mac have `._NAME` beside every NAME.
+        files = sorted((root / folder).glob(f"[!.]*_test_split{split}.txt"))
         if files:
             return files
     return []
@@ -306,7 +309,14 @@ _KINETICS_FILES = {
 def _read_kinetics(root: Path, arguments: argparse.Namespace) -> tuple[list[str], Entries, Entries]:
     def read(which: str, given: Path | None) -> Entries:
         path = _required(root, _KINETICS_FOLDERS, _KINETICS_FILES[which], given)
-        rows = list(csv.DictReader(read_lines(path)))
+        reader = csv.DictReader(read_lines(path))
+        rows, columns = list(reader), reader.fieldnames or []
+        # A list without its line of names would seem to be short of its first video, or empty.
+        if columns and not {"label", "youtube_id", "time_start", "time_end"} <= set(columns):
+            raise InputError(
+                f"list {path} begins with {','.join(columns)!r}; expected the columns label, youtube_id, "
+                "time_start, time_end; other lists are read with --dataset list"
+            )
         try:
             return [
                 (
@@ -316,7 +326,7 @@ def _read_kinetics(root: Path, arguments: argparse.Namespace) -> tuple[list[str]
                 )
                 for row in rows
             ]
-        except (KeyError, TypeError, ValueError) as error:
+        except (TypeError, ValueError) as error:
             raise InputError(
                 f"list {path}: {error}; expected the columns label, youtube_id, time_start, time_end"
             ) from error
@@ -338,7 +348,7 @@ def _read_ssv2(root: Path, arguments: argparse.Namespace) -> tuple[list[str], En
     def load(which: str, given: Path | None = None) -> tuple[Path, Any]:
         path = _required(root, _SSV2_FOLDERS, _SSV2_FILES[which], given)
         try:
-            return path, json.loads(path.read_text(encoding="utf-8"))
+            return path, json.loads(path.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
             raise InputError(f"list {path} cannot be read ({error})") from error
 
@@ -362,12 +372,17 @@ def _read_lists(root: Path, arguments: argparse.Namespace) -> tuple[list[str], E
     if not (arguments.train_list and arguments.test_list):
         raise InputError("--dataset list needs both --train-list and --test-list: `path label` per line")
 
+    @cache
+    def finder() -> _Finder:
+        return _Finder(arguments.videos or root)
+
     def read(given: Path) -> Entries:
         entries = []
         for line in read_lines(given):
-            if line.startswith("#"):
-                continue
             parts = line.rsplit(maxsplit=1)
+            # A comment, unless it names a video: those of HMDB51 may begin with #.
+            if line.startswith("#") and finder().find(parts[0], unsorted=False) is None:
+                continue
             if len(parts) != 2:
                 raise InputError(f"list {given}: {line!r}; expected `path label`")
             entries.append((parts[0], parts[1]))

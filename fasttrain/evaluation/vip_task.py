@@ -76,7 +76,7 @@ def find_sequences(root: Path, subset: str, listed: Path | None) -> list[VideoSe
 
 
 def _find_sequence(base: Path, name: str) -> VideoSequence:
-    frames = sequences.numbered((base / "Images" / name).glob("*.jpg"))
+    frames = sequences.numbered(base / "Images" / name, ".jpg")
     annotations = sequences.check_pairs(name, frames, base / "Annotations" / "Category_ids" / name, fewest=2)
     return VideoSequence(name, frames, annotations)
 

@@ -1,9 +1,11 @@
 """Packing: what is in the shards, going on after a kill, several machines, and damage."""
 
 import argparse
+import dataclasses
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -320,6 +323,48 @@ def test_other_options_or_another_source_are_refused(tmp_path: Path) -> None:
         packed(write_folders(tmp_path / "more", [3] * 5), tmp_path / "packed")
 
 
+def test_a_source_that_grew_is_another_source(tmp_path: Path) -> None:
+    """A frame more in a folder, another number in a list, another size of a video."""
+    source = write_folders(tmp_path / "frames", [4, 4])
+    listing = tmp_path / "list.txt"
+    listing.write_text("frames/class_0/video_0 3\n")
+    video = encode_video(tmp_path / "video.mp4", [picture(0, t) for t in range(4)])
+    for number, path in enumerate((source, listing, video)):
+        packed(path, tmp_path / f"packed{number}")
+        packed(path, tmp_path / f"packed{number}")
+    listing.write_text("frames/class_0/video_0 4\n")
+    shutil.copy(source / "class_0/video_0/00000.jpg", source / "class_0/video_0/00004.jpg")
+    video.write_bytes(video.read_bytes() + b"\0")
+    for number, path in enumerate((source, listing, video)):
+        with pytest.raises(InputError, match="was begun with source="):
+            packed(path, tmp_path / f"packed{number}")
+
+
+def test_shards_that_change_places_are_named(tmp_path: Path) -> None:
+    source, out = write_folders(tmp_path / "frames", [6] * 12), tmp_path / "packed"
+    packed(source, out)
+    last = len(list(out.glob("*.tar"))) - 1
+    assert last > 1
+    swapped = tmp_path / "swapped"
+    shutil.copytree(out, swapped)
+    for suffix in (".tar", ".npz"):
+        shutil.copy(out / f"frames-1of1-000000{suffix}", swapped / f"frames-1of1-000001{suffix}")
+        shutil.copy(out / f"frames-1of1-000001{suffix}", swapped / f"frames-1of1-000000{suffix}")
+    with pytest.raises(InputError, match=r"000001.tar: not the shard of that number"):
+        check(swapped, workers=1, console=Console(file=io.StringIO()))
+    shutil.copy(out / "frames-1of1-000000.tar", out / "frames-1of1-000077.tar")
+    with pytest.raises(InputError, match=r"000077.tar: a shard that the set does not have"):
+        check(out, workers=1, console=Console(file=io.StringIO()))
+    (out / "frames-1of1-000077.tar").unlink()
+    # One too many is not taken for work that is done.
+    for suffix in (".tar", ".npz"):
+        shutil.copy(out / f"frames-1of1-000000{suffix}", out / f"frames-1of1-{last + 1:06d}{suffix}")
+    with pytest.raises(InputError, match="or surplus"):
+        check(out, workers=1, console=Console(file=io.StringIO()))
+    with pytest.raises(InputError, match=rf"{last + 1:06d}.tar: not the shard of that number"):
+        packed(source, out)
+
+
 def flip_a_byte(shard: Path) -> None:
     data = bytearray(shard.read_bytes())
     data[1000] ^= 1
@@ -337,6 +382,45 @@ def flip_a_zip_flag(shard: Path) -> None:
 def lose_a_key(shard: Path) -> None:
     manifest = shard.with_name("pack-1of1.json")
     manifest.write_text(manifest.read_text().replace('"shards"', '"shbrds"'))
+
+
+def edit(**changes: Callable[[Any], Any]) -> Callable[[Path], None]:
+    """Write the index again with parts of it changed."""
+
+    def damage(shard: Path) -> None:
+        index = read_shard_index(shard.with_suffix(".npz"))
+        changed = {name: change(getattr(index, name)) for name, change in changes.items()}
+        shard.with_suffix(".npz").write_bytes(dataclasses.replace(index, **changed).to_bytes())
+
+    return damage
+
+
+EDITS = (
+    edit(lengths=lambda lengths: lengths + 1),
+    edit(lengths=lambda lengths: -lengths),
+    edit(lengths=lambda lengths: lengths[:-1]),
+    edit(lengths=lambda lengths: np.array(["a"] * len(lengths))),
+    edit(blocks=lambda blocks: blocks[:-3]),
+    edit(blocks=lambda blocks: blocks[None]),
+    edit(blocks=lambda blocks: blocks.astype(np.uint64) + 2**40),
+    edit(sizes=lambda sizes: -sizes),
+    edit(sizes=lambda sizes: sizes.astype(float)),
+    edit(names=lambda names: [1] * len(names)),
+    edit(names=lambda names: names[:-1]),
+    edit(names=lambda names: names[:1] * len(names)),
+    edit(num_bytes=lambda _: "many"),
+    edit(videos_done=lambda _: None),
+)
+
+
+@pytest.mark.parametrize("damage", EDITS)
+def test_an_index_that_contradicts_itself_is_named(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    packed(write_folders(tmp_path / "frames", [6] * 2), tmp_path / "packed")
+    damage(tmp_path / "packed" / "frames-1of1-000000.tar")
+    with pytest.raises(InputError, match=r"frames-1of1-000000.npz is damaged"):
+        check(tmp_path / "packed", workers=1, console=Console(file=io.StringIO()))
+    with pytest.raises(InputError, match=r"frames-1of1-000000.npz is damaged"):
+        open_source(tmp_path / "packed")
 
 
 @pytest.mark.parametrize(
@@ -489,9 +573,13 @@ def test_packing_on_a_gpu_needs_one(tmp_path: Path) -> None:
 
 def test_the_command_packs_and_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_folders(tmp_path / "frames", [3, 4])
-    command(str(tmp_path / "frames"), str(tmp_path / "out"), "--workers", "2")
-    command("--check", str(tmp_path / "out"))
+    # What closes no markup of rich's, but looks like it.
+    out = str(tmp_path / "out[" / "b]")
+    command(str(tmp_path / "frames"), out, "--workers", "2")
+    command("--check", out)
+    command(str(tmp_path / "frames"), out)
     said = capsys.readouterr().out
+    assert f"{out} is already packed" in said
     assert "7 frames in 1 shards" in said
     assert "7 frames, each as it was packed" in said
 

@@ -90,6 +90,21 @@ def test_a_list_written_by_many_hands(tmp_path: Path) -> None:
     ]
 
 
+def test_a_list_of_odd_names(tmp_path: Path) -> None:
+    """HMDB51 has names with #; titles of videos hold marks that Python, but no file, ends a line at."""
+    names = ["#20 Rhythm clap", "line\u2028mark", "next\x85line"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        Image.fromarray(picture(0, 0)).save(tmp_path / name / "0.jpg")
+    listing = tmp_path / "train.txt"
+    too_long = "x" * 300
+    lines = ["# comment", f"# {too_long}", "#20 Rhythm clap 1", *names[1:], too_long]
+    listing.write_text("\n".join(lines), encoding="utf-8")
+    index = open_source(listing)
+    assert index.names == sorted(names)
+    assert index.skipped == [(too_long, "does not exist")]
+
+
 def test_a_folder_of_videos_names_what_it_skips(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     whole = encode_video(tmp_path / "b" / "whole.mp4", [picture(0, t) for t in range(6)])

@@ -182,6 +182,18 @@ def test_changed_content_is_another_entry(
     run(videos, subject, tmp_path / "out")
 
 
+@pytest.mark.parametrize("start", [0, 300_000, 777_777, 1_800_000])
+def test_a_hole_that_is_filled_in_later_is_another_video(start: int, tmp_path: Path) -> None:
+    video, copy = tmp_path / "video.mp4", tmp_path / "copy.mp4"
+    content = torch.randint(256, (2_000_000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    copy.write_bytes(content.numpy().tobytes())
+    content[start : start + 140_000] = 0
+    video.write_bytes(content.numpy().tobytes())
+    before = features._identify(video, POOLED)
+    shutil.copyfile(copy, video)
+    assert features._identify(video, POOLED) == features._identify(copy, POOLED) != before
+
+
 @pytest.mark.parametrize(
     "damage",
     [

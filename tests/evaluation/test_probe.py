@@ -11,7 +11,7 @@ from torch.nn import functional
 from fasttrain.errors import InputError
 from fasttrain.evaluation import fit_linear, knn_classify, top_accuracy
 from fasttrain.evaluation.linear import STRENGTHS, LinearClassifier
-from fasttrain.evaluation.probe import confusion, hold_out, knn_scores
+from fasttrain.evaluation.probe import LEAST_TEMPERATURE, confusion, hold_out, knn_scores
 
 
 def blobs(seed: int, count: int = 60, channels: int = 6, classes: int = 3) -> tuple[Tensor, Tensor]:
@@ -65,6 +65,15 @@ def test_a_class_without_a_vote_is_never_predicted() -> None:
     assert top_accuracy(scores, torch.tensor([0]), 5) == 0
     with pytest.raises(InputError, match="temperature 0"):
         knn_scores(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.long), num_classes=1, temperature=0)
+
+
+def test_votes_at_the_least_temperature_are_numbers() -> None:
+    similarity, labels = torch.tensor([[1.0, 0.999, -1.0]]), torch.tensor([[2, 1, 0]])
+    scores = knn_scores(similarity, labels, num_classes=3, temperature=LEAST_TEMPERATURE)
+    assert scores.isfinite().all()
+    assert scores.argsort().tolist() == [[0, 1, 2]]
+    with pytest.raises(InputError, match=r"temperature 0\.001 "):
+        knn_scores(similarity, labels, num_classes=3, temperature=0.001)
 
 
 def test_accuracy_of_a_hand_computed_case() -> None:

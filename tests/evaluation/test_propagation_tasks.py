@@ -490,3 +490,46 @@ def test_vip_without_parts_in_the_first_frame_is_told(
     assert main(command("vip", root, tmp_path)) == 0
     assert "video beta: no part is labelled in the first frame" in capsys.readouterr().out
     assert (tmp_path / "figures/beta_arrows.png").exists()
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_work(
+    roots: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def access(path: Path, mode: int) -> bool:
+        return path != tmp_path
+
+    monkeypatch.setattr(os, "access", access)
+    output = tmp_path / "new" / "folder"
+    assert main(command("davis", roots["davis"], output)) == 2
+    assert f"{output} cannot be written to; give another --output" in capsys.readouterr().err
+    assert not output.parent.exists()
+
+
+@pytest.mark.parametrize("task", WRITERS)
+def test_what_a_mac_leaves_beside_files_is_passed_over(
+    task: str, roots: dict[str, Path], tmp_path: Path
+) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(roots[task], root)
+    for path in [path for path in root.rglob("*.*") if path.is_file()]:
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
+    for place in (roots[task], root):
+        output = tmp_path / ("with" if place == root else "without")
+        assert main(command(task, place, output, "--pictures", "0")) == 0
+    one, other = (read_figures(tmp_path / name, task) for name in ("with", "without"))
+    assert one["results"] == other["results"]
+
+
+def test_frames_of_davis_go_by_their_numbers(roots: dict[str, Path], tmp_path: Path) -> None:
+    """A conversion may number them without zeros in front."""
+    root = tmp_path / "davis"
+    shutil.copytree(roots["davis"], root)
+    for path in [*root.glob("JPEGImages/480p/*/*"), *root.glob("Annotations/480p/*/*")]:
+        path.rename(path.with_name(f"{8 + int(path.stem)}{path.suffix}"))
+    for place in (roots["davis"], root):
+        assert main(command("davis", place, tmp_path / place.parent.name, "--pictures", "0")) == 0
+    one, other = (read_figures(tmp_path / place.parent.name, "davis") for place in (roots["davis"], root))
+    assert one["results"] == other["results"]

@@ -1,6 +1,7 @@
 """The trade-off of one and of several runs, on the page and during training."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,13 @@ def test_runs_called_alike_or_oddly_are_told_apart(tmp_path: Path, monkeypatch: 
     assert legends == [[str(runs[0]), str(runs[1]), " _a", r"\$\frac\$"]]
 
 
+def test_a_run_whose_name_is_no_utf_8(tmp_path: Path) -> None:
+    run = write_history(tmp_path / os.fsdecode(b"run\xff"), '{"step": 1, "loss": 2}\n')
+    write_evaluation(run, evaluation())
+    assert main(["report", str(run), "--output", str(tmp_path / "page.html")]) == 0
+    assert "<h2>run?: davis" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
 def test_a_run_that_was_cut_off_while_it_wrote(tmp_path: Path) -> None:
     whole = '{"step": 1, "loss": 2}\n{"step": 2, "loss": 1}\n'
     run = write_history(tmp_path / "run", whole + '\n{"step": 3, "lo')
@@ -130,7 +138,53 @@ def test_the_trade_off_leaves_out_a_run_measured_on_one_video(videos: Path, tmp_
     assert "<td>inter_normalized_95</td><td>–</td>" in page.read_text()
 
 
-@pytest.mark.parametrize("text", ['{"task": "davis", "resu', "[]", "3", '{"task": "davis"}'])
+def evaluation(task: str = "davis", **changes: Any) -> dict[str, Any]:
+    """As `eval` writes it, but for what the page does not show."""
+    model = {"backbone": "dino", "weights": "random"}
+    results = {"before": {"J": 0.5}, "after": {"J": 0.6}}
+    found = {"task": task, "model": model, "data": {"videos": 3}, "pictures": [], "results": results}
+    return {**found, **changes}
+
+
+def write_evaluation(run: Path, found: dict[str, Any]) -> Path:
+    path = run / "eval" / found["task"] / f"{found['task']}.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(found))
+    return run
+
+
+def test_figures_that_are_no_numbers_have_no_place_in_the_trade_off(tmp_path: Path) -> None:
+    numbers = {"intra_normalized_95": 0.2, "inter_normalized_95": 0.5}
+    results = {"before": numbers, "after": {**numbers, "inter_normalized_95": None}}
+    run = write_evaluation(tmp_path / "run", evaluation("consistency", results=results))
+    page = tmp_path / "page.html"
+    assert main(["report", str(run), "--output", str(page)]) == 0
+    assert "Trade-off" not in page.read_text()
+    assert "<td>–</td>" in page.read_text()
+
+
+def test_a_run_evaluated_before_its_first_figures(tmp_path: Path) -> None:
+    run = write_evaluation(write_history(tmp_path / "run", ""), evaluation())
+    page = tmp_path / "page.html"
+    assert main(["report", str(run), "--output", str(page)]) == 0
+    assert "run: davis" in page.read_text()
+    assert "Learning curves" not in page.read_text()
+
+
+DAMAGED = (
+    evaluation(model={"backbone": "dino"}),
+    evaluation(pictures=["../elsewhere.png"]),
+    evaluation(pictures=[3]),
+    evaluation(results={}),
+    evaluation(results={"before": {"J": 0.5}, "after": {"F": 0.5}}),
+    evaluation(results={"before": {"J": "<b>"}}),
+    evaluation("consistency", data={}),
+)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"task": "davis", "resu', "[]", "3", '{"task": "davis"}', *map(json.dumps, DAMAGED)]
+)
 def test_a_damaged_evaluation_is_named(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damaged = tmp_path / "run" / "eval" / "davis" / "davis.json"
     damaged.parent.mkdir(parents=True)

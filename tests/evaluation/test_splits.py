@@ -66,6 +66,8 @@ def test_ucf101_classes_are_in_the_order_of_their_numbers(tmp_path: Path) -> Non
 def test_hmdb51_marks(tmp_path: Path) -> None:
     touch(tmp_path, "run/x 1.avi", "run/y.avi")
     (tmp_path / "run_test_split1.txt").write_text("x 1.avi 1 \ny.avi 2 \nz.avi 0 \n")
+    # What a Mac leaves beside a file that it copies.
+    (tmp_path / "._run_test_split1.txt").write_bytes(b"\0\5\x16\7")
     split = read(tmp_path)
     assert [video.name for video in split.train] == ["run/x 1.avi"]
     assert [video.name for video in split.test] == ["run/y.avi"]
@@ -96,6 +98,13 @@ def test_a_list_may_name_absolute_paths(tmp_path: Path) -> None:
     assert read(tmp_path / "empty", **given).train[0].place == tmp_path / "a.mp4"
 
 
+def test_a_list_may_name_videos_that_begin_like_a_comment(tmp_path: Path) -> None:
+    """HMDB51 has such names; what is no video is a comment."""
+    touch(tmp_path, "#20 Rhythm clap.avi")
+    given = lists(tmp_path, "# a.mp4 x\n#20 Rhythm clap.avi x\n#b.mp4 x\n#\n", "b.mp4 x\n")
+    assert [video.name for video in read(tmp_path, **given).train] == ["#20 Rhythm clap.avi"]
+
+
 def test_folders_of_classes_may_be_spelled_otherwise(tmp_path: Path) -> None:
     rows = {"train": ("person's head (not hair)", "a"), "val": ("person's head (not hair)", "b")}
     for which, (label, video) in rows.items():
@@ -120,6 +129,21 @@ def test_kinetics_as_its_archives_unpack(tmp_path: Path) -> None:
     # Sorted by its publishers' tool, which puts whole files for damaged ones.
     touch(tmp_path, "videos/train/clay pottery/a_000001_000011.mp4")
     assert read(tmp_path).train[0].place.parent == tmp_path / "videos/train/clay pottery"
+
+
+@pytest.mark.parametrize("layout", ["ucf101", "hmdb51"])
+def test_frames_in_one_folder_without_classes(layout: str, tmp_path: Path) -> None:
+    """As frames of UCF101 and HMDB51 are published by others; a class's own folder comes first."""
+    root = LAYOUTS[layout](tmp_path / layout)
+    split = read(root)
+    frames = tmp_path / "jpegs_256"
+    for video in (*split.train, *split.test):
+        (frames / Path(video.name).stem).mkdir(parents=True)
+    flat = read(root, videos=frames)
+    assert all(video.place.parent == frames for video in (*flat.train, *flat.test))
+    first = split.train[0].name
+    touch(frames, first)
+    assert read(root, videos=frames).train[0].place == frames / first
 
 
 def test_absent_videos(tmp_path: Path) -> None:
@@ -195,6 +219,11 @@ def kinetics_columns(root: Path) -> Path:
     return root
 
 
+def kinetics_headless(root: Path) -> Path:
+    (root / "train.csv").write_text("x,y,1,9,train\n")
+    return root
+
+
 def kinetics_times(root: Path) -> Path:
     (root / "train.csv").write_text("label,youtube_id,time_start,time_end,split\nx,y,soon,9,train\n")
     return root
@@ -217,7 +246,8 @@ def ssv2_damaged(root: Path) -> Path:
         (ucf, "class 'B' of the test list is not among the 1 classes"),
         (ucf_flat, "'b.avi'; expected CLASS/NAME.avi"),
         (hmdb, "'a.avi 3'; expected a video and 0, 1 or 2"),
-        (kinetics_columns, "'label'; expected the columns label"),
+        (kinetics_columns, "begins with 'name,id'; expected the columns label"),
+        (kinetics_headless, "begins with 'x,y,1,9,train'; expected the columns label"),
         (kinetics_times, "'soon'.*expected the columns label"),
         (ssv2_templates, "'template'.*expected objects with id and template"),
         (ssv2_damaged, "labels.json cannot be read"),
