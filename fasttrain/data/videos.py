@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import io
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -140,11 +140,11 @@ def read_video_frames(video: VideoInfo, frames: Sequence[int]) -> list[Frame]:
     return [found[frame] for frame in frames]
 
 
-def stream_video_frames(video: VideoInfo, frames: Iterable[int]) -> Iterator[Frame]:
+def stream_video_frames(video: VideoInfo, frames: Sequence[int]) -> Iterator[Frame]:
     """The frames of these ascending numbers, one at a time, as read_video_frames gives them."""
     frame = 0
     try:
-        with _FrameReader(video) as reader:
+        with _FrameReader(video, frames) as reader:
             for frame in frames:
                 yield to_rgb(reader.read(frame))
     except (av.FFmpegError, OSError) as error:
@@ -266,8 +266,11 @@ def to_rgb(picture: av.VideoFrame) -> Frame:
 class _FrameReader:
     """Reads frames in ascending order from one open container; seeks only past a key frame."""
 
-    def __init__(self, video: VideoInfo) -> None:
+    def __init__(self, video: VideoInfo, frames: Sequence[int]) -> None:
+        """`frames` are all that will be read."""
         self.video = video
+        times = video.times
+        self.wanted = set() if times is None else {int(times[frame]) for frame in frames}
         self._open()
 
     def __enter__(self) -> _FrameReader:
@@ -281,7 +284,7 @@ class _FrameReader:
         self.stream = _video_stream(self.container)
         # Videos are decoded in parallel; threads inside each would only get in the way.
         self.stream.codec_context.thread_count = 1
-        self.pictures: Iterator[av.VideoFrame] = self.container.decode(self.stream)
+        self.pictures = self._decode()
         self.position: int | None = None
 
     def read(self, frame: int) -> av.VideoFrame:
@@ -298,7 +301,7 @@ class _FrameReader:
         # pictures that an open group of pictures shows before its key frame need the group before it.
         for start in reversed(keys):
             self.container.seek(start, stream=self.stream)
-            self.pictures = self.container.decode(self.stream)
+            self.pictures = self._decode()
             picture = self._decode_to(target)
             if picture is not None:
                 return picture
@@ -309,6 +312,17 @@ class _FrameReader:
         if picture is not None:
             return picture
         raise UnreadableFrameError("the frame cannot be decoded", frame)
+
+    def _decode(self) -> Iterator[av.VideoFrame]:
+        """The pictures from here on; of H.264 those alone that are wanted, or that others refer to."""
+        context = self.stream.codec_context
+        skips = context.name == "h264" and bool(self.wanted)
+        wanted = False
+        for packet in self.container.demux(self.stream):
+            # The second field of a picture may be a packet of its own, with another time or none.
+            second, wanted = wanted, packet.pts in self.wanted
+            context.skip_frame = "NONREF" if skips and not wanted and not second else "DEFAULT"
+            yield from packet.decode()
 
     def _decode_to(self, target: int) -> av.VideoFrame | None:
         for picture in self.pictures:

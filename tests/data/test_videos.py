@@ -1,6 +1,7 @@
 """Random access to video frames against decoding from the start, for real files and awkward ones."""
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import av
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from makers import encode_video, picture
 
+from fasttrain.data import videos
 from fasttrain.data.images import UnreadableFrameError
 from fasttrain.data.videos import (
     cut_clip,
@@ -151,6 +153,33 @@ def test_streaming_gives_every_frame_asked_for(shared: Path) -> None:
     truth = sequential(video.path)[::20]
     for got, expected in zip(stream_video_frames(video, range(0, 325, 20)), truth, strict=True):
         np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    "x264", ["b-pyramid=none", "b-pyramid=strict", "b-pyramid=normal:open-gop=1:keyint=9", "tff=1"]
+)
+def test_h264_pictures_that_nothing_needs_are_not_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, x264: str
+) -> None:
+    params = f"bframes=7:b-adapt=0:{x264}"
+    path = encode_video(tmp_path / "x.mp4", [picture(0, t) for t in range(24)], **{"x264-params": params})
+    video, truth = probe_video(path), sequential(path)
+    decoded = 0
+
+    def counted(packets: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+        nonlocal decoded
+        for image in packets:
+            decoded += 1
+            yield image
+
+    decode = videos._FrameReader._decode
+    monkeypatch.setattr(videos._FrameReader, "_decode", lambda reader: counted(decode(reader)))
+    for wanted in [[t] for t in range(24)] + [[3, 4], [3, 5, 6], [2, 22], list(range(24))]:
+        decoded = 0
+        for frame, got in zip(wanted, stream_video_frames(video, wanted), strict=True):
+            np.testing.assert_array_equal(got, truth[frame])
+        # Every second picture at least is one that no other refers to.
+        assert decoded <= max(12, len(wanted)) + len(wanted)
 
 
 def test_damage_is_found_without_decoding_it_all(shared: Path) -> None:
