@@ -61,6 +61,8 @@ _STRUCTURE_FILTERS = {"h264": "h264_mp4toannexb", "hevc": "hevc_mp4toannexb"}
 # An H.264 picture that resets the decoder. ffmpeg also marks mere recovery points as key frames; a decoder
 # that starts there may miss references.
 _IDR = re.compile(rb"\x00\x00\x01[\x05\x25\x45\x65]")
+# A slice of an H.264 picture that others refer to: nal_ref_idc is not 0 (H.264, 7.4.1).
+_REFERENCE = re.compile(rb"\x00\x00\x01[\x21\x22\x25\x41\x42\x45\x61\x62\x65]")
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,9 @@ def cut_clip(video: VideoInfo, frames: Sequence[int]) -> tuple[Frame, list[int]]
                 if target not in packets:
                     start = max(time for time in video.reset_times if time <= target)
                     packets |= _packets_between(source, stream, start, target)
+            if stream.codec_context.name == "h264":
+                needed = _referred_to(stream, packets)
+                packets = {time: packets[time] for time in packets if time in needed or time in targets}
             out = clip.add_stream_from_template(stream)
             for packet, dts in zip(packets.values(), _decoding_times(list(packets)), strict=True):
                 packet.dts = dts
@@ -245,6 +250,17 @@ def _collect_packets(demuxed: Iterator[av.Packet], start: int, target: int) -> d
         if time == target:
             return packets
     return None
+
+
+def _referred_to(stream: av.VideoStream, packets: dict[int, av.Packet]) -> set[int]:
+    """Times of the H.264 pictures that others may refer to."""
+    start_codes = BitStreamFilterContext(_STRUCTURE_FILTERS["h264"], stream)
+    return {
+        time
+        for time, packet in packets.items()
+        # A copy, for the filter takes the packet's contents away.
+        if any(_REFERENCE.search(bytes(unit)) for unit in start_codes.filter(av.Packet(bytes(packet))))
+    }
 
 
 def _decoding_times(shown: Sequence[int]) -> list[int]:

@@ -259,6 +259,16 @@ def test_every_frame_of_a_clip(tmp_path: Path, codec: str, suffix: str, options:
     check_clips(path, [(frame, min(frame + 4, 29)) for frame in range(30)] + [(2, 27), (29, 0)])
 
 
+@pytest.mark.parametrize("b_pyramid", ["none", "strict", "normal"])
+def test_a_clip_holds_no_h264_pictures_that_nothing_needs(tmp_path: Path, b_pyramid: str) -> None:
+    params = f"bframes=7:b-adapt=0:b-pyramid={b_pyramid}"
+    path = encode_video(tmp_path / "x.mp4", [picture(0, t) for t in range(24)], **{"x264-params": params})
+    check_clips(path, [(frame, 23 - frame) for frame in range(24)])
+    data, numbers = cut_clip(probe_video(path), [3, 22])
+    with av.open(io.BytesIO(data.tobytes())) as clip:
+        assert numbers[1] < sum(1 for _ in clip.decode(video=0)) <= 14
+
+
 def test_a_clip_is_much_smaller_than_its_video(tmp_path: Path) -> None:
     path = encode_video(tmp_path / "x.mp4", [picture(0, t) for t in range(100)], g=10, bf=0)
     data, numbers = cut_clip(probe_video(path), [43, 58])
