@@ -27,6 +27,12 @@ def test_a_lock_that_its_holder_removed_is_no_lock(tmp_path: Path, monkeypatch: 
     assert not lock.exists()
 
 
+def test_a_file_system_that_never_shows_what_is_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.path.samestat", lambda one, other: False)
+    with alone(tmp_path / "lock", "taken"):
+        pass
+
+
 def test_lines_end_where_files_end_them(tmp_path: Path) -> None:
     path = tmp_path / "list.txt"
     path.write_bytes("\ufeffone\r\n\n two\u2028three \nnext\x85line".encode())
