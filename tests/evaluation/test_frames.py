@@ -1,7 +1,6 @@
 """Annotations as they come: damaged ones are a clear line, grey ones of any depth are read."""
 
 import random
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +22,10 @@ def test_a_damaged_annotation_is_a_clear_line(tmp_path: Path) -> None:
         data = bytearray(whole)
         data[draw.randrange(60)] = draw.randrange(256)
         path.write_bytes(data[: draw.randrange(60)] if number % 4 == 0 else data)
-        with suppress(InputError):
+        try:
             read_label_map(path)
-            told -= 1
-        told += 1
+        except InputError:
+            told += 1
     assert told > 250
 
 
