@@ -434,7 +434,6 @@ def check_shard(path: Path) -> tuple[int, list[str]]:
 def misplaced_shards(root: Path, part: Part) -> list[str]:
     """Shards that are whole but cannot stand where they do: copied or renamed."""
     found: list[str] = []
-    seen: set[str] = set()
     behind: int | None = 0
     for path in part.paths(root):
         try:
@@ -446,9 +445,8 @@ def misplaced_shards(root: Path, part: Part) -> list[str]:
         packed = len(index.names)
         passed = packed if behind is None else index.videos_done - behind
         # A video that could not be packed left a word in `skipped`, or several.
-        if not packed <= passed <= packed + len(index.skipped) or not seen.isdisjoint(index.names):
+        if not packed <= passed <= packed + len(index.skipped):
             found.append(f"{path}: not the shard of that number, its videos are those of another")
-        seen.update(index.names)
         behind = index.videos_done
     return found
 

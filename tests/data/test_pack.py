@@ -200,6 +200,7 @@ def test_bad_frames_are_left_out_and_listed(tmp_path: Path) -> None:
     assert bad[:2] == ["class_0/video_0/00002.jpg", "class_0/video_0/00004.jpg"]
     assert len(bad) == 8
     assert all(f"{name}: {reason}" in said for name, reason in index.skipped)
+    assert check(tmp_path / "packed", workers=1, console=Console(file=io.StringIO())) == 4
 
 
 @pytest.mark.parametrize("workers", [1, 5])
@@ -336,7 +337,7 @@ def test_a_source_that_grew_is_another_source(tmp_path: Path) -> None:
     shutil.copy(source / "class_0/video_0/00000.jpg", source / "class_0/video_0/00004.jpg")
     video.write_bytes(video.read_bytes() + b"\0")
     for number, path in enumerate((source, listing, video)):
-        with pytest.raises(InputError, match="was begun with source="):
+        with pytest.raises(InputError, match=r"was begun with source=.* names of its files and their sizes"):
             packed(path, tmp_path / f"packed{number}")
 
 
@@ -419,12 +420,12 @@ EDITS = (
     edit(lengths=lambda lengths: lengths[:-1]),
     edit(lengths=lambda lengths: np.array(["a"] * len(lengths))),
     edit(blocks=lambda blocks: blocks[:-3]),
-    edit(blocks=lambda blocks: blocks[None]),
+    edit(blocks=lambda blocks: blocks[:, None]),
     edit(blocks=lambda blocks: blocks + np.uint32(2**20)),
     edit(crcs=lambda crcs: crcs[:-1]),
     edit(sizes=lambda sizes: -sizes),
     edit(sizes=lambda sizes: sizes.astype(float)),
-    edit(names=lambda names: [1] * len(names)),
+    edit(names=lambda names: list(range(len(names)))),
     edit(names=lambda names: names[:-1]),
     edit(names=lambda names: names[:1] * len(names)),
     edit(num_bytes=lambda _: "many"),
@@ -637,6 +638,7 @@ def test_a_full_disk_is_one_line_and_no_loss(tmp_path: Path) -> None:
 def test_nothing_readable_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "a.mp4").write_bytes(b"no video")
+    (tmp_path / "videos" / "b.mp4").symlink_to("nowhere")
     with pytest.raises(InputError, match=r"no video of .* can be read; the first, a\.mp4"):
         packed(tmp_path / "videos", tmp_path / "packed")
 
