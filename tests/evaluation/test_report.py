@@ -164,15 +164,20 @@ def test_figures_that_are_no_numbers_have_no_place_in_the_trade_off(tmp_path: Pa
     assert "<td>–</td>" in page.read_text()
 
 
-def test_a_run_evaluated_before_its_first_figures(tmp_path: Path) -> None:
-    run = write_evaluation(write_history(tmp_path / "run", ""), evaluation())
-    page = tmp_path / "page.html"
+def test_a_run_evaluated_before_its_first_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, page = write_history(tmp_path / "run", ""), tmp_path / "page.html"
+    assert main(["report", str(run), "--output", str(page)]) == 2
+    assert "train some steps first" in capsys.readouterr().err
+    write_evaluation(run, evaluation())
+    # What a Mac leaves beside a file that it copies.
+    (run / "eval" / "davis" / "._davis.json").write_bytes(b"\0\5\x16\7")
     assert main(["report", str(run), "--output", str(page)]) == 0
     assert "run: davis" in page.read_text()
     assert "Learning curves" not in page.read_text()
 
 
 DAMAGED = (
+    {**evaluation(), "task": 3},
     evaluation(model={"backbone": "dino"}),
     evaluation(pictures=["../elsewhere.png"]),
     evaluation(pictures=[3]),
