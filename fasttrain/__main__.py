@@ -18,6 +18,7 @@ from pathlib import Path
 
 from fasttrain.distributed import rank_from_environment
 from fasttrain.errors import InputError, LocalInputError
+from fasttrain.files import os_reason
 
 # Imported when asked for: `--help` of one command does not load torch for all.
 COMMANDS = {
@@ -31,7 +32,7 @@ COMMANDS = {
 }
 # What the system says of a place that was named badly, or may not be written.
 BAD_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
-# A write that found no room has no name of a file with it.
+# Of these, a write has no name of a file with it.
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -49,8 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=f"fasttrain {name}", description=module.__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     module.add_arguments(parser)
-    # Options may stand between positional words, except beside subcommands, which argparse does not mix.
-    arguments = parser.parse_args(words) if name == "eval" else parser.parse_intermixed_args(words)
+    # Options may stand between positional words, except where argparse does not mix: subcommands, `--`.
+    plain = name == "eval" or "--" in words
+    arguments = parser.parse_args(words) if plain else parser.parse_intermixed_args(words)
     if name == "train":
         _refuse_mistyped_command(arguments.recipe)
     try:
@@ -62,8 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except OSError as error:
         if error.errno in NO_ROOM:
-            reason = f"{error.strerror} where the results are written".lower()
-            print(f"fasttrain: {reason}; make room and run the same command again", file=sys.stderr)
+            place = f"at {error.filename}" if error.filename else "where the results are written"
+            print(
+                f"fasttrain: {os_reason(error)} {place}; make room and run the same command again",
+                file=sys.stderr,
+            )
             return 2
         if error.errno not in BAD_PLACE or error.filename is None:
             raise

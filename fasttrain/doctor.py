@@ -147,8 +147,9 @@ def _compiler() -> str | None:
     """What Triton builds its launchers with: the compiler that it takes, and Python's headers."""
     if not Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h").is_file():
         return None
-    names = (os.environ.get("CC"), "gcc", "clang")
-    return next((path for name in names if name and (path := shutil.which(name))), None)
+    named = os.environ.get("CC")
+    paths = map(shutil.which, [named] if named else ["gcc", "clang"])
+    return next(filter(None, paths), None)
 
 
 def _library(name: str) -> str | None:

@@ -48,7 +48,7 @@ def alone(lock: Path, refusal: str) -> Iterator[None]:
 
 
 def _locked(lock: Path, refusal: str) -> BinaryIO:
-    while True:
+    for _ in range(100):
         with writing(lock.parent):
             file = lock.open("ab")
         try:
@@ -64,6 +64,8 @@ def _locked(lock: Path, refusal: str) -> BinaryIO:
             if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
                 return file
         file.close()
+    # Nor can it be guarded where what is open is never the file of that name.
+    return lock.open("ab")
 
 
 @contextmanager

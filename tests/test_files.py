@@ -1,5 +1,6 @@
 """Files of a user's folder: one process alone, lines as files end them."""
 
+import errno
 import fcntl
 from pathlib import Path
 
@@ -25,6 +26,21 @@ def test_a_lock_that_its_holder_removed_is_no_lock(tmp_path: Path, monkeypatch: 
             pass
         assert lock.exists()
     assert not lock.exists()
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: object, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with alone(tmp_path / "lock", "taken"), alone(tmp_path / "lock", "taken"):
+        pass
+
+
+def test_a_file_system_that_never_shows_what_is_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.path.samestat", lambda one, other: False)
+    with alone(tmp_path / "lock", "taken"):
+        pass
 
 
 def test_lines_end_where_files_end_them(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The command line: every command has help; bad input is one line and exit code 2."""
 
+import errno
 import io
 import subprocess
 import sys
@@ -54,6 +55,8 @@ def test_options_stand_anywhere_between_words(tmp_path: Path, capsys: pytest.Cap
     assert "nowhere" in capsys.readouterr().err
     assert main(["pack", str(tmp_path / "nowhere"), "--frames", "2", str(tmp_path / "packed")]) == 2
     assert "nowhere" in capsys.readouterr().err
+    assert main(["report", "--", "--nowhere"]) == 2
+    assert "--nowhere holds neither" in capsys.readouterr().err
 
 
 def test_a_name_that_is_too_long_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,6 +92,17 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
         "fasttrain: file too large where the results are written; make room and run the same command again\n"
     )
     assert page.read_text() == "an earlier one"
+
+
+def test_a_full_disk_of_a_cache_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/cache/file")
+
+    monkeypatch.setattr("fasttrain.doctor.run", fail)
+    assert main(["doctor"]) == 2
+    assert "fasttrain: no space left on device at /cache/file; make room" in capsys.readouterr().err
 
 
 def test_names_that_the_terminal_cannot_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,24 +148,25 @@ def test_doctor_finds_what_is_required(capsys: pytest.CaptureFixture[str]) -> No
     assert "torch" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("absent", ["compiler", "headers"])
-def test_doctor_misses_what_triton_builds_with(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, absent: str
-) -> None:
-    headers, compiler = tmp_path / "Python.h", tmp_path / "gcc"
-    for path in {headers, compiler} - {{"compiler": compiler, "headers": headers}[absent]}:
-        path.touch(mode=0o755)
+def test_doctor_looks_for_what_triton_builds_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def found() -> str | None:
+        return next(finding.found for finding in examine() if finding.name == "C compiler")
+
+    headers, compiler = tmp_path / "Python.h", tmp_path / "clang"
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("sysconfig.get_config_var", lambda name: str(tmp_path))
-    assert found_by_doctor("C compiler") is None
     headers.touch()
+    assert found() is None
     compiler.touch(mode=0o755)
-    assert found_by_doctor("C compiler") == str(compiler)
-
-
-def found_by_doctor(name: str) -> str | None:
-    return next(finding.found for finding in examine() if finding.name == name)
+    assert found() == str(compiler)
+    # Triton takes no other than the one that is named.
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert found() is None
+    monkeypatch.setenv("CC", str(compiler))
+    assert found() == str(compiler)
+    headers.unlink()
+    assert found() is None
 
 
 def test_doctor_tells_pypis_apex_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -220,15 +220,15 @@ def _write_part(
     console: Console,
 ) -> None:
     """Pack what is missing of a part, in a destination that no other process writes to."""
-    with writing(destination):
-        write_manifest(part.manifest(destination), identity, complete=False, skipped=[])
-        for partial in destination.glob(f"*-{part.number}of{part.count}*.partial"):
-            partial.unlink()
     misplaced = misplaced_shards(destination, part)
     if misplaced:
         raise InputError(
             f"{misplaced[0]}; delete it and its .npz, or put the right ones there, and pack again"
         )
+    with writing(destination):
+        write_manifest(part.manifest(destination), identity, complete=False, skipped=[])
+        for partial in destination.glob(f"*-{part.number}of{part.count}*.partial"):
+            partial.unlink()
     done = [shard for _, shard in part.shards(destination)]
     writer = ShardWriter(destination, part, options.shard_bytes, done)
     # What is missing before any video is opened belongs to the first part's report.

@@ -166,7 +166,8 @@ def _agrees(index: ShardIndex) -> bool:
     arrays = (index.lengths, index.blocks, index.sizes, index.crcs)
     ends = index.blocks.astype(np.int64) * TAR_BLOCK + index.sizes
     return (
-        all(array.ndim == 1 and array.dtype.kind in "iu" for array in arrays)
+        [array.dtype for array in arrays] == [np.int32, np.uint32, np.int32, np.uint32]
+        and all(array.ndim == 1 for array in arrays)
         and all(isinstance(name, str) for name in index.names)
         and len(index.names) == len(set(index.names)) == len(index.lengths) <= index.videos_done
         and int(index.lengths.sum()) == len(index.blocks) == len(index.sizes) == len(index.crcs)
@@ -431,20 +432,21 @@ def check_shard(path: Path) -> tuple[int, list[str]]:
 
 
 def misplaced_shards(root: Path, part: Part) -> list[str]:
-    """Shards that are whole but cannot stand where they do: copied, renamed or from another set."""
+    """Shards that are whole but cannot stand where they do: copied or renamed."""
     found: list[str] = []
-    seen: set[str] = set()
-    behind = 0
+    behind: int | None = 0
     for path in part.paths(root):
         try:
             index = read_shard_index(path.with_suffix(".npz"))
         except InputError:
             # `check_shard` tells.
+            behind = None
             continue
-        names = set(index.names)
-        if index.videos_done - behind < len(names) or not seen.isdisjoint(names):
+        packed = len(index.names)
+        passed = packed if behind is None else index.videos_done - behind
+        # A video that could not be packed left a word in `skipped`, or several.
+        if not packed <= passed <= packed + len(index.skipped):
             found.append(f"{path}: not the shard of that number, its videos are those of another")
-        seen |= names
         behind = index.videos_done
     return found
 

@@ -62,9 +62,9 @@ def run(arguments: argparse.Namespace) -> None:
     for folder in (output, getattr(arguments, "cache", None)):
         if folder is not None and folder.exists() and not folder.is_dir():
             raise InputError(f"{folder} is a file; --output and --cache name folders")
-        # Before the work of hours, not after it.
-        if folder is not None and not os.access(_nearest(folder), os.W_OK):
-            raise InputError(f"{folder} cannot be written to; give another --output or --cache")
+    # Before the work of hours, not after it. A cache may hold everything, and is written to from the start.
+    if not os.access(_nearest(output), os.W_OK):
+        raise InputError(f"{output} cannot be written to; give another --output")
     begun, earlier = time.perf_counter(), _pictures(output)
     with distributed.start(arguments.device) as world:
         subject = load_subject(arguments).to(world.device)

@@ -370,7 +370,8 @@ def _identify(place: Place, sampling: Sampling) -> tuple[bytes, list[int]]:
                 raise UnreadableFrameError(f"frame {frame}: {error}", frame) from error
             digest.update(f"{frame} {len(data)}\0".encode() + data.tobytes())
         return digest.digest(), frames
-    with place.open("rb") as file:
+    # A buffer would read more than is asked for.
+    with place.open("rb", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         digest.update(f"{size} bytes".encode())
         # Some downloads have their size from the first, and get their parts in any order.

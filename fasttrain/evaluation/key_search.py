@@ -117,8 +117,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        if precision is None:
-            for switch, before in zip(switches, newer, strict=True):
-                switch.fp32_precision = before
-        else:
+        if precision is not None:
             torch.set_float32_matmul_precision(precision)
+        # The older switch sets the newer ones, also those that were left unset.
+        for switch, before in zip(switches, newer, strict=True):
+            switch.fp32_precision = before

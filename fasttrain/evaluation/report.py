@@ -33,8 +33,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def write_report(runs: list[Path], output: Path) -> Path:
     """The page of all runs, each once; pictures are drawn beside it and carried inside."""
-    if output.is_dir():
-        raise InputError(f"--output {output} is a folder; give the name of the page")
+    if output.exists() and not output.is_file():
+        what = "a folder" if output.is_dir() else "no file"
+        raise InputError(f"--output {output} is {what}; give the name of the page")
     runs = list({folder.resolve(): folder for folder in runs}.values())
     names = dict(zip(runs, figures.run_names(runs), strict=True))
     evaluations = {folder: _evaluations(folder) for folder in runs}
@@ -77,8 +78,8 @@ def write_report(runs: list[Path], output: Path) -> Path:
             body.append(_section(title, _table(found["results"]) + images + films))
     head = f'<!doctype html><meta charset="utf-8"><title>fasttrain</title><style>{STYLE}</style>'
     page = f"{head}<h1>fasttrain</h1>{''.join(body)}\n"
-    # A folder's name may be no UTF-8.
-    write_atomically(output, page.encode("utf-8", "replace"))
+    # A link's file is written, not the link. A folder's name may be no UTF-8.
+    write_atomically(output.resolve(), page.encode("utf-8", "replace"))
     return output
 
 

@@ -26,7 +26,7 @@ from test_loader import check_pixels
 
 from fasttrain.data import open_source
 from fasttrain.data.pack import PackOptions, _alone, add_arguments, check, pack, run
-from fasttrain.data.packed import Part, read_shard_index
+from fasttrain.data.packed import Part, misplaced_shards, read_shard_index
 from fasttrain.data.pipeline import ClipDecoder
 from fasttrain.data.videos import cut_clip, has_nvdec, probe_video, read_video_frames
 from fasttrain.errors import InputError
@@ -200,6 +200,7 @@ def test_bad_frames_are_left_out_and_listed(tmp_path: Path) -> None:
     assert bad[:2] == ["class_0/video_0/00002.jpg", "class_0/video_0/00004.jpg"]
     assert len(bad) == 8
     assert all(f"{name}: {reason}" in said for name, reason in index.skipped)
+    assert check(tmp_path / "packed", workers=1, console=Console(file=io.StringIO())) == 4
 
 
 @pytest.mark.parametrize("workers", [1, 5])
@@ -336,7 +337,7 @@ def test_a_source_that_grew_is_another_source(tmp_path: Path) -> None:
     shutil.copy(source / "class_0/video_0/00000.jpg", source / "class_0/video_0/00004.jpg")
     video.write_bytes(video.read_bytes() + b"\0")
     for number, path in enumerate((source, listing, video)):
-        with pytest.raises(InputError, match="was begun with source="):
+        with pytest.raises(InputError, match=r"was begun with source=.* names of its files and their sizes"):
             packed(path, tmp_path / f"packed{number}")
 
 
@@ -347,22 +348,39 @@ def test_shards_that_change_places_are_named(tmp_path: Path) -> None:
     assert last > 1
     swapped = tmp_path / "swapped"
     shutil.copytree(out, swapped)
-    for suffix in (".tar", ".npz"):
-        shutil.copy(out / f"frames-1of1-000000{suffix}", swapped / f"frames-1of1-000001{suffix}")
-        shutil.copy(out / f"frames-1of1-000001{suffix}", swapped / f"frames-1of1-000000{suffix}")
-    with pytest.raises(InputError, match=r"000001.tar: not the shard of that number"):
-        check(swapped, workers=1, console=Console(file=io.StringIO()))
+    copy_shard(out, 0, swapped, 1)
+    copy_shard(out, 1, swapped, 0)
+    for place in (0, 1):
+        with pytest.raises(InputError, match=rf"00000{place}.tar: not the shard of that number"):
+            check(swapped, workers=1, console=Console(file=io.StringIO()))
+        copy_shard(out, place, swapped, place)
+    # One that is ahead of its place would leave out the videos between.
+    copy_shard(out, last, swapped, 0)
+    (swapped / "pack-1of1.json").unlink()
+    with pytest.raises(InputError, match=r"000000.tar: not the shard of that number"):
+        packed(source, swapped)
+    # How far one went that cannot be read is not known.
+    copy_shard(out, 0, swapped, 0)
+    (swapped / "frames-1of1-000000.npz").write_bytes(b"")
+    assert misplaced_shards(swapped, WHOLE) == []
     shutil.copy(out / "frames-1of1-000000.tar", out / "frames-1of1-000077.tar")
     with pytest.raises(InputError, match=r"000077.tar: a shard that the set does not have"):
         check(out, workers=1, console=Console(file=io.StringIO()))
     (out / "frames-1of1-000077.tar").unlink()
-    # One too many is not taken for work that is done.
-    for suffix in (".tar", ".npz"):
-        shutil.copy(out / f"frames-1of1-000000{suffix}", out / f"frames-1of1-{last + 1:06d}{suffix}")
+    # One too many is not taken for work that is done, nor the set for unfinished once it is away.
+    copy_shard(out, 0, out, last + 1)
     with pytest.raises(InputError, match="or surplus"):
         check(out, workers=1, console=Console(file=io.StringIO()))
     with pytest.raises(InputError, match=rf"{last + 1:06d}.tar: not the shard of that number"):
         packed(source, out)
+    for path in out.glob(f"*-{last + 1:06d}.*"):
+        path.unlink()
+    assert check(out, workers=1, console=Console(file=io.StringIO())) == 72
+
+
+def copy_shard(root: Path, number: int, to: Path, place: int) -> None:
+    for suffix in (".tar", ".npz"):
+        shutil.copy(root / f"frames-1of1-{number:06d}{suffix}", to / f"frames-1of1-{place:06d}{suffix}")
 
 
 def flip_a_byte(shard: Path) -> None:
@@ -397,19 +415,22 @@ def edit(**changes: Callable[[Any], Any]) -> Callable[[Path], None]:
 
 EDITS = (
     edit(lengths=lambda lengths: lengths + 1),
-    edit(lengths=lambda lengths: -lengths),
+    edit(lengths=lambda lengths: lengths.astype(np.int64)),
+    edit(lengths=lambda lengths: lengths + np.array([6, -6], dtype=np.int32)),
     edit(lengths=lambda lengths: lengths[:-1]),
     edit(lengths=lambda lengths: np.array(["a"] * len(lengths))),
     edit(blocks=lambda blocks: blocks[:-3]),
-    edit(blocks=lambda blocks: blocks[None]),
-    edit(blocks=lambda blocks: blocks.astype(np.uint64) + 2**40),
+    edit(blocks=lambda blocks: blocks[:, None]),
+    edit(blocks=lambda blocks: blocks + np.uint32(2**20)),
+    edit(crcs=lambda crcs: crcs[:-1]),
     edit(sizes=lambda sizes: -sizes),
     edit(sizes=lambda sizes: sizes.astype(float)),
-    edit(names=lambda names: [1] * len(names)),
+    edit(names=lambda names: list(range(len(names)))),
     edit(names=lambda names: names[:-1]),
     edit(names=lambda names: names[:1] * len(names)),
     edit(num_bytes=lambda _: "many"),
     edit(videos_done=lambda _: None),
+    edit(videos_done=lambda done: done - 1),
 )
 
 
@@ -617,6 +638,7 @@ def test_a_full_disk_is_one_line_and_no_loss(tmp_path: Path) -> None:
 def test_nothing_readable_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "a.mp4").write_bytes(b"no video")
+    (tmp_path / "videos" / "b.mp4").symlink_to("nowhere")
     with pytest.raises(InputError, match=r"no video of .* can be read; the first, a\.mp4"):
         packed(tmp_path / "videos", tmp_path / "packed")
 

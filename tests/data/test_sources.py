@@ -98,7 +98,7 @@ def test_a_list_of_odd_names(tmp_path: Path) -> None:
         Image.fromarray(picture(0, 0)).save(tmp_path / name / "0.jpg")
     listing = tmp_path / "train.txt"
     too_long = "x" * 300
-    lines = ["# comment", f"# {too_long}", "#20 Rhythm clap 1", *names[1:], too_long]
+    lines = [f"{too_long} 3", "# comment", f"# {too_long}", "#20 Rhythm clap 1", *names[1:]]
     listing.write_text("\n".join(lines), encoding="utf-8")
     index = open_source(listing)
     assert index.names == sorted(names)

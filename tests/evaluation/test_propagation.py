@@ -130,17 +130,20 @@ def test_products_are_in_full_precision_whatever_was_set() -> None:
 
 
 def test_products_are_in_full_precision_whatever_the_newer_switch_says() -> None:
-    """PyTorch's older switch cannot even be read then."""
-    switch = torch.backends.cuda.matmul
-    before = switch.fp32_precision
+    """PyTorch's older switch cannot even be read where only one was set."""
+    switches = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [switch.fp32_precision for switch in switches]
     try:
-        switch.fp32_precision = "tf32"
-        with key_search.full_precision(torch.device("cpu")):
-            assert torch.get_float32_matmul_precision() == "highest"
-            assert switch.fp32_precision == "ieee"
-        assert switch.fp32_precision == "tf32"
+        for wanted in (["tf32", "none"], ["none", "bf16"], ["none", "none"]):
+            for switch, precision in zip(switches, wanted, strict=True):
+                switch.fp32_precision = precision
+            with key_search.full_precision(torch.device("cpu")):
+                assert torch.get_float32_matmul_precision() == "highest"
+                assert [switch.fp32_precision for switch in switches] == ["ieee", "ieee"]
+            assert [switch.fp32_precision for switch in switches] == wanted
     finally:
-        switch.fp32_precision = before
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision
 
 
 def test_a_stream_remembers_the_first_and_the_last_frames_only() -> None:

@@ -118,7 +118,8 @@ def test_runs_called_alike_or_oddly_are_told_apart(tmp_path: Path, monkeypatch: 
 def test_a_run_whose_name_is_no_utf_8(tmp_path: Path) -> None:
     run = write_history(tmp_path / os.fsdecode(b"run\xff"), '{"step": 1, "loss": 2}\n')
     write_evaluation(run, evaluation())
-    assert main(["report", str(run), "--output", str(tmp_path / "page.html")]) == 0
+    (tmp_path / "link").symlink_to("page.html")
+    assert main(["report", str(run), "--output", str(tmp_path / "link")]) == 0
     assert "<h2>run?: davis" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
@@ -163,15 +164,20 @@ def test_figures_that_are_no_numbers_have_no_place_in_the_trade_off(tmp_path: Pa
     assert "<td>–</td>" in page.read_text()
 
 
-def test_a_run_evaluated_before_its_first_figures(tmp_path: Path) -> None:
-    run = write_evaluation(write_history(tmp_path / "run", ""), evaluation())
-    page = tmp_path / "page.html"
+def test_a_run_evaluated_before_its_first_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, page = write_history(tmp_path / "run", ""), tmp_path / "page.html"
+    assert main(["report", str(run), "--output", str(page)]) == 2
+    assert "train some steps first" in capsys.readouterr().err
+    write_evaluation(run, evaluation())
+    # What a Mac leaves beside a file that it copies.
+    (run / "eval" / "davis" / "._davis.json").write_bytes(b"\0\5\x16\7")
     assert main(["report", str(run), "--output", str(page)]) == 0
     assert "run: davis" in page.read_text()
     assert "Learning curves" not in page.read_text()
 
 
 DAMAGED = (
+    {**evaluation(), "task": 3},
     evaluation(model={"backbone": "dino"}),
     evaluation(pictures=["../elsewhere.png"]),
     evaluation(pictures=[3]),
@@ -193,10 +199,12 @@ def test_a_damaged_evaluation_is_named(text: str, tmp_path: Path, capsys: pytest
     assert str(damaged) in capsys.readouterr().err
 
 
-def test_a_folder_in_place_of_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_file_in_place_of_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_history(tmp_path / "run", '{"step": 1, "loss": 2}\n')
-    assert main(["report", str(run), "--output", str(tmp_path)]) == 2
-    assert f"--output {tmp_path} is a folder" in capsys.readouterr().err
+    os.mkfifo(tmp_path / "pipe")
+    for place, what in ((tmp_path, "a folder"), (tmp_path / "pipe", "no file")):
+        assert main(["report", str(run), "--output", str(place)]) == 2
+        assert f"--output {place} is {what}" in capsys.readouterr().err
 
 
 def test_a_folder_without_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

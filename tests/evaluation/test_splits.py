@@ -1,6 +1,7 @@
 """Lists of the published data sets: each is read, and what is wrong with one is a clear line."""
 
 import argparse
+import codecs
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,8 @@ def test_lists_that_are_given_are_read_by_their_suffix(tmp_path: Path) -> None:
     csv, labels = roots["kinetics"] / "annotations", roots["ssv2"] / "labels"
     split = read(roots["kinetics"], train_list=csv / "train.csv", test_list=csv / "val.csv")
     assert split.layout == "kinetics"
+    # As editors on Windows write it.
+    (labels / "train.json").write_bytes(codecs.BOM_UTF8 + (labels / "train.json").read_bytes())
     split = read(roots["ssv2"], train_list=labels / "train.json", test_list=labels / "validation.json")
     assert split.layout == "ssv2"
     given = lists(tmp_path, "a.mp4 x\n", "b.mp4 x\n")
@@ -101,7 +104,8 @@ def test_a_list_may_name_absolute_paths(tmp_path: Path) -> None:
 def test_a_list_may_name_videos_that_begin_like_a_comment(tmp_path: Path) -> None:
     """HMDB51 has such names; what is no video is a comment."""
     touch(tmp_path, "#20 Rhythm clap.avi")
-    given = lists(tmp_path, "# a.mp4 x\n#20 Rhythm clap.avi x\n#b.mp4 x\n#\n", "b.mp4 x\n")
+    comments = f"# a.mp4 x\n#b.mp4 x\n#\n# {'x' * 300}/y z\n"
+    given = lists(tmp_path, f"{comments}#20 Rhythm clap.avi x\n", "b.mp4 x\n")
     assert [video.name for video in read(tmp_path, **given).train] == ["#20 Rhythm clap.avi"]
 
 
@@ -147,6 +151,9 @@ def test_frames_in_one_folder_without_classes(layout: str, tmp_path: Path) -> No
 
 
 def test_absent_videos(tmp_path: Path) -> None:
+    given = lists(tmp_path, "folder/b.mp4 x\n", "b.mp4 x\n")
+    with pytest.raises(InputError, match="1 of 2 listed videos are not under"):
+        read(tmp_path, **given)
     given = lists(tmp_path, "a.mp4 x\ngone.mp4 x\n", "b.mp4 x\nlost.mp4 x\n")
     with pytest.raises(InputError, match=r"2 of 4 listed videos .* gone.mp4, lost.mp4; .*--allow-missing"):
         read(tmp_path, **given)
@@ -224,6 +231,12 @@ def kinetics_headless(root: Path) -> Path:
     return root
 
 
+def kinetics_empty(root: Path) -> Path:
+    for name in ("train.csv", "val.csv"):
+        (root / name).touch()
+    return root
+
+
 def kinetics_times(root: Path) -> Path:
     (root / "train.csv").write_text("label,youtube_id,time_start,time_end,split\nx,y,soon,9,train\n")
     return root
@@ -248,6 +261,7 @@ def ssv2_damaged(root: Path) -> Path:
         (hmdb, "'a.avi 3'; expected a video and 0, 1 or 2"),
         (kinetics_columns, "begins with 'name,id'; expected the columns label"),
         (kinetics_headless, "begins with 'x,y,1,9,train'; expected the columns label"),
+        (kinetics_empty, "the training list is empty"),
         (kinetics_times, "'soon'.*expected the columns label"),
         (ssv2_templates, "'template'.*expected objects with id and template"),
         (ssv2_damaged, "labels.json cannot be read"),

@@ -241,6 +241,17 @@ def test_a_class_that_lost_its_training_videos(
     fails("retrieval", given, "15 of 15 listed videos are not under", capsys)
 
 
+def test_a_cache_that_holds_everything_is_only_read(
+    run: Path, ucf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    given = ["--run", run, "--root", ucf, "--num-frames", 2, "--cache", cache]
+    assert evaluate("retrieval", *given, "--output", tmp_path / "first") == 0
+    monkeypatch.setattr("os.access", lambda path, mode: path != cache)
+    monkeypatch.delattr("fasttrain.evaluation.features.FeatureStore.save")
+    assert evaluate("retrieval", *given, "--output", tmp_path / "second") == 0
+
+
 @pytest.mark.parametrize(
     ("task", "words", "part"),
     [
