@@ -68,6 +68,25 @@ def test_the_last_step_takes_what_all_before_it_leave() -> None:
     assert STEPS[-1].takes_spare
 
 
+def test_a_step_is_told_how_long_it_may_measure(tmp_path: Path) -> None:
+    step = Step(name="limited", command=("-c", "import sys; print(sys.argv[1])", "{limit}"), seconds=100)
+    assert run_step(step, tmp_path, spare=7.5)["output_tail"] == f"{int(107.5 - gpu_check.RESERVE)}\n"
+
+
+def test_tests_that_run_out_of_time_are_reported(tmp_path: Path) -> None:
+    """pytest writes its report where it is interrupted, not where it is killed."""
+    folder = tmp_path / "tests"
+    folder.mkdir()
+    (folder / "test_slow.py").write_text(
+        "import time\ndef test_quick(): pass\ndef test_slow(): time.sleep(60)\n"
+    )
+    words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(folder), str(folder))
+    step = Step(name="tests", command=(*words, "--junitxml={out}/report.xml"), seconds=8)
+    result = run_step(step, tmp_path)
+    assert (result["outcome"], result["files"]) == ("out of time", ["report.xml"])
+    assert 'name="test_quick"' in (tmp_path / "report.xml").read_text()
+
+
 def test_the_project_is_found_without_being_installed(tmp_path: Path) -> None:
     text = "import fasttrain_kernels, fasttrain; print(fasttrain_kernels.__file__)"
     result = run_step(program(text), tmp_path)
