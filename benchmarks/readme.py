@@ -140,7 +140,8 @@ def kernel_lines(content: dict[str, Any]) -> str:
     lines = [
         f"**{environment['device']}**, torch {versions['torch']}, triton {versions.get('triton', '-')}, copy "
         f"at {content['copy_bytes_per_second'] / 1e12:.2f} TB/s. Linear layer, epilogue and losses, bf16, "
-        f"times of the fused form: forward called from Python, with gradients as a CUDA graph (`*`: from Python).",
+        f"times of the fused form: forward called from Python, with gradients as a CUDA graph "
+        f"(`*`: from Python).",
         "",
         "| B | N | D | window | forward: ms | with gradients: ms (least to most) | over eager | "
         "over torch.compile | share of the copy's bandwidth | peak GB: fused, torch.compile, eager |",
