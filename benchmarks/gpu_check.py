@@ -19,6 +19,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -76,13 +77,13 @@ STEPS = (
             "--continue-on-collection-errors",
             "--junitxml={out}/gpu-tests.xml",
         ),
-        seconds=95,
+        seconds=85,
         needs=("pytest", "hypothesis", "timm"),
     ),
     Step(
         name="kernel tests",
         command=(*KERNEL_TESTS, "-n", "12", "--junitxml={out}/kernel-tests.xml"),
-        seconds=70,
+        seconds=80,
         needs=("pytest", "xdist", "hypothesis", "triton"),
     ),
     Step(
@@ -131,7 +132,7 @@ STEPS = (
             "{out}/throughput-cuda.json",
             "recipes/dino.yaml",
         ),
-        seconds=115,
+        seconds=105,
         needs=("timm", "matplotlib", "rich"),
         takes_spare=True,
     ),
@@ -172,22 +173,22 @@ def run_step(step: Step, out: Path, *, spare: float = 0.0) -> dict[str, Any]:
             # A group of its own, so that the workers it started can be ended with it.
             start_new_session=True,
         )
+        outcome = "out of time"
         try:
             output, _ = process.communicate(timeout=limit)
             outcome = "passed" if process.returncode == 0 else "failed"
         except subprocess.TimeoutExpired:
             output = end(process)
-            outcome = "out of time"
-        files = sorted(
-            path for path in Path(scratch).iterdir() if path.is_file() and path.suffix != ".partial"
-        )
-        for path in files:
-            keep(path, out)
+        finally:
+            # Left where this program itself is told to stop.
+            if process.poll() is None:
+                end(process)
+            files = keep_all(Path(scratch), out)
     return {
         "outcome": outcome,
         "seconds": round(time.perf_counter() - start, 1),
         "limit_seconds": round(limit, 1),
-        "files": [path.name for path in files],
+        "files": files,
         "output_tail": output[-4000:],
     }
 
@@ -222,11 +223,19 @@ def search_path(scratch: str) -> str:
     return os.pathsep.join((str(ROOT), str(names), os.environ.get("PYTHONPATH", "")))
 
 
-def keep(path: Path, out: Path) -> None:
-    """Copy a file into `out` under its name, atomically."""
-    partial = out / f".{path.name}.partial"
-    partial.write_bytes(path.read_bytes())
-    partial.replace(out / path.name)
+def keep_all(scratch: Path, out: Path) -> list[str]:
+    """Copy the whole files into `out`, each atomically; their names."""
+    files = sorted(path for path in scratch.iterdir() if path.is_file() and path.suffix != ".partial")
+    for path in files:
+        partial = out / f".{path.name}.partial"
+        partial.write_bytes(path.read_bytes())
+        partial.replace(out / path.name)
+    return [path.name for path in files]
+
+
+def stop(number: int, frame: FrameType | None) -> None:
+    """Signal handler: what the step at work has written is kept, as at its limit."""
+    raise SystemExit(128 + number)
 
 
 def main() -> int:
@@ -242,15 +251,19 @@ def main() -> int:
     print(
         f"GPU: {torch.cuda.get_device_name() if cuda else 'none'}; not installed: {', '.join(lacks) or '-'}"
     )
-    told_environment = environment()
     report: dict[str, Any] = {}
+    payload = {"environment": environment(), "not_installed": lacks, "steps": report}
     wanted = [step for step in STEPS if arguments.only is None or step.name in arguments.only]
     reasons = {step.name: obstacle(step) if cuda else "torch sees no GPU" for step in wanted}
     spare = float(sum(step.seconds for step in wanted if reasons[step.name]))
+    signal.signal(signal.SIGTERM, stop)
     for step in wanted:
         if reasons[step.name]:
             report[step.name] = {"outcome": "skipped", "why": reasons[step.name]}
         else:
+            # What stays, whatever ends this program.
+            report[step.name] = {"outcome": "not finished"}
+            write_results(arguments.out / "gpu-check.json", payload)
             # What a step took beyond its limit in ending comes out of the next of these.
             taken = spare if step.takes_spare else 0.0
             report[step.name] = run_step(step, arguments.out, spare=taken)
@@ -259,11 +272,7 @@ def main() -> int:
         print(f"{step.name}: {told['outcome']} {told.get('why') or str(told['seconds']) + ' s'}", flush=True)
         if told["outcome"] in ("failed", "out of time"):
             print(told["output_tail"], flush=True)
-        # After every step: it stays, whatever ends this program.
-        write_results(
-            arguments.out / "gpu-check.json",
-            {"environment": told_environment, "not_installed": lacks, "steps": report},
-        )
+        write_results(arguments.out / "gpu-check.json", payload)
     return int(any(step["outcome"] in ("failed", "out of time") for step in report.values()))
 
 

@@ -1,6 +1,9 @@
 """What `make gpu-check` promises: limits, whole files only, and a reason for all that is left out."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,28 @@ def test_a_step_that_does_not_finish_leaves_whole_files_only(
     assert (result["outcome"], result["files"]) == (outcome, ["figures.json"])
     assert result["seconds"] < 30
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
+
+
+def test_stopped_from_outside_what_is_written_stays(tmp_path: Path) -> None:
+    """As `timeout make gpu-check` stops it; the step's programs, in groups of their own, end with it."""
+    text = f"""
+import signal, sys, torch
+from benchmarks import gpu_check
+slow = {WRITE + "import os, time; open(sys.argv[1] + '/pid', 'w').write(str(os.getpid())); time.sleep(60)"!r}
+gpu_check.STEPS = (gpu_check.Step(name="slow", command=("-c", slow, "{{out}}"), seconds=60),)
+torch.cuda.is_available, torch.cuda.get_device_name = lambda: True, lambda: "a GPU"
+signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGTERM))
+signal.alarm(4)
+sys.argv = ["gpu_check", "--out", {str(tmp_path)!r}]
+gpu_check.main()
+"""
+    process = subprocess.run([sys.executable, "-c", text], cwd=gpu_check.ROOT, timeout=60, check=False)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert (tmp_path / "figures.json").read_text() == "{}"
+    report = json.loads((tmp_path / "gpu-check.json").read_text())
+    assert report["steps"] == {"slow": {"outcome": "not finished"}}
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_a_step_takes_the_time_that_others_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
