@@ -3,8 +3,8 @@
 Runs the tests marked `gpu`, those of the kernels and the short form of every benchmark, each in a process of
 its own with a time limit, and installs nothing. A step writes into a scratch folder, and every file whole or
 not at all; what it wrote is copied to the folder `--out`, also when it failed or ran out of time.
-`gpu-check.json` there says of each step whether it passed, failed, ran out of time or was skipped, and why;
-the exit code is 1 if one failed or ran out of time.
+`gpu-check.json` there, written after every step, says of each whether it passed, failed, ran out of time or
+was skipped, and why; the exit code is 1 if one failed or ran out of time.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ PACKAGES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One program: `{out}` in its words is the scratch folder."""
+    """One program: `{out}` in its words is the scratch folder, `{limit}` the seconds it may measure."""
 
     name: str
     command: tuple[str, ...]
@@ -53,11 +54,14 @@ class Step:
     takes_spare: bool = False
 
 
+# Of a step's seconds, those that starting, compiling what was begun last and writing may take.
+RESERVE = 60
 # Not marked `gpu`: without one they run interpreted. Hypothesis' shapes would compile for minutes.
 KERNEL_TESTS = (
     *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not any_shape"),
     *("tests/kernels/test_elementary.py", "tests/kernels/test_triton.py", "tests/kernels/test_memory.py"),
 )
+# The figures that are most wanted first; the last step stops by itself when its seconds are over.
 STEPS = (
     Step(
         name="tests",
@@ -73,35 +77,34 @@ STEPS = (
             "--continue-on-collection-errors",
             "--junitxml={out}/gpu-tests.xml",
         ),
-        seconds=100,
+        seconds=85,
         needs=("pytest", "hypothesis", "timm"),
     ),
     Step(
         name="kernel tests",
         command=(*KERNEL_TESTS, "-n", "12", "--junitxml={out}/kernel-tests.xml"),
-        seconds=75,
+        seconds=80,
         needs=("pytest", "xdist", "hypothesis", "triton"),
-    ),
-    Step(
-        name="throughput",
-        command=(
-            "-m",
-            "benchmarks.throughput",
-            "--short",
-            "--out",
-            "{out}/throughput-cuda.json",
-            "recipes/dino.yaml",
-        ),
-        seconds=155,
-        needs=("timm", "matplotlib", "rich"),
-        takes_spare=True,
     ),
     Step(
         name="kernels",
         command=("-m", "benchmarks.kernels", "--short", "--output", "{out}"),
-        seconds=95,
+        seconds=90,
         needs=("triton",),
         takes_spare=True,
+    ),
+    Step(
+        name="propagation",
+        command=("-m", "benchmarks.propagation", "--short", "--out", "{out}/propagation-cuda.json"),
+        seconds=50,
+        needs=("matplotlib", "scipy", "timm", "rich"),
+        takes_spare=True,
+    ),
+    Step(
+        name="davis",
+        command=("-m", "benchmarks.davis", "--out", "{out}/davis-cuda.json"),
+        seconds=45,
+        needs=("av", "scipy", "timm", "rich"),
     ),
     Step(
         name="loaders",
@@ -118,10 +121,19 @@ STEPS = (
         needs=("nvidia.dali", "av", "matplotlib", "rich"),
     ),
     Step(
-        name="propagation",
-        command=("-m", "benchmarks.propagation", "--short", "--out", "{out}/propagation-cuda.json"),
-        seconds=40,
-        needs=("matplotlib", "scipy", "timm", "rich"),
+        name="throughput",
+        command=(
+            "-m",
+            "benchmarks.throughput",
+            "--short",
+            "--limit",
+            "{limit}",
+            "--out",
+            "{out}/throughput-cuda.json",
+            "recipes/dino.yaml",
+        ),
+        seconds=105,
+        needs=("timm", "matplotlib", "rich"),
         takes_spare=True,
     ),
 )
@@ -149,7 +161,8 @@ def run_step(step: Step, out: Path, *, spare: float = 0.0) -> dict[str, Any]:
     limit = step.seconds + spare
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, *(word.replace("{out}", scratch) for word in step.command)]
+        places = {"{out}": scratch, "{limit}": str(max(0, int(limit - RESERVE)))}
+        command = [sys.executable, *(fill(word, places) for word in step.command)]
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -160,35 +173,42 @@ def run_step(step: Step, out: Path, *, spare: float = 0.0) -> dict[str, Any]:
             # A group of its own, so that the workers it started can be ended with it.
             start_new_session=True,
         )
+        outcome = "out of time"
         try:
             output, _ = process.communicate(timeout=limit)
             outcome = "passed" if process.returncode == 0 else "failed"
         except subprocess.TimeoutExpired:
             output = end(process)
-            outcome = "out of time"
-        files = sorted(
-            path for path in Path(scratch).iterdir() if path.is_file() and path.suffix != ".partial"
-        )
-        for path in files:
-            keep(path, out)
+        finally:
+            # Left where this program itself is told to stop.
+            if process.poll() is None:
+                end(process)
+            files = keep_all(Path(scratch), out)
     return {
         "outcome": outcome,
         "seconds": round(time.perf_counter() - start, 1),
         "limit_seconds": round(limit, 1),
-        "files": [path.name for path in files],
+        "files": files,
         "output_tail": output[-4000:],
     }
+
+
+def fill(word: str, places: dict[str, str]) -> str:
+    for place, value in places.items():
+        word = word.replace(place, value)
+    return word
 
 
 def end(process: subprocess.Popen[str]) -> str:
     """Stop a step that ran out of time; what it had printed.
 
-    First by asking: torchrun then ends its workers, which are in groups of their own.
+    First by asking: pytest then writes its report, and torchrun ends its workers, which are in groups of
+    their own.
     """
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         os.killpg(process.pid, number)
         try:
-            output, _ = process.communicate(timeout=10)
+            output, _ = process.communicate(timeout=5)
         except subprocess.TimeoutExpired:
             continue
         return output
@@ -203,11 +223,19 @@ def search_path(scratch: str) -> str:
     return os.pathsep.join((str(ROOT), str(names), os.environ.get("PYTHONPATH", "")))
 
 
-def keep(path: Path, out: Path) -> None:
-    """Copy a file into `out` under its name, atomically."""
-    partial = out / f".{path.name}.partial"
-    partial.write_bytes(path.read_bytes())
-    partial.replace(out / path.name)
+def keep_all(scratch: Path, out: Path) -> list[str]:
+    """Copy the whole files into `out`, each atomically; their names."""
+    files = sorted(path for path in scratch.iterdir() if path.is_file() and path.suffix != ".partial")
+    for path in files:
+        partial = out / f".{path.name}.partial"
+        partial.write_bytes(path.read_bytes())
+        partial.replace(out / path.name)
+    return [path.name for path in files]
+
+
+def stop(number: int, frame: FrameType | None) -> None:
+    """Signal handler: what the step at work has written is kept, as at its limit."""
+    raise SystemExit(128 + number)
 
 
 def main() -> int:
@@ -224,24 +252,27 @@ def main() -> int:
         f"GPU: {torch.cuda.get_device_name() if cuda else 'none'}; not installed: {', '.join(lacks) or '-'}"
     )
     report: dict[str, Any] = {}
+    payload = {"environment": environment(), "not_installed": lacks, "steps": report}
     wanted = [step for step in STEPS if arguments.only is None or step.name in arguments.only]
     reasons = {step.name: obstacle(step) if cuda else "torch sees no GPU" for step in wanted}
     spare = float(sum(step.seconds for step in wanted if reasons[step.name]))
+    signal.signal(signal.SIGTERM, stop)
     for step in wanted:
         if reasons[step.name]:
             report[step.name] = {"outcome": "skipped", "why": reasons[step.name]}
         else:
+            # What stays, whatever ends this program.
+            report[step.name] = {"outcome": "not finished"}
+            write_results(arguments.out / "gpu-check.json", payload)
+            # What a step took beyond its limit in ending comes out of the next of these.
             taken = spare if step.takes_spare else 0.0
             report[step.name] = run_step(step, arguments.out, spare=taken)
-            spare = max(0.0, spare + step.seconds - report[step.name]["seconds"])
+            spare += step.seconds - report[step.name]["seconds"]
         told = report[step.name]
         print(f"{step.name}: {told['outcome']} {told.get('why') or str(told['seconds']) + ' s'}", flush=True)
         if told["outcome"] in ("failed", "out of time"):
             print(told["output_tail"], flush=True)
-    write_results(
-        arguments.out / "gpu-check.json",
-        {"environment": environment(), "not_installed": lacks, "steps": report},
-    )
+        write_results(arguments.out / "gpu-check.json", payload)
     return int(any(step["outcome"] in ("failed", "out of time") for step in report.values()))
 
 

@@ -10,7 +10,8 @@ The research script (ajabri/videowalk and its descendants) is written plainly be
 frame gathered at once, then for two frames and a hundred query pixels at a time the affinity with the whole
 context, the radius mask, top-k, softmax and the label product. Timed are the last two frames of a sequence,
 where the context is full; on a CPU the script gets only a share of the query pixels of a large grid, and its
-time is divided by that share. Memory is the peak beyond the features, each contender in a process of its own.
+time is divided by that share. Memory is the peak beyond the features, on a CPU each contender's in a process
+of its own.
 
 Shape suffixes: T frames, H W grid, N = H * W tokens, D channels, C classes, S frames of a context, k sources.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import subprocess
 import sys
@@ -47,7 +49,7 @@ CLASSES = 4
 # Frames and query pixels that the script takes at a time.
 FRAMES_AT_ONCE, PIXELS_AT_ONCE = 2, 100
 MEGABYTE = 2**20
-# The widest features of the short benchmark.
+# The widest features of the short benchmark on a CPU.
 SHORT_WIDTH = 384
 
 
@@ -241,7 +243,7 @@ def per_frame(timing: Timing) -> dict[str, float]:
 
 
 def peak_memory(case: Case, contender: str, device: torch.device) -> int:
-    """Bytes beyond the features at the peak: of the GPU, or of this process, which must be fresh."""
+    """Bytes beyond the features at the peak: of the GPU, or of this process, which must then be fresh."""
     features_THWD, first_labels_HWC = make_sequence(case)
     if contender == "ours":
         # The stream holds as much after context + 1 frames as ever after.
@@ -272,9 +274,15 @@ def process_bytes(field: str) -> int:
 
 
 def memory_of_both(case: Case, device: torch.device) -> dict[str, float]:
-    """Peak MB of each contender in a fresh process, and how many times less ours is."""
+    """Peak MB of each contender, and how many times less ours is; on a CPU each in a fresh process."""
     found = {}
     for contender in ("ours", "script"):
+        if device.type == "cuda":
+            # Its allocator tells the peak of any stretch; starting a process takes longer than all the rest.
+            gc.collect()
+            torch.cuda.empty_cache()
+            found[contender] = peak_memory(case, contender, device) / MEGABYTE
+            continue
         words = ["--memory", contender, "--case", json.dumps(asdict(case)), "--device", device.type]
         command = [sys.executable, "-m", "benchmarks.propagation", *words]
         told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -350,7 +358,8 @@ def main() -> None:
         return
     out = arguments.out or RESULTS / f"propagation-{device.type}.json"
     settings = {"context": CONTEXT, "radius": RADIUS, "topk": TOPK, "temperature": TEMPERATURE}
-    cases = [case for case in CASES if not (arguments.short and case.channels > SHORT_WIDTH)]
+    narrow = arguments.short and device.type == "cpu"
+    cases = [case for case in CASES if not (narrow and case.channels > SHORT_WIDTH)]
     cases += [video_case(folder, arguments.weights) for folder in arguments.video]
     measured = []
     for case in cases:

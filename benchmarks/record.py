@@ -35,7 +35,7 @@ def environment() -> dict[str, Any]:
     """The machine and the software: `device`, `cpu`, `versions`, `commit` and `date` (UTC, ISO 8601).
 
     `device` is the name of the current CUDA device, or None where there is none. `commit` ends in `-dirty`
-    when tracked files differ from it, and is None outside a git checkout.
+    when tracked files differ from it; outside a git checkout it is what FASTTRAIN_COMMIT says, or None.
     """
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -79,5 +79,5 @@ def _commit() -> str | None:
         git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         return subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        # Installed from an archive, or no git on this machine: the figures then name no commit.
-        return None
+        # A copy of the files alone, as on a machine that only lends its GPU, or no git there.
+        return os.environ.get("FASTTRAIN_COMMIT")

@@ -7,7 +7,8 @@
 Weights are `random`: they do not matter here. On a CPU a small ViT stands in for the recipe's backbone
 (SMALL), in the recipe's precision and in fp32, and what counts are the ratios. Sections that cannot run (no
 DALI, no second GPU), fail or are not reached stand in the JSON under `skipped` with the reason; it is written
-after every section. Everything is measured in turns (measure.py).
+after every section. With `--limit` nothing new is begun once that many seconds are over. Everything is
+measured in turns (measure.py).
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ import dataclasses
 import gc
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -95,13 +98,15 @@ LONG_ON_GPU = (
 class Run:
     """One recipe on one device, with how often things are measured."""
 
-    def __init__(self, recipe: Recipe, world: World, *, short: bool) -> None:
+    def __init__(self, recipe: Recipe, world: World, *, short: bool, seconds: float = math.inf) -> None:
         self.recipe, self.world, self.device, self.short = recipe, world, world.device, short
         self.rounds = 3 if short else 7
         self.calls = 10 if self.device.type == "cuda" else 1
         self.pairs = recipe.train.batch_size
-        # What was tried and did not run, by name, with the reason.
+        self.deadline = time.monotonic() + seconds
+        # What was tried and did not run, and what was not begun, by name, with the reason.
         self.failed: dict[str, str] = {}
+        self.left_out: dict[str, str] = {}
         self._backbones: dict[Any, Backbone] = {}
 
     def time(self, contenders: dict[str, Callable[[], Any]]) -> dict[str, Timing]:
@@ -149,7 +154,13 @@ class Run:
         return contender
 
     def attempt(self, name: str, measure: Callable[[], T]) -> T | None:
-        """What `measure` gives; None and a note in `failed` where it fails, which costs no other figure."""
+        """What `measure` gives; None and a note in `failed` where it fails, which costs no other figure.
+
+        After the deadline: None and a note in `left_out`.
+        """
+        if time.monotonic() > self.deadline:
+            self.left_out[name] = "out of time"
+            return None
         try:
             return measure()
         except Exception as error:
@@ -341,27 +352,29 @@ def scaling(run: Run) -> dict[str, Any]:
     batches = (32, 64, 128, 256) if run.device.type == "cuda" else (4, 8, 16, 32)
     sizes: tuple[int, ...] = (224, 288, 384, 512)
     rows: dict[str, list[dict[str, Any]]] = {"batch": [], "resolution": [], "backbones": []}
+    # The recipe as it is stands in all three: measured once.
+    cost = lru_cache(maxsize=None)(partial(step_cost, run))
     counts: tuple[int, ...] = (1, 2, 4, 8)
     if run.short:
         # On a GPU every batch and every size takes half a minute of compilation.
         sizes = sizes[: 1 if run.device.type == "cuda" else 2]
         batches, counts = batches[::2], counts[::2]
 
-    def add(section: str, name: str, facts: dict[str, Any], cost: Callable[[], dict[str, Any]]) -> None:
+    def add(section: str, name: str, facts: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> None:
         # One that runs out of memory costs no other row.
-        found = run.attempt(f"scaling, {name}", cost)
+        found = run.attempt(f"scaling, {name}", measure)
         if found is not None:
             rows.setdefault(section, []).append({**facts, **found})
 
     for count in counts:
-        add("backbones", f"{count} backbones", {"backbones": count}, partial(step_cost, run, base, count))
+        add("backbones", f"{count} backbones", {"backbones": count}, partial(cost, base, count))
     for batch in batches:
         recipe = dataclasses.replace(base, train=dataclasses.replace(base.train, batch_size=batch))
-        add("batch", f"{batch} pairs", {"batch": batch}, partial(step_cost, run, recipe, 1))
+        add("batch", f"{batch} pairs", {"batch": batch}, partial(cost, recipe, 1))
     for size in sizes:
         recipe = dataclasses.replace(base, data=dataclasses.replace(base.data, image_size=size))
         facts = {"size": size, "tokens": (size // (base.backbone.patch_size or 16)) ** 2}
-        add("resolution", f"{size} pixels", facts, partial(step_cost, run, recipe, 1))
+        add("resolution", f"{size} pixels", facts, partial(cost, recipe, 1))
     if run.device.type == "cpu":
         for depth in SMALL_DEPTHS[: 2 if run.short else 3]:
             add("depth", f"depth {depth}", {"depth": depth}, partial(depth_beside_the_peer, run, depth))
@@ -500,6 +513,9 @@ def main() -> None:
     parser.add_argument("recipe", nargs="?", default="recipes/dinov2.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--short", action="store_true", help="fewer rounds and sizes")
+    parser.add_argument(
+        "--limit", type=float, default=math.inf, metavar="SECONDS", help="begin nothing new after these"
+    )
     parser.add_argument("--out", type=Path, help="JSON file (results/throughput-cpu.json or -cuda.json)")
     parser.add_argument("--plot", type=Path, help="only draw the plots of this JSON file")
     arguments = parser.parse_args()
@@ -510,16 +526,16 @@ def main() -> None:
     recipe = read_recipe(arguments.recipe, arguments.overrides, small=not cuda)
     path = arguments.out or RESULTS / f"throughput-{'cuda' if cuda else 'cpu'}.json"
     with distributed.start(recipe.device) as world:
-        run = Run(recipe, world, short=arguments.short)
+        run = Run(recipe, world, short=arguments.short, seconds=arguments.limit)
         ceiling = ceilings(run)
         sections: dict[str, Callable[[], dict[str, Any]]] = {
             "steps": lambda: steps_against_the_peer(run, recipe),
             "steps_fp32": lambda: steps_against_the_peer(run, in_fp32(recipe)),
             "parts": lambda: parts_alone(run, ceiling),
+            "end_to_end": lambda: end_to_end(run),
             "switches": lambda: switches(run),
             "fp8": lambda: fp8_error(run),
             "scaling": lambda: scaling(run),
-            "end_to_end": lambda: end_to_end(run),
             "processes": lambda: over_processes(run, arguments),
         }
         skipped = obstacles(world.device, recipe)
@@ -544,9 +560,9 @@ def main() -> None:
             if figures is not None:
                 payload[name] = figures
             # After every section: what is measured stays, whatever comes next.
-            payload["skipped"] = {**skipped, **run.failed, **ahead}
+            payload["skipped"] = {**skipped, **run.failed, **run.left_out, **ahead}
             write_results(path, payload)
-            print(f"{name}: {run.failed.get(name, 'done')}", flush=True)
+            print(f"{name}: {payload['skipped'].get(name, 'done')}", flush=True)
     plot(path)
     print(json.dumps({key: payload[key].get("speedup") for key in ("steps", "end_to_end") if key in payload}))
     if run.failed:

@@ -1,6 +1,7 @@
 """Who may import whom: the rules of the README's architecture map."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -122,3 +123,13 @@ def test_data_and_evaluation_stay_out_of_the_trainer() -> None:
             assert not any(m.startswith(("fasttrain.trainer", "fasttrain.train")) for m in imports(path)), (
                 path
             )
+
+
+def test_an_evaluation_needs_no_dali() -> None:
+    """A machine may lack it, and its import takes a second."""
+    program = (
+        "import sys; sys.modules['nvidia'] = sys.modules['nvidia.dali'] = None; "
+        "import fasttrain.evaluation.command"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

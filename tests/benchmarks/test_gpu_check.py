@@ -1,6 +1,9 @@
 """What `make gpu-check` promises: limits, whole files only, and a reason for all that is left out."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,6 +46,28 @@ def test_a_step_that_does_not_finish_leaves_whole_files_only(
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
 
 
+def test_stopped_from_outside_what_is_written_stays(tmp_path: Path) -> None:
+    """As `timeout make gpu-check` stops it; the step's programs, in groups of their own, end with it."""
+    text = f"""
+import signal, sys, torch
+from benchmarks import gpu_check
+slow = {WRITE + "import os, time; open(sys.argv[1] + '/pid', 'w').write(str(os.getpid())); time.sleep(60)"!r}
+gpu_check.STEPS = (gpu_check.Step(name="slow", command=("-c", slow, "{{out}}"), seconds=60),)
+torch.cuda.is_available, torch.cuda.get_device_name = lambda: True, lambda: "a GPU"
+signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGTERM))
+signal.alarm(4)
+sys.argv = ["gpu_check", "--out", {str(tmp_path)!r}]
+gpu_check.main()
+"""
+    process = subprocess.run([sys.executable, "-c", text], cwd=gpu_check.ROOT, timeout=60, check=False)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert (tmp_path / "figures.json").read_text() == "{}"
+    report = json.loads((tmp_path / "gpu-check.json").read_text())
+    assert report["steps"] == {"slow": {"outcome": "not finished"}}
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
 def test_a_step_takes_the_time_that_others_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = (
         Step(name="quick", command=("-c", ""), seconds=50),
@@ -66,6 +91,25 @@ def test_a_step_takes_the_time_that_others_leave(tmp_path: Path, monkeypatch: py
 
 def test_the_last_step_takes_what_all_before_it_leave() -> None:
     assert STEPS[-1].takes_spare
+
+
+def test_a_step_is_told_how_long_it_may_measure(tmp_path: Path) -> None:
+    step = Step(name="limited", command=("-c", "import sys; print(sys.argv[1])", "{limit}"), seconds=100)
+    assert run_step(step, tmp_path, spare=7.5)["output_tail"] == f"{int(107.5 - gpu_check.RESERVE)}\n"
+
+
+def test_tests_that_run_out_of_time_are_reported(tmp_path: Path) -> None:
+    """pytest writes its report where it is interrupted, not where it is killed."""
+    folder = tmp_path / "tests"
+    folder.mkdir()
+    (folder / "test_slow.py").write_text(
+        "import time\ndef test_quick(): pass\ndef test_slow(): time.sleep(60)\n"
+    )
+    words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(folder), str(folder))
+    step = Step(name="tests", command=(*words, "--junitxml={out}/report.xml"), seconds=8)
+    result = run_step(step, tmp_path)
+    assert (result["outcome"], result["files"]) == ("out of time", ["report.xml"])
+    assert 'name="test_quick"' in (tmp_path / "report.xml").read_text()
 
 
 def test_the_project_is_found_without_being_installed(tmp_path: Path) -> None:

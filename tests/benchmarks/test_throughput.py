@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import throughput
 from benchmarks.measure import Timing, cpu_seconds, interleave, speedup
 from benchmarks.peer import PeerStep
-from benchmarks.throughput import Run, encoder_flops, fp8_error, read_recipe, stepper
+from benchmarks.throughput import Run, encoder_flops, fp8_error, read_recipe, scaling, stepper, switches
 from fasttrain import distributed
 from fasttrain.recipe import Recipe
 from fasttrain.student import Student
@@ -93,6 +94,32 @@ def test_fp8_costs_more_than_bf16_and_little() -> None:
     assert error["fp8_loss"] < 2**-4
 
 
+def test_nothing_is_begun_when_time_is_over() -> None:
+    with distributed.start("cpu") as world:
+        run = Run(tiny(), world, short=True, seconds=0)
+        assert run.attempt("parts", dict) is None
+        assert switches(run) == {}
+    assert run.failed == {}
+    assert run.left_out["parts"] == run.left_out["switches, as it is"] == "out of time"
+
+
+def test_the_recipe_as_it_is_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[tuple[int, int, int]] = []
+
+    def cost(run: Run, recipe: Recipe, count: int) -> dict[str, float]:
+        measured.append((recipe.train.batch_size, recipe.data.image_size, count))
+        return {"ms": 1.0}
+
+    monkeypatch.setattr(throughput, "step_cost", cost)
+    monkeypatch.setattr(throughput, "depth_beside_the_peer", lambda run, depth: {})
+    with distributed.start("cpu") as world:
+        rows = scaling(Run(tiny("train.batch_size=4", "data.image_size=224"), world, short=True))
+    assert [[row["ms"] for row in rows[key]] for key in ("backbones", "batch", "resolution")] == [
+        [1.0, 1.0]
+    ] * 3
+    assert len(measured) == len(set(measured)) == 4
+
+
 def test_contenders_take_turns_both_ways() -> None:
     calls: list[str] = []
     contenders: dict[str, Any] = {name: (lambda name=name: calls.append(name)) for name in "ab"}
@@ -124,6 +151,7 @@ def test_committed_results_are_whole() -> None:
         content = json.loads(path.read_text())
         assert {"environment", "ceilings", "steps"} <= content.keys()
         # On a lent GPU time may run out; what failed is not for keeping.
-        ended = {name for name, reason in content["skipped"].items() if reason == "the run ended before"}
+        reasons = ("the run ended before", "out of time")
+        ended = {name for name, reason in content["skipped"].items() if reason in reasons}
         assert {"parts", "switches", "scaling"} <= content.keys() | ended
     assert found

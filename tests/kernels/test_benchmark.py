@@ -94,10 +94,15 @@ def test_a_graph_that_cannot_be_recorded_costs_no_other_figures(monkeypatch: pyt
     contenders = {
         name: benchmark.Contender(TINY, name, compiled=False, device=place) for name in ("triton", "eager")
     }
-    failed: dict[str, str] = {}
-    graphs = benchmark.captured(contenders, OnGpu(), {"triton": 10, "eager": 20}, failed)
+    row: dict = {"skipped": {}, "failed": {}}
+    graphs = benchmark.captured(contenders, OnGpu(), {"triton": 10, "eager": 20}, row)
     assert graphs == {"triton": "graph"}
-    assert "stream is capturing" in failed["eager, graph"]
+    assert "stream is capturing" in row["failed"]["eager, graph"]
+    assert row["skipped"] == {}
+    # One too large for the memory costs the others nothing either.
+    graphs = benchmark.captured(contenders, OnGpu(), {"triton": 10, "eager": 60}, row)
+    assert graphs == {"triton": "graph"}
+    assert list(row["skipped"]) == ["eager, graph"]
 
 
 def test_wrong_gradients_end_the_benchmark(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,6 +116,33 @@ def test_wrong_gradients_end_the_benchmark(device: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(benchmark.Contender, "step", wrong)
     with pytest.raises(RuntimeError, match="the fused gradients differ from eager's by"):
         benchmark.measure_shape(TINY, 1e9, device=torch.device(device), compiled=False, rounds=1, calls=1)
+
+
+def test_a_shape_that_fails_costs_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole program, as `make gpu-check` runs it."""
+    broken, fine = benchmark.Shape(128, (37, 37), 16), benchmark.Shape(2, (2, 2), 16)
+    timing = {"ms": 1.0, "ms_least": 1.0, "ms_most": 1.0}
+
+    def measure(shape: benchmark.Shape, *arguments: object, **options: object) -> dict:
+        if shape == broken:
+            raise RuntimeError("an illegal memory access")
+        return {**shape._asdict(), "out_of_memory": [], "failed": {}, "step": {"fused": timing}}
+
+    for name, value in {
+        "measure_shape": measure,
+        "copy_ceiling": lambda device: 1e12,
+        "environment": lambda: {"device": "a GPU"},
+        "SHORT": [broken, fine],
+    }.items():
+        monkeypatch.setattr(benchmark, name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("sys.argv", ["kernels", "--short", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"B 128, N 1369, D 16, window 2: fused: RuntimeError: an illegal"):
+        benchmark.main()
+    written = json.loads((tmp_path / "kernels.json").read_text())
+    assert ["step" in row for row in written["shapes"]] == [False, True]
+    assert benchmark.goals(written)[-1] == "goal, N = 1369 at B = 128 runs: NOT MET (on a GPU)"
+    assert (tmp_path / "kernels.png").stat().st_size > 0
 
 
 def test_the_floor_of_the_papers_shape_is_that_of_the_design() -> None:
