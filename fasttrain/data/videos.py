@@ -162,7 +162,8 @@ def check_jpeg(data: Frame) -> None:
     """
     if data[:2].tobytes() != b"\xff\xd8":
         return
-    decoder = av.CodecContext.create("mjpeg", "r")
+    # It is one of video, which PyAV 17 does not say.
+    decoder: Any = av.CodecContext.create("mjpeg", "r")
     decoder.options = {"err_detect": "explode"}
     decoder.thread_count = 1
     try:

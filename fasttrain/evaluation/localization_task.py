@@ -139,9 +139,9 @@ class _Judged:
         for video in test:
             features_SD = extracted.load(video.name, moment).features_TD.to(device)
             # A class without training has no probability.
-            probabilities_SC = np.zeros((len(features_SD), len(data.classes)))
-            probabilities_SC[:, trained] = self.classifier.probabilities(features_SD).cpu().numpy()
-            probabilities_SC = smoothed(probabilities_SC, arguments.smooth)
+            found_SC = np.zeros((len(features_SD), len(data.classes)))
+            found_SC[:, trained] = self.classifier.probabilities(features_SD).cpu().numpy()
+            probabilities_SC = smoothed(found_SC, arguments.smooth)
             probabilities_TC = probabilities_SC.repeat(arguments.stride, axis=0)[: len(video.labels_T)]
             labels_T = probabilities_TC.argmax(axis=1)
             self.predicted[video.name] = labels_T

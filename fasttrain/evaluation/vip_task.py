@@ -100,10 +100,9 @@ def encoded_size(size: tuple[int, int], long_side: int, patch: int) -> tuple[int
 def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation, drawn: bool) -> dict[str, Any]:
     """Per moment the pixels of each true (row) and predicted class; writes masks, contact sheet and video."""
     truth = list(work_ahead(read_parts, sequence.annotations))
+    height, width, _ = read_image(sequence.frames[0]).shape
     size = encoded_size(
-        read_image(sequence.frames[0]).shape[:2],
-        evaluation.arguments.long_side,
-        evaluation.subject.encoder.patch_size,
+        (height, width), evaluation.arguments.long_side, evaluation.subject.encoder.patch_size
     )
     first_HW = np.where(truth[0] == VOID, 0, truth[0]).astype(np.uint8)
     first_hwC = sequences.soft_labels(
