@@ -5,7 +5,8 @@
 `fasttrain eval davis`, before and after a projection, of a ViT-B/16 with random weights: frames read, encoded
 at 480 x 880 and propagated, masks written and scored, for some sequences pictures drawn. Timed is a sequence
 of as many frames as those of DAVIS have on average, with pictures and without; the data set has 30 of them,
-of which 8 are drawn by default. The time of starting (imports, weights) is not in it.
+of which as many are drawn as `--pictures` draws by default. The time of starting (imports, weights) is not in
+it.
 """
 
 from __future__ import annotations

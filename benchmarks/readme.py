@@ -135,7 +135,7 @@ def davis_lines(content: dict[str, Any]) -> str:
 def kernel_lines(content: dict[str, Any]) -> str:
     """kernels.json as a paragraph, a table and the goals, Markdown."""
     # Here, for it imports Triton, and under tests must not before it is to be interpreted.
-    from benchmarks.kernels import goals
+    from benchmarks.kernels import best_timings, goals
 
     environment = content["environment"]
     versions = environment["versions"]
@@ -151,7 +151,7 @@ def kernel_lines(content: dict[str, Any]) -> str:
     ]
     notes = []
     for row in content["shapes"]:
-        timings = row.get("step", {}) | row.get("graph", {})
+        timings = best_timings(row)
         phase = "graph" if "fused" in row.get("graph", {}) else "step"
         over = row.get(f"{phase}_speedup", {})
         place = f"{row['batch']} | {row['grid'][0] * row['grid'][1]} | {row['channels']} | {row['window']}"
