@@ -17,6 +17,7 @@ setup(
         "fasttrain.data",
         "fasttrain.evaluation",
         "fasttrain.recipes",
+        "fasttrain.tools",
         "fasttrain_kernels",
     ],
     # The plain name `kernels` belongs to a Hugging Face package that transformers imports.

@@ -24,11 +24,11 @@ from benchmarks.measure import synchronize
 from benchmarks.record import RESULTS, environment, write_results
 from fasttrain.backbones import load_backbone
 from fasttrain.distributed import World
-from fasttrain.evaluation import davis_task
-from fasttrain.evaluation.figures import write_label_map
-from fasttrain.evaluation.harness import Subject
+from fasttrain.evaluation import davis
+from fasttrain.evaluation.model import Subject
+from fasttrain.evaluation.plots import write_label_map
 from fasttrain.projection import Projection
-from fasttrain.scenes import render_scene
+from fasttrain.tools.synthetic import render_scene
 
 # DAVIS 2017, validation: sequences, frames of all, and their usual size.
 SEQUENCES, FRAMES, HEIGHT, WIDTH = 30, 1999, 480, 854
@@ -55,7 +55,7 @@ def measure(subject: Subject, root: Path, device: torch.device, options: list[st
     """Seconds of the sequence, without and with its pictures."""
     world = World(rank=0, size=1, local_rank=0, local_size=1, device=device)
     parser = argparse.ArgumentParser()
-    davis_task.add_arguments(parser)
+    davis.add_arguments(parser)
     seconds: dict[str, float] = {}
     # The first pass loads and warms what all share.
     for name, pictures in (("warm-up", 0), ("plain", 0), ("drawn", 1)):
@@ -63,7 +63,7 @@ def measure(subject: Subject, root: Path, device: torch.device, options: list[st
         arguments.root = root
         with tempfile.TemporaryDirectory() as output:
             begun = time.perf_counter()
-            davis_task.run(arguments, subject, Path(output), world)
+            davis.run(arguments, subject, Path(output), world)
             synchronize(device)
             seconds[name] = time.perf_counter() - begun
     return seconds
@@ -95,7 +95,7 @@ def main() -> None:
         encoder=encoder, projection=Projection(encoder.embed_dim), moments=("before", "after")
     ).to(device)
     defaults = argparse.ArgumentParser()
-    davis_task.add_arguments(defaults)
+    davis.add_arguments(defaults)
     drawn = min(SEQUENCES, defaults.get_default("pictures"))
     with tempfile.TemporaryDirectory() as root:
         write_sequence(Path(root), arguments.frames, height=HEIGHT, width=WIDTH)

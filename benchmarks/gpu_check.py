@@ -124,7 +124,7 @@ STEPS = (
         name="throughput",
         command=(
             "-m",
-            "benchmarks.throughput",
+            "benchmarks.step",
             "--short",
             "--limit",
             "{limit}",

@@ -44,16 +44,16 @@ from torchvision.transforms import InterpolationMode, functional
 
 from benchmarks.measure import cpu_seconds, synchronize
 from benchmarks.record import RESULTS, environment, write_results
+from fasttrain.backbone_trainer import BackboneTrainer
 from fasttrain.data import FramePairs, PairLoader, PairSampling, open_source
+from fasttrain.data.dali import Decoder, HostDecoder
 from fasttrain.data.images import IMAGENET_MEAN, IMAGENET_STD
 from fasttrain.data.pack import PackOptions, pack
 from fasttrain.data.packed import Part
-from fasttrain.data.pipeline import Decoder, HostDecoder
 from fasttrain.data.sampling import draw_crop
 from fasttrain.distributed import World
 from fasttrain.recipe import recipe_from_dict
-from fasttrain.scenes import render_scene
-from fasttrain.student import Student
+from fasttrain.tools.synthetic import render_scene
 
 SIZE = 224
 # The usual size of Kinetics-400 with a short side of 256.
@@ -322,7 +322,7 @@ def training_step(setting: Setting) -> Callable[[torch.Tensor], None]:
         }
     )
     device = torch.device(setting.device, 0) if setting.device == "cuda" else torch.device("cpu")
-    student = Student(recipe, World(rank=0, size=1, local_rank=0, local_size=1, device=device))
+    student = BackboneTrainer(recipe, World(rank=0, size=1, local_rank=0, local_size=1, device=device))
     student.warm_up()
 
     def step(frames: torch.Tensor) -> None:

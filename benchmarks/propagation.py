@@ -35,7 +35,7 @@ from torch.nn import functional
 from benchmarks.measure import WARM_UPS, Timing, interleave, speedup, synchronize
 from benchmarks.record import RESULTS, environment, write_results
 from fasttrain.backbones import load_backbone
-from fasttrain.evaluation.harness import Subject, fit_to_patches
+from fasttrain.evaluation.model import Subject, fit_to_patches
 from fasttrain.evaluation.propagation import (
     CONTEXT,
     RADIUS,

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from benchmarks.measure import interleave
 from benchmarks.record import write_results
-from benchmarks.throughput import read_recipe, stepper
+from benchmarks.step import read_recipe, stepper
 from fasttrain import distributed
+from fasttrain.backbone_trainer import DTYPES, BackboneTrainer
 from fasttrain.distributed import World
 from fasttrain.recipe import Recipe
-from fasttrain.student import DTYPES, Student
 
 
 def gather_pairs(frames: Tensor, size: int) -> Tensor:
@@ -63,8 +63,8 @@ def main() -> None:
             write_results(arguments.out, {"processes": world.size, "backbones": world.size, "timings": rows})
 
 
-def warm_student(recipe: Recipe, world: World) -> Student:
-    student = Student(recipe, world)
+def warm_student(recipe: Recipe, world: World) -> BackboneTrainer:
+    student = BackboneTrainer(recipe, world)
     student.warm_up()
     return student
 

@@ -26,9 +26,9 @@ COMMANDS = {
     "pack": ("fasttrain.data.pack", "turn videos or frame folders into shards for fast random access"),
     "eval": ("fasttrain.evaluation.command", "measure a run on a benchmark, before and after"),
     "report": ("fasttrain.evaluation.report", "gather runs into one HTML page"),
-    "export": ("fasttrain.export", "write a trained video encoder as one self-contained file"),
-    "doctor": ("fasttrain.doctor", "say what this machine has, what it lacks and what that costs"),
-    "demo": ("fasttrain.demo", "train on made-up video and show what it bought"),
+    "export": ("fasttrain.tools.export", "write a trained video encoder as one self-contained file"),
+    "doctor": ("fasttrain.tools.doctor", "say what this machine has, what it lacks and what that costs"),
+    "demo": ("fasttrain.tools.demo", "train on made-up video and show what it bought"),
 }
 # What the system says of a place that was named badly, or may not be written.
 BAD_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}

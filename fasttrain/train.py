@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from fasttrain import distributed
+from fasttrain.backbone_trainer import backbone_recipes
 from fasttrain.backbones import Backbone
 from fasttrain.data import FrameIndex
 from fasttrain.projection import Projection
 from fasttrain.recipe import Recipe, describe_keys, load_recipe
-from fasttrain.student import student_recipes
 from fasttrain.trainer import Validate, train
 
 
@@ -64,9 +64,9 @@ def run_recipe(recipe: Recipe, *, profile: bool = False) -> None:
     with distributed.start(recipe.device) as world:
         results = train(recipe, world, validate=_validation(recipe), profile=profile)
         if world.is_main and results:
-            from fasttrain.evaluation.figures import learning_curves
+            from fasttrain.evaluation.plots import learning_curves
 
-            for student in student_recipes(recipe):
+            for student in backbone_recipes(recipe):
                 if student.backbone.name in results:
                     learning_curves([Path(student.output)], Path(student.output) / "figures" / "learning.png")
 

@@ -1,8 +1,7 @@
 """Training: set-up, one step, the loop.
 
-A `Trainer` feeds one stream of frame pairs to one `Student` (a backbone with its head, see student.py) or to
-many. What a run computes is a function of recipe, data and seed: nothing here draws a random number that does
-not follow from (seed, step).
+A `Trainer` feeds one stream of frame pairs to one `BackboneTrainer` (a backbone with its head) or to many.
+What a run computes is a function of recipe, data and seed: every random number follows from (seed, step).
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from fasttrain.backbone_trainer import DTYPES, BackboneTrainer, backbone_recipes
 from fasttrain.backbones import Backbone
 from fasttrain.checkpoint import drop_checkpoints, load_checkpoint, saved_steps
 from fasttrain.data import (
@@ -33,12 +33,11 @@ from fasttrain.data import (
 from fasttrain.distributed import World
 from fasttrain.errors import InputError, LocalInputError
 from fasttrain.files import alone, write_atomically, writing
-from fasttrain.metrics import NON_FINITE, Clock, MetricsLog, ProgressReport, last_event
+from fasttrain.loggers import NON_FINITE, Clock, MetricsLog, ProgressReport, last_event
 from fasttrain.optimizer import learning_rate_factor
 from fasttrain.profiling import SKIPPED, STEP, StepProfiler, part, summary_table
 from fasttrain.projection import Projection
 from fasttrain.recipe import Recipe, differences, identity, load_recipe, to_yaml
-from fasttrain.student import DTYPES, Student, student_recipes
 
 # (encoder, projection, index, device) -> figures, before and after the projection.
 Validate = Callable[[Backbone, Projection, FrameIndex, torch.device], dict[str, float]]
@@ -51,7 +50,7 @@ class Trainer:
         self, recipe: Recipe, world: World, console: Console, validate: Validate | None = None
     ) -> None:
         self.recipe, self.world, self.console, self.validate = recipe, world, console, validate
-        recipes = student_recipes(recipe)
+        recipes = backbone_recipes(recipe)
         for student_recipe in recipes:
             check_run_folder(student_recipe)
         self.index = self._open_source()
@@ -214,7 +213,7 @@ class Trainer:
         return faults
 
     def _drop_non_finite(
-        self, student: Student, step: int, loader: PairLoader, logs: dict[str, MetricsLog | None]
+        self, student: BackboneTrainer, step: int, loader: PairLoader, logs: dict[str, MetricsLog | None]
     ) -> None:
         """Name step and samples; a run of many backbones goes on without this one."""
         ids, names = loader.samples_of_step(step)
@@ -306,12 +305,12 @@ class Trainer:
                     f"than process 0 ({told[0][1]}); start again when all nodes see the same files"
                 )
 
-    def _build_students(self, recipes: list[Recipe]) -> list[Student]:
+    def _build_students(self, recipes: list[Recipe]) -> list[BackboneTrainer]:
         """All students; of several, one that cannot be built is reported and left out."""
         students = []
         for recipe in recipes:
             try:
-                students.append(Student(recipe, self.world))
+                students.append(BackboneTrainer(recipe, self.world))
             except InputError as error:
                 if len(recipes) == 1:
                     raise
@@ -377,7 +376,7 @@ class Trainer:
                 with self._writing():
                     write_atomically(student.folder / "recipe.yaml", to_yaml(student.recipe).encode())
 
-    def _open_log(self, student: Student) -> MetricsLog | None:
+    def _open_log(self, student: BackboneTrainer) -> MetricsLog | None:
         if not self.world.is_main:
             return None
         with self._writing():

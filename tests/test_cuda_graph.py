@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from fasttrain import distributed
+from fasttrain.backbone_trainer import BackboneTrainer
 from fasttrain.cuda_graph import CapturedCall
 from fasttrain.recipe import load_recipe
-from fasttrain.student import Student
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "dino.yaml"
 
@@ -38,13 +38,13 @@ def test_recorded_steps_are_the_plain_steps() -> None:
             recipe = dataclasses.replace(
                 recipe, encoder=dataclasses.replace(recipe.encoder, cuda_graph=graph)
             )
-            student = Student(recipe, world)
+            student = BackboneTrainer(recipe, world)
             assert (student.warm_up() > 0) == graph
             for step in range(3):
                 student.accumulate(frames[step], step, last=True, diagnostics=step == 1)
                 student.update(1e-3)
             heads.append(torch.cat([p.detach().flatten() for p in student.projection.parameters()]))
-    start = Student(load_recipe(RECIPE, overrides), world).projection
+    start = BackboneTrainer(load_recipe(RECIPE, overrides), world).projection
     moved = heads[0] - torch.cat([p.detach().flatten() for p in start.parameters()])
     assert (heads[1] - heads[0]).norm() < torch.finfo(torch.bfloat16).eps * moved.norm()
 
@@ -56,7 +56,7 @@ def test_warm_up_leaves_no_trace_on_a_student() -> None:
         "data.image_size=64", "train.batch_size=2", "train.precision=fp32", "encoder.compile=default",
     ]  # fmt: skip
     with distributed.start("cpu") as world:
-        student = Student(load_recipe(RECIPE, overrides), world)
+        student = BackboneTrainer(load_recipe(RECIPE, overrides), world)
     before = [p.clone() for p in student.projection.parameters()]
     random_state = torch.get_rng_state()
     assert student.warm_up() > 0

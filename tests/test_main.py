@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fasttrain.__main__ import COMMANDS, main
-from fasttrain.doctor import examine
 from fasttrain.recipe import describe_keys
+from fasttrain.tools.doctor import examine
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
@@ -100,7 +100,7 @@ def test_a_full_disk_of_a_cache_is_named(
     def fail(_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "/cache/file")
 
-    monkeypatch.setattr("fasttrain.doctor.run", fail)
+    monkeypatch.setattr("fasttrain.tools.doctor.run", fail)
     assert main(["doctor"]) == 2
     assert "fasttrain: no space left on device at /cache/file; make room" in capsys.readouterr().err
 
@@ -170,7 +170,7 @@ def test_doctor_looks_for_what_triton_builds_with(monkeypatch: pytest.MonkeyPatc
 
 
 def test_doctor_tells_pypis_apex_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fasttrain.doctor._has_module", lambda name: name == "apex")
+    monkeypatch.setattr("fasttrain.tools.doctor._has_module", lambda name: name == "apex")
     finding = next(finding for finding in examine() if finding.name == "NVIDIA Apex")
     assert finding.found is None
     assert "unrelated project" in finding.cost

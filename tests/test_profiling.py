@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from fasttrain import distributed
+from fasttrain.backbone_trainer import BackboneTrainer
 from fasttrain.profiling import (
     PARTS,
     RECORDED,
@@ -21,7 +22,6 @@ from fasttrain.profiling import (
     summary_table,
 )
 from fasttrain.recipe import recipe_from_dict
-from fasttrain.student import Student
 
 
 def host(name: str, ts: float, dur: float, cat: str = "user_annotation", **args: Any) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def test_steps_on_a_gpu_neither_wait_nor_allocate(cuda_graph: bool, tmp_path: Pa
     )
     profiler = StepProfiler(tmp_path, torch.device("cuda"))
     with distributed.start("cuda") as world:
-        student = Student(recipe, world)
+        student = BackboneTrainer(recipe, world)
         student.warm_up()
         frames = torch.randn(2, 4, 3, 64, 64, device="cuda", dtype=torch.bfloat16)
         for step in range(SKIPPED + RECORDED):

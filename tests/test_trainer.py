@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
 from fasttrain import distributed
+from fasttrain.backbone_trainer import load_on_all
 from fasttrain.backbones import Backbone
 from fasttrain.data.images import UnreadableFrameError
 from fasttrain.data.index import FolderIndex
@@ -26,8 +27,7 @@ from fasttrain.errors import InputError
 from fasttrain.objective import asymmetric_offset
 from fasttrain.optimizer import learning_rate_factor
 from fasttrain.recipe import Recipe, load_recipe, recipe_from_dict, to_yaml
-from fasttrain.scenes import render_scene
-from fasttrain.student import load_on_all
+from fasttrain.tools.synthetic import render_scene
 from fasttrain.trainer import Trainer, train
 
 VIDEOS = 6

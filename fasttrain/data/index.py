@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fasttrain.data.images import Bytes, UnreadableFrameError, check_encoded, decode_image
-from fasttrain.data.videos import VideoInfo, cut_clip, nvdec_decodes, read_video_frames
+from fasttrain.data.video import VideoInfo, cut_clip, nvdec_decodes, read_video_frames
 from fasttrain.errors import InputError
 from fasttrain.files import os_reason
 

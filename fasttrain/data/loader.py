@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fasttrain.data.dali import Decoder, Stage, Upright, open_stage
 from fasttrain.data.images import UnreadableFrameError
 from fasttrain.data.index import ClipIndex, FrameIndex, Storage, StoredPair, VideoIndex
-from fasttrain.data.pipeline import Decoder, Stage, Upright, open_stage
 from fasttrain.data.sampling import Draws, Ints, PairSampling
-from fasttrain.data.videos import has_nvdec, nvdec_decodes
+from fasttrain.data.video import has_nvdec, nvdec_decodes
 from fasttrain.errors import InputError
 
 # So many in a row mean that nothing can be read: at half the samples bad this happens once in 4 billion.

@@ -57,7 +57,7 @@ from fasttrain.data.packed import (
 )
 from fasttrain.data.sampling import spread
 from fasttrain.data.sources import Found, Kind, find_source, packed_folders
-from fasttrain.data.videos import (
+from fasttrain.data.video import (
     VideoInfo,
     check_jpeg,
     cut_clip,
@@ -418,7 +418,7 @@ class _GpuFrames:
 
     def __init__(self, short_side: int) -> None:
         # DALI is imported where there is a GPU to use it.
-        from fasttrain.data.pipeline import ClipDecoder, rgb_correction
+        from fasttrain.data.dali import ClipDecoder, rgb_correction
 
         self._new_decoder, self._correction = ClipDecoder, rgb_correction
         self._short_side = short_side

@@ -21,7 +21,7 @@ from typing import Any
 import av
 import numpy as np
 
-from fasttrain.data.videos import VideoInfo
+from fasttrain.data.video import VideoInfo
 from fasttrain.files import write_atomically
 
 # Part of a file's header; another layout, or another ffmpeg, is read as nothing known.

@@ -19,7 +19,7 @@ from fasttrain.data.images import IMAGE_SUFFIXES, UnreadableFrameError
 from fasttrain.data.index import FolderIndex, FrameFolders, FrameIndex, Skipped, VideoIndex
 from fasttrain.data.packed import PackedIndex, is_packed
 from fasttrain.data.probes import ProbeCache, State, state_of
-from fasttrain.data.videos import VIDEO_SUFFIXES, VideoInfo, probe_video
+from fasttrain.data.video import VIDEO_SUFFIXES, VideoInfo, probe_video
 from fasttrain.errors import InputError
 from fasttrain.files import os_reason, text_lines
 

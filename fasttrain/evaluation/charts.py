@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from fasttrain.errors import InputError
-from fasttrain.evaluation.figures import as_written, contact_sheet, save_figure
+from fasttrain.evaluation.plots import as_written, contact_sheet, save_figure
 
 Frame = npt.NDArray[np.uint8]
 

@@ -15,15 +15,15 @@ from types import ModuleType
 from fasttrain import distributed
 from fasttrain.errors import InputError
 from fasttrain.evaluation import (
-    consistency_task,
-    davis_task,
-    jhmdb_task,
-    localization_task,
-    probe_task,
-    retrieval_task,
-    vip_task,
+    classification,
+    consistency,
+    davis,
+    jhmdb,
+    localization,
+    retrieval,
+    vip,
 )
-from fasttrain.evaluation.harness import (
+from fasttrain.evaluation.model import (
     add_subject_arguments,
     load_subject,
     print_comparison,
@@ -33,13 +33,13 @@ from fasttrain.evaluation.harness import (
 
 # In order: module, what it measures.
 TASKS: dict[str, tuple[ModuleType, str]] = {
-    "davis": (davis_task, "video object segmentation by label propagation: J and F"),
-    "vip": (vip_task, "body part segmentation by label propagation: mean IoU and each class"),
-    "jhmdb": (jhmdb_task, "human pose by label propagation: PCK, mean and each joint"),
-    "consistency": (consistency_task, "the paper's trade-off: distances within and between videos"),
-    "retrieval": (retrieval_task, "nearest videos: recall at 1, 5 and 10 in percent"),
-    "probe": (probe_task, "classification: weighted k-NN and a linear probe, accuracy in percent"),
-    "localization": (localization_task, "actions in time: frames, segments and detections, in percent"),
+    "davis": (davis, "video object segmentation by label propagation: J and F"),
+    "vip": (vip, "body part segmentation by label propagation: mean IoU and each class"),
+    "jhmdb": (jhmdb, "human pose by label propagation: PCK, mean and each joint"),
+    "consistency": (consistency, "the paper's trade-off: distances within and between videos"),
+    "retrieval": (retrieval, "nearest videos: recall at 1, 5 and 10 in percent"),
+    "probe": (classification, "classification: weighted k-NN and a linear probe, accuracy in percent"),
+    "localization": (localization, "actions in time: frames, segments and detections, in percent"),
 }
 
 

@@ -1,179 +1,108 @@
-"""The paper's trade-off: how close a video's own frames lie, how far apart videos lie, and what it rests on.
+"""The trade-off on a list of videos: the paper's analysis (`consistency.py`) before and after the projection.
 
-Every definition follows the analysis of the authors' code (yafeng19/Co-Settle, cal_metric.py): frames are
-matched patch by patch within a video (intra), videos are compared at their middle frames (inter), and both
-distances are also given over the diameter of the features they live in.
-
-Shape suffixes: V videos, T frames, P patches, D channels, S sampled patches, G = T - 7 pairs of frames.
+Reads any source that training reads: frame folders, a list, video files, a packed set.
 """
 
-import math
-from collections.abc import Iterable, Sequence
-from itertools import pairwise
+import argparse
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 
-from fasttrain.errors import InputError
-
-PERCENTILES = (90, 95, 100)
-# First and second frame of a cycle, as shares of the video.
-CYCLE_PAIRS = ((0.25, 0.4), (0.35, 0.5), (0.45, 0.6), (0.55, 0.7), (0.65, 0.8))
-CYCLE_TEMPERATURE = 0.03
-# Frames left out at either end of a video.
-MARGIN = 3
-SAMPLED_PATCHES = 8
-FEWEST_FRAMES = 2 * MARGIN + 2
+from fasttrain.data.images import UnreadableFrameError
+from fasttrain.data.index import FrameIndex
+from fasttrain.data.sampling import spread
+from fasttrain.data.sources import open_source
+from fasttrain.distributed import World
+from fasttrain.errors import InputError, LocalInputError
+from fasttrain.evaluation import plots
+from fasttrain.evaluation.frames import centre_crop, read_clip
+from fasttrain.evaluation.model import Subject, own_share
+from fasttrain.evaluation.trade_off import FEWEST_FRAMES, Analysis
 
 
-def consistency_separability(
-    features_VTPD: Tensor, patch_indices: Tensor | Sequence[int] | None = None
-) -> dict[str, float]:
-    """Distances, diameters, effective rank and cycle accuracy of V videos of T frames of P patches.
-
-    `patch_indices` are the patches at which videos are compared, by default eight drawn once with seed 42.
-    Keys: `{intra,inter}_{original,normalized_90,normalized_95,normalized_100,diameter_90,diameter_95,
-    diameter_100}`, `effective_rank`, `cycle_accuracy`. Inter-video distances of one video alone are NaN.
-    What depends on features that are not finite is NaN. Raises InputError for fewer than 8 frames or a number
-    of patches that is no square.
-    """
-    if features_VTPD.ndim != 4 or 0 in features_VTPD.shape:
-        raise InputError(f"features have shape {tuple(features_VTPD.shape)}; expected (videos, frames, P, D)")
-    return measure_videos(features_VTPD, patch_indices)
-
-
-def measure_videos(
-    videos: Iterable[Tensor], patch_indices: Tensor | Sequence[int] | None = None
-) -> dict[str, float]:
-    """`consistency_separability` of videos (T, P, D) that come one after another; keeps their middle frames.
-
-    Videos may differ in their number of frames.
-    """
-    analysis = Analysis()
-    for number, video_TPD in enumerate(videos):
-        analysis.add(number, video_TPD)
-    return analysis.result(patch_indices)
-
-
-class Analysis:
-    """The analysis of numbered videos that come one after another, in any order and from any process."""
-
-    def __init__(self) -> None:
-        self.within: dict[int, dict[str, Tensor]] = {}
-        self.middles: dict[int, Tensor] = {}
-
-    def add(self, number: int, video_TPD: Tensor) -> None:
-        """One video (T, P, D), measured where it lies; its middle frame is kept in host memory."""
-        _check(video_TPD)
-        video_TPD = video_TPD.detach().float()
-        self.within[number] = {key: value.cpu() for key, value in _within_video(video_TPD).items()}
-        self.middles[number] = video_TPD[len(video_TPD) // 2].cpu()
-
-    def result(self, patch_indices: Tensor | Sequence[int] | None = None) -> dict[str, float]:
-        """The keys of `consistency_separability`. Raises InputError where no video was added."""
-        if not self.within:
-            raise InputError("no video to measure; expected at least one")
-        order = sorted(self.within)
-        result = {key: _mean([self.within[one][key] for one in order]) for key in self.within[order[0]]}
-        return result | _between_videos(torch.stack([self.middles[one] for one in order]), patch_indices)
-
-
-def _within_video(video_TPD: Tensor) -> dict[str, Tensor]:
-    """Intra-video distance, diameters and cycle accuracy of one video."""
-    distance = _frame_distance(video_TPD)
-    patches_ND = video_TPD.flatten(0, 1)
-    radius_N = (patches_ND - patches_ND.mean(0)).norm(dim=-1)
-    result = {"intra_original": distance}
-    for percentile in PERCENTILES:
-        diameter = 2 * torch.quantile(radius_N, percentile / 100)
-        result[f"intra_diameter_{percentile}"] = diameter
-        result[f"intra_normalized_{percentile}"] = distance / (diameter + 1e-8)
-    return result | {"cycle_accuracy": _cycle_accuracy(video_TPD)}
-
-
-def _frame_distance(video_TPD: Tensor) -> Tensor:
-    """Mean distance of the nearer half of the patches to the nearest patch of the next frame."""
-    inner_TPD = video_TPD[MARGIN : len(video_TPD) - MARGIN]
-    nearest_GP = torch.stack(
-        [
-            torch.cdist(one_PD, next_PD, compute_mode="donot_use_mm_for_euclid_dist").amin(-1)
-            for one_PD, next_PD in pairwise(inner_TPD)
-        ]
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--num-frames", type=int, default=40, help="evenly spread over each video (default: 40)"
     )
-    half = nearest_GP.shape[1] // 2
-    return nearest_GP.topk(half, largest=False, dim=-1).values.mean()
+    parser.add_argument("--num-videos", type=int, default=1000, help="at most, evenly chosen (default: 1000)")
+    parser.add_argument("--image-size", type=int, default=224, help="side of the middle crop (default: 224)")
 
 
-def _between_videos(middles_VPD: Tensor, patch_indices: Tensor | Sequence[int] | None) -> dict[str, float]:
-    """Distance between videos at the sampled patches, its diameters, and the rank of all patches."""
-    sampled_VSD = middles_VPD[:, _sampled_patches(middles_VPD, patch_indices)]
-    distances = [
-        (sampled_VSD[video + 1 :] - sampled_VSD[video]).norm(dim=-1).mean(-1)
-        for video in range(len(sampled_VSD) - 1)
-    ]
-    distance = torch.cat(distances).mean().item() if distances else float("nan")
-    radius_N = _radii(middles_VPD)
-    sampled_radius_N = _radii(sampled_VSD).sort().values
-    result = {"inter_original": distance}
-    for percentile in PERCENTILES:
-        within = max(1, int(len(sampled_radius_N) * percentile / 100))
-        sampled_diameter = 2 * sampled_radius_N[within - 1].item()
-        result[f"inter_normalized_{percentile}"] = distance / (sampled_diameter + 1e-8)
-        result[f"inter_diameter_{percentile}"] = 2 * torch.quantile(radius_N, percentile / 100).item()
-    return result | {"effective_rank": _effective_rank(middles_VPD.flatten(0, 1))}
+def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: World) -> dict[str, Any] | None:
+    """Figures of all videos together, on the main process."""
+    for name, least in (("num_frames", FEWEST_FRAMES), ("num_videos", 1), ("image_size", 1)):
+        if getattr(arguments, name) < least:
+            option = "--" + name.replace("_", "-")
+            raise InputError(f"{option} {getattr(arguments, name)}: expected at least {least}")
+    index = open_source(arguments.root)
+    chosen = spread(len(index), arguments.num_videos)
+    analyses, skipped = measure_share(index, own_share(chosen, world), arguments, subject, world.device)
+    if not merge(analyses, skipped, output, world):
+        return None
+    told = [f"{name}: {reason}" for name, reason in index.skipped]
+    told += [skipped[video] for video in sorted(skipped)]
+    counted = len(chosen) - len(skipped)
+    if not counted:
+        raise InputError(f"no video of {arguments.root} can be measured; {'; '.join(told[:3])}")
+    if told:
+        print(f"videos passed over: {len(told)}, such as {told[0]}")
+    results = {moment: analysis.result() for moment, analysis in analyses.items()}
+    if set(results) == {"before", "after"} and counted > 1:
+        point = (subject.encoder.name, results["before"], results["after"])
+        plots.trade_off([point], output / "figures" / "trade_off.png")
+    return {"data": {"videos": counted, "skipped": told}, "results": results}
 
 
-def _radii(features_VPD: Tensor) -> Tensor:
-    patches_ND = features_VPD.flatten(0, 1)
-    return (patches_ND - patches_ND.mean(0)).norm(dim=-1)
+def measure_share(
+    index: FrameIndex,
+    videos: list[int],
+    arguments: argparse.Namespace,
+    subject: Subject,
+    device: torch.device,
+) -> tuple[dict[str, Analysis], dict[int, str]]:
+    """The analysis of these videos per moment, and which of them were passed over, and why."""
+    analyses = {moment: Analysis() for moment in subject.moments}
+    skipped = {}
+    for video in videos:
+        length = int(index.num_frames[video])
+        if length < FEWEST_FRAMES:
+            skipped[video] = f"{index.names[video]}: fewer than {FEWEST_FRAMES} frames"
+            continue
+        try:
+            clip = read_clip(index, video, spread(length, arguments.num_frames))
+        except UnreadableFrameError as error:
+            skipped[video] = f"{index.names[video]}: {error}"
+            continue
+        frames = (centre_crop(frame, arguments.image_size) for frame in clip)
+        for moment, tokens_TND in subject.tokens(frames, device).items():
+            if not tokens_TND.isfinite().all():
+                raise LocalInputError(
+                    f"features of {index.names[video]} {moment} the projection are not all finite; look at "
+                    "the frames and at the weights"
+                )
+            analyses[moment].add(video, tokens_TND)
+    return analyses, skipped
 
 
-def _sampled_patches(middles_VPD: Tensor, patch_indices: Tensor | Sequence[int] | None) -> Tensor:
-    patches = middles_VPD.shape[1]
-    if patch_indices is None:
-        chosen = torch.randperm(patches, generator=torch.Generator().manual_seed(42))[:SAMPLED_PATCHES]
-    else:
-        chosen = torch.as_tensor(patch_indices, dtype=torch.int64)
-        if chosen.numel() == 0 or chosen.min() < 0 or chosen.max() >= patches:
-            raise InputError(f"patch indices {chosen.tolist()}; expected numbers from 0 to {patches - 1}")
-    return chosen.to(middles_VPD.device)
+def merge(analyses: dict[str, Analysis], skipped: dict[int, str], output: Path, world: World) -> bool:
+    """Bring what all processes measured into the main one's `analyses` and `skipped`; whether this is it.
 
-
-def _effective_rank(features_ND: Tensor) -> float:
-    """exp(entropy of the normalised singular values), over the largest rank possible (Roy & Vetterli)."""
-    if not features_ND.isfinite().all():
-        return math.nan
-    # In float32 the entropy's last digits depend on the number of threads.
-    values = torch.linalg.svdvals(features_ND.double())
-    share = values / values.sum() + 1e-12
-    return (-(share * share.log()).sum()).exp().item() / min(features_ND.shape)
-
-
-def _cycle_accuracy(video_TPD: Tensor) -> Tensor:
-    """Share of 2 x 2 windows whose walk to the second frame and back most likely ends where it began."""
-    frames, patches, channels = video_TPD.shape
-    side = int(patches**0.5)
-    grid_TDhw = video_TPD.transpose(1, 2).reshape(frames, channels, side, side)
-    pooled_TWD = functional.avg_pool2d(grid_TDhw, kernel_size=2).flatten(2).transpose(1, 2)
-    share = torch.tensor(CYCLE_PAIRS) * frames
-    first_CWD, second_CWD = (pooled_TWD[share[:, side].long()] for side in (0, 1))
-    affinity_CWW = first_CWD @ second_CWD.transpose(1, 2) / CYCLE_TEMPERATURE
-    cycle_CWW = affinity_CWW.softmax(-1) @ affinity_CWW.transpose(1, 2).softmax(-1)
-    home_W = torch.arange(cycle_CWW.shape[-1], device=cycle_CWW.device)
-    accuracy = ((cycle_CWW + 1e-6).log().argmax(-1) == home_W).float().mean()
-    return accuracy.masked_fill(~cycle_CWW.isfinite().all(), torch.nan)
-
-
-def _mean(values: list[Tensor]) -> float:
-    return torch.stack(values).mean().item()
-
-
-def _check(video_TPD: Tensor) -> None:
-    if video_TPD.ndim != 3:
-        raise InputError(f"a video's features have shape {tuple(video_TPD.shape)}; expected (frames, P, D)")
-    frames, patches, _ = video_TPD.shape
-    if frames < FEWEST_FRAMES:
-        raise InputError(f"a video of {frames} frames; the analysis needs at least {FEWEST_FRAMES}")
-    if int(patches**0.5) ** 2 != patches or patches < 4:
-        raise InputError(f"{patches} patches; the analysis needs a square grid of at least 2 x 2")
+    Goes through files in `output`, which all processes must see.
+    """
+    parts = [output / f".part{rank}.pt" for rank in range(world.size)]
+    if not world.is_main:
+        output.mkdir(parents=True, exist_ok=True)
+        measured = {moment: (one.within, one.middles) for moment, one in analyses.items()}
+        torch.save({"measured": measured, "skipped": skipped}, parts[world.rank])
+    world.barrier()
+    if not world.is_main:
+        return False
+    for path in parts[1:]:
+        part = torch.load(path, weights_only=True)
+        for moment, (within, middles) in part["measured"].items():
+            analyses[moment].within |= within
+            analyses[moment].middles |= middles
+        skipped |= part["skipped"]
+        path.unlink()
+    return True

@@ -38,11 +38,11 @@ from fasttrain.data.index import FolderIndex, FrameIndex, VideoIndex
 from fasttrain.data.packed import PackedIndex
 from fasttrain.data.sampling import spread
 from fasttrain.data.sources import find_source
-from fasttrain.data.videos import probe_video, stream_video_frames
+from fasttrain.data.video import probe_video, stream_video_frames
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.evaluation.frames import centre_crop, map_ahead
-from fasttrain.evaluation.harness import Subject, gather, own_share
+from fasttrain.evaluation.model import Subject, gather, own_share
 from fasttrain.files import os_reason, write_atomically
 
 Frame = npt.NDArray[np.uint8]

@@ -1,147 +1,252 @@
-"""Percentage of correct keypoints of propagated poses, and the joint maps that carry them (JHMDB).
+"""JHMDB: propagate the first frame's pose through each clip, write poses, score them with PCK.
 
-The measures alone. Jhuang et al., "Towards Understanding Action Recognition" (ICCV 2013), evaluated as in
-github ajabri/videowalk. Shape suffixes: T frames, J joints, H W grid, N = H * W cells, C top cells, S side
-of a Gaussian.
+Reads the data set's own layout: joint_positions/CLASS/CLIP/joint_positions.mat (`pos_img`, (2, 15, T) pixels
+counted from 1), Rename_Images/CLASS/CLIP/*.png, and splits/CLASS_test_splitN.txt; or a list of clips as label
+propagation is published with. The measure is in `jhmdb.py`. Shape suffixes: T frames, J joints, H W pixels,
+h w grid.
 """
 
+import argparse
 import math
-from collections.abc import Sequence
+import zlib
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from scipy.io import loadmat, savemat
+from scipy.io.matlab import MatReadError
 from torch import Tensor
 
+from fasttrain.distributed import World
 from fasttrain.errors import InputError
-
-JOINTS = (
-    *("neck", "belly", "face", "right shoulder", "left shoulder", "right hip", "left hip", "right elbow"),
-    *("left elbow", "right knee", "left knee", "right wrist", "left wrist", "right ankle", "left ankle"),
+from fasttrain.evaluation import plots, sequences
+from fasttrain.evaluation.frames import read_image
+from fasttrain.evaluation.metrics import (
+    JOINTS,
+    THRESHOLDS,
+    Coordinates,
+    count_correct,
+    joint_maps,
+    joints_from_maps,
+    mean_over_joints,
+    percentages,
 )
-THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
-# Size of a person: this share of the diagonal of the box around the joints.
-PERSON_SHARE = 0.6
+from fasttrain.evaluation.model import Subject, fit_to_patches
+from fasttrain.evaluation.propagation import TOPK
+from fasttrain.evaluation.sequences import Evaluation, VideoSequence
 
-Coordinates = npt.NDArray[np.float64]
-Counts = npt.NDArray[np.int64]
+POSES, FRAMES = "joint_positions", "Rename_Images"
+# Lists of the test clips that label propagation has been published with.
+PUBLISHED_LISTS = ("testlist_split{split}.txt", "jhmdb_vallist.txt")
+TEST = "2"
 
 
-def pck(
-    predictions: Sequence[npt.ArrayLike | Tensor],
-    truths: Sequence[npt.ArrayLike | Tensor],
-    thresholds: Sequence[float] = THRESHOLDS,
-) -> npt.NDArray[np.float64]:
-    """Mean over the joints of the percentage of correct keypoints, one number per threshold.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--split", type=int, choices=(1, 2, 3), default=1, help="test split (default: 1)")
+    parser.add_argument(
+        "--list", type=Path, help="a list file instead: a clip a line, by CLASS/CLIP or by its paths"
+    )
+    parser.add_argument("--size", type=int, default=320, help="side of the frames as encoded (default: 320)")
+    parser.add_argument("--sigma", type=float, default=0.5, help="of the joint maps, in cells (default: 0.5)")
+    sequences.add_arguments(parser, topk=TOPK)
 
-    `predictions` and `truths` hold one (2, joints, T) array of pixel x, y per video. See `pck_per_joint`.
+
+def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: World) -> dict[str, Any] | None:
+    """Figures of all clips, on the main process."""
+    for name in ("size", "sigma"):
+        if not 0 < getattr(arguments, name) < math.inf:
+            raise InputError(f"--{name} {getattr(arguments, name)}: expected a number above 0")
+    found = find_sequences(arguments.root, arguments.split, arguments.list)
+    for sequence in found:
+        read_poses(sequence)
+    merged = sequences.evaluate_all(found, evaluate_sequence, arguments, subject, output, world)
+    if merged is None:
+        return None
+    notes = sequences.take_notes(merged)
+    percent = {moment: total_percentages(list(merged.values()), moment) for moment in subject.moments}
+    return {
+        "data": {
+            "sequences": len(found),
+            "frames": sum(len(one.frames) for one in found),
+            "joints": len(JOINTS),
+            "notes": notes,
+        },
+        "results": {moment: summarise(of_moment) for moment, of_moment in percent.items()},
+        "per_joint": {
+            moment: {
+                joint: dict(zip(map(measure_name, THRESHOLDS), of_moment[:, number].tolist(), strict=True))
+                for number, joint in enumerate(JOINTS)
+            }
+            for moment, of_moment in percent.items()
+        },
+        "per_sequence": {
+            name: {moment: summarise(total_percentages([result], moment)) for moment in subject.moments}
+            for name, result in merged.items()
+        },
+    }
+
+
+def find_sequences(root: Path, split: int, listed: Path | None) -> list[VideoSequence]:
+    """The test clips of a split or list. Raises InputError, naming the path, where the layout is another."""
+    for path in (root / POSES, root / FRAMES, *([listed] if listed else [])):
+        if not path.exists():
+            raise InputError(f"{path} does not exist; --root must hold JHMDB in its own layout")
+    clips = clips_of_list(listed) if listed else clips_of_split(root, split)
+    actions: dict[str, str] = {}
+    for action, name in clips:
+        if actions.setdefault(name, action) != action:
+            raise InputError(
+                f"clip {name} is listed in {actions[name]} and in {action}; figures go by a clip's name, so "
+                "list one of them"
+            )
+    return [_find_sequence(root, *clip) for clip in dict.fromkeys(clips)]
+
+
+def clips_of_split(root: Path, split: int) -> list[tuple[str, str]]:
+    """Class and name of each test clip. Raises InputError where `root` holds no list of them."""
+    suffix = f"_test_split{split}.txt"
+    clips = []
+    for path in sorted((root / "splits").glob(f"[!.]*{suffix}")):
+        for line in sequences.read_list(path):
+            name, *part = line.rsplit(maxsplit=1)
+            if not part or not part[0].isdecimal():
+                raise InputError(f"list {path}: {line!r}; expected CLIP.avi and a number")
+            if part == [TEST]:
+                clips.append((path.name.removesuffix(suffix), name.removesuffix(".avi")))
+    if clips:
+        return clips
+    candidates = [root / name.format(split=split) for name in PUBLISHED_LISTS]
+    for path in candidates:
+        if path.exists():
+            return clips_of_list(path)
+    raise InputError(
+        f"{root / 'splits'} holds no CLASS{suffix} with test clips (CLIP.avi {TEST}), and there is no "
+        f"{' or '.join(path.name for path in candidates)}; give --list"
+    )
+
+
+def clips_of_list(path: Path) -> list[tuple[str, str]]:
+    """Class and name of each clip, from CLASS/CLIP or from the paths of its poses and frames, wherever those
+    once lay."""
+    clips = []
+    for line in sequences.read_list(path):
+        place = Path(line.split()[0])
+        parts = (place.parent if place.suffix == ".mat" else place).parts
+        if len(parts) < 2:
+            raise InputError(f"{path}: {line!r} names no clip; expected CLASS/CLIP or paths that end so")
+        clips.append((parts[-2], parts[-1]))
+    return clips
+
+
+def _find_sequence(root: Path, action: str, name: str) -> VideoSequence:
+    poses = root / POSES / action / name / "joint_positions.mat"
+    if not poses.is_file():
+        raise InputError(f"clip {name}: annotation {poses} is missing")
+    frames = sequences.numbered(root / FRAMES / action / name, ".png")
+    if len(frames) < 2:
+        raise InputError(
+            f"clip {name} has {len(frames)} frames in {root / FRAMES / action / name} (*.png); expected at "
+            f"least 2, replace or unlist it"
+        )
+    for number, frame in enumerate(frames, start=1):
+        if not frame.stem.isdigit() or int(frame.stem) != number:
+            raise InputError(f"clip {name}: frame {number} is missing, {frame} stands in its place")
+    return VideoSequence(name, frames, [poses])
+
+
+def read_poses(sequence: VideoSequence) -> Coordinates:
+    """(2, J, T) pixels x, y counted from 0. Raises InputError for a file that does not hold such poses.
+
+    The frames after the last pose are no part of the clip.
     """
-    return mean_over_joints(pck_per_joint(predictions, truths, thresholds))
+    path = sequence.annotations[0]
+    try:
+        content = loadmat(path)
+    except (OSError, ValueError, TypeError, NotImplementedError, MatReadError, zlib.error) as error:
+        raise InputError(f"annotation {path} cannot be read ({error}); replace it") from error
+    if "pos_img" not in content:
+        raise InputError(f"annotation {path} holds no pos_img; expected JHMDB's joint_positions.mat")
+    poses_2JT = np.asarray(content["pos_img"])
+    if poses_2JT.ndim != 3 or poses_2JT.shape[:2] != (2, len(JOINTS)) or poses_2JT.dtype.kind not in "fiu":
+        raise InputError(
+            f"annotation {path}: pos_img has shape {poses_2JT.shape}; expected (2, {len(JOINTS)}, frames)"
+        )
+    if not np.isfinite(poses_2JT).all():
+        raise InputError(f"annotation {path}: pos_img holds numbers that are not finite; replace it")
+    length = poses_2JT.shape[2]
+    if length < 2:
+        raise InputError(f"annotation {path}: poses of {length} frames; expected at least 2")
+    if length > len(sequence.frames):
+        missing = sequence.frames[-1].parent
+        raise InputError(
+            f"clip {sequence.name}: {length} poses, but {missing} holds {len(sequence.frames)} frames; the "
+            "last ones are missing"
+        )
+    return poses_2JT.astype(np.float64) - 1
 
 
-def pck_per_joint(
-    predictions: Sequence[npt.ArrayLike | Tensor],
-    truths: Sequence[npt.ArrayLike | Tensor],
-    thresholds: Sequence[float] = THRESHOLDS,
-) -> npt.NDArray[np.float64]:
-    """(thresholds, joints) percentages; NaN for a joint that was never found.
-
-    A keypoint is correct within `threshold` times 0.6 of the diagonal of the box of the true joints of its
-    frame. The first frame is given and does not count. A joint predicted at a negative x was not found: it
-    counts neither as right nor as wrong, nor in the box. Raises InputError where lists or shapes differ.
-    """
-    if len(predictions) != len(truths) or not truths:
-        raise InputError(f"{len(predictions)} predicted poses for {len(truths)} true ones; expected as many")
-    counts = [count_correct(p, t, thresholds) for p, t in zip(predictions, truths, strict=True)]
-    correct, found_J = (np.sum(of_videos, axis=0) for of_videos in zip(*counts, strict=True))
-    return percentages(correct, found_J)
-
-
-def count_correct(
-    prediction: npt.ArrayLike | Tensor,
-    truth: npt.ArrayLike | Tensor,
-    thresholds: Sequence[float] = THRESHOLDS,
-) -> tuple[Counts, Counts]:
-    """Correct keypoints (thresholds, joints) and found ones (joints,) of one video; see `pck_per_joint`."""
-    distance_JT = _relative_distances(*_checked(prediction, truth))
-    correct = np.stack([(distance_JT <= threshold).sum(1) for threshold in thresholds])
-    return correct, (~np.isnan(distance_JT)).sum(1)
-
-
-def percentages(correct: Counts, found_J: Counts) -> npt.NDArray[np.float64]:
-    """(thresholds, joints) percentages of the counts of all videos; NaN for a joint that was never found."""
-    with np.errstate(invalid="ignore"):
-        return 100.0 * correct / found_J
-
-
-def mean_over_joints(percent: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """(thresholds,) means of (thresholds, joints); joints never found are left out, NaN if none was."""
-    known_J = ~np.isnan(percent[0])
-    return percent[:, known_J].mean(axis=1) if known_J.any() else np.full(len(percent), np.nan)
+def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation, drawn: bool) -> dict[str, Any]:
+    """Per moment how many keypoints are correct and found; writes poses, contact sheet and video."""
+    truth_2JT = read_poses(sequence)
+    frames = sequence.frames[: truth_2JT.shape[2]]
+    height, width = read_image(frames[0]).shape[:2]
+    size = fit_to_patches(
+        (evaluation.arguments.size, evaluation.arguments.size), evaluation.subject.encoder.patch_size
+    )
+    grid = evaluation.subject.encoder.grid(*size)
+    pixels_per_cell = np.array([width / grid[1], height / grid[0]])
+    first_hwC = joint_maps(truth_2JT[..., 0] / pixels_per_cell[:, None], grid, evaluation.arguments.sigma)
+    if not first_hwC[..., 1:].any():
+        raise InputError(
+            f"clip {sequence.name}: no joint of the first frame lies within its {width} x {height} pixels; "
+            f"look at {sequence.annotations[0]} or unlist it"
+        )
+    found = sequences.propagate(frames, size, first_hwC, evaluation)
+    result: dict[str, Any] = {"notes": []}
+    poses = {
+        moment: poses_from_maps(labels_ThwC, pixels_per_cell)
+        for moment, labels_ThwC in found.labels_ThwC.items()
+    }
+    action = frames[0].parent.parent.name
+    for moment, pose_2JT in poses.items():
+        path = evaluation.output / POSES / moment / action / sequence.name / "joint_positions.mat"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        savemat(path, {"pos_img": np.where(pose_2JT < 0, -1, pose_2JT + 1)})
+        correct, found_J = count_correct(pose_2JT, truth_2JT)
+        result[moment] = {"correct": correct.tolist(), "found": found_J.tolist()}
+    if drawn:
+        pictures = [read_image(path) for path in frames]
+        overlays = {
+            row: [plots.overlay_pose(picture, pose_2JT[..., t]) for t, picture in enumerate(pictures)]
+            for row, pose_2JT in {"truth": truth_2JT, **poses}.items()
+        }
+        sequences.draw(sequence.name, pictures, overlays, found.matches_M4, evaluation.output / "figures")
+    return result
 
 
-def joint_maps(joints_2J: npt.ArrayLike, grid: tuple[int, int], sigma: float = 0.5) -> Tensor:
-    """(h, w, 1 + J) float32: for each joint a Gaussian of peak 1 about its cell, behind the background.
-
-    `joints_2J` holds x, y in cells. The peak stands on the nearest cell and the Gaussian is cut off at 3
-    sigma; a joint whose Gaussian lies outside the grid has an empty map. The background is 1 where no joint
-    is. (Newell's drawing, as github ajabri/videowalk uses it, but rounded alike at all borders.)
-    """
-    height, width = grid
-    joints_2J = np.asarray(joints_2J, dtype=np.float64)
-    maps_HWJ = np.zeros((height, width, joints_2J.shape[1]), dtype=np.float32)
-    offset_S = np.arange(int(np.ceil(6 * sigma + 1))) - (6 * sigma + 1) // 2
-    bell_SS = np.exp(-(offset_S[:, None] ** 2 + offset_S**2) / (2 * sigma**2))
-    for joint, (x, y) in enumerate(joints_2J.T):
-        left, top = math.floor(x - 3 * sigma), math.floor(y - 3 * sigma)
-        right, bottom = math.floor(x + 3 * sigma + 1), math.floor(y + 3 * sigma + 1)
-        if left >= width or top >= height or right < 0 or bottom < 0:
-            continue
-        rows, columns = slice(max(0, top), min(bottom, height)), slice(max(0, left), min(right, width))
-        maps_HWJ[rows, columns, joint] = bell_SS[
-            rows.start - top : rows.stop - top, columns.start - left : columns.stop - left
-        ]
-    maps = torch.from_numpy(maps_HWJ)
-    background = (maps.sum(-1, keepdim=True) == 0).float()
-    return torch.cat([background, maps], dim=-1)
+def poses_from_maps(maps_ThwC: Tensor, pixels_per_cell: Coordinates) -> Coordinates:
+    """(2, J, T) pixels x, y counted from 0, -1 where a joint was not found."""
+    cells_2JT = (
+        torch.stack([joints_from_maps(maps_hwC) for maps_hwC in maps_ThwC.cpu()], dim=-1).double().numpy()
+    )
+    return np.where(cells_2JT < 0, -1, cells_2JT * pixels_per_cell[:, None, None])
 
 
-def joints_from_maps(maps_HWJ: Tensor, cells: int = 5) -> Tensor:
-    """(2, J) x, y in cells of the joints of (h, w, 1 + J) maps: the mean of the top `cells`, by weight.
-
-    A joint whose map is zero everywhere is not found: -1, -1.
-    """
-    height, width, channels = maps_HWJ.shape
-    maps_NJ = maps_HWJ[..., 1:].reshape(height * width, channels - 1)
-    weight_CJ, cell_CJ = maps_NJ.topk(min(cells, len(maps_NJ)), dim=0)
-    total_J = weight_CJ.sum(0)
-    x_J = (cell_CJ % width * weight_CJ).sum(0) / total_J
-    y_J = (cell_CJ // width * weight_CJ).sum(0) / total_J
-    joints_2J = torch.stack([x_J, y_J])
-    joints_2J[:, maps_NJ.sum(0) == 0] = -1
-    return joints_2J
+def total_percentages(results: list[dict[str, Any]], moment: str) -> Coordinates:
+    """(thresholds, joints) percentages over the clips."""
+    correct = np.sum([result[moment]["correct"] for result in results], axis=0)
+    return percentages(correct, np.sum([result[moment]["found"] for result in results], axis=0))
 
 
-def _relative_distances(prediction_2JT: Coordinates, truth_2JT: Coordinates) -> Coordinates:
-    """(J, T - 1) distances in person sizes, NaN where the joint was not found.
-
-    Infinite where the box is a point, as where no other joint was found: wrong, whatever the threshold.
-    """
-    found_JT = prediction_2JT[0] >= 0
-    lowest_2T = np.where(found_JT, truth_2JT, np.inf).min(1)
-    highest_2T = np.where(found_JT, truth_2JT, -np.inf).max(1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        size_T = PERSON_SHARE * np.linalg.norm(highest_2T - lowest_2T, axis=0)
-        distance_JT = np.linalg.norm(prediction_2JT - truth_2JT, axis=0) / size_T
-    distance_JT[:, size_T == 0] = np.inf
-    return np.where(found_JT, distance_JT, np.nan)[:, 1:]
+def measure_name(threshold: float) -> str:
+    return f"PCK@{threshold}"
 
 
-def _checked(
-    prediction: npt.ArrayLike | Tensor, truth: npt.ArrayLike | Tensor
-) -> tuple[Coordinates, Coordinates]:
-    prediction_2JT, truth_2JT = np.asarray(prediction, dtype=float), np.asarray(truth, dtype=float)
-    if prediction_2JT.shape != truth_2JT.shape or prediction_2JT.ndim != 3 or len(prediction_2JT) != 2:
-        shapes = f"{prediction_2JT.shape} against {truth_2JT.shape}"
-        raise InputError(f"poses of shape {shapes}; expected (2, joints, frames) in both")
-    return prediction_2JT, truth_2JT
+def summarise(percent: Coordinates) -> dict[str, float]:
+    """Mean over the joints at each threshold, and each joint at the smallest."""
+    means = dict(zip(map(measure_name, THRESHOLDS), mean_over_joints(percent).tolist(), strict=True))
+    smallest = measure_name(THRESHOLDS[0])
+    return means | {
+        f"{smallest} {joint}": float(value) for joint, value in zip(JOINTS, percent[0], strict=True)
+    }

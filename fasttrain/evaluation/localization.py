@@ -1,190 +1,236 @@
-"""Temporal action localisation: frame accuracy, segmental F1, edit score, mAP over temporal IoU.
+"""Action localisation: a linear classifier on single frames of video, judged by frames and by segments.
 
-Frame accuracy, F1@10/25/50 and edit score are those of the action-segmentation literature, as MS-TCN computes
-them (Abu Farha and Gall, CVPR 2019, eval.py; after Lea et al., CVPR 2017). The average precision is that of
-ActivityNet (Caba Heilbron et al., CVPR 2015, Evaluation/eval_detection.py). All are in percent. A segment is
-a longest run of frames with one label; segments of background labels count in none but the frame accuracy.
-
-Shape suffixes: T frames, P predicted segments, Y true segments, C classes.
+Reads Breakfast, GTEA, 50Salads and what is laid out like them (`segmentation.py`). The classifier sees one
+frame at a time, so that what is measured is the features. Measures and their sources are in
+`localization.py`, the classifier in `linear.py`. Shape suffixes: T frames, S sampled frames, D channels, C
+classes.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from fasttrain.data.sampling import spread
+from fasttrain.distributed import World
 from fasttrain.errors import InputError
+from fasttrain.evaluation import charts, features, segmentation
+from fasttrain.evaluation.features import Extracted, Sampling, extract
+from fasttrain.evaluation.linear_probe import MAX_ITERATIONS, LinearClassifier, fit_linear
+from fasttrain.evaluation.metrics import (
+    OVERLAPS,
+    TEMPORAL_IOU,
+    Segment,
+    detection_map,
+    edit_score,
+    frame_accuracy,
+    scored_segments,
+    segmental_f1,
+    segments,
+)
+from fasttrain.evaluation.model import Subject
+from fasttrain.evaluation.segmentation import Dataset, LabelledFrames, Labels
 
-Labels = npt.NDArray[np.integer]
-Probabilities = npt.NDArray[np.floating]
-
-OVERLAPS = (0.10, 0.25, 0.50)
-# The thresholds of THUMOS14 and of ActivityNet.
-TEMPORAL_IOU: dict[str, tuple[float, ...]] = {
-    "thumos": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7),
-    "activitynet": (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95),
-}
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Frames start..end - 1 of one label; score: how sure a detector is of it."""
-
-    label: int
-    start: int
-    end: int
-    score: float = 1.0
-
-
-def segments(labels_T: Labels, background: Collection[int] = ()) -> list[Segment]:
-    """The runs of equal labels in order, background left out."""
-    labels_T = np.asarray(labels_T)
-    if labels_T.ndim != 1 or not len(labels_T):
-        raise InputError(f"frame labels of shape {labels_T.shape}; expected one label a frame, at least one")
-    borders = np.flatnonzero(np.diff(labels_T)) + 1
-    starts, ends = [0, *borders.tolist()], [*borders.tolist(), len(labels_T)]
-    runs = (Segment(int(labels_T[start]), start, end) for start, end in zip(starts, ends, strict=True))
-    return [run for run in runs if run.label not in background]
+SHOWN_VIDEOS = 4
+HELD_OUT = 0.2
 
 
-def scored_segments(
-    labels_T: Labels, probabilities_TC: Probabilities, background: Collection[int] = ()
-) -> list[Segment]:
-    """The segments of predicted labels, each with the mean probability of its label over its frames."""
-    return [
-        Segment(one.label, one.start, one.end, float(probabilities_TC[one.start : one.end, one.label].mean()))
-        for one in segments(labels_T, background)
-    ]
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    features.add_arguments(parser)
+    segmentation.add_arguments(parser)
+    parser.add_argument(
+        "--stride", type=int, default=1,
+        help="encode every N-th frame; its prediction stands for the frames up to the next (default: 1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--smooth", type=int, default=1,
+        help="predict each frame from the mean probability of so many encoded frames about it (default: 1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-train-frames", type=int, default=200_000,
+        help="frames that the classifier is fitted to, evenly chosen (default: 200000)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tiou", choices=tuple(TEMPORAL_IOU), default="thumos",
+        help="temporal IoU of the mAP: thumos 0.1:0.7, activitynet 0.5:0.95 (default: thumos)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-iterations", type=int, default=MAX_ITERATIONS,
+        help=f"of L-BFGS (default: {MAX_ITERATIONS})",
+    )  # fmt: skip
 
 
-def frame_accuracy(predicted: Sequence[Labels], truth: Sequence[Labels]) -> float:
-    """Share of all frames of all videos with the right label, background included."""
-    _check_pairs(predicted, truth)
-    right = sum(int((p == y).sum()) for p, y in zip(predicted, truth, strict=True))
-    return 100 * right / sum(map(len, truth))
+def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: World) -> dict[str, Any] | None:
+    """Figures of all test videos, on the main process."""
+    for name in ("smooth", "max_train_frames", "max_iterations"):
+        if getattr(arguments, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: expected at least 1")
+    data = segmentation.read_dataset(arguments)
+    background = segmentation.background_numbers(data.classes, arguments.background)
+    sampling = Sampling(
+        pool="frame",
+        num_frames=None,
+        stride=arguments.stride,
+        image_size=arguments.image_size,
+        precision=arguments.precision,
+    )
+    places = {video.name: video.place for video in (*data.train, *data.test)}
+    extracted = extract(places, sampling, subject, arguments, output, world)
+    if extracted is None:
+        return None
+    train, train_skipped = segmentation.fit_to_frames(data.train, extracted.num_frames)
+    test, test_skipped = segmentation.fit_to_frames(data.test, extracted.num_frames)
+    unlike = train_skipped + test_skipped
+    if unlike:
+        print(f"videos that do not fit their labels: {len(unlike)} are skipped, such as {unlike[0]}")
+    skipped = extracted.skipped + unlike
+    for videos, which in ((train, "training"), (test, "test")):
+        if not videos:
+            raise InputError(f"no video of the {which} list can be used; {'; '.join(skipped[:3])}")
+    judged = {
+        moment: _Judged(data, train, test, extracted, moment, background, arguments, world.device)
+        for moment in subject.moments
+    }
+    _draw(test, judged, data.classes, background, output)
+    untrained = segmentation.occurring(test) - segmentation.occurring(train)
+    return {
+        "data": {
+            "classes": len(data.classes),
+            "background": [data.classes[number] for number in background],
+            "train_videos": len(train),
+            "train_frames": sum(len(video.labels_T) for video in train),
+            "test_videos": len(test),
+            "test_frames": sum(len(video.labels_T) for video in test),
+            "classes_without_training": [data.classes[number] for number in sorted(untrained)],
+            "skipped": skipped,
+        },
+        "results": {moment: one.figures() for moment, one in judged.items()},
+        "classifier": {moment: one.classifier.describe() for moment, one in judged.items()},
+        "per_video": {
+            video.name: {moment: one.figures_of(video) for moment, one in judged.items()} for video in test
+        },
+    }
 
 
-def segmental_f1(
-    predicted: Sequence[Labels], truth: Sequence[Labels], overlap: float, background: Collection[int] = ()
-) -> float:
-    """F1 over the segments of all videos together.
+class _Judged:
+    """A classifier trained on one moment's features, and what it says of the test videos."""
 
-    In the order of time, a predicted segment is a true positive if, of the true segments of its label, the
-    one of highest IoU reaches `overlap` and is not taken yet; otherwise it is a false positive. True segments
-    that nothing took are false negatives. 0 where there is no segment at all.
-    """
-    _check_pairs(predicted, truth)
-    hits = guesses = actual = 0
-    for p, y in zip(predicted, truth, strict=True):
-        guessed, true = segments(p, background), segments(y, background)
-        guesses, actual = guesses + len(guessed), actual + len(true)
-        taken: set[int] = set()
-        for one in guessed:
-            overlaps = [_iou(one, other) if other.label == one.label else 0.0 for other in true]
-            best = int(np.argmax(overlaps)) if overlaps else -1
-            if best >= 0 and overlaps[best] >= overlap:
-                taken.add(best)
-        hits += len(taken)
-    # 2 precision recall / (precision + recall), written without its divisions by zero.
-    return 200 * hits / (guesses + actual) if guesses + actual else 0.0
+    def __init__(
+        self,
+        data: Dataset,
+        train: Sequence[LabelledFrames],
+        test: Sequence[LabelledFrames],
+        extracted: Extracted,
+        moment: str,
+        background: Sequence[int],
+        arguments: argparse.Namespace,
+        device: torch.device,
+    ) -> None:
+        self.test, self.background = test, background
+        self.thresholds = TEMPORAL_IOU[arguments.tiou]
+        trained = sorted(segmentation.occurring(train))
+        self.classifier = _fit(train, extracted, moment, trained, arguments, device)
+        self.predicted: dict[str, Labels] = {}
+        self.detections: dict[str, list[Segment]] = {}
+        for video in test:
+            features_SD = extracted.load(video.name, moment).features_TD.to(device)
+            # A class without training has no probability.
+            found_SC = np.zeros((len(features_SD), len(data.classes)))
+            found_SC[:, trained] = self.classifier.probabilities(features_SD).cpu().numpy()
+            probabilities_SC = smoothed(found_SC, arguments.smooth)
+            probabilities_TC = probabilities_SC.repeat(arguments.stride, axis=0)[: len(video.labels_T)]
+            labels_T = probabilities_TC.argmax(axis=1)
+            self.predicted[video.name] = labels_T
+            self.detections[video.name] = scored_segments(labels_T, probabilities_TC, background)
 
+    def figures(self) -> dict[str, float]:
+        """Of all test videos together, in percent."""
+        predicted, truth = list(self.predicted.values()), [video.labels_T for video in self.test]
+        true_segments = {video.name: segments(video.labels_T, self.background) for video in self.test}
+        precision = detection_map(self.detections, true_segments, self.thresholds)
+        return {
+            "frame accuracy": frame_accuracy(predicted, truth),
+            "edit": edit_score(predicted, truth, self.background),
+            **{
+                f"F1@{round(100 * overlap)}": segmental_f1(predicted, truth, overlap, self.background)
+                for overlap in OVERLAPS
+            },
+            **{f"mAP@{threshold:g}": value for threshold, value in precision.items()},
+            "mAP mean": float(np.mean(list(precision.values()))),
+        }
 
-def edit_score(
-    predicted: Sequence[Labels], truth: Sequence[Labels], background: Collection[int] = ()
-) -> float:
-    """Mean over videos of 1 - Levenshtein distance of the sequences of segment labels / the longer's length.
-
-    A video without a segment in either counts as 100.
-    """
-    _check_pairs(predicted, truth)
-    scores = []
-    for p, y in zip(predicted, truth, strict=True):
-        guessed = [one.label for one in segments(p, background)]
-        true = [one.label for one in segments(y, background)]
-        longer = max(len(guessed), len(true))
-        scores.append(100 * (1 - levenshtein(guessed, true) / longer) if longer else 100.0)
-    return float(np.mean(scores))
-
-
-def levenshtein(first: Sequence[int], second: Sequence[int]) -> int:
-    """Least number of insertions, deletions and substitutions that turn one sequence into the other."""
-    second_Y = np.asarray(second)
-    places = np.arange(len(second) + 1)
-    row = places
-    for number, label in enumerate(first, start=1):
-        replaced = row[:-1] + (second_Y != label)
-        best = np.concatenate([[number], np.minimum(row[1:] + 1, replaced)])
-        # Insertions run along the row: each place is the least of all before it plus the way from there.
-        row = np.minimum.accumulate(best - places) + places
-    return int(row[-1])
-
-
-def detection_map(
-    predicted: Mapping[str, Sequence[Segment]],
-    truth: Mapping[str, Sequence[Segment]],
-    thresholds: Sequence[float],
-) -> dict[float, float]:
-    """Mean average precision for each threshold of temporal IoU, over the labels that occur in `truth`.
-
-    By video name. Predictions of a label, surest first, each take the free true segment of highest IoU in
-    their video if that reaches the threshold. Average precision is the area under the precision-recall
-    curve with precision made monotonous (PASCAL VOC 2011). A label that is never predicted has 0.
-    """
-    labels = sorted({one.label for found in truth.values() for one in found})
-    if not labels:
-        raise InputError("there is no true segment to detect; is every label background?")
-    by_label = [_average_precision(predicted, truth, label, thresholds) for label in labels]
-    means = 100 * np.mean(by_label, axis=0)
-    return dict(zip(thresholds, means.tolist(), strict=True))
+    def figures_of(self, video: LabelledFrames) -> dict[str, float]:
+        predicted, truth = [self.predicted[video.name]], [video.labels_T]
+        return {
+            "accuracy": frame_accuracy(predicted, truth),
+            "edit": edit_score(predicted, truth, self.background),
+        }
 
 
-def _average_precision(
-    predicted: Mapping[str, Sequence[Segment]],
-    truth: Mapping[str, Sequence[Segment]],
-    label: int,
-    thresholds: Sequence[float],
-) -> list[float]:
-    actual = {video: [one for one in found if one.label == label] for video, found in truth.items()}
-    total = sum(map(len, actual.values()))
-    guesses = [(video, one) for video in sorted(predicted) for one in predicted[video] if one.label == label]
-    guesses.sort(key=lambda guess: -guess[1].score)
-    overlaps = [[_iou(one, other) for other in actual.get(video, [])] for video, one in guesses]
-    precisions = []
-    for threshold in thresholds:
-        taken: set[tuple[str, int]] = set()
-        right = np.zeros(len(guesses))
-        for number, (video, _) in enumerate(guesses):
-            for place in np.argsort([-overlap for overlap in overlaps[number]], kind="stable").tolist():
-                if overlaps[number][place] < threshold:
-                    break
-                if (video, place) not in taken:
-                    taken.add((video, place))
-                    right[number] = 1
-                    break
-        precisions.append(_area(right, total))
-    return precisions
+def _fit(
+    train: Sequence[LabelledFrames],
+    extracted: Extracted,
+    moment: str,
+    trained: Sequence[int],
+    arguments: argparse.Namespace,
+    device: torch.device,
+) -> LinearClassifier:
+    """A classifier of single frames; its L2 is chosen on the last fifth of the training videos."""
+    total = sum(len(video.labels_T[:: arguments.stride]) for video in train)
+    chosen = np.zeros(total, dtype=bool)
+    chosen[spread(total, arguments.max_train_frames)] = True
+    # Of two videos one is held out; of one, none.
+    held_out_from = len(train) - max(int(len(train) * HELD_OUT), int(len(train) > 1))
+    parts, labels, held_out = [], [], []
+    start = 0
+    for number, video in enumerate(train):
+        sampled_S = video.labels_T[:: arguments.stride]
+        own_S = chosen[start : start + len(sampled_S)]
+        start += len(sampled_S)
+        features_SD = extracted.load(video.name, moment).features_TD
+        parts.append(features_SD[: len(sampled_S)][torch.from_numpy(own_S)])
+        labels.append(np.searchsorted(trained, sampled_S[own_S]))
+        held_out.append(np.full(int(own_S.sum()), number >= held_out_from))
+    return fit_linear(
+        torch.cat(parts).to(device),
+        torch.from_numpy(np.concatenate(labels)).to(device),
+        num_classes=len(trained),
+        held_out_S=torch.from_numpy(np.concatenate(held_out)).to(device),
+        max_iterations=arguments.max_iterations,
+    )
 
 
-def _area(right_P: npt.NDArray[np.float64], total: int) -> float:
-    """Area under the interpolated precision-recall curve of ranked guesses (1 right, 0 wrong)."""
-    if not len(right_P):
-        return 0.0
-    precision_P = np.cumsum(right_P) / np.arange(1, len(right_P) + 1)
-    interpolated_P = np.maximum.accumulate(precision_P[::-1])[::-1]
-    return float((interpolated_P * right_P).sum() / total)
+def smoothed(probabilities_SC: npt.NDArray[np.float64], window: int) -> npt.NDArray[np.float64]:
+    """Running mean over `window` frames about each, fewer at the ends."""
+    if window == 1:
+        return probabilities_SC
+    total_SC = np.concatenate([np.zeros_like(probabilities_SC[:1]), np.cumsum(probabilities_SC, axis=0)])
+    places = np.arange(len(probabilities_SC))
+    start = np.maximum(places - (window - 1) // 2, 0)
+    end = np.minimum(places + window // 2 + 1, len(probabilities_SC))
+    return (total_SC[end] - total_SC[start]) / (end - start)[:, None]
 
 
-def _iou(one: Segment, other: Segment) -> float:
-    shared = min(one.end, other.end) - max(one.start, other.start)
-    return max(0, shared) / (max(one.end, other.end) - min(one.start, other.start))
-
-
-def _check_pairs(predicted: Sequence[Labels], truth: Sequence[Labels]) -> None:
-    if not truth or len(predicted) != len(truth):
-        raise InputError(
-            f"{len(predicted)} predicted videos for {len(truth)} true ones; at least one is needed"
+def _draw(
+    test: Sequence[LabelledFrames],
+    judged: Mapping[str, _Judged],
+    classes: Sequence[str],
+    background: Sequence[int],
+    output: Path,
+) -> None:
+    shown = [test[place] for place in spread(len(test), SHOWN_VIDEOS)]
+    rows = [
+        (
+            video.name,
+            {
+                "truth": video.labels_T,
+                **{moment: one.predicted[video.name] for moment, one in judged.items()},
+            },
         )
-    for number, (p, y) in enumerate(zip(predicted, truth, strict=True)):
-        if np.shape(p) != np.shape(y):
-            raise InputError(f"video {number}: {np.shape(p)} predicted labels, {np.shape(y)} true ones")
+        for video in shown
+    ]
+    charts.segment_bars(rows, classes, output / "figures" / "segments.png", background)

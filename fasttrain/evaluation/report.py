@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fasttrain.errors import InputError
-from fasttrain.evaluation import figures
+from fasttrain.evaluation import plots
 from fasttrain.files import write_atomically
 
 STYLE = (
@@ -37,7 +37,7 @@ def write_report(runs: list[Path], output: Path) -> Path:
         what = "a folder" if output.is_dir() else "no file"
         raise InputError(f"--output {output} is {what}; give the name of the page")
     runs = list({folder.resolve(): folder for folder in runs}.values())
-    names = dict(zip(runs, figures.run_names(runs), strict=True))
+    names = dict(zip(runs, plots.run_names(runs), strict=True))
     evaluations = {folder: _evaluations(folder) for folder in runs}
     recorded = [folder for folder in runs if (folder / "metrics.jsonl").is_file()]
     for folder in runs:
@@ -49,7 +49,7 @@ def write_report(runs: list[Path], output: Path) -> Path:
     body = []
     if recorded:
         try:
-            curves = figures.learning_curves(recorded, pictures / "learning.png")
+            curves = plots.learning_curves(recorded, pictures / "learning.png")
             body.append(_section("Learning curves", _image(curves)))
         # No step is recorded yet; what was evaluated is shown all the same.
         except InputError:
@@ -63,10 +63,10 @@ def write_report(runs: list[Path], output: Path) -> Path:
         and {"before", "after"} <= set(found["results"])
         # One video alone has no distance to others; features that are all alike have no diameter.
         and found["data"]["videos"] > 1
-        and all(map(figures.has_trade_off, found["results"].values()))
+        and all(map(plots.has_trade_off, found["results"].values()))
     ]
     if points:
-        body.append(_section("Trade-off", _image(figures.trade_off(points, pictures / "trade_off.png"))))
+        body.append(_section("Trade-off", _image(plots.trade_off(points, pictures / "trade_off.png"))))
     for folder, found_all in evaluations.items():
         for path, found in found_all.items():
             about = f"{found['model']['backbone']}, {found['model']['weights']}"

@@ -1,57 +1,78 @@
-"""Video retrieval: the nearest training videos of every test video, and recall at k.
+"""Video retrieval: for every test video the nearest training videos, and recall at 1, 5 and 10.
 
-The protocol of self-supervised video retrieval on UCF101 and HMDB51 (Büchler et al., ECCV 2018; Xu et al.,
-"Self-Supervised Spatiotemporal Learning via Video Clip Order Prediction", CVPR 2019): test videos are the
-queries, training videos the gallery, one mean feature a video, cosine similarity; a query counts as correct
-at k if one of its k nearest videos has its class.
-
+Reads UCF101, HMDB51 and the other layouts of `splits.py`; the measure and its protocol are in `retrieval.py`.
 Shape suffixes: Q queries, G gallery videos, D channels, K neighbours.
 """
 
-from collections.abc import Sequence
+import argparse
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from fasttrain.errors import InputError
+from fasttrain.data.sampling import spread
+from fasttrain.distributed import World
+from fasttrain.evaluation import charts, video_features
+from fasttrain.evaluation.features import Extracted
+from fasttrain.evaluation.metrics import RANKS, nearest, recall_at
+from fasttrain.evaluation.model import Subject
+from fasttrain.evaluation.splits import LabelledVideo
+from fasttrain.evaluation.video_features import extract_split, stack
 
-RANKS = (1, 5, 10)
-_BLOCK = 1024
-
-
-def nearest(queries_QD: Tensor, gallery_GD: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Cosine similarity (Q, K) and number in the gallery (Q, K) of each query's nearest, nearest first.
-
-    K is `count`, or G where the gallery is smaller. Queries go in blocks, so Q x G is never in memory.
-    Raises InputError for shapes that do not fit, for an empty gallery and for features that are not finite.
-    """
-    if queries_QD.ndim != 2 or gallery_GD.ndim != 2 or queries_QD.shape[1] != gallery_GD.shape[1]:
-        raise InputError(
-            f"queries {tuple(queries_QD.shape)} and gallery {tuple(gallery_GD.shape)}: "
-            "expected (Q, D) and (G, D)"
-        )
-    if not len(gallery_GD) or count < 1:
-        raise InputError(f"{count} neighbours from a gallery of {len(gallery_GD)}: at least 1 of 1 is needed")
-    if not bool(queries_QD.isfinite().all() and gallery_GD.isfinite().all()):
-        raise InputError("features that are not finite have no neighbours; is the encoder's output?")
-    gallery_GD = functional.normalize(gallery_GD, dim=-1)
-    found = [
-        (functional.normalize(block_QD, dim=-1) @ gallery_GD.T).topk(min(count, len(gallery_GD)))
-        for block_QD in queries_QD.split(_BLOCK)
-    ]
-    return torch.cat([block.values for block in found]), torch.cat([block.indices for block in found])
+SHOWN_QUERIES = 4
+SHOWN_NEIGHBOURS = 5
 
 
-def recall_at(
-    neighbour_labels_QK: Tensor, labels_Q: Tensor, ranks: Sequence[int] = RANKS
-) -> dict[int, float]:
-    """Share in percent of queries with one of their class among the k nearest, for each k of `ranks`.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    video_features.add_arguments(parser)
 
-    neighbour_labels_QK: classes of the neighbours, nearest first; a k above K counts all of them. Raises
-    InputError where there is no query.
-    """
-    if not len(labels_Q) or len(labels_Q) != len(neighbour_labels_QK):
-        raise InputError(f"{len(labels_Q)} labels for the neighbours of {len(neighbour_labels_QK)} queries")
-    hits_QK = neighbour_labels_QK == labels_Q[:, None]
-    return {k: 100 * hits_QK[:, :k].any(dim=1).double().mean().item() for k in ranks}
+
+def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: World) -> dict[str, Any] | None:
+    """Recall of all test videos, on the main process."""
+    found = extract_split(arguments, subject, output, world)
+    if found is None:
+        return None
+    split, extracted, data = found
+    labels_G = torch.tensor([video.label for video in split.train])
+    labels_Q = torch.tensor([video.label for video in split.test])
+    results: dict[str, dict[str, float]] = {}
+    per_class: dict[str, dict[str, float]] = {}
+    neighbours: dict[str, Tensor] = {}
+    for moment in subject.moments:
+        queries_QD, gallery_GD = (stack(videos, extracted, moment) for videos in (split.test, split.train))
+        _, neighbours[moment] = nearest(queries_QD, gallery_GD, max(RANKS))
+        labels_QK = labels_G[neighbours[moment]]
+        results[moment] = {f"R@{k}": value for k, value in recall_at(labels_QK, labels_Q).items()}
+        per_class[moment] = {
+            split.classes[label]: recall_at(labels_QK[labels_Q == label], labels_Q[labels_Q == label], [1])[1]
+            for label in labels_Q.unique().tolist()
+        }
+    _draw(split.train, split.test, split.classes, neighbours, extracted, output)
+    return {"data": data, "results": results, "recall_at_1_per_class": per_class}
+
+
+def _draw(
+    train: list[LabelledVideo],
+    test: list[LabelledVideo],
+    classes: list[str],
+    neighbours: dict[str, Tensor],
+    extracted: Extracted,
+    output: Path,
+) -> None:
+    """A few queries, evenly chosen, with what lies nearest at each moment."""
+    rows = []
+    for query in spread(len(test), SHOWN_QUERIES):
+        for moment, neighbours_QK in neighbours.items():
+            nearest_K = [train[place] for place in neighbours_QK[query, :SHOWN_NEIGHBOURS].tolist()]
+            pictures = [extracted.load(video.name, moment).picture() for video in (test[query], *nearest_K)]
+            names = ", ".join(classes[video.label] for video in nearest_K)
+            rows.append(
+                charts.RetrievalRow(
+                    caption=f"{moment}: {classes[test[query].label]} finds {names}",
+                    query=pictures[0],
+                    neighbours=pictures[1:],
+                    right=[video.label == test[query].label for video in nearest_K],
+                )
+            )
+    charts.retrieval_sheet(rows, output / "figures" / "retrieval.png")

@@ -21,10 +21,10 @@ import numpy.typing as npt
 
 from fasttrain.data.packed import PackedIndex, is_packed
 from fasttrain.data.sources import find_source
-from fasttrain.data.videos import VIDEO_SUFFIXES
+from fasttrain.data.video import VIDEO_SUFFIXES
 from fasttrain.errors import InputError
 from fasttrain.evaluation.features import PackedVideo, Place
-from fasttrain.evaluation.harness import read_lines
+from fasttrain.evaluation.model import read_lines
 
 Labels = npt.NDArray[np.int64]
 

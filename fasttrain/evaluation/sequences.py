@@ -1,6 +1,6 @@
 """What the label-propagation benchmarks share: options, the loop over sequences, label maps, pictures.
 
-Used by `davis_task.py`, `vip_task.py` and `jhmdb_task.py`; the search is in `propagation.py`. Shape suffixes:
+Used by `davis.py`, `vip.py` and `jhmdb.py`; the search is in `propagation.py`. Shape suffixes:
 T frames, H W pixels, h w grid, N = h * w tokens, D channels, C classes.
 """
 
@@ -22,9 +22,9 @@ from torch.nn import functional
 from fasttrain.data.sampling import spread
 from fasttrain.distributed import World
 from fasttrain.errors import InputError, LocalInputError
-from fasttrain.evaluation import figures
+from fasttrain.evaluation import plots
 from fasttrain.evaluation.frames import Frame, read_image, resize, work_ahead
-from fasttrain.evaluation.harness import Subject, gather, own_share, read_lines
+from fasttrain.evaluation.model import Subject, gather, own_share, read_lines
 from fasttrain.evaluation.propagation import CONTEXT, RADIUS, TEMPERATURE, Propagator, check_settings
 
 SHOWN_FRAMES = 6
@@ -188,7 +188,7 @@ def hard_labels(labels_hwC: Tensor, size: tuple[int, ...]) -> LabelMap:
 def write_masks(masks: Sequence[LabelMap], names: Sequence[Path], folder: Path) -> None:
     """Palette PNGs, named as the annotations are."""
     places = zip(masks, names, strict=True)
-    for _ in work_ahead(lambda one: figures.write_label_map(one[0], folder / one[1].name), places):
+    for _ in work_ahead(lambda one: plots.write_label_map(one[0], folder / one[1].name), places):
         pass
 
 
@@ -204,7 +204,7 @@ def draw_masks(
 
     def overlay(frame_and_labels: tuple[Frame, LabelMap]) -> Frame:
         frame, labels = frame_and_labels
-        return figures.overlay_masks(frame, resize_labels(labels, frame.shape[:2]))
+        return plots.overlay_masks(frame, resize_labels(labels, frame.shape[:2]))
 
     overlays = {
         name: list(work_ahead(overlay, zip(frames, maps, strict=True)))
@@ -223,16 +223,16 @@ def draw(
     """A contact sheet with a row per kind of overlay, a short film of the predicted ones, and the arrows."""
     shown = spread(len(frames), SHOWN_FRAMES)
     sheet = [(row, [pictures[t] for t in shown]) for row, pictures in overlays.items()]
-    figures.contact_sheet(sheet, folder / f"{name}.png")
+    plots.contact_sheet(sheet, folder / f"{name}.png")
     predicted = [pictures for row, pictures in overlays.items() if row != "truth"]
     film = [np.concatenate(side_by_side, axis=1) for side_by_side in zip(*predicted, strict=True)]
-    figures.write_video(film, folder / f"{name}.mp4")
+    plots.write_video(film, folder / f"{name}.mp4")
     middle = len(frames) // 2
     arrows = [
         (f"{moment}: frame 1 to frame {middle + 1}", frames[0], frames[middle], matches)
         for moment, matches in matches_M4.items()
     ]
-    figures.correspondence_arrows(arrows, folder / f"{name}_arrows.png")
+    plots.correspondence_arrows(arrows, folder / f"{name}_arrows.png")
 
 
 def shrink(frame_HWC: Frame) -> Frame:

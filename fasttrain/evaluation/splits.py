@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fasttrain.data.packed import PackedIndex, is_packed
-from fasttrain.data.videos import VIDEO_SUFFIXES
+from fasttrain.data.video import VIDEO_SUFFIXES
 from fasttrain.errors import InputError
 from fasttrain.evaluation.features import PackedVideo, Place
-from fasttrain.evaluation.harness import read_lines
+from fasttrain.evaluation.model import read_lines
 
 Layout = Literal["auto", "ucf101", "hmdb51", "kinetics", "ssv2", "list"]
 # (path relative to the folder of videos, class) in the order of the list.

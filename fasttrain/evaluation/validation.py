@@ -13,8 +13,8 @@ from fasttrain.backbones import Backbone
 from fasttrain.data.images import UnreadableFrameError
 from fasttrain.data.index import FrameIndex
 from fasttrain.data.sampling import spread
-from fasttrain.evaluation.consistency import FEWEST_FRAMES, measure_videos
 from fasttrain.evaluation.frames import centre_crop, read_clip
+from fasttrain.evaluation.trade_off import FEWEST_FRAMES, measure_videos
 
 # What is followed over training; the distances over the 95 % diameter are those of the trade-off plot.
 FOLLOWED = ("cycle_accuracy", "effective_rank", "intra_normalized_95", "inter_normalized_95")

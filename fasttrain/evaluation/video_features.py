@@ -16,7 +16,7 @@ from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.evaluation import features, splits
 from fasttrain.evaluation.features import Extracted, Sampling, extract
-from fasttrain.evaluation.harness import Subject
+from fasttrain.evaluation.model import Subject
 from fasttrain.evaluation.splits import LabelledVideo, VideoSplit, describe_split, read_split
 
 

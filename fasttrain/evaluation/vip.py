@@ -1,61 +1,135 @@
-"""Mean intersection over union of propagated part labels (VIP).
+"""VIP: propagate the first frame's body parts through each video, write masks, score them with mean IoU.
 
-The measure alone. Zhou et al., "Adaptive Temporal Encoding Network for Video Instance-level Human Parsing"
-(ACM MM 2018), evaluated as in github ajabri/videowalk. Shape suffixes: H W pixels, M counted pixels, C
-classes.
+Reads VIP_Fine in its own layout: Images/VIDEO/*.jpg, Annotations/Category_ids/VIDEO/*.png and
+lists/SUBSET_videos.txt. The measure is in `vip.py`; as in github ajabri/videowalk all frames count, the first
+one as its labels come back from the grid. Shape suffixes: H W pixels, C classes.
 """
 
-from collections.abc import Iterable, Sequence
+import argparse
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from torch import Tensor
 
+from fasttrain.distributed import World
 from fasttrain.errors import InputError
+from fasttrain.evaluation import sequences
+from fasttrain.evaluation.frames import read_image, read_label_map, work_ahead
+from fasttrain.evaluation.metrics import CLASSES, class_iou, sum_confusions
+from fasttrain.evaluation.model import Subject, fit_to_patches
+from fasttrain.evaluation.sequences import Evaluation, LabelMap, VideoSequence
 
-CLASSES = (
-    *("background", "hat", "hair", "sun-glasses", "upper-clothes", "dress", "coat", "socks", "pants"),
-    *("gloves", "scarf", "skirt", "torso-skin", "face", "right-arm", "left-arm", "right-leg", "left-leg"),
-    *("right-shoe", "left-shoe"),
-)
-
-
-def mean_iou(
-    predictions: Sequence[npt.ArrayLike | Tensor],
-    truths: Sequence[npt.ArrayLike | Tensor],
-    num_classes: int = 20,
-) -> float:
-    """Mean over the classes of the intersection over union of all (H, W) label maps together, 0..1.
-
-    A class that occurs in no map is left out of the mean; true labels outside 0..num_classes-1 are not
-    counted. Raises InputError where lists or shapes differ or a prediction is no class.
-    """
-    if len(predictions) != len(truths):
-        raise InputError(f"{len(predictions)} predictions for {len(truths)} truths; expected as many")
-    pairs = zip(predictions, truths, strict=True)
-    return float(np.nanmean(class_iou(sum_confusions(pairs, num_classes))))
+# The short side of the frames as encoded is a multiple of this.
+SHORT_SIDE_STEP = 64
+VOID = 255
 
 
-def sum_confusions(
-    pairs: Iterable[tuple[npt.ArrayLike | Tensor, npt.ArrayLike | Tensor]], num_classes: int
-) -> npt.NDArray[np.int64]:
-    """(true class, predicted class) counts of pixels over pairs of (prediction, truth)."""
-    total_CC = np.zeros((num_classes, num_classes), dtype=np.int64)
-    for prediction, truth in pairs:
-        prediction_HW, truth_HW = np.asarray(prediction), np.asarray(truth)
-        if prediction_HW.shape != truth_HW.shape:
-            raise InputError(f"label map of shape {prediction_HW.shape} against truth of {truth_HW.shape}")
-        counted = (truth_HW >= 0) & (truth_HW < num_classes)
-        predicted_M = prediction_HW[counted].astype(np.int64)
-        if len(predicted_M) and not 0 <= predicted_M.min() <= predicted_M.max() < num_classes:
-            raise InputError(f"predicted class {predicted_M.max()}; expected 0 to {num_classes - 1}")
-        cell_M = num_classes * truth_HW[counted].astype(np.int64) + predicted_M
-        total_CC += np.bincount(cell_M, minlength=num_classes**2).reshape(num_classes, num_classes)
-    return total_CC
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--subset", default="val", help="list in lists/: SUBSET_videos.txt (default: val)")
+    parser.add_argument("--list", type=Path, help="another list file: a video a line, by name or by path")
+    parser.add_argument("--long-side", type=int, default=880, help="of the frames as encoded (default: 880)")
+    sequences.add_arguments(parser, topk=10)
 
 
-def class_iou(confusion_CC: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Intersection over union of each class; NaN for a class that never occurs."""
-    correct_C = np.diag(confusion_CC)
-    with np.errstate(invalid="ignore"):
-        return correct_C / (confusion_CC.sum(0) + confusion_CC.sum(1) - correct_C)
+def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: World) -> dict[str, Any] | None:
+    """Figures of all videos, on the main process."""
+    if arguments.long_side < SHORT_SIDE_STEP:
+        raise InputError(f"--long-side {arguments.long_side}: expected at least {SHORT_SIDE_STEP}")
+    found = find_sequences(arguments.root, arguments.subset, arguments.list)
+    for sequence in found:
+        read_parts(sequence.annotations[0])
+    merged = sequences.evaluate_all(found, evaluate_sequence, arguments, subject, output, world)
+    if merged is None:
+        return None
+    notes = sequences.take_notes(merged)
+    confusions = {
+        moment: {name: np.array(result[moment], dtype=np.int64) for name, result in merged.items()}
+        for moment in subject.moments
+    }
+    return {
+        "data": {
+            "sequences": len(found),
+            "frames": sum(len(one.frames) for one in found),
+            "classes": len(CLASSES),
+            "notes": notes,
+        },
+        "results": {
+            moment: summarise(np.sum(list(of_videos.values()), axis=0))
+            for moment, of_videos in confusions.items()
+        },
+        "per_sequence": {
+            name: {moment: summarise(of_videos[name]) for moment, of_videos in confusions.items()}
+            for name in merged
+        },
+    }
+
+
+def find_sequences(root: Path, subset: str, listed: Path | None) -> list[VideoSequence]:
+    """The videos of a list. Raises InputError, naming the path, where the layout is another."""
+    base = root if (root / "Images").is_dir() else root / "VIP_Fine"
+    listed = listed or base / "lists" / f"{subset}_videos.txt"
+    for path in (base / "Images", base / "Annotations" / "Category_ids", listed):
+        if not path.exists():
+            raise InputError(f"{path} does not exist; --root must hold VIP (VIP_Fine) in its own layout")
+    names = dict.fromkeys(Path(line.split()[0]).name for line in sequences.read_list(listed))
+    return [_find_sequence(base, name) for name in names]
+
+
+def _find_sequence(base: Path, name: str) -> VideoSequence:
+    frames = sequences.numbered(base / "Images" / name, ".jpg")
+    annotations = sequences.check_pairs(name, frames, base / "Annotations" / "Category_ids" / name, fewest=2)
+    return VideoSequence(name, frames, annotations)
+
+
+def read_parts(path: Path) -> LabelMap:
+    """(H, W) classes of one frame; 255 is not scored. Raises InputError for a label that is no class."""
+    labels_HW = read_label_map(path)
+    largest = int(labels_HW[labels_HW != VOID].max(initial=0))
+    if largest >= len(CLASSES):
+        raise InputError(f"annotation {path} holds label {largest}; expected classes 0 to {len(CLASSES) - 1}")
+    return labels_HW
+
+
+def encoded_size(size: tuple[int, int], long_side: int, patch: int) -> tuple[int, int]:
+    """Height and width of the frames as encoded: the short side floored to a multiple of 64."""
+    height, width = size
+    short = max(1, min(size) * long_side // max(size) // SHORT_SIDE_STEP) * SHORT_SIDE_STEP
+    return fit_to_patches((short, long_side) if width > height else (long_side, short), patch)
+
+
+def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation, drawn: bool) -> dict[str, Any]:
+    """Per moment the pixels of each true (row) and predicted class; writes masks, contact sheet and video."""
+    truth = list(work_ahead(read_parts, sequence.annotations))
+    height, width, _ = read_image(sequence.frames[0]).shape
+    size = encoded_size(
+        (height, width), evaluation.arguments.long_side, evaluation.subject.encoder.patch_size
+    )
+    first_HW = np.where(truth[0] == VOID, 0, truth[0]).astype(np.uint8)
+    first_hwC = sequences.soft_labels(
+        sequences.resize_labels(first_HW, size), evaluation.subject.encoder.grid(*size), classes=len(CLASSES)
+    )
+    found = sequences.propagate(sequence.frames, size, first_hwC, evaluation)
+    notes = []
+    if not first_HW.any():
+        notes.append(f"video {sequence.name}: no part is labelled in the first frame, so none is propagated")
+    result: dict[str, Any] = {"notes": notes}
+    masks: dict[str, list[LabelMap]] = {}
+    for moment, labels_ThwC in found.labels_ThwC.items():
+        masks[moment] = [
+            sequences.resize_labels(sequences.hard_labels(labels_hwC, size), truth_HW.shape)
+            for labels_hwC, truth_HW in zip(labels_ThwC, truth, strict=True)
+        ]
+        sequences.write_masks(
+            masks[moment], sequence.annotations, evaluation.output / "masks" / moment / sequence.name
+        )
+        pairs = zip(masks[moment], truth, strict=True)
+        result[moment] = sum_confusions(pairs, len(CLASSES)).tolist()
+    if drawn:
+        sequences.draw_masks(sequence, masks, truth, found.matches_M4, evaluation.output / "figures")
+    return result
+
+
+def summarise(confusion_CC: np.ndarray) -> dict[str, float]:
+    """Mean IoU over the classes that occur, and the IoU of each; NaN for one that never occurs."""
+    iou_C = class_iou(confusion_CC)
+    return {"mIoU": float(np.nanmean(iou_C))} | dict(zip(CLASSES, iou_C.tolist(), strict=True))

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import davis
 from fasttrain.backbones import load_backbone
-from fasttrain.evaluation.harness import Subject
+from fasttrain.evaluation.model import Subject
 from fasttrain.projection import Projection
 
 

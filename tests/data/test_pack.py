@@ -25,10 +25,10 @@ from test_faults import odd_frames
 from test_loader import check_pixels
 
 from fasttrain.data import open_source
+from fasttrain.data.dali import ClipDecoder
 from fasttrain.data.pack import PackOptions, _alone, add_arguments, check, pack, run
 from fasttrain.data.packed import Part, misplaced_shards, read_shard_index
-from fasttrain.data.pipeline import ClipDecoder
-from fasttrain.data.videos import cut_clip, has_nvdec, probe_video, read_video_frames
+from fasttrain.data.video import cut_clip, has_nvdec, probe_video, read_video_frames
 from fasttrain.errors import InputError
 
 WHOLE = Part(1, 1)

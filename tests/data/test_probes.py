@@ -12,7 +12,7 @@ from makers import encode_video, picture
 from fasttrain.data import open_source
 from fasttrain.data import sources as module
 from fasttrain.data.probes import ProbeCache, state_of
-from fasttrain.data.videos import VideoInfo, probe_video
+from fasttrain.data.video import VideoInfo, probe_video
 
 
 @pytest.fixture

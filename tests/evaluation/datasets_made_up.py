@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
-from fasttrain.evaluation.figures import write_label_map
+from fasttrain.evaluation.plots import write_label_map
 from fasttrain.projection import Projection
-from fasttrain.scenes import Scene, render_scene
+from fasttrain.tools.synthetic import Scene, render_scene
 
 NAMES = ("alpha", "beta", "gamma")
 FRAMES = 5

@@ -8,7 +8,7 @@ import torch
 
 from fasttrain.errors import InputError
 from fasttrain.evaluation import consistency_separability
-from fasttrain.evaluation.consistency import measure_videos
+from fasttrain.evaluation.trade_off import measure_videos
 
 
 def random_features(videos: int = 3, frames: int = 10, patches: int = 16, channels: int = 8) -> torch.Tensor:

@@ -19,9 +19,9 @@ from fasttrain.errors import InputError
 from fasttrain.evaluation import features
 from fasttrain.evaluation.features import FeatureStore, Sampling, VideoFeatures, extract
 from fasttrain.evaluation.frames import centre_crop
-from fasttrain.evaluation.harness import Subject
+from fasttrain.evaluation.model import Subject
 from fasttrain.projection import Projection
-from fasttrain.scenes import write_scene
+from fasttrain.tools.synthetic import write_scene
 
 POOLED = Sampling(pool="video", num_frames=3, stride=1, image_size=64)
 EACH = Sampling(pool="frame", num_frames=None, stride=2, image_size=64)

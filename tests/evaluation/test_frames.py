@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from fasttrain.errors import InputError
-from fasttrain.evaluation.figures import write_label_map
 from fasttrain.evaluation.frames import read_label_map
+from fasttrain.evaluation.plots import write_label_map
 
 
 def test_a_damaged_annotation_is_a_clear_line(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from fasttrain.errors import InputError
 from fasttrain.evaluation import detection_map, edit_score, frame_accuracy, segmental_f1
-from fasttrain.evaluation.localization import Segment, levenshtein, scored_segments, segments
-from fasttrain.evaluation.localization_task import smoothed
+from fasttrain.evaluation.localization import smoothed
+from fasttrain.evaluation.metrics import Segment, levenshtein, scored_segments, segments
 
 TRUTH = np.array([0, 0, 1, 1, 1, 1, 2, 2, 2, 0])
 GUESS = np.array([0, 1, 1, 1, 1, 2, 2, 1, 2, 0])

@@ -14,8 +14,7 @@ from PIL import Image
 
 from fasttrain.errors import InputError
 from fasttrain.evaluation import boundary_accuracy, mean_iou, pck, region_similarity
-from fasttrain.evaluation.davis import statistics
-from fasttrain.evaluation.jhmdb import joint_maps, joints_from_maps, pck_per_joint
+from fasttrain.evaluation.metrics import joint_maps, joints_from_maps, pck_per_joint, statistics
 
 EMPTY = np.zeros((20, 30), dtype=bool)
 SQUARE = EMPTY.copy()

@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from fasttrain.errors import InputError
 from fasttrain.evaluation import fit_linear, knn_classify, top_accuracy
-from fasttrain.evaluation.linear import STRENGTHS, LinearClassifier
-from fasttrain.evaluation.probe import LEAST_TEMPERATURE, confusion, hold_out, knn_scores
+from fasttrain.evaluation.linear_probe import STRENGTHS, LinearClassifier
+from fasttrain.evaluation.metrics import LEAST_TEMPERATURE, confusion, hold_out, knn_scores
 
 
 def blobs(seed: int, count: int = 60, channels: int = 6, classes: int = 3) -> tuple[Tensor, Tensor]:

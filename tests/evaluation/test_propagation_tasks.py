@@ -33,13 +33,13 @@ from torch.nn import functional
 from fasttrain.__main__ import main
 from fasttrain.distributed import World
 from fasttrain.evaluation import boundary_accuracy, mean_iou, pck, region_similarity
-from fasttrain.evaluation.figures import write_label_map
 from fasttrain.evaluation.frames import read_label_map
-from fasttrain.evaluation.harness import Subject
-from fasttrain.evaluation.jhmdb import joint_maps
-from fasttrain.evaluation.jhmdb_task import poses_from_maps
+from fasttrain.evaluation.jhmdb import poses_from_maps
+from fasttrain.evaluation.metrics import joint_maps
+from fasttrain.evaluation.model import Subject
+from fasttrain.evaluation.plots import write_label_map
 from fasttrain.evaluation.sequences import Evaluation, find_matches, propagate
-from fasttrain.evaluation.vip_task import encoded_size
+from fasttrain.evaluation.vip import encoded_size
 
 WRITERS = {"davis": write_davis, "vip": write_vip, "jhmdb": write_jhmdb}
 

@@ -10,8 +10,8 @@ import pytest
 from video_sets import SETTINGS, write_frames, write_run
 
 from fasttrain.__main__ import main
-from fasttrain.evaluation import figures
-from fasttrain.scenes import render_scene
+from fasttrain.evaluation import plots
+from fasttrain.tools.synthetic import render_scene
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +29,13 @@ def test_trade_off_of_two_runs(videos: Path, tmp_path: Path, monkeypatch: pytest
         words = ["--run", str(run), "--root", str(videos), "--image-size", "64", "--device", "cpu"]
         assert main(["eval", "consistency", *words]) == 0
     drawn: list[tuple[str, dict[str, float], dict[str, float]]] = []
-    draw = figures.trade_off
+    draw = plots.trade_off
 
     def trade_off(points: Any, path: Any) -> Path:
         drawn.extend(points)
         return draw(points, path)
 
-    monkeypatch.setattr(figures, "trade_off", trade_off)
+    monkeypatch.setattr(plots, "trade_off", trade_off)
     page = tmp_path / "pages" / "report.html"
     assert main(["report", *map(str, runs), "--output", str(page)]) == 0
     assert [name for name, _, _ in drawn] == ["run1", "run2"]
@@ -97,13 +97,13 @@ def write_history(run: Path, text: str) -> Path:
 def labels_drawn(page: Path, runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The legends of the page's plots."""
     legends: list[list[str]] = []
-    save = figures.save_figure
+    save = plots.save_figure
 
     def save_figure(figure: Any, path: Any) -> Path:
         legends.extend([text.get_text() for text in axes.get_legend().get_texts()] for axes in figure.axes)
         return save(figure, path)
 
-    monkeypatch.setattr(figures, "save_figure", save_figure)
+    monkeypatch.setattr(plots, "save_figure", save_figure)
     assert main(["report", *map(str, runs), "--output", str(page)]) == 0
     return legends
 

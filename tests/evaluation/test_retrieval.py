@@ -37,7 +37,7 @@ def test_neighbours_do_not_depend_on_length_or_blocks(monkeypatch: pytest.Monkey
     generator = torch.Generator().manual_seed(0)
     queries, gallery = torch.randn(10, 4, generator=generator), torch.randn(20, 4, generator=generator)
     whole = nearest(queries, gallery, 5)[1]
-    monkeypatch.setattr("fasttrain.evaluation.retrieval._BLOCK", 3)
+    monkeypatch.setattr("fasttrain.evaluation.metrics._BLOCK", 3)
     assert torch.equal(nearest(7 * queries, gallery * torch.arange(1, 21)[:, None], 5)[1], whole)
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from fasttrain.backbones import load_backbone
 from fasttrain.projection import Projection
-from fasttrain.scenes import Scene, render_scene, write_scene
+from fasttrain.tools.synthetic import Scene, render_scene, write_scene
 from fasttrain.video_encoder import PROJECTION_FILE, projection_metadata
 
 CLASSES = ("Archery", "Bowling", "Surfing")

@@ -7,8 +7,8 @@ import torch
 
 from fasttrain.backbones import load_backbone
 from fasttrain.errors import InputError
-from fasttrain.export import export
 from fasttrain.projection import Projection
+from fasttrain.tools.export import export
 from fasttrain.video_encoder import load_video_encoder, projection_metadata
 
 SETTINGS = {

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from makers import encode_video, picture
 
-from fasttrain.data import videos
+from fasttrain.data import video as module
 from fasttrain.data.images import UnreadableFrameError
-from fasttrain.data.videos import (
+from fasttrain.data.video import (
     cut_clip,
     nvdec_decodes,
     probe_video,
@@ -172,8 +172,8 @@ def test_h264_pictures_that_nothing_needs_are_not_decoded(
             decoded += 1
             yield image
 
-    decode = videos._FrameReader._decode
-    monkeypatch.setattr(videos._FrameReader, "_decode", lambda reader: counted(decode(reader)))
+    decode = module._FrameReader._decode
+    monkeypatch.setattr(module._FrameReader, "_decode", lambda reader: counted(decode(reader)))
     for wanted in [[t] for t in range(24)] + [[3, 4], [3, 5, 6], [2, 22], list(range(24))]:
         decoded = 0
         for frame, got in zip(wanted, stream_video_frames(video, wanted), strict=True):

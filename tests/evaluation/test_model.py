@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fasttrain.distributed import World
-from fasttrain.evaluation.harness import gather, print_comparison, write_figures
+from fasttrain.evaluation.model import gather, print_comparison, write_figures
 
 
 def test_what_a_broken_run_left_costs_the_next_nothing(tmp_path: Path) -> None:

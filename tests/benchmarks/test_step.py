@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import throughput
+from benchmarks import step as benchmark
+from benchmarks.baseline import BaselineStep
 from benchmarks.measure import Timing, cpu_seconds, interleave, speedup
-from benchmarks.peer import PeerStep
-from benchmarks.throughput import Run, encoder_flops, fp8_error, read_recipe, scaling, stepper, switches
+from benchmarks.step import Run, encoder_flops, fp8_error, read_recipe, scaling, stepper, switches
 from fasttrain import distributed
+from fasttrain.backbone_trainer import BackboneTrainer
 from fasttrain.recipe import Recipe
-from fasttrain.student import Student
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,9 +34,9 @@ def tiny(*overrides: str) -> Recipe:
     return read_recipe(str(ROOT / "recipes" / "dino.yaml"), [*sizes, *overrides], small=True)
 
 
-def student(recipe: Recipe) -> Student:
+def student(recipe: Recipe) -> BackboneTrainer:
     with distributed.start("cpu") as world:
-        return Student(recipe, world)
+        return BackboneTrainer(recipe, world)
 
 
 @pytest.mark.parametrize("regularizer", ["kl", "mse"])
@@ -45,7 +45,7 @@ def test_the_peer_computes_the_same_loss(regularizer: str, monkeypatch: pytest.M
     recipe = tiny(f"objective.regularizer={regularizer}")
     ours = student(recipe)
     frames = torch.randn(2, 3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    peer = PeerStep(recipe, device=CPU, dtype=torch.float32)
+    peer = BaselineStep(recipe, device=CPU, dtype=torch.float32)
     peer.head.load_state_dict(ours.projection.state_dict())
     monkeypatch.setattr(peer, "_asymmetric_positions", lambda: ours._positions(7))
     loss, accuracy, similarity = peer(frames)
@@ -58,7 +58,7 @@ def test_the_peer_computes_the_same_loss(regularizer: str, monkeypatch: pytest.M
 
 def test_the_peers_positions_are_a_crop_of_ours() -> None:
     recipe = tiny()
-    ours, peer = student(recipe), PeerStep(recipe, device=CPU, dtype=torch.float32)
+    ours, peer = student(recipe), BaselineStep(recipe, device=CPU, dtype=torch.float32)
     torch.manual_seed(0)
     crop = peer._asymmetric_positions()
     torch.manual_seed(0)
@@ -68,7 +68,7 @@ def test_the_peers_positions_are_a_crop_of_ours() -> None:
 
 def test_both_learn() -> None:
     recipe = tiny()
-    ours, peer = student(recipe), PeerStep(recipe, device=CPU, dtype=torch.float32)
+    ours, peer = student(recipe), BaselineStep(recipe, device=CPU, dtype=torch.float32)
     frames = torch.randn(2, 3, 3, 64, 64)
     step = stepper(ours, frames)
     before = [p.clone() for p in ours.projection.parameters()]
@@ -110,8 +110,8 @@ def test_the_recipe_as_it_is_is_measured_once(monkeypatch: pytest.MonkeyPatch) -
         measured.append((recipe.train.batch_size, recipe.data.image_size, count))
         return {"ms": 1.0}
 
-    monkeypatch.setattr(throughput, "step_cost", cost)
-    monkeypatch.setattr(throughput, "depth_beside_the_peer", lambda run, depth: {})
+    monkeypatch.setattr(benchmark, "step_cost", cost)
+    monkeypatch.setattr(benchmark, "depth_beside_the_peer", lambda run, depth: {})
     with distributed.start("cpu") as world:
         rows = scaling(Run(tiny("train.batch_size=4", "data.image_size=224"), world, short=True))
     assert [[row["ms"] for row in rows[key]] for key in ("backbones", "batch", "resolution")] == [

@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fasttrain.backbone_trainer import backbone_settings
 from fasttrain.backbones import load_backbone, resize_positions
 from fasttrain.projection import Projection
 from fasttrain.recipe import Recipe
-from fasttrain.student import backbone_settings
 
 
-class PeerStep:
+class BaselineStep:
     """One training step of the published scheme: `step(frames)` with frames (2, B, 3, S, S) on the device."""
 
     def __init__(

@@ -1,8 +1,8 @@
 """How fast a recipe trains here, part by part, and beside it the published scheme, in one run.
 
-    python -m benchmarks.throughput RECIPE [key=value ...]   write results/throughput-{cpu,cuda}.json, a plot
-    python -m benchmarks.throughput --short RECIPE           fewer rounds and sizes
-    python -m benchmarks.throughput --plot FILE.json         draw the plot again
+    python -m benchmarks.step RECIPE [key=value ...]   write results/throughput-{cpu,cuda}.json, a plot
+    python -m benchmarks.step --short RECIPE           fewer rounds and sizes
+    python -m benchmarks.step --plot FILE.json         draw the plot again
 
 Weights are `random`: they do not matter here. On a CPU a small ViT stands in for the recipe's backbone
 (SMALL), in the recipe's precision and in fp32, and what counts are the ratios. Sections that cannot run (no
@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.baseline import BaselineStep
 from benchmarks.measure import (
     WARM_UPS,
     Timing,
@@ -45,13 +46,12 @@ from benchmarks.measure import (
     speedup,
     synchronize,
 )
-from benchmarks.peer import PeerStep
 from benchmarks.record import RESULTS, environment, write_results
 from fasttrain import distributed
+from fasttrain.backbone_trainer import DTYPES, BackboneTrainer, backbone_recipes, backbone_settings
 from fasttrain.backbones import Backbone, load_backbone
 from fasttrain.distributed import World
 from fasttrain.recipe import BackboneRecipe, Recipe, load_recipe
-from fasttrain.student import DTYPES, Student, backbone_settings, student_recipes
 
 T = TypeVar("T")
 SMALL = (
@@ -121,20 +121,20 @@ class Run:
             return frames.to(self.device, DTYPES[recipe.train.precision])
         return frames
 
-    def student(self, recipe: Recipe | None = None) -> Student:
+    def student(self, recipe: Recipe | None = None) -> BackboneTrainer:
         """A student ready to step."""
         student = self.cold_student(recipe or self.recipe)
         student.warm_up()
         return student
 
-    def cold_student(self, recipe: Recipe) -> Student:
+    def cold_student(self, recipe: Recipe) -> BackboneTrainer:
         """A student before its warm-up."""
         settings = backbone_settings(recipe)
         # Drawing the random weights of a ViT-B takes seconds, copying them does not.
         key = tuple(settings.values())
         if key not in self._backbones:
             self._backbones[key] = load_backbone(**settings)
-        return Student(recipe, self.world, copy.deepcopy(self._backbones[key]))
+        return BackboneTrainer(recipe, self.world, copy.deepcopy(self._backbones[key]))
 
     def prepare(
         self, section: str, makers: dict[str, Callable[[], Callable[[], Any]]]
@@ -185,7 +185,7 @@ def with_encoder(recipe: Recipe, **switches: Any) -> Recipe:
     return dataclasses.replace(recipe, encoder=dataclasses.replace(recipe.encoder, **switches))
 
 
-def stepper(student: Student, frames: Tensor) -> Callable[[], None]:
+def stepper(student: BackboneTrainer, frames: Tensor) -> Callable[[], None]:
     """One training step on resident frames: forward, backward, optimiser; no log step."""
 
     def step() -> None:
@@ -203,7 +203,7 @@ def ceilings(run: Run) -> dict[str, float]:
     }
 
 
-def encoder_flops(student: Student, frames: Tensor) -> float:
+def encoder_flops(student: BackboneTrainer, frames: Tensor) -> float:
     """Multiplications and additions of the three views of one pair, as PyTorch counts them."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         one = frames[:, :1].to(student.encoder.positions_ND.dtype)
@@ -220,7 +220,7 @@ def steps_against_the_peer(run: Run, recipe: Recipe) -> dict[str, Any]:
         return stepper(run.student(with_encoder(recipe, **switches)), frames)
 
     def peer(dtype: torch.dtype, **options: Any) -> Callable[[], Any]:
-        return partial(PeerStep(recipe, device=device, dtype=dtype, **options), frames)
+        return partial(BaselineStep(recipe, device=device, dtype=dtype, **options), frames)
 
     makers: dict[str, Callable[[], Callable[[], Any]]] = {
         "ours": ours,
@@ -386,7 +386,7 @@ def depth_beside_the_peer(run: Run, depth: int) -> dict[str, Any]:
     backbone = dataclasses.replace(run.recipe.backbone, depth=depth)
     recipe = dataclasses.replace(run.recipe, backbone=backbone)
     frames = run.frames(recipe)
-    peer = PeerStep(recipe, device=run.device, dtype=DTYPES[recipe.train.precision])
+    peer = BaselineStep(recipe, device=run.device, dtype=DTYPES[recipe.train.precision])
     timings = run.time({"ours": stepper(run.student(recipe), frames), "peer": partial(peer, frames)})
     return {
         **timings["ours"].result(run.pairs),
@@ -420,7 +420,7 @@ def end_to_end(run: Run) -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0))
     steps = 6 if run.short else 24
     student, dtype = run.student(), DTYPES[run.recipe.train.precision]
-    peer = PeerStep(run.recipe, device=run.device, dtype=dtype)
+    peer = BaselineStep(run.recipe, device=run.device, dtype=dtype)
     resident = stepper(student, run.frames())
     with tempfile.TemporaryDirectory() as folder:
         places = loaders.prepare(Path(folder), None, 8)
@@ -501,7 +501,7 @@ def read_recipe(path: str, overrides: list[str], *, small: bool) -> Recipe:
     """The first backbone of a recipe with random weights, one pass a step; on a CPU the stand-in."""
     fixed = ["backbone.weights=random", "train.accumulate=1"]
     recipe = load_recipe(path, [*fixed, *(SMALL if small else ()), *overrides])
-    first = student_recipes(recipe)[0]
+    first = backbone_recipes(recipe)[0]
     weights: BackboneRecipe = dataclasses.replace(first.backbone, weights="random")
     return dataclasses.replace(first, backbone=weights)
 
@@ -541,7 +541,7 @@ def main() -> None:
         skipped = obstacles(world.device, recipe)
         payload: dict[str, Any] = {
             "environment": environment(),
-            "command": " ".join(["benchmarks.throughput", *sys.argv[1:]]),
+            "command": " ".join(["benchmarks.step", *sys.argv[1:]]),
             "precision": recipe.train.precision,
             "backbone": dataclasses.asdict(recipe.backbone),
             "batch_size": recipe.train.batch_size,

@@ -15,9 +15,8 @@ from torch import Tensor
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.evaluation import charts, video_features
-from fasttrain.evaluation.harness import Subject
-from fasttrain.evaluation.linear import MAX_ITERATIONS, fit_linear
-from fasttrain.evaluation.probe import (
+from fasttrain.evaluation.linear_probe import MAX_ITERATIONS, fit_linear
+from fasttrain.evaluation.metrics import (
     LEAST_TEMPERATURE,
     NEIGHBOURS,
     TEMPERATURE,
@@ -26,6 +25,7 @@ from fasttrain.evaluation.probe import (
     knn_classify,
     top_accuracy,
 )
+from fasttrain.evaluation.model import Subject
 from fasttrain.evaluation.video_features import extract_split, stack
 
 TOP = (1, 5)

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fasttrain.data.sampling import spread
 from fasttrain.errors import InputError
-from fasttrain.metrics import read_records
+from fasttrain.loggers import read_records
 
 Frame = npt.NDArray[np.uint8]
 Labels = npt.NDArray[Any]

@@ -13,8 +13,7 @@ from test_loader import levels, reference_pairs
 
 from fasttrain.data import FrameIndex, open_source
 from fasttrain.data import loader as loader_module
-from fasttrain.data.index import VideoIndex
-from fasttrain.data.pipeline import (
+from fasttrain.data.dali import (
     GraphStage,
     InUse,
     Upright,
@@ -23,8 +22,9 @@ from fasttrain.data.pipeline import (
     pair_graph,
     rgb_correction,
 )
+from fasttrain.data.index import VideoIndex
 from fasttrain.data.sampling import Draws
-from fasttrain.data.videos import has_nvdec, nvdec_decodes, probe_video
+from fasttrain.data.video import has_nvdec, nvdec_decodes, probe_video
 from fasttrain.errors import InputError
 
 SIZE = 40

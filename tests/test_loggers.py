@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from fasttrain.distributed import World
-from fasttrain.metrics import Meter, MetricsLog, ProgressReport
+from fasttrain.loggers import Meter, MetricsLog, ProgressReport
 
 CPU = torch.device("cpu")
 WORLD = World(rank=0, size=1, local_rank=0, local_size=1, device=CPU)

@@ -20,11 +20,11 @@ from rich.table import Table
 from torch import Tensor
 
 from fasttrain.evaluation import consistency_separability, propagate_labels, region_similarity
-from fasttrain.evaluation.figures import overlay_sheet
 from fasttrain.evaluation.frames import normalise
+from fasttrain.evaluation.plots import overlay_sheet
 from fasttrain.evaluation.sequences import hard_labels, soft_labels
 from fasttrain.recipe import Recipe, load_recipe
-from fasttrain.scenes import Scene, render_scene, write_scene
+from fasttrain.tools.synthetic import Scene, render_scene, write_scene
 from fasttrain.train import run_recipe
 from fasttrain.video_encoder import VideoEncoder, load_video_encoder
 

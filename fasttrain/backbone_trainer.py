@@ -24,7 +24,7 @@ from fasttrain.cuda_graph import CapturedCall
 from fasttrain.distributed import World
 from fasttrain.encoder_runtime import EncoderRuntime
 from fasttrain.errors import InputError
-from fasttrain.metrics import Meter
+from fasttrain.loggers import Meter
 from fasttrain.objective import CosettleObjective, asymmetric_offset
 from fasttrain.optimizer import build_optimizer, portable_state, record_update, set_lr
 from fasttrain.profiling import RECORDED_PASS, part
@@ -35,7 +35,7 @@ from fasttrain.video_encoder import projection_metadata
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Student:
+class BackboneTrainer:
     """One frozen backbone, its trained head, optimiser, loss scale and meters."""
 
     def __init__(self, recipe: Recipe, world: World, encoder: Backbone | None = None) -> None:
@@ -209,7 +209,7 @@ def load_on_all(world: World, settings: dict[str, Any]) -> Backbone:
     return encoder
 
 
-def student_recipes(recipe: Recipe) -> list[Recipe]:
+def backbone_recipes(recipe: Recipe) -> list[Recipe]:
     """The recipe of each backbone's own run: itself, or one per entry of `backbones` in `output/NAME`."""
     if not recipe.backbones:
         return [recipe]

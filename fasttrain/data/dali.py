@@ -34,7 +34,7 @@ from torch import Tensor
 from fasttrain.data.images import IMAGENET_MEAN, IMAGENET_STD, crop_resize
 from fasttrain.data.index import Storage, StoredPair
 from fasttrain.data.sampling import Bools, Draws, Floats, Ints, pixel_box
-from fasttrain.data.videos import Matrix
+from fasttrain.data.video import Matrix
 from fasttrain.errors import InputError
 
 Decoder = Literal["auto", "cpu", "mixed"]

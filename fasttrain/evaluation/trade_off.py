@@ -1,0 +1,179 @@
+"""The paper's trade-off: how close a video's own frames lie, how far apart videos lie, and what it rests on.
+
+Every definition follows the analysis of the authors' code (yafeng19/Co-Settle, cal_metric.py): frames are
+matched patch by patch within a video (intra), videos are compared at their middle frames (inter), and both
+distances are also given over the diameter of the features they live in.
+
+Shape suffixes: V videos, T frames, P patches, D channels, S sampled patches, G = T - 7 pairs of frames.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fasttrain.errors import InputError
+
+PERCENTILES = (90, 95, 100)
+# First and second frame of a cycle, as shares of the video.
+CYCLE_PAIRS = ((0.25, 0.4), (0.35, 0.5), (0.45, 0.6), (0.55, 0.7), (0.65, 0.8))
+CYCLE_TEMPERATURE = 0.03
+# Frames left out at either end of a video.
+MARGIN = 3
+SAMPLED_PATCHES = 8
+FEWEST_FRAMES = 2 * MARGIN + 2
+
+
+def consistency_separability(
+    features_VTPD: Tensor, patch_indices: Tensor | Sequence[int] | None = None
+) -> dict[str, float]:
+    """Distances, diameters, effective rank and cycle accuracy of V videos of T frames of P patches.
+
+    `patch_indices` are the patches at which videos are compared, by default eight drawn once with seed 42.
+    Keys: `{intra,inter}_{original,normalized_90,normalized_95,normalized_100,diameter_90,diameter_95,
+    diameter_100}`, `effective_rank`, `cycle_accuracy`. Inter-video distances of one video alone are NaN.
+    What depends on features that are not finite is NaN. Raises InputError for fewer than 8 frames or a number
+    of patches that is no square.
+    """
+    if features_VTPD.ndim != 4 or 0 in features_VTPD.shape:
+        raise InputError(f"features have shape {tuple(features_VTPD.shape)}; expected (videos, frames, P, D)")
+    return measure_videos(features_VTPD, patch_indices)
+
+
+def measure_videos(
+    videos: Iterable[Tensor], patch_indices: Tensor | Sequence[int] | None = None
+) -> dict[str, float]:
+    """`consistency_separability` of videos (T, P, D) that come one after another; keeps their middle frames.
+
+    Videos may differ in their number of frames.
+    """
+    analysis = Analysis()
+    for number, video_TPD in enumerate(videos):
+        analysis.add(number, video_TPD)
+    return analysis.result(patch_indices)
+
+
+class Analysis:
+    """The analysis of numbered videos that come one after another, in any order and from any process."""
+
+    def __init__(self) -> None:
+        self.within: dict[int, dict[str, Tensor]] = {}
+        self.middles: dict[int, Tensor] = {}
+
+    def add(self, number: int, video_TPD: Tensor) -> None:
+        """One video (T, P, D), measured where it lies; its middle frame is kept in host memory."""
+        _check(video_TPD)
+        video_TPD = video_TPD.detach().float()
+        self.within[number] = {key: value.cpu() for key, value in _within_video(video_TPD).items()}
+        self.middles[number] = video_TPD[len(video_TPD) // 2].cpu()
+
+    def result(self, patch_indices: Tensor | Sequence[int] | None = None) -> dict[str, float]:
+        """The keys of `consistency_separability`. Raises InputError where no video was added."""
+        if not self.within:
+            raise InputError("no video to measure; expected at least one")
+        order = sorted(self.within)
+        result = {key: _mean([self.within[one][key] for one in order]) for key in self.within[order[0]]}
+        return result | _between_videos(torch.stack([self.middles[one] for one in order]), patch_indices)
+
+
+def _within_video(video_TPD: Tensor) -> dict[str, Tensor]:
+    """Intra-video distance, diameters and cycle accuracy of one video."""
+    distance = _frame_distance(video_TPD)
+    patches_ND = video_TPD.flatten(0, 1)
+    radius_N = (patches_ND - patches_ND.mean(0)).norm(dim=-1)
+    result = {"intra_original": distance}
+    for percentile in PERCENTILES:
+        diameter = 2 * torch.quantile(radius_N, percentile / 100)
+        result[f"intra_diameter_{percentile}"] = diameter
+        result[f"intra_normalized_{percentile}"] = distance / (diameter + 1e-8)
+    return result | {"cycle_accuracy": _cycle_accuracy(video_TPD)}
+
+
+def _frame_distance(video_TPD: Tensor) -> Tensor:
+    """Mean distance of the nearer half of the patches to the nearest patch of the next frame."""
+    inner_TPD = video_TPD[MARGIN : len(video_TPD) - MARGIN]
+    nearest_GP = torch.stack(
+        [
+            torch.cdist(one_PD, next_PD, compute_mode="donot_use_mm_for_euclid_dist").amin(-1)
+            for one_PD, next_PD in pairwise(inner_TPD)
+        ]
+    )
+    half = nearest_GP.shape[1] // 2
+    return nearest_GP.topk(half, largest=False, dim=-1).values.mean()
+
+
+def _between_videos(middles_VPD: Tensor, patch_indices: Tensor | Sequence[int] | None) -> dict[str, float]:
+    """Distance between videos at the sampled patches, its diameters, and the rank of all patches."""
+    sampled_VSD = middles_VPD[:, _sampled_patches(middles_VPD, patch_indices)]
+    distances = [
+        (sampled_VSD[video + 1 :] - sampled_VSD[video]).norm(dim=-1).mean(-1)
+        for video in range(len(sampled_VSD) - 1)
+    ]
+    distance = torch.cat(distances).mean().item() if distances else float("nan")
+    radius_N = _radii(middles_VPD)
+    sampled_radius_N = _radii(sampled_VSD).sort().values
+    result = {"inter_original": distance}
+    for percentile in PERCENTILES:
+        within = max(1, int(len(sampled_radius_N) * percentile / 100))
+        sampled_diameter = 2 * sampled_radius_N[within - 1].item()
+        result[f"inter_normalized_{percentile}"] = distance / (sampled_diameter + 1e-8)
+        result[f"inter_diameter_{percentile}"] = 2 * torch.quantile(radius_N, percentile / 100).item()
+    return result | {"effective_rank": _effective_rank(middles_VPD.flatten(0, 1))}
+
+
+def _radii(features_VPD: Tensor) -> Tensor:
+    patches_ND = features_VPD.flatten(0, 1)
+    return (patches_ND - patches_ND.mean(0)).norm(dim=-1)
+
+
+def _sampled_patches(middles_VPD: Tensor, patch_indices: Tensor | Sequence[int] | None) -> Tensor:
+    patches = middles_VPD.shape[1]
+    if patch_indices is None:
+        chosen = torch.randperm(patches, generator=torch.Generator().manual_seed(42))[:SAMPLED_PATCHES]
+    else:
+        chosen = torch.as_tensor(patch_indices, dtype=torch.int64)
+        if chosen.numel() == 0 or chosen.min() < 0 or chosen.max() >= patches:
+            raise InputError(f"patch indices {chosen.tolist()}; expected numbers from 0 to {patches - 1}")
+    return chosen.to(middles_VPD.device)
+
+
+def _effective_rank(features_ND: Tensor) -> float:
+    """exp(entropy of the normalised singular values), over the largest rank possible (Roy & Vetterli)."""
+    if not features_ND.isfinite().all():
+        return math.nan
+    # In float32 the entropy's last digits depend on the number of threads.
+    values = torch.linalg.svdvals(features_ND.double())
+    share = values / values.sum() + 1e-12
+    return (-(share * share.log()).sum()).exp().item() / min(features_ND.shape)
+
+
+def _cycle_accuracy(video_TPD: Tensor) -> Tensor:
+    """Share of 2 x 2 windows whose walk to the second frame and back most likely ends where it began."""
+    frames, patches, channels = video_TPD.shape
+    side = int(patches**0.5)
+    grid_TDhw = video_TPD.transpose(1, 2).reshape(frames, channels, side, side)
+    pooled_TWD = functional.avg_pool2d(grid_TDhw, kernel_size=2).flatten(2).transpose(1, 2)
+    share = torch.tensor(CYCLE_PAIRS) * frames
+    first_CWD, second_CWD = (pooled_TWD[share[:, side].long()] for side in (0, 1))
+    affinity_CWW = first_CWD @ second_CWD.transpose(1, 2) / CYCLE_TEMPERATURE
+    cycle_CWW = affinity_CWW.softmax(-1) @ affinity_CWW.transpose(1, 2).softmax(-1)
+    home_W = torch.arange(cycle_CWW.shape[-1], device=cycle_CWW.device)
+    accuracy = ((cycle_CWW + 1e-6).log().argmax(-1) == home_W).float().mean()
+    return accuracy.masked_fill(~cycle_CWW.isfinite().all(), torch.nan)
+
+
+def _mean(values: list[Tensor]) -> float:
+    return torch.stack(values).mean().item()
+
+
+def _check(video_TPD: Tensor) -> None:
+    if video_TPD.ndim != 3:
+        raise InputError(f"a video's features have shape {tuple(video_TPD.shape)}; expected (frames, P, D)")
+    frames, patches, _ = video_TPD.shape
+    if frames < FEWEST_FRAMES:
+        raise InputError(f"a video of {frames} frames; the analysis needs at least {FEWEST_FRAMES}")
+    if int(patches**0.5) ** 2 != patches or patches < 4:
+        raise InputError(f"{patches} patches; the analysis needs a square grid of at least 2 x 2")

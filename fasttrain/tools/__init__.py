@@ -1,0 +1,1 @@
+"""Commands around training: export, doctor, demo, and the synthetic video that demo and tests use."""
