@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from makers import encode_video, make_loader, make_sampling, picture, write_folders
+from synthetic import encode_video, make_loader, make_sampling, picture, write_folders
 from test_loader import levels, reference_pairs
 
 from fasttrain.data import FrameIndex, open_source

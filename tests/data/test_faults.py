@@ -10,8 +10,8 @@ import av
 import numpy as np
 import pytest
 import torch
-from makers import encode_video, make_loader, make_sampling, picture, write_folders
 from PIL import Image, ImageOps
+from synthetic import encode_video, make_loader, make_sampling, picture, write_folders
 
 from fasttrain.data import FrameIndex, PairLoader, check_bad_fraction, open_source
 from fasttrain.data.loader import MAX_ATTEMPTS

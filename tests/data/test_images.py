@@ -4,8 +4,8 @@ import io
 
 import numpy as np
 import pytest
-from makers import picture
 from PIL import ExifTags, Image, ImageOps
+from synthetic import picture
 
 from fasttrain.data.images import UnreadableFrameError, decode_image
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from makers import encode_video, make_loader, make_sampling, picture, write_folders
 from PIL import Image
+from synthetic import encode_video, make_loader, make_sampling, picture, write_folders
 
 from fasttrain.data import FrameIndex, open_source
 from fasttrain.data.images import IMAGENET_MEAN, IMAGENET_STD

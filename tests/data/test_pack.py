@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from makers import encode_video, make_loader, picture, write_folders
 from PIL import ExifTags, Image
 from rich.console import Console
+from synthetic import encode_video, make_loader, picture, write_folders
 from test_faults import odd_frames
 from test_loader import check_pixels
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from makers import encode_video, picture
+from synthetic import encode_video, picture
 
 from fasttrain.data import open_source
 from fasttrain.data import sources as module

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from makers import make_loader, make_sampling, write_folders
+from synthetic import make_loader, make_sampling, write_folders
 
 from fasttrain.data import open_source
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from makers import make_sampling
+from synthetic import make_sampling
 
 from fasttrain.data.sampling import draw_crop, draw_pair, pixel_box, spread
 

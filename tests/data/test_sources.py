@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from makers import encode_video, picture, write_folders
 from PIL import Image
+from synthetic import encode_video, picture, write_folders
 
 from fasttrain.data import FrameIndex, Processes, open_source
 from fasttrain.data.images import UnreadableFrameError

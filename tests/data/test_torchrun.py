@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from makers import encode_video, picture, write_folders
 from PIL import Image
+from synthetic import encode_video, picture, write_folders
 from test_faults import BROKEN_FRAMES, odd_frames
 from torch import Tensor, nn
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from makers import encode_video, picture
+from synthetic import encode_video, picture
 
 from fasttrain.data import video as module
 from fasttrain.data.images import UnreadableFrameError

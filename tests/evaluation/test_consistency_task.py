@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets_made_up import NAMES, SUBJECT, make_scene, write_frames, write_projection, write_videos
+from synthetic import NAMES, SUBJECT, make_scene, write_frames, write_projection, write_videos
 
 from fasttrain.__main__ import main
 from fasttrain.distributed import World

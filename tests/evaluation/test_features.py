@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from synthetic import SETTINGS, clips, write_frames
 from torch.nn import functional
-from video_sets import SETTINGS, clips, write_frames
 
 from fasttrain import distributed
 from fasttrain.backbones import load_backbone

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets_made_up import (
+from PIL import Image
+from scipy.io import loadmat, savemat
+from synthetic import (
     FRAMES,
     NAMES,
     SMALL,
@@ -25,8 +27,6 @@ from datasets_made_up import (
     write_projection,
     write_vip,
 )
-from PIL import Image
-from scipy.io import loadmat, savemat
 from torch import Tensor
 from torch.nn import functional
 

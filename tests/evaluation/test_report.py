@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from video_sets import SETTINGS, write_frames, write_run
+from synthetic import SETTINGS, write_frames, write_run
 
 from fasttrain.__main__ import main
 from fasttrain.evaluation import plots

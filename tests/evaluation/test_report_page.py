@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from datasets_made_up import SMALL, SUBJECT, write_davis, write_jhmdb, write_projection, write_videos
+from synthetic import SMALL, SUBJECT, write_davis, write_jhmdb, write_projection, write_videos
 
 from fasttrain.__main__ import main
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from video_sets import CLASSES, LAYOUTS, TEST, TRAIN
+from synthetic import CLASSES, LAYOUTS, TEST, TRAIN
 
 from fasttrain.errors import InputError
 from fasttrain.evaluation.splits import VideoSplit, read_split

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from video_sets import CLASSES, LAYOUTS, kinetics, plain, segmentation, ucf101, write_run
+from synthetic import CLASSES, LAYOUTS, kinetics, plain, segmentation, ucf101, write_run
 
 from fasttrain.__main__ import main
 from fasttrain.evaluation import features

@@ -1,22 +1,189 @@
-"""Small made-up data sets in the layouts of the published ones, and a run folder to evaluate on them."""
+"""All synthetic data of the tests: pictures, videos, frame folders, loaders, tiny data sets and run folders.
+
+The data sets have the layouts of the published ones. Everything is a function of its arguments.
+"""
 
 import csv
 import json
 from collections.abc import Callable
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+import av
 import numpy as np
+import torch
 from PIL import Image
+from scipy.io import savemat
 
 from fasttrain.backbones import load_backbone
+from fasttrain.data import FrameIndex, PairLoader, PairSampling
+from fasttrain.evaluation.plots import write_label_map
 from fasttrain.projection import Projection
 from fasttrain.tools.synthetic import Scene, render_scene, write_scene
 from fasttrain.video_encoder import PROJECTION_FILE, projection_metadata
 
+# --- pictures, frame folders and videos for training ---
+
+
+def picture(video: int, frame: int, height: int = 48, width: int = 64) -> np.ndarray:
+    """A smooth picture that no other (video, frame) has: (height, width, 3) uint8."""
+    y, x = np.mgrid[0:height, 0:width]
+    phase = 0.7 * video + 0.31 * frame
+    waves = [np.sin(x / 9 + phase), np.cos(y / 7 - phase), np.sin((x + y) / 11 + 2 * phase)]
+    return np.stack([np.uint8(127.5 + 120 * wave) for wave in waves], axis=-1)
+
+
+def write_folders(root: Path, lengths: list[int], suffix: str = ".jpg") -> Path:
+    """Frame folders class_K/video_K under a root, one per length."""
+    for video, length in enumerate(lengths):
+        folder = root / f"class_{video % 2}" / f"video_{video}"
+        folder.mkdir(parents=True)
+        for frame in range(length):
+            Image.fromarray(picture(video, frame)).save(folder / f"{frame:05d}{suffix}", quality=95)
+    return root
+
+
+def encode_video(path: Path, frames: list[np.ndarray], codec: str = "libx264", **options: Any) -> Path:
+    """Write RGB frames to a video file. options: pix_fmt, times (in 1/1000 s), and the encoder's own."""
+    pix_fmt, times = options.pop("pix_fmt", "yuv420p"), options.pop("times", None)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options={k: str(v) for k, v in options.items()})
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = pix_fmt
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for number, frame in enumerate(frames):
+            image = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            image.pts = times[number] if times else 40 * number
+            image.time_base = Fraction(1, 1000)
+            container.mux(stream.encode(image))
+        container.mux(stream.encode(None))
+    return path
+
+
+def make_sampling(**changes: Any) -> PairSampling:
+    paper = {
+        "seed": 0,
+        "gap": 0.15,
+        "crop_area": (0.5, 1.0),
+        "crop_ratio": (3 / 4, 4 / 3),
+        "flip": 0.5,
+        "pairs_per_video": 1,
+    }
+    return PairSampling(**{**paper, **changes})
+
+
+def make_loader(index: FrameIndex, sampling: PairSampling | None = None, **changes: Any) -> PairLoader:
+    small = {
+        "image_size": 32,
+        "batch_size": 2,
+        "accumulate": 1,
+        "first_step": 0,
+        "num_steps": 2,
+        "rank": 0,
+        "world_size": 1,
+        "device": torch.device("cpu"),
+        "num_threads": 2,
+        "prefetch": 2,
+        "decoder": "auto",
+        "jpeg_engine_load": 0.65,
+        "dtype": torch.float32,
+        "max_bad_fraction": 0.5,
+    }
+    return PairLoader(index=index, sampling=sampling or make_sampling(), **{**small, **changes})
+
+
+# --- sequences: DAVIS, VIP, JHMDB ---
+
+NAMES = ("alpha", "beta", "gamma")
+FRAMES = 5
+# timm's smallest ViT, whose random weights are a function of the seed, and the width of its tokens.
+SUBJECT = ("--backbone", "test_vit", "--device", "cpu")
+WIDTH = 64
+# Options that keep each task small.
+SMALL = {
+    "davis": ("--height", "64", "--width", "96"),
+    "vip": ("--long-side", "96"),
+    "jhmdb": ("--size", "96"),
+}
+
+
+def make_scene(seed: int, frames: int = FRAMES) -> Scene:
+    return render_scene(seed, num_frames=frames, height=64, width=96)
+
+
+def write_frames(scene: Scene, folder: Path, name: str = "{:05d}.jpg", first: int = 0) -> None:
+    """`name` is a format of the frame's number, counted from `first`, and ends in the file type."""
+    folder.mkdir(parents=True)
+    for number, frame in enumerate(scene.frames_THWC, start=first):
+        Image.fromarray(frame).save(folder / name.format(number), quality=95)
+
+
+def write_davis(root: Path, year: str = "2017") -> Path:
+    for seed, name in enumerate(NAMES):
+        scene = make_scene(seed)
+        write_frames(scene, root / "JPEGImages/480p" / name, "{:05d}.jpg")
+        for number, labels in enumerate(scene.labels_THW):
+            write_label_map(labels, root / "Annotations/480p" / name / f"{number:05d}.png")
+    (root / "ImageSets" / year).mkdir(parents=True)
+    (root / "ImageSets" / year / "val.txt").write_text("\n".join(NAMES) + "\n")
+    return root
+
+
+def write_vip(root: Path) -> Path:
+    base = root / "VIP_Fine"
+    for seed, name in enumerate(NAMES):
+        scene = make_scene(seed)
+        write_frames(scene, base / "Images" / name, "{:012d}.jpg")
+        for number, labels in enumerate(scene.labels_THW):
+            # Any parts will do: the objects as hair and as pants.
+            parts = np.array([0, 2, 8], dtype=np.uint8)[labels]
+            write_label_map(parts, base / "Annotations/Category_ids" / name / f"{number:012d}.png")
+    (base / "lists").mkdir()
+    (base / "lists/val_videos.txt").write_text("\n".join(NAMES) + "\n")
+    return root
+
+
+def pose(labels_THW: np.ndarray) -> np.ndarray:
+    """(2, 15, T) pixels counted from 1: a fan of points about the middle of each frame's first object."""
+    angle = np.linspace(0, 2 * np.pi, 15, endpoint=False)
+    fan = np.linspace(4, 14, 15) * np.stack([np.cos(angle), np.sin(angle)])
+    middles = [np.argwhere(labels == 1).mean(0)[::-1] for labels in labels_THW]
+    return np.stack([middle[:, None] + fan + 1 for middle in middles], axis=-1)
+
+
+def write_jhmdb(root: Path) -> Path:
+    (root / "splits").mkdir(parents=True)
+    for seed, name in enumerate(NAMES):
+        scene = make_scene(seed)
+        write_frames(scene, root / "Rename_Images/wave" / name, "{:05d}.png", first=1)
+        folder = root / "joint_positions/wave" / name
+        folder.mkdir(parents=True)
+        savemat(folder / "joint_positions.mat", {"pos_img": pose(scene.labels_THW)})
+    lines = [f"{name}.avi 2" for name in NAMES]
+    (root / "splits/wave_test_split1.txt").write_text("\n".join([*lines, "other.avi 1"]) + "\n")
+    return root
+
+
+def write_videos(root: Path, frames: int = 9) -> Path:
+    """Frame folders, as training reads them."""
+    for seed, name in enumerate(NAMES):
+        write_frames(make_scene(seed, frames), root / name, "{:05d}.jpg")
+    return root
+
+
+def write_projection(path: Path) -> Path:
+    torch.manual_seed(0)
+    Projection(WIDTH).save(path)
+    return path
+
+
+# --- labelled videos, action segmentation, and a run folder ---
+
 CLASSES = ("Archery", "Bowling", "Surfing")
 TRAIN, TEST = 3, 2
-FRAMES = 6
+CLIP_FRAMES = 6
 SETTINGS = {
     "name": "dino",
     "weights": "random",
@@ -40,15 +207,9 @@ def write_run(folder: Path, seed: int = 0) -> Path:
 def clips(label: int) -> list[Scene]:
     """Clips of one class: parts of one scene, so that even a random encoder tells the classes apart."""
     count = TRAIN + TEST
-    scene = render_scene(20 + label, num_frames=FRAMES * count, height=64, width=80, num_objects=1)
-    parts = [slice(i * FRAMES, (i + 1) * FRAMES) for i in range(count)]
+    scene = render_scene(20 + label, num_frames=CLIP_FRAMES * count, height=64, width=80, num_objects=1)
+    parts = [slice(i * CLIP_FRAMES, (i + 1) * CLIP_FRAMES) for i in range(count)]
     return [Scene(frames_THWC=scene.frames_THWC[part], labels_THW=scene.labels_THW[part]) for part in parts]
-
-
-def write_frames(scene: Scene, folder: Path) -> None:
-    folder.mkdir(parents=True)
-    for t, image in enumerate(scene.frames_THWC):
-        Image.fromarray(image).save(folder / f"{t:05d}.jpg")
 
 
 def ucf101(root: Path) -> Path:
