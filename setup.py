@@ -24,7 +24,7 @@ setup(
     package_dir={"fasttrain": "fasttrain", "fasttrain.recipes": "recipes", "fasttrain_kernels": "kernels"},
     package_data={
         "fasttrain": ["py.typed"],
-        "fasttrain.recipes": ["*.yaml"],
+        "fasttrain.recipes": ["*.yaml", "schema.json"],
         "fasttrain_kernels": ["py.typed", "README.md"],
     },
     install_requires=[
@@ -36,6 +36,8 @@ setup(
         "av>=17.1",  # video on machines without NVDEC
         "numpy>=1.26",
         "pyyaml>=6",
+        "pydantic>=2.11",
+        "filelock>=3.16",
         "rich>=13",
         "safetensors>=0.4",
         "huggingface_hub>=0.30",

@@ -28,6 +28,7 @@ COMMANDS = {
     "report": ("fasttrain.evaluation.report", "gather runs into one HTML page"),
     "export": ("fasttrain.tools.export", "write a trained video encoder as one self-contained file"),
     "doctor": ("fasttrain.tools.doctor", "say what this machine has, what it lacks and what that costs"),
+    "schema": ("fasttrain.tools.schema", "print the JSON schema of recipes, for editors"),
     "demo": ("fasttrain.tools.demo", "train on made-up video and show what it bought"),
 }
 # What the system says of a place that was named badly, or may not be written.

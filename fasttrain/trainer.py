@@ -37,7 +37,7 @@ from fasttrain.loggers import NON_FINITE, Clock, MetricsLog, ProgressReport, las
 from fasttrain.optimizer import learning_rate_factor
 from fasttrain.profiling import SKIPPED, STEP, StepProfiler, part, summary_table
 from fasttrain.projection import Projection
-from fasttrain.recipe import Recipe, differences, identity, load_recipe, to_yaml
+from fasttrain.recipe import Recipe, differences, load_recipe, recipe_hash, to_yaml
 
 # (encoder, projection, index, device) -> figures, before and after the projection.
 Validate = Callable[[Backbone, Projection, FrameIndex, torch.device], dict[str, float]]
@@ -445,7 +445,7 @@ def check_run_folder(recipe: Recipe) -> None:
     if recipe.resume == "never":
         raise InputError(f"output: {str(folder)!r} holds a run; use resume=auto to go on, or output=DIR")
     there = load_recipe(path)
-    if identity(there) != identity(recipe):
+    if recipe_hash(there) != recipe_hash(recipe):
         changed = "; ".join(differences(there, recipe)[:4])
         raise InputError(f"output: {str(folder)!r} holds another recipe's run ({changed}); use output=DIR")
 
