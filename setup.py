@@ -34,6 +34,7 @@ setup(
         "nvidia-dali-cuda120>=2.4; platform_system == 'Linux'",
         "timm>=1.0.20",
         "av>=17.1",  # video on machines without NVDEC
+        "filelock>=3.16",
         "numpy>=1.26",
         "pyyaml>=6",
         "pydantic>=2.11",

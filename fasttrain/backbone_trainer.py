@@ -90,7 +90,7 @@ class BackboneTrainer:
         size = recipe.data.image_size
         frames = torch.zeros(2, recipe.train.batch_size, 3, size, size, device=device, dtype=self.dtype)
         positions = self._positions(step=0)
-        with self.world.without_averaging(self.objective):
+        with self.world.no_sync(self.objective):
             self._forward_backward(frames, positions, diagnostics=True)
             if self._compiles_objective or device.type == "cuda":
                 # Log steps and the others are two programs, of the compiler or of Triton.
@@ -114,7 +114,7 @@ class BackboneTrainer:
         they need the whole cycle.
         """
         positions = self._positions(step)
-        with nullcontext() if last else self.world.without_averaging(self.objective):
+        with nullcontext() if last else self.world.no_sync(self.objective):
             if self._pass is not None and not diagnostics:
                 with part(RECORDED_PASS):
                     losses = self._pass(frames, positions)

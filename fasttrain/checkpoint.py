@@ -7,7 +7,6 @@ reads it. A file appears under its name only when it is whole.
 from __future__ import annotations
 
 import io
-import os
 import re
 import zipfile
 from pathlib import Path
@@ -16,26 +15,18 @@ from typing import Any
 import torch
 
 from fasttrain.errors import InputError
+from fasttrain.files import write_atomically
 
 _NAME = re.compile(r"step_(\d{8})\.pt")
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Write `state` as the checkpoint after `step` optimiser steps."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:08d}.pt"
-    # First to memory: on a full disk torch hides what the system says.
+    # First to memory: on a full disk torch hides the system's error.
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    partial = path.with_suffix(".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomically(path, buffer.getbuffer(), fsync=True)
     return path
 
 

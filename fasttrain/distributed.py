@@ -7,11 +7,11 @@ process group exists.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fasttrain.errors import InputError
+
+Item = TypeVar("Item")
 
 # How long processes wait for one another: shares of a first look or an evaluation end far apart; NCCL gives
 # up after ten minutes, gloo after thirty. When one dies, torchrun ends the others of its node at once.
@@ -35,6 +37,11 @@ class World:
     local_size: int
     device: torch.device
 
+    @classmethod
+    def single(cls, device: torch.device | str = "cpu") -> World:
+        """A world of this process alone."""
+        return cls(rank=0, size=1, local_rank=0, local_size=1, device=torch.device(device))
+
     @property
     def is_main(self) -> bool:
         return self.rank == 0
@@ -47,11 +54,15 @@ class World:
         # Small head, one bucket: views spare the copy into it.
         return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
 
-    def without_averaging(self, module: nn.Module) -> AbstractContextManager[None]:
-        """Context in which a wrapped module keeps its gradients to itself (accumulation)."""
+    def no_sync(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Context in which a wrapped module does not average its gradients (accumulation)."""
         if isinstance(module, DistributedDataParallel):
             return module.no_sync()
         return nullcontext()
+
+    def shard(self, items: Sequence[Item]) -> list[Item]:
+        """This process's share of `items`: every `size`-th."""
+        return list(items[self.rank :: self.size])
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over the processes, on the device."""
@@ -93,11 +104,11 @@ def start(device: Literal["auto", "cuda", "cpu"] = "auto") -> Iterator[World]:
         InputError: `cuda` was asked for and is not there, or more processes than GPUs were started on a node.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    place = _place(device, local_rank)
+    own_device = _own_device(device, local_rank)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1:
-        backend = "nccl" if place.type == "cuda" else "gloo"
-        device_id = place if place.type == "cuda" else None
+        backend = "nccl" if own_device.type == "cuda" else "gloo"
+        device_id = own_device if own_device.type == "cuda" else None
         dist.init_process_group(backend, device_id=device_id, timeout=PATIENCE)
     try:
         yield World(
@@ -105,14 +116,14 @@ def start(device: Literal["auto", "cuda", "cpu"] = "auto") -> Iterator[World]:
             size=size,
             local_rank=local_rank,
             local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-            device=place,
+            device=own_device,
         )
     finally:
         if size > 1:
             dist.destroy_process_group()
 
 
-def _place(device: str, local_rank: int) -> torch.device:
+def _own_device(device: str, local_rank: int) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
@@ -124,6 +135,5 @@ def _place(device: str, local_rank: int) -> torch.device:
             f"process {local_rank} of this node has no GPU of its own; expected at most "
             f"{torch.cuda.device_count()} processes: torchrun --nproc-per-node={torch.cuda.device_count()}"
         )
-    place = torch.device("cuda", local_rank)
-    torch.cuda.set_device(place)
-    return place
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

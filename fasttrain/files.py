@@ -1,76 +1,76 @@
-"""Files of a user's folder: whole or not at all, written by one process alone, one line where that fails.
-
-Also how lists are read. What must be on the disk before anything later is written, checkpoints and packed
-shards, has its own way.
-"""
+"""Files of a user's folder: written whole or not at all, by one process at a time, with clear errors."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from filelock import FileLock, Timeout
 
 from fasttrain.errors import InputError
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write under a name of its own, then rename; the folder of `path` is made if need be.
-
-    Any number of processes may write the same file at once; those of two containers may have one number.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+def write_atomically(path: Path, content: bytes | memoryview, *, fsync: bool = False) -> None:
+    """Write `content` so that `path` is either the old file or the whole new one; makes the folder."""
+    with open_atomically(path, fsync=fsync) as file:
+        file.write(content)
 
 
 @contextmanager
-def alone(lock: Path, refusal: str) -> Iterator[None]:
-    """Hold the file `lock`, made here and removed at the end. It is free as soon as its process is dead.
+def open_atomically(path: Path, *, fsync: bool = False) -> Iterator[BinaryIO]:
+    """A file to write that gets the name `path` at the end; an exception removes it. Makes the folder.
+
+    Any number of processes may write the same path at once: the last one wins.
+
+    fsync: the file and its name are on the disk when this returns, before anything that is written later.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not the process's number: those of two containers may be the same.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            if fsync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    if fsync:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@contextmanager
+def file_lock(path: Path, refusal: str) -> Iterator[None]:
+    """Hold the lock file `path`, which is made here and stays. It is free as soon as its process is dead.
 
     Raises:
         InputError: `refusal`, where another process holds it.
     """
-    with writing(lock.parent):
-        lock.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(lock, refusal):
+    lock = FileLock(path)
+    with io_errors_as_input_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
-
-
-def _locked(lock: Path, refusal: str) -> BinaryIO:
-    for _ in range(100):
-        with writing(lock.parent):
-            file = lock.open("ab")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
+            lock.acquire(timeout=0)
+        except Timeout:
             raise InputError(refusal) from None
-        # Some file systems of clusters know no locks; there nobody guards against a second process.
-        except OSError:
-            return file
-        # Its holder may have removed it since it was opened: then it is nobody's lock any more.
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
-                return file
-        file.close()
-    # Nor can it be guarded where what is open is never the file of that name.
-    return lock.open("ab")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """A full disk or a folder that may not be written is one line."""
+def io_errors_as_input_errors(folder: Path) -> Iterator[None]:
+    """A full disk or a folder that may not be written is an InputError: one line for the user."""
     try:
         yield
     except OSError as error:
@@ -80,10 +80,10 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def text_lines(path: Path) -> list[str]:
-    """The lines of a text file in UTF-8 that say something, stripped. Raises OSError, UnicodeDecodeError.
+    """The non-empty lines of a text file in UTF-8, stripped. Raises OSError, UnicodeDecodeError.
 
-    Lines end as files end them. `str.splitlines` would also break at marks that titles of videos hold, such
-    as U+2028.
+    Lines end at line feeds only. `str.splitlines` would also break at characters that titles of videos
+    contain, such as U+2028.
     """
     # -sig: editors on Windows begin a file with a byte order mark. In text mode \r\n is \n.
     lines = path.read_text(encoding="utf-8-sig").split("\n")

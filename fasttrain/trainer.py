@@ -32,7 +32,7 @@ from fasttrain.data import (
 )
 from fasttrain.distributed import World
 from fasttrain.errors import InputError, LocalInputError
-from fasttrain.files import alone, write_atomically, writing
+from fasttrain.files import file_lock, io_errors_as_input_errors, write_atomically
 from fasttrain.loggers import NON_FINITE, Clock, MetricsLog, ProgressReport, last_event
 from fasttrain.optimizer import learning_rate_factor
 from fasttrain.profiling import SKIPPED, STEP, StepProfiler, part, summary_table
@@ -391,11 +391,11 @@ class Trainer:
             if self.world.is_main:
                 for student in self.students:
                     refusal = f"output: another run writes {student.folder}; wait for it, or use output=DIR"
-                    locks.enter_context(alone(student.folder / "run.lock", refusal))
+                    locks.enter_context(file_lock(student.folder / "run.lock", refusal))
             yield
 
     def _writing(self) -> AbstractContextManager[None]:
-        return writing(Path(self.recipe.output))
+        return io_errors_as_input_errors(Path(self.recipe.output))
 
     def _open_loader(self) -> PairLoader:
         data, train = self.recipe.data, self.recipe.train

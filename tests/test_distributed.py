@@ -1,11 +1,13 @@
 """How processes join a run."""
 
+import dataclasses
 from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 
 from fasttrain import distributed
+from fasttrain.distributed import World
 
 
 def test_processes_wait_for_one_another_longer_than_nccl_would(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,3 +19,9 @@ def test_processes_wait_for_one_another_longer_than_nccl_would(monkeypatch: pyte
     with distributed.start("cpu"):
         pass
     assert given["timeout"] >= timedelta(hours=1)
+
+
+def test_every_item_is_in_one_shard() -> None:
+    worlds = [dataclasses.replace(World.single(), rank=rank, size=3) for rank in range(3)]
+    assert [world.shard(range(5)) for world in worlds] == [[0, 3], [1, 4], [2]]
+    assert World.single().shard("ab") == ["a", "b"]

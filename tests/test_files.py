@@ -1,45 +1,64 @@
-"""Files of a user's folder: one process alone, lines as files end them."""
+"""Files of a user's folder: whole or not at all, one process at a time, lines as files end them."""
 
 import errno
-import fcntl
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from fasttrain.errors import InputError
-from fasttrain.files import alone, text_lines, write_atomically
+from fasttrain.files import (
+    file_lock,
+    io_errors_as_input_errors,
+    open_atomically,
+    text_lines,
+    write_atomically,
+)
 
 
-def test_a_lock_that_its_holder_removed_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The holder leaves between this process's opening of the file and its locking."""
-    lock, flock = tmp_path / "lock", fcntl.flock
-    left = []
+@pytest.mark.parametrize("fsync", [False, True])
+def test_a_file_appears_whole_or_not_at_all(fsync: bool, tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "file"
+    write_atomically(path, b"old", fsync=fsync)
+    with pytest.raises(TypeError), open_atomically(path, fsync=fsync) as file:
+        file.write(b"half" + None)
+    assert path.read_bytes() == b"old"
+    # Two writers at once: the last one wins.
+    with open_atomically(path, fsync=fsync) as file:
+        file.write(b"last")
+        write_atomically(path, memoryview(b"first"), fsync=fsync)
+        assert path.read_bytes() == b"first"
+    assert path.read_bytes() == b"last"
+    assert os.listdir(path.parent) == ["file"]
 
-    def leave_first(file: object, how: int) -> None:
-        if not left:
-            left.append(lock.unlink())
-        flock(file, how)
 
-    monkeypatch.setattr(fcntl, "flock", leave_first)
-    with alone(lock, "taken"):
-        with pytest.raises(InputError, match="taken"), alone(lock, "taken"):
+def test_a_lock_is_held_by_one_process_and_freed_by_its_death(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "run.lock"
+    code = (
+        "import sys, os, pathlib; from fasttrain.files import file_lock\n"
+        "with file_lock(pathlib.Path(sys.argv[1]), 'taken'): print(flush=True); sys.stdin.read(); os._exit(1)"
+    )
+    command = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(InputError, match="taken"), file_lock(path, "taken"):
             pass
-        assert lock.exists()
-    assert not lock.exists()
-
-
-def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(file: object, how: int) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    with alone(tmp_path / "lock", "taken"), alone(tmp_path / "lock", "taken"):
+        holder.communicate("")
+    with file_lock(path, "taken"):
         pass
 
 
-def test_a_file_system_that_never_shows_what_is_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.path.samestat", lambda one, other: False)
-    with alone(tmp_path / "lock", "taken"):
+def test_an_error_of_the_system_is_one_line(tmp_path: Path) -> None:
+    with (
+        pytest.raises(InputError, match=f"{tmp_path} cannot be written: no space left on device"),
+        io_errors_as_input_errors(tmp_path),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be written"), file_lock(tmp_path / "file" / "lock", "taken"):
         pass
 
 
@@ -47,22 +66,3 @@ def test_lines_end_where_files_end_them(tmp_path: Path) -> None:
     path = tmp_path / "list.txt"
     path.write_bytes("\ufeffone\r\n\n two\u2028three \nnext\x85line".encode())
     assert text_lines(path) == ["one", "two\u2028three", "next\x85line"]
-
-
-def test_writers_of_one_file_have_partial_files_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Processes of two containers may have one number and one folder."""
-    write_bytes, inner = Path.write_bytes, []
-
-    def write(path: Path, content: bytes) -> int:
-        written = write_bytes(path, content)
-        if not inner:
-            inner.append(path)
-            write_atomically(tmp_path / "file", b"theirs")
-        return written
-
-    monkeypatch.setattr(Path, "write_bytes", write)
-    write_atomically(tmp_path / "file", b"ours")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    assert (tmp_path / "file").read_bytes() == b"ours"

@@ -483,15 +483,15 @@ def test_bad_input_is_refused_before_anything_is_written(
 def test_a_full_disk_is_one_line_and_the_run_goes_on(
     frames: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sync = os.fsync
+    replace = os.replace
 
-    def fill(descriptor: int) -> None:
-        if (tmp_path / "checkpoints" / "step_00000002.pt").exists():
+    def fill(source: Path, target: Path) -> None:
+        if target.name == "step_00000004.pt":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        sync(descriptor)
+        replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", fill)
+        patch.setattr(os, "replace", fill)
         with pytest.raises(InputError, match=f"{tmp_path} cannot be written: no space left on device"):
             run(tiny(frames, tmp_path))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002.pt"]

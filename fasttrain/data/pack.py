@@ -67,7 +67,7 @@ from fasttrain.data.video import (
     stream_video_frames,
 )
 from fasttrain.errors import InputError
-from fasttrain.files import alone, os_reason, writing
+from fasttrain.files import file_lock, io_errors_as_input_errors, os_reason
 
 Frame = npt.NDArray[np.uint8]
 
@@ -225,7 +225,7 @@ def _write_part(
         raise InputError(
             f"{misplaced[0]}; delete it and its .npz, or put the right ones there, and pack again"
         )
-    with writing(destination):
+    with io_errors_as_input_errors(destination):
         write_manifest(part.manifest(destination), identity, complete=False, skipped=[])
         for partial in destination.glob(f"*-{part.number}of{part.count}*.partial"):
             partial.unlink()
@@ -241,10 +241,10 @@ def _write_part(
             PackProgress(console, total=len(names), done=writer.videos_done) as progress,
         ):
             for name, video in _in_order(encode, names[writer.videos_done :], workers, stop):
-                with writing(destination):
+                with io_errors_as_input_errors(destination):
                     writer.add(name, video.frames, video.skipped)
                 progress.advance(len(video.frames), len(video.skipped))
-        with writing(destination):
+        with io_errors_as_input_errors(destination):
             writer.close()
     except KeyboardInterrupt:
         # Not before the bar is gone and the workers have left.
@@ -257,7 +257,7 @@ def _write_part(
     totals = {"shards": writer.number, "total_frames": writer.num_frames, "total_bytes": writer.num_bytes}
     if part.count == 1 and not writer.num_frames:
         raise InputError(f"no video of {source} can be read; the first, {skipped[0][0]}: {skipped[0][1]}")
-    with writing(destination):
+    with io_errors_as_input_errors(destination):
         write_manifest(part.manifest(destination), {**identity, **totals}, complete=True, skipped=skipped)
     _report(console, part.manifest(destination), totals, skipped)
 
@@ -522,7 +522,7 @@ def _is_packed(destination: Path, part: Part, identity: dict[str, Any]) -> bool:
 
 def _alone(destination: Path, part: Part) -> AbstractContextManager[None]:
     """Refuse a part that another process is writing: each would take the other's half-written files."""
-    return alone(
+    return file_lock(
         destination / f"pack-{part.number}of{part.count}.lock",
         f"another process is packing part {part.number} of {part.count} into {destination}; wait for "
         "it, or give each machine a --shard I/N of its own",
