@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fasttrain.video_encoder import load_video_encoder
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["load_video_encoder"]
 
 

@@ -47,16 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_overview())
         return 0
     name = words.pop(0) if words[0] in COMMANDS else "train"
-    module = importlib.import_module(COMMANDS[name][0])
-    parser = argparse.ArgumentParser(prog=f"fasttrain {name}", description=module.__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    module.add_arguments(parser)
-    # Options may stand between positional words, except where argparse does not mix: subcommands, `--`.
-    plain = name == "eval" or "--" in words
-    arguments = parser.parse_args(words) if plain else parser.parse_intermixed_args(words)
-    if name == "train":
-        _refuse_mistyped_command(arguments.recipe)
     try:
+        module = importlib.import_module(COMMANDS[name][0])
+        parser = argparse.ArgumentParser(prog=f"fasttrain {name}", description=module.__doc__)
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        module.add_arguments(parser)
+        # Options may stand between positional words, except where argparse does not mix: subcommands, `--`.
+        plain = name == "eval" or "--" in words
+        arguments = parser.parse_args(words) if plain else parser.parse_intermixed_args(words)
+        if name == "train":
+            _refuse_mistyped_command(arguments.recipe)
         module.run(arguments)
     except InputError as error:
         # All processes meet the same bad input and one line is enough, unless only this one met it.

@@ -4,6 +4,9 @@
 and keeps its traceback.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class InputError(ValueError):
     """Bad input from the user. The message names the value, what was expected and what to do."""
@@ -11,3 +14,13 @@ class InputError(ValueError):
 
 class LocalInputError(InputError):
     """Bad input that this process met and the others did not: it prints its line whatever its rank."""
+
+
+@contextmanager
+def needs_extra(*extras: str) -> Iterator[None]:
+    """Around imports of packages that only these extras of the installation bring."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        commands = " or ".join(f"pip install 'fasttrain[{extra}]'" for extra in extras)
+        raise InputError(f"the package {error.name} is not installed; {commands}") from error

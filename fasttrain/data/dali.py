@@ -26,16 +26,18 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from nvidia.dali import Pipeline, fn
-from nvidia.dali import math as dali_math
-from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 from torch import Tensor
 
 from fasttrain.data.images import IMAGENET_MEAN, IMAGENET_STD, crop_resize
 from fasttrain.data.index import Storage, StoredPair
 from fasttrain.data.sampling import Bools, Draws, Floats, Ints, pixel_box
 from fasttrain.data.video import Matrix
-from fasttrain.errors import InputError
+from fasttrain.errors import InputError, needs_extra
+
+with needs_extra("cuda12", "cuda13"):
+    from nvidia.dali import Pipeline, fn
+    from nvidia.dali import math as dali_math
+    from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 
 Decoder = Literal["auto", "cpu", "mixed"]
 

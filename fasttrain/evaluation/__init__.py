@@ -4,6 +4,12 @@ The measures, importable here, know nothing of models or files. The benchmarks (
 run an encoder before and after its projection and write figures; `command.py` is `python -m fasttrain eval`.
 """
 
+from fasttrain.errors import needs_extra
+
+with needs_extra("eval"):
+    import matplotlib  # noqa: F401
+    import scipy  # noqa: F401
+
 from fasttrain.evaluation.linear_probe import fit_linear
 from fasttrain.evaluation.metrics import (
     boundary_accuracy,

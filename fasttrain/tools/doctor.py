@@ -10,9 +10,8 @@ import os
 import platform
 import shutil
 import sysconfig
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -20,15 +19,12 @@ from rich.table import Table
 from fasttrain.errors import InputError
 
 
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One thing that fasttrain can use."""
+class Finding(NamedTuple):
+    """One thing that fasttrain can use; `found` is None where it is missing, which then costs `cost`."""
 
     name: str
     found: str | None
-    """What is there, with its version; None where it is missing."""
-    cost: str
-    """What it costs that this is missing."""
+    cost: str = ""
     required: bool = False
 
 
@@ -41,94 +37,82 @@ def run(arguments: argparse.Namespace) -> None:
     table = Table(title="fasttrain doctor", show_lines=False)
     for column in ("", "part", "found", "what it costs that it is missing"):
         table.add_column(column, overflow="fold")
-    for finding in findings:
-        mark = (
-            "[green]ok[/]"
-            if finding.found
-            else "[red]missing[/]"
-            if finding.required
-            else "[yellow]absent[/]"
-        )
-        table.add_row(mark, finding.name, finding.found or "-", "" if finding.found else finding.cost)
+    for name, found, cost, required in findings:
+        missing = "[red]missing[/]" if required else "[yellow]absent[/]"
+        table.add_row("[green]ok[/]" if found else missing, name, found or "-", "" if found else cost)
     Console().print(table)
-    missing = [finding.name for finding in findings if finding.required and not finding.found]
-    if missing:
+    lacking = [finding.name for finding in findings if finding.required and not finding.found]
+    if lacking:
         raise InputError(
-            f"cannot train without {', '.join(missing)}; install the project again: make install"
+            f"cannot train without {', '.join(lacking)}; install the project again: make install"
         )
 
 
 def examine() -> list[Finding]:
     """All findings, in the order in which a training run needs them."""
     return [
-        Finding(name="Python", found=platform.python_version(), cost="", required=True),
-        Finding(name="CPU cores", found=str(len(os.sched_getaffinity(0))), cost=""),
-        Finding(name="torch", found=_version("torch"), cost="nothing runs", required=True),
-        Finding(name="GPU", found=_gpu(), cost="training runs on the CPU, with small models only"),
+        Finding("Python", platform.python_version(), required=True),
+        Finding("CPU cores", str(len(os.sched_getaffinity(0)))),
+        Finding("torch", _version("torch"), "nothing runs", required=True),
+        Finding("GPU", _gpu(), "training runs on the CPU, with small models only"),
         Finding(
-            name="NVDEC",
-            found=_library("libnvcuvid.so.1"),
-            cost="raw H.264 and H.265 are decoded on the CPU by PyAV; pack the frames once instead",
+            "NVDEC",
+            _library("libnvcuvid.so.1"),
+            "raw H.264 and H.265 are decoded on the CPU by PyAV; pack the frames once instead",
         ),
         Finding(
-            name="DALI",
-            found=_first_version("nvidia-dali-cuda120", "nvidia-dali-cuda130"),
-            cost="no frames can be loaded: pip install nvidia-dali-cuda120",
+            "DALI",
+            _version("nvidia-dali-cuda120", "nvidia-dali-cuda130"),
+            "no frames can be loaded: pip install 'fasttrain[cuda12]', or 'fasttrain[cuda13]'",
             required=True,
         ),
         Finding(
-            name="nvJPEG",
-            found=_first_version("nvidia-nvjpeg-cu12", "nvidia-nvjpeg"),
-            cost="data.decoder=mixed decodes JPEGs on the CPU all the same: pip install nvidia-nvjpeg-cu12",
+            "nvJPEG",
+            _version("nvidia-nvjpeg-cu12", "nvidia-nvjpeg"),
+            "data.decoder=mixed decodes JPEGs on the CPU all the same: pip install nvidia-nvjpeg-cu12",
         ),
         Finding(
-            name="PyAV",
-            found=_version("av"),
-            cost="videos cannot be indexed, nor decoded on the CPU: pip install av",
-            required=True,
+            "PyAV", _version("av"), "videos cannot be indexed, nor decoded on the CPU: pip install av", True
         ),
         Finding(
-            name="Triton",
-            found=_version("triton"),
-            cost="the losses run in eager PyTorch: several times slower, and memory grows with N squared",
+            "Triton",
+            _version("triton"),
+            "the losses run in eager PyTorch: several times slower, and memory grows with N squared",
         ),
         Finding(
-            name="C compiler",
-            found=_compiler(),
-            cost="on a GPU neither Triton nor torch.compile can start: install gcc and Python's headers "
+            "C compiler",
+            _compiler(),
+            "on a GPU neither Triton nor torch.compile can start: install gcc and Python's headers "
             "(python3-dev), or set objective.backend=eager encoder.compile=none",
         ),
-        Finding(name="timm", found=_version("timm"), cost="no backbone can be built", required=True),
+        Finding("timm", _version("timm"), "no backbone can be built", required=True),
+        Finding("Matplotlib", _version("matplotlib"), EVAL_COST),
+        Finding("SciPy", _version("scipy"), EVAL_COST),
+        Finding("NVIDIA Apex", _apex(), APEX_COST),
         Finding(
-            name="Hugging Face Hub",
-            found=_version("huggingface_hub"),
-            cost="no backbone can be built: timm needs it",
-            required=True,
+            "TensorBoard",
+            _version("tensorboard"),
+            "set train.tensorboard=false, or pip install 'fasttrain[tensorboard]'",
         ),
-        *(
-            Finding(
-                name=name,
-                found=_version(name.lower()),
-                cost="no learning curves at a run's end, no evaluation, no report",
-                required=True,
-            )
-            for name in ("Matplotlib", "SciPy")
-        ),
-        Finding(name="NVIDIA Apex", found=_apex(), cost=_apex_cost()),
-        Finding(name="TensorBoard", found=_version("tensorboard"), cost="set train.tensorboard=false"),
     ]
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+EVAL_COST = "no evaluation, no report, no learning curves at a run's end: pip install 'fasttrain[eval]'"
+APEX_COST = (
+    "only optimizer.name=apex_fused_adam and apex_fused_lamb; it is built from its repository with "
+    "--cuda_ext, and PyPI's `apex` is an unrelated project; torch's fused AdamW is the default"
+)
 
 
-def _first_version(*distributions: str) -> str | None:
-    found = (f"{name} {version}" for name in distributions if (version := _version(name)))
-    return next(found, None)
+def _version(*distributions: str) -> str | None:
+    """The version of the first that is installed, with its name where several are asked for."""
+    for name in distributions:
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return version if len(distributions) == 1 else f"{name} {version}"
+    return None
 
 
 def _gpu() -> str | None:
@@ -136,20 +120,9 @@ def _gpu() -> str | None:
 
     if not torch.cuda.is_available():
         return None
-    names = []
-    for i in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(i)
-        names.append(f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}")
+    gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    names = (f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}" for gpu in gpus)
     return f"{'; '.join(names)}; CUDA {torch.version.cuda}"
-
-
-def _compiler() -> str | None:
-    """What Triton builds its launchers with: the compiler that it takes, and Python's headers."""
-    if not Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h").is_file():
-        return None
-    named = os.environ.get("CC")
-    paths = map(shutil.which, [named] if named else ["gcc", "clang"])
-    return next(filter(None, paths), None)
 
 
 def _library(name: str) -> str | None:
@@ -160,26 +133,14 @@ def _library(name: str) -> str | None:
     return name
 
 
-def _apex() -> str | None:
-    """NVIDIA's Apex, told from PyPI's project of that name by its optimisers and compiled extension."""
-    if not _has_module("apex") or not _has_module("apex.optimizers") or not _has_module("amp_C"):
+def _compiler() -> str | None:
+    """What Triton builds its launchers with: the compiler that it takes, and Python's headers."""
+    if not Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h").is_file():
         return None
-    return _version("apex") or "of unknown version"
+    named = os.environ.get("CC")
+    return next(filter(None, map(shutil.which, [named] if named else ["gcc", "clang"])), None)
 
 
-def _apex_cost() -> str:
-    cost = "only optimizer.name=apex_fused_adam and apex_fused_lamb; torch's fused AdamW is the default"
-    if _has_module("apex") and not _has_module("apex.optimizers"):
-        return f"the installed `apex` is PyPI's unrelated project (pip uninstall apex); {cost}"
-    if _has_module("apex.optimizers"):
-        return f"the installed Apex was built without its CUDA extensions (--cuda_ext); {cost}"
-    return cost
-
-
-def _has_module(name: str) -> bool:
-    find: Callable[[str], object] = importlib.util.find_spec
-    try:
-        return find(name) is not None
-    except (ImportError, AttributeError):
-        # A parent that fails to import, as PyPI's `apex` does, has no such module either.
-        return False
+def _apex() -> str | None:
+    """NVIDIA's Apex, told from PyPI's project of that name by its compiled extension."""
+    return _version("apex") if importlib.util.find_spec("amp_C") else None
