@@ -15,7 +15,10 @@ def test_a_missing_package_names_the_extras_that_bring_it() -> None:
 
 
 def test_a_command_without_its_extra_is_one_line() -> None:
-    program = "import sys; sys.modules['scipy'] = None; from fasttrain.__main__ import main; sys.exit(main(['eval']))"
+    program = (
+        "import sys; sys.modules['scipy'] = None; "
+        "from fasttrain.__main__ import main; sys.exit(main(['eval']))"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "fasttrain: the package scipy is not installed; pip install 'fasttrain[eval]'\n"
