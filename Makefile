@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= benchmarks/results
 
-.PHONY: install demo test check format gpu-check clean
+.PHONY: install demo test test-slow check format gpu-check clean
 
 install: $(VENV)/.installed
 
@@ -18,8 +18,14 @@ demo: install
 	$(BIN)/python -m fasttrain demo
 
 # A process a core, each with one thread: most tests are too small for more.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
+
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
+	$(PYTEST) -m "not slow"
+
+# Only what `make test` leaves out.
+test-slow: install
+	$(PYTEST) -m slow
 
 check: install
 	$(BIN)/ruff check .
