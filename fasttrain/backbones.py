@@ -115,9 +115,6 @@ def load_backbone(
         )
     sizes = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
     given = {size: value for size, value in sizes.items() if value is not None}
-    for size, value in {"image_size": image_size, **given}.items():
-        if value < 1:
-            raise InputError(f"{size} {value}: expected a positive number")
     build = partial(_build_family, family) if name in FAMILIES else partial(_build_timm, name)
     with seeded(seed):
         if weights == "random":
@@ -129,17 +126,16 @@ def load_backbone(
     return Backbone(vit, family, name=name, weights=weights, image_size=image_size)
 
 
+# --- building: an encoder of random weights -------------------------------------------------------------
+
+
 def _build_family(family: Family, *, embed_dim: int = 768, num_heads: int | None = None, **sizes: Any) -> Any:
-    if num_heads is None and embed_dim % 64:
-        raise InputError(
-            f"embed_dim {embed_dim} is no multiple of 64, the default width of a head: give num_heads"
-        )
-    heads = num_heads or embed_dim // 64
-    if embed_dim % heads:
-        raise InputError(f"embed_dim {embed_dim} is no multiple of num_heads {heads}")
+    if embed_dim % (num_heads or 64):
+        of = f"num_heads {num_heads}" if num_heads else "64, the default width of a head: give num_heads"
+        raise InputError(f"embed_dim {embed_dim} is no multiple of {of}")
     vit: Any = VisionTransformer(
         embed_dim=embed_dim,
-        num_heads=heads,
+        num_heads=num_heads or embed_dim // 64,
         norm_layer=partial(nn.LayerNorm, eps=family.layer_norm_eps),
         no_embed_class=True,
         num_classes=0,
@@ -148,22 +144,8 @@ def _build_family(family: Family, *, embed_dim: int = 768, num_heads: int | None
         **(family.vit | sizes),
     )
     if family.sincos:
-        if embed_dim % 4:
-            raise InputError(f"embed_dim {embed_dim}: sine-cosine positions need a multiple of 4")
         vit.pos_embed.data.copy_(sincos_positions(vit.patch_embed.grid_size, embed_dim, family.sincos))
     return vit
-
-
-def sincos_positions(grid: tuple[int, int], dim: int, first: Axis) -> Tensor:
-    """Fixed positions (N, D) of MAE, I-JEPA and MoCo v3, with D / 4 frequencies f = 10000^(-4 i / D).
-
-    The channels are sin(x f), cos(x f), sin(y f), cos(y f), a quarter each, with x the axis `first` and y the
-    other one, in cells.
-    """
-    frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    cells_N2 = torch.cartesian_prod(*(torch.arange(side, dtype=torch.float64) for side in grid))
-    x, y = (cells_N2[:, axis, None] * frequencies for axis in ((0, 1) if first == "row" else (1, 0)))
-    return torch.cat((x.sin(), x.cos(), y.sin(), y.cos()), 1).float()
 
 
 def _build_timm(name: str, **sizes: Any) -> Any:
@@ -178,6 +160,9 @@ def _build_timm(name: str, **sizes: Any) -> Any:
     # SigLIP's pooling: tokens do not pass it, and checkpoints are read without it.
     del vit.attn_pool
     return vit
+
+
+# --- filling: the weights of a checkpoint -----------------------------------------------------------------
 
 
 def _sizes(state: StateDict) -> dict[str, Any]:
@@ -202,24 +187,38 @@ def _fill(vit: Any, state: StateDict, problem: str) -> None:
     if "pos_embed" in state:
         vit.pos_embed = nn.Parameter(torch.empty(1, state["pos_embed"].shape[1], vit.embed_dim))
     expected = vit.state_dict()
-    wrong_shape = [
-        f"{key} {tuple(state[key].shape)} (expected {tuple(tensor.shape)})"
-        for key, tensor in expected.items()
-        if key in state and state[key].shape != tensor.shape
-    ]
     faults = {
         "missing": [key for key in expected if key not in state],
         "left over": [key for key in state if key not in expected],
-        "wrong shape": wrong_shape,
+        "wrong shape": [
+            f"{key} {tuple(state[key].shape)} (expected {tuple(tensor.shape)})"
+            for key, tensor in expected.items()
+            if key in state and state[key].shape != tensor.shape
+        ],
     }
-    if any(faults.values()):
-        told = (
-            f"{kind}: {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
-            for kind, keys in faults.items()
-            if keys
-        )
-        raise InputError(f"{problem} (width {vit.embed_dim}, depth {len(vit.blocks)}): {'; '.join(told)}")
+    listed = [
+        f"{kind}: {', '.join(keys[:3])}" + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+        for kind, keys in faults.items()
+        if keys
+    ]
+    if listed:
+        raise InputError(f"{problem} (width {vit.embed_dim}, depth {len(vit.blocks)}): {'; '.join(listed)}")
     vit.load_state_dict(state)
+
+
+# --- positions --------------------------------------------------------------------------------------------
+
+
+def sincos_positions(grid: tuple[int, int], dim: int, first: Axis) -> Tensor:
+    """Fixed positions (N, D) of MAE, I-JEPA and MoCo v3, with D / 4 frequencies f = 10000^(-4 i / D).
+
+    The channels are sin(x f), cos(x f), sin(y f), cos(y f), a quarter each, with x the axis `first` and y the
+    other one, in cells.
+    """
+    frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    cells_N2 = torch.cartesian_prod(*(torch.arange(side, dtype=torch.float64) for side in grid))
+    x, y = (cells_N2[:, axis, None] * frequencies for axis in ((0, 1) if first == "row" else (1, 0)))
+    return torch.cat((x.sin(), x.cos(), y.sin(), y.cos()), 1).float()
 
 
 def resize_positions(positions_SSD: Tensor, grid: tuple[int, int], how: Resize) -> Tensor:
@@ -239,6 +238,24 @@ def resize_positions(positions_SSD: Tensor, grid: tuple[int, int], how: Resize) 
         positions_1DSS, **size, mode="bicubic", align_corners=False, antialias=how == "antialias"
     )
     return resized_1Dhw[0].permute(1, 2, 0).contiguous()
+
+
+def _split_positions(vit: Any, name: str) -> tuple[Tensor, Tensor]:
+    """Class and register tokens with their positions added (P, D), and the patches' positions (S, S, D)."""
+    names = ("cls_token", "dist_token", "reg_token")
+    parts = [token.detach()[0] for token in (getattr(vit, n, None) for n in names) if token is not None]
+    positions_LD = vit.pos_embed.detach()[0]
+    prefix_PD = torch.cat(parts) if parts else positions_LD[:0]
+    # In a published checkpoint the class token may have a position; in timm's models all such tokens or none.
+    for count in (0, 1) if vit.no_embed_class else (len(prefix_PD),):
+        side = math.isqrt(max(len(positions_LD) - count, 0))
+        if count <= len(prefix_PD) and side and side * side == len(positions_LD) - count:
+            prefix_PD = torch.cat((prefix_PD[:count] + positions_LD[:count], prefix_PD[count:]))
+            return prefix_PD, positions_LD[count:].unflatten(0, (side, side)).clone()
+    raise InputError(f"backbone {name}: {len(positions_LD)} positions are no square grid of patches")
+
+
+# --- the encoder ------------------------------------------------------------------------------------------
 
 
 class Backbone(nn.Module):
@@ -261,7 +278,7 @@ class Backbone(nn.Module):
         self.weights_hash = hash_state_dict(vit.state_dict())
         self.num_parameters = sum(parameter.numel() for parameter in vit.parameters())
         self.embed_dim: int = vit.embed_dim
-        self.patch_size = _square(vit.patch_embed.feat_ratio(), f"backbone {name}: patches")
+        self.patch_size: int = vit.patch_embed.feat_ratio()
         self.projection_init: Init = family.projection_init
         self._resize: Resize = family.resize
         self._norm_plain = family.norm_plain
@@ -381,25 +398,3 @@ class Backbone(nn.Module):
         prefix_BPD = self.prefix_PD.to(patches_BND.dtype).expand(patches_BND.shape[0], -1, -1)
         sequence = self.norm_pre(torch.cat((prefix_BPD, patches_BND), 1))
         return self.blocks(sequence)[:, len(self.prefix_PD) :]
-
-
-def _square(value: int | tuple[int, int], what: str) -> int:
-    sides = {value} if isinstance(value, int) else set(value)
-    if len(sides) > 1:
-        raise InputError(f"{what} of {value}: expected squares")
-    return sides.pop()
-
-
-def _split_positions(vit: Any, name: str) -> tuple[Tensor, Tensor]:
-    """Class and register tokens with their positions added (P, D), and the patches' positions (S, S, D)."""
-    names = ("cls_token", "dist_token", "reg_token")
-    parts = [token.detach()[0] for token in (getattr(vit, n, None) for n in names) if token is not None]
-    positions_LD = vit.pos_embed.detach()[0]
-    prefix_PD = torch.cat(parts) if parts else positions_LD[:0]
-    # In a published checkpoint the class token may have a position; in timm's models all such tokens or none.
-    for count in (0, 1) if vit.no_embed_class else (len(prefix_PD),):
-        side = math.isqrt(max(len(positions_LD) - count, 0))
-        if count <= len(prefix_PD) and side and side * side == len(positions_LD) - count:
-            prefix_PD = torch.cat((prefix_PD[:count] + positions_LD[:count], prefix_PD[count:]))
-            return prefix_PD, positions_LD[count:].unflatten(0, (side, side)).clone()
-    raise InputError(f"backbone {name}: {len(positions_LD)} positions are no square grid of patches")

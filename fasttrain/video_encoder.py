@@ -4,7 +4,6 @@
 back from a run folder. Shape suffixes: B videos, T frames, H and W pixels, N patch tokens, D channels.
 """
 
-import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -80,25 +79,13 @@ def load_video_encoder(
             f"backbones, output/NAME)"
         )
     projection = Projection.load(path)
-    encoder = load_backbone(
-        **_backbone_settings(projection, path) | ({"weights": weights} if weights else {})
-    )
+    if "backbone" not in projection.metadata:
+        raise InputError(f"projection {path}: its metadata names no backbone as training writes it")
+    settings: dict[str, Any] = json.loads(projection.metadata["backbone"])
+    encoder = load_backbone(**settings | ({"weights": weights} if weights else {}))
     if encoder.weights_hash != projection.metadata.get("weights_hash"):
         raise InputError(
             f"run {run}: weights {encoder.weights} of {encoder.name} are not those it was trained on (their "
             f"hash differs); give the same file, or for random weights the same version of torch and timm"
         )
-    if encoder.embed_dim != projection.dim:
-        raise InputError(f"run {run}: projection of width {projection.dim}, encoder of {encoder.embed_dim}")
     return VideoEncoder(encoder, projection).to(device)
-
-
-def _backbone_settings(projection: Projection, path: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(projection.metadata["backbone"])
-        inspect.signature(load_backbone).bind(**settings)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise InputError(
-            f"projection {path}: its metadata names no backbone as fasttrain writes it"
-        ) from error
-    return settings

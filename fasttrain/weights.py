@@ -1,13 +1,13 @@
-"""Where weights come from: a local file, the Hugging Face Hub or timm, as one state dict in timm's names.
+"""Where weights come from: a local file, the Hugging Face Hub, timm, or a seed.
 
-`backbones` and `projection` read every checkpoint through this file. Nothing here knows a model; a published
-layout is a `Layout`: where in the file the state dict lies, and the prefix of the encoder's keys in it.
+`backbones` and `projection` read every checkpoint through this file, as one state dict in timm's names, and
+draw their random weights with `seeded`. Nothing here knows a model; a published layout is a `Layout`: where in
+the file the state dict lies, and the prefix of the encoder's keys in it.
 """
 
 import argparse
 import difflib
 import hashlib
-import pickle
 import re
 import warnings
 import zipfile
@@ -208,10 +208,8 @@ def read_checkpoint(path: Path) -> Any:
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
         if unsafe:
             problem = f"hold {unsafe[1]}, which is not loaded for safety; save their state dict alone"
-        elif isinstance(error, pickle.UnpicklingError):
-            problem = "are damaged or no checkpoint"
         else:
-            reason = str(error).split(". ")[0].split("\n")[0] or type(error).__name__
+            reason = re.split(r"\. |\n", str(error))[0] or type(error).__name__
             problem = f"are damaged or no checkpoint ({reason})"
         raise InputError(f"weights {path} {problem}") from error
 

@@ -184,7 +184,7 @@ def write_projection(path: Path) -> Path:
 CLASSES = ("Archery", "Bowling", "Surfing")
 TRAIN, TEST = 3, 2
 CLIP_FRAMES = 6
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "name": "dino",
     "weights": "random",
     "image_size": 64,
@@ -195,11 +195,12 @@ SETTINGS = {
 }
 
 
-def write_run(folder: Path, seed: int = 0) -> Path:
-    """A run folder with a tiny random encoder and a random projection."""
-    encoder = load_backbone(**SETTINGS)
+def write_run(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """A run folder with a tiny random encoder and a random projection. changes: of its SETTINGS."""
+    settings = {**SETTINGS, **changes}
+    encoder = load_backbone(**settings)
     projection = Projection(encoder.embed_dim, init="xavier_uniform", seed=seed)
-    projection.save(folder / PROJECTION_FILE, projection_metadata(SETTINGS, encoder, projection, {}))
+    projection.save(folder / PROJECTION_FILE, projection_metadata(settings, encoder, projection, {}))
     return folder
 
 

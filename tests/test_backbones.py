@@ -91,16 +91,11 @@ def test_three_views_in_half_precision(family: str, dtype: torch.dtype) -> None:
     views_B3ND = encoder.three_views(frames.to(dtype), positions)
     assert views_B3ND.dtype == positions.dtype == dtype
     assert views_B3ND.is_contiguous()
-    separate = torch.stack(
-        [
-            encoder.tokens(frames[0].to(dtype)),
-            encoder.tokens(frames[1].to(dtype)),
-            encoder.tokens(frames[0].to(dtype), positions),
-        ],
-        1,
-    )
+    frames = frames.to(dtype)
+    separate = [encoder.tokens(frames[0]), encoder.tokens(frames[1]), encoder.tokens(frames[0], positions)]
     # One batch must lose no more than three do.
-    assert relative_error(views_B3ND.double(), expected) < 1.1 * relative_error(separate.double(), expected)
+    lost_by_three = relative_error(torch.stack(separate, 1).double(), expected)
+    assert relative_error(views_B3ND.double(), expected) < 1.1 * lost_by_three
 
 
 @pytest.mark.parametrize("first_use_before_cast", [True, False])
@@ -255,11 +250,8 @@ def test_a_timm_vit_by_name_gives_timms_tokens(name: str, sizes: dict[str, int])
         ({"name": "vit_tiny_patch16_224", "embed_dim": 100}, "vit_tiny_patch16_224 .* num_heads"),
         ({"name": "eva02_tiny_patch14_224"}, "eva02_tiny_patch14_224 is a Eva"),
         ({"name": "mae", "image_size": 100}, "100 x 100: mae needs multiples of 16; resize it to 96 x 96"),
-        ({"name": "mae", "image_size": 0}, "image_size 0"),
-        ({"name": "mae", "depth": 0}, "depth 0"),
         ({"name": "mae", "embed_dim": 32}, "embed_dim 32 .*: give num_heads"),
         ({"name": "mae", "embed_dim": 32, "num_heads": 3}, "embed_dim 32 .* num_heads 3"),
-        ({"name": "mae", "embed_dim": 30, "num_heads": 3, "depth": 1}, "multiple of 4"),
     ],
 )
 def test_impossible_backbones(arguments: dict[str, Any], message: str) -> None:
@@ -281,16 +273,9 @@ def test_the_encoder_is_frozen() -> None:
     assert not any(module.training for module in encoder.modules())
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
     assert not encoder.tokens(random_images(1, 3, 64, 64)).requires_grad
-    assert encoder.num_parameters == sum(
-        tensor.numel() for tensor in timm_parameters(depth=2, width=32, patches=16)
-    )
-
-
-def timm_parameters(*, depth: int, width: int, patches: int) -> list[Tensor]:
-    """The shapes of a plain ViT written out: 12 D^2 + 13 D per block."""
-    block = [12 * width * width + 13 * width] * depth
-    rest = [3 * 16 * 16 * width + width, 2 * width, width, patches * width]
-    return [torch.empty(count) for count in block + rest]
+    # A plain ViT written out: 12 D^2 + 13 D a block, then patches, norm, class token and positions.
+    patches = 3 * 16 * 16 * 32 + 32
+    assert encoder.num_parameters == 2 * (12 * 32**2 + 13 * 32) + patches + 2 * 32 + 32 + 16 * 32
 
 
 @pytest.mark.gpu

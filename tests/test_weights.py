@@ -217,20 +217,18 @@ def test_what_published_checkpoints_hold_besides_tensors(tmp_path: Path) -> None
     assert read_checkpoint(tmp_path / "facts.pth") == facts
 
 
-def make_damaged(folder: Path) -> dict[str, Path]:
-    state = timm_state()
-    torch.save(state, folder / "whole.pth")
-    save_file(state, folder / "whole.safetensors")
-    for suffix in ("pth", "safetensors"):
-        content = (folder / f"whole.{suffix}").read_bytes()
-        (folder / f"truncated.{suffix}").write_bytes(content[: len(content) // 2])
-    (folder / "empty.pth").touch()
-    (folder / "text.pth").write_text("hello\n")
-    (folder / "page.pth").write_text("<html>404</html>")
-    (folder / "pickle.pth").write_bytes(pickle.dumps([1, 2]))
-    torch.save([1, 2], folder / "list.pth")
-    torch.save({"model": {"epoch": 4}}, folder / "no_tensors.pth")
-    return {path.name: path for path in folder.iterdir() if path.stem != "whole"}
+def write_no_checkpoint(name: str, path: Path) -> None:
+    """Files that are none: cut off, empty, of another kind, or without tensors."""
+    if name.startswith("truncated"):
+        save = save_file if path.suffix == ".safetensors" else torch.save
+        save(timm_state(), path)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif name in ("empty.pth", "text.pth", "page.pth"):
+        path.write_text({"empty.pth": "", "text.pth": "hello\n", "page.pth": "<html>404</html>"}[name])
+    elif name == "pickle.pth":
+        path.write_bytes(pickle.dumps([1, 2]))
+    else:
+        torch.save({"list.pth": [1, 2], "no_tensors.pth": {"model": {"epoch": 4}}}[name], path)
 
 
 @pytest.mark.parametrize(
@@ -248,8 +246,9 @@ def make_damaged(folder: Path) -> dict[str, Path]:
 )
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_files_that_are_no_checkpoint(name: str, tmp_path: Path) -> None:
+    write_no_checkpoint(name, tmp_path / name)
     with pytest.raises(InputError, match=name) as caught:
-        load(make_damaged(tmp_path)[name])
+        load(tmp_path / name)
     assert "\n" not in str(caught.value)
 
 

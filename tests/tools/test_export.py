@@ -4,32 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from synthetic import write_run
 
-from fasttrain.backbones import load_backbone
 from fasttrain.errors import InputError
-from fasttrain.projection import Projection
 from fasttrain.tools.export import export
-from fasttrain.video_encoder import load_video_encoder, projection_metadata
-
-SETTINGS = {
-    "name": "dinov2",
-    "weights": "random",
-    "image_size": 32,
-    "patch_size": 16,
-    "embed_dim": 32,
-    "depth": 2,
-    "num_heads": 2,
-    "seed": 3,
-}
+from fasttrain.video_encoder import load_video_encoder
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    encoder = load_backbone(**SETTINGS)
-    projection = Projection(encoder.embed_dim, seed=1)
-    projection.save(folder / "projection.safetensors", projection_metadata(SETTINGS, encoder, projection, {}))
-    return folder
+    return write_run(tmp_path_factory.mktemp("run"), name="dinov2", image_size=32, depth=2)
 
 
 def test_the_program_agrees_at_another_length_and_size(run: Path, tmp_path: Path) -> None:
