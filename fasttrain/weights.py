@@ -1,8 +1,8 @@
 """Where weights come from: a local file, the Hugging Face Hub, timm, or a seed.
 
 `backbones` and `projection` read every checkpoint through this file, as one state dict in timm's names, and
-draw their random weights with `seeded`. Nothing here knows a model; a published layout is a `Layout`: where in
-the file the state dict lies, and the prefix of the encoder's keys in it.
+draw their random weights with `seeded`. Nothing here knows a model; a published layout is a `Layout`: where
+in the file the state dict lies, and the prefix of the encoder's keys in it.
 """
 
 import argparse
