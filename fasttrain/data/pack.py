@@ -55,7 +55,7 @@ from fasttrain.data.packed import (
     read_manifest,
     write_manifest,
 )
-from fasttrain.data.sampling import spread
+from fasttrain.data.sampling import evenly_spaced
 from fasttrain.data.sources import Found, Kind, find_source, packed_folders
 from fasttrain.data.video import (
     VideoInfo,
@@ -355,7 +355,7 @@ def _make_encoder(
             return _encode_folder(name, *found.folders[name], options)
         try:
             video = probe_video(found.videos[name])
-            wanted = spread(video.num_frames, options.frames or video.num_frames)
+            wanted = evenly_spaced(video.num_frames, options.frames or video.num_frames)
             if gpu and nvdec_decodes(video):
                 try:
                     return encode_frames(gpu.stream(video, wanted))
@@ -378,7 +378,7 @@ def _make_encoder(
 def _encode_folder(name: str, folder: Path, files: Sequence[str], options: PackOptions) -> PackedVideo:
     """A frame that cannot be read is left out; the others move up."""
     frames, skipped = [], []
-    for number in spread(len(files), options.frames or len(files)):
+    for number in evenly_spaced(len(files), options.frames or len(files)):
         file = files[number]
         try:
             data = np.fromfile(folder / file, dtype=np.uint8)

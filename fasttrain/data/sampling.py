@@ -131,8 +131,8 @@ def pixel_box(box: Floats, height: int, width: int) -> tuple[int, int, int, int]
     return top, left, min(max(bottom, top + 1), height), min(max(right, left + 1), width)
 
 
-def spread(length: int, count: int) -> list[int]:
-    """At most `count` different places, evenly over 0..length-1, both ends among them."""
+def evenly_spaced(length: int, count: int) -> list[int]:
+    """At most `count` different numbers, evenly spaced over 0..length-1, both ends among them."""
     return sorted(set(np.linspace(0, length - 1, min(count, length)).round().astype(int).tolist()))
 
 

@@ -11,7 +11,7 @@ import torch
 
 from fasttrain.data.images import UnreadableFrameError
 from fasttrain.data.index import FrameIndex
-from fasttrain.data.sampling import spread
+from fasttrain.data.sampling import evenly_spaced
 from fasttrain.data.sources import open_source
 from fasttrain.distributed import World
 from fasttrain.errors import InputError, LocalInputError
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: Wo
             option = "--" + name.replace("_", "-")
             raise InputError(f"{option} {getattr(arguments, name)}: expected at least {least}")
     index = open_source(arguments.root)
-    chosen = spread(len(index), arguments.num_videos)
+    chosen = evenly_spaced(len(index), arguments.num_videos)
     analyses, skipped = measure_share(index, own_share(chosen, world), arguments, subject, world.device)
     if not merge(analyses, skipped, output, world):
         return None
@@ -70,7 +70,7 @@ def measure_share(
             skipped[video] = f"{index.names[video]}: fewer than {FEWEST_FRAMES} frames"
             continue
         try:
-            clip = read_clip(index, video, spread(length, arguments.num_frames))
+            clip = read_clip(index, video, evenly_spaced(length, arguments.num_frames))
         except UnreadableFrameError as error:
             skipped[video] = f"{index.names[video]}: {error}"
             continue

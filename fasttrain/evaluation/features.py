@@ -36,7 +36,7 @@ from torch.nn import functional
 from fasttrain.data.images import UnreadableFrameError
 from fasttrain.data.index import FolderIndex, FrameIndex, VideoIndex
 from fasttrain.data.packed import PackedIndex
-from fasttrain.data.sampling import spread
+from fasttrain.data.sampling import evenly_spaced
 from fasttrain.data.sources import find_source
 from fasttrain.data.video import probe_video, stream_video_frames
 from fasttrain.distributed import World
@@ -86,7 +86,7 @@ class Sampling:
         return (
             list(range(0, length, self.stride))
             if self.num_frames is None
-            else spread(length, self.num_frames)
+            else evenly_spaced(length, self.num_frames)
         )
 
 

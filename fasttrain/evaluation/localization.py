@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fasttrain.data.sampling import spread
+from fasttrain.data.sampling import evenly_spaced
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.evaluation import charts, features, segmentation
@@ -182,7 +182,7 @@ def _fit(
     """A classifier of single frames; its L2 is chosen on the last fifth of the training videos."""
     total = sum(len(video.labels_T[:: arguments.stride]) for video in train)
     chosen = np.zeros(total, dtype=bool)
-    chosen[spread(total, arguments.max_train_frames)] = True
+    chosen[evenly_spaced(total, arguments.max_train_frames)] = True
     # Of two videos one is held out; of one, none.
     held_out_from = len(train) - max(int(len(train) * HELD_OUT), int(len(train) > 1))
     parts, labels, held_out = [], [], []
@@ -222,7 +222,7 @@ def _draw(
     background: Sequence[int],
     output: Path,
 ) -> None:
-    shown = [test[place] for place in spread(len(test), SHOWN_VIDEOS)]
+    shown = [test[place] for place in evenly_spaced(len(test), SHOWN_VIDEOS)]
     rows = [
         (
             video.name,

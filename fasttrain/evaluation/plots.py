@@ -14,7 +14,7 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from fasttrain.data.sampling import spread
+from fasttrain.data.sampling import evenly_spaced
 from fasttrain.errors import InputError
 from fasttrain.loggers import read_records
 
@@ -90,7 +90,7 @@ def overlay_sheet(rows: Sequence[tuple[str, Frame, Labels]], path: str | Path) -
     for name, frames_THWC, labels_THW in rows:
         if len(frames_THWC) != len(labels_THW):
             raise InputError(f"row {name!r}: {len(frames_THWC)} frames, {len(labels_THW)} label maps")
-        shown = spread(len(frames_THWC), 6)
+        shown = evenly_spaced(len(frames_THWC), 6)
         pictures.append((name, [overlay_masks(frames_THWC[t], labels_THW[t]) for t in shown]))
     return contact_sheet(pictures, path)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttrain.data.sampling import spread
+from fasttrain.data.sampling import evenly_spaced
 from fasttrain.distributed import World
 from fasttrain.evaluation import charts, video_features
 from fasttrain.evaluation.features import Extracted
@@ -62,7 +62,7 @@ def _draw(
 ) -> None:
     """A few queries, evenly chosen, with what lies nearest at each moment."""
     rows = []
-    for query in spread(len(test), SHOWN_QUERIES):
+    for query in evenly_spaced(len(test), SHOWN_QUERIES):
         for moment, neighbours_QK in neighbours.items():
             nearest_K = [train[place] for place in neighbours_QK[query, :SHOWN_NEIGHBOURS].tolist()]
             pictures = [extracted.load(video.name, moment).picture() for video in (test[query], *nearest_K)]

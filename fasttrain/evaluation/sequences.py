@@ -19,7 +19,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn import functional
 
-from fasttrain.data.sampling import spread
+from fasttrain.data.sampling import evenly_spaced
 from fasttrain.distributed import World
 from fasttrain.errors import InputError, LocalInputError
 from fasttrain.evaluation import plots
@@ -96,7 +96,7 @@ def evaluate_all(
     """
     check_settings(arguments.context, arguments.radius, arguments.topk, arguments.temperature)
     evaluation = Evaluation(arguments=arguments, subject=subject, output=output, device=world.device)
-    drawn = {sequences[place].name for place in spread(len(sequences), max(0, arguments.pictures))}
+    drawn = {sequences[place].name for place in evenly_spaced(len(sequences), max(0, arguments.pictures))}
     shown = Console(stderr=True)
     share = track(
         own_share(sequences, world),
@@ -160,7 +160,9 @@ def find_matches(
     """
     height, width = first_hwD.shape[:2]
     labelled_M = labels_hwC.flatten(0, 1).argmax(-1).nonzero().flatten()
-    chosen_M = labelled_M[torch.tensor(spread(len(labelled_M), count), device=labelled_M.device).long()]
+    chosen_M = labelled_M[
+        torch.tensor(evenly_spaced(len(labelled_M), count), device=labelled_M.device).long()
+    ]
     query_MD = functional.normalize(first_hwD.flatten(0, 1)[chosen_M].float(), dim=-1)
     found_M = (query_MD @ functional.normalize(second_hwD.flatten(0, 1).float(), dim=-1).T).argmax(-1)
     places = [
@@ -221,7 +223,7 @@ def draw(
     folder: Path,
 ) -> None:
     """A contact sheet with a row per kind of overlay, a short film of the predicted ones, and the arrows."""
-    shown = spread(len(frames), SHOWN_FRAMES)
+    shown = evenly_spaced(len(frames), SHOWN_FRAMES)
     sheet = [(row, [pictures[t] for t in shown]) for row, pictures in overlays.items()]
     plots.contact_sheet(sheet, folder / f"{name}.png")
     predicted = [pictures for row, pictures in overlays.items() if row != "truth"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fasttrain.backbones import Backbone
 from fasttrain.data.images import UnreadableFrameError
 from fasttrain.data.index import FrameIndex
-from fasttrain.data.sampling import spread
+from fasttrain.data.sampling import evenly_spaced
 from fasttrain.evaluation.frames import centre_crop, read_clip
 from fasttrain.evaluation.trade_off import FEWEST_FRAMES, measure_videos
 
@@ -41,10 +41,10 @@ def validate(
     was_training = projection.training
     projection.eval()
     long_enough = [video for video in range(len(index)) if index.num_frames[video] >= FEWEST_FRAMES]
-    for place in spread(len(long_enough), num_videos):
+    for place in evenly_spaced(len(long_enough), num_videos):
         video = long_enough[place]
         try:
-            clip = read_clip(index, video, spread(int(index.num_frames[video]), num_frames))
+            clip = read_clip(index, video, evenly_spaced(int(index.num_frames[video]), num_frames))
         except UnreadableFrameError:
             continue
         frames_T3HW = torch.stack([centre_crop(frame, image_size) for frame in clip])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import make_sampling
 
-from fasttrain.data.sampling import draw_crop, draw_pair, pixel_box, spread
+from fasttrain.data.sampling import draw_crop, draw_pair, evenly_spaced, pixel_box
 
 PAPER = {"area": (0.5, 1.0), "ratio": (3 / 4, 4 / 3)}
 
@@ -176,13 +176,13 @@ def test_replacements_are_spread_over_the_data() -> None:
 
 
 def test_spread_keeps_both_ends() -> None:
-    assert spread(10, 4) == [0, 3, 6, 9]
-    assert spread(9, 4) == [0, 3, 5, 8]
-    assert spread(5, 9) == [0, 1, 2, 3, 4]
-    assert spread(0, 3) == []
-    assert spread(9, 1) == [0]
+    assert evenly_spaced(10, 4) == [0, 3, 6, 9]
+    assert evenly_spaced(9, 4) == [0, 3, 5, 8]
+    assert evenly_spaced(5, 9) == [0, 1, 2, 3, 4]
+    assert evenly_spaced(0, 3) == []
+    assert evenly_spaced(9, 1) == [0]
     for wanted in range(2, 30):
-        frames = spread(30, wanted)
+        frames = evenly_spaced(30, wanted)
         assert frames[0] == 0
         assert frames[-1] == 29
         assert len(set(frames)) == wanted
