@@ -326,7 +326,7 @@ def training_step(setting: Setting) -> Callable[[torch.Tensor], None]:
     student.warm_up()
 
     def step(frames: torch.Tensor) -> None:
-        student.accumulate(frames, 1, last=True, diagnostics=False)
+        student.forward_backward(frames, 1, last=True, diagnostics=False)
         student.update(1e-4)
 
     return step

@@ -189,7 +189,7 @@ def stepper(student: BackboneTrainer, frames: Tensor) -> Callable[[], None]:
     """One training step on resident frames: forward, backward, optimiser; no log step."""
 
     def step() -> None:
-        student.accumulate(frames, 1, last=True, diagnostics=False)
+        student.forward_backward(frames, 1, last=True, diagnostics=False)
         student.update(1e-4)
 
     return step
@@ -207,7 +207,7 @@ def encoder_flops(student: BackboneTrainer, frames: Tensor) -> float:
     """Multiplications and additions of the three views of one pair, as PyTorch counts them."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         one = frames[:, :1].to(student.encoder.positions_ND.dtype)
-        student.encoder.three_views(one, student._positions(0))
+        student.encoder.three_views(one, student.positions(0))
     return float(counter.get_total_flops())
 
 
@@ -260,7 +260,7 @@ def peak_memory_gb(step: Callable[[], Any]) -> float:
 def parts_alone(run: Run, ceiling: dict[str, float]) -> dict[str, Any]:
     """Encoder, head with losses (forward and backward) and optimiser, each alone, against its ceiling."""
     student, frames = run.student(), run.frames()
-    positions = student._positions(0)
+    positions = student.positions(0)
     frozen_B3ND = student.runtime.three_views(frames, positions).clone()
 
     def head_and_loss() -> None:
@@ -335,7 +335,7 @@ def fp8_error(run: Run) -> dict[str, float]:
         recipe = with_encoder(run.recipe, precision=encoder, compile="none")
         recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, precision=precision))
         student = run.cold_student(recipe)
-        tokens = student.runtime.three_views(frames, student._positions(0)).float()
+        tokens = student.runtime.three_views(frames, student.positions(0)).float()
         with torch.no_grad():
             loss = student.objective(tokens, student.grid, False).loss.item()
         if exact is None:

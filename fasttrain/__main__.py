@@ -1,40 +1,54 @@
-"""The command line: `python -m fasttrain RECIPE [key=value ...]`, or a subcommand.
+"""`fasttrain RECIPE [key=value ...]` trains the recipe's projection, alone or under torchrun.
 
-A subcommand is a module with `add_arguments(parser)` and `run(arguments)`. Bad input (`InputError`, or a
-place that the system keeps from us) ends in one line on stderr and exit code 2; every other exception is ours
-and keeps its traceback.
+The run folder (`output`) gets recipe.yaml, projection.safetensors, checkpoints/, metrics.jsonl, tensorboard/,
+figures/ and train.json. The same command goes on where a run stopped. `fasttrain COMMAND` does the rest.
 """
+
+# A command is a module with `add_arguments(parser)` and `run(arguments)`; `train` is this one. Bad input
+# (`InputError`, or a path that the system refuses) ends in one line on stderr and exit code 2; every other
+# exception is ours and keeps its traceback.
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import errno
+import functools
 import importlib
 import io
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fasttrain.distributed import rank_from_environment
 from fasttrain.errors import InputError, LocalInputError
 from fasttrain.files import os_reason
 
+if TYPE_CHECKING:
+    from fasttrain.recipe import Recipe
+    from fasttrain.trainer import Validate
+
 # Imported when asked for: `--help` of one command does not load torch for all.
 COMMANDS = {
-    "train": ("fasttrain.train", "train a projection; the word `train` may be left out"),
+    "train": (__name__, "train a projection; the word `train` may be left out"),
     "pack": ("fasttrain.data.pack", "turn videos or frame folders into shards for fast random access"),
     "eval": ("fasttrain.evaluation.command", "measure a run on a benchmark, before and after"),
     "report": ("fasttrain.evaluation.report", "gather runs into one HTML page"),
     "export": ("fasttrain.tools.export", "write a trained video encoder as one self-contained file"),
     "doctor": ("fasttrain.tools.doctor", "say what this machine has, what it lacks and what that costs"),
     "schema": ("fasttrain.tools.schema", "print the JSON schema of recipes, for editors"),
-    "demo": ("fasttrain.tools.demo", "train on made-up video and show what it bought"),
+    "demo": ("fasttrain.tools.demo", "train on synthetic video and show what it bought"),
 }
-# What the system says of a place that was named badly, or may not be written.
-BAD_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
-# Of these, a write has no name of a file with it.
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# What to do about an error of the system that is the user's to mend.
+ADVICE = {
+    **dict.fromkeys(
+        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room and run the same command again"
+    ),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
+        "give another path",
+    ),
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,28 +66,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = argparse.ArgumentParser(prog=f"fasttrain {name}", description=module.__doc__)
         parser.formatter_class = argparse.RawDescriptionHelpFormatter
         module.add_arguments(parser)
-        # Options may stand between positional words, except where argparse does not mix: subcommands, `--`.
-        plain = name == "eval" or "--" in words
-        arguments = parser.parse_args(words) if plain else parser.parse_intermixed_args(words)
-        if name == "train":
-            _refuse_mistyped_command(arguments.recipe)
-        module.run(arguments)
+        # Options may stand between positional words, which argparse does not offer for subcommands.
+        parse = parser.parse_args if name == "eval" else parser.parse_intermixed_args
+        module.run(parse(words))
     except InputError as error:
         # All processes meet the same bad input and one line is enough, unless only this one met it.
-        if rank_from_environment() == 0 or isinstance(error, LocalInputError):
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, LocalInputError):
             print(f"fasttrain: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno in NO_ROOM:
-            place = f"at {error.filename}" if error.filename else "where the results are written"
-            print(
-                f"fasttrain: {os_reason(error)} {place}; make room and run the same command again",
-                file=sys.stderr,
-            )
-            return 2
-        if error.errno not in BAD_PLACE or error.filename is None:
+        if error.errno not in ADVICE:
             raise
-        print(f"fasttrain: cannot use {error.filename}: {error.strerror}; give another", file=sys.stderr)
+        path = error.filename or "the results"
+        print(f"fasttrain: {path}: {os_reason(error)}; {ADVICE[error.errno]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -97,15 +102,76 @@ def _overview() -> str:
     )
 
 
-def _refuse_mistyped_command(word: str) -> None:
-    """`fasttrain evla` means a command, not a recipe of that name."""
-    close = difflib.get_close_matches(word, COMMANDS, n=1)
-    if close and not Path(word).exists() and Path(word).suffix == "":
-        print(
-            f"fasttrain: {word!r} is neither a recipe nor a command; did you mean {close[0]!r}?",
-            file=sys.stderr,
-        )
-        raise SystemExit(2)
+# --- the command `train` -------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a YAML file, such as recipes/dinov2.yaml")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="dotted recipe keys, such as data.source=PATH train.epochs=1",
+    )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="record a few steps: output/profile gets a Chrome trace and a summary of the time by span",
+    )
+    parser.add_argument(
+        "--keys", action="version", version=keys_table(), help="print every recipe key as a table and leave"
+    )
+
+
+def keys_table() -> str:
+    """Every recipe key with type, default and meaning, as a Markdown table; the README holds it too."""
+    from fasttrain.recipe import describe_keys
+
+    rows = [
+        f"| `{path}` | {kind} | `{default}` | {meaning} |" for path, kind, default, meaning in describe_keys()
+    ]
+    return "\n".join(("| key | type | default | meaning |", "|---|---|---|---|", *rows))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from fasttrain.recipe import load_recipe
+
+    train(load_recipe(arguments.recipe, arguments.overrides), profile=arguments.profile)
+
+
+def train(recipe: Recipe, *, profile: bool = False) -> None:
+    """Train in this process and draw the learning curves of what came out."""
+    from fasttrain import distributed
+    from fasttrain.trainer import Trainer
+
+    with distributed.start(recipe.device) as world:
+        trainer = Trainer(recipe, world, validate=_validation(recipe), profile=profile)
+        if trainer.train() and world.is_main:
+            _draw_learning_curves([backbone_trainer.folder for backbone_trainer in trainer.trainers])
+
+
+def _validation(recipe: Recipe) -> Validate | None:
+    """What measures a projection while it trains, where the recipe wants it."""
+    if not recipe.eval.every:
+        return None
+    from fasttrain.evaluation.validation import validate
+
+    return functools.partial(
+        validate,
+        num_videos=recipe.eval.num_videos,
+        num_frames=recipe.eval.num_frames,
+        image_size=recipe.data.image_size,
+    )
+
+
+def _draw_learning_curves(folders: Sequence[Path]) -> None:
+    try:
+        from fasttrain.evaluation.plots import learning_curves
+    except InputError as error:
+        print(f"no learning curves: {error}")
+        return
+    for folder in folders:
+        learning_curves([folder], folder / "figures" / "learning.png")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """One backbone in training: its frozen encoder, the head that learns, and all that trains it.
 
-`trainer` feeds frame pairs to one student or many; each owns one run folder. Nothing here reads data, so that
-benchmarks can drive a student with frames that are on the device already.
+`trainer` feeds frame pairs to one `BackboneTrainer` or to many; each owns one run folder. Nothing here reads
+data, so that benchmarks can drive it with frames that are on the device already.
 
 Shape suffixes: B pairs, N tokens, D channels.
 """
@@ -24,15 +24,51 @@ from fasttrain.cuda_graph import CapturedCall
 from fasttrain.distributed import World
 from fasttrain.encoder_runtime import EncoderRuntime
 from fasttrain.errors import InputError
-from fasttrain.loggers import Meter
-from fasttrain.objective import CosettleObjective, asymmetric_offset
+from fasttrain.objective import CosettleLoss, CosettleObjective, asymmetric_offset
 from fasttrain.optimizer import build_optimizer, portable_state, record_update, set_lr
-from fasttrain.profiling import RECORDED_PASS, part
+from fasttrain.profiling import RECORDED_PASS, span
 from fasttrain.projection import Projection
 from fasttrain.recipe import Recipe, to_dict
 from fasttrain.video_encoder import projection_metadata
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Meter:
+    """Running means of a step's scalars and the first step of a non-finite loss. Lives on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(3, device=device, dtype=torch.float64)
+        self._passes = 0
+        self._diagnostics: list[Tensor] = []
+        # Negated, so that a maximum over steps, passes and processes finds the earliest.
+        self._minus_bad_step = torch.full((), -torch.inf, device=device, dtype=torch.float64)
+
+    def add(self, step: int, losses: CosettleLoss) -> None:
+        """Take in the losses of one forward pass, and its diagnostics where it has them."""
+        loss = losses.loss.detach()
+        self._sums += torch.stack((loss, losses.cycle.detach(), losses.separability.detach()))
+        self._passes += 1
+        # Filled, not chosen by torch.where: that copies plain numbers to the device and waits for it.
+        this_step = torch.full_like(self._minus_bad_step, -float(step))
+        bad = this_step.masked_fill_(loss.isfinite(), -torch.inf)
+        self._minus_bad_step = torch.maximum(self._minus_bad_step, bad)
+        if losses.cycle_accuracy is not None:
+            self._diagnostics.append(torch.stack((losses.cycle_accuracy, losses.identity_similarity)))
+
+    def read(self, world: World) -> tuple[dict[str, float], int | None]:
+        """Means since the last reading over all processes, and the first bad step; waits for the device."""
+        means = world.mean(self._sums / self._passes)
+        minus_bad_step = world.maximum(self._minus_bad_step)
+        loss, cycle, separability, earliest = torch.cat((means, minus_bad_step[None])).tolist()
+        readings = {"loss": loss, "cycle": cycle, "separability": separability}
+        if self._diagnostics:
+            accuracy, similarity = world.mean(torch.stack(self._diagnostics).mean(dim=0)).tolist()
+            readings |= {"cycle_accuracy": accuracy, "identity_similarity": similarity}
+        self._sums.zero_()
+        self._passes = 0
+        self._diagnostics.clear()
+        return readings, None if earliest == -float("inf") else int(-earliest)
 
 
 class BackboneTrainer:
@@ -45,7 +81,9 @@ class BackboneTrainer:
         self.folder = Path(recipe.output)
         self.dtype = DTYPES[recipe.train.precision]
         self.backbone_settings = backbone_settings(recipe)
-        self.encoder = load_on_all(world, self.backbone_settings) if encoder is None else encoder
+        if encoder is None:
+            encoder = world.run_on_all(lambda: load_backbone(**self.backbone_settings))
+        self.encoder = encoder
         # What a resumed run must find unchanged: a file of weights may be another under the same name.
         self.facts = {"weights_hash": self.encoder.weights_hash}
         self.grid = self.encoder.grid(recipe.data.image_size, recipe.data.image_size)
@@ -72,9 +110,8 @@ class BackboneTrainer:
         self.optimizer = build_optimizer(recipe.optimizer, self.projection)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
         self.meter = Meter(world.device)
-        self.diagnostics: list[Tensor] = []
         self._encode: Callable[[Tensor, Tensor], Tensor] = self.runtime.three_views
-        self._pass: CapturedCall | None = None
+        self._recorded_pass: CapturedCall | None = None
         self._recorded_update: Callable[[], Any] | None = None
 
     def warm_up(self) -> float:
@@ -89,14 +126,14 @@ class BackboneTrainer:
         start = time.perf_counter()
         size = recipe.data.image_size
         frames = torch.zeros(2, recipe.train.batch_size, 3, size, size, device=device, dtype=self.dtype)
-        positions = self._positions(step=0)
+        positions = self.positions(step=0)
         with self.world.no_sync(self.objective):
-            self._forward_backward(frames, positions, diagnostics=True)
+            self._run_pass(frames, positions, diagnostics=True)
             if self._compiles_objective or device.type == "cuda":
                 # Log steps and the others are two programs, of the compiler or of Triton.
-                self._forward_backward(frames, positions)
+                self._run_pass(frames, positions)
             if uses_graph and self.world.size == 1 and not self.scaler.is_enabled():
-                self._pass = CapturedCall(self._forward_backward, (frames, positions))
+                self._recorded_pass = CapturedCall(self._run_pass, (frames, positions))
                 if recipe.optimizer.name == "adamw":
                     self._recorded_update = record_update(self.optimizer)
             elif uses_graph:
@@ -107,48 +144,47 @@ class BackboneTrainer:
             torch.cuda.synchronize(device)
         return time.perf_counter() - start
 
-    def accumulate(self, frames: Tensor, step: int, *, last: bool, diagnostics: bool) -> None:
+    def forward_backward(self, frames: Tensor, step: int, *, last: bool, diagnostics: bool) -> None:
         """Forward and backward pass of one micro-batch, frames (2, B, 3, S, S).
 
-        Processes average their gradients in the `last` pass of a step. Diagnostics take the plain way, for
-        they need the whole cycle.
+        Processes average their gradients in the `last` pass of a step. Diagnostics are never recorded in the
+        CUDA graph, for they need the whole cycle.
         """
-        positions = self._positions(step)
+        positions = self.positions(step)
         with nullcontext() if last else self.world.no_sync(self.objective):
-            if self._pass is not None and not diagnostics:
-                with part(RECORDED_PASS):
-                    losses = self._pass(frames, positions)
+            if self._recorded_pass is not None and not diagnostics:
+                with span(RECORDED_PASS):
+                    losses = self._recorded_pass(frames, positions)
             else:
-                losses = self._forward_backward(frames, positions, diagnostics)
-        with part("meters"):
-            self.meter.add(step, losses.loss, losses.cycle, losses.separability)
-            if diagnostics:
-                self.diagnostics.append(torch.stack((losses.cycle_accuracy, losses.identity_similarity)))
+                losses = self._run_pass(frames, positions, diagnostics)
+        with span("meters"):
+            self.meter.add(step, losses)
 
-    def _positions(self, step: int) -> Tensor:
+    def positions(self, step: int) -> Tensor:
+        """The asymmetric positions (N, D) of a step."""
         ratio = self.recipe.objective.asymmetric_ratio
         count = self.encoder.asymmetric_range(ratio)
         return self.encoder.asymmetric_positions(
             ratio=ratio, offset=asymmetric_offset(self.recipe.seed, step, count)
         )
 
-    def _forward_backward(self, frames: Tensor, positions: Tensor, diagnostics: bool = False) -> Any:
-        with part("encoder"):
+    def _run_pass(self, frames: Tensor, positions: Tensor, diagnostics: bool = False) -> CosettleLoss:
+        with span("encoder"):
             frozen_B3ND = self._encode(frames, positions)
         # A cast kept from one pass to the next would be frozen into a recorded graph.
         autocast = torch.autocast(
             self.world.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False
         )
-        with part("head and loss"), autocast:
-            losses = self.objective(frozen_B3ND, self.grid, diagnostics)
-        with part("backward"):
+        with span("head and loss"), autocast:
+            losses: CosettleLoss = self.objective(frozen_B3ND, self.grid, diagnostics)
+        with span("backward"):
             self.scaler.scale(losses.loss / self.recipe.train.accumulate).backward()
         # Without history, which in a recording would outlive the pass.
         return losses._make(value if value is None else value.detach() for value in losses)
 
     def update(self, lr: float) -> None:
         """One optimiser step."""
-        with part("optimiser"):
+        with span("optimiser"):
             set_lr(self.optimizer, lr)
             if self._recorded_update is not None:
                 self._recorded_update()
@@ -156,13 +192,6 @@ class BackboneTrainer:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=False)
-
-    def read_meters(self) -> tuple[dict[str, float], int | None]:
-        """Readings since the last call and the first step whose loss was not finite; waits for the device."""
-        readings, bad_step = self.meter.read(self.world)
-        accuracy, similarity = self.world.mean(torch.stack(self.diagnostics).mean(dim=0)).tolist()
-        self.diagnostics.clear()
-        return {**readings, "cycle_accuracy": accuracy, "identity_similarity": similarity}, bad_step
 
     def state(self) -> dict[str, Any]:
         return {
@@ -194,19 +223,6 @@ def backbone_settings(recipe: Recipe) -> dict[str, Any]:
         "image_size": recipe.data.image_size,
         "seed": recipe.seed,
     }
-
-
-def load_on_all(world: World, settings: dict[str, Any]) -> Backbone:
-    """The encoder; InputError on every process where one of them cannot have it, so that they stay alike."""
-    encoder, reason = None, None
-    try:
-        encoder = load_backbone(**settings)
-    except InputError as error:
-        reason = str(error)
-    reasons = [told for told in world.gather(reason) if told is not None]
-    if encoder is None or reasons:
-        raise InputError(reasons[0])
-    return encoder
 
 
 def backbone_recipes(recipe: Recipe) -> list[Recipe]:

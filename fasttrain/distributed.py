@@ -7,11 +7,11 @@ process group exists.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fasttrain.errors import InputError
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 # How long processes wait for one another: shares of a first look or an evaluation end far apart; NCCL gives
 # up after ten minutes, gloo after thirty. When one dies, torchrun ends the others of its node at once.
@@ -85,15 +86,31 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def run_on_all(self, function: Callable[[], Result]) -> Result:
+        """`function()` in every process; an InputError in one is raised in all, so that none waits."""
+        result, reason = None, None
+        try:
+            result = function()
+        except InputError as error:
+            reason = str(error)
+        reasons = [reason for reason in self.gather(reason) if reason is not None]
+        if reasons:
+            raise InputError(reasons[0])
+        return cast(Result, result)
+
+    def check_same(self, value: Any, what: str) -> None:
+        """InputError in every process where `value` is not the same in all of them."""
+        values = self.gather(value)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                raise InputError(
+                    f"{what}: process {rank} sees something else than process 0; all must see the same files"
+                )
+
     def barrier(self) -> None:
         """Wait until every process is here."""
         if self.size > 1:
             dist.barrier()
-
-
-def rank_from_environment() -> int:
-    """The rank that torchrun gave this process; 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
 
 
 @contextmanager
@@ -112,7 +129,7 @@ def start(device: Literal["auto", "cuda", "cpu"] = "auto") -> Iterator[World]:
         dist.init_process_group(backend, device_id=device_id, timeout=PATIENCE)
     try:
         yield World(
-            rank=rank_from_environment(),
+            rank=int(os.environ.get("RANK", "0")),
             size=size,
             local_rank=local_rank,
             local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),

@@ -38,6 +38,10 @@ def open_atomically(path: Path, *, fsync: bool = False) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        # The system names no file where the disk is full, and no user has heard of the partial one.
+        error.filename, error.filename2 = str(path), None
+        raise
     finally:
         partial.unlink(missing_ok=True)
     if fsync:

@@ -5,15 +5,14 @@ Shape suffixes: B samples, 3 views, N tokens, D channels.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fasttrain.projection import Projection
 from fasttrain.recipe import ObjectiveRecipe
 from fasttrain_kernels import CosettleLoss, cosettle_head_loss
+
+__all__ = ["CosettleLoss", "CosettleObjective", "asymmetric_offset"]
 
 
 class CosettleObjective(nn.Module):
@@ -32,27 +31,19 @@ class CosettleObjective(nn.Module):
             grid: (h, w) with h * w = N.
             diagnostics: also form the two diagnostics, which need all of the N x N cycle.
         """
-        options: dict[str, Any] = {
-            "grid": grid,
-            "temperature": self.recipe.temperature,
-            "window": self.recipe.window,
-            "lambda_reg": self.recipe.lambda_reg,
-            "regularizer": self.recipe.regularizer,
-            "backend": self.recipe.backend,
-            "diagnostics": diagnostics,
-        }
-        head = self.projection
         # What follows the last product is fused with the losses; bias, tanh and norm never reach memory.
-        linear_B3ND = functional.linear(head.hidden(frozen_B3ND), head.final_linear.weight)
+        linear_B3ND, rest = self.projection.split(frozen_B3ND)
         return cosettle_head_loss(
             frozen_B3ND,
             linear_B3ND,
-            head.final_linear.bias,
-            head.norm.weight,
-            head.norm.bias,
-            norm_eps=head.norm.eps,
-            tanh=head.final_tanh,
-            **options,
+            **rest,
+            grid=grid,
+            temperature=self.recipe.temperature,
+            window=self.recipe.window,
+            lambda_reg=self.recipe.lambda_reg,
+            regularizer=self.recipe.regularizer,
+            backend=self.recipe.backend,
+            diagnostics=diagnostics,
         )
 
 

@@ -1,9 +1,9 @@
-"""Where a step's time goes: a Chrome trace of a few steps, and from it a table by part.
+"""Where a step's time goes: a Chrome trace of a few steps, and from it a table by span.
 
-`student` and `trainer` name the parts of a step with `part`; `StepProfiler` records some early steps of a
-run (`train --profile`) and writes `profile/trace.json` (for chrome://tracing or Perfetto) and
-`profile/summary.json`. On a GPU a kernel belongs to the part during which the host launched it, on whatever
-thread; on a CPU the parts' own durations are taken. Nothing here imports another module of the project.
+`trainer` and `backbone_trainer` name the spans of a step; `StepProfiler` records some early steps of a run
+(`train --profile`) and writes `profile/trace.json` (for chrome://tracing or Perfetto) and
+`profile/summary.json`. On a GPU a kernel belongs to the span during which the host launched it, on whatever
+thread; on a CPU the spans' own durations are taken. Nothing here imports another module of the project.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 # Encoder, head and backward pass in one, where a CUDA graph replays them.
 RECORDED_PASS = "recorded pass"
-PARTS = ("data", "encoder", "head and loss", "backward", RECORDED_PASS, "meters", "optimiser")
+SPANS = ("data", "encoder", "head and loss", "backward", RECORDED_PASS, "meters", "optimiser")
 # After the first steps, which still fill caches; short enough for a trace that a browser opens.
 SKIPPED, RECORDED = 3, 4
 STEP = "step"
@@ -32,7 +32,7 @@ _READS = "aten::_local_scalar_dense"
 _ALLOCATES = ("cudaMalloc", "cudaMallocAsync", "cudaFree", "cudaHostAlloc")
 
 
-def part(name: str) -> record_function:
+def span(name: str) -> record_function:
     """Context that names what is inside for the profiler; next to free without one."""
     return record_function(name)
 
@@ -46,73 +46,75 @@ class StepProfiler:
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        self.folder, self._device, self._seen = folder, device, 0
+        self.folder, self._device = folder, device
+        self._summary: dict[str, Any] | None = None
         activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-        self._profile = profile(activities=activities)
-        self._running = False
-        self.summary: dict[str, Any] | None = None
+        self._profile = profile(
+            activities=activities,
+            schedule=schedule(wait=0, warmup=SKIPPED, active=RECORDED, repeat=1),
+            on_trace_ready=self._write,
+        )
+        self._profile.start()
 
     def step(self) -> None:
         """A step is over: begin or end the recording where it is time."""
-        self._seen += 1
-        if self._seen == SKIPPED:
-            self._synchronize()
-            self._profile.start()
-            self._running = True
-        elif self._seen == SKIPPED + RECORDED:
-            self._stop()
+        if self._device.type == "cuda" and self._profile.step_num + 1 == SKIPPED:
+            # What was launched before shall not run during the recording.
+            torch.cuda.synchronize(self._device)
+        self._profile.step()
 
     def close(self) -> dict[str, Any] | None:
         """The summary; None where the run was too short to record a step."""
-        if self._running and self._seen > SKIPPED:
-            self._stop()
-        return self.summary
-
-    def _stop(self) -> None:
-        self._synchronize()
         self._profile.stop()
-        self._running = False
+        return self._summary
+
+    def _write(self, recorded: profile) -> None:
+        if recorded.step_num <= SKIPPED:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "trace.json"
-        self._profile.export_chrome_trace(str(path))
-        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-        self.summary = summarise(events, steps=min(self._seen - SKIPPED, RECORDED))
-        text = json.dumps(self.summary, indent=2) + "\n"
+        recorded.export_chrome_trace(str(path))
+        self._summary = summarise(json.loads(path.read_text(encoding="utf-8"))["traceEvents"])
+        text = json.dumps(self._summary, indent=2) + "\n"
         (self.folder / "summary.json").write_text(text, encoding="utf-8")
 
-    def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
 
+def summarise(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """A step's time by span, from a Chrome trace's events (times in microseconds).
 
-def summarise(events: Iterable[dict[str, Any]], *, steps: int) -> dict[str, Any]:
-    """A step's time by part, from a Chrome trace's events (times in microseconds).
-
-    Returns `device` (cuda | cpu), `steps`, `step_ms`, `parts` (name -> {"ms", "share"} a step: device time on
-    a GPU, host time on a CPU), `outside_ms` (work of no part), and of the step ranges alone, on threads that
+    Returns `device` (cuda | cpu), `steps`, `step_ms`, `parts` (span -> {"ms", "share"} a step: device time on
+    a GPU, host time on a CPU), `outside_ms` (work of no span), and of the step ranges alone, on threads that
     run PyTorch, `waits`, `scalar_reads` and `allocations` a step; on a GPU also `busy_share`, the share of
-    the recorded time in which at least one kernel ran, and `streams` (part -> number of streams that its
+    the recorded time in which at least one kernel ran, and `streams` (span -> number of streams that its
     kernels were on).
     """
     complete = [event for event in events if event.get("ph") == "X"]
-    step_ranges = _ranges(complete, (STEP,))
-    part_ranges = _ranges(complete, PARTS)
+    step_ranges, span_ranges = _ranges(complete, (STEP,)), _ranges(complete, SPANS)
+    steps = len(step_ranges)
     work = [event for event in complete if event.get("cat") in _ON_DEVICE]
-    parts = dict.fromkeys(PARTS, 0.0)
+    launched = {
+        event["args"]["correlation"]: event["ts"]
+        for event in complete
+        if event.get("cat") in _LAUNCHES and "correlation" in event.get("args", {})
+    }
+    # The device's work, each with the span during which the host launched it, if any.
+    owners = [
+        (event, _range_of(span_ranges, launched.get(event.get("args", {}).get("correlation"))))
+        for event in work
+    ]
+    times = dict.fromkeys(SPANS, 0.0)
     if work:
-        owners = _owners(complete, work, part_ranges)
         for event, name in owners:
             if name is not None:
-                parts[name] += event["dur"]
+                times[name] += event["dur"]
         outside = sum(event["dur"] for event, name in owners if name is None)
     else:
-        for start, end, name in part_ranges:
-            parts[name] += end - start
-        outside = sum(end - start for start, end, _ in step_ranges) - sum(parts.values())
-    total = sum(parts.values()) + outside
-    span = step_ranges[-1][1] - step_ranges[0][0] if step_ranges else 0.0
+        for start, end, name in span_ranges:
+            times[name] += end - start
+        outside = sum(end - start for start, end, _ in step_ranges) - sum(times.values())
+    total = sum(times.values()) + outside
 
     # A loader's own threads may wait: the step's do not wait for them.
     threads = {event.get("tid") for event in complete if event.get("cat") in _HOST}
@@ -124,10 +126,10 @@ def summarise(events: Iterable[dict[str, Any]], *, steps: int) -> dict[str, Any]
     summary: dict[str, Any] = {
         "device": "cuda" if work else "cpu",
         "steps": steps,
-        "step_ms": span / steps / 1e3,
+        "step_ms": (step_ranges[-1][1] - step_ranges[0][0]) / steps / 1e3,
         "parts": {
             name: {"ms": time / steps / 1e3, "share": time / total if total else 0.0}
-            for name, time in parts.items()
+            for name, time in times.items()
         },
         "outside_ms": outside / steps / 1e3,
         "waits": per_step(_WAITS),
@@ -135,35 +137,22 @@ def summarise(events: Iterable[dict[str, Any]], *, steps: int) -> dict[str, Any]
         "allocations": per_step(_ALLOCATES),
     }
     if work:
-        busy = _union([(event["ts"], event["ts"] + event["dur"]) for event in work])
-        window = max(e["ts"] + e["dur"] for e in work) - min(e["ts"] for e in work)
-        summary["busy_share"] = busy / window if window else 0.0
+        busy, reach = 0.0, float("-inf")
+        for start, end in sorted((event["ts"], event["ts"] + event["dur"]) for event in work):
+            busy += max(0.0, end - max(start, reach))
+            reach = max(reach, end)
+        summary["busy_share"] = busy / (reach - min(event["ts"] for event in work))
         summary["streams"] = {
             wanted: len({event["args"].get("stream") for event, name in owners if name == wanted})
-            for wanted in PARTS
+            for wanted in SPANS
         }
     return summary
-
-
-def _owners(
-    complete: list[dict[str, Any]], work: list[dict[str, Any]], part_ranges: list[tuple[float, float, str]]
-) -> list[tuple[dict[str, Any], str | None]]:
-    """The device's work, each with the part during which the host launched it, None where there was none."""
-    launched = {
-        event["args"]["correlation"]: event["ts"]
-        for event in complete
-        if event.get("cat") in _LAUNCHES and "correlation" in event.get("args", {})
-    }
-    return [
-        (event, _range_of(part_ranges, launched.get(event.get("args", {}).get("correlation"))))
-        for event in work
-    ]
 
 
 def summary_table(summary: dict[str, Any]) -> str:
     """The summary as lines for a terminal."""
     of = "GPU time" if summary["device"] == "cuda" else "host time"
-    lines = [f"{summary['step_ms']:.2f} ms a step, mean of {summary['steps']}; {of} by part:"]
+    lines = [f"{summary['step_ms']:.2f} ms a step, mean of {summary['steps']}; {of} by span:"]
     lines += [
         f"  {name:<14}{row['ms']:>10.3f} ms{row['share']:>8.1%}" for name, row in summary["parts"].items()
     ]
@@ -187,17 +176,8 @@ def _ranges(events: list[dict[str, Any]], names: tuple[str, ...]) -> list[tuple[
 
 
 def _range_of(ranges: list[tuple[float, float, str]], time: float | None) -> str | None:
-    """Name of the range that holds a moment, if any."""
+    """Name of the range that holds `time`, if any."""
     if time is None:
         return None
     position = bisect_right(ranges, time, key=lambda item: item[0]) - 1
     return ranges[position][2] if position >= 0 and time <= ranges[position][1] else None
-
-
-def _union(intervals: list[tuple[float, float]]) -> float:
-    """Length of the union of intervals."""
-    covered, reach = 0.0, float("-inf")
-    for start, end in sorted(intervals):
-        covered += max(0.0, end - max(start, reach))
-        reach = max(reach, end)
-    return covered

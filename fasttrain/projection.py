@@ -6,11 +6,12 @@ safetensors file whose metadata says which encoder it belongs to (`video_encoder
 
 import re
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fasttrain.errors import InputError
 from fasttrain.files import write_atomically
@@ -32,9 +33,6 @@ class Projection(nn.Module):
 
     All layers are D to D. Tokens (..., D) come out as (..., D), before L2 normalisation.
 
-    A fused kernel takes the pieces: `hidden(tokens)` is the input of `final_linear`; `final_tanh` says
-    whether a tanh stands between `final_linear` and `norm`.
-
     Args:
         dim: D, the encoder's width.
         head: linear | mlp2 | mlp3.
@@ -49,8 +47,6 @@ class Projection(nn.Module):
         super().__init__()
         if head not in _DEPTH:
             raise InputError(f"head {head!r}: expected one of {', '.join(_DEPTH)}")
-        if init not in get_args(Init):
-            raise InputError(f"init {init!r}: expected one of {', '.join(get_args(Init))}")
         self.dim = dim
         self.head: Head = head
         self.metadata: dict[str, str] = {}
@@ -58,23 +54,37 @@ class Projection(nn.Module):
             self.linears = nn.ModuleList(_linear(dim, init) for _ in range(_DEPTH[head]))
         self.norm = nn.LayerNorm(dim)
 
+    def forward(self, tokens: Tensor) -> Tensor:
+        out = self._last_linear(self._hidden(tokens))
+        return self.norm(out.tanh() if self._final_tanh else out)
+
+    def split(self, tokens: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """The product of the last linear layer, without its bias, and what a fused kernel needs to go on.
+
+        `forward(tokens)` is norm(tanh(product + bias)), without the tanh where `rest["tanh"]` is false.
+        """
+        rest = {
+            "bias": self._last_linear.bias,
+            "norm_weight": self.norm.weight,
+            "norm_bias": self.norm.bias,
+            "norm_eps": self.norm.eps,
+            "tanh": self._final_tanh,
+        }
+        return functional.linear(self._hidden(tokens), self._last_linear.weight), rest
+
     @property
-    def final_linear(self) -> nn.Linear:
+    def _last_linear(self) -> nn.Linear:
         return cast(nn.Linear, self.linears[-1])
 
     @property
-    def final_tanh(self) -> bool:
+    def _final_tanh(self) -> bool:
         return self.head == "linear"
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """The input of `final_linear`, (..., D): the tokens themselves for the linear head."""
+    def _hidden(self, tokens: Tensor) -> Tensor:
+        """The input of the last linear layer, (..., D): the tokens themselves for the linear head."""
         for linear in self.linears[:-1]:
             tokens = linear(tokens).tanh()
         return tokens
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        out = self.final_linear(self.hidden(tokens))
-        return self.norm(out.tanh() if self.final_tanh else out)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, head={self.head!r}"

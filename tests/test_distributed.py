@@ -2,12 +2,14 @@
 
 import dataclasses
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 
 from fasttrain import distributed
 from fasttrain.distributed import World
+from fasttrain.errors import InputError
 
 
 def test_processes_wait_for_one_another_longer_than_nccl_would(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,6 +21,34 @@ def test_processes_wait_for_one_another_longer_than_nccl_would(monkeypatch: pyte
     with distributed.start("cpu"):
         pass
     assert given["timeout"] >= timedelta(hours=1)
+
+
+class OneOfTwo(World):
+    """A process whose partner has `other` to say."""
+
+    def __init__(self, other: Any) -> None:
+        super().__init__(**vars(World.single()))
+        vars(self)["other"] = other
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, self.other]
+
+
+def fail() -> None:
+    raise InputError("not here")
+
+
+def test_what_fails_in_one_process_fails_in_all() -> None:
+    assert OneOfTwo(None).run_on_all(lambda: 5) == 5
+    for world, function in [(OneOfTwo(None), fail), (OneOfTwo("not here"), lambda: 5)]:
+        with pytest.raises(InputError, match="not here"):
+            world.run_on_all(function)
+
+
+def test_what_differs_between_processes_is_refused() -> None:
+    OneOfTwo([1]).check_same([1], "the files")
+    with pytest.raises(InputError, match="the files: process 1 sees something else than process 0"):
+        OneOfTwo([2]).check_same([1], "the files")
 
 
 def test_every_item_is_in_one_shard() -> None:

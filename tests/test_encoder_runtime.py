@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from fasttrain import encoder_runtime
 from fasttrain.backbones import load_backbone
-from fasttrain.encoder_runtime import EncoderRuntime
-from fasttrain.fp8 import LARGEST, Float8Linear, quantize_rows, use_float8
+from fasttrain.encoder_runtime import LARGEST, EncoderRuntime, Float8Linear, quantize_rows, use_float8
 from fasttrain.recipe import EncoderRecipe
 
 CPU = torch.device("cpu")

@@ -11,13 +11,13 @@ from PIL import Image
 from fasttrain import distributed
 from fasttrain.backbone_trainer import BackboneTrainer
 from fasttrain.profiling import (
-    PARTS,
     RECORDED,
     RECORDED_PASS,
     SKIPPED,
+    SPANS,
     STEP,
     StepProfiler,
-    part,
+    span,
     summarise,
     summary_table,
 )
@@ -56,10 +56,10 @@ GPU_EVENTS = [
 
 
 def test_device_time_goes_to_the_part_that_launched_it() -> None:
-    summary = summarise(GPU_EVENTS, steps=1)
+    summary = summarise(GPU_EVENTS)
     milliseconds = {name: row["ms"] for name, row in summary["parts"].items()}
     assert milliseconds == pytest.approx(
-        dict.fromkeys(PARTS, 0.0) | {"data": 0.040, "encoder": 0.080, "backward": 0.010}
+        dict.fromkeys(SPANS, 0.0) | {"data": 0.040, "encoder": 0.080, "backward": 0.010}
     )
     assert summary["outside_ms"] == pytest.approx(0.005)
     assert sum(row["share"] for row in summary["parts"].values()) == pytest.approx(130 / 135)
@@ -73,14 +73,14 @@ def test_device_time_goes_to_the_part_that_launched_it() -> None:
 def test_waits_of_a_loaders_threads_do_not_count() -> None:
     wait = host("cudaEventSynchronize", 20, 1, "cuda_runtime", correlation=9)
     events = [{**event, "tid": 1} for event in GPU_EVENTS]
-    alone = summarise(events, steps=1)["waits"]
-    assert summarise([*events, {**wait, "tid": 2}], steps=1)["waits"] == alone
-    assert summarise([*events, {**wait, "tid": 1}], steps=1)["waits"] == alone + 1
+    alone = summarise(events)["waits"]
+    assert summarise([*events, {**wait, "tid": 2}])["waits"] == alone
+    assert summarise([*events, {**wait, "tid": 1}])["waits"] == alone + 1
 
 
 def test_host_time_is_taken_without_a_device() -> None:
     events = [host(STEP, 0, 100), host("encoder", 10, 60), host("aten::_local_scalar_dense", 80, 1, "cpu_op")]
-    summary = summarise(events, steps=1)
+    summary = summarise(events)
     assert summary["device"] == "cpu"
     assert summary["parts"]["encoder"] == pytest.approx({"ms": 0.06, "share": 0.6})
     assert summary["outside_ms"] == pytest.approx(0.04)
@@ -90,7 +90,7 @@ def test_host_time_is_taken_without_a_device() -> None:
 def run_steps(profiler: StepProfiler, count: int, *, reads: bool = False) -> None:
     a = torch.randn(128, 128)
     for _ in range(count):
-        with part(STEP), part("encoder"):
+        with span(STEP), span("encoder"):
             b = a @ a
             if reads:
                 b.sum().item()
@@ -124,7 +124,7 @@ def test_a_run_too_short_gives_nothing_and_a_cut_one_what_there_is(tmp_path: Pat
 
 def test_a_training_run_is_profiled_and_reads_no_number_between_log_steps(tmp_path: Path) -> None:
     # Brings DALI and PyAV, which a machine that lends its GPU to the test below may lack.
-    from fasttrain.trainer import train
+    from fasttrain.trainer import Trainer
 
     for video in range(4):
         folder = tmp_path / "frames" / f"video{video}"
@@ -148,10 +148,10 @@ def test_a_training_run_is_profiled_and_reads_no_number_between_log_steps(tmp_pa
         }
     )
     with distributed.start("cpu") as world:
-        train(recipe, world, profile=True)
+        Trainer(recipe, world, profile=True).train()
     summary = json.loads((tmp_path / "run" / "profile" / "summary.json").read_text())
     assert summary["steps"] == RECORDED
-    assert all(summary["parts"][name]["ms"] > 0 for name in PARTS if name != RECORDED_PASS)
+    assert all(summary["parts"][name]["ms"] > 0 for name in SPANS if name != RECORDED_PASS)
     # On a CPU torch's fused AdamW reads its step counter once for each of the head's four parameters; on a
     # GPU the counter stays on the device. A meter that read anything would add to these.
     assert summary["scalar_reads"] <= 4
@@ -172,13 +172,13 @@ def test_steps_on_a_gpu_neither_wait_nor_allocate(cuda_graph: bool, tmp_path: Pa
     )
     profiler = StepProfiler(tmp_path, torch.device("cuda"))
     with distributed.start("cuda") as world:
-        student = BackboneTrainer(recipe, world)
-        student.warm_up()
+        trainer = BackboneTrainer(recipe, world)
+        trainer.warm_up()
         frames = torch.randn(2, 4, 3, 64, 64, device="cuda", dtype=torch.bfloat16)
         for step in range(SKIPPED + RECORDED):
-            with part(STEP):
-                student.accumulate(frames, step, last=True, diagnostics=False)
-                student.update(1e-4)
+            with span(STEP):
+                trainer.forward_backward(frames, step, last=True, diagnostics=False)
+                trainer.update(1e-4)
             profiler.step()
     summary = profiler.close()
     assert summary is not None

@@ -1,4 +1,4 @@
-"""Training end to end on small made-up frame folders: the same steps however they are cut."""
+"""Training end to end on small synthetic frame folders: the same steps however they are cut."""
 
 import dataclasses
 import errno
@@ -13,22 +13,19 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
-from rich.console import Console
 from safetensors.torch import load_file
+from synthetic import write_folders
 from timm.models.vision_transformer import VisionTransformer
 
 from fasttrain import distributed
-from fasttrain.backbone_trainer import load_on_all
-from fasttrain.backbones import Backbone
 from fasttrain.data.images import UnreadableFrameError
 from fasttrain.data.index import FolderIndex
+from fasttrain.distributed import World
 from fasttrain.errors import InputError
-from fasttrain.objective import asymmetric_offset
+from fasttrain.files import file_lock
 from fasttrain.optimizer import learning_rate_factor
 from fasttrain.recipe import Recipe, load_recipe, recipe_from_dict, to_yaml
-from fasttrain.tools.synthetic import render_scene
-from fasttrain.trainer import Trainer, train
+from fasttrain.trainer import Trainer
 
 VIDEOS = 6
 
@@ -36,14 +33,7 @@ VIDEOS = 6
 @pytest.fixture(scope="module")
 def frames(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six videos of eight JPEG frames."""
-    root = tmp_path_factory.mktemp("frames")
-    for video in range(VIDEOS):
-        folder = root / "class" / f"video{video}"
-        folder.mkdir(parents=True)
-        scene = render_scene(video, num_frames=8, height=48, width=64, num_objects=1)
-        for t, image in enumerate(scene.frames_THWC):
-            Image.fromarray(image).save(folder / f"{t:05d}.jpg")
-    return root
+    return write_folders(tmp_path_factory.mktemp("frames"), [8] * VIDEOS)
 
 
 def tiny(source: Path, output: Path, **sections: Any) -> Recipe:
@@ -89,7 +79,7 @@ def one_thread() -> Iterator[None]:
 
 def run(recipe: Recipe) -> dict[str, Any]:
     with distributed.start("cpu") as world:
-        return train(recipe, world)
+        return Trainer(recipe, world).train()
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -181,15 +171,15 @@ def test_bad_samples_are_counted_over_a_resume(
 
 
 def crash_and_resume(recipe: Recipe, crash_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    take_step = Trainer._step
+    take_step = Trainer.train_step
 
-    def crash(self: Trainer, batches: Any, step: int, **options: Any) -> None:
-        if step == crash_at:
+    def crash(self: Trainer, *, diagnostics: bool) -> None:
+        if self.step == crash_at + 1:
             raise RuntimeError("pulled the plug")
-        take_step(self, batches, step, **options)
+        take_step(self, diagnostics=diagnostics)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", crash)
+        patch.setattr(Trainer, "train_step", crash)
         with pytest.raises(RuntimeError, match="pulled the plug"):
             run(recipe)
     run(recipe)
@@ -225,36 +215,27 @@ def test_a_run_cut_off_in_its_last_save_is_finished_by_the_next(
         assert [path.name for path in (tmp_path / name / "checkpoints").glob("*.pt")] == ["step_00000004.pt"]
 
 
-def test_a_signal_in_the_last_step_changes_nothing(
-    frames: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_results = Trainer._write_results
-
-    def signalled(self: Trainer, results: dict[str, dict[str, Any]]) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        write_results(self, results)
-
-    monkeypatch.setattr(Trainer, "_write_results", signalled)
-    assert list(run(tiny(frames, tmp_path))) == ["dino"]
-    assert_same_bits(finished, tmp_path)
-
-
+@pytest.mark.parametrize("last", [False, True])
 def test_a_signal_ends_with_a_checkpoint_and_resumes_to_the_same_bits(
-    frames: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    last: bool, frames: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take_step = Trainer._step
+    """One in the last step changes nothing."""
+    take_step = Trainer.train_step
 
-    def signalled(self: Trainer, batches: Any, step: int, **options: Any) -> None:
-        take_step(self, batches, step, **options)
-        if step == 0:
+    def signalled(self: Trainer, *, diagnostics: bool) -> None:
+        take_step(self, diagnostics=diagnostics)
+        if self.step == (4 if last else 1):
             os.kill(os.getpid(), signal.SIGTERM)
 
     recipe = tiny(frames, tmp_path, train={"log_every": 10, "save_every": 10})
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", signalled)
-        with pytest.raises(KeyboardInterrupt):
-            run(recipe)
-    assert (tmp_path / "checkpoints" / "step_00000002.pt").exists()
+        patch.setattr(Trainer, "train_step", signalled)
+        if last:
+            assert list(run(recipe)) == ["dino"]
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                run(recipe)
+            assert (tmp_path / "checkpoints" / "step_00000002.pt").exists()
     run(recipe)
     assert_same_bits(finished, tmp_path)
 
@@ -277,9 +258,7 @@ def test_processes_and_accumulated_passes_take_the_same_steps(
     result = torchrun(2, str(path))
     assert result.returncode == 0, result.stderr
     assert_same_bits(tmp_path / "accumulated", tmp_path / "two")
-    start = Trainer(tiny(frames, tmp_path / "start"), distributed.World(
-        rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu")
-    ), Console(quiet=True)).students[0].projection.state_dict()  # fmt: skip
+    start = Trainer(tiny(frames, tmp_path / "start"), World.single()).trainers[0].projection.state_dict()
     one, two = weights(finished), weights(tmp_path / "two")
     for name in one:
         way = (one[name] - start[name]).norm()
@@ -312,12 +291,12 @@ def test_a_backbone_of_non_finite_loss_is_dropped_and_stays_dropped(
     other = dataclasses.replace(single.backbone, name="mae")
     together = dataclasses.replace(single, backbones=(single.backbone, other))
     with distributed.start("cpu") as world:
-        trainer = Trainer(together, world, Console())
-        trainer.students[1].projection.norm.bias.data.fill_(torch.nan)
-        trainer.ask_to_stop(signal.SIGTERM, None)
+        trainer = Trainer(together, world)
+        trainer.trainers[1].projection.norm.bias.data.fill_(torch.nan)
+        trainer.request_stop(signal.SIGTERM, None)
         with pytest.raises(KeyboardInterrupt):
-            trainer.fit()
-    assert [student.name for student in trainer.students] == ["dino"]
+            trainer.train()
+    assert [one.name for one in trainer.trainers] == ["dino"]
     assert "dropped mae: the loss is not finite in step 0" in capsys.readouterr().out
     assert list(run(together)) == ["dino"]
     assert "dropped mae: its loss was not finite" in capsys.readouterr().out
@@ -336,52 +315,34 @@ def test_a_backbone_added_to_a_trained_run_is_refused(frames: Path, tmp_path: Pa
     assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path / "dino").items())
 
 
-class OneOfTwo(distributed.World):
-    """A process whose partner answers `told` in every gathering."""
-
-    told: Any = None
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value, self.told]
-
-
-def one_of_two(told: Any) -> OneOfTwo:
-    world = OneOfTwo(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
-    object.__setattr__(world, "told", told)
-    return world
-
-
-def test_a_backbone_that_another_process_cannot_have_is_refused_here_too() -> None:
-    settings = {"name": "dino", "embed_dim": 32, "depth": 1, "num_heads": 2, "image_size": 64}
-    with pytest.raises(InputError, match="weights are not there"):
-        load_on_all(one_of_two("weights are not there"), settings)
-    assert load_on_all(one_of_two(None), settings).name == "dino"
-
-
 def test_the_number_of_steps_follows_from_the_epochs(frames: Path, tmp_path: Path) -> None:
     recipe = tiny(frames, tmp_path, train={"steps": None, "epochs": 2.5, "batch_size": 2})
-    with distributed.start("cpu") as world:
-        # 15 pairs; the last global batch that would not be full is left out.
-        assert Trainer(recipe, world, Console(quiet=True)).total_steps == 7
+    # 15 pairs; the last global batch that would not be full is left out.
+    assert Trainer(recipe, World.single()).total_steps == 7
 
 
-class SeesNoCheckpoints(distributed.World):
-    """A process whose partner sees what it sees, but for the checkpoints."""
+class OneOfTwo(World):
+    """A process whose partner sees what it sees, but for one thing."""
+
+    def __init__(self, other: Any, instead_of: type) -> None:
+        super().__init__(**vars(World.single()))
+        vars(self).update(other=other, instead_of=instead_of)
 
     def gather(self, value: Any) -> list[Any]:
-        names = [name for name, _ in value] if isinstance(value, list) else None
-        return [value, [(name, []) for name in names] if names else value]
+        return [value, self.other if isinstance(value, self.instead_of) else value]
 
 
-def test_checkpoints_that_another_process_does_not_see_are_refused(frames: Path, finished: Path) -> None:
-    world = SeesNoCheckpoints(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
-    with pytest.raises(InputError, match="process 1 sees other checkpoints"):
-        Trainer(load_recipe(finished / "recipe.yaml"), world, Console(quiet=True))
-
-
-def test_a_source_that_another_process_does_not_see_is_refused(frames: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"does not exist for process 1 \(1 of 2\)"):
-        Trainer(tiny(frames, tmp_path), one_of_two(False), Console())
+def test_what_another_process_does_not_see_is_refused(frames: Path, finished: Path, tmp_path: Path) -> None:
+    """The source, a video of it, the checkpoints: each would part the processes without a word."""
+    recipe = load_recipe(finished / "recipe.yaml")
+    other_end = "process 1 sees something else than process 0"
+    for world, what in [
+        (OneOfTwo(False, bool), "data.source"),
+        (OneOfTwo("another fingerprint", str), "data.source"),
+        (OneOfTwo({"dino": []}, dict), "output: the checkpoints"),
+    ]:
+        with pytest.raises(InputError, match=f"{what}.*{other_end}"):
+            Trainer(recipe, world)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -414,7 +375,7 @@ def test_other_heads_and_regularisers_learn(
 
 def test_a_non_finite_loss_names_step_and_samples(frames: Path, tmp_path: Path) -> None:
     recipe = tiny(frames, tmp_path, optimizer={"lr": 1e38}, train={"warmup_epochs": 0.0, "save_every": 1})
-    with pytest.raises(InputError, match=r"not finite in step 2 .*samples \d+ \(class/video\d"):
+    with pytest.raises(InputError, match=r"not finite in step 2 .*samples \d+ \(class_\d/video_\d"):
         run(recipe)
     event = metrics(tmp_path)[-1]
     assert event["event"] == "non-finite loss"
@@ -423,39 +384,11 @@ def test_a_non_finite_loss_names_step_and_samples(frames: Path, tmp_path: Path) 
     assert not (tmp_path / "checkpoints" / "step_00000003.pt").exists()
 
 
-def test_every_step_has_an_offset_of_positions_that_its_passes_share(
-    frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    offsets = []
-    cut = Backbone.asymmetric_positions
-
-    def noted(encoder: Backbone, ratio: float, *, offset: tuple[int, int]) -> torch.Tensor:
-        offsets.append(offset)
-        return cut(encoder, ratio, offset=offset)
-
-    monkeypatch.setattr(Backbone, "asymmetric_positions", noted)
-    run(tiny(frames, tmp_path, seed=3, train={"batch_size": 2, "accumulate": 2}))
-    # 4 x 4 patches, enlarged to 44 x 44.
-    assert offsets == [asymmetric_offset(3, step, 41) for step in range(4) for _ in range(2)]
-    assert len(set(offsets)) == 4
-
-
-def test_the_loss_scale_is_part_of_a_checkpoint(frames: Path, tmp_path: Path) -> None:
-    with distributed.start("cpu") as world:
-        recipe = tiny(frames, tmp_path, train={"precision": "fp16"})
-        student = Trainer(recipe, world, Console(quiet=True)).students[0]
-    state = student.state()
-    state["scaler"] = {**state["scaler"], "scale": 8.0, "_growth_tracker": 5}
-    student.load_state(state)
-    assert student.state()["scaler"] == state["scaler"]
-
-
 def test_the_encoder_stays_frozen(frames: Path, tmp_path: Path) -> None:
-    with distributed.start("cpu") as world:
-        trainer = Trainer(tiny(frames, tmp_path), world, Console(quiet=True))
-        encoder = trainer.students[0].encoder
-        before = {name: value.clone() for name, value in encoder.state_dict().items()}
-        trainer.fit()
+    trainer = Trainer(tiny(frames, tmp_path), World.single())
+    encoder = trainer.trainers[0].encoder
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    trainer.train()
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
     for name, value in encoder.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -480,7 +413,7 @@ def test_bad_input_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_full_disk_is_one_line_and_the_run_goes_on(
+def test_after_a_full_disk_the_run_goes_on(
     frames: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace = os.replace
@@ -492,7 +425,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fill)
-        with pytest.raises(InputError, match=f"{tmp_path} cannot be written: no space left on device"):
+        with pytest.raises(OSError, match=r"No space left on device.*step_00000004\.pt"):
             run(tiny(frames, tmp_path))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002.pt"]
     run(tiny(frames, tmp_path))
@@ -500,11 +433,12 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(
 
 
 def test_a_second_run_in_the_folder_is_refused(frames: Path, finished: Path, tmp_path: Path) -> None:
-    with distributed.start("cpu") as world:
-        first, second = (Trainer(tiny(frames, tmp_path), world, Console()) for _ in range(2))
-        with first._alone(), pytest.raises(InputError, match=f"another run writes {tmp_path}"):
-            second.fit()
-        second.fit()
+    with (
+        file_lock(tmp_path / "run.lock", "taken"),
+        pytest.raises(InputError, match=f"another run writes {tmp_path}"),
+    ):
+        run(tiny(frames, tmp_path))
+    run(tiny(frames, tmp_path))
     assert_same_bits(finished, tmp_path)
 
 
@@ -523,7 +457,7 @@ def test_another_batch_or_other_data_are_refused_on_resume(
         run(tiny(frames, tmp_path, train={"batch_size": 3}))
     fewer = tmp_path_factory.mktemp("fewer")
     for video in range(VIDEOS - 1):
-        (fewer / f"video{video}").symlink_to(frames / "class" / f"video{video}")
+        (fewer / f"video{video}").symlink_to(frames / f"class_{video % 2}" / f"video_{video}")
     with pytest.raises(InputError, match="data"):
         run(tiny(fewer, tmp_path))
 

@@ -19,13 +19,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from fasttrain.__main__ import train
 from fasttrain.evaluation import consistency_separability, propagate_labels, region_similarity
 from fasttrain.evaluation.frames import normalise
 from fasttrain.evaluation.plots import overlay_sheet
 from fasttrain.evaluation.sequences import hard_labels, soft_labels
 from fasttrain.recipe import Recipe, load_recipe
 from fasttrain.tools.synthetic import Scene, render_scene, write_scene
-from fasttrain.train import run_recipe
 from fasttrain.video_encoder import VideoEncoder, load_video_encoder
 
 TRAINING_SCENES = range(16)
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     make_videos(Path(recipe.data.source))
-    run_recipe(recipe)
+    train(recipe)
     scenes = [render_scene(seed, num_frames=24) for seed in HELD_OUT_SCENES]
     encoder = load_video_encoder(recipe.output)
     before = measure(scenes, encoder, projected=False)

@@ -15,6 +15,7 @@ from benchmarks.measure import Timing, cpu_seconds, interleave, speedup
 from benchmarks.step import Run, encoder_flops, fp8_error, read_recipe, scaling, stepper, switches
 from fasttrain import distributed
 from fasttrain.backbone_trainer import BackboneTrainer
+from fasttrain.distributed import World
 from fasttrain.recipe import Recipe
 
 CPU = torch.device("cpu")
@@ -47,10 +48,10 @@ def test_the_peer_computes_the_same_loss(regularizer: str, monkeypatch: pytest.M
     frames = torch.randn(2, 3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     peer = BaselineStep(recipe, device=CPU, dtype=torch.float32)
     peer.head.load_state_dict(ours.projection.state_dict())
-    monkeypatch.setattr(peer, "_asymmetric_positions", lambda: ours._positions(7))
+    monkeypatch.setattr(peer, "_asymmetric_positions", lambda: ours.positions(7))
     loss, accuracy, similarity = peer(frames)
-    ours.accumulate(frames, 7, last=True, diagnostics=True)
-    readings, _ = ours.read_meters()
+    ours.forward_backward(frames, 7, last=True, diagnostics=True)
+    readings, _ = ours.meter.read(World.single())
     assert loss == pytest.approx(readings["loss"], rel=1e-5)
     assert accuracy == pytest.approx(readings["cycle_accuracy"])
     assert similarity == pytest.approx(readings["identity_similarity"], rel=1e-4)

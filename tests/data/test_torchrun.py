@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fasttrain.distributed import World
 from fasttrain.errors import InputError, LocalInputError
 from fasttrain.recipe import load_recipe, recipe_from_dict, to_yaml
-from fasttrain.trainer import train
+from fasttrain.trainer import Trainer
 
 STEPS = 40
 PAIRS_PER_VIDEO = 8
@@ -152,8 +152,6 @@ def test_videos_with_every_fault(tmp_path: Path) -> None:
 class TwoAlike(World):
     """Rank 0 of two, as if the other one met what this one meets."""
 
-    other_videos: int = 0
-
     def wrap(self, module: nn.Module) -> nn.Module:
         return module
 
@@ -167,14 +165,7 @@ class TwoAlike(World):
         pass
 
     def gather(self, value: Any) -> list[Any]:
-        if self.other_videos and isinstance(value, tuple) and isinstance(value[0], str):
-            return [value, ("another fingerprint", self.other_videos)]
         return [value, value]
-
-
-def rank_of_two(**changes: Any) -> TwoAlike:
-    place = {"rank": 0, "size": 2, "local_rank": 0, "local_size": 2, "device": torch.device("cpu")}
-    return TwoAlike(**{**place, **changes})
 
 
 def test_the_limit_is_of_all_ranks_and_stops_them_at_the_same_step(tmp_path: Path) -> None:
@@ -182,16 +173,11 @@ def test_the_limit_is_of_all_ranks_and_stops_them_at_the_same_step(tmp_path: Pat
     for path in (root / "class_1" / "video_3").iterdir():
         path.write_bytes(b"")
     recipe = load_recipe(write_recipe(tmp_path, root, max_bad_fraction=0.004))
+    world = TwoAlike(rank=0, size=2, local_rank=0, local_size=2, device=torch.device("cpu"))
     with pytest.raises(InputError, match=r"^\d+ of \d+ samples .*max_bad_fraction=0.004 allows") as caught:
-        train(recipe, rank_of_two())
+        Trainer(recipe, world).train()
     # Only this process met what a loader raises; what the ranks agree on all of them raise.
     assert not isinstance(caught.value, LocalInputError)
     records = lines(tmp_path)
     assert records[-1]["bad_samples"] == 2 * sum(len(record.get("faults", [])) // 2 for record in records) > 4
     assert records[-1]["step"] < STEPS
-
-
-def test_ranks_that_see_other_data_do_not_start(tmp_path: Path) -> None:
-    recipe = load_recipe(write_recipe(tmp_path, write_folders(tmp_path / "frames", [8] * 6)))
-    with pytest.raises(InputError, match=r"process 1 sees other videos \(5\) than process 0 \(6\)"):
-        train(recipe, rank_of_two(other_videos=5))

@@ -1,0 +1,70 @@
+"""One backbone in training: meters, positions, warm-up, state. Steps of whole runs are in test_trainer.py."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fasttrain.backbone_trainer import BackboneTrainer, Meter
+from fasttrain.distributed import World
+from fasttrain.objective import CosettleLoss
+from fasttrain.recipe import recipe_from_dict
+
+TINY = {
+    "backbone": {"name": "dino", "embed_dim": 32, "num_heads": 2, "depth": 1},
+    "data": {"image_size": 64},
+    "train": {"batch_size": 2, "precision": "fp32"},
+}
+
+
+def losses(*values: float, diagnostics: Tensor | None = None) -> CosettleLoss:
+    return CosettleLoss(*(torch.tensor(value) for value in values), diagnostics, diagnostics)
+
+
+def test_meter_reads_means_and_starts_again() -> None:
+    meter = Meter(torch.device("cpu"))
+    meter.add(0, losses(1, 2, 3))
+    meter.add(1, losses(3, 4, 5, diagnostics=torch.tensor(0.5)))
+    readings = {"loss": 2, "cycle": 3, "separability": 4, "cycle_accuracy": 0.5, "identity_similarity": 0.5}
+    assert meter.read(World.single()) == (readings, None)
+    meter.add(2, losses(7, 7, 7))
+    assert meter.read(World.single()) == ({"loss": 7, "cycle": 7, "separability": 7}, None)
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_meter_remembers_the_first_bad_step(bad: int) -> None:
+    meter = Meter(torch.device("cpu"))
+    for step in range(4):
+        meter.add(step, losses(math.nan if step == bad else math.inf if step == 3 else 1.0, 0, 0))
+    assert meter.read(World.single())[1] == bad
+
+
+def test_positions_follow_from_the_step() -> None:
+    trainer = BackboneTrainer(recipe_from_dict(TINY), World.single())
+    assert torch.equal(trainer.positions(0), trainer.positions(0))
+    assert not torch.equal(trainer.positions(0), trainer.positions(1))
+
+
+def test_warm_up_leaves_no_trace() -> None:
+    """Compiled on the CPU: weights, optimiser state, meters and the random state are as before."""
+    recipe = recipe_from_dict({**TINY, "encoder": {"compile": "default"}})
+    trainer = BackboneTrainer(recipe, World.single())
+    before = [p.clone() for p in trainer.projection.parameters()]
+    random_state = torch.get_rng_state()
+    assert trainer.warm_up() > 0
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert trainer.optimizer.state_dict()["state"] == {}
+    for old, parameter in zip(before, trainer.projection.parameters(), strict=True):
+        assert torch.equal(old, parameter)
+        assert parameter.grad is not None
+        assert not parameter.grad.any()
+
+
+def test_the_loss_scale_is_part_of_the_state() -> None:
+    recipe = recipe_from_dict({**TINY, "train": {"batch_size": 2, "precision": "fp16"}})
+    trainer = BackboneTrainer(recipe, World.single())
+    state = trainer.state()
+    state["scaler"] = {**state["scaler"], "scale": 8.0, "_growth_tracker": 5}
+    trainer.load_state(state)
+    assert trainer.state()["scaler"] == state["scaler"]
