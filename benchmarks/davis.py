@@ -25,7 +25,7 @@ from benchmarks.record import RESULTS, environment, write_results
 from fasttrain.backbones import load_backbone
 from fasttrain.distributed import World
 from fasttrain.evaluation import davis
-from fasttrain.evaluation.model import Subject
+from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.plots import write_label_map
 from fasttrain.projection import Projection
 from fasttrain.tools.synthetic import render_scene
@@ -51,7 +51,7 @@ def write_sequence(root: Path, frames: int, *, height: int, width: int) -> None:
     (root / "ImageSets" / "2017" / "val.txt").write_text("pan\n", encoding="utf-8")
 
 
-def measure(subject: Subject, root: Path, device: torch.device, options: list[str]) -> dict[str, float]:
+def measure(model: EvaluatedModel, root: Path, device: torch.device, options: list[str]) -> dict[str, float]:
     """Seconds of the sequence, without and with its pictures."""
     world = World(rank=0, size=1, local_rank=0, local_size=1, device=device)
     parser = argparse.ArgumentParser()
@@ -63,7 +63,7 @@ def measure(subject: Subject, root: Path, device: torch.device, options: list[st
         arguments.root = root
         with tempfile.TemporaryDirectory() as output:
             begun = time.perf_counter()
-            davis.run(arguments, subject, Path(output), world)
+            davis.run(arguments, model, Path(output), world)
             synchronize(device)
             seconds[name] = time.perf_counter() - begun
     return seconds
@@ -91,15 +91,15 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device, 0) if arguments.device == "cuda" else torch.device("cpu")
     encoder = load_backbone(arguments.backbone, weights="random")
-    subject = Subject(
-        encoder=encoder, projection=Projection(encoder.embed_dim), moments=("before", "after")
+    model = EvaluatedModel(
+        encoder=encoder, projection=Projection(encoder.embed_dim), variants=("before", "after")
     ).to(device)
     defaults = argparse.ArgumentParser()
     davis.add_arguments(defaults)
     drawn = min(SEQUENCES, defaults.get_default("pictures"))
     with tempfile.TemporaryDirectory() as root:
         write_sequence(Path(root), arguments.frames, height=HEIGHT, width=WIDTH)
-        seconds = measure(subject, Path(root), device, arguments.options)
+        seconds = measure(model, Path(root), device, arguments.options)
     total, plain = (estimate(seconds, arguments.frames, drawn=count) for count in (drawn, 0))
     payload: dict[str, Any] = {
         "environment": environment(),

@@ -35,7 +35,7 @@ from torch.nn import functional
 from benchmarks.measure import WARM_UPS, Timing, interleave, speedup, synchronize
 from benchmarks.record import RESULTS, environment, write_results
 from fasttrain.backbones import load_backbone
-from fasttrain.evaluation.model import Subject, fit_to_patches
+from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.propagation import (
     CONTEXT,
     RADIUS,
@@ -159,6 +159,8 @@ def make_sequence(case: Case, frames: int | None = None) -> tuple[Tensor, Tensor
 
 def video_case(folder: Path, weights: str) -> Case:
     """The case of a folder of frames; its sizes are those of the encoder and of the first frame."""
+    from fasttrain.evaluation.frames import fit_to_patches
+
     size, encoder = frame_size(folder), load_backbone("mae", weights=weights)
     grid = encoder.grid(*fit_to_patches(size, encoder.patch_size))
     return Case(
@@ -174,13 +176,13 @@ def video_case(folder: Path, weights: str) -> Case:
 def encode_video(case: Case, count: int) -> Tensor:
     """Tokens (T, H, W, D) of the video's first frames."""
     # These read files with packages that a machine which only lends its GPU may lack.
-    from fasttrain.evaluation.frames import read_image, resize
+    from fasttrain.evaluation.frames import fit_to_patches, read_image, resize
 
     encoder = load_backbone("mae", weights=case.weights)
     size = fit_to_patches(frame_size(Path(case.video)), encoder.patch_size)
-    subject = Subject(encoder=encoder, projection=None, moments=("before",))
+    model = EvaluatedModel(encoder=encoder, projection=None, variants=("before",))
     frames = (resize(read_image(path), size) for path in frames_of(Path(case.video))[:count])
-    return subject.tokens(frames, torch.device("cpu"))["before"].unflatten(1, case.grid)
+    return model.tokens(frames, torch.device("cpu"))["before"].unflatten(1, case.grid)
 
 
 def frames_of(folder: Path) -> list[Path]:

@@ -86,6 +86,10 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def merge(self, values: dict[str, Item]) -> dict[str, Item]:
+        """The entries of all processes together, in the order of their keys."""
+        return dict(sorted(entry for share in self.gather(values) for entry in share.items()))
+
     def run_on_all(self, function: Callable[[], Result]) -> Result:
         """`function()` in every process; an InputError in one is raised in all, so that none waits."""
         result, reason = None, None

@@ -94,6 +94,14 @@ def text_lines(path: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
+def read_lines(path: Path, expected: str = "a text file in UTF-8") -> list[str]:
+    """`text_lines`, with an InputError that says what was `expected` where they cannot be read."""
+    try:
+        return text_lines(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); expected {expected}") from error
+
+
 def os_reason(error: OSError) -> str:
     """What went wrong with a file, in a few words."""
     return (error.strerror or str(error)).lower()

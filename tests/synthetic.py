@@ -99,7 +99,7 @@ def make_loader(index: FrameIndex, sampling: PairSampling | None = None, **chang
 NAMES = ("alpha", "beta", "gamma")
 FRAMES = 5
 # timm's smallest ViT, whose random weights are a function of the seed, and the width of its tokens.
-SUBJECT = ("--backbone", "test_vit", "--device", "cpu")
+MODEL = ("--backbone", "test_vit", "--device", "cpu")
 WIDTH = 64
 # Options that keep each task small.
 SMALL = {

@@ -55,20 +55,20 @@ def _framed(picture_HWC: Frame, color: tuple[int, int, int]) -> Frame:
 
 
 def confusion_maps(counts: Mapping[str, Any], classes: Sequence[str], path: Path) -> Path:
-    """Side by side per moment: the share of each true class (row) that was taken for each class (column)."""
+    """Side by side per variant: the share of each true class (row) that was taken for each class (column)."""
     if not counts:
-        raise InputError("a confusion map needs the counts of at least one moment")
+        raise InputError("a confusion map needs the counts of at least one variant")
     side = float(np.clip(0.22 * len(classes), 3.5, 9))
     figure = Figure(figsize=(side * len(counts) + 1.5, side + 0.6), layout="constrained")
     grid = figure.subplots(1, len(counts), squeeze=False)[0]
     scale = ScalarMappable(Normalize(0, 1), "viridis")
-    for axes, (moment, counts_CC) in zip(grid, counts.items(), strict=True):
+    for axes, (variant, counts_CC) in zip(grid, counts.items(), strict=True):
         counts_CC = np.asarray(counts_CC, dtype=float)
         # A class without a test video is an empty row.
         shares_CC = counts_CC / np.maximum(counts_CC.sum(axis=1, keepdims=True), 1)
         axes.imshow(shares_CC, norm=scale.norm, cmap=scale.cmap, interpolation="nearest")
         axes.set_title(
-            f"{moment}: {100 * np.trace(counts_CC) / max(1, counts_CC.sum()):.1f} % right", fontsize=10
+            f"{variant}: {100 * np.trace(counts_CC) / max(1, counts_CC.sum()):.1f} % right", fontsize=10
         )
         axes.set_xlabel("predicted", fontsize=8)
         axes.set_ylabel("true", fontsize=8)

@@ -25,7 +25,7 @@ from fasttrain.evaluation.metrics import (
     knn_classify,
     top_accuracy,
 )
-from fasttrain.evaluation.model import Subject
+from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.video_features import extract_split, stack
 
 TOP = (1, 5)
@@ -46,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: World) -> dict[str, Any] | None:
+def run(
+    arguments: argparse.Namespace, model: EvaluatedModel, output: Path, world: World
+) -> dict[str, Any] | None:
     """Accuracy on all test videos, on the main process."""
     if min(arguments.neighbours) < 1 or arguments.max_iterations < 1:
         raise InputError(
@@ -55,7 +57,7 @@ def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: Wo
         )
     if not arguments.temperature >= LEAST_TEMPERATURE:
         raise InputError(f"--temperature {arguments.temperature}: expected at least {LEAST_TEMPERATURE}")
-    found = extract_split(arguments, subject, output, world)
+    found = extract_split(arguments, model, output, world)
     if found is None:
         return None
     split, extracted, data = found
@@ -65,9 +67,9 @@ def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: Wo
     results: dict[str, dict[str, float]] = {}
     probes: dict[str, dict[str, Any]] = {}
     confusions: dict[str, Tensor] = {}
-    for moment in subject.moments:
+    for variant in model.variants:
         train_ND, test_SD = (
-            stack(videos, extracted, moment).to(world.device) for videos in (split.train, split.test)
+            stack(videos, extracted, variant).to(world.device) for videos in (split.train, split.test)
         )
         scores = {
             f"{k}-NN": votes_SC.cpu()
@@ -88,23 +90,23 @@ def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: Wo
             max_iterations=arguments.max_iterations,
         )
         scores["linear"] = probe.scores(test_SD).cpu()
-        results[moment] = {
+        results[variant] = {
             f"{name} top-{k}": top_accuracy(scores_SC, labels_S, k)
             for name, scores_SC in scores.items()
             for k in TOP
         }
-        probes[moment] = probe.describe()
-        confusions[moment] = confusion(scores["linear"].argmax(dim=1), labels_S, len(split.classes))
+        probes[variant] = probe.describe()
+        confusions[variant] = confusion(scores["linear"].argmax(dim=1), labels_S, len(split.classes))
     charts.confusion_maps(confusions, split.classes, output / "figures" / "confusion.png")
     return {
         "data": {**data, "held_out_videos": int(held_out_N.sum())},
         "results": results,
         "linear_probe": probes,
         "linear_top_1_per_class": {
-            moment: {
+            variant: {
                 split.classes[label]: 100 * int(counts_CC[label, label]) / int(counts_CC[label].sum())
                 for label in labels_S.unique().tolist()
             }
-            for moment, counts_CC in confusions.items()
+            for variant, counts_CC in confusions.items()
         },
     }

@@ -20,18 +20,13 @@ from fasttrain.evaluation import (
     davis,
     jhmdb,
     localization,
+    model,
     retrieval,
     vip,
 )
-from fasttrain.evaluation.model import (
-    add_subject_arguments,
-    load_subject,
-    print_comparison,
-    with_difference,
-    write_figures,
-)
+from fasttrain.evaluation.results import print_table, with_difference, write_results
 
-# In order: module, what it measures.
+# In the order of the help: the module and what it measures.
 TASKS: dict[str, tuple[ModuleType, str]] = {
     "davis": (davis, "video object segmentation by label propagation: J and F"),
     "vip": (vip, "body part segmentation by label propagation: mean IoU and each class"),
@@ -49,7 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         of_task = tasks.add_parser(name, help=meaning, description=task.__doc__)
         of_task.formatter_class = argparse.RawDescriptionHelpFormatter
         of_task.add_argument("--root", type=Path, required=True, help="the data set")
-        add_subject_arguments(of_task)
+        model.add_arguments(of_task)
+        of_task.add_argument(
+            "--output", type=Path, help="folder for figures (default: RUN/eval/TASK, or eval/TASK)"
+        )
         task.add_arguments(of_task)
 
 
@@ -67,31 +65,33 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError(f"{output} cannot be written to; give another --output")
     begun, earlier = time.perf_counter(), _pictures(output)
     with distributed.start(arguments.device) as world:
-        subject = load_subject(arguments).to(world.device)
-        found = task.run(arguments, subject, output, world)
-        if found is None:
-            return
-        found["results"] = with_difference(found["results"])
-        settings = {
-            key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()
-        }
-        path = output / f"{arguments.task}.json"
-        about = {"task": arguments.task, "settings": settings, "model": subject.describe()}
+        evaluated = model.load_model(arguments).to(world.device)
+        found = task.run(arguments, evaluated, output, world)
+    if found is None:
+        return
+    results = with_difference(found["results"])
+    settings = {
+        key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()
+    }
+    about = {
+        "task": arguments.task,
+        "settings": settings,
+        "model": evaluated.describe(),
         # The folder may also hold those of an earlier evaluation, of other sequences.
-        about["pictures"] = [
-            name for name, written in _pictures(output).items() if written != earlier.get(name)
-        ]
-        write_figures(path, {**about, "seconds": time.perf_counter() - begun, **found})
-        print_comparison(
-            f"{arguments.task}: {meaning}\n{subject.encoder.name}, {subject.encoder.weights}",
-            found["results"],
-        )
-        print(f"written to {path}")
+        "pictures": [name for name, written in _pictures(output).items() if written != earlier.get(name)],
+        "seconds": time.perf_counter() - begun,
+    }
+    path = output / f"{arguments.task}.json"
+    write_results(path, {**about, **found, "results": results})
+    print_table(
+        f"{arguments.task}: {meaning}\n{evaluated.encoder.name}, {evaluated.encoder.weights}", results
+    )
+    print(f"written to {path}")
 
 
 def _nearest(folder: Path) -> Path:
     """The folder, or the first above it that is there."""
-    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
 
 
 def _pictures(output: Path) -> dict[str, int]:

@@ -17,7 +17,7 @@ from fasttrain.distributed import World
 from fasttrain.errors import InputError, LocalInputError
 from fasttrain.evaluation import plots
 from fasttrain.evaluation.frames import centre_crop, read_clip
-from fasttrain.evaluation.model import Subject, own_share
+from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.trade_off import FEWEST_FRAMES, Analysis
 
 
@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-size", type=int, default=224, help="side of the middle crop (default: 224)")
 
 
-def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: World) -> dict[str, Any] | None:
+def run(
+    arguments: argparse.Namespace, model: EvaluatedModel, output: Path, world: World
+) -> dict[str, Any] | None:
     """Figures of all videos together, on the main process."""
     for name, least in (("num_frames", FEWEST_FRAMES), ("num_videos", 1), ("image_size", 1)):
         if getattr(arguments, name) < least:
@@ -37,7 +39,7 @@ def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: Wo
             raise InputError(f"{option} {getattr(arguments, name)}: expected at least {least}")
     index = open_source(arguments.root)
     chosen = evenly_spaced(len(index), arguments.num_videos)
-    analyses, skipped = measure_share(index, own_share(chosen, world), arguments, subject, world.device)
+    analyses, skipped = measure_share(index, world.shard(chosen), arguments, model, world.device)
     if not merge(analyses, skipped, output, world):
         return None
     told = [f"{name}: {reason}" for name, reason in index.skipped]
@@ -47,9 +49,9 @@ def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: Wo
         raise InputError(f"no video of {arguments.root} can be measured; {'; '.join(told[:3])}")
     if told:
         print(f"videos passed over: {len(told)}, such as {told[0]}")
-    results = {moment: analysis.result() for moment, analysis in analyses.items()}
+    results = {variant: analysis.result() for variant, analysis in analyses.items()}
     if set(results) == {"before", "after"} and counted > 1:
-        point = (subject.encoder.name, results["before"], results["after"])
+        point = (model.encoder.name, results["before"], results["after"])
         plots.trade_off([point], output / "figures" / "trade_off.png")
     return {"data": {"videos": counted, "skipped": told}, "results": results}
 
@@ -58,11 +60,11 @@ def measure_share(
     index: FrameIndex,
     videos: list[int],
     arguments: argparse.Namespace,
-    subject: Subject,
+    model: EvaluatedModel,
     device: torch.device,
 ) -> tuple[dict[str, Analysis], dict[int, str]]:
-    """The analysis of these videos per moment, and which of them were passed over, and why."""
-    analyses = {moment: Analysis() for moment in subject.moments}
+    """The analysis of these videos per variant, and which of them were passed over, and why."""
+    analyses = {variant: Analysis() for variant in model.variants}
     skipped = {}
     for video in videos:
         length = int(index.num_frames[video])
@@ -75,13 +77,13 @@ def measure_share(
             skipped[video] = f"{index.names[video]}: {error}"
             continue
         frames = (centre_crop(frame, arguments.image_size) for frame in clip)
-        for moment, tokens_TND in subject.tokens(frames, device).items():
+        for variant, tokens_TND in model.tokens(frames, device).items():
             if not tokens_TND.isfinite().all():
                 raise LocalInputError(
-                    f"features of {index.names[video]} {moment} the projection are not all finite; look at "
+                    f"features of {index.names[video]} {variant} the projection are not all finite; look at "
                     "the frames and at the weights"
                 )
-            analyses[moment].add(video, tokens_TND)
+            analyses[variant].add(video, tokens_TND)
     return analyses, skipped
 
 
@@ -93,16 +95,16 @@ def merge(analyses: dict[str, Analysis], skipped: dict[int, str], output: Path, 
     parts = [output / f".part{rank}.pt" for rank in range(world.size)]
     if not world.is_main:
         output.mkdir(parents=True, exist_ok=True)
-        measured = {moment: (one.within, one.middles) for moment, one in analyses.items()}
+        measured = {variant: (one.within, one.middles) for variant, one in analyses.items()}
         torch.save({"measured": measured, "skipped": skipped}, parts[world.rank])
     world.barrier()
     if not world.is_main:
         return False
     for path in parts[1:]:
         part = torch.load(path, weights_only=True)
-        for moment, (within, middles) in part["measured"].items():
-            analyses[moment].within |= within
-            analyses[moment].middles |= middles
+        for variant, (within, middles) in part["measured"].items():
+            analyses[variant].within |= within
+            analyses[variant].middles |= middles
         skipped |= part["skipped"]
         path.unlink()
     return True

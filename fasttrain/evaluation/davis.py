@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from fasttrain.data.map_ahead import map_ahead
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.evaluation import sequences
-from fasttrain.evaluation.frames import read_label_map, work_ahead
+from fasttrain.evaluation.frames import fit_to_patches, read_label_map
 from fasttrain.evaluation.metrics import boundary_accuracy, region_similarity, statistics
-from fasttrain.evaluation.model import Subject, fit_to_patches
+from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.propagation import TOPK
 from fasttrain.evaluation.sequences import Evaluation, LabelMap, VideoSequence
 
@@ -34,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sequences.add_arguments(parser, topk=TOPK)
 
 
-def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: World) -> dict[str, Any] | None:
+def run(
+    arguments: argparse.Namespace, model: EvaluatedModel, output: Path, world: World
+) -> dict[str, Any] | None:
     """Figures of all sequences, on the main process."""
     for name in ("height", "width"):
         if getattr(arguments, name) < 1:
@@ -42,17 +45,17 @@ def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: Wo
     found = find_sequences(arguments.root, arguments.year, arguments.subset)
     for sequence in found:
         read_first_objects(sequence, arguments.year)
-    merged = sequences.evaluate_all(found, evaluate_sequence, arguments, subject, output, world)
+    merged = sequences.evaluate_all(found, evaluate_sequence, arguments, model, output, world)
     if merged is None:
         return None
     return {
         "data": {
             "sequences": len(found),
             "frames": sum(len(one.frames) for one in found),
-            "objects": sum(len(one[subject.moments[0]]) for one in merged.values()),
+            "objects": sum(len(one[model.variants[0]]) for one in merged.values()),
             "notes": sequences.take_notes(merged),
         },
-        "results": {moment: summarise(merged, moment) for moment in subject.moments},
+        "results": {variant: summarise(merged, variant) for variant in model.variants},
         "per_sequence": merged,
     }
 
@@ -123,26 +126,26 @@ def read_objects(sequence: VideoSequence, year: str) -> tuple[LabelMap, list[str
 
 
 def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation, drawn: bool) -> dict[str, Any]:
-    """Per moment and object the mean, recall and decay of J and F; writes masks, contact sheet and video."""
+    """Per variant and object the mean, recall and decay of J and F; writes masks, contact sheet and video."""
     truth_THW, notes = read_objects(sequence, evaluation.arguments.year)
     size = fit_to_patches(
-        (evaluation.arguments.height, evaluation.arguments.width), evaluation.subject.encoder.patch_size
+        (evaluation.arguments.height, evaluation.arguments.width), evaluation.model.encoder.patch_size
     )
     first_hwC = sequences.soft_labels(
-        truth_THW[0], evaluation.subject.encoder.grid(*size), classes=int(truth_THW[0].max()) + 1
+        truth_THW[0], evaluation.model.encoder.grid(*size), classes=int(truth_THW[0].max()) + 1
     )
     found = sequences.propagate(sequence.frames, size, first_hwC, evaluation)
     result: dict[str, Any] = {"notes": notes}
     masks: dict[str, list[LabelMap]] = {}
-    for moment, labels_ThwC in found.labels_ThwC.items():
-        masks[moment] = [truth_THW[0]]
-        masks[moment] += [
+    for variant, labels_ThwC in found.labels_ThwC.items():
+        masks[variant] = [truth_THW[0]]
+        masks[variant] += [
             sequences.hard_labels(labels_hwC, truth_THW.shape[1:]) for labels_hwC in labels_ThwC[1:]
         ]
         sequences.write_masks(
-            masks[moment], sequence.annotations, evaluation.output / "masks" / moment / sequence.name
+            masks[variant], sequence.annotations, evaluation.output / "masks" / variant / sequence.name
         )
-        result[moment] = score(np.stack(masks[moment]), truth_THW)
+        result[variant] = score(np.stack(masks[variant]), truth_THW)
     if drawn:
         sequences.draw_masks(
             sequence, masks, list(truth_THW), found.matches_M4, evaluation.output / "figures"
@@ -158,7 +161,7 @@ def score(masks_THW: LabelMap, truth_THW: LabelMap) -> dict[str, dict[str, dict[
         pairs = [(masks_THW[t] == number, truth_THW[t] == number) for number in objects]
         return [(region_similarity(*pair), boundary_accuracy(*pair)) for pair in pairs]
 
-    measured_TO2 = np.array(list(work_ahead(measure, range(1, len(truth_THW) - 1))))
+    measured_TO2 = np.array(list(map_ahead(measure, range(1, len(truth_THW) - 1))))
     return {
         str(number): {
             name: asdict(statistics(measured_TO2[:, number - 1, place])) for place, name in enumerate("JF")
@@ -167,9 +170,9 @@ def score(masks_THW: LabelMap, truth_THW: LabelMap) -> dict[str, dict[str, dict[
     }
 
 
-def summarise(per_sequence: dict[str, Any], moment: str) -> dict[str, float]:
+def summarise(per_sequence: dict[str, Any], variant: str) -> dict[str, float]:
     """The toolkit's global figures: means over all objects of all sequences."""
-    objects = [one for sequence in per_sequence.values() for one in sequence[moment].values()]
+    objects = [one for sequence in per_sequence.values() for one in sequence[variant].values()]
     means = {
         f"{name}-{kind.capitalize()}": float(np.mean([one[name][kind] for one in objects]))
         for name in ("J", "F")

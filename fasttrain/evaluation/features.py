@@ -1,7 +1,7 @@
 """Features of videos, extracted once: mean tokens per video or per frame, cached by content.
 
 A feature is the mean over a frame's tokens of the L2-normalised tokens; a video's is the mean over its
-frames. The cache holds one safetensors file per video and moment (before, after the projection), named by a
+frames. The cache holds one safetensors file per video and variant (before, after the projection), named by a
 hash of all that the feature is a function of: encoder, weights and, after, the projection's; which frames,
 how large; and what is in the file. Frame folders and packed sets are hashed by the frames that are used,
 byte by byte; a video file by its size and 16 parts of 4 KiB from first to last, as fast as opening it. A run
@@ -15,7 +15,6 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -35,14 +34,15 @@ from torch.nn import functional
 
 from fasttrain.data.images import UnreadableFrameError
 from fasttrain.data.index import FolderIndex, FrameIndex, VideoIndex
+from fasttrain.data.map_ahead import map_ahead
 from fasttrain.data.packed import PackedIndex
 from fasttrain.data.sampling import evenly_spaced
 from fasttrain.data.sources import find_source
 from fasttrain.data.video import probe_video, stream_video_frames
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
-from fasttrain.evaluation.frames import centre_crop, map_ahead
-from fasttrain.evaluation.model import Subject, gather, own_share
+from fasttrain.evaluation.frames import centre_crop
+from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.files import os_reason, write_atomically
 
 Frame = npt.NDArray[np.uint8]
@@ -92,7 +92,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class VideoFeatures:
-    """Features of one video at one moment."""
+    """Features of one video at one variant."""
 
     features_TD: Tensor
     """float32; T is 1 where frames are pooled."""
@@ -158,15 +158,15 @@ class Extracted:
 
     store: FeatureStore
     keys: Mapping[str, Mapping[str, str]]
-    """By video and moment."""
+    """By video and variant."""
     num_frames: Mapping[str, int]
     """Frames of each whole video; its keys are the videos that can be read."""
     skipped: list[str]
     """`name: reason` of those that cannot."""
 
-    def load(self, name: str, moment: str) -> VideoFeatures:
+    def load(self, name: str, variant: str) -> VideoFeatures:
         """Raises InputError where another process wrote to a folder that this one does not see."""
-        found = self.store.load(self.keys[name][moment])
+        found = self.store.load(self.keys[name][variant])
         if found is None:
             raise InputError(f"features of {name} are not in {self.store.folder}; all processes must see it")
         return found
@@ -175,7 +175,7 @@ class Extracted:
 def extract(
     videos: Mapping[str, Place],
     sampling: Sampling,
-    subject: Subject,
+    model: EvaluatedModel,
     arguments: argparse.Namespace,
     output: Path,
     world: World,
@@ -191,11 +191,11 @@ def extract(
         raise InputError(
             f"--batch-size {arguments.batch_size}, --workers {arguments.workers}: expected at least 1 and 0"
         )
-    subject.encoder.grid(sampling.image_size, sampling.image_size)
+    model.encoder.grid(sampling.image_size, sampling.image_size)
     store = FeatureStore(arguments.cache or output / "cache")
-    share = {name: videos[name] for name in own_share(sorted(videos), world)}
-    merged = gather(_Extractor(sampling, subject, store, arguments).run(share, world), output, world)
-    if merged is None:
+    share = {name: videos[name] for name in world.shard(sorted(videos))}
+    merged = world.merge(_Extractor(sampling, model, store, arguments).run(share, world))
+    if not world.is_main:
         return None
     readable = {name: found for name, found in merged.items() if found["reason"] is None}
     extracted = Extracted(
@@ -241,26 +241,26 @@ class _Extractor:
     """Videos -> cached features: threads hash and decode ahead, this one encodes."""
 
     def __init__(
-        self, sampling: Sampling, subject: Subject, store: FeatureStore, arguments: argparse.Namespace
+        self, sampling: Sampling, model: EvaluatedModel, store: FeatureStore, arguments: argparse.Namespace
     ) -> None:
-        self.sampling, self.subject, self.store = sampling, subject, store
+        self.sampling, self.model, self.store = sampling, model, store
         self.batch_size = arguments.batch_size
         self.workers = arguments.workers or max(1, min(16, len(os.sched_getaffinity(0))))
-        self.about = {moment: _describe(subject, sampling, moment) for moment in subject.moments}
+        self.about = {variant: _describe(model, sampling, variant) for variant in model.variants}
 
     def run(self, videos: Mapping[str, Place], world: World) -> dict[str, dict[str, Any]]:
-        """By name: the key of each moment, the number of frames, the reason why it cannot be read or None."""
+        """By name: each variant's key, the number of frames, the reason why it cannot be read or None."""
         results: dict[str, dict[str, Any]] = {}
-        with ThreadPoolExecutor(self.workers) as pool, _progress(len(videos), world) as advance:
-            jobs = map_ahead(pool, lambda item: self.prepare(*item), videos.items(), 2 * self.workers)
-            chunks = map_ahead(pool, lambda work: work(), self.work(jobs), self.workers)
+        with _progress(len(videos), world) as advance:
+            jobs = map_ahead(lambda item: self.prepare(*item), videos.items(), workers=self.workers)
+            chunks = map_ahead(lambda work: work(), self.work(jobs), workers=self.workers, depth=self.workers)
             sums: dict[str, list[Tensor]] = {}
             reason, thumbnail = None, b""
             for chunk in chunks:
                 reason, thumbnail = reason or chunk.reason, thumbnail or chunk.thumbnail
                 if chunk.frames_T3HW is not None and reason is None:
-                    for moment, pooled_TD in self.encode(chunk, world.device).items():
-                        sums.setdefault(moment, []).append(pooled_TD)
+                    for variant, pooled_TD in self.encode(chunk, world.device).items():
+                        sums.setdefault(variant, []).append(pooled_TD)
                 if chunk.last:
                     found = {"keys": chunk.job.keys, "num_frames": chunk.job.num_frames, "reason": reason}
                     results[chunk.job.name] = found
@@ -278,9 +278,9 @@ class _Extractor:
             return _Job(name, {}, reason=os_reason(error))
         except UnreadableFrameError as error:
             return _Job(name, {}, reason=str(error))
-        keys = {moment: _hash(about, content) for moment, about in self.about.items()}
-        cached = {moment: self.store.load(key) for moment, key in keys.items()}
-        wanted = tuple(moment for moment, found in cached.items() if found is None)
+        keys = {variant: _hash(about, content) for variant, about in self.about.items()}
+        cached = {variant: self.store.load(key) for variant, key in keys.items()}
+        wanted = tuple(variant for variant, found in cached.items() if found is None)
         if not wanted:
             return _Job(name, keys, max(found.num_frames for found in cached.values() if found))
         try:
@@ -317,37 +317,37 @@ class _Extractor:
 
     @torch.inference_mode()
     def encode(self, chunk: _Chunk, device: torch.device) -> dict[str, Tensor]:
-        """Per wanted moment (T, D) on the CPU: each frame's mean of normalised tokens."""
+        """Per wanted variant (T, D) on the CPU: each frame's mean of normalised tokens."""
         assert chunk.frames_T3HW is not None
-        pooled: dict[str, list[Tensor]] = {moment: [] for moment in chunk.job.wanted}
+        pooled: dict[str, list[Tensor]] = {variant: [] for variant in chunk.job.wanted}
         for frames_B3HW in chunk.frames_T3HW.split(self.batch_size):
             with torch.autocast(device.type, torch.bfloat16, enabled=self.sampling.precision == "bf16"):
-                frozen_BND = self.subject.encoder.tokens(frames_B3HW.to(device, non_blocking=True))
+                frozen_BND = self.model.encoder.tokens(frames_B3HW.to(device, non_blocking=True))
                 tokens_BND = {"before": frozen_BND}
-                if self.subject.projection is not None and "after" in pooled:
-                    tokens_BND["after"] = self.subject.projection(frozen_BND)
-            for moment, parts in pooled.items():
-                normalised_BND = functional.normalize(tokens_BND[moment].float(), dim=-1)
+                if self.model.projection is not None and "after" in pooled:
+                    tokens_BND["after"] = self.model.projection(frozen_BND)
+            for variant, parts in pooled.items():
+                normalised_BND = functional.normalize(tokens_BND[variant].float(), dim=-1)
                 parts.append(normalised_BND.mean(dim=1).cpu())
-        return {moment: torch.cat(parts) for moment, parts in pooled.items()}
+        return {variant: torch.cat(parts) for variant, parts in pooled.items()}
 
     def finish(self, job: _Job, sums: dict[str, list[Tensor]], thumbnail: bytes) -> None:
-        for moment, parts in sums.items():
+        for variant, parts in sums.items():
             features_TD = torch.cat(parts)
             if self.sampling.pool == "video":
                 features_TD = features_TD.mean(dim=0, keepdim=True)
-            self.store.save(job.keys[moment], VideoFeatures(features_TD, job.num_frames, thumbnail))
+            self.store.save(job.keys[variant], VideoFeatures(features_TD, job.num_frames, thumbnail))
 
 
-def _describe(subject: Subject, sampling: Sampling, moment: str) -> str:
+def _describe(model: EvaluatedModel, sampling: Sampling, variant: str) -> str:
     """All but the video that a feature is a function of."""
-    encoder = subject.encoder
+    encoder = model.encoder
     heads = [block.attn.num_heads for block in encoder.blocks]
     parts = [FORMAT, encoder.name, encoder.weights_hash, encoder.image_size, heads, str(encoder)]
     parts.append(asdict(sampling))
-    if moment == "after" and subject.projection is not None:
-        digest = hashlib.sha256(subject.projection.head.encode())
-        for name, tensor in sorted(subject.projection.state_dict().items()):
+    if variant == "after" and model.projection is not None:
+        digest = hashlib.sha256(model.projection.head.encode())
+        for name, tensor in sorted(model.projection.state_dict().items()):
             digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
         parts.append(digest.hexdigest())
     return repr(parts)

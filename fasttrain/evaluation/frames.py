@@ -3,12 +3,8 @@
 Below the tasks, above `data.sources`. Shape suffixes: T frames, H W pixels, C colours, S side of a crop.
 """
 
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +18,6 @@ from fasttrain.data.index import FrameIndex
 from fasttrain.errors import InputError
 
 Frame = npt.NDArray[np.uint8]
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-# Threads of the work around the encoder, which waits for files and releases the interpreter's lock.
-THREADS = min(8, os.cpu_count() or 1)
 
 
 def read_image(path: Path) -> Frame:
@@ -35,25 +26,6 @@ def read_image(path: Path) -> Frame:
         return decode_image(np.fromfile(path, dtype=np.uint8))
     except (OSError, UnreadableFrameError) as error:
         raise InputError(f"frame {path} cannot be read ({error}); replace it") from error
-
-
-def work_ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """`function` of each item, in order, a few items ahead of the consumer, in threads."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        yield from map_ahead(pool, function, items, 2 * THREADS)
-
-
-def map_ahead(
-    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], depth: int
-) -> Iterator[Result]:
-    """map() on the pool in order, with at most `depth` results waiting: memory stays bounded."""
-    waiting: deque[Future[Result]] = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) > depth:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 
 def read_label_map(path: Path) -> npt.NDArray[np.uint8]:
@@ -81,6 +53,12 @@ def read_clip(index: FrameIndex, video: int, frames: Sequence[int]) -> list[Fram
     if index.storage == "frames":
         return list(index.read(video, frames))
     return [index.read_frame(video, frame) for frame in frames]
+
+
+def fit_to_patches(size: tuple[int, int], patch: int) -> tuple[int, int]:
+    """The nearest height and width that whole patches cover."""
+    height, width = (max(patch, round(side / patch) * patch) for side in size)
+    return height, width
 
 
 def resize(frame_HWC: Frame, size: tuple[int, int]) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.evaluation import plots, sequences
-from fasttrain.evaluation.frames import read_image
+from fasttrain.evaluation.frames import fit_to_patches, read_image
 from fasttrain.evaluation.metrics import (
     JOINTS,
     THRESHOLDS,
@@ -32,7 +32,7 @@ from fasttrain.evaluation.metrics import (
     mean_over_joints,
     percentages,
 )
-from fasttrain.evaluation.model import Subject, fit_to_patches
+from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.propagation import TOPK
 from fasttrain.evaluation.sequences import Evaluation, VideoSequence
 
@@ -52,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sequences.add_arguments(parser, topk=TOPK)
 
 
-def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: World) -> dict[str, Any] | None:
+def run(
+    arguments: argparse.Namespace, model: EvaluatedModel, output: Path, world: World
+) -> dict[str, Any] | None:
     """Figures of all clips, on the main process."""
     for name in ("size", "sigma"):
         if not 0 < getattr(arguments, name) < math.inf:
@@ -60,11 +62,11 @@ def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: Wo
     found = find_sequences(arguments.root, arguments.split, arguments.list)
     for sequence in found:
         read_poses(sequence)
-    merged = sequences.evaluate_all(found, evaluate_sequence, arguments, subject, output, world)
+    merged = sequences.evaluate_all(found, evaluate_sequence, arguments, model, output, world)
     if merged is None:
         return None
     notes = sequences.take_notes(merged)
-    percent = {moment: total_percentages(list(merged.values()), moment) for moment in subject.moments}
+    percent = {variant: total_percentages(list(merged.values()), variant) for variant in model.variants}
     return {
         "data": {
             "sequences": len(found),
@@ -72,16 +74,16 @@ def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: Wo
             "joints": len(JOINTS),
             "notes": notes,
         },
-        "results": {moment: summarise(of_moment) for moment, of_moment in percent.items()},
+        "results": {variant: summarise(of_variant) for variant, of_variant in percent.items()},
         "per_joint": {
-            moment: {
-                joint: dict(zip(map(measure_name, THRESHOLDS), of_moment[:, number].tolist(), strict=True))
+            variant: {
+                joint: dict(zip(map(measure_name, THRESHOLDS), of_variant[:, number].tolist(), strict=True))
                 for number, joint in enumerate(JOINTS)
             }
-            for moment, of_moment in percent.items()
+            for variant, of_variant in percent.items()
         },
         "per_sequence": {
-            name: {moment: summarise(total_percentages([result], moment)) for moment in subject.moments}
+            name: {variant: summarise(total_percentages([result], variant)) for variant in model.variants}
             for name, result in merged.items()
         },
     }
@@ -187,14 +189,14 @@ def read_poses(sequence: VideoSequence) -> Coordinates:
 
 
 def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation, drawn: bool) -> dict[str, Any]:
-    """Per moment how many keypoints are correct and found; writes poses, contact sheet and video."""
+    """Per variant how many keypoints are correct and found; writes poses, contact sheet and video."""
     truth_2JT = read_poses(sequence)
     frames = sequence.frames[: truth_2JT.shape[2]]
     height, width = read_image(frames[0]).shape[:2]
     size = fit_to_patches(
-        (evaluation.arguments.size, evaluation.arguments.size), evaluation.subject.encoder.patch_size
+        (evaluation.arguments.size, evaluation.arguments.size), evaluation.model.encoder.patch_size
     )
-    grid = evaluation.subject.encoder.grid(*size)
+    grid = evaluation.model.encoder.grid(*size)
     pixels_per_cell = np.array([width / grid[1], height / grid[0]])
     first_hwC = joint_maps(truth_2JT[..., 0] / pixels_per_cell[:, None], grid, evaluation.arguments.sigma)
     if not first_hwC[..., 1:].any():
@@ -205,16 +207,16 @@ def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation, drawn: bo
     found = sequences.propagate(frames, size, first_hwC, evaluation)
     result: dict[str, Any] = {"notes": []}
     poses = {
-        moment: poses_from_maps(labels_ThwC, pixels_per_cell)
-        for moment, labels_ThwC in found.labels_ThwC.items()
+        variant: poses_from_maps(labels_ThwC, pixels_per_cell)
+        for variant, labels_ThwC in found.labels_ThwC.items()
     }
     action = frames[0].parent.parent.name
-    for moment, pose_2JT in poses.items():
-        path = evaluation.output / POSES / moment / action / sequence.name / "joint_positions.mat"
+    for variant, pose_2JT in poses.items():
+        path = evaluation.output / POSES / variant / action / sequence.name / "joint_positions.mat"
         path.parent.mkdir(parents=True, exist_ok=True)
         savemat(path, {"pos_img": np.where(pose_2JT < 0, -1, pose_2JT + 1)})
         correct, found_J = count_correct(pose_2JT, truth_2JT)
-        result[moment] = {"correct": correct.tolist(), "found": found_J.tolist()}
+        result[variant] = {"correct": correct.tolist(), "found": found_J.tolist()}
     if drawn:
         pictures = [read_image(path) for path in frames]
         overlays = {
@@ -233,10 +235,10 @@ def poses_from_maps(maps_ThwC: Tensor, pixels_per_cell: Coordinates) -> Coordina
     return np.where(cells_2JT < 0, -1, cells_2JT * pixels_per_cell[:, None, None])
 
 
-def total_percentages(results: list[dict[str, Any]], moment: str) -> Coordinates:
+def total_percentages(results: list[dict[str, Any]], variant: str) -> Coordinates:
     """(thresholds, joints) percentages over the clips."""
-    correct = np.sum([result[moment]["correct"] for result in results], axis=0)
-    return percentages(correct, np.sum([result[moment]["found"] for result in results], axis=0))
+    correct = np.sum([result[variant]["correct"] for result in results], axis=0)
+    return percentages(correct, np.sum([result[variant]["found"] for result in results], axis=0))
 
 
 def measure_name(threshold: float) -> str:

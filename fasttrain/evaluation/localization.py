@@ -32,7 +32,7 @@ from fasttrain.evaluation.metrics import (
     segmental_f1,
     segments,
 )
-from fasttrain.evaluation.model import Subject
+from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.segmentation import Dataset, LabelledFrames, Labels
 
 SHOWN_VIDEOS = 4
@@ -64,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: World) -> dict[str, Any] | None:
+def run(
+    arguments: argparse.Namespace, model: EvaluatedModel, output: Path, world: World
+) -> dict[str, Any] | None:
     """Figures of all test videos, on the main process."""
     for name in ("smooth", "max_train_frames", "max_iterations"):
         if getattr(arguments, name) < 1:
@@ -79,7 +81,7 @@ def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: Wo
         precision=arguments.precision,
     )
     places = {video.name: video.place for video in (*data.train, *data.test)}
-    extracted = extract(places, sampling, subject, arguments, output, world)
+    extracted = extract(places, sampling, model, arguments, output, world)
     if extracted is None:
         return None
     train, train_skipped = segmentation.fit_to_frames(data.train, extracted.num_frames)
@@ -92,8 +94,8 @@ def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: Wo
         if not videos:
             raise InputError(f"no video of the {which} list can be used; {'; '.join(skipped[:3])}")
     judged = {
-        moment: _Judged(data, train, test, extracted, moment, background, arguments, world.device)
-        for moment in subject.moments
+        variant: _Judged(data, train, test, extracted, variant, background, arguments, world.device)
+        for variant in model.variants
     }
     _draw(test, judged, data.classes, background, output)
     untrained = segmentation.occurring(test) - segmentation.occurring(train)
@@ -108,16 +110,16 @@ def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: Wo
             "classes_without_training": [data.classes[number] for number in sorted(untrained)],
             "skipped": skipped,
         },
-        "results": {moment: one.figures() for moment, one in judged.items()},
-        "classifier": {moment: one.classifier.describe() for moment, one in judged.items()},
+        "results": {variant: one.figures() for variant, one in judged.items()},
+        "classifier": {variant: one.classifier.describe() for variant, one in judged.items()},
         "per_video": {
-            video.name: {moment: one.figures_of(video) for moment, one in judged.items()} for video in test
+            video.name: {variant: one.figures_of(video) for variant, one in judged.items()} for video in test
         },
     }
 
 
 class _Judged:
-    """A classifier trained on one moment's features, and what it says of the test videos."""
+    """A classifier trained on one variant's features, and what it says of the test videos."""
 
     def __init__(
         self,
@@ -125,7 +127,7 @@ class _Judged:
         train: Sequence[LabelledFrames],
         test: Sequence[LabelledFrames],
         extracted: Extracted,
-        moment: str,
+        variant: str,
         background: Sequence[int],
         arguments: argparse.Namespace,
         device: torch.device,
@@ -133,11 +135,11 @@ class _Judged:
         self.test, self.background = test, background
         self.thresholds = TEMPORAL_IOU[arguments.tiou]
         trained = sorted(segmentation.occurring(train))
-        self.classifier = _fit(train, extracted, moment, trained, arguments, device)
+        self.classifier = _fit(train, extracted, variant, trained, arguments, device)
         self.predicted: dict[str, Labels] = {}
         self.detections: dict[str, list[Segment]] = {}
         for video in test:
-            features_SD = extracted.load(video.name, moment).features_TD.to(device)
+            features_SD = extracted.load(video.name, variant).features_TD.to(device)
             # A class without training has no probability.
             found_SC = np.zeros((len(features_SD), len(data.classes)))
             found_SC[:, trained] = self.classifier.probabilities(features_SD).cpu().numpy()
@@ -174,7 +176,7 @@ class _Judged:
 def _fit(
     train: Sequence[LabelledFrames],
     extracted: Extracted,
-    moment: str,
+    variant: str,
     trained: Sequence[int],
     arguments: argparse.Namespace,
     device: torch.device,
@@ -191,7 +193,7 @@ def _fit(
         sampled_S = video.labels_T[:: arguments.stride]
         own_S = chosen[start : start + len(sampled_S)]
         start += len(sampled_S)
-        features_SD = extracted.load(video.name, moment).features_TD
+        features_SD = extracted.load(video.name, variant).features_TD
         parts.append(features_SD[: len(sampled_S)][torch.from_numpy(own_S)])
         labels.append(np.searchsorted(trained, sampled_S[own_S]))
         held_out.append(np.full(int(own_S.sum()), number >= held_out_from))
@@ -228,7 +230,7 @@ def _draw(
             video.name,
             {
                 "truth": video.labels_T,
-                **{moment: one.predicted[video.name] for moment, one in judged.items()},
+                **{variant: one.predicted[video.name] for variant, one in judged.items()},
             },
         )
         for video in shown

@@ -102,18 +102,18 @@ def _read_evaluation(path: Path) -> dict[str, Any]:
 def _is_evaluation(found: Any) -> bool:
     """Whether JSON has what the page shows: what `eval` writes has; other files may lie beside it."""
     try:
-        moments = list(found["results"].values())
+        variants = list(found["results"].values())
         return (
             isinstance(found["task"], str)
             and all(isinstance(found["model"][key], str) for key in ("backbone", "weights"))
             and all(isinstance(name, str) and "/" not in name for name in found["pictures"])
             and (found["task"] != "consistency" or isinstance(found["data"]["videos"], int))
-            and bool(moments)
-            and all(moment.keys() == moments[0].keys() for moment in moments)
+            and bool(variants)
+            and all(variant.keys() == variants[0].keys() for variant in variants)
             and all(
                 value is None or isinstance(value, int | float)
-                for moment in moments
-                for value in moment.values()
+                for variant in variants
+                for value in variant.values()
             )
         )
     except (KeyError, TypeError, AttributeError):
@@ -140,7 +140,7 @@ def _carried(path: Path, kind: str) -> str:
 
 
 def _table(results: dict[str, dict[str, float | None]]) -> str:
-    head = "".join(f"<th>{html.escape(moment)}</th>" for moment in results)
+    head = "".join(f"<th>{html.escape(variant)}</th>" for variant in results)
     rows = []
     for key in next(iter(results.values())):
         values = [figures_of[key] for figures_of in results.values()]

@@ -16,7 +16,7 @@ from fasttrain.distributed import World
 from fasttrain.evaluation import charts, video_features
 from fasttrain.evaluation.features import Extracted
 from fasttrain.evaluation.metrics import RANKS, nearest, recall_at
-from fasttrain.evaluation.model import Subject
+from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.splits import LabelledVideo
 from fasttrain.evaluation.video_features import extract_split, stack
 
@@ -28,9 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     video_features.add_arguments(parser)
 
 
-def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: World) -> dict[str, Any] | None:
+def run(
+    arguments: argparse.Namespace, model: EvaluatedModel, output: Path, world: World
+) -> dict[str, Any] | None:
     """Recall of all test videos, on the main process."""
-    found = extract_split(arguments, subject, output, world)
+    found = extract_split(arguments, model, output, world)
     if found is None:
         return None
     split, extracted, data = found
@@ -39,12 +41,12 @@ def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: Wo
     results: dict[str, dict[str, float]] = {}
     per_class: dict[str, dict[str, float]] = {}
     neighbours: dict[str, Tensor] = {}
-    for moment in subject.moments:
-        queries_QD, gallery_GD = (stack(videos, extracted, moment) for videos in (split.test, split.train))
-        _, neighbours[moment] = nearest(queries_QD, gallery_GD, max(RANKS))
-        labels_QK = labels_G[neighbours[moment]]
-        results[moment] = {f"R@{k}": value for k, value in recall_at(labels_QK, labels_Q).items()}
-        per_class[moment] = {
+    for variant in model.variants:
+        queries_QD, gallery_GD = (stack(videos, extracted, variant) for videos in (split.test, split.train))
+        _, neighbours[variant] = nearest(queries_QD, gallery_GD, max(RANKS))
+        labels_QK = labels_G[neighbours[variant]]
+        results[variant] = {f"R@{k}": value for k, value in recall_at(labels_QK, labels_Q).items()}
+        per_class[variant] = {
             split.classes[label]: recall_at(labels_QK[labels_Q == label], labels_Q[labels_Q == label], [1])[1]
             for label in labels_Q.unique().tolist()
         }
@@ -60,16 +62,16 @@ def _draw(
     extracted: Extracted,
     output: Path,
 ) -> None:
-    """A few queries, evenly chosen, with what lies nearest at each moment."""
+    """A few queries, evenly chosen, with what lies nearest at each variant."""
     rows = []
     for query in evenly_spaced(len(test), SHOWN_QUERIES):
-        for moment, neighbours_QK in neighbours.items():
+        for variant, neighbours_QK in neighbours.items():
             nearest_K = [train[place] for place in neighbours_QK[query, :SHOWN_NEIGHBOURS].tolist()]
-            pictures = [extracted.load(video.name, moment).picture() for video in (test[query], *nearest_K)]
+            pictures = [extracted.load(video.name, variant).picture() for video in (test[query], *nearest_K)]
             names = ", ".join(classes[video.label] for video in nearest_K)
             rows.append(
                 charts.RetrievalRow(
-                    caption=f"{moment}: {classes[test[query].label]} finds {names}",
+                    caption=f"{variant}: {classes[test[query].label]} finds {names}",
                     query=pictures[0],
                     neighbours=pictures[1:],
                     right=[video.label == test[query].label for video in nearest_K],

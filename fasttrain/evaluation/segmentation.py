@@ -24,7 +24,7 @@ from fasttrain.data.sources import find_source
 from fasttrain.data.video import VIDEO_SUFFIXES
 from fasttrain.errors import InputError
 from fasttrain.evaluation.features import PackedVideo, Place
-from fasttrain.evaluation.model import read_lines
+from fasttrain.files import read_lines
 
 Labels = npt.NDArray[np.int64]
 

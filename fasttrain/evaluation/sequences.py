@@ -19,13 +19,15 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn import functional
 
+from fasttrain.data.map_ahead import map_ahead
 from fasttrain.data.sampling import evenly_spaced
 from fasttrain.distributed import World
 from fasttrain.errors import InputError, LocalInputError
 from fasttrain.evaluation import plots
-from fasttrain.evaluation.frames import Frame, read_image, resize, work_ahead
-from fasttrain.evaluation.model import Subject, gather, own_share, read_lines
+from fasttrain.evaluation.frames import Frame, read_image, resize
+from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.propagation import CONTEXT, RADIUS, TEMPERATURE, Propagator, check_settings
+from fasttrain.files import read_lines
 
 SHOWN_FRAMES = 6
 # Pictures are drawn at this height at most: a sheet or a short film needs no more.
@@ -49,14 +51,14 @@ class Evaluation:
     """What every sequence of one command is evaluated with."""
 
     arguments: argparse.Namespace
-    subject: Subject
+    model: EvaluatedModel
     output: Path
     device: torch.device
 
 
 @dataclass(frozen=True)
 class Propagated:
-    """What one pass over a sequence gives, per moment: soft labels, on the device, and matched places."""
+    """What one pass over a sequence gives, per variant: soft labels, on the device, and matched places."""
 
     labels_ThwC: dict[str, Tensor]
     matches_M4: dict[str, npt.NDArray[np.float64]]
@@ -84,7 +86,7 @@ def evaluate_all(
     sequences: Sequence[VideoSequence],
     evaluate: Callable[[VideoSequence, Evaluation, bool], dict[str, Any]],
     arguments: argparse.Namespace,
-    subject: Subject,
+    model: EvaluatedModel,
     output: Path,
     world: World,
 ) -> dict[str, Any] | None:
@@ -95,11 +97,11 @@ def evaluate_all(
     with.
     """
     check_settings(arguments.context, arguments.radius, arguments.topk, arguments.temperature)
-    evaluation = Evaluation(arguments=arguments, subject=subject, output=output, device=world.device)
+    evaluation = Evaluation(arguments=arguments, model=model, output=output, device=world.device)
     drawn = {sequences[place].name for place in evenly_spaced(len(sequences), max(0, arguments.pictures))}
     shown = Console(stderr=True)
     share = track(
-        own_share(sequences, world),
+        world.shard(sequences),
         description="sequences",
         console=shown,
         disable=not (world.is_main and shown.is_terminal),
@@ -108,7 +110,8 @@ def evaluate_all(
         results = {one.name: evaluate(one, evaluation, one.name in drawn) for one in share}
     except InputError as error:
         raise LocalInputError(str(error)) from error
-    return gather(results, output, world)
+    merged = world.merge(results)
+    return merged if world.is_main else None
 
 
 def propagate(
@@ -121,20 +124,20 @@ def propagate(
 
     Raises InputError for a frame that cannot be read and for settings that cannot be propagated.
     """
-    subject, arguments = evaluation.subject, evaluation.arguments
-    grid = subject.encoder.grid(*size)
+    model, arguments = evaluation.model, evaluation.arguments
+    grid = model.encoder.grid(*size)
     first_labels_hwC = first_labels_hwC.to(evaluation.device)
     middle = len(frames) // 2
     propagators: dict[str, Propagator] = {}
     labels: dict[str, list[Tensor]] = {}
     firsts: dict[str, Tensor] = {}
     matches: dict[str, npt.NDArray[np.float64]] = {}
-    pixels = work_ahead(lambda path: resize(read_image(path), size), frames)
-    for number, tokens in enumerate(subject.stream(pixels, evaluation.device)):
-        for moment, tokens_ND in tokens.items():
+    pixels = map_ahead(lambda path: resize(read_image(path), size), frames)
+    for number, tokens in enumerate(model.stream(pixels, evaluation.device)):
+        for variant, tokens_ND in tokens.items():
             tokens_hwD = tokens_ND.unflatten(0, grid)
             if number == 0:
-                propagators[moment] = Propagator(
+                propagators[variant] = Propagator(
                     tokens_hwD,
                     first_labels_hwC,
                     arguments.context,
@@ -142,12 +145,12 @@ def propagate(
                     arguments.topk,
                     arguments.temperature,
                 )
-                labels[moment], firsts[moment] = [first_labels_hwC], tokens_hwD
+                labels[variant], firsts[variant] = [first_labels_hwC], tokens_hwD
                 continue
-            labels[moment].append(propagators[moment].step(tokens_hwD))
+            labels[variant].append(propagators[variant].step(tokens_hwD))
             if number == middle:
-                matches[moment] = find_matches(firsts[moment], tokens_hwD, first_labels_hwC)
-    return Propagated({moment: torch.stack(maps) for moment, maps in labels.items()}, matches)
+                matches[variant] = find_matches(firsts[variant], tokens_hwD, first_labels_hwC)
+    return Propagated({variant: torch.stack(maps) for variant, maps in labels.items()}, matches)
 
 
 def find_matches(
@@ -190,7 +193,7 @@ def hard_labels(labels_hwC: Tensor, size: tuple[int, ...]) -> LabelMap:
 def write_masks(masks: Sequence[LabelMap], names: Sequence[Path], folder: Path) -> None:
     """Palette PNGs, named as the annotations are."""
     places = zip(masks, names, strict=True)
-    for _ in work_ahead(lambda one: plots.write_label_map(one[0], folder / one[1].name), places):
+    for _ in map_ahead(lambda one: plots.write_label_map(one[0], folder / one[1].name), places):
         pass
 
 
@@ -202,14 +205,14 @@ def draw_masks(
     folder: Path,
 ) -> None:
     """`NAME.png`, `NAME.mp4` and `NAME_arrows.png` of label maps on the frames."""
-    frames = list(work_ahead(lambda path: shrink(read_image(path)), sequence.frames))
+    frames = list(map_ahead(lambda path: shrink(read_image(path)), sequence.frames))
 
     def overlay(frame_and_labels: tuple[Frame, LabelMap]) -> Frame:
         frame, labels = frame_and_labels
         return plots.overlay_masks(frame, resize_labels(labels, frame.shape[:2]))
 
     overlays = {
-        name: list(work_ahead(overlay, zip(frames, maps, strict=True)))
+        name: list(map_ahead(overlay, zip(frames, maps, strict=True)))
         for name, maps in {"truth": truth, **masks}.items()
     }
     draw(sequence.name, frames, overlays, matches_M4, folder)
@@ -231,8 +234,8 @@ def draw(
     plots.write_video(film, folder / f"{name}.mp4")
     middle = len(frames) // 2
     arrows = [
-        (f"{moment}: frame 1 to frame {middle + 1}", frames[0], frames[middle], matches)
-        for moment, matches in matches_M4.items()
+        (f"{variant}: frame 1 to frame {middle + 1}", frames[0], frames[middle], matches)
+        for variant, matches in matches_M4.items()
     ]
     plots.correspondence_arrows(arrows, folder / f"{name}_arrows.png")
 

@@ -27,7 +27,7 @@ from fasttrain.data.packed import PackedIndex, is_packed
 from fasttrain.data.video import VIDEO_SUFFIXES
 from fasttrain.errors import InputError
 from fasttrain.evaluation.features import PackedVideo, Place
-from fasttrain.evaluation.model import read_lines
+from fasttrain.files import read_lines
 
 Layout = Literal["auto", "ucf101", "hmdb51", "kinetics", "ssv2", "list"]
 # (path relative to the folder of videos, class) in the order of the list.

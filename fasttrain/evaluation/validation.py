@@ -57,8 +57,8 @@ def validate(
         return {}
     figures = {"before": measure_videos(before), "after": measure_videos(after)}
     return {
-        f"{moment}/{key}": measured[key]
-        for moment, measured in figures.items()
+        f"{variant}/{key}": measured[key]
+        for variant, measured in figures.items()
         for key in FOLLOWED
         if math.isfinite(measured[key])
     }

@@ -16,7 +16,7 @@ from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.evaluation import features, splits
 from fasttrain.evaluation.features import Extracted, Sampling, extract
-from fasttrain.evaluation.model import Subject
+from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.splits import LabelledVideo, VideoSplit, describe_split, read_split
 
 
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def extract_split(
-    arguments: argparse.Namespace, subject: Subject, output: Path, world: World
+    arguments: argparse.Namespace, model: EvaluatedModel, output: Path, world: World
 ) -> tuple[VideoSplit, Extracted, dict[str, Any]] | None:
     """The split without the videos that cannot be read, the features, and facts for the JSON.
 
@@ -45,7 +45,7 @@ def extract_split(
         precision=arguments.precision,
     )
     places = {video.name: video.place for video in (*split.train, *split.test)}
-    extracted = extract(places, sampling, subject, arguments, output, world)
+    extracted = extract(places, sampling, model, arguments, output, world)
     if extracted is None:
         return None
     skipped, readable = extracted.skipped, extracted.num_frames
@@ -63,6 +63,6 @@ def extract_split(
     return split, extracted, {**describe_split(split), "skipped": skipped}
 
 
-def stack(videos: Sequence[LabelledVideo], extracted: Extracted, moment: str) -> Tensor:
+def stack(videos: Sequence[LabelledVideo], extracted: Extracted, variant: str) -> Tensor:
     """(V, D) float32 of the videos in their order."""
-    return torch.cat([extracted.load(video.name, moment).features_TD for video in videos])
+    return torch.cat([extracted.load(video.name, variant).features_TD for video in videos])

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from fasttrain.data.map_ahead import map_ahead
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.evaluation import sequences
-from fasttrain.evaluation.frames import read_image, read_label_map, work_ahead
+from fasttrain.evaluation.frames import fit_to_patches, read_image, read_label_map
 from fasttrain.evaluation.metrics import CLASSES, class_iou, sum_confusions
-from fasttrain.evaluation.model import Subject, fit_to_patches
+from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.sequences import Evaluation, LabelMap, VideoSequence
 
 # The short side of the frames as encoded is a multiple of this.
@@ -31,20 +32,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sequences.add_arguments(parser, topk=10)
 
 
-def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: World) -> dict[str, Any] | None:
+def run(
+    arguments: argparse.Namespace, model: EvaluatedModel, output: Path, world: World
+) -> dict[str, Any] | None:
     """Figures of all videos, on the main process."""
     if arguments.long_side < SHORT_SIDE_STEP:
         raise InputError(f"--long-side {arguments.long_side}: expected at least {SHORT_SIDE_STEP}")
     found = find_sequences(arguments.root, arguments.subset, arguments.list)
     for sequence in found:
         read_parts(sequence.annotations[0])
-    merged = sequences.evaluate_all(found, evaluate_sequence, arguments, subject, output, world)
+    merged = sequences.evaluate_all(found, evaluate_sequence, arguments, model, output, world)
     if merged is None:
         return None
     notes = sequences.take_notes(merged)
     confusions = {
-        moment: {name: np.array(result[moment], dtype=np.int64) for name, result in merged.items()}
-        for moment in subject.moments
+        variant: {name: np.array(result[variant], dtype=np.int64) for name, result in merged.items()}
+        for variant in model.variants
     }
     return {
         "data": {
@@ -54,11 +57,11 @@ def run(arguments: argparse.Namespace, subject: Subject, output: Path, world: Wo
             "notes": notes,
         },
         "results": {
-            moment: summarise(np.sum(list(of_videos.values()), axis=0))
-            for moment, of_videos in confusions.items()
+            variant: summarise(np.sum(list(of_videos.values()), axis=0))
+            for variant, of_videos in confusions.items()
         },
         "per_sequence": {
-            name: {moment: summarise(of_videos[name]) for moment, of_videos in confusions.items()}
+            name: {variant: summarise(of_videos[name]) for variant, of_videos in confusions.items()}
             for name in merged
         },
     }
@@ -98,15 +101,13 @@ def encoded_size(size: tuple[int, int], long_side: int, patch: int) -> tuple[int
 
 
 def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation, drawn: bool) -> dict[str, Any]:
-    """Per moment the pixels of each true (row) and predicted class; writes masks, contact sheet and video."""
-    truth = list(work_ahead(read_parts, sequence.annotations))
+    """Per variant the pixels of each true (row) and predicted class; writes masks and pictures."""
+    truth = list(map_ahead(read_parts, sequence.annotations))
     height, width, _ = read_image(sequence.frames[0]).shape
-    size = encoded_size(
-        (height, width), evaluation.arguments.long_side, evaluation.subject.encoder.patch_size
-    )
+    size = encoded_size((height, width), evaluation.arguments.long_side, evaluation.model.encoder.patch_size)
     first_HW = np.where(truth[0] == VOID, 0, truth[0]).astype(np.uint8)
     first_hwC = sequences.soft_labels(
-        sequences.resize_labels(first_HW, size), evaluation.subject.encoder.grid(*size), classes=len(CLASSES)
+        sequences.resize_labels(first_HW, size), evaluation.model.encoder.grid(*size), classes=len(CLASSES)
     )
     found = sequences.propagate(sequence.frames, size, first_hwC, evaluation)
     notes = []
@@ -114,16 +115,16 @@ def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation, drawn: bo
         notes.append(f"video {sequence.name}: no part is labelled in the first frame, so none is propagated")
     result: dict[str, Any] = {"notes": notes}
     masks: dict[str, list[LabelMap]] = {}
-    for moment, labels_ThwC in found.labels_ThwC.items():
-        masks[moment] = [
+    for variant, labels_ThwC in found.labels_ThwC.items():
+        masks[variant] = [
             sequences.resize_labels(sequences.hard_labels(labels_hwC, size), truth_HW.shape)
             for labels_hwC, truth_HW in zip(labels_ThwC, truth, strict=True)
         ]
         sequences.write_masks(
-            masks[moment], sequence.annotations, evaluation.output / "masks" / moment / sequence.name
+            masks[variant], sequence.annotations, evaluation.output / "masks" / variant / sequence.name
         )
-        pairs = zip(masks[moment], truth, strict=True)
-        result[moment] = sum_confusions(pairs, len(CLASSES)).tolist()
+        pairs = zip(masks[variant], truth, strict=True)
+        result[variant] = sum_confusions(pairs, len(CLASSES)).tolist()
     if drawn:
         sequences.draw_masks(sequence, masks, truth, found.matches_M4, evaluation.output / "figures")
     return result

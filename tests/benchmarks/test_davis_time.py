@@ -7,15 +7,17 @@ import torch
 
 from benchmarks import davis
 from fasttrain.backbones import load_backbone
-from fasttrain.evaluation.model import Subject
+from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.projection import Projection
 
 
 def test_a_whole_evaluation_is_timed(tmp_path: Path) -> None:
     davis.write_sequence(tmp_path, 5, height=64, width=96)
     encoder = load_backbone("test_vit", weights="random")
-    subject = Subject(encoder=encoder, projection=Projection(encoder.embed_dim), moments=("before", "after"))
-    seconds = davis.measure(subject, tmp_path, torch.device("cpu"), ["--height", "64", "--width", "96"])
+    model = EvaluatedModel(
+        encoder=encoder, projection=Projection(encoder.embed_dim), variants=("before", "after")
+    )
+    seconds = davis.measure(model, tmp_path, torch.device("cpu"), ["--height", "64", "--width", "96"])
     assert list(seconds) == ["warm-up", "plain", "drawn"]
     assert min(seconds.values()) > 0
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from synthetic import NAMES, SUBJECT, make_scene, write_frames, write_projection, write_videos
+from synthetic import MODEL, NAMES, make_scene, write_frames, write_projection, write_videos
 
 from fasttrain.__main__ import main
 from fasttrain.distributed import World
@@ -20,7 +20,7 @@ def test_the_command_measures_what_it_can_and_names_the_rest(tmp_path: Path) -> 
     broken.write_bytes(broken.read_bytes()[:-200])
     head = write_projection(tmp_path / "projection.safetensors")
     places = ("--root", str(root), "--output", str(tmp_path), "--projection", str(head))
-    assert main(["eval", "consistency", *places, *SUBJECT, "--image-size", "64"]) == 0
+    assert main(["eval", "consistency", *places, *MODEL, "--image-size", "64"]) == 0
     found = json.loads((tmp_path / "consistency.json").read_text())
     assert found["data"]["videos"] == 2
     assert "short: fewer than 8 frames" in found["data"]["skipped"]
@@ -34,14 +34,14 @@ def test_the_command_without_a_video_that_is_long_enough(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = write_videos(tmp_path / "videos", frames=5)
-    assert main(["eval", "consistency", "--root", str(root), "--output", str(tmp_path), *SUBJECT]) == 2
+    assert main(["eval", "consistency", "--root", str(root), "--output", str(tmp_path), *MODEL]) == 2
     assert "no video of" in capsys.readouterr().err
 
 
 def test_a_video_that_is_passed_over_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_videos(tmp_path / "videos")
     write_frames(make_scene(3, 5), root / "short", "{:05d}.jpg")
-    words = ("--root", str(root), "--output", str(tmp_path), *SUBJECT, "--image-size", "64")
+    words = ("--root", str(root), "--output", str(tmp_path), *MODEL, "--image-size", "64")
     assert main(["eval", "consistency", *words]) == 0
     assert "videos passed over: 1, such as short: fewer than 8 frames" in capsys.readouterr().out
 
@@ -51,7 +51,7 @@ def test_a_projection_that_is_not_finite(tmp_path: Path, capsys: pytest.CaptureF
     projection = Projection.load(head)
     projection.norm.weight.data.fill_(torch.nan)
     projection.save(head)
-    words = ("--root", str(root), "--output", str(tmp_path), *SUBJECT, "--image-size", "64")
+    words = ("--root", str(root), "--output", str(tmp_path), *MODEL, "--image-size", "64")
     assert main(["eval", "consistency", *words, "--projection", str(head)]) == 2
     told = capsys.readouterr().err
     assert "features of alpha after the projection are not all finite" in told
@@ -62,7 +62,7 @@ def test_two_shares_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """The two processes of a run one after the other: the main one last, which gathers."""
     root = write_videos(tmp_path / "videos")
     write_frames(make_scene(3, 5), root / "short", "{:05d}.jpg")
-    options = ("--root", str(root), *SUBJECT, "--image-size", "64")
+    options = ("--root", str(root), *MODEL, "--image-size", "64")
     assert main(["eval", "consistency", *options, "--output", str(tmp_path / "one")]) == 0
     monkeypatch.setattr(World, "barrier", lambda world: None)
     for rank in (1, 0):
@@ -76,5 +76,5 @@ def test_two_shares_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(("option", "value"), [("--num-frames", "7"), ("--num-videos", "0")])
 def test_bad_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str) -> None:
-    assert main(["eval", "consistency", "--root", str(tmp_path), *SUBJECT, option, value]) == 2
+    assert main(["eval", "consistency", "--root", str(tmp_path), *MODEL, option, value]) == 2
     assert f"{option} {value}: expected at least" in capsys.readouterr().err

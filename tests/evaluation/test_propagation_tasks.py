@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ from PIL import Image
 from scipy.io import loadmat, savemat
 from synthetic import (
     FRAMES,
+    MODEL,
     NAMES,
     SMALL,
-    SUBJECT,
     make_scene,
     pose,
     write_davis,
@@ -31,12 +30,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from fasttrain.__main__ import main
-from fasttrain.distributed import World
 from fasttrain.evaluation import boundary_accuracy, mean_iou, pck, region_similarity
 from fasttrain.evaluation.frames import read_label_map
 from fasttrain.evaluation.jhmdb import poses_from_maps
 from fasttrain.evaluation.metrics import joint_maps
-from fasttrain.evaluation.model import Subject
+from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.plots import write_label_map
 from fasttrain.evaluation.sequences import Evaluation, find_matches, propagate
 from fasttrain.evaluation.vip import encoded_size
@@ -57,7 +55,7 @@ def projection(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(task: str, root: Path, output: Path, *options: str) -> list[str]:
     places = ("--root", str(root), "--output", str(output))
-    return ["eval", task, *places, *SUBJECT, *SMALL[task], *options]
+    return ["eval", task, *places, *MODEL, *SMALL[task], *options]
 
 
 def read_figures(output: Path, task: str) -> dict[str, Any]:
@@ -158,9 +156,9 @@ def test_one_side_alone(
     roots: dict[str, Path], evaluated: dict[str, Path], projection: Path, tmp_path: Path, option: str
 ) -> None:
     assert main(command("jhmdb", roots["jhmdb"], tmp_path, "--projection", str(projection), option)) == 0
-    moment = "before" if option == "--baseline-only" else "after"
+    variant = "before" if option == "--baseline-only" else "after"
     both = read_figures(evaluated["jhmdb"], "jhmdb")["results"]
-    assert read_figures(tmp_path, "jhmdb")["results"] == {moment: both[moment]}
+    assert read_figures(tmp_path, "jhmdb")["results"] == {variant: both[variant]}
 
 
 def assert_same_output(folder: Path, expected: Path, task: str) -> None:
@@ -187,24 +185,6 @@ def test_two_processes_under_torchrun_give_the_same(
     assert_same_output(tmp_path, evaluated["davis"], "davis")
 
 
-@pytest.mark.parametrize("task", ["vip", "jhmdb"])
-def test_two_shares_give_the_same(
-    roots: dict[str, Path],
-    evaluated: dict[str, Path],
-    projection: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    task: str,
-) -> None:
-    """The two processes of a run one after the other: the main one last, which gathers."""
-    monkeypatch.setattr(World, "barrier", lambda world: None)
-    for rank in (1, 0):
-        world = World(rank=rank, size=2, local_rank=rank, local_size=2, device=torch.device("cpu"))
-        monkeypatch.setattr("fasttrain.distributed.start", lambda device, world=world: nullcontext(world))
-        assert main(command(task, roots[task], tmp_path, "--projection", str(projection))) == 0
-    assert_same_output(tmp_path, evaluated[task], task)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("task", WRITERS)
 def test_gpu_equals_cpu(
@@ -213,9 +193,9 @@ def test_gpu_equals_cpu(
     words = command(task, roots[task], tmp_path, "--projection", str(projection), "--device", "cuda")
     assert main(words) == 0
     # The encoder's products are rounded differently, so that a few near affinities change places.
-    for moment in ("before", "after"):
+    for variant in ("before", "after"):
         on_gpu, on_cpu = (
-            read_figures(folder, task)["results"][moment] for folder in (tmp_path, evaluated[task])
+            read_figures(folder, task)["results"][variant] for folder in (tmp_path, evaluated[task])
         )
         scale = 100 if task == "jhmdb" else 1
         key = next(iter(on_cpu))
@@ -303,8 +283,8 @@ def propagate_with_oracle(points_Thw: Tensor, first_hwC: Tensor, folder: Path) -
         frames.append(folder / f"{number:05d}.png")
         Image.new("RGB", (width, height)).save(frames[-1])
     arguments = argparse.Namespace(context=20, radius=20, topk=7, temperature=0.7)
-    subject = Subject(encoder=Oracle(points_Thw), projection=None, moments=("before",))
-    evaluation = Evaluation(arguments=arguments, subject=subject, output=folder, device=torch.device("cpu"))
+    model = EvaluatedModel(encoder=Oracle(points_Thw), projection=None, variants=("before",))
+    evaluation = Evaluation(arguments=arguments, model=model, output=folder, device=torch.device("cpu"))
     found = propagate(frames, (height, width), first_hwC, evaluation)
     matches = find_matches(*functional.one_hot(points_Thw[[0, len(frames) // 2]]).float(), first_hwC)
     np.testing.assert_array_equal(found.matches_M4["before"], matches)

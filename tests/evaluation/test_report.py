@@ -77,9 +77,9 @@ def test_a_recipe_records_the_trade_off_while_it_trains(videos: Path, tmp_path: 
     validated = {record["step"]: record for record in records if "after/intra_normalized_95" in record}
     # Between the steps that are logged, too, and at the last one.
     assert list(validated) == [2, 4, 5]
-    for moment in ("before", "after"):
+    for variant in ("before", "after"):
         for key in ("intra_normalized_95", "inter_normalized_95", "cycle_accuracy", "effective_rank"):
-            assert f"{moment}/{key}" in validated[4]
+            assert f"{variant}/{key}" in validated[4]
     # The backbone is frozen, the projection learns.
     assert validated[2]["before/intra_normalized_95"] == validated[4]["before/intra_normalized_95"]
     assert validated[2]["after/intra_normalized_95"] != validated[4]["after/intra_normalized_95"]

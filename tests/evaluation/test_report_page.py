@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from synthetic import SMALL, SUBJECT, write_davis, write_jhmdb, write_projection, write_videos
+from synthetic import MODEL, SMALL, write_davis, write_jhmdb, write_projection, write_videos
 
 from fasttrain.__main__ import main
 
@@ -21,10 +21,10 @@ def test_a_run_with_everything(tmp_path: Path) -> None:
     for task, write in WRITERS.items():
         root = write(tmp_path / task)
         places = ("--root", str(root), "--output", str(run / "eval" / task), "--projection", str(head))
-        assert main(["eval", task, *places, *SUBJECT, *SMALL[task], "--pictures", "1"]) == 0
+        assert main(["eval", task, *places, *MODEL, *SMALL[task], "--pictures", "1"]) == 0
     videos = write_videos(tmp_path / "videos")
     places = ("--root", str(videos), "--output", str(run / "eval/consistency"), "--projection", str(head))
-    assert main(["eval", "consistency", *places, *SUBJECT, "--image-size", "64"]) == 0
+    assert main(["eval", "consistency", *places, *MODEL, "--image-size", "64"]) == 0
 
     page = tmp_path / "page" / "report.html"
     assert main(["report", str(run), "--output", str(page)]) == 0
@@ -45,7 +45,7 @@ def test_an_evaluation_with_a_folder_of_its_own_shows_its_own_pictures(tmp_path:
     root, run = write_davis(tmp_path / "davis"), tmp_path / "run"
     for name, topk in (("davis", "7"), ("few keys", "1")):
         places = ("--root", str(root), "--output", str(run / "eval" / name), "--topk", topk)
-        assert main(["eval", "davis", *places, *SUBJECT, *SMALL["davis"], "--pictures", "1"]) == 0
+        assert main(["eval", "davis", *places, *MODEL, *SMALL["davis"], "--pictures", "1"]) == 0
     assert main(["report", str(run), "--output", str(tmp_path / "report.html")]) == 0
     first, second = (tmp_path / "report.html").read_text().split("<h2>")[1:]
     assert first.startswith("run: davis (")
@@ -56,7 +56,7 @@ def test_an_evaluation_with_a_folder_of_its_own_shows_its_own_pictures(tmp_path:
 
     # Evaluated again without pictures, one does not show the earlier ones.
     places = ("--root", str(root), "--output", str(run / "eval" / "few keys"), "--pictures", "0")
-    assert main(["eval", "davis", *places, *SUBJECT, *SMALL["davis"]]) == 0
+    assert main(["eval", "davis", *places, *MODEL, *SMALL["davis"]]) == 0
     assert main(["report", str(run), "--output", str(tmp_path / "report.html")]) == 0
     first, second = (tmp_path / "report.html").read_text().split("<h2>")[1:]
     assert "src=" in first

@@ -88,9 +88,9 @@ def test_localization_from_end_to_end(as_breakfast: bool, run: Path, tmp_path: P
     # The last annotation is one frame shorter than its video.
     assert found["data"]["test_frames"] == 8 * 4 + 9 * 4 - 1
     assert found["data"]["train_frames"] == (5 + 6 + 7) * 4
-    for moment in ("before", "after"):
-        assert found["results"][moment]["frame accuracy"] > 90
-        assert set(found["results"][moment]) >= {"edit", "F1@10", "F1@25", "F1@50", "mAP@0.7", "mAP mean"}
+    for variant in ("before", "after"):
+        assert found["results"][variant]["frame accuracy"] > 90
+        assert set(found["results"][variant]) >= {"edit", "F1@10", "F1@25", "F1@50", "mAP@0.7", "mAP mean"}
     assert (tmp_path / "out" / "figures" / "segments.png").is_file()
     # Every third frame stands for two more; all labels count.
     words = ["--stride", 3, "--smooth", 2, "--background", "--tiou", "activitynet", "--max-train-frames", 20]
@@ -143,17 +143,17 @@ def test_figures_of_muddled_labels_are_those_of_brute_force(run: Path, muddled: 
         labels = [other for there, other in train if Path(there).name[0] == Path(path).name[0]]
         certain += set(labels) == {label}
         possible += label in labels
-    for moment in ("before", "after"):
-        recall = found["results"][moment]
+    for variant in ("before", "after"):
+        recall = found["results"][variant]
         assert 100 * certain / len(test) <= recall["R@1"] <= 100 * possible / len(test)
         assert 100 * possible / len(test) <= recall["R@5"] <= recall["R@10"] == 100
 
 
 def test_one_side_of_the_projection(run: Path, ucf: Path, tmp_path: Path) -> None:
     given = ["--run", run, "--root", ucf, "--num-frames", 2, "--cache", tmp_path / "cache"]
-    for only, moment, entries in (("--baseline-only", "before", 15), ("--projection-only", "after", 30)):
-        assert evaluate("retrieval", *given, only, "--output", tmp_path / moment) == 0
-        assert list(read(tmp_path / moment, "retrieval")["results"]) == [moment]
+    for only, variant, entries in (("--baseline-only", "before", 15), ("--projection-only", "after", 30)):
+        assert evaluate("retrieval", *given, only, "--output", tmp_path / variant) == 0
+        assert list(read(tmp_path / variant, "retrieval")["results"]) == [variant]
         assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == entries
 
 
