@@ -7,7 +7,6 @@ It needs torch alone: `torch.export.load("encoder.pt2").module()(frames)` maps I
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fasttrain.errors import InputError
+from fasttrain.files import open_atomically
 from fasttrain.video_encoder import VideoEncoder, load_video_encoder
 
 
@@ -70,13 +70,7 @@ def export(
         program = torch.export.export(
             _PerFrame(encoder), (frames,), dynamic_shapes=({0: torch.export.Dim("frames")},)
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.pt2")
-    try:
-        # Given a name, torch tells a place that cannot be written in an error of its own kind.
-        with partial.open("wb") as opened:
-            torch.export.save(program, opened)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    # Given a name, torch tells a folder that cannot be written in an error of its own kind.
+    with open_atomically(path) as opened:
+        torch.export.save(program, opened)
     return path

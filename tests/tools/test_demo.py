@@ -1,0 +1,24 @@
+"""The demonstration from rendered scenes to its table, cut short."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fasttrain.__main__ import main
+from fasttrain.tools import demo
+
+
+def test_the_demonstration_ends_with_figures_and_a_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "TRAINING_SCENES", range(2))
+    monkeypatch.setattr(demo, "HELD_OUT_SCENES", range(100, 102))
+    run = tmp_path / "run"
+    overrides = [f"output={run}", f"data.source={tmp_path / 'videos'}", "train.steps=2", "train.batch_size=2"]
+    assert main(["demo", *overrides, "train.tensorboard=false"]) == 0
+    figures = json.loads((run / "demo.json").read_text())
+    assert set(figures) == {"before", "after"}
+    assert set(demo.HEADINGS) <= set(figures["after"])
+    assert (run / "figures" / "demo.png").is_file()
+    assert "effective rank" in capsys.readouterr().out
