@@ -20,8 +20,8 @@ from torch import Tensor
 from fasttrain.__main__ import train
 from fasttrain.evaluation import consistency_separability, propagate_labels, region_similarity
 from fasttrain.evaluation.frames import normalise
-from fasttrain.evaluation.model import print_comparison, with_difference
 from fasttrain.evaluation.plots import overlay_sheet
+from fasttrain.evaluation.results import print_table, with_difference
 from fasttrain.evaluation.sequences import hard_labels, soft_labels
 from fasttrain.recipe import load_recipe
 from fasttrain.tools.synthetic import Scene, render_scene, write_scene
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     weights = recipe.backbone.weights
     note = "randomly initialised, not pretrained" if weights == "random" else f"weights {weights}"
-    print_comparison(
+    print_table(
         f"{recipe.backbone.name} ViT, {note}; {len(scenes)} held-out synthetic videos",
         with_difference(
             {variant: {HEADINGS[key]: one[key] for key in HEADINGS} for variant, one in figures.items()}

@@ -16,7 +16,7 @@ def test_the_demonstration_ends_with_figures_and_a_picture(
     monkeypatch.setattr(demo, "HELD_OUT_SCENES", range(100, 102))
     run = tmp_path / "run"
     overrides = [f"output={run}", f"data.source={tmp_path / 'videos'}", "train.steps=2", "train.batch_size=2"]
-    assert main(["demo", *overrides, "train.tensorboard=false"]) == 0
+    assert main(["demo", *overrides, "backbone.patch_size=16", "train.tensorboard=false"]) == 0
     figures = json.loads((run / "demo.json").read_text())
     assert set(figures) == {"before", "after"}
     assert set(demo.HEADINGS) <= set(figures["after"])
