@@ -35,40 +35,35 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Meter:
-    """Running means of a step's scalars and the first step of a non-finite loss. Lives on the device."""
+    """The scalars of the passes since the last reading, kept on the device: adding never waits for it."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(3, device=device, dtype=torch.float64)
-        self._passes = 0
+    def __init__(self) -> None:
+        self._steps: list[int] = []
+        self._losses: list[Tensor] = []
         self._diagnostics: list[Tensor] = []
-        # Negated, so that a maximum over steps, passes and processes finds the earliest.
-        self._minus_bad_step = torch.full((), -torch.inf, device=device, dtype=torch.float64)
 
     def add(self, step: int, losses: CosettleLoss) -> None:
-        """Take in the losses of one forward pass, and its diagnostics where it has them."""
-        loss = losses.loss.detach()
-        self._sums += torch.stack((loss, losses.cycle.detach(), losses.separability.detach()))
-        self._passes += 1
-        # Filled, not chosen by torch.where: that copies plain numbers to the device and waits for it.
-        this_step = torch.full_like(self._minus_bad_step, -float(step))
-        bad = this_step.masked_fill_(loss.isfinite(), -torch.inf)
-        self._minus_bad_step = torch.maximum(self._minus_bad_step, bad)
+        """Take in the detached losses of one forward pass, and its diagnostics where it has them."""
+        self._steps.append(step)
+        # A copy: the next pass of a CUDA graph writes to the same place.
+        self._losses.append(torch.stack((losses.loss, losses.cycle, losses.separability)))
         if losses.cycle_accuracy is not None:
             self._diagnostics.append(torch.stack((losses.cycle_accuracy, losses.identity_similarity)))
 
     def read(self, world: World) -> tuple[dict[str, float], int | None]:
-        """Means since the last reading over all processes, and the first bad step; waits for the device."""
-        means = world.mean(self._sums / self._passes)
-        minus_bad_step = world.maximum(self._minus_bad_step)
-        loss, cycle, separability, earliest = torch.cat((means, minus_bad_step[None])).tolist()
+        """Means since the last reading over all processes, and the first step of a non-finite loss."""
+        losses_P3 = torch.stack(self._losses).double()
+        loss, cycle, separability = world.mean(losses_P3.mean(dim=0)).tolist()
         readings = {"loss": loss, "cycle": cycle, "separability": separability}
         if self._diagnostics:
             accuracy, similarity = world.mean(torch.stack(self._diagnostics).mean(dim=0)).tolist()
             readings |= {"cycle_accuracy": accuracy, "identity_similarity": similarity}
-        self._sums.zero_()
-        self._passes = 0
-        self._diagnostics.clear()
-        return readings, None if earliest == -float("inf") else int(-earliest)
+        finite = losses_P3[:, 0].isfinite().tolist()
+        bad_steps = [step for step, good in zip(self._steps, finite, strict=True) if not good]
+        for values in (self._steps, self._losses, self._diagnostics):
+            values.clear()
+        bad_steps = [step for steps in world.gather(bad_steps[:1]) for step in steps]
+        return readings, min(bad_steps, default=None)
 
 
 class BackboneTrainer:
@@ -109,7 +104,7 @@ class BackboneTrainer:
         self.objective = world.wrap(objective)
         self.optimizer = build_optimizer(recipe.optimizer, self.projection)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
-        self.meter = Meter(world.device)
+        self.meter = Meter()
         self._encode: Callable[[Tensor, Tensor], Tensor] = self.runtime.three_views
         self._recorded_pass: CapturedCall | None = None
         self._recorded_update: Callable[[], Any] | None = None

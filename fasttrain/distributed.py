@@ -72,12 +72,6 @@ class World:
             values /= self.size
         return values
 
-    def maximum(self, values: Tensor) -> Tensor:
-        """Maximum over the processes, on the device."""
-        if self.size > 1:
-            dist.all_reduce(values, op=dist.ReduceOp.MAX)
-        return values
-
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes, by rank. Anything that can be pickled; not for large ones."""
         if self.size == 1:

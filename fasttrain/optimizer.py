@@ -6,10 +6,10 @@ Weight decay acts on matrices only; the schedule is a linear warm-up from 0 and 
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,10 +19,7 @@ from fasttrain.cuda_graph import CapturedCall
 from fasttrain.errors import InputError
 from fasttrain.recipe import OptimizerRecipe
 
-APEX_HELP = (
-    "NVIDIA Apex is not on PyPI: build it from its repository (github.com/NVIDIA/apex, with --cuda_ext), "
-    "or use optimizer.name=adamw"
-)
+APEX = {"apex_fused_adam": "FusedAdam", "apex_fused_lamb": "FusedLAMB"}
 
 
 def build_optimizer(recipe: OptimizerRecipe, module: nn.Module) -> torch.optim.Optimizer:
@@ -38,35 +35,18 @@ def build_optimizer(recipe: OptimizerRecipe, module: nn.Module) -> torch.optim.O
     ]
     if recipe.name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, betas=recipe.betas, eps=recipe.eps, fused=True)
-    optimizers = import_apex_optimizers(recipe.name)
+    try:
+        fused = getattr(importlib.import_module("apex.optimizers"), APEX[recipe.name])
+    except ImportError:
+        raise InputError(
+            f"optimizer.name: {recipe.name!r} needs NVIDIA Apex with its CUDA extensions. It is not on PyPI, "
+            f"where `apex` is an unrelated project (pip uninstall apex): build it from its repository "
+            f"(github.com/NVIDIA/apex, with --cuda_ext), or use optimizer.name=adamw"
+        ) from None
     if not all(parameter.is_cuda for parameter in trainable):
         raise InputError(f"optimizer.name: {recipe.name!r} runs on GPUs only; use optimizer.name=adamw here")
-    name = {"apex_fused_adam": "FusedAdam", "apex_fused_lamb": "FusedLAMB"}[recipe.name]
-    optimizer: torch.optim.Optimizer = getattr(optimizers, name)(
-        groups, lr=0.0, betas=recipe.betas, eps=recipe.eps
-    )
+    optimizer: torch.optim.Optimizer = fused(groups, lr=0.0, betas=recipe.betas, eps=recipe.eps)
     return optimizer
-
-
-def import_apex_optimizers(asked_for: str) -> ModuleType:
-    """`apex.optimizers` of NVIDIA Apex.
-
-    Raises:
-        InputError: there is no `apex`, or it is PyPI's unrelated project of that name.
-    """
-    try:
-        importlib.import_module("apex")
-    except ImportError:
-        raise InputError(
-            f"optimizer.name: {asked_for!r} needs NVIDIA Apex, which is absent. {APEX_HELP}"
-        ) from None
-    try:
-        return importlib.import_module("apex.optimizers")
-    except ImportError:
-        raise InputError(
-            f"optimizer.name: {asked_for!r} needs NVIDIA Apex, but the installed `apex` is PyPI's unrelated "
-            f"project or lacks the CUDA extensions (pip uninstall apex). {APEX_HELP}"
-        ) from None
 
 
 def learning_rate_factor(step: int, *, total_steps: int, epochs: float, warmup_epochs: float) -> float:
@@ -93,14 +73,11 @@ def record_update(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
     state are left as they were; gradients are zero.
     """
     for group in optimizer.param_groups:
-        device = group["params"][0].device
-        group["lr"], group["capturable"] = torch.zeros((), device=device), True
+        group["lr"], group["capturable"] = torch.zeros((), device=group["params"][0].device), True
         for parameter in group["params"]:
+            # Passes that were recorded write to the gradients that are there.
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
-    before = {
-        parameter: {name: value.clone() for name, value in state.items()}
-        for parameter, state in optimizer.state.items()
-    }
+    before = copy.deepcopy(optimizer.state_dict()["state"])
 
     def update() -> None:
         optimizer.step()
@@ -108,12 +85,9 @@ def record_update(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
 
     # At a rate of zero the steps of the recording move no weight, but they age the state.
     recorded = CapturedCall(update, ())
-    for parameter, state in optimizer.state.items():
+    for number, state in optimizer.state_dict()["state"].items():
         for name, value in state.items():
-            if parameter in before:
-                value.copy_(before[parameter][name])
-            else:
-                value.zero_()
+            value.copy_(before[number][name]) if number in before else value.zero_()
     return recorded
 
 

@@ -9,7 +9,6 @@ thread; on a CPU the spans' own durations are taken. Nothing here imports anothe
 from __future__ import annotations
 
 import json
-from bisect import bisect_right
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -85,68 +84,66 @@ def summarise(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """A step's time by span, from a Chrome trace's events (times in microseconds).
 
     Returns `device` (cuda | cpu), `steps`, `step_ms`, `parts` (span -> {"ms", "share"} a step: device time on
-    a GPU, host time on a CPU), `outside_ms` (work of no span), and of the step ranges alone, on threads that
+    a GPU, host time on a CPU), `outside_ms` (work of no span), and of the steps' own time, on threads that
     run PyTorch, `waits`, `scalar_reads` and `allocations` a step; on a GPU also `busy_share`, the share of
-    the recorded time in which at least one kernel ran, and `streams` (span -> number of streams that its
-    kernels were on).
+    the recorded time in which at least one kernel ran.
     """
     complete = [event for event in events if event.get("ph") == "X"]
-    step_ranges, span_ranges = _ranges(complete, (STEP,)), _ranges(complete, SPANS)
-    steps = len(step_ranges)
-    work = [event for event in complete if event.get("cat") in _ON_DEVICE]
-    launched = {
-        event["args"]["correlation"]: event["ts"]
+    ranges = sorted(
+        (event["ts"], event["ts"] + event["dur"], event["name"])
         for event in complete
-        if event.get("cat") in _LAUNCHES and "correlation" in event.get("args", {})
-    }
-    # The device's work, each with the span during which the host launched it, if any.
-    owners = [
-        (event, _range_of(span_ranges, launched.get(event.get("args", {}).get("correlation"))))
-        for event in work
-    ]
-    times = dict.fromkeys(SPANS, 0.0)
+        if event.get("cat") == "user_annotation"
+    )
+    step_ranges = [each for each in ranges if each[2] == STEP]
+    span_ranges = [each for each in ranges if each[2] in SPANS]
+    work = [event for event in complete if event.get("cat") in _ON_DEVICE]
     if work:
-        for event, name in owners:
-            if name is not None:
-                times[name] += event["dur"]
-        outside = sum(event["dur"] for event, name in owners if name is None)
+        launched = {
+            event["args"]["correlation"]: event["ts"]
+            for event in complete
+            if event.get("cat") in _LAUNCHES and "correlation" in event.get("args", {})
+        }
+        owned = [
+            (_range_at(span_ranges, launched.get(event.get("args", {}).get("correlation"))), event["dur"])
+            for event in work
+        ]
+        total = sum(duration for _, duration in owned)
     else:
-        for start, end, name in span_ranges:
-            times[name] += end - start
-        outside = sum(end - start for start, end, _ in step_ranges) - sum(times.values())
-    total = sum(times.values()) + outside
+        owned = [(name, end - start) for start, end, name in span_ranges]
+        total = sum(end - start for start, end, _ in step_ranges)
+    steps = len(step_ranges)
+    times = {name: sum(duration for owner, duration in owned if owner == name) for name in SPANS}
 
     # A loader's own threads may wait: the step's do not wait for them.
     threads = {event.get("tid") for event in complete if event.get("cat") in _HOST}
 
     def per_step(names: tuple[str, ...]) -> float:
         hits = [e for e in complete if e.get("name") in names and e.get("tid") in threads]
-        return sum(_range_of(step_ranges, event["ts"]) is not None for event in hits) / steps
+        return sum(_range_at(step_ranges, event["ts"]) is not None for event in hits) / steps
 
     summary: dict[str, Any] = {
         "device": "cuda" if work else "cpu",
         "steps": steps,
         "step_ms": (step_ranges[-1][1] - step_ranges[0][0]) / steps / 1e3,
-        "parts": {
-            name: {"ms": time / steps / 1e3, "share": time / total if total else 0.0}
-            for name, time in times.items()
-        },
-        "outside_ms": outside / steps / 1e3,
+        "parts": {name: {"ms": time / steps / 1e3, "share": time / total} for name, time in times.items()},
+        "outside_ms": (total - sum(times.values())) / steps / 1e3,
         "waits": per_step(_WAITS),
         "scalar_reads": per_step((_READS,)),
         "allocations": per_step(_ALLOCATES),
     }
     if work:
-        busy, reach = 0.0, float("-inf")
+        first = reach = min(event["ts"] for event in work)
+        busy = 0.0
         for start, end in sorted((event["ts"], event["ts"] + event["dur"]) for event in work):
             busy += max(0.0, end - max(start, reach))
             reach = max(reach, end)
-        summary["busy_share"] = busy / (reach - min(event["ts"] for event in work))
-        summary["streams"] = {
-            wanted: len({event["args"].get("stream") for event, name in owners if name == wanted})
-            for wanted in SPANS
-        }
+        summary["busy_share"] = busy / (reach - first)
     return summary
+
+
+def _range_at(ranges: list[tuple[float, float, str]], time: float | None) -> str | None:
+    """Name of the range of the host that holds `time`, if any; they do not overlap."""
+    return next((name for start, end, name in ranges if time is not None and start <= time <= end), None)
 
 
 def summary_table(summary: dict[str, Any]) -> str:
@@ -156,28 +153,11 @@ def summary_table(summary: dict[str, Any]) -> str:
     lines += [
         f"  {name:<14}{row['ms']:>10.3f} ms{row['share']:>8.1%}" for name, row in summary["parts"].items()
     ]
-    lines.append(f"  {'outside':<14}{summary['outside_ms']:>10.3f} ms")
-    counts = "waits for the device", "numbers read from it", "allocations"
-    values = summary["waits"], summary["scalar_reads"], summary["allocations"]
-    lines.append("a step: " + ", ".join(f"{v:g} {c}" for v, c in zip(values, counts, strict=True)))
+    lines += [
+        f"  {'outside':<14}{summary['outside_ms']:>10.3f} ms",
+        f"a step: {summary['waits']:g} waits for the device, "
+        f"{summary['scalar_reads']:g} numbers read from it, {summary['allocations']:g} allocations",
+    ]
     if "busy_share" in summary:
         lines.append(f"GPU busy {summary['busy_share']:.1%} of the time")
     return "\n".join(lines)
-
-
-def _ranges(events: list[dict[str, Any]], names: tuple[str, ...]) -> list[tuple[float, float, str]]:
-    """(start, end, name) of the host's ranges with these names, in order; they do not overlap."""
-    found = [
-        (event["ts"], event["ts"] + event["dur"], event["name"])
-        for event in events
-        if event.get("cat") == "user_annotation" and event["name"] in names
-    ]
-    return sorted(found)
-
-
-def _range_of(ranges: list[tuple[float, float, str]], time: float | None) -> str | None:
-    """Name of the range that holds `time`, if any."""
-    if time is None:
-        return None
-    position = bisect_right(ranges, time, key=lambda item: item[0]) - 1
-    return ranges[position][2] if position >= 0 and time <= ranges[position][1] else None

@@ -80,7 +80,8 @@ class Trainer:
         self._counted_before = self.bad_samples, self.samples
         self._profile = profile and world.is_main
         self._last_report = self.step, time.perf_counter()
-        self._stop_requested = False
+        # A signal came to this process; it came to any, as all of them know since the last report.
+        self._stop_requested = self._stops = False
 
     def train(self) -> dict[str, dict[str, Any]]:
         """Train to the end; returns the last readings by backbone, nothing where all steps were done before.
@@ -104,14 +105,13 @@ class Trainer:
                     self.profiler.step()
                 if reports:
                     results = self._report()
-                # A head that a non-finite loss spoilt is never written: before every save is a report.
-                stops = reports and self.step < self.total_steps and self._all_stop()
                 if self.step == self.total_steps:
                     # Ahead of the last checkpoint, with which a run counts as trained.
                     self._write_results(results)
-                if stops or self._is_due(self.recipe.train.save_every):
+                # A head that a non-finite loss spoilt is never written: before every save is a report.
+                if self._stops or self._is_due(self.recipe.train.save_every):
                     self._save()
-                if stops:
+                if self._stops and self.step < self.total_steps:
                     self.say(f"stopped after step {self.step}; the same command goes on from there")
                     raise KeyboardInterrupt
         return results
@@ -153,11 +153,6 @@ class Trainer:
         stops = self._stop_requested and self.world.size == 1
         return self._is_due(train.log_every) or self._is_due(train.save_every) or validates or stops
 
-    def _all_stop(self) -> bool:
-        """Whether a signal came to any process; all give the same answer."""
-        flag = torch.tensor(float(self._stop_requested), device=self.world.device)
-        return bool(self.world.maximum(flag).item())
-
     def request_stop(self, signal_number: int, frame: FrameType | None) -> None:
         """Signal handler: finish the step, write a checkpoint, leave."""
         self._stop_requested = True
@@ -175,7 +170,7 @@ class Trainer:
         last_step, last_time = self._last_report
         rate = (self.step - last_step) * self.global_batch / (now - last_time)
         self._last_report = self.step, now
-        faults = self._gather_faults()
+        faults = self._gather()
         common = {
             "epoch": self.step / self.steps_per_epoch,
             "lr": self._lr(),
@@ -206,17 +201,20 @@ class Trainer:
             check_bad_fraction(self.bad_samples, self.samples, limit, faults[-1])
         return records
 
-    def _gather_faults(self) -> list[str]:
-        """New faults of all processes, which are said; counts them and all samples."""
+    def _gather(self) -> list[str]:
+        """What the processes must know of each other; returns the new faults of all, which are said."""
         mine = [str(fault) for fault in self.loader.drain_faults()]
-        gathered = self.world.gather((mine, len(self.loader.faults), self.loader.num_seen))
-        faults = [fault for new, _, _ in gathered for fault in new]
-        for fault in faults:
-            self.say(f"replaced a sample that cannot be read: {fault}")
+        faults, bad, seen, stops = zip(
+            *self.world.gather((mine, len(self.loader.faults), self.loader.num_seen, self._stop_requested)),
+            strict=True,
+        )
         bad_before, seen_before = self._counted_before
-        self.bad_samples = bad_before + sum(bad for _, bad, _ in gathered)
-        self.samples = seen_before + sum(seen for _, _, seen in gathered)
-        return faults
+        self.bad_samples, self.samples = bad_before + sum(bad), seen_before + sum(seen)
+        self._stops = any(stops)
+        new = [fault for share in faults for fault in share]
+        for fault in new:
+            self.say(f"replaced a sample that cannot be read: {fault}")
+        return new
 
     def _drop_non_finite(self, trainer: BackboneTrainer, bad_step: int) -> None:
         """Name step and samples; a run of many backbones goes on without this one."""

@@ -23,7 +23,7 @@ def losses(*values: float, diagnostics: Tensor | None = None) -> CosettleLoss:
 
 
 def test_meter_reads_means_and_starts_again() -> None:
-    meter = Meter(torch.device("cpu"))
+    meter = Meter()
     meter.add(0, losses(1, 2, 3))
     meter.add(1, losses(3, 4, 5, diagnostics=torch.tensor(0.5)))
     readings = {"loss": 2, "cycle": 3, "separability": 4, "cycle_accuracy": 0.5, "identity_similarity": 0.5}
@@ -34,7 +34,7 @@ def test_meter_reads_means_and_starts_again() -> None:
 
 @pytest.mark.parametrize("bad", [0, 1])
 def test_meter_remembers_the_first_bad_step(bad: int) -> None:
-    meter = Meter(torch.device("cpu"))
+    meter = Meter()
     for step in range(4):
         meter.add(step, losses(math.nan if step == bad else math.inf if step == 3 else 1.0, 0, 0))
     assert meter.read(World.single())[1] == bad
