@@ -3,7 +3,7 @@
 `trainer` and `backbone_trainer` name the spans of a step; `StepProfiler` records some early steps of a run
 (`train --profile`) and writes `profile/trace.json` (for chrome://tracing or Perfetto) and
 `profile/summary.json`. On a GPU a kernel belongs to the span during which the host launched it, on whatever
-thread; on a CPU the spans' own durations are taken. Nothing here imports another module of the project.
+thread; on a CPU the spans' own durations are taken.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
+
+from fasttrain.files import write_atomically
 
 # Encoder, head and backward pass in one, where a CUDA graph replays them.
 RECORDED_PASS = "recorded pass"
@@ -46,7 +48,7 @@ class StepProfiler:
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.folder, self._device = folder, device
-        self._summary: dict[str, Any] | None = None
+        self._table = f"nothing recorded: a profile takes {SKIPPED + 1} steps"
         activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
@@ -64,10 +66,10 @@ class StepProfiler:
             torch.cuda.synchronize(self._device)
         self._profile.step()
 
-    def close(self) -> dict[str, Any] | None:
-        """The summary; None where the run was too short to record a step."""
+    def close(self) -> str:
+        """The summary as a table, or that the run was too short for one."""
         self._profile.stop()
-        return self._summary
+        return self._table
 
     def _write(self, recorded: profile) -> None:
         if recorded.step_num <= SKIPPED:
@@ -75,9 +77,9 @@ class StepProfiler:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "trace.json"
         recorded.export_chrome_trace(str(path))
-        self._summary = summarise(json.loads(path.read_text(encoding="utf-8"))["traceEvents"])
-        text = json.dumps(self._summary, indent=2) + "\n"
-        (self.folder / "summary.json").write_text(text, encoding="utf-8")
+        summary = summarise(json.loads(path.read_text(encoding="utf-8"))["traceEvents"])
+        write_atomically(self.folder / "summary.json", f"{json.dumps(summary, indent=2)}\n".encode())
+        self._table = summary_table(summary)
 
 
 def summarise(events: Iterable[dict[str, Any]]) -> dict[str, Any]:

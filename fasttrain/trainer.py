@@ -29,18 +29,12 @@ from fasttrain.errors import InputError, LocalInputError
 from fasttrain.files import file_lock, write_atomically
 from fasttrain.loggers import NON_FINITE, MetricsLog, Progress, last_event, say
 from fasttrain.optimizer import learning_rate_factor
-from fasttrain.profiling import SKIPPED, STEP, StepProfiler, span, summary_table
+from fasttrain.profiling import STEP, StepProfiler, span
 from fasttrain.projection import Projection
 from fasttrain.recipe import Recipe, differences, load_recipe, recipe_hash, to_yaml
 
 # (encoder, projection, index, device) -> figures, before and after the projection.
 Validate = Callable[[Backbone, Projection, FrameIndex, torch.device], dict[str, float]]
-
-RESUME_ADVICE = {
-    "global_batch": "set train.batch_size and train.accumulate to give the same over all processes",
-    "data": "use the same data.source",
-    "weights_hash": "give the backbone the weights that it began with",
-}
 
 
 class Trainer:
@@ -222,10 +216,9 @@ class Trainer:
         event = {"event": NON_FINITE, "samples": [int(i) for i in ids], "names": names}
         self.logs[trainer.name].write(bad_step + 1, event)
         shown = ", ".join(f"{i} ({name})" for i, name in list(zip(ids, names, strict=True))[:8])
-        more = f" and {len(ids) - 8} more, all listed in metrics.jsonl" if len(ids) > 8 else ""
         line = (
-            f"{trainer.name}: the loss is not finite in step {bad_step} (0-based), samples {shown}{more}; "
-            f"look at these frames, lower optimizer.lr or use train.precision=fp32"
+            f"{trainer.name}: the loss is not finite in step {bad_step} (0-based); look at its samples "
+            f"{shown}, all in metrics.jsonl, lower optimizer.lr or use train.precision=fp32"
         )
         self.trainers.remove(trainer)
         if not self.trainers:
@@ -307,8 +300,8 @@ class Trainer:
                 # Checkpoints of earlier versions lack the hash of the weights.
                 if state.get(key, value) != value:
                     raise InputError(
-                        f"{trainer.folder}: its run had {key} {state[key]!r}, this one has {value!r}; "
-                        f"to go on, {RESUME_ADVICE[key]}, or choose another folder with output=DIR"
+                        f"{trainer.folder}: its run had {key} {state[key]!r}, this one has {value!r}; give "
+                        f"the batch, data and weights that it began with, or another folder with output=DIR"
                     )
             trainer.load_state(state)
             # Checkpoints of earlier versions lack them.
@@ -350,25 +343,14 @@ class Trainer:
             self.profiler = None
             if self._profile:
                 self.profiler = StepProfiler(Path(self.recipe.output) / "profile", self.world.device)
-                stack.callback(self._close_profiler, self.profiler)
+                stack.callback(lambda profiler: self.say(profiler.close()), self.profiler)
             self.progress = stack.enter_context(
                 Progress("step", self.total_steps, done=self.step, enabled=is_main, console=self.console)
             )
             self.batches = iter(self.loader)
             self._start = time.perf_counter()
             self._last_report = self.step, self._start
-            try:
-                yield
-            except LocalInputError:
-                # The others will not hear of these.
-                for fault in self.loader.drain_faults():
-                    say(f"replaced a sample that cannot be read: {fault}")
-                raise
-
-    def _close_profiler(self, profiler: StepProfiler) -> None:
-        summary = profiler.close()
-        nothing = f"nothing recorded: a profile takes {SKIPPED + 1} steps"
-        self.say(summary_table(summary) if summary else nothing)
+            yield
 
     def _open_loader(self) -> PairLoader:
         data, train = self.recipe.data, self.recipe.train

@@ -20,7 +20,7 @@ ALLOWED = {
     "projection": {"errors", "files", "weights"},
     "objective": {"projection", "recipe"},
     "cuda_graph": set(),
-    "profiling": set(),
+    "profiling": {"files"},
     "encoder_runtime": {"backbones", "errors", "recipe"},
     # No data: benchmarks drive it with frames that are on the device already.
     "backbone_trainer": {

@@ -6,20 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 from fasttrain import distributed
 from fasttrain.backbone_trainer import BackboneTrainer
 from fasttrain.profiling import (
     RECORDED,
-    RECORDED_PASS,
     SKIPPED,
     SPANS,
     STEP,
     StepProfiler,
     span,
     summarise,
-    summary_table,
 )
 from fasttrain.recipe import recipe_from_dict
 
@@ -86,74 +83,26 @@ def test_host_time_is_taken_without_a_device() -> None:
     assert summary["scalar_reads"] == 1
 
 
-def run_steps(profiler: StepProfiler, count: int, *, reads: bool = False) -> None:
-    a = torch.randn(128, 128)
+@pytest.mark.parametrize(
+    ("count", "recorded"),
+    [(SKIPPED - 1, 0), (SKIPPED, 0), (SKIPPED + 2, 2), (SKIPPED + RECORDED + 2, RECORDED)],
+)
+def test_a_recording_of_what_steps_there_are(count: int, recorded: int, tmp_path: Path) -> None:
+    profiler = StepProfiler(tmp_path / "profile", torch.device("cpu"))
     for _ in range(count):
         with span(STEP), span("encoder"):
-            b = a @ a
-            if reads:
-                b.sum().item()
+            (torch.ones(128, 128) @ torch.ones(128, 128)).sum().item()
         profiler.step()
-
-
-@pytest.mark.parametrize("reads", [True, False])
-def test_recording_writes_trace_and_summary(tmp_path: Path, reads: bool) -> None:
-    profiler = StepProfiler(tmp_path / "profile", torch.device("cpu"))
-    run_steps(profiler, SKIPPED + RECORDED + 2, reads=reads)
-    summary = profiler.close()
-    assert summary is not None
-    assert summary["steps"] == RECORDED
-    assert summary["scalar_reads"] == (1 if reads else 0)
-    assert summary["parts"]["encoder"]["share"] > 0.5
-    assert "encoder" in summary_table(summary)
+    table = profiler.close()
+    if not recorded:
+        assert "nothing recorded" in table
+        assert not (tmp_path / "profile").exists()
+        return
     assert {path.name for path in (tmp_path / "profile").iterdir()} == {"trace.json", "summary.json"}
-
-
-def test_a_run_too_short_gives_nothing_and_a_cut_one_what_there_is(tmp_path: Path) -> None:
-    short = StepProfiler(tmp_path / "short", torch.device("cpu"))
-    run_steps(short, SKIPPED - 1)
-    assert short.close() is None
-    assert not (tmp_path / "short").exists()
-    cut = StepProfiler(tmp_path / "cut", torch.device("cpu"))
-    run_steps(cut, SKIPPED + 2)
-    summary = cut.close()
-    assert summary is not None
-    assert summary["steps"] == 2
-
-
-def test_a_training_run_is_profiled_and_reads_no_number_between_log_steps(tmp_path: Path) -> None:
-    # Brings DALI and PyAV, which a machine that lends its GPU to the test below may lack.
-    from fasttrain.trainer import Trainer
-
-    for video in range(4):
-        folder = tmp_path / "frames" / f"video{video}"
-        folder.mkdir(parents=True)
-        for t in range(6):
-            Image.new("RGB", (64, 48), (40 * video, 40 * t, 80)).save(folder / f"{t:05d}.jpg")
-    recipe = recipe_from_dict(
-        {
-            "output": str(tmp_path / "run"),
-            "device": "cpu",
-            "backbone": {"name": "dino", "embed_dim": 32, "depth": 1, "num_heads": 2},
-            "data": {"source": str(tmp_path / "frames"), "image_size": 64, "num_threads": 1},
-            "train": {
-                "steps": 9,
-                "batch_size": 2,
-                "precision": "fp32",
-                "log_every": 9,
-                "save_every": 9,
-                "tensorboard": False,
-            },
-        }
-    )
-    with distributed.start("cpu") as world:
-        Trainer(recipe, world, profile=True).train()
-    summary = json.loads((tmp_path / "run" / "profile" / "summary.json").read_text())
-    assert summary["steps"] == RECORDED
-    assert all(summary["parts"][name]["ms"] > 0 for name in SPANS if name != RECORDED_PASS)
-    # On a CPU torch's fused AdamW reads its step counter once for each of the head's four parameters; on a
-    # GPU the counter stays on the device. A meter that read anything would add to these.
-    assert summary["scalar_reads"] <= 4
+    summary = json.loads((tmp_path / "profile" / "summary.json").read_text())
+    assert (summary["steps"], summary["scalar_reads"]) == (recorded, 1)
+    assert summary["parts"]["encoder"]["share"] > 0.5
+    assert f"mean of {recorded}" in table
 
 
 @pytest.mark.gpu
@@ -179,6 +128,6 @@ def test_steps_on_a_gpu_neither_wait_nor_allocate(cuda_graph: bool, tmp_path: Pa
                 trainer.forward_backward(frames, step, last=True, diagnostics=False)
                 trainer.update(1e-4)
             profiler.step()
-    summary = profiler.close()
-    assert summary is not None
+    profiler.close()
+    summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["waits"], summary["scalar_reads"], summary["allocations"]) == (0, 0, 0)
