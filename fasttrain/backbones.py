@@ -293,8 +293,8 @@ class Backbone(nn.Module):
         self._positions_SSD = resize_positions(
             checkpoint_SSD, (side, side), family.resize_once or family.resize
         )
-        self._resized: dict[tuple[int, int], Tensor] = {}
-        self._asymmetric: tuple[float, Tensor] | None = None
+        # Resized maps by grid, enlarged ones by ratio.
+        self._maps: dict[tuple[int, int] | float, Tensor] = {}
         self.register_buffer("prefix_PD", prefix_PD, persistent=False)
         self.register_buffer("positions_ND", self._positions_SSD.flatten(0, 1), persistent=False)
         self.requires_grad_(False).eval()
@@ -305,8 +305,7 @@ class Backbone(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Backbone":
         # Moved or cast: cached maps follow at their next use.
-        self._resized.clear()
-        self._asymmetric = None
+        self._maps.clear()
         return super()._apply(fn, recurse)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -327,10 +326,10 @@ class Backbone(nn.Module):
         """Position embedding of the patches of a grid (h, w), resized as the family's authors do: (N, D)."""
         if grid == self._positions_SSD.shape[:2]:
             return self.positions_ND
-        if grid not in self._resized:
+        if grid not in self._maps:
             resized = resize_positions(self._positions_SSD, grid, self._resize)
-            self._resized[grid] = resized.flatten(0, 1).to(self.positions_ND)
-        return self._resized[grid]
+            self._maps[grid] = resized.flatten(0, 1).to(self.positions_ND)
+        return self._maps[grid]
 
     def asymmetric_range(self, ratio: float = 10.0) -> int:
         """Number of offsets per axis that `asymmetric_positions` takes: 0 <= i < asymmetric_range(ratio)."""
@@ -351,13 +350,13 @@ class Backbone(nn.Module):
                 f"offset {offset} of the asymmetric positions: expected two numbers in [0, {count})"
             )
         side = self._positions_SSD.shape[0]
-        if self._asymmetric is None or self._asymmetric[0] != ratio:
+        if ratio not in self._maps:
             large = side + count - 1
             # Enlarged by size and without antialiasing in every family.
             enlarged = resize_positions(self._positions_SSD, (large, large), "plain")
-            self._asymmetric = ratio, enlarged.to(self.positions_ND)
+            self._maps[ratio] = enlarged.to(self.positions_ND)
         row, column = offset
-        return self._asymmetric[1][row : row + side, column : column + side].reshape(side * side, -1)
+        return self._maps[ratio][row : row + side, column : column + side].reshape(side * side, -1)
 
     def tokens(self, images: Tensor, positions: Tensor | None = None) -> Tensor:
         """Patch tokens (B, N, D) of ImageNet-normalised images (B, 3, H, W), row by row.

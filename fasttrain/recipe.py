@@ -250,7 +250,7 @@ _RECIPE = TypeAdapter(Recipe)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as people mean it: `1e-4` is a float, a date is a string, and a key stands once."""
+    """YAML 1.1 as people mean it: `1e-4` is a float, and a key stands once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -262,10 +262,6 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
@@ -293,7 +289,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def recipe_from_dict(tree: Mapping[str, Any]) -> Recipe:
     """Build a checked recipe from nested mappings (what `to_dict` returns, or any part of it)."""
     try:
-        # Of JSON, pydantic's strict mode takes mappings as sections and lists as tuples.
+        # Of JSON, pydantic's strict mode takes mappings as sections and lists as tuples. A date is a string.
         return _RECIPE.validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         raise InputError(_first_fault(error)) from None
@@ -344,7 +340,7 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader underneath
     except OSError as error:
         raise InputError(f"cannot read recipe {str(path)!r}: {error.strerror}; give a YAML file") from None
-    # Text in another encoding, and numbers of thousands of digits, are ValueErrors.
+    # Text in another encoding, a 30th of February, a number of thousands of digits are ValueErrors.
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"recipe {str(path)!r} is no valid YAML: {' '.join(str(error).split())}") from None
     tree = {} if tree is None else tree

@@ -155,22 +155,16 @@ def _download(weights: str) -> Path:
             raise
         except EntryNotFoundError:
             # The paper's release is named by folder, one checkpoint in each.
-            files = [
-                f
-                for f in huggingface_hub.list_repo_files(repo, revision=revision)
-                if f.startswith(path + "/")
-            ]
+            every = huggingface_hub.list_repo_files(repo, revision=revision)
+            files = [file for file in every if file.startswith(path + "/")]
             if len(files) != 1:
                 names = ", ".join(files[:5]) or "no files there"
                 raise InputError(f"weights {weights}: no such file in the repository ({names})") from None
             return Path(huggingface_hub.hf_hub_download(repo, files[0], revision=revision))
     # Offline, the client raises LocalEntryNotFoundError and, as the rest of the network's errors, OSError.
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise InputError(
-            f"weights {weights} could not be downloaded ({type(error).__name__}); without the Hub, download "
-            f"https://huggingface.co/{repo}/resolve/{revision or 'main'}/{path} elsewhere, copy it here and "
-            f"give its local path as the weights"
-        ) from error
+        file = f"https://huggingface.co/{repo}/resolve/{revision or 'main'}/{path}"
+        raise _without_the_hub(weights, file, error) from error
 
 
 def _load_timm(weights: str) -> StateDict:
@@ -183,11 +177,15 @@ def _load_timm(weights: str) -> StateDict:
     try:
         return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
     except (HfHubHTTPError, OSError) as error:
-        raise InputError(
-            f"weights {weights} could not be downloaded ({type(error).__name__}); without the Hub, download "
-            f"model.safetensors of https://huggingface.co/timm/{name} elsewhere, copy it here and give its "
-            f"local path as the weights"
-        ) from error
+        file = f"model.safetensors of https://huggingface.co/timm/{name}"
+        raise _without_the_hub(weights, file, error) from error
+
+
+def _without_the_hub(weights: str, file: str, error: Exception) -> InputError:
+    return InputError(
+        f"weights {weights} could not be downloaded ({type(error).__name__}); without the Hub, download "
+        f"{file} elsewhere, copy it here and give its local path as the weights"
+    )
 
 
 def read_checkpoint(path: Path) -> Any:

@@ -88,9 +88,8 @@ def test_a_section_on_the_command_line_changes_the_keys_it_names(tmp_path: Path)
 
 
 def test_a_path_that_looks_like_a_date_is_a_path(tmp_path: Path) -> None:
-    assert (
-        load_recipe(write(tmp_path, "output: 2024-02-30"), ["data.source=2024-01-01"]).output == "2024-02-30"
-    )
+    recipe = load_recipe(write(tmp_path, "output: 2024-02-28"), ["data.source=2024-02-30"])
+    assert (recipe.output, recipe.data.source) == ("2024-02-28", "2024-02-30")
 
 
 def test_the_home_folder_of_an_output_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,19 @@ from rich.table import Table
 
 from fasttrain.errors import InputError
 
+DALI_COST = "no frames can be loaded: pip install 'fasttrain[cuda12]', or 'fasttrain[cuda13]'"
+NVJPEG_COST = "data.decoder=mixed decodes JPEGs on the CPU all the same: pip install nvidia-nvjpeg-cu12"
+COMPILER_COST = (
+    "on a GPU neither Triton nor torch.compile can start: install gcc and Python's headers (python3-dev), or "
+    "set objective.backend=eager encoder.compile=none"
+)
+EVAL_COST = "no evaluation, no report, no learning curves at a run's end: pip install 'fasttrain[eval]'"
+APEX_COST = (
+    "only optimizer.name=apex_fused_adam and apex_fused_lamb; it is built from its repository with "
+    "--cuda_ext, and PyPI's `apex` is an unrelated project; torch's fused AdamW is the default"
+)
+TENSORBOARD_COST = "set train.tensorboard=false, or pip install 'fasttrain[tensorboard]'"
+
 
 class Finding(NamedTuple):
     """One thing that fasttrain can use; `found` is None where it is missing, which then costs `cost`."""
@@ -56,52 +69,19 @@ def examine() -> list[Finding]:
         Finding("torch", _version("torch"), "nothing runs", required=True),
         Finding("GPU", _gpu(), "training runs on the CPU, with small models only"),
         Finding(
-            "NVDEC",
-            _library("libnvcuvid.so.1"),
-            "raw H.264 and H.265 are decoded on the CPU by PyAV; pack the frames once instead",
+            "NVDEC", _library("libnvcuvid.so.1"), "videos are decoded on the CPU; pack frames once instead"
         ),
-        Finding(
-            "DALI",
-            _version("nvidia-dali-cuda120", "nvidia-dali-cuda130"),
-            "no frames can be loaded: pip install 'fasttrain[cuda12]', or 'fasttrain[cuda13]'",
-            required=True,
-        ),
-        Finding(
-            "nvJPEG",
-            _version("nvidia-nvjpeg-cu12", "nvidia-nvjpeg"),
-            "data.decoder=mixed decodes JPEGs on the CPU all the same: pip install nvidia-nvjpeg-cu12",
-        ),
-        Finding(
-            "PyAV", _version("av"), "videos cannot be indexed, nor decoded on the CPU: pip install av", True
-        ),
-        Finding(
-            "Triton",
-            _version("triton"),
-            "the losses run in eager PyTorch: several times slower, and memory grows with N squared",
-        ),
-        Finding(
-            "C compiler",
-            _compiler(),
-            "on a GPU neither Triton nor torch.compile can start: install gcc and Python's headers "
-            "(python3-dev), or set objective.backend=eager encoder.compile=none",
-        ),
+        Finding("DALI", _version("nvidia-dali-cuda120", "nvidia-dali-cuda130"), DALI_COST, required=True),
+        Finding("nvJPEG", _version("nvidia-nvjpeg-cu12", "nvidia-nvjpeg"), NVJPEG_COST),
+        Finding("PyAV", _version("av"), "videos cannot be indexed, nor decoded on the CPU", required=True),
+        Finding("Triton", _version("triton"), "the losses run in eager PyTorch, slower and in more memory"),
+        Finding("C compiler", _compiler(), COMPILER_COST),
         Finding("timm", _version("timm"), "no backbone can be built", required=True),
         Finding("Matplotlib", _version("matplotlib"), EVAL_COST),
         Finding("SciPy", _version("scipy"), EVAL_COST),
         Finding("NVIDIA Apex", _apex(), APEX_COST),
-        Finding(
-            "TensorBoard",
-            _version("tensorboard"),
-            "set train.tensorboard=false, or pip install 'fasttrain[tensorboard]'",
-        ),
+        Finding("TensorBoard", _version("tensorboard"), TENSORBOARD_COST),
     ]
-
-
-EVAL_COST = "no evaluation, no report, no learning curves at a run's end: pip install 'fasttrain[eval]'"
-APEX_COST = (
-    "only optimizer.name=apex_fused_adam and apex_fused_lamb; it is built from its repository with "
-    "--cuda_ext, and PyPI's `apex` is an unrelated project; torch's fused AdamW is the default"
-)
 
 
 def _version(*distributions: str) -> str | None:
