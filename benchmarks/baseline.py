@@ -1,4 +1,4 @@
-"""The published scheme, written plainly: what throughput.py measures fasttrain against, in the same run.
+"""The published implementation, written plainly: what step.py measures fasttrain against, in the same run.
 
 Eager autocast over float32 weights, the three views one after the other through the whole encoder, the
 enlarged positions made anew at every step, all of the cycle matrix with both diagnostics at every step, the
@@ -23,7 +23,7 @@ from fasttrain.recipe import Recipe
 
 
 class BaselineStep:
-    """One training step of the published scheme: `step(frames)` with frames (2, B, 3, S, S) on the device."""
+    """One published training step: `step(frames)` with frames (2, B, 3, S, S) on the device."""
 
     def __init__(
         self, recipe: Recipe, *, device: torch.device, dtype: torch.dtype, fused_attention: bool = False
@@ -39,14 +39,18 @@ class BaselineStep:
         self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=1e-4, betas=recipe.optimizer.betas)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    def __call__(self, frames: Tensor) -> tuple[float, float, float]:
-        """Takes the step; returns (loss, cycle accuracy, identity similarity), for which the host waits."""
+    def __call__(self, frames: Tensor, positions: Tensor | None = None) -> tuple[float, float, float]:
+        """Takes the step; returns (loss, cycle accuracy, identity similarity), for which the host waits.
+
+        `positions`: the asymmetric ones (N, D), instead of new ones.
+        """
         enabled = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype, enabled=enabled):
             with torch.no_grad():
                 first_BND = self.encoder.tokens(frames[0])
                 second_BND = self.encoder.tokens(frames[1])
-                third_BND = self.encoder.tokens(frames[0], self._asymmetric_positions())
+                positions = self.asymmetric_positions() if positions is None else positions
+                third_BND = self.encoder.tokens(frames[0], positions)
             views = [first_BND, second_BND, third_BND]
             loss, accuracy, similarity = self._losses(views, [self.head(view) for view in views])
         self.scaler.scale(loss).backward()
@@ -58,7 +62,7 @@ class BaselineStep:
             torch.cuda.synchronize()
         return readings
 
-    def _asymmetric_positions(self) -> Tensor:
+    def asymmetric_positions(self) -> Tensor:
         side = self.encoder.grid(self.size, self.size)[0]
         positions_SSD = self.encoder.positions_ND.unflatten(0, (side, side))
         large = int((1 + self.objective.asymmetric_ratio) * side)

@@ -1,10 +1,10 @@
-"""Everything that wants a GPU, in under nine minutes: `make gpu-check`.
+"""Everything that wants a GPU, in under nine minutes: `make gpu-check OUT=FOLDER`.
 
-Runs the tests marked `gpu`, those of the kernels and the short form of every benchmark, each in a process of
-its own with a time limit, and installs nothing. A step writes into a scratch folder, and every file whole or
-not at all; what it wrote is copied to the folder `--out`, also when it failed or ran out of time.
-`gpu-check.json` there, written after every step, says of each whether it passed, failed, ran out of time or
-was skipped, and why; the exit code is 1 if one failed or ran out of time.
+Runs the tests marked `gpu`, those of the kernels and the short form of every benchmark, one after another,
+each a process with a time limit, and installs nothing. Every step writes its results into the folder as it
+goes, so that one that fails or runs out of time costs no other figure; all they print is in `gpu-check.log`.
+`gpu-check.json`, written after every step, says of each whether it passed, failed, ran out of time or was
+skipped, and why. The exit code is 1 if one failed or ran out of time.
 """
 
 from __future__ import annotations
@@ -12,230 +12,107 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import signal
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.record import environment, write_results
+from benchmarks.measure import environment, write_results
 
 ROOT = Path(__file__).resolve().parents[1]
-# Import name -> what it is called where people install it.
-PACKAGES = {
-    "nvidia.dali": "DALI",
-    "av": "PyAV",
-    "timm": "timm",
-    "triton": "Triton",
-    "rich": "rich",
-    "pytest": "pytest",
-    "xdist": "pytest-xdist",
-    "hypothesis": "hypothesis",
-    "matplotlib": "matplotlib",
-    "scipy": "SciPy",
-}
+# Of a step's seconds, those that starting, compiling what was begun last and writing may take.
+RESERVE = 45
 
 
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """One program: `{out}` in its words is the scratch folder, `{limit}` the seconds it may measure."""
+class Step(NamedTuple):
+    """`python COMMAND`, where `{out}` is the folder and `{limit}` the seconds in which figures may be begun.
+
+    A step has its `seconds` and all that those before it left of theirs.
+    """
 
     name: str
-    command: tuple[str, ...]
+    command: str
     seconds: int
     needs: tuple[str, ...] = ()
-    # Takes what the steps before it and those that cannot run leave of their seconds.
-    takes_spare: bool = False
 
 
-# Of a step's seconds, those that starting, compiling what was begun last and writing may take.
-RESERVE = 60
+PYTEST = "-m pytest -q -p no:cacheprovider"
 # Not marked `gpu`: without one they run interpreted. Hypothesis' shapes would compile for minutes.
-KERNEL_TESTS = (
-    *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not any_shape"),
-    *("tests/kernels/test_elementary.py", "tests/kernels/test_triton.py", "tests/kernels/test_memory.py"),
-)
-# The figures that are most wanted first; the last step stops by itself when its seconds are over.
+KERNEL_FILES = " ".join(f"tests/kernels/test_{name}.py" for name in ("elementary", "triton", "memory"))
+KERNEL_TESTS = f"{PYTEST} -k 'not any_shape' {KERNEL_FILES}"
+STEP_OUT = "--short --limit {limit} --out {out}"
+# The figures that are most wanted first.
 STEPS = (
-    Step(
-        name="tests",
-        command=(
-            "-m",
-            "pytest",
-            "-q",
-            "-m",
-            "gpu",
-            "-p",
-            "no:cacheprovider",
-            # A package that is there and does not load fails the files that need it, not all.
-            "--continue-on-collection-errors",
-            "--junitxml={out}/gpu-tests.xml",
-        ),
-        seconds=85,
-        needs=("pytest", "hypothesis", "timm"),
-    ),
-    Step(
-        name="kernel tests",
-        command=(*KERNEL_TESTS, "-n", "12", "--junitxml={out}/kernel-tests.xml"),
-        seconds=80,
-        needs=("pytest", "xdist", "hypothesis", "triton"),
-    ),
-    Step(
-        name="kernels",
-        command=("-m", "benchmarks.kernels", "--short", "--output", "{out}"),
-        seconds=90,
-        needs=("triton",),
-        takes_spare=True,
-    ),
-    Step(
-        name="propagation",
-        command=("-m", "benchmarks.propagation", "--short", "--out", "{out}/propagation-cuda.json"),
-        seconds=50,
-        needs=("matplotlib", "scipy", "timm", "rich"),
-        takes_spare=True,
-    ),
-    Step(
-        name="davis",
-        command=("-m", "benchmarks.davis", "--out", "{out}/davis-cuda.json"),
-        seconds=45,
-        needs=("av", "scipy", "timm", "rich"),
-    ),
-    Step(
-        name="loaders",
-        command=(
-            "-m",
-            "benchmarks.loaders",
-            "--short",
-            "--limit",
-            "60",
-            "--out",
-            "{out}/loaders-cuda.json",
-        ),
-        seconds=70,
-        needs=("nvidia.dali", "av", "matplotlib", "rich"),
-    ),
-    Step(
-        name="throughput",
-        command=(
-            "-m",
-            "benchmarks.step",
-            "--short",
-            "--limit",
-            "{limit}",
-            "--out",
-            "{out}/throughput-cuda.json",
-            "recipes/dino.yaml",
-        ),
-        seconds=105,
-        needs=("timm", "matplotlib", "rich"),
-        takes_spare=True,
-    ),
+    Step("tests", f"{PYTEST} -m gpu", 85, ("pytest", "hypothesis", "timm")),
+    Step("kernel tests", f"{KERNEL_TESTS} -n 12", 80, ("pytest", "xdist", "hypothesis", "triton")),
+    Step("kernels", "-m benchmarks.kernels --short --output {out}", 90, ("triton",)),
+    Step("step", f"-m benchmarks.step {STEP_OUT}/step-cuda.json recipes/dino.yaml", 150, ("timm",)),
+    Step("propagation", f"-m benchmarks.propagation {STEP_OUT}/propagation-cuda.json", 60, ("timm",)),
+    Step("loaders", f"-m benchmarks.loaders {STEP_OUT}/loaders-cuda.json", 65, ("nvidia.dali", "av")),
 )
 
 
-def obstacle(step: Step) -> str | None:
-    """Why a step cannot run here, if so."""
-    missing = [PACKAGES[name] for name in step.needs if not installed(name)]
-    if missing:
-        return f"{', '.join(missing)} not installed"
-    module = step.command[1]
-    if module.startswith("benchmarks.") and not (ROOT / f"{module.replace('.', '/')}.py").is_file():
-        return f"{module} is not in this checkout"
-    return None
+def missing(step: Step) -> list[str]:
+    """The packages that a step needs and this machine lacks."""
+
+    def installed(name: str) -> bool:
+        # find_spec of a submodule imports its parent, which may be absent itself.
+        parent = name.partition(".")[0]
+        return importlib.util.find_spec(parent) is not None and importlib.util.find_spec(name) is not None
+
+    return [name for name in step.needs if not installed(name)]
 
 
-def installed(name: str) -> bool:
-    # find_spec of a submodule imports its parent, which may be absent itself.
-    parent = name.partition(".")[0]
-    return importlib.util.find_spec(parent) is not None and importlib.util.find_spec(name) is not None
-
-
-def run_step(step: Step, out: Path, *, spare: float = 0.0) -> dict[str, Any]:
-    """Run a step to its end or its limit, `spare` seconds beyond its own; its files go to `out`, whole."""
-    limit = step.seconds + spare
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as scratch:
-        places = {"{out}": scratch, "{limit}": str(max(0, int(limit - RESERVE)))}
-        command = [sys.executable, *(fill(word, places) for word in step.command)]
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "PYTHONPATH": search_path(scratch), "PYTHONUNBUFFERED": "1"},
-            # A group of its own, so that the workers it started can be ended with it.
-            start_new_session=True,
-        )
-        outcome = "out of time"
+def run_step(step: Step, out: Path, limit: float) -> dict[str, Any]:
+    """Run a step to its end or its limit."""
+    places = {"out": str(out), "limit": str(max(0, int(limit) - RESERVE))}
+    command = [sys.executable, *(word.format(**places) for word in shlex.split(step.command))]
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as names, (out / "gpu-check.log").open("a", encoding="utf-8") as log:
+        # The project is found uninstalled: `kernels/` also under its import name.
+        (Path(names) / "fasttrain_kernels").symlink_to(ROOT / "kernels", target_is_directory=True)
+        paths = os.pathsep.join((str(ROOT), names, os.environ.get("PYTHONPATH", "")))
+        print(f"\n=== {step.name}, {limit:.0f} s: {shlex.join(command)}", file=log, flush=True)
         try:
-            output, _ = process.communicate(timeout=limit)
-            outcome = "passed" if process.returncode == 0 else "failed"
+            done = subprocess.run(
+                command,
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"},
+                timeout=limit,
+                check=False,
+            )
+            outcome = "failed" if done.returncode else "passed"
         except subprocess.TimeoutExpired:
-            output = end(process)
-        finally:
-            # Left where this program itself is told to stop.
-            if process.poll() is None:
-                end(process)
-            files = keep_all(Path(scratch), out)
-    return {
-        "outcome": outcome,
-        "seconds": round(time.perf_counter() - start, 1),
-        "limit_seconds": round(limit, 1),
-        "files": files,
-        "output_tail": output[-4000:],
+            outcome = "out of time"
+    return {"outcome": outcome, "seconds": round(time.monotonic() - start, 1)}
+
+
+def check(out: Path, steps: Sequence[Step]) -> int:
+    out.mkdir(parents=True, exist_ok=True)
+    lacks = {step.name: missing(step) for step in steps}
+    report: dict[str, dict[str, Any]] = {
+        name: {"outcome": "skipped", "why": f"{', '.join(names)} not installed"}
+        for name, names in lacks.items()
+        if names
     }
-
-
-def fill(word: str, places: dict[str, str]) -> str:
-    for place, value in places.items():
-        word = word.replace(place, value)
-    return word
-
-
-def end(process: subprocess.Popen[str]) -> str:
-    """Stop a step that ran out of time; what it had printed.
-
-    First by asking: pytest then writes its report, and torchrun ends its workers, which are in groups of
-    their own.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-        os.killpg(process.pid, number)
-        try:
-            output, _ = process.communicate(timeout=5)
-        except subprocess.TimeoutExpired:
-            continue
-        return output
-    return "(what it printed is lost: a worker still holds its output)"
-
-
-def search_path(scratch: str) -> str:
-    """A path that finds the project uninstalled: `kernels/` also under its import name."""
-    names = Path(scratch) / "names"
-    names.mkdir()
-    (names / "fasttrain_kernels").symlink_to(ROOT / "kernels", target_is_directory=True)
-    return os.pathsep.join((str(ROOT), str(names), os.environ.get("PYTHONPATH", "")))
-
-
-def keep_all(scratch: Path, out: Path) -> list[str]:
-    """Copy the whole files into `out`, each atomically; their names."""
-    files = sorted(path for path in scratch.iterdir() if path.is_file() and path.suffix != ".partial")
-    for path in files:
-        partial = out / f".{path.name}.partial"
-        partial.write_bytes(path.read_bytes())
-        partial.replace(out / path.name)
-    return [path.name for path in files]
-
-
-def stop(number: int, frame: FrameType | None) -> None:
-    """Signal handler: what the step at work has written is kept, as at its limit."""
-    raise SystemExit(128 + number)
+    payload = {"environment": environment(), "steps": report}
+    print(report, flush=True)
+    deadline = time.monotonic() + sum(step.seconds for step in steps)
+    runnable = [step for step in steps if step.name not in report]
+    for number, step in enumerate(runnable, start=1):
+        later = sum(other.seconds for other in runnable[number:])
+        report[step.name] = run_step(step, out, deadline - time.monotonic() - later)
+        print(f"{step.name}: {report[step.name]}", flush=True)
+        write_results(out / "gpu-check.json", payload)
+    return int(any(result["outcome"] in ("failed", "out of time") for result in report.values()))
 
 
 def main() -> int:
@@ -245,35 +122,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="*", choices=[step.name for step in STEPS], help="these steps only")
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    cuda = torch.cuda.is_available()
-    lacks = [label for name, label in PACKAGES.items() if not installed(name)]
-    print(
-        f"GPU: {torch.cuda.get_device_name() if cuda else 'none'}; not installed: {', '.join(lacks) or '-'}"
-    )
-    report: dict[str, Any] = {}
-    payload = {"environment": environment(), "not_installed": lacks, "steps": report}
-    wanted = [step for step in STEPS if arguments.only is None or step.name in arguments.only]
-    reasons = {step.name: obstacle(step) if cuda else "torch sees no GPU" for step in wanted}
-    spare = float(sum(step.seconds for step in wanted if reasons[step.name]))
-    signal.signal(signal.SIGTERM, stop)
-    for step in wanted:
-        if reasons[step.name]:
-            report[step.name] = {"outcome": "skipped", "why": reasons[step.name]}
-        else:
-            # What stays, whatever ends this program.
-            report[step.name] = {"outcome": "not finished"}
-            write_results(arguments.out / "gpu-check.json", payload)
-            # What a step took beyond its limit in ending comes out of the next of these.
-            taken = spare if step.takes_spare else 0.0
-            report[step.name] = run_step(step, arguments.out, spare=taken)
-            spare += step.seconds - report[step.name]["seconds"]
-        told = report[step.name]
-        print(f"{step.name}: {told['outcome']} {told.get('why') or str(told['seconds']) + ' s'}", flush=True)
-        if told["outcome"] in ("failed", "out of time"):
-            print(told["output_tail"], flush=True)
-        write_results(arguments.out / "gpu-check.json", payload)
-    return int(any(step["outcome"] in ("failed", "out of time") for step in report.values()))
+    if not torch.cuda.is_available():
+        print("skipped: torch sees no GPU")
+        return 0
+    wanted = arguments.only or [step.name for step in STEPS]
+    return check(arguments.out.absolute(), [step for step in STEPS if step.name in wanted])
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -33,8 +34,16 @@ from torch import Tensor, nn
 
 from benchmarks.gpu_check import KERNEL_TESTS, ROOT
 from benchmarks.kernel_resources import compile_table, markdown_table, triton_version
-from benchmarks.measure import Timing, copy_ceiling, interleave, speedup, synchronize
-from benchmarks.record import RESULTS, environment, write_results
+from benchmarks.measure import (
+    RESULTS,
+    Timing,
+    copy_ceiling,
+    environment,
+    interleave,
+    speedup,
+    synchronize,
+    write_results,
+)
 from fasttrain.cuda_graph import CapturedCall
 from fasttrain_kernels import cosettle_head_loss
 
@@ -295,7 +304,7 @@ def run_tests() -> bool | None:
     if any(importlib.util.find_spec(name) is None for name in ("pytest", "hypothesis")):
         print("the kernels' tests do not run: pytest or hypothesis is not installed", file=sys.stderr)
         return None
-    return subprocess.run([sys.executable, *KERNEL_TESTS], cwd=ROOT, check=False).returncode == 0
+    return subprocess.run([sys.executable, *shlex.split(KERNEL_TESTS)], cwd=ROOT, check=False).returncode == 0
 
 
 def label(row: dict[str, Any]) -> str:

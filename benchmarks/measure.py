@@ -1,30 +1,46 @@
-"""Timing side by side: every contender once a round, rounds repeated, medians and spread; and two ceilings.
+"""What the benchmarks share: timing side by side, the file of results with its plot, the command line.
 
-On a shared machine the neighbours load all contenders alike this way, and CPU seconds count only our own
-work. On a GPU the wall time between two synchronisations is the device's own, because many calls are queued.
+Every contender is called once a round, so that the neighbours on a shared machine load all of them alike; CPU
+seconds count only our own work. On a GPU many calls are queued between two synchronisations, so that the wall
+time is the device's own.
 """
 
 from __future__ import annotations
 
+import argparse
+import datetime
+import gc
+import json
+import math
 import multiprocessing
 import os
+import platform
 import resource
 import statistics
+import subprocess
+import sys
 import time
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from fasttrain.errors import InputError
+from fasttrain.files import write_atomically
+
+T = TypeVar("T")
+RESULTS = Path(__file__).resolve().parent / "results"
+PACKAGES = (
+    *("torch", "triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "timm"),
+    *("av", "numpy", "torchcodec", "decord"),
+)
 WARM_UPS = 2
 CEILING_ROUNDS = 5
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @dataclass
@@ -35,17 +51,17 @@ class Timing:
     cpu: list[float] = field(default_factory=list)
 
     def result(self, pairs: int, *, calls: int = 1) -> dict[str, float]:
-        """Milliseconds (median, least, most) and CPU milliseconds of a step, pairs a second.
+        """Milliseconds (median, least, most) and CPU milliseconds of a step, and pairs a second.
 
         What was timed as one call are `calls` steps of `pairs` pairs each.
         """
-        middle = statistics.median(self.wall)
+        median = statistics.median(self.wall)
         return {
-            "ms": 1e3 * middle / calls,
+            "ms": 1e3 * median / calls,
             "ms_least": 1e3 * min(self.wall) / calls,
             "ms_most": 1e3 * max(self.wall) / calls,
             "cpu_ms": 1e3 * statistics.median(self.cpu) / calls,
-            "pairs_per_second": calls * pairs / middle,
+            "pairs_per_second": calls * pairs / median,
         }
 
 
@@ -60,13 +76,11 @@ def interleave(
         function()
     timings = {name: Timing() for name in contenders}
     for number in range(rounds):
-        names = list(contenders)[:: -1 if number % 2 else 1]
-        for name in names:
-            function = contenders[name]
+        for name in list(contenders)[:: -1 if number % 2 else 1]:
             synchronize(device)
             wall, cpu = time.perf_counter(), cpu_seconds()
             for _ in range(calls):
-                function()
+                contenders[name]()
             synchronize(device)
             timings[name].wall.append((time.perf_counter() - wall) / calls)
             timings[name].cpu.append((cpu_seconds() - cpu) / calls)
@@ -83,6 +97,11 @@ def speedup(slow: Timing, fast: Timing) -> dict[str, float]:
         "wall_most": max(wall),
         "cpu": statistics.median(cpu),
     }
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def cpu_seconds() -> float:
@@ -112,3 +131,120 @@ def copy_ceiling(device: torch.device) -> float:
     target = torch.empty_like(source)
     timing = interleave({"": lambda: target.copy_(source)}, rounds=CEILING_ROUNDS, calls=3, device=device)[""]
     return 2 * size / statistics.median(timing.wall)
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the software: `device`, `cpu`, `versions`, `commit` and `date` (UTC, ISO 8601).
+
+    `commit` ends in `-dirty` when tracked files differ from it. A copy of the files alone, as on a machine
+    that only lends its GPU, takes it from FASTTRAIN_COMMIT.
+    """
+    versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    commit = os.environ.get("FASTTRAIN_COMMIT")
+    with suppress(OSError, subprocess.CalledProcessError):
+        git = ["git", "-C", str(RESULTS), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        commit = subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
+    cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    models = [line.partition(":")[2].strip() for line in cpuinfo if line.startswith("model name")]
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cpu": {"model": models[0] if models else platform.machine(), "cores": os.cpu_count()},
+        "versions": versions,
+        "commit": commit,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def write_results(path: Path, payload: dict[str, Any]) -> Path:
+    """Write `payload` as indented JSON; a reader sees the old file or the new one."""
+    write_atomically(path, (json.dumps(payload, indent=2, allow_nan=False) + "\n").encode())
+    return path
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that all benchmarks have."""
+    found = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    found.add_argument("--out", type=Path, help="JSON file (results/NAME-DEVICE.json)")
+    found.add_argument("--short", action="store_true", help="fewer rounds and cases")
+    found.add_argument(
+        "--limit", type=float, default=math.inf, metavar="SECONDS", help="begin nothing new after these"
+    )
+    found.add_argument("--plot", type=Path, metavar="FILE", help="only draw the plot of this JSON file")
+    found.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    return found
+
+
+class Results:
+    """A result file that is written after every section, so that nothing measured is lost.
+
+    What fails, cannot run here or is not reached in time stands in it under `skipped` with the reason.
+    """
+
+    def __init__(self, name: str, options: argparse.Namespace, **facts: Any) -> None:
+        self.path: Path = options.out or RESULTS / f"{name}-{options.device}.json"
+        self.deadline = time.monotonic() + options.limit
+        self.skipped: dict[str, str] = {}
+        self.content: dict[str, Any] = {"environment": environment(), **facts, "skipped": self.skipped}
+
+    def attempt(self, name: str, measure: Callable[[], T]) -> T | None:
+        """What `measure` gives; None and a note in `skipped` where there is no time or it fails."""
+        if time.monotonic() > self.deadline:
+            self.skipped[name] = "out of time"
+            return None
+        try:
+            return measure()
+        except ModuleNotFoundError as error:
+            self.skipped[name] = f"needs {error.name}, which is not installed"
+        except InputError as error:
+            self.skipped[name] = str(error)
+        # Whatever it is, the other figures stand without this one.
+        except Exception as error:
+            traceback.print_exc()
+            self.skipped[name] = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        finally:
+            gc.collect()
+            torch.cuda.empty_cache()
+        return None
+
+    def record(self, section: str, measure: Callable[[], dict[str, Any]]) -> None:
+        """Measure a section and write the file."""
+        figures = self.attempt(section, lambda: json.loads(json.dumps(measure(), allow_nan=False)))
+        self.write(section, figures)
+        print(f"{section}: {self.skipped.get(section, 'done')}", flush=True)
+
+    def write(self, section: str, figures: Any) -> None:
+        if figures is not None:
+            self.content[section] = figures
+        write_results(self.path, self.content)
+
+    def finish(self) -> None:
+        """Name the file. Raises SystemExit where something failed."""
+        print(self.path)
+        failed = [f"{name} {why}" for name, why in self.skipped.items() if why.startswith("failed")]
+        if failed:
+            sys.exit("\n".join(failed))
+
+
+def plot_bars(results: Path, title: str, panels: dict[str, dict[str, float]]) -> Path:
+    """A PNG beside the JSON file: one panel of bars below the other, by what the bars mean."""
+    from matplotlib.figure import Figure
+
+    panels = {meaning: bars for meaning, bars in panels.items() if bars}
+    rows = [len(bars) + 1 for bars in panels.values()]
+    figure = Figure(figsize=(9, 1 + 0.35 * sum(rows)), layout="constrained")
+    axes = figure.subplots(len(panels), squeeze=False, height_ratios=rows)
+    for axis, (meaning, bars) in zip(axes[:, 0], panels.items(), strict=True):
+        drawn = axis.barh(list(bars)[::-1], list(bars.values())[::-1])
+        axis.bar_label(drawn, fmt=lambda value: f"{value:.3g}" if value < 100 else f"{value:.0f}", padding=3)
+        axis.margins(x=0.12)
+        axis.set_xlabel(meaning)
+    environment = json.loads(results.read_text(encoding="utf-8"))["environment"]
+    figure.suptitle(f"{title}, {environment['device'] or environment['cpu']['model']}")
+    figure.savefig(results.with_suffix(".png"), dpi=110)
+    return results.with_suffix(".png")

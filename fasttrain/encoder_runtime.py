@@ -25,7 +25,7 @@ ATTENTION = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-# What a core's caches hold: larger batches ran slower on a CPU (benchmarks/results/throughput-cpu.json).
+# What a core's caches hold: larger batches ran slower on a CPU (benchmarks/results/step-cpu.json).
 CPU_CHUNK = 4
 # Up to here PyTorch's fused attention loses to plain products on a CPU in half precision (3.8 against 6.2 ms
 # for 12 x 3 heads of 197 tokens); beyond, the matrix of all pairs no longer stays in the caches.
@@ -139,7 +139,7 @@ def compile_fixed(
 # Matrix products in e4m3, for chips that have them: Ada, Hopper and later. Weights are quantised once, one
 # scale per output channel; activations at every call, one scale per token. A value x becomes round(x / s)
 # with s = max|x| / 448, so each product is off by a few percent of its norm, at random, which a sum over
-# hundreds of channels and a LayerNorm largely average out (benchmarks/step.py measures what is left in the
+# hundreds of channels and a LayerNorm largely average out (docs/scaling.md says what is left in the
 # tokens and in the loss). The products accumulate in float32 and come out in bfloat16. Only the linear layers
 # of the blocks change; attention, norms and the patch embedding stay.
 

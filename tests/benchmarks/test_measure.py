@@ -1,0 +1,71 @@
+"""How figures are computed, kept and drawn; no timing is judged."""
+
+import json
+import multiprocessing
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import loaders, propagation, step
+from benchmarks.measure import RESULTS, Results, Timing, cpu_seconds, interleave, parser, speedup
+from fasttrain.errors import InputError
+
+
+def test_contenders_take_turns_both_ways() -> None:
+    calls: list[str] = []
+    contenders: dict[str, Any] = {name: (lambda name=name: calls.append(name)) for name in "ab"}
+    interleave(contenders, rounds=2, calls=2, device=torch.device("cpu"))
+    assert "".join(calls[4:]) == "aabb" + "bbaa"
+
+
+def test_speedup_is_taken_round_by_round() -> None:
+    slow, fast = Timing([4.0, 9.0, 2.0], [2.0, 2.0, 2.0]), Timing([2.0, 3.0, 2.0], [1.0, 1.0, 1.0])
+    assert speedup(slow, fast) == {"wall": 2.0, "wall_least": 1.0, "wall_most": 3.0, "cpu": 2.0}
+    assert fast.result(4, calls=2)["pairs_per_second"] == 4.0
+    assert fast.result(4, calls=2)["ms"] == 1000.0
+
+
+def test_cpu_time_counts_living_workers() -> None:
+    begun = cpu_seconds()
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pool.submit(sum, range(3_000_000)).result()
+        # Starting an interpreter alone takes several ticks of the kernel's clock.
+        assert cpu_seconds() - begun > 0.02
+
+
+def test_what_fails_costs_no_other_figure(tmp_path: Path) -> None:
+    def fail(error: Exception) -> dict[str, Any]:
+        raise error
+
+    results = Results("step", parser(None).parse_args(["--out", str(tmp_path / "step.json")]))
+    results.record("good", lambda: {"ms": 1.0})
+    results.record("absent", lambda: fail(ModuleNotFoundError("no av", name="av")))
+    results.record("refused", lambda: fail(InputError("fp8 needs Ada")))
+    results.finish()
+    results.record("bad", lambda: fail(RuntimeError("no\nand why")))
+    results.record("not a number", lambda: {"ms": float("nan")})
+    results.deadline = 0
+    results.record("late", lambda: {"ms": 1.0})
+    content = json.loads(results.path.read_text())
+    assert content["good"] == {"ms": 1.0}
+    assert content["skipped"].pop("not a number").startswith("failed: ValueError")
+    assert content["skipped"] == {
+        "absent": "needs av, which is not installed",
+        "refused": "fp8 needs Ada",
+        "bad": "failed: RuntimeError: no",
+        "late": "out of time",
+    }
+    with pytest.raises(SystemExit, match="bad failed: RuntimeError"):
+        results.finish()
+
+
+@pytest.mark.parametrize("benchmark", [step, loaders, propagation])
+def test_recorded_results_can_be_drawn(tmp_path: Path, benchmark: ModuleType) -> None:
+    name = benchmark.__name__.partition(".")[2]
+    path = Path(shutil.copy(RESULTS / f"{name}-cpu.json", tmp_path))
+    assert benchmark.plot(path).stat().st_size > 0
