@@ -9,7 +9,7 @@ Shape suffixes: B samples, N tokens, D channels; of a linear layer R rows, K inp
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from fasttrain.backbones import Backbone
 from fasttrain.errors import InputError
 from fasttrain.recipe import EncoderRecipe
 
+# Frames (2, B, 3, H, W) and asymmetric positions (N, D) -> tokens (B, 3, N, D).
+Views = Callable[[Tensor, Tensor], Tensor]
 ATTENTION = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -51,7 +53,8 @@ class EncoderRuntime:
         self, encoder: Backbone, recipe: EncoderRecipe, *, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.encoder = encoder.to(device, dtype if recipe.cast_weights else torch.float32)
-        self._dtype, self._device, self._recipe = dtype, device, recipe
+        self._dtype = dtype
+        self._autocasts = not recipe.cast_weights and dtype != torch.float32
         if recipe.precision == "fp8":
             # A CPU computes it too, slowly: for tests.
             if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
@@ -64,9 +67,7 @@ class EncoderRuntime:
         if mode == "auto":
             mode = "default" if device.type == "cuda" else "none"
         self.compiled = mode != "none"
-        views: Callable[[Tensor, Tensor], Tensor] = (
-            encoder.three_views if recipe.batch_views else self._views_apart
-        )
+        views: Views = encoder.three_views if recipe.batch_views else self._views_apart
         self._chunk = recipe.chunk or (CPU_CHUNK if device.type == "cpu" else 0)
         if recipe.attention == "auto" and device.type == "cpu" and dtype != torch.float32:
             _attend_plainly(encoder)
@@ -80,8 +81,8 @@ class EncoderRuntime:
 
         frames: (2, B, 3, H, W), ImageNet-normalised, of the training size; positions: (N, D), asymmetric.
         """
-        with self._autocast():
-            inputs = frames.to(self.encoder.positions_ND.dtype)
+        inputs = frames.to(self.encoder.positions_ND.dtype)
+        with torch.autocast(frames.device.type, self._dtype) if self._autocasts else nullcontext():
             if not self._chunk or self._chunk >= inputs.shape[1]:
                 return self._views(inputs, positions).to(self._dtype)
             parts = [self._views(part, positions) for part in inputs.split(self._chunk, dim=1)]
@@ -91,14 +92,8 @@ class EncoderRuntime:
         first_BND, second_BND = self.encoder.tokens(frames[0]), self.encoder.tokens(frames[1])
         return torch.stack((first_BND, second_BND, self.encoder.tokens(frames[0], positions)), 1)
 
-    def _autocast(self) -> AbstractContextManager[None]:
-        needed = not self._recipe.cast_weights and self._dtype != torch.float32
-        return torch.autocast(self._device.type, self._dtype) if needed else nullcontext()
 
-
-def _attending(
-    views: Callable[[Tensor, Tensor], Tensor], kernel: SDPBackend
-) -> Callable[[Tensor, Tensor], Tensor]:
+def _attending(views: Views, kernel: SDPBackend) -> Views:
     """`views` with one attention kernel, chosen inside of what is compiled.
 
     PyTorch does not look at a choice that is made outside when it looks for a compiled program: an encoder
@@ -123,9 +118,7 @@ def _attend_plainly(encoder: Backbone) -> None:
             module.fused_attn = False
 
 
-def compile_fixed(
-    function: Callable[[Tensor, Tensor], Tensor], mode: str | None
-) -> Callable[[Tensor, Tensor], Tensor]:
+def compile_fixed(function: Views, mode: str | None) -> Views:
     """torch.compile for fixed shapes; PyTorch keeps the code from run to run (TORCHINDUCTOR_CACHE_DIR)."""
     # Every kind of encoder in a process is a program of its own; past PyTorch's limit of eight they would
     # silently run uncompiled.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ class MetricsLog:
         if not enabled:
             return
         path = folder / "metrics.jsonl"
-        kept = [f"{line}\n" for line, record in read_records(path) if record["step"] <= first_step]
-        write_atomically(path, "".join(kept).encode())
+        kept = [record for record in read_records(path) if record["step"] <= first_step]
+        write_atomically(path, "".join(f"{json.dumps(record)}\n" for record in kept).encode())
         self._file = path.open("a", encoding="utf-8")
         if tensorboard:
             # Imported late: it costs a second that a run without it need not pay.
@@ -58,22 +58,18 @@ class MetricsLog:
 
 def last_event(folder: Path) -> str | None:
     """What the log of a run folder ended on, if its last line tells of an event."""
-    records = [record for _, record in read_records(folder / "metrics.jsonl")]
+    records = read_records(folder / "metrics.jsonl")
     return records[-1].get("event") if records else None
 
 
-def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every whole line of a log with what it says."""
-    if not path.exists():
-        return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            # The run was cut off in the middle of this line.
-            continue
-        if isinstance(record, dict) and "step" in record:
-            yield line, record
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """What the whole lines of a log say."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        # The last line may have been cut off with its run.
+        with suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
 
 
 def say(line: str, console: Console | None = None) -> None:

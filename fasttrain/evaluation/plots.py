@@ -239,7 +239,7 @@ def _read_history(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise InputError(f"run {run} has no metrics.jsonl; give the output folder of a training run")
-    return [record for _, record in read_records(path)]
+    return read_records(path)
 
 
 def _strip(name: str, pictures: Sequence[Frame], tile_width: int) -> Image.Image:
