@@ -8,61 +8,47 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# What each module of the training path may import from the project. Errors may be raised anywhere.
-ALLOWED = {
-    "recipe": {"errors"},
-    "distributed": {"errors"},
-    "checkpoint": {"errors", "files"},
-    "errors": set(),
-    "optimizer": {"cuda_graph", "errors", "recipe"},
-    "files": {"errors"},
-    "loggers": {"files"},
-    "projection": {"errors", "files", "weights"},
-    "objective": {"projection", "recipe"},
-    "cuda_graph": set(),
-    "profiling": {"files"},
-    "encoder_runtime": {"backbones", "errors", "recipe"},
-    # No data: benchmarks drive it with frames that are on the device already.
-    "backbone_trainer": {
-        "backbones",
-        "checkpoint",
-        "cuda_graph",
-        "distributed",
-        "encoder_runtime",
-        "errors",
-        "loggers",
-        "objective",
-        "optimizer",
-        "profiling",
-        "projection",
-        "recipe",
-        "video_encoder",
-    },
-    "trainer": {
-        "backbones",
-        "checkpoint",
-        "data",
-        "distributed",
-        "errors",
-        "files",
-        "loggers",
-        "optimizer",
-        "profiling",
-        "projection",
-        "recipe",
-        "backbone_trainer",
-    },
+# A module, or folder, imports only from those after it.
+ORDER = (
+    "tools",
+    "__main__",
+    "evaluation",
+    "trainer",
+    "data",
+    "backbone_trainer",
+    "video_encoder",
+    "encoder_runtime",
+    "backbones",
+    "objective",
+    "projection",
+    "weights",
+    "optimizer",
+    "cuda_graph",
+    "checkpoint",
+    "loggers",
+    "profiling",
+    "recipe",
+    "distributed",
+    "files",
+    "errors",
+)
+# Packages that one file alone may import.
+ONLY_USER = {
+    "fasttrain_kernels": "objective.py",
+    "nvidia": "dali.py",
+    "torch.distributed": "distributed.py",
+    "torch.nn.parallel": "distributed.py",
 }
 
 
 def imports(path: Path) -> set[str]:
-    """Every module that a file imports, anywhere in it; relative imports start with a dot."""
+    """Every name that a file imports, anywhere in it, by its full path; relative imports start with a dot."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add("." * node.level + (node.module or ""))
+            names |= {f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names}
     return names
 
 
@@ -70,14 +56,23 @@ def modules(folder: str) -> list[Path]:
     return sorted((ROOT / folder).rglob("*.py"))
 
 
-@pytest.mark.parametrize("name", ALLOWED)
-def test_training_path(name: str) -> None:
-    own = {
-        module.split(".")[1]
-        for module in imports(ROOT / "fasttrain" / f"{name}.py")
-        if module.startswith("fasttrain.")
-    }
-    assert own - {"errors"} <= ALLOWED[name]
+def test_every_module_has_its_place() -> None:
+    names = {path.name.removesuffix(".py") for path in (ROOT / "fasttrain").iterdir()}
+    assert names - {"__init__", "__pycache__", "py.typed"} == set(ORDER)
+
+
+@pytest.mark.parametrize("path", modules("fasttrain"), ids=lambda path: path.stem)
+def test_imports_run_one_way(path: Path) -> None:
+    name = path.relative_to(ROOT / "fasttrain").parts[0].removesuffix(".py")
+    if name != "__init__":
+        own = {module.split(".")[1] for module in imports(path) if module.startswith("fasttrain.")}
+        assert own <= {name, *ORDER[ORDER.index(name) :]}
+
+
+def test_recipe_and_distributed_are_leaves() -> None:
+    for name in ("recipe", "distributed"):
+        own = {module for module in imports(ROOT / f"fasttrain/{name}.py") if module.startswith("fasttrain.")}
+        assert all(module.startswith("fasttrain.errors.") for module in own)
 
 
 def test_kernels_need_torch_and_triton_only() -> None:
@@ -87,46 +82,25 @@ def test_kernels_need_torch_and_triton_only() -> None:
             assert module.startswith(".") or module.split(".")[0] in allowed, f"{path.name}: {module}"
 
 
-def test_objective_is_the_only_caller_of_the_kernels() -> None:
-    callers = {
-        path.name for path in modules("fasttrain") if any("fasttrain_kernels" in m for m in imports(path))
-    }
-    assert callers == {"objective.py"}
-
-
-def test_pipeline_is_the_only_user_of_dali() -> None:
-    users = {path.name for path in modules("fasttrain") if any(m.startswith("nvidia") for m in imports(path))}
-    assert users == {"dali.py"}
-
-
-def test_distributed_is_the_only_user_of_torch_distributed() -> None:
+@pytest.mark.parametrize("package", ONLY_USER)
+def test_a_package_has_one_user(package: str) -> None:
     users = {
         path.name
         for path in modules("fasttrain")
-        if any(m.startswith(("torch.distributed", "torch.nn.parallel")) for m in imports(path))
-        or "torch.distributed." in path.read_text()
+        if any(f"{module}.".startswith(f"{package}.") for module in imports(path))
+        or f"{package}." in path.read_text()
     }
-    assert users == {"distributed.py"}
+    assert users == {ONLY_USER[package]}
 
 
 def test_nothing_imports_benchmarks_tests_or_recipes() -> None:
-    for folder in ("fasttrain", "kernels"):
-        for path in modules(folder):
-            roots = {module.split(".")[0] for module in imports(path)}
-            assert not roots & {"benchmarks", "tests", "recipes"}, path
-
-
-def test_data_and_evaluation_stay_out_of_the_trainer() -> None:
-    for folder in ("fasttrain/data", "fasttrain/evaluation"):
-        for path in modules(folder):
-            assert not any(m.startswith("fasttrain.trainer") for m in imports(path)), path
+    for path in modules("fasttrain") + modules("kernels"):
+        roots = {module.split(".")[0] for module in imports(path)}
+        assert not roots & {"benchmarks", "tests", "recipes"}, path
 
 
 def test_an_evaluation_needs_no_dali() -> None:
     """A machine may lack it, and its import takes a second."""
-    program = (
-        "import sys; sys.modules['nvidia'] = sys.modules['nvidia.dali'] = None; "
-        "import fasttrain.evaluation.command"
-    )
+    program = "import sys; sys.modules['nvidia'] = None; import fasttrain.evaluation.command"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
