@@ -154,7 +154,7 @@ def _validation(recipe: Recipe) -> Validate | None:
     """What measures a projection while it trains, where the recipe wants it."""
     if not recipe.eval.every:
         return None
-    from fasttrain.evaluation.validation import validate
+    from fasttrain.evaluation.consistency import validate
 
     return functools.partial(
         validate,

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fasttrain.errors import InputError
 
+Key = TypeVar("Key", str, int)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -80,7 +81,7 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def merge(self, values: dict[str, Item]) -> dict[str, Item]:
+    def merge(self, values: dict[Key, Item]) -> dict[Key, Item]:
         """The entries of all processes together, in the order of their keys."""
         return dict(sorted(entry for share in self.gather(values) for entry in share.items()))
 

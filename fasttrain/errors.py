@@ -4,6 +4,7 @@
 and keeps its traceback.
 """
 
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,15 @@ class InputError(ValueError):
 
 class LocalInputError(InputError):
     """Bad input that this process met and the others did not: it prints its line whatever its rank."""
+
+
+def check_options(arguments: Namespace, **least: float) -> None:
+    """Raises InputError where an option of a command is below its least value."""
+    for name, minimum in least.items():
+        given = getattr(arguments, name, minimum)
+        # Of several numbers each must be; NaN is below everything.
+        if not (min(given) if isinstance(given, list) else given) >= minimum:
+            raise InputError(f"--{name.replace('_', '-')} {given}: expected at least {minimum}")
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Classification of videos by frozen features: weighted k-NN and a linear probe, top-1 and top-5.
 
-Reads UCF101, HMDB51, Kinetics, Something-Something V2 and plain lists (`splits.py`); what is measured, and
-after whom, is told in `probe.py` and `linear.py`. Shape suffixes: S test videos, N training videos, D
+Reads UCF101, HMDB51, Kinetics, Something-Something V2 and plain lists (`datasets.py`); what is measured, and
+after whom, stands in `metrics.py` and `linear_probe.py`. Shape suffixes: S test videos, N training videos, D
 channels, C classes.
 """
 
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from fasttrain.distributed import World
-from fasttrain.errors import InputError
-from fasttrain.evaluation import charts, video_features
+from fasttrain.errors import check_options
+from fasttrain.evaluation import plots
+from fasttrain.evaluation.features import add_split_arguments, extract_split
 from fasttrain.evaluation.linear_probe import MAX_ITERATIONS, fit_linear
 from fasttrain.evaluation.metrics import (
-    LEAST_TEMPERATURE,
+    MIN_TEMPERATURE,
     NEIGHBOURS,
     TEMPERATURE,
     confusion,
@@ -26,13 +27,12 @@ from fasttrain.evaluation.metrics import (
     top_accuracy,
 )
 from fasttrain.evaluation.model import EvaluatedModel
-from fasttrain.evaluation.video_features import extract_split, stack
 
 TOP = (1, 5)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    video_features.add_arguments(parser)
+    add_split_arguments(parser)
     parser.add_argument(
         "--neighbours", type=int, nargs="+", default=list(NEIGHBOURS), metavar="K",
         help=f"of the k-NN; those above the number of training videos are left out (default: {NEIGHBOURS})",
@@ -50,13 +50,7 @@ def run(
     arguments: argparse.Namespace, model: EvaluatedModel, output: Path, world: World
 ) -> dict[str, Any] | None:
     """Accuracy on all test videos, on the main process."""
-    if min(arguments.neighbours) < 1 or arguments.max_iterations < 1:
-        raise InputError(
-            f"--neighbours {arguments.neighbours}, --max-iterations {arguments.max_iterations}: each must be "
-            "positive"
-        )
-    if not arguments.temperature >= LEAST_TEMPERATURE:
-        raise InputError(f"--temperature {arguments.temperature}: expected at least {LEAST_TEMPERATURE}")
+    check_options(arguments, neighbours=1, max_iterations=1, temperature=MIN_TEMPERATURE)
     found = extract_split(arguments, model, output, world)
     if found is None:
         return None
@@ -69,7 +63,7 @@ def run(
     confusions: dict[str, Tensor] = {}
     for variant in model.variants:
         train_ND, test_SD = (
-            stack(videos, extracted, variant).to(world.device) for videos in (split.train, split.test)
+            extracted.stack(videos, variant).to(world.device) for videos in (split.train, split.test)
         )
         scores = {
             f"{k}-NN": votes_SC.cpu()
@@ -97,7 +91,7 @@ def run(
         }
         probes[variant] = probe.describe()
         confusions[variant] = confusion(scores["linear"].argmax(dim=1), labels_S, len(split.classes))
-    charts.confusion_maps(confusions, split.classes, output / "figures" / "confusion.png")
+    plots.confusion_maps(confusions, split.classes, output / "figures" / "confusion.png")
     return {
         "data": {**data, "held_out_videos": int(held_out_N.sum())},
         "results": results,

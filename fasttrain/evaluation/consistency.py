@@ -1,29 +1,37 @@
-"""The trade-off on a list of videos: the paper's analysis (`consistency.py`) before and after the projection.
+"""The paper's trade-off on a list of videos: consistency and separability before and after the projection.
 
-Reads any source that training reads: frame folders, a list, video files, a packed set.
+`eval consistency` reads any source that training reads: frame folders, a list, video files, a packed set. The
+trainer calls `validate` every `eval.every` steps; its figures go to metrics.jsonl and TensorBoard. The
+analysis itself is in `trade_off.py`. Shape suffixes: T frames, H W pixels, N tokens, D channels.
 """
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from fasttrain.backbones import Backbone
 from fasttrain.data.images import UnreadableFrameError
 from fasttrain.data.index import FrameIndex
 from fasttrain.data.sampling import evenly_spaced
 from fasttrain.data.sources import open_source
 from fasttrain.distributed import World
-from fasttrain.errors import InputError, LocalInputError
+from fasttrain.errors import InputError, LocalInputError, check_options
 from fasttrain.evaluation import plots
 from fasttrain.evaluation.frames import centre_crop, read_clip
 from fasttrain.evaluation.model import EvaluatedModel
-from fasttrain.evaluation.trade_off import FEWEST_FRAMES, Analysis
+from fasttrain.evaluation.trade_off import MIN_FRAMES, VideoMeasures, measure_video, summarise
+
+# What is followed over training; the distances over the 95 % diameter are those of the trade-off plot.
+FOLLOWED = ("cycle_accuracy", "effective_rank", "intra_normalized_95", "inter_normalized_95")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--num-frames", type=int, default=40, help="evenly spread over each video (default: 40)"
+        "--num-frames", type=int, default=40, help="evenly spaced over each video (default: 40)"
     )
     parser.add_argument("--num-videos", type=int, default=1000, help="at most, evenly chosen (default: 1000)")
     parser.add_argument("--image-size", type=int, default=224, help="side of the middle crop (default: 224)")
@@ -33,78 +41,88 @@ def run(
     arguments: argparse.Namespace, model: EvaluatedModel, output: Path, world: World
 ) -> dict[str, Any] | None:
     """Figures of all videos together, on the main process."""
-    for name, least in (("num_frames", FEWEST_FRAMES), ("num_videos", 1), ("image_size", 1)):
-        if getattr(arguments, name) < least:
-            option = "--" + name.replace("_", "-")
-            raise InputError(f"{option} {getattr(arguments, name)}: expected at least {least}")
+    check_options(arguments, num_frames=MIN_FRAMES, num_videos=1, image_size=1)
     index = open_source(arguments.root)
     chosen = evenly_spaced(len(index), arguments.num_videos)
-    analyses, skipped = measure_share(index, world.shard(chosen), arguments, model, world.device)
-    if not merge(analyses, skipped, output, world):
-        return None
-    told = [f"{name}: {reason}" for name, reason in index.skipped]
-    told += [skipped[video] for video in sorted(skipped)]
-    counted = len(chosen) - len(skipped)
-    if not counted:
-        raise InputError(f"no video of {arguments.root} can be measured; {'; '.join(told[:3])}")
-    if told:
-        print(f"videos passed over: {len(told)}, such as {told[0]}")
-    results = {variant: analysis.result() for variant, analysis in analyses.items()}
-    if set(results) == {"before", "after"} and counted > 1:
-        point = (model.encoder.name, results["before"], results["after"])
-        plots.trade_off([point], output / "figures" / "trade_off.png")
-    return {"data": {"videos": counted, "skipped": told}, "results": results}
-
-
-def measure_share(
-    index: FrameIndex,
-    videos: list[int],
-    arguments: argparse.Namespace,
-    model: EvaluatedModel,
-    device: torch.device,
-) -> tuple[dict[str, Analysis], dict[int, str]]:
-    """The analysis of these videos per variant, and which of them were passed over, and why."""
-    analyses = {variant: Analysis() for variant in model.variants}
-    skipped = {}
-    for video in videos:
-        length = int(index.num_frames[video])
-        if length < FEWEST_FRAMES:
-            skipped[video] = f"{index.names[video]}: fewer than {FEWEST_FRAMES} frames"
-            continue
+    measured: dict[str, dict[int, VideoMeasures]] = {variant: {} for variant in model.variants}
+    skipped: dict[int, str] = {}
+    for video in world.shard(chosen):
         try:
-            clip = read_clip(index, video, evenly_spaced(length, arguments.num_frames))
+            frames = _read_frames(index, video, arguments.num_frames, arguments.image_size)
         except UnreadableFrameError as error:
             skipped[video] = f"{index.names[video]}: {error}"
             continue
-        frames = (centre_crop(frame, arguments.image_size) for frame in clip)
-        for variant, tokens_TND in model.tokens(frames, device).items():
+        for variant, tokens_TND in model.tokens(frames, world.device).items():
             if not tokens_TND.isfinite().all():
                 raise LocalInputError(
                     f"features of {index.names[video]} {variant} the projection are not all finite; look at "
                     "the frames and at the weights"
                 )
-            analyses[variant].add(video, tokens_TND)
-    return analyses, skipped
+            measured[variant][video] = measure_video(tokens_TND)
+    skipped = world.merge(skipped)
+    measured = {variant: world.merge(videos) for variant, videos in measured.items()}
+    if not world.is_main:
+        return None
+    reasons = [f"{name}: {reason}" for name, reason in index.skipped]
+    reasons += skipped.values()
+    counted = len(chosen) - len(skipped)
+    if not counted:
+        raise InputError(f"no video of {arguments.root} can be measured; {'; '.join(reasons[:3])}")
+    if reasons:
+        print(f"videos passed over: {len(reasons)}, such as {reasons[0]}")
+    results = {variant: summarise(list(videos.values())) for variant, videos in measured.items()}
+    if set(results) == {"before", "after"} and counted > 1:
+        point = (model.encoder.name, results["before"], results["after"])
+        plots.trade_off([point], output / "figures" / "trade_off.png")
+    return {"data": {"videos": counted, "skipped": reasons}, "results": results}
 
 
-def merge(analyses: dict[str, Analysis], skipped: dict[int, str], output: Path, world: World) -> bool:
-    """Bring what all processes measured into the main one's `analyses` and `skipped`; whether this is it.
+def _read_frames(index: FrameIndex, video: int, num_frames: int, image_size: int) -> list[Tensor]:
+    """Crops (3, H, W) of evenly spaced frames. Raises UnreadableFrameError, also for a video too short."""
+    length = int(index.num_frames[video])
+    if length < MIN_FRAMES:
+        raise UnreadableFrameError(f"fewer than {MIN_FRAMES} frames")
+    clip = read_clip(index, video, evenly_spaced(length, num_frames))
+    return [centre_crop(frame, image_size) for frame in clip]
 
-    Goes through files in `output`, which all processes must see.
+
+@torch.no_grad()
+def validate(
+    encoder: Backbone,
+    projection: nn.Module,
+    index: FrameIndex,
+    device: torch.device,
+    *,
+    num_videos: int,
+    num_frames: int,
+    image_size: int,
+) -> dict[str, float]:
+    """Keys `before/...` and `after/...` for metrics.jsonl, from evenly chosen videos of `index`.
+
+    Videos of fewer than 8 frames and videos that cannot be read are passed over. What cannot be said is
+    absent: everything without a video left, the inter-video distance of one video.
     """
-    parts = [output / f".part{rank}.pt" for rank in range(world.size)]
-    if not world.is_main:
-        output.mkdir(parents=True, exist_ok=True)
-        measured = {variant: (one.within, one.middles) for variant, one in analyses.items()}
-        torch.save({"measured": measured, "skipped": skipped}, parts[world.rank])
-    world.barrier()
-    if not world.is_main:
-        return False
-    for path in parts[1:]:
-        part = torch.load(path, weights_only=True)
-        for variant, (within, middles) in part["measured"].items():
-            analyses[variant].within |= within
-            analyses[variant].middles |= middles
-        skipped |= part["skipped"]
-        path.unlink()
-    return True
+    measured: dict[str, list[VideoMeasures]] = {"before": [], "after": []}
+    was_training = projection.training
+    projection.eval()
+    long_enough = [video for video in range(len(index)) if index.num_frames[video] >= MIN_FRAMES]
+    for chosen in evenly_spaced(len(long_enough), num_videos):
+        video = long_enough[chosen]
+        try:
+            frames_T3HW = torch.stack(_read_frames(index, video, num_frames, image_size))
+        except UnreadableFrameError:
+            continue
+        # The encoder that trains may have been cast.
+        tokens_TND = encoder.tokens(frames_T3HW.to(device, encoder.positions_ND.dtype)).float()
+        measured["before"].append(measure_video(tokens_TND))
+        measured["after"].append(measure_video(projection(tokens_TND).float()))
+    projection.train(was_training)
+    if not measured["before"]:
+        return {}
+    figures = {variant: summarise(videos) for variant, videos in measured.items()}
+    return {
+        f"{variant}/{key}": found[key]
+        for variant, found in figures.items()
+        for key in FOLLOWED
+        if math.isfinite(found[key])
+    }

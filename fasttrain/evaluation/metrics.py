@@ -357,13 +357,13 @@ def recall_at(
 # Classification of videos by frozen features: weighted k-NN, top-k accuracy, what to hold out.
 #
 # The k-NN is that of DINO (Caron et al., ICCV 2021, eval_knn.py; after Wu et al., CVPR 2018): cosine
-# similarity s, each of the k nearest votes exp(s / 0.07) for its class. The linear probe is in `linear.py`.
+# similarity s, each of the k nearest votes exp(s / 0.07) for its class.
 #
 # Shape suffixes: S test videos, N training videos, D channels, C classes, K neighbours.
 
 TEMPERATURE = 0.07
 # exp(1 / temperature), the vote of a video like the query, is no number in float64 below 0.0014.
-LEAST_TEMPERATURE = 0.0015
+MIN_TEMPERATURE = 0.0015
 NEIGHBOURS = (10, 20, 100, 200)
 
 
@@ -374,8 +374,8 @@ def knn_scores(
 
     DINO ranks classes without a vote behind the others in no particular order; here they are never predicted.
     """
-    if not temperature >= LEAST_TEMPERATURE:
-        raise InputError(f"temperature {temperature} of the votes: expected at least {LEAST_TEMPERATURE}")
+    if not temperature >= MIN_TEMPERATURE:
+        raise InputError(f"temperature {temperature} of the votes: expected at least {MIN_TEMPERATURE}")
     weight_SK = (similarity_SK.double() / temperature).exp()
     votes_SC = weight_SK.new_zeros(len(similarity_SK), num_classes)
     votes_SC.scatter_add_(1, neighbour_labels_SK, weight_SK)

@@ -1,18 +1,22 @@
-"""Pictures of an evaluation: masks, poses and arrows on frames, short videos, learning curves, the trade-off.
+"""Pictures: masks, poses and arrows on frames, short videos, nearest videos, curves and charts.
 
 Draws only what it is given; knows nothing of models. Frames are uint8 RGB. Shape suffixes: T frames,
-H height, W width, C colours, J joints, M matches.
+H height, W width, C colours or classes, J joints, M matches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
 import numpy.typing as npt
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.patches import Patch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from fasttrain.data.sampling import evenly_spaced
 from fasttrain.errors import InputError
@@ -31,6 +35,9 @@ CAPTION_HEIGHT = 22
 _TRADE_OFF = ("intra_normalized_95", "inter_normalized_95")
 _BACKGROUND = (255, 255, 255)
 _INK = (30, 30, 30)
+_RIGHT, _WRONG = (42, 157, 74), (200, 64, 47)
+# Beyond so many classes their names would run into each other.
+_MAX_NAMES = 40
 
 
 def voc_palette() -> npt.NDArray[np.uint8]:
@@ -155,6 +162,24 @@ def correspondence_arrows(rows: Sequence[tuple[str, Frame, Frame, Matches]], pat
     return contact_sheet(pictures, path, tile_width=960)
 
 
+def retrieval_sheet(rows: Sequence[tuple[str, Sequence[Frame], Sequence[bool]]], path: Path) -> Path:
+    """A captioned row per query: its picture, then the nearest videos, framed green if right, else red.
+
+    A row is (caption, pictures, whether each neighbour is of the query's class).
+    """
+    sheet = []
+    for caption, pictures, right in rows:
+        colors = [_BACKGROUND, *(_RIGHT if one else _WRONG for one in right)]
+        framed = [_framed(*one) for one in zip(pictures, colors, strict=True)]
+        sheet.append((caption, framed))
+    return contact_sheet(sheet, path, tile_width=128)
+
+
+def _framed(picture_HWC: Frame, color: tuple[int, int, int]) -> Frame:
+    image = Image.fromarray(picture_HWC)
+    return np.asarray(ImageOps.expand(image, max(2, round(image.width / 24)), color))
+
+
 def learning_curves(runs: Sequence[str | Path], path: str | Path) -> Path:
     """Everything that the runs' `metrics.jsonl` recorded over the steps: one panel per quantity."""
     histories = dict(zip(run_names(runs), [_read_history(Path(run)) for run in runs], strict=True))
@@ -199,6 +224,65 @@ def trade_off(points: Sequence[tuple[str, dict[str, float], dict[str, float]]], 
     axes.set_title("Before (ring) and after (dot) the projection")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+    return save_figure(figure, path)
+
+
+def confusion_maps(counts: Mapping[str, Any], classes: Sequence[str], path: Path) -> Path:
+    """Side by side per variant: the share of each true class (row) that was taken for each class (column)."""
+    if not counts:
+        raise InputError("a confusion map needs the counts of at least one variant")
+    side = float(np.clip(0.22 * len(classes), 3.5, 9))
+    figure = Figure(figsize=(side * len(counts) + 1.5, side + 0.6), layout="constrained")
+    grid = figure.subplots(1, len(counts), squeeze=False)[0]
+    scale = ScalarMappable(Normalize(0, 1), "viridis")
+    for axes, (variant, counts_CC) in zip(grid, counts.items(), strict=True):
+        counts_CC = np.asarray(counts_CC, dtype=float)
+        # A class without a test video is an empty row.
+        shares_CC = counts_CC / np.maximum(counts_CC.sum(axis=1, keepdims=True), 1)
+        axes.imshow(shares_CC, norm=scale.norm, cmap=scale.cmap, interpolation="nearest")
+        axes.set_title(
+            f"{variant}: {100 * np.trace(counts_CC) / max(1, counts_CC.sum()):.1f} % right", fontsize=10
+        )
+        axes.set_xlabel("predicted", fontsize=8)
+        axes.set_ylabel("true", fontsize=8)
+        if len(classes) <= _MAX_NAMES:
+            names = [_short(name) for name in classes]
+            axes.set_xticks(range(len(classes)), names, rotation=90, fontsize=6)
+            axes.set_yticks(range(len(classes)), names, fontsize=6)
+    figure.colorbar(scale, ax=list(grid), shrink=0.8)
+    return save_figure(figure, path)
+
+
+def segment_bars(
+    videos: Sequence[tuple[str, Mapping[str, npt.NDArray[np.integer]]]],
+    classes: Sequence[str],
+    path: Path,
+    background: Sequence[int] = (),
+) -> Path:
+    """Per video a stack of colour bars over time, one for each row (truth, before, after) of labels (T,).
+
+    Background is light grey; classes that do not occur are left out of the legend.
+    """
+    if not videos:
+        raise InputError("colour bars of segments need at least one video")
+    palette = _palette(len(classes), background)
+    figure = Figure(figsize=(10, 1.3 * len(videos) + 1.2), layout="constrained")
+    grid = figure.subplots(len(videos), 1, squeeze=False)[:, 0]
+    seen: set[int] = set()
+    for axes, (name, rows) in zip(grid, videos, strict=True):
+        labels_RT = np.stack(list(rows.values()))
+        seen |= set(np.unique(labels_RT).tolist())
+        axes.imshow(palette[labels_RT], aspect="auto", interpolation="nearest")
+        axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
+        axes.set_title(as_written(name), fontsize=9, loc="left")
+        axes.tick_params(axis="x", labelsize=7)
+        for border in range(1, len(rows)):
+            axes.axhline(border - 0.5, color="white", linewidth=3)
+    grid[-1].set_xlabel("frame", fontsize=8)
+    handles = [Patch(color=palette[label], label=_short(classes[label])) for label in sorted(seen)][
+        :_MAX_NAMES
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=7)
     return save_figure(figure, path)
 
 
@@ -265,3 +349,17 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     return path
+
+
+def _palette(count: int, background: Sequence[int]) -> npt.NDArray[np.float64]:
+    """(C, 3) colours: the 20 of tab20, then around the colour circle."""
+    few = [color[:3] for color in colormaps["tab20"](range(20))]
+    circle = [color[:3] for color in colormaps["hsv"](np.linspace(0, 1, max(count - 20, 1), endpoint=False))]
+    palette = np.array([*few, *circle][:count])
+    for label in background:
+        palette[label] = to_rgb("0.9")
+    return palette
+
+
+def _short(name: str) -> str:
+    return as_written(name if len(name) <= 26 else name[:25] + "…")

@@ -1,6 +1,6 @@
 """Video retrieval: for every test video the nearest training videos, and recall at 1, 5 and 10.
 
-Reads UCF101, HMDB51 and the other layouts of `splits.py`; the measure and its protocol are in `retrieval.py`.
+Reads UCF101, HMDB51 and the other layouts of `datasets.py`; the measure and its protocol are in `metrics.py`.
 Shape suffixes: Q queries, G gallery videos, D channels, K neighbours.
 """
 
@@ -13,19 +13,18 @@ from torch import Tensor
 
 from fasttrain.data.sampling import evenly_spaced
 from fasttrain.distributed import World
-from fasttrain.evaluation import charts, video_features
-from fasttrain.evaluation.features import Extracted
+from fasttrain.evaluation import plots
+from fasttrain.evaluation.datasets import VideoSplit
+from fasttrain.evaluation.features import add_split_arguments, extract_split, middle_frame
 from fasttrain.evaluation.metrics import RANKS, nearest, recall_at
 from fasttrain.evaluation.model import EvaluatedModel
-from fasttrain.evaluation.splits import LabelledVideo
-from fasttrain.evaluation.video_features import extract_split, stack
 
 SHOWN_QUERIES = 4
 SHOWN_NEIGHBOURS = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    video_features.add_arguments(parser)
+    add_split_arguments(parser)
 
 
 def run(
@@ -42,7 +41,7 @@ def run(
     per_class: dict[str, dict[str, float]] = {}
     neighbours: dict[str, Tensor] = {}
     for variant in model.variants:
-        queries_QD, gallery_GD = (stack(videos, extracted, variant) for videos in (split.test, split.train))
+        queries_QD, gallery_GD = (extracted.stack(videos, variant) for videos in (split.test, split.train))
         _, neighbours[variant] = nearest(queries_QD, gallery_GD, max(RANKS))
         labels_QK = labels_G[neighbours[variant]]
         results[variant] = {f"R@{k}": value for k, value in recall_at(labels_QK, labels_Q).items()}
@@ -50,31 +49,19 @@ def run(
             split.classes[label]: recall_at(labels_QK[labels_Q == label], labels_Q[labels_Q == label], [1])[1]
             for label in labels_Q.unique().tolist()
         }
-    _draw(split.train, split.test, split.classes, neighbours, extracted, output)
+    _draw(split, neighbours, arguments.num_frames, output)
     return {"data": data, "results": results, "recall_at_1_per_class": per_class}
 
 
-def _draw(
-    train: list[LabelledVideo],
-    test: list[LabelledVideo],
-    classes: list[str],
-    neighbours: dict[str, Tensor],
-    extracted: Extracted,
-    output: Path,
-) -> None:
-    """A few queries, evenly chosen, with what lies nearest at each variant."""
+def _draw(split: VideoSplit, neighbours: dict[str, Tensor], num_frames: int, output: Path) -> None:
+    """A few queries, evenly chosen, with the videos that lie nearest for each variant."""
     rows = []
-    for query in evenly_spaced(len(test), SHOWN_QUERIES):
+    for query in evenly_spaced(len(split.test), SHOWN_QUERIES):
         for variant, neighbours_QK in neighbours.items():
-            nearest_K = [train[place] for place in neighbours_QK[query, :SHOWN_NEIGHBOURS].tolist()]
-            pictures = [extracted.load(video.name, variant).picture() for video in (test[query], *nearest_K)]
-            names = ", ".join(classes[video.label] for video in nearest_K)
-            rows.append(
-                charts.RetrievalRow(
-                    caption=f"{variant}: {classes[test[query].label]} finds {names}",
-                    query=pictures[0],
-                    neighbours=pictures[1:],
-                    right=[video.label == test[query].label for video in nearest_K],
-                )
-            )
-    charts.retrieval_sheet(rows, output / "figures" / "retrieval.png")
+            nearest_K = [split.train[index] for index in neighbours_QK[query, :SHOWN_NEIGHBOURS].tolist()]
+            pictures = [middle_frame(video.path, num_frames) for video in (split.test[query], *nearest_K)]
+            label = split.test[query].label
+            names = ", ".join(split.classes[video.label] for video in nearest_K)
+            caption = f"{variant}: {split.classes[label]} finds {names}"
+            rows.append((caption, pictures, [video.label == label for video in nearest_K]))
+    plots.retrieval_sheet(rows, output / "figures" / "retrieval.png")

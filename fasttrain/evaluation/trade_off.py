@@ -8,7 +8,8 @@ Shape suffixes: V videos, T frames, P patches, D channels, S sampled patches, G 
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -24,7 +25,7 @@ CYCLE_TEMPERATURE = 0.03
 # Frames left out at either end of a video.
 MARGIN = 3
 SAMPLED_PATCHES = 8
-FEWEST_FRAMES = 2 * MARGIN + 2
+MIN_FRAMES = 2 * MARGIN + 2
 
 
 def consistency_separability(
@@ -40,43 +41,34 @@ def consistency_separability(
     """
     if features_VTPD.ndim != 4 or 0 in features_VTPD.shape:
         raise InputError(f"features have shape {tuple(features_VTPD.shape)}; expected (videos, frames, P, D)")
-    return measure_videos(features_VTPD, patch_indices)
+    return summarise([measure_video(video_TPD) for video_TPD in features_VTPD], patch_indices)
 
 
-def measure_videos(
-    videos: Iterable[Tensor], patch_indices: Tensor | Sequence[int] | None = None
+@dataclass(frozen=True)
+class VideoMeasures:
+    """What the analysis keeps of one video, in host memory."""
+
+    within: dict[str, Tensor]
+    middle_PD: Tensor
+    """The middle frame, at which videos are compared."""
+
+
+def measure_video(video_TPD: Tensor) -> VideoMeasures:
+    """One video (T, P, D), measured on its device. Videos may differ in their number of frames."""
+    _check(video_TPD)
+    video_TPD = video_TPD.detach().float()
+    within = {key: value.cpu() for key, value in _within_video(video_TPD).items()}
+    return VideoMeasures(within, video_TPD[len(video_TPD) // 2].cpu())
+
+
+def summarise(
+    videos: Sequence[VideoMeasures], patch_indices: Tensor | Sequence[int] | None = None
 ) -> dict[str, float]:
-    """`consistency_separability` of videos (T, P, D) that come one after another; keeps their middle frames.
-
-    Videos may differ in their number of frames.
-    """
-    analysis = Analysis()
-    for number, video_TPD in enumerate(videos):
-        analysis.add(number, video_TPD)
-    return analysis.result(patch_indices)
-
-
-class Analysis:
-    """The analysis of numbered videos that come one after another, in any order and from any process."""
-
-    def __init__(self) -> None:
-        self.within: dict[int, dict[str, Tensor]] = {}
-        self.middles: dict[int, Tensor] = {}
-
-    def add(self, number: int, video_TPD: Tensor) -> None:
-        """One video (T, P, D), measured where it lies; its middle frame is kept in host memory."""
-        _check(video_TPD)
-        video_TPD = video_TPD.detach().float()
-        self.within[number] = {key: value.cpu() for key, value in _within_video(video_TPD).items()}
-        self.middles[number] = video_TPD[len(video_TPD) // 2].cpu()
-
-    def result(self, patch_indices: Tensor | Sequence[int] | None = None) -> dict[str, float]:
-        """The keys of `consistency_separability`. Raises InputError where no video was added."""
-        if not self.within:
-            raise InputError("no video to measure; expected at least one")
-        order = sorted(self.within)
-        result = {key: _mean([self.within[one][key] for one in order]) for key in self.within[order[0]]}
-        return result | _between_videos(torch.stack([self.middles[one] for one in order]), patch_indices)
+    """The keys of `consistency_separability`, of at least one video."""
+    result = {
+        key: torch.stack([video.within[key] for video in videos]).mean().item() for key in videos[0].within
+    }
+    return result | _between_videos(torch.stack([video.middle_PD for video in videos]), patch_indices)
 
 
 def _within_video(video_TPD: Tensor) -> dict[str, Tensor]:
@@ -165,15 +157,11 @@ def _cycle_accuracy(video_TPD: Tensor) -> Tensor:
     return accuracy.masked_fill(~cycle_CWW.isfinite().all(), torch.nan)
 
 
-def _mean(values: list[Tensor]) -> float:
-    return torch.stack(values).mean().item()
-
-
 def _check(video_TPD: Tensor) -> None:
     if video_TPD.ndim != 3:
         raise InputError(f"a video's features have shape {tuple(video_TPD.shape)}; expected (frames, P, D)")
     frames, patches, _ = video_TPD.shape
-    if frames < FEWEST_FRAMES:
-        raise InputError(f"a video of {frames} frames; the analysis needs at least {FEWEST_FRAMES}")
+    if frames < MIN_FRAMES:
+        raise InputError(f"a video of {frames} frames; the analysis needs at least {MIN_FRAMES}")
     if int(patches**0.5) ** 2 != patches or patches < 4:
         raise InputError(f"{patches} patches; the analysis needs a square grid of at least 2 x 2")

@@ -11,7 +11,7 @@ from torch.nn import functional
 from fasttrain.errors import InputError
 from fasttrain.evaluation import fit_linear, knn_classify, top_accuracy
 from fasttrain.evaluation.linear_probe import STRENGTHS, LinearClassifier
-from fasttrain.evaluation.metrics import LEAST_TEMPERATURE, confusion, hold_out, knn_scores
+from fasttrain.evaluation.metrics import MIN_TEMPERATURE, confusion, hold_out, knn_scores
 
 
 def blobs(seed: int, count: int = 60, channels: int = 6, classes: int = 3) -> tuple[Tensor, Tensor]:
@@ -69,7 +69,7 @@ def test_a_class_without_a_vote_is_never_predicted() -> None:
 
 def test_votes_at_the_least_temperature_are_numbers() -> None:
     similarity, labels = torch.tensor([[1.0, 0.999, -1.0]]), torch.tensor([[2, 1, 0]])
-    scores = knn_scores(similarity, labels, num_classes=3, temperature=LEAST_TEMPERATURE)
+    scores = knn_scores(similarity, labels, num_classes=3, temperature=MIN_TEMPERATURE)
     assert scores.isfinite().all()
     assert scores.argsort().tolist() == [[0, 1, 2]]
     with pytest.raises(InputError, match=r"temperature 0\.001 "):
