@@ -200,8 +200,8 @@ def _list_path(arguments: argparse.Namespace, folder: str, name: str, which: str
     found = _find_lists(arguments.root, folder, name)
     if not found:
         raise InputError(
-            f"no {name.removeprefix('[!.]')} in {arguments.root} or its {folder}; --root must hold the lists as "
-            "they are published"
+            f"no {name.removeprefix('[!.]')} in {arguments.root} or its {folder}; --root must hold the lists "
+            "as they are published"
         )
     return found[0]
 
