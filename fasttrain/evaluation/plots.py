@@ -4,6 +4,7 @@ Draws only what it is given; knows nothing of models. Frames are uint8 RGB. Shap
 H height, W width, C colours or classes, J joints, M matches.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import av
 import numpy as np
 import numpy.typing as npt
-from matplotlib import colormaps
+from matplotlib import colormaps, rcParams
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
@@ -25,6 +26,7 @@ from fasttrain.loggers import read_records
 Frame = npt.NDArray[np.uint8]
 Labels = npt.NDArray[Any]
 Matches = npt.NDArray[np.floating[Any]]
+Figures = Mapping[str, float | None]
 
 # Limbs of a JHMDB pose, as pairs of joints (`jhmdb.JOINTS`).
 LIMBS = (
@@ -38,6 +40,9 @@ _INK = (30, 30, 30)
 _RIGHT, _WRONG = (42, 157, 74), (200, 64, 47)
 # Beyond so many classes their names would run into each other.
 _MAX_NAMES = 40
+
+# A name may hold a dollar sign.
+rcParams["text.parse_math"] = False
 
 
 def voc_palette() -> npt.NDArray[np.uint8]:
@@ -82,32 +87,26 @@ def overlay_pose(frame_HWC: Frame, joints_2J: npt.ArrayLike) -> Frame:
     for limb, (start, end) in enumerate(LIMBS):
         if joints_J2[start, 0] >= 0 and joints_J2[end, 0] >= 0:
             ends = [*joints_J2[start], *joints_J2[end]]
-            draw.line(ends, fill=_rgb(palette[limb + 1]), width=size)
+            draw.line(ends, fill=tuple(palette[limb + 1].tolist()), width=size)
     for x, y in joints_J2[joints_J2[:, 0] >= 0]:
         draw.ellipse((x - size, y - size, x + size, y + size), fill=_BACKGROUND, outline=_INK)
     return np.asarray(image)
 
 
-def overlay_sheet(rows: Sequence[tuple[str, Frame, Labels]], path: str | Path) -> Path:
+def overlay_sheet(rows: Sequence[tuple[str, Frame, Labels]], path: Path) -> None:
     """A contact sheet of label maps on their frames, one captioned row per (name, frames THWC, labels THW).
 
-    Shows six frames, evenly spread over each row.
+    Shows six frames, evenly spaced over each row.
     """
-    pictures = []
+    sheet = []
     for name, frames_THWC, labels_THW in rows:
-        if len(frames_THWC) != len(labels_THW):
-            raise InputError(f"row {name!r}: {len(frames_THWC)} frames, {len(labels_THW)} label maps")
         shown = evenly_spaced(len(frames_THWC), 6)
-        pictures.append((name, [overlay_masks(frames_THWC[t], labels_THW[t]) for t in shown]))
-    return contact_sheet(pictures, path)
+        sheet.append((name, [overlay_masks(frames_THWC[t], labels_THW[t]) for t in shown]))
+    contact_sheet(sheet, path)
 
 
-def contact_sheet(
-    rows: Sequence[tuple[str, Sequence[Frame]]], path: str | Path, tile_width: int = 240
-) -> Path:
+def contact_sheet(rows: Sequence[tuple[str, Sequence[Frame]]], path: Path, tile_width: int = 240) -> None:
     """Rows of pictures, each under its caption, scaled to one width."""
-    if not rows or not all(len(pictures) for _, pictures in rows):
-        raise InputError("a contact sheet needs at least one picture in every row")
     strips = [_strip(name, pictures, tile_width) for name, pictures in rows]
     width, height = max(strip.width for strip in strips), sum(strip.height for strip in strips)
     sheet = Image.new("RGB", (width, height), _BACKGROUND)
@@ -115,15 +114,24 @@ def contact_sheet(
     for strip in strips:
         sheet.paste(strip, (0, top))
         top += strip.height
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
-    return path
 
 
-def write_video(frames: Sequence[Frame], path: str | Path) -> Path:
+def _strip(name: str, pictures: Sequence[Frame], tile_width: int) -> Image.Image:
+    """One row of a contact sheet."""
+    images = [Image.fromarray(picture) for picture in pictures]
+    sizes = [(tile_width, max(1, round(image.height * tile_width / image.width))) for image in images]
+    height = CAPTION_HEIGHT + max(size[1] for size in sizes)
+    strip = Image.new("RGB", (len(images) * tile_width, height), _BACKGROUND)
+    ImageDraw.Draw(strip).text((6, 3), name, fill=_INK, font=ImageFont.load_default(14))
+    for column, (image, size) in enumerate(zip(images, sizes, strict=True)):
+        strip.paste(image.resize(size, Image.Resampling.LANCZOS), (column * tile_width, CAPTION_HEIGHT))
+    return strip
+
+
+def write_video(frames: Sequence[Frame], path: Path) -> None:
     """Encode frames of one size as H.264, 12 a second; odd sizes lose their last row or column."""
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     height, width = (size // 2 * 2 for size in frames[0].shape[:2])
     with av.open(str(path), "w") as container:
@@ -133,36 +141,30 @@ def write_video(frames: Sequence[Frame], path: str | Path) -> Path:
             picture = np.ascontiguousarray(frame_HWC[:height, :width])
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
-    return path
 
 
-def side_by_side(left: Frame, right: Frame) -> Frame:
-    """Two pictures of one height, next to each other."""
-    return np.concatenate([left, right], axis=1)
-
-
-def correspondence_arrows(rows: Sequence[tuple[str, Frame, Frame, Matches]], path: str | Path) -> Path:
-    """Lines from places of one frame to where their features are found in another, one row per encoder.
+def correspondence_arrows(rows: Sequence[tuple[str, Frame, Frame, Matches]], path: Path) -> None:
+    """Lines from points of one frame to where their features are found in another, one row per encoder.
 
     A row is (name, first HWC, second HWC, matches M4); a match is x, y in the first frame and x, y in the
-    second, as shares of width and height. Matches are coloured by their place in the first frame.
+    second, as shares of width and height. Matches are coloured by their point in the first frame.
     """
-    pictures = []
+    sheet = []
     for name, first_HWC, second_HWC, matches_M4 in rows:
-        image = Image.fromarray(side_by_side(first_HWC, second_HWC))
+        image = Image.fromarray(np.concatenate([first_HWC, second_HWC], axis=1))
         draw = ImageDraw.Draw(image)
         height, width = first_HWC.shape[:2]
         for x, y, x_there, y_there in np.asarray(matches_M4, dtype=float):
             start, end = (x * width, y * height), (width + x_there * width, y_there * height)
             color = (round(255 * x), round(255 * y), round(255 * (1 - x)))
             draw.line([start, end], fill=color, width=max(1, width // 320))
-            for place in (start, end):
-                draw.circle(place, max(2, width // 160), fill=color, outline=_BACKGROUND)
-        pictures.append((name, [np.asarray(image)]))
-    return contact_sheet(pictures, path, tile_width=960)
+            for point in (start, end):
+                draw.circle(point, max(2, width // 160), fill=color, outline=_BACKGROUND)
+        sheet.append((name, [np.asarray(image)]))
+    contact_sheet(sheet, path, tile_width=960)
 
 
-def retrieval_sheet(rows: Sequence[tuple[str, Sequence[Frame], Sequence[bool]]], path: Path) -> Path:
+def retrieval_sheet(rows: Sequence[tuple[str, Sequence[Frame], Sequence[bool]]], path: Path) -> None:
     """A captioned row per query: its picture, then the nearest videos, framed green if right, else red.
 
     A row is (caption, pictures, whether each neighbour is of the query's class).
@@ -170,43 +172,45 @@ def retrieval_sheet(rows: Sequence[tuple[str, Sequence[Frame], Sequence[bool]]],
     sheet = []
     for caption, pictures, right in rows:
         colors = [_BACKGROUND, *(_RIGHT if one else _WRONG for one in right)]
-        framed = [_framed(*one) for one in zip(pictures, colors, strict=True)]
+        images = [Image.fromarray(picture_HWC) for picture_HWC in pictures]
+        framed = [
+            np.asarray(ImageOps.expand(image, max(2, round(image.width / 24)), color))
+            for image, color in zip(images, colors, strict=True)
+        ]
         sheet.append((caption, framed))
-    return contact_sheet(sheet, path, tile_width=128)
+    contact_sheet(sheet, path, tile_width=128)
 
 
-def _framed(picture_HWC: Frame, color: tuple[int, int, int]) -> Frame:
-    image = Image.fromarray(picture_HWC)
-    return np.asarray(ImageOps.expand(image, max(2, round(image.width / 24)), color))
-
-
-def learning_curves(runs: Sequence[str | Path], path: str | Path) -> Path:
+def learning_curves(runs: Sequence[Path], path: Path) -> None:
     """Everything that the runs' `metrics.jsonl` recorded over the steps: one panel per quantity."""
-    histories = dict(zip(run_names(runs), [_read_history(Path(run)) for run in runs], strict=True))
-    names = _panel_names(histories.values())
-    if not names:
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for run_name, run in zip(run_names(runs), runs, strict=True):
+        for record in read_records(run / "metrics.jsonl"):
+            for name, value in record.items():
+                if name != "step" and isinstance(value, int | float):
+                    panels.setdefault(name, {}).setdefault(run_name, []).append((record["step"], value))
+    if not panels:
         raise InputError(
             f"no figures in the metrics.jsonl of {', '.join(map(str, runs))}; train some steps first"
         )
-    columns = min(3, len(names))
-    figure = Figure(figsize=(4.2 * columns, 2.9 * -(-len(names) // columns)), layout="constrained")
-    for place, name in enumerate(names, start=1):
-        axes = figure.add_subplot(-(-len(names) // columns), columns, place)
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4.2 * columns, 2.9 * rows), layout="constrained")
+    for number, (name, curves) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(rows, columns, number)
         axes.set_title(name, fontsize=9)
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
-        for run, records in histories.items():
-            points = [(record["step"], record[name]) for record in records if _is_number(record.get(name))]
-            if points:
-                steps, values = zip(*points, strict=True)
-                axes.plot(steps, values, label=as_written(run), marker="." if len(points) < 30 else None)
-        if len(histories) > 1:
+        for run_name, points in curves.items():
+            steps, values = zip(*points, strict=True)
+            axes.plot(steps, values, label=run_name, marker="." if len(points) < 30 else None)
+        if len(runs) > 1:
             axes.legend(fontsize=7)
-    return save_figure(figure, path)
+    _save(figure, path)
 
 
-def trade_off(points: Sequence[tuple[str, dict[str, float], dict[str, float]]], path: str | Path) -> Path:
+def trade_off(points: Sequence[tuple[str, Figures, Figures]], path: Path) -> None:
     """Intra- against inter-video distance (over the 95 % diameter), an arrow from before to after per run.
 
     A point is (name, before, after), each with the keys of `consistency_separability`.
@@ -215,22 +219,27 @@ def trade_off(points: Sequence[tuple[str, dict[str, float], dict[str, float]]], 
     axes = figure.add_subplot()
     for number, (name, before, after) in enumerate(points):
         color = f"C{number % 10}"
-        (x, y), (x_after, y_after) = _trade_off_point(before), _trade_off_point(after)
+        (x, y), (x_after, y_after) = np.array(
+            [[one[key] for key in _TRADE_OFF] for one in (before, after)], dtype=float
+        )
         axes.annotate("", (x_after, y_after), (x, y), arrowprops={"arrowstyle": "->", "color": color})
         axes.scatter([x], [y], facecolors="none", edgecolors=color)
-        axes.scatter([x_after], [y_after], color=color, label=as_written(name))
+        axes.scatter([x_after], [y_after], color=color, label=name)
     axes.set_xlabel("intra-video distance / 95 % diameter (consistent: left)")
     axes.set_ylabel("inter-video distance / 95 % diameter (separable: up)")
     axes.set_title("Before (ring) and after (dot) the projection")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    return save_figure(figure, path)
+    _save(figure, path)
 
 
-def confusion_maps(counts: Mapping[str, Any], classes: Sequence[str], path: Path) -> Path:
+def has_trade_off(*variants: Figures) -> bool:
+    """Whether there are numbers to draw: one video alone has no distance to others."""
+    return all(figures.get(key) is not None for figures in variants for key in _TRADE_OFF)
+
+
+def confusion_maps(counts: Mapping[str, Any], classes: Sequence[str], path: Path) -> None:
     """Side by side per variant: the share of each true class (row) that was taken for each class (column)."""
-    if not counts:
-        raise InputError("a confusion map needs the counts of at least one variant")
     side = float(np.clip(0.22 * len(classes), 3.5, 9))
     figure = Figure(figsize=(side * len(counts) + 1.5, side + 0.6), layout="constrained")
     grid = figure.subplots(1, len(counts), squeeze=False)[0]
@@ -250,7 +259,7 @@ def confusion_maps(counts: Mapping[str, Any], classes: Sequence[str], path: Path
             axes.set_xticks(range(len(classes)), names, rotation=90, fontsize=6)
             axes.set_yticks(range(len(classes)), names, fontsize=6)
     figure.colorbar(scale, ax=list(grid), shrink=0.8)
-    return save_figure(figure, path)
+    _save(figure, path)
 
 
 def segment_bars(
@@ -258,13 +267,11 @@ def segment_bars(
     classes: Sequence[str],
     path: Path,
     background: Sequence[int] = (),
-) -> Path:
+) -> None:
     """Per video a stack of colour bars over time, one for each row (truth, before, after) of labels (T,).
 
     Background is light grey; classes that do not occur are left out of the legend.
     """
-    if not videos:
-        raise InputError("colour bars of segments need at least one video")
     palette = _palette(len(classes), background)
     figure = Figure(figsize=(10, 1.3 * len(videos) + 1.2), layout="constrained")
     grid = figure.subplots(len(videos), 1, squeeze=False)[:, 0]
@@ -274,92 +281,34 @@ def segment_bars(
         seen |= set(np.unique(labels_RT).tolist())
         axes.imshow(palette[labels_RT], aspect="auto", interpolation="nearest")
         axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
-        axes.set_title(as_written(name), fontsize=9, loc="left")
+        axes.set_title(name, fontsize=9, loc="left")
         axes.tick_params(axis="x", labelsize=7)
         for border in range(1, len(rows)):
             axes.axhline(border - 0.5, color="white", linewidth=3)
     grid[-1].set_xlabel("frame", fontsize=8)
-    handles = [Patch(color=palette[label], label=_short(classes[label])) for label in sorted(seen)][
-        :_MAX_NAMES
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=7)
-    return save_figure(figure, path)
+    handles = [Patch(color=palette[label], label=_short(classes[label])) for label in sorted(seen)]
+    figure.legend(handles=handles[:_MAX_NAMES], loc="outside lower center", ncols=6, fontsize=7)
+    _save(figure, path)
 
 
-def run_names(runs: Sequence[str | Path]) -> list[str]:
+def run_names(runs: Sequence[Path]) -> list[str]:
     """What runs are called: by their folders, by the paths given where two folders are called alike."""
-    names = [Path(run).resolve().name for run in runs]
+    names = [run.resolve().name for run in runs]
     return [name if names.count(name) == 1 else str(run) for name, run in zip(names, runs, strict=True)]
-
-
-def as_written(text: str) -> str:
-    """The text for matplotlib, which takes `$` for mathematics and leaves `_...` out of legends."""
-    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
-
-
-def has_trade_off(figures: dict[str, Any]) -> bool:
-    """Whether figures of an evaluation hold a point of the trade-off; one that is no number is None there."""
-    return all(_is_number(figures.get(key)) for key in _TRADE_OFF)
-
-
-def _trade_off_point(figures: dict[str, float]) -> tuple[float, float]:
-    intra, inter = (figures[key] for key in _TRADE_OFF)
-    return intra, inter
-
-
-def _panel_names(histories: Any) -> list[str]:
-    names: dict[str, None] = {}
-    for records in histories:
-        for record in records:
-            names |= {name: None for name, value in record.items() if name != "step" and _is_number(value)}
-    return list(names)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _read_history(run: Path) -> list[dict[str, Any]]:
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        raise InputError(f"run {run} has no metrics.jsonl; give the output folder of a training run")
-    return read_records(path)
-
-
-def _strip(name: str, pictures: Sequence[Frame], tile_width: int) -> Image.Image:
-    """One row of a contact sheet."""
-    images = [Image.fromarray(picture) for picture in pictures]
-    sizes = [(tile_width, max(1, round(image.height * tile_width / image.width))) for image in images]
-    height = CAPTION_HEIGHT + max(size[1] for size in sizes)
-    strip = Image.new("RGB", (len(images) * tile_width, height), _BACKGROUND)
-    ImageDraw.Draw(strip).text((6, 3), name, fill=_INK, font=ImageFont.load_default(14))
-    for column, (image, size) in enumerate(zip(images, sizes, strict=True)):
-        strip.paste(image.resize(size, Image.Resampling.LANCZOS), (column * tile_width, CAPTION_HEIGHT))
-    return strip
-
-
-def _rgb(color: npt.NDArray[np.uint8]) -> tuple[int, int, int]:
-    red, green, blue = color.tolist()
-    return red, green, blue
-
-
-def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write a figure of Matplotlib's, with the folders above it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    return path
 
 
 def _palette(count: int, background: Sequence[int]) -> npt.NDArray[np.float64]:
     """(C, 3) colours: the 20 of tab20, then around the colour circle."""
-    few = [color[:3] for color in colormaps["tab20"](range(20))]
-    circle = [color[:3] for color in colormaps["hsv"](np.linspace(0, 1, max(count - 20, 1), endpoint=False))]
-    palette = np.array([*few, *circle][:count])
-    for label in background:
-        palette[label] = to_rgb("0.9")
+    circle = colormaps["hsv"](np.linspace(0, 1, max(count - 20, 1), endpoint=False))
+    palette = np.concatenate([colormaps["tab20"](range(20)), circle])[:count, :3]
+    palette[list(background)] = to_rgb("0.9")
     return palette
 
 
 def _short(name: str) -> str:
-    return as_written(name if len(name) <= 26 else name[:25] + "…")
+    return name if len(name) <= 26 else name[:25] + "…"
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)

@@ -55,13 +55,14 @@ def run(arguments: argparse.Namespace) -> None:
     figures = {"before": before, "after": after}
     (Path(recipe.output) / "demo.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     frames_THWC, truth_THW = scenes[0].frames_THWC, scenes[0].labels_THW.astype(int)
-    picture = overlay_sheet(
+    picture = Path(recipe.output) / "figures" / "demo.png"
+    overlay_sheet(
         [
             ("truth", frames_THWC, truth_THW),
             ("before: frozen backbone", frames_THWC, labels_before[0]),
             ("after: with projection", frames_THWC, labels_after[0]),
         ],
-        Path(recipe.output) / "figures" / "demo.png",
+        picture,
     )
     weights = recipe.backbone.weights
     note = "randomly initialised, not pretrained" if weights == "random" else f"weights {weights}"

@@ -1,17 +1,19 @@
-"""`eval consistency` as a command: what it measures, what it passes over, and one process against two."""
+"""`eval consistency` as a command and during training: what it measures and what it passes over."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from synthetic import MODEL, NAMES, make_scene, write_frames, write_projection, write_videos
+from synthetic import MODEL, NAMES, SETTINGS, make_scene, write_frames, write_projection, write_videos
 
 from fasttrain.__main__ import main
 from fasttrain.projection import Projection
 
 
-def test_the_command_measures_what_it_can_and_names_the_rest(tmp_path: Path) -> None:
+def test_the_command_measures_what_it_can_and_names_the_rest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = write_videos(tmp_path / "videos")
     write_frames(make_scene(3, 5), root / "short", "{:05d}.jpg")
     broken = root / NAMES[0] / "00004.jpg"
@@ -26,6 +28,7 @@ def test_the_command_measures_what_it_can_and_names_the_rest(tmp_path: Path) -> 
     before, after, difference = (found["results"][key] for key in ("before", "after", "difference"))
     assert difference["inter_original"] == pytest.approx(after["inter_original"] - before["inter_original"])
     assert (tmp_path / "figures/trade_off.png").stat().st_size > 0
+    assert "videos passed over: 2, such as alpha" in capsys.readouterr().out
 
 
 def test_the_command_without_a_video_that_is_long_enough(
@@ -34,14 +37,6 @@ def test_the_command_without_a_video_that_is_long_enough(
     root = write_videos(tmp_path / "videos", frames=5)
     assert main(["eval", "consistency", "--root", str(root), "--output", str(tmp_path), *MODEL]) == 2
     assert "no video of" in capsys.readouterr().err
-
-
-def test_a_video_that_is_passed_over_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = write_videos(tmp_path / "videos")
-    write_frames(make_scene(3, 5), root / "short", "{:05d}.jpg")
-    words = ("--root", str(root), "--output", str(tmp_path), *MODEL, "--image-size", "64")
-    assert main(["eval", "consistency", *words]) == 0
-    assert "videos passed over: 1, such as short: fewer than 8 frames" in capsys.readouterr().out
 
 
 def test_a_projection_that_is_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,3 +55,35 @@ def test_a_projection_that_is_not_finite(tmp_path: Path, capsys: pytest.CaptureF
 def test_bad_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str) -> None:
     assert main(["eval", "consistency", "--root", str(tmp_path), *MODEL, option, value]) == 2
     assert f"{option} {value}: expected at least" in capsys.readouterr().err
+
+
+def test_a_recipe_records_the_trade_off_while_it_trains(tmp_path: Path) -> None:
+    run, videos = tmp_path / "run", write_videos(tmp_path / "videos")
+    recipe = tmp_path / "recipe.yaml"
+    backbone = {key: value for key, value in SETTINGS.items() if key != "image_size"}
+    recipe.write_text(
+        json.dumps(
+            {
+                "output": str(run),
+                "device": "cpu",
+                "backbone": backbone,
+                "data": {"source": str(videos), "image_size": 64, "num_threads": 1},
+                "train": {
+                    "steps": 5, "batch_size": 3, "precision": "bf16", "log_every": 3, "tensorboard": False,
+                },
+                "eval": {"every": 2, "num_videos": 2, "num_frames": 8},
+            }
+        )
+    )  # fmt: skip
+    assert main([str(recipe)]) == 0
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    validated = {record["step"]: record for record in records if "after/intra_normalized_95" in record}
+    # Between the steps that are logged, too, and at the last one.
+    assert list(validated) == [2, 4, 5]
+    for variant in ("before", "after"):
+        for key in ("intra_normalized_95", "inter_normalized_95", "cycle_accuracy", "effective_rank"):
+            assert f"{variant}/{key}" in validated[4]
+    # The backbone is frozen, the projection learns.
+    assert validated[2]["before/intra_normalized_95"] == validated[4]["before/intra_normalized_95"]
+    assert validated[2]["after/intra_normalized_95"] != validated[4]["after/intra_normalized_95"]
+    assert (run / "figures" / "learning.png").is_file()
