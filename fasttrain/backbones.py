@@ -10,6 +10,7 @@ tokens, L tokens in all, S cells on a side of the encoder's own square grid, D c
 import difflib
 import math
 import re
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -186,24 +187,11 @@ def _fill(vit: Any, state: StateDict, problem: str) -> None:
     """Load strictly, with the checkpoint's own number of positions; InputError names what does not fit."""
     if "pos_embed" in state:
         vit.pos_embed = nn.Parameter(torch.empty(1, state["pos_embed"].shape[1], vit.embed_dim))
-    expected = vit.state_dict()
-    faults = {
-        "missing": [key for key in expected if key not in state],
-        "left over": [key for key in state if key not in expected],
-        "wrong shape": [
-            f"{key} {tuple(state[key].shape)} (expected {tuple(tensor.shape)})"
-            for key, tensor in expected.items()
-            if key in state and state[key].shape != tensor.shape
-        ],
-    }
-    listed = [
-        f"{kind}: {', '.join(keys[:3])}" + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-        for kind, keys in faults.items()
-        if keys
-    ]
-    if listed:
-        raise InputError(f"{problem} (width {vit.embed_dim}, depth {len(vit.blocks)}): {'; '.join(listed)}")
-    vit.load_state_dict(state)
+    try:
+        vit.load_state_dict(state)
+    except RuntimeError as error:
+        reasons = textwrap.shorten(str(error), 300, placeholder=" ...")
+        raise InputError(f"{problem} (width {vit.embed_dim}, depth {len(vit.blocks)}): {reasons}") from error
 
 
 # --- positions --------------------------------------------------------------------------------------------
