@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import argparse
 import errno
-import functools
 import importlib
 import io
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fasttrain.errors import InputError, LocalInputError
@@ -26,7 +24,6 @@ from fasttrain.files import os_reason
 
 if TYPE_CHECKING:
     from fasttrain.recipe import Recipe
-    from fasttrain.trainer import Validate
 
 # Imported when asked for: `--help` of one command does not load torch for all.
 COMMANDS = {
@@ -39,16 +36,17 @@ COMMANDS = {
     "schema": ("fasttrain.tools.schema", "print the JSON schema of recipes, for editors"),
     "demo": ("fasttrain.tools.demo", "train on synthetic video and show what it bought"),
 }
-# What to do about an error of the system that is the user's to mend.
-ADVICE = {
-    **dict.fromkeys(
-        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room and run the same command again"
-    ),
-    **dict.fromkeys(
-        (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
-        "give another path",
-    ),
-}  # fmt: skip
+USAGE = """\
+usage: fasttrain RECIPE [key=value ...]
+       fasttrain COMMAND --help
+       torchrun --nproc-per-node=8 -m fasttrain RECIPE [key=value ...]
+
+Turn a frozen image encoder into a video encoder.
+
+commands:"""
+# Errors of the system that are the user's to mend: no room, and paths that may not or cannot be written.
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+BAD_PATH = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A name that the terminal cannot show is no reason to fail at the end of the work.
         sys.stdout.reconfigure(errors="replace")
     if not words or words[0] in ("-h", "--help"):
-        print(_overview())
+        print(USAGE, *(f"  {name:<8}{meaning}" for name, (_, meaning) in COMMANDS.items()), sep="\n")
         return 0
     name = words.pop(0) if words[0] in COMMANDS else "train"
     try:
@@ -75,31 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"fasttrain: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in ADVICE:
+        if error.errno not in NO_ROOM | BAD_PATH:
             raise
-        path = error.filename or "the results"
-        print(f"fasttrain: {path}: {os_reason(error)}; {ADVICE[error.errno]}", file=sys.stderr)
+        advice = "make room and run the same command again" if error.errno in NO_ROOM else "give another path"
+        print(f"fasttrain: {error.filename or 'the results'}: {os_reason(error)}; {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     return 0
-
-
-def _overview() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {meaning}" for name, (_, meaning) in COMMANDS.items()]
-    return "\n".join(
-        (
-            "usage: fasttrain RECIPE [key=value ...]",
-            "       fasttrain COMMAND --help",
-            "       torchrun --nproc-per-node=8 -m fasttrain RECIPE [key=value ...]",
-            "",
-            "Turn a frozen image encoder into a video encoder.",
-            "",
-            "commands:",
-            *lines,
-        )
-    )
 
 
 # --- the command `train` -------------------------------------------------------------------------------
@@ -144,34 +125,20 @@ def train(recipe: Recipe, *, profile: bool = False) -> None:
     from fasttrain import distributed
     from fasttrain.trainer import Trainer
 
+    # Imported only where the recipe validates: it brings Matplotlib.
+    validate = None
+    if recipe.eval.every:
+        validate = importlib.import_module("fasttrain.evaluation.consistency").validate
     with distributed.start(recipe.device) as world:
-        trainer = Trainer(recipe, world, validate=_validation(recipe), profile=profile)
+        trainer = Trainer(recipe, world, validate=validate, profile=profile)
         if trainer.train() and world.is_main:
-            _draw_learning_curves([backbone_trainer.folder for backbone_trainer in trainer.trainers])
-
-
-def _validation(recipe: Recipe) -> Validate | None:
-    """What measures a projection while it trains, where the recipe wants it."""
-    if not recipe.eval.every:
-        return None
-    from fasttrain.evaluation.consistency import validate
-
-    return functools.partial(
-        validate,
-        num_videos=recipe.eval.num_videos,
-        num_frames=recipe.eval.num_frames,
-        image_size=recipe.data.image_size,
-    )
-
-
-def _draw_learning_curves(folders: Sequence[Path]) -> None:
-    try:
-        from fasttrain.evaluation.plots import learning_curves
-    except InputError as error:
-        print(f"no learning curves: {error}")
-        return
-    for folder in folders:
-        learning_curves([folder], folder / "figures" / "learning.png")
+            try:
+                from fasttrain.evaluation.plots import learning_curves
+            except InputError as error:
+                print(f"no learning curves: {error}")
+                return
+            for folder in (backbone_trainer.folder for backbone_trainer in trainer.trainers):
+                learning_curves([folder], folder / "figures" / "learning.png")
 
 
 if __name__ == "__main__":

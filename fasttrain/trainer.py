@@ -33,8 +33,8 @@ from fasttrain.profiling import STEP, StepProfiler, span
 from fasttrain.projection import Projection
 from fasttrain.recipe import Recipe, differences, load_recipe, recipe_hash, to_yaml
 
-# (encoder, projection, index, device) -> figures, before and after the projection.
-Validate = Callable[[Backbone, Projection, FrameIndex, torch.device], dict[str, float]]
+# Figures before and after the projection.
+Validate = Callable[[Backbone, Projection, FrameIndex, torch.device, Recipe], dict[str, float]]
 
 
 class Trainer:
@@ -180,7 +180,8 @@ class Trainer:
                 continue
             record: dict[str, Any] = {**values, **common}
             if self.validate and self._is_due(self.recipe.eval.every) and self.world.is_main:
-                record |= self.validate(trainer.encoder, trainer.projection, self.index, self.world.device)
+                head, device = trainer.projection, self.world.device
+                record |= self.validate(trainer.encoder, head, self.index, device, self.recipe)
             self.logs[trainer.name].write(self.step, record | ({"faults": faults} if faults else {}))
             self.progress.show(
                 f"{trainer.name}  {rate:.1f} pairs/s  "

@@ -24,6 +24,7 @@ from fasttrain.evaluation import plots
 from fasttrain.evaluation.frames import centre_crop, read_clip
 from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.trade_off import MIN_FRAMES, VideoMeasures, measure_video, summarise
+from fasttrain.recipe import Recipe
 
 # What is followed over training; the distances over the 95 % diameter are those of the trade-off plot.
 FOLLOWED = ("cycle_accuracy", "effective_rank", "intra_normalized_95", "inter_normalized_95")
@@ -92,10 +93,7 @@ def validate(
     projection: nn.Module,
     index: FrameIndex,
     device: torch.device,
-    *,
-    num_videos: int,
-    num_frames: int,
-    image_size: int,
+    recipe: Recipe,
 ) -> dict[str, float]:
     """Keys `before/...` and `after/...` for metrics.jsonl, from evenly chosen videos of `index`.
 
@@ -106,10 +104,11 @@ def validate(
     was_training = projection.training
     projection.eval()
     long_enough = [video for video in range(len(index)) if index.num_frames[video] >= MIN_FRAMES]
-    for chosen in evenly_spaced(len(long_enough), num_videos):
+    for chosen in evenly_spaced(len(long_enough), recipe.eval.num_videos):
         video = long_enough[chosen]
         try:
-            frames_T3HW = torch.stack(_read_frames(index, video, num_frames, image_size))
+            frames = _read_frames(index, video, recipe.eval.num_frames, recipe.data.image_size)
+            frames_T3HW = torch.stack(frames)
         except UnreadableFrameError:
             continue
         # The encoder that trains may have been cast.
