@@ -49,7 +49,7 @@ KERNEL_TESTS = f"{PYTEST} -k 'not any_shape' {KERNEL_FILES}"
 STEP_OUT = "--short --limit {limit} --out {out}"
 # The figures that are most wanted first.
 STEPS = (
-    Step("tests", f"{PYTEST} -m gpu", 85, ("pytest", "hypothesis", "timm")),
+    Step("tests", f"{PYTEST} -m gpu --continue-on-collection-errors", 85, ("pytest", "hypothesis", "timm")),
     Step("kernel tests", f"{KERNEL_TESTS} -n 12", 80, ("pytest", "xdist", "hypothesis", "triton")),
     Step("kernels", "-m benchmarks.kernels --short --output {out}", 90, ("triton",)),
     Step("step", f"-m benchmarks.step {STEP_OUT}/step-cuda.json recipes/dino.yaml", 150, ("timm",)),

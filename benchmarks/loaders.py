@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, functional
 
-from benchmarks.measure import Results, cpu_seconds, parser, plot_bars, synchronize
+from benchmarks.measure import Results, cpu_seconds, parser, plot_bars, synchronize, with_changes
 from fasttrain.backbone_trainer import DTYPES
 from fasttrain.data import FramePairs, PairLoader, PairSampling, open_source
 from fasttrain.data.images import IMAGENET_MEAN, IMAGENET_STD
@@ -70,27 +70,10 @@ class Setting:
     threads: int
     device: str
 
-    def recipe(self, source: str, **data: Any) -> Recipe:
-        precision = "bf16" if self.device == "cuda" else "fp32"
-        settings = {"image_size": SIZE, "gap": GAP, "crop_area": AREA, "crop_ratio": RATIO}
-        return reading(
-            recipe_from_dict(
-                {
-                    "data": {**settings, "num_threads": self.threads, **data},
-                    "train": {"batch_size": self.batch, "precision": precision},
-                }
-            ),
-            source,
-        )
 
-
-def reading(recipe: Recipe, source: str) -> Recipe:
-    """`recipe` on a small source, of which an epoch draws enough pairs for a batch."""
-    data = replace(recipe.data, source=source, kind="auto", pairs_per_video=recipe.train.batch_size)
-    return replace(recipe, data=data)
-
-
-def our_pairs(recipe: Recipe, world: World, batches: int) -> Iterator[FramePairs]:
+def our_pairs(recipe: Recipe, source: str, world: World, batches: int) -> Iterator[FramePairs]:
+    """The recipe's batches from a small source, of which an epoch draws enough pairs for a batch."""
+    recipe = with_changes(recipe, "data", source=source, kind="auto", pairs_per_video=recipe.train.batch_size)
     data, train = recipe.data, recipe.train
     loader = PairLoader(
         index=open_source(data.source),
@@ -124,11 +107,10 @@ def our_pairs(recipe: Recipe, world: World, batches: int) -> Iterator[FramePairs
 
 
 class FolderPairs(Dataset[torch.Tensor]):
-    """Frame folders through PIL. Of four frames, the published scheme keeps two."""
+    """Frame folders through PIL. Of four frames that it decodes, the published code keeps two."""
 
-    def __init__(self, root: str, length: int, num_frames: int) -> None:
-        self.folders = sorted({str(path.parent) for path in Path(root).rglob("*.jpg")})
-        self.length, self.num_frames = length, num_frames
+    def __init__(self, root: str, length: int) -> None:
+        self.folders, self.length = sorted({str(path.parent) for path in Path(root).rglob("*.jpg")}), length
 
     def __len__(self) -> int:
         return self.length
@@ -136,24 +118,19 @@ class FolderPairs(Dataset[torch.Tensor]):
     def __getitem__(self, number: int) -> torch.Tensor:
         folder = self.folders[number % len(self.folders)]
         files = sorted(os.listdir(folder))
-        wanted = draw_pair(len(files))
-        if self.num_frames == 4:
-            wanted = [frame - back for frame in wanted for back in (1, 0)]
-        images = []
-        for frame in wanted:
-            with Image.open(os.path.join(folder, files[frame])) as image:
-                images.append(image.convert("RGB"))
-        if self.num_frames == 2:
-            return augment(images)
+        squares = []
         # All four are resized twice, to the square and from the crop; the second and the fourth are used.
-        squares = [image.resize((SIZE, SIZE), Image.Resampling.BILINEAR) for image in images]
-        return augment([functional.to_tensor(square) for square in squares])[1::2]
+        for frame in [frame - back for frame in draw_pair(len(files)) for back in (1, 0)]:
+            with Image.open(os.path.join(folder, files[frame])) as image:
+                square = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+                squares.append(functional.to_tensor(square))
+        return augment(squares)[1::2]
 
 
 class VideoPairs(Dataset[torch.Tensor]):
     """Video files through torchcodec or decord, two frames by number."""
 
-    def __init__(self, root: str, length: int, library: str) -> None:
+    def __init__(self, root: str, library: str, length: int) -> None:
         self.files = sorted(str(path) for path in Path(root).iterdir())
         self.length, self.library = length, library
 
@@ -182,9 +159,9 @@ def draw_pair(length: int) -> list[int]:
     return [first, first + gap]
 
 
-def augment(images: list[Any]) -> torch.Tensor:
+def augment(images: list[torch.Tensor]) -> torch.Tensor:
     """One crop and one flip for all, resized and normalised by torchvision: (frames, 3, SIZE, SIZE)."""
-    width, height = functional.get_image_size(images[0])
+    height, width = images[0].shape[1:]
     box = draw_crop(np.random.default_rng().random((1, 4)), area=AREA, ratio=RATIO)[0]
     top, left = round(box[0] * height), round(box[1] * width)
     extent = round((box[2] - box[0]) * height), round((box[3] - box[1]) * width)
@@ -195,8 +172,7 @@ def augment(images: list[Any]) -> torch.Tensor:
             image, top, left, *extent, [SIZE, SIZE], InterpolationMode.BICUBIC, antialias=True
         )
         crop = functional.hflip(crop) if flip else crop
-        levels = functional.to_tensor(crop) if isinstance(crop, Image.Image) else crop
-        levels = functional.convert_image_dtype(levels, torch.float32)
+        levels = functional.convert_image_dtype(crop, torch.float32)
         out.append(functional.normalize(levels, IMAGENET_MEAN, IMAGENET_STD))
     return torch.stack(out)
 
@@ -211,26 +187,22 @@ def workers(
 def contenders(setting: Setting, batches: int = 0) -> dict[str, Callable[[], Iterator[Any]]]:
     """All that can run here, by name; a call starts the loader."""
     device, length = torch.device(setting.device), batches * setting.batch
+    precision = "bf16" if setting.device == "cuda" else "fp32"
+    train = {"batch_size": setting.batch, "precision": precision}
+    shared = {"image_size": SIZE, "gap": GAP, "crop_area": AREA, "crop_ratio": RATIO}
 
     def ours(source: str, **data: Any) -> Callable[[], Iterator[Any]]:
-        return lambda: our_pairs(setting.recipe(source, **data), World.single(device), batches)
+        tree = {"data": {**shared, "num_threads": setting.threads, **data}, "train": train}
+        return lambda: our_pairs(recipe_from_dict(tree), source, World.single(device), batches)
 
-    def theirs(
-        dataset: Callable[..., Dataset[torch.Tensor]], root: str, kind: Any
-    ) -> Callable[[], Iterator[Any]]:
-        return lambda: workers(dataset(root, length, kind), setting.batch, setting.threads, device)
+    def theirs(make: Callable[..., Dataset[torch.Tensor]], *source: str) -> Callable[[], Iterator[Any]]:
+        return lambda: workers(make(*source, length=length), setting.batch, setting.threads, device)
 
-    found = {
-        OURS: ours(setting.packed),
-        BASELINE: theirs(FolderPairs, setting.frames, 4),
-        "ours, folders": ours(setting.frames),
-        "PIL, two frames": theirs(FolderPairs, setting.frames, 2),
-    }
+    found = {OURS: ours(setting.packed), BASELINE: theirs(FolderPairs, setting.frames)}
     if setting.device == "cuda":
         for load in ENGINE_LOADS:
-            found[f"{OURS}, JPEG engine {load:.0%}"] = ours(
-                setting.packed, decoder="mixed", jpeg_engine_load=load
-            )
+            name = f"{OURS}, JPEG engine {load:.0%}"
+            found[name] = ours(setting.packed, decoder="mixed", jpeg_engine_load=load)
         found["ours, video on the host"] = ours(setting.videos, decoder="cpu")
     for name in ("torchcodec", "decord"):
         if importlib.util.find_spec(name):
@@ -262,8 +234,8 @@ def measure_apart(name: str, setting: Setting, patience: float) -> dict[str, flo
     done = subprocess.run(command, capture_output=True, text=True, timeout=patience, check=False)
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
-    reading_: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return reading_
+    reading: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return reading
 
 
 def medians(readings: list[dict[str, float]]) -> dict[str, Any]:
@@ -314,22 +286,17 @@ def clips(source: Path | None, num_videos: int) -> Iterator[tuple[str, list[Imag
     index = open_source(source) if source else None
     for number in range(len(index) if index else num_videos):
         if index:
-            arrays = [index.read_frame(number, frame) for frame in range(int(index.num_frames[number]))]
+            frames = (index.read_frame(number, frame) for frame in range(int(index.num_frames[number])))
         else:
-            arrays = list(render_scene(number, height=HEIGHT, width=WIDTH).frames_THWC)
-        images = [
-            Image.fromarray(array).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC) for array in arrays
-        ]
-        yield f"{number:04d}", images
+            frames = iter(render_scene(number, height=HEIGHT, width=WIDTH).frames_THWC)
+        size = (WIDTH, HEIGHT)
+        yield f"{number:04d}", [Image.fromarray(f).resize(size, Image.Resampling.BICUBIC) for f in frames]
 
 
 def plot(path: Path) -> Path:
     content = json.loads(path.read_text(encoding="utf-8"))
-    panels = {}
-    for unit in ("second", "cpu_second"):
-        rates = {name: row[f"pairs_per_{unit}"] for name, row in content["loaders"].items()}
-        panels[f"pairs per {unit.replace('_', ' ')}"] = dict(sorted(rates.items(), key=lambda rate: -rate[1]))
-    return plot_bars(path, f"{content['frame']} frames", panels)
+    key = "pairs_per_second" if content["environment"]["device"] else "pairs_per_cpu_second"
+    return plot_bars(path, f"{content['frame']} frames", {key.replace("_", " "): content["loaders"]}, key)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -337,7 +304,6 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--source", type=Path, help="frame folders or videos to take the frames from")
     options.add_argument("--pairs", type=int, help="pairs that are counted, per loader and round")
     options.add_argument("--batch", type=int, help="pairs in a batch (64; on a GPU 128)")
-    options.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     options.add_argument("--contender", nargs=2, help=argparse.SUPPRESS)
     given = options.parse_args(arguments)
     if given.contender:
@@ -347,21 +313,16 @@ def main(arguments: list[str] | None = None) -> None:
         print(plot(given.plot))
         return
     on_gpu = given.device == "cuda"
+    sizes = {
+        "batch": given.batch or (128 if on_gpu else 64),
+        "pairs": given.pairs or (384 if given.short else 768) * (4 if on_gpu else 1),
+        "threads": len(os.sched_getaffinity(0)),
+    }
+    source = "/".join(given.source.parts[-2:]) if given.source else "synthetic scenes"
+    results = Results("loaders", given, frame=f"{WIDTH} x {HEIGHT} JPEG", source=source, setting=sizes)
     with tempfile.TemporaryDirectory() as folder:
-        setting = Setting(
-            **prepare(Path(folder), given.source, 4 if given.short else 16),
-            batch=given.batch or (128 if on_gpu else 64),
-            pairs=given.pairs or (384 if given.short else 768) * (4 if on_gpu else 1),
-            threads=given.threads,
-            device=given.device,
-        )
-        results = Results(
-            "loaders",
-            given,
-            frame=f"{WIDTH} x {HEIGHT} JPEG",
-            source="/".join(given.source.parts[-2:]) if given.source else "synthetic scenes",
-            setting={"batch": setting.batch, "pairs": setting.pairs, "threads": setting.threads},
-        )
+        sources = prepare(Path(folder), given.source, 4 if given.short else 16)
+        setting = Setting(**sources, **sizes, device=given.device)
         readings: dict[str, list[dict[str, float]]] = {}
         for _ in range(1 if given.short else 3):
             for name in contenders(setting):

@@ -23,7 +23,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +32,7 @@ import torch
 
 from fasttrain.errors import InputError
 from fasttrain.files import write_atomically
+from fasttrain.recipe import Recipe
 
 T = TypeVar("T")
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -40,7 +41,6 @@ PACKAGES = (
     *("av", "numpy", "torchcodec", "decord"),
 )
 WARM_UPS = 2
-CEILING_ROUNDS = 5
 
 
 @dataclass
@@ -91,12 +91,13 @@ def speedup(slow: Timing, fast: Timing) -> dict[str, float]:
     """How many times faster, round by round: median, least and most of the wall, and median of the CPU."""
     wall = [a / b for a, b in zip(slow.wall, fast.wall, strict=True)]
     cpu = [a / b for a, b in zip(slow.cpu, fast.cpu, strict=True)]
-    return {
-        "wall": statistics.median(wall),
-        "wall_least": min(wall),
-        "wall_most": max(wall),
-        "cpu": statistics.median(cpu),
-    }
+    extremes = {"wall_least": min(wall), "wall_most": max(wall)}
+    return {"wall": statistics.median(wall), **extremes, "cpu": statistics.median(cpu)}
+
+
+def with_changes(recipe: Recipe, section: str, **values: Any) -> Recipe:
+    """`recipe` with some values of one section changed."""
+    return replace(recipe, **{section: replace(getattr(recipe, section), **values)})
 
 
 def synchronize(device: torch.device) -> None:
@@ -120,7 +121,7 @@ def matrix_ceiling(dtype: torch.dtype, device: torch.device) -> float:
     side = 8192 if device.type == "cuda" else 1536
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     calls = 10 if device.type == "cuda" else 1
-    timing = interleave({"": lambda: a @ b}, rounds=CEILING_ROUNDS, calls=calls, device=device)[""]
+    timing = interleave({"": lambda: a @ b}, rounds=5, calls=calls, device=device)[""]
     return 2 * side**3 / statistics.median(timing.wall)
 
 
@@ -129,7 +130,7 @@ def copy_ceiling(device: torch.device) -> float:
     size = 2**32 if device.type == "cuda" else 2**28
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
-    timing = interleave({"": lambda: target.copy_(source)}, rounds=CEILING_ROUNDS, calls=3, device=device)[""]
+    timing = interleave({"": lambda: target.copy_(source)}, rounds=5, calls=3, device=device)[""]
     return 2 * size / statistics.median(timing.wall)
 
 
@@ -166,15 +167,12 @@ def write_results(path: Path, payload: dict[str, Any]) -> Path:
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The options that all benchmarks have."""
-    found = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    found = argparse.ArgumentParser(description=description, formatter_class=raw)
     default = "cuda" if torch.cuda.is_available() else "cpu"
     found.add_argument("--out", type=Path, help="JSON file (results/NAME-DEVICE.json)")
     found.add_argument("--short", action="store_true", help="fewer rounds and cases")
-    found.add_argument(
-        "--limit", type=float, default=math.inf, metavar="SECONDS", help="begin nothing new after these"
-    )
+    found.add_argument("--limit", type=float, default=math.inf, help="seconds after which nothing is begun")
     found.add_argument("--plot", type=Path, metavar="FILE", help="only draw the plot of this JSON file")
     found.add_argument("--device", choices=("cpu", "cuda"), default=default)
     return found
@@ -231,8 +229,8 @@ class Results:
             sys.exit("\n".join(failed))
 
 
-def plot_bars(results: Path, title: str, panels: dict[str, dict[str, float]]) -> Path:
-    """A PNG beside the JSON file: one panel of bars below the other, by what the bars mean."""
+def plot_bars(results: Path, title: str, panels: dict[str, dict[str, dict[str, Any]]], key: str) -> Path:
+    """A PNG beside the JSON file: panels one below the other, each of bars with the rows' figure `key`."""
     from matplotlib.figure import Figure
 
     panels = {meaning: bars for meaning, bars in panels.items() if bars}
@@ -240,7 +238,7 @@ def plot_bars(results: Path, title: str, panels: dict[str, dict[str, float]]) ->
     figure = Figure(figsize=(9, 1 + 0.35 * sum(rows)), layout="constrained")
     axes = figure.subplots(len(panels), squeeze=False, height_ratios=rows)
     for axis, (meaning, bars) in zip(axes[:, 0], panels.items(), strict=True):
-        drawn = axis.barh(list(bars)[::-1], list(bars.values())[::-1])
+        drawn = axis.barh(list(bars)[::-1], [row[key] for row in bars.values()][::-1])
         axis.bar_label(drawn, fmt=lambda value: f"{value:.3g}" if value < 100 else f"{value:.0f}", padding=3)
         axis.margins(x=0.12)
         axis.set_xlabel(meaning)

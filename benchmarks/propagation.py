@@ -49,11 +49,11 @@ from fasttrain.evaluation.propagation import (
 )
 from fasttrain.projection import Projection
 
+Settings = tuple[int, float, int, float]
+SETTINGS: Settings = (CONTEXT, RADIUS, TOPK, TEMPERATURE)
 CLASSES = 4
 # Frames and query pixels that the script takes at a time.
 FRAMES_AT_ONCE, PIXELS_AT_ONCE = 2, 100
-# Query pixels that it is timed on where a CPU would take minutes for all.
-SCRIPT_PIXELS = 300
 # DAVIS 2017, validation: sequences, frames of each on average, their usual size.
 SEQUENCES, FRAMES, HEIGHT, WIDTH = 30, 67, 480, 854
 
@@ -67,7 +67,7 @@ class Case:
     channels: int = 384
     frames: int = 40
     script_pixels: int | None = None
-    """Query pixels of a frame that the script is timed on; None: all."""
+    """Query pixels of a frame that the script is timed on where a CPU would take minutes for all."""
     video: str | None = None
     """A folder of JPEG frames, encoded by an MAE with these weights; its grid and channels count."""
     weights: str = "random"
@@ -77,7 +77,7 @@ class Case:
 CASES = (
     Case(name="patch 16"),
     Case(name="patch 16, 320 x 320", grid=(20, 20)),
-    Case(name="patch 8", grid=(60, 110)),
+    Case(name="patch 8", grid=(60, 110), script_pixels=300),
     Case(name="patch 16, width 768", channels=768),
 )
 
@@ -89,35 +89,28 @@ class ResearchScript:
     """
 
     def __init__(
-        self,
-        features_THWD: Tensor,
-        device: torch.device,
-        *,
-        start: int = 0,
-        context: int = CONTEXT,
-        radius: float = RADIUS,
-        topk: int = TOPK,
-        temperature: float = TEMPERATURE,
+        self, features_THWD: Tensor, device: torch.device, *, start: int = 0, settings: Settings = SETTINGS
     ) -> None:
+        self.context, radius, self.topk, self.temperature = settings
         frames, height, width, _ = features_THWD.shape
         unit_THWD = functional.normalize(features_THWD, dim=-1)
-        padded_DTHW = torch.cat([unit_THWD[:1].expand(context, -1, -1, -1), unit_THWD]).permute(3, 0, 1, 2)
-        padded_DTHW = padded_DTHW.contiguous()
-        first_T1 = torch.zeros(frames, 1, dtype=torch.long)
-        self.bank_TS = torch.cat([first_T1, torch.arange(context) + torch.arange(frames)[:, None]], dim=1)
+        padded_THWD = torch.cat([unit_THWD[:1].expand(self.context, -1, -1, -1), unit_THWD])
+        padded_DTHW = padded_THWD.permute(3, 0, 1, 2).contiguous()
+        recent_TS = torch.arange(self.context) + torch.arange(frames)[:, None]
+        self.bank_TS = torch.cat([torch.zeros(frames, 1, dtype=torch.long), recent_TS], dim=1)
         self.keys_DTSN = padded_DTHW[:, self.bank_TS[start:]].flatten(-2)
-        self.query_DTN = padded_DTHW[:, context + start :].flatten(-2)
-        y_N, x_N = (
-            axis.flatten()
-            for axis in torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        )
-        distance_NN = ((y_N[:, None] - y_N) ** 2 + (x_N[:, None] - x_N) ** 2).float().sqrt()
+        self.query_DTN = padded_DTHW[:, self.context + start :].flatten(-2)
+        place_N2 = torch.cartesian_prod(torch.arange(height), torch.arange(width)).float()
+        distance_NN = (place_N2[:, None] - place_N2).square().sum(-1).sqrt()
         self.mask_NN = torch.where(distance_NN < radius, 0.0, -1e10)
         self.grid, self.device, self.start = (height, width), device, start
-        self.context, self.topk, self.temperature = context, topk, temperature
 
-    def affinities(self, start: int, pixels: int | None = None) -> tuple[Tensor, Tensor]:
-        """Weights and sources (2, k, N) of two frames, as places in their context times N plus token."""
+    def propagate(self, labels_THWC: Tensor, start: int, pixels: int | None = None) -> Tensor:
+        """Labels of frames start and start + 1 from those before; `labels_THWC` is written there.
+
+        Of `pixels` query pixels alone, if given.
+        """
+        padded_TNC = torch.cat([labels_THWC[:1].expand(self.context, -1, -1, -1), labels_THWC]).flatten(1, 2)
         frames = slice(start - self.start, start - self.start + FRAMES_AT_ONCE)
         keys_DtSN = self.keys_DTSN[:, frames].to(self.device)
         query_DtN = self.query_DTN[:, frames].to(self.device)
@@ -132,27 +125,20 @@ class ResearchScript:
             value_tkn, source_tkn = affinity_tLn.topk(self.topk, dim=1)
             weights.append(value_tkn.softmax(1).cpu())
             sources.append(source_tkn.cpu())
-        return torch.cat(weights, dim=-1), torch.cat(sources, dim=-1)
-
-    def propagate(self, labels_THWC: Tensor, start: int, pixels: int | None = None) -> Tensor:
-        """Labels of frames start and start + 1 from those before; `labels_THWC` is written there."""
-        padded_TNC = torch.cat([labels_THWC[:1].expand(self.context, -1, -1, -1), labels_THWC]).flatten(1, 2)
-        weights_tkN, sources_tkN = self.affinities(start, pixels)
-        for number, (weight_kN, source_kN) in enumerate(zip(weights_tkN, sources_tkN, strict=True)):
-            context_LC = padded_TNC[self.bank_TS[start + number]].flatten(0, 1).to(self.device)
+        weights_tkN, sources_tkN = torch.cat(weights, dim=-1), torch.cat(sources, dim=-1)
+        for number, (weight_kN, source_kN) in enumerate(zip(weights_tkN, sources_tkN, strict=True), start):
+            context_LC = padded_TNC[self.bank_TS[number]].flatten(0, 1).to(self.device)
             predicted_NC = (context_LC[source_kN] * weight_kN[..., None].to(self.device)).sum(0).cpu()
-            padded_TNC[self.context + start + number, : len(predicted_NC)] = predicted_NC
-        end = start + FRAMES_AT_ONCE
-        new_TNC = padded_TNC[self.context + start : self.context + end]
-        labels_THWC[start:end] = new_TNC.unflatten(1, self.grid)
+            padded_TNC[self.context + number, : len(predicted_NC)] = predicted_NC
+            labels_THWC[number] = padded_TNC[self.context + number].unflatten(0, self.grid)
         return labels_THWC
 
 
 def run_script(
-    features_THWD: Tensor, first_labels_HWC: Tensor, device: torch.device, **settings: Any
+    features_THWD: Tensor, first_labels_HWC: Tensor, device: torch.device, settings: Settings = SETTINGS
 ) -> Tensor:
     """The script on a whole sequence: labels (T, H, W, C)."""
-    script = ResearchScript(features_THWD, device, **settings)
+    script = ResearchScript(features_THWD, device, settings=settings)
     labels_THWC = torch.zeros(len(features_THWD), *first_labels_HWC.shape)
     for start in range(0, len(features_THWD), FRAMES_AT_ONCE):
         labels_THWC[0] = first_labels_HWC
@@ -195,7 +181,7 @@ def measure(case: Case, device: torch.device, rounds: int) -> dict[str, Any]:
     frames = CONTEXT + 1 + FRAMES_AT_ONCE
     features_THWD, first_labels_HWC = make_sequence(case, frames)
     on_device_THWD = features_THWD.to(device)
-    stream = Propagator(on_device_THWD[0], first_labels_HWC.to(device), CONTEXT, RADIUS, TOPK, TEMPERATURE)
+    stream = Propagator(on_device_THWD[0], first_labels_HWC.to(device), *SETTINGS)
     start = frames - FRAMES_AT_ONCE
     labels = [first_labels_HWC, *(stream.step(frame_HWD).cpu() for frame_HWD in on_device_THWD[1:start])]
     earlier_THWC = torch.cat([torch.stack(labels), torch.zeros(FRAMES_AT_ONCE, *first_labels_HWC.shape)])
@@ -208,17 +194,16 @@ def measure(case: Case, device: torch.device, rounds: int) -> dict[str, Any]:
         return torch.stack([fresh.step(frame_HWD) for frame_HWD in on_device_THWD[start:]]).cpu()
 
     def theirs() -> Tensor:
-        return script.propagate(earlier_THWC, start, case.script_pixels)[start:]
+        return script.propagate(earlier_THWC, start, pixels)[start:]
 
+    tokens = features_THWD[0, ..., 0].numel()
+    pixels = case.script_pixels if device.type == "cpu" and case.script_pixels else tokens
     timings = interleave({"ours": ours, "script": theirs}, rounds=rounds, calls=1, device=device)
-    pixels = features_THWD[0, ..., 0].numel()
-    share = (case.script_pixels or pixels) / pixels
-    script_timing = Timing(
-        *([seconds / share for seconds in each] for each in vars(timings["script"]).values())
-    )
+    scale, (wall, cpu) = tokens / pixels, vars(timings["script"]).values()
+    script_timing = Timing([scale * seconds for seconds in wall], [scale * seconds for seconds in cpu])
     # The second frame attends to the whole of the first, so a part of the script's first is compared alone.
-    compared = slice(0, 1 if case.script_pixels else None)
-    difference = (ours() - theirs())[compared].flatten(1, 2)[:, : case.script_pixels].abs().amax(-1)
+    compared = slice(0, None if pixels == tokens else 1)
+    difference = (ours() - theirs())[compared].flatten(1, 2)[:, :pixels].abs().amax(-1)
     return {
         # A call is two frames.
         "ours": timings["ours"].result(1, calls=FRAMES_AT_ONCE),
@@ -234,7 +219,8 @@ def peak_memory(case: Case, contender: str, device: torch.device) -> int:
     if contender == "ours":
         # The stream holds as much after context + 1 frames as ever after.
         features_THWD = features_THWD[: CONTEXT + 3].to(device)
-    torch.cuda.reset_peak_memory_stats() if device.type == "cuda" else None
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if device.type == "cuda" else process_bytes("VmRSS")
     if contender == "ours":
         propagate_labels(features_THWD, first_labels_HWC)
@@ -242,7 +228,8 @@ def peak_memory(case: Case, contender: str, device: torch.device) -> int:
         last = case.frames - FRAMES_AT_ONCE
         # Host memory is not what is looked at on a GPU.
         first = last if device.type == "cuda" else 0
-        ResearchScript(features_THWD, device, start=first).affinities(last, PIXELS_AT_ONCE)
+        labels_THWC = torch.zeros(case.frames, *first_labels_HWC.shape)
+        ResearchScript(features_THWD, device, start=first).propagate(labels_THWC, last, PIXELS_AT_ONCE)
     return (torch.cuda.max_memory_allocated() if device.type == "cuda" else process_bytes("VmHWM")) - before
 
 
@@ -261,15 +248,8 @@ def memory_of_both(case: Case, device: torch.device) -> dict[str, float]:
             # Its allocator knows the peak of any stretch; starting a process takes longer than all the rest.
             found[contender] = peak_memory(case, contender, device) / 2**20
             continue
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.propagation",
-            "--memory",
-            contender,
-            json.dumps(asdict(case)),
-        ]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        words = ["-m", "benchmarks.propagation", "--memory", contender, json.dumps(asdict(case))]
+        done = subprocess.run([sys.executable, *words], check=True, capture_output=True, text=True)
         found[contender] = int(done.stdout.split()[-1]) / 2**20
     ours, script = found["ours"], found["script"]
     return {"ours_mb": ours, "script_mb": script, "script_over_ours": script / ours}
@@ -315,18 +295,13 @@ def write_sequences(root: Path, count: int, frames: int) -> None:
 
 
 def plot(path: Path) -> Path:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    panels: dict[str, dict[str, float]] = {
-        "times the script's speed": {},
-        "times less memory than the script": {},
-    }
-    for case in content["cases"]:
-        name = (
-            f"{case['case']['name']}\n{case['time']['ours']['ms']:.3g} ms, {case['memory']['ours_mb']:.0f} MB"
-        )
-        panels["times the script's speed"][name] = case["time"]["speedup"]["wall"]
-        panels["times less memory than the script"][name] = case["memory"]["script_over_ours"]
-    return plot_bars(path, "Label propagation", panels)
+    panels: dict[str, dict[str, dict[str, float]]] = {"times the script's speed": {}, "times less memory": {}}
+    for found in json.loads(path.read_text(encoding="utf-8"))["cases"]:
+        time, memory = found["time"], found["memory"]
+        name = f"{found['case']['name']}\n{time['ours']['ms']:.0f} ms, {memory['ours_mb']:.0f} MB"
+        panels["times the script's speed"][name] = {"ratio": time["speedup"]["wall"]}
+        panels["times less memory"][name] = {"ratio": memory["script_over_ours"]}
+    return plot_bars(path, "Label propagation", panels, "ratio")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -348,18 +323,14 @@ def main(arguments: list[str] | None = None) -> None:
     cases += [Case(name=Path(video).name, video=video, weights=given.weights) for video in given.video]
     measured: list[dict[str, Any]] = []
     for case in cases:
-        if device.type == "cpu" and case.grid[0] * case.grid[1] > 5000:
-            case = replace(case, script_pixels=SCRIPT_PIXELS)
-        if given.short:
-            case = replace(case, frames=24)
+        case = replace(case, frames=24 if given.short else case.frames)
         time = results.attempt(case.name, partial(measure, case, device, 2 if given.short else 5))
         memory = results.attempt(f"{case.name}, memory", partial(memory_of_both, case, device))
         if time and memory:
             measured.append({"case": asdict(case), "time": time, "memory": memory})
             results.write("cases", measured)
             print(f"{case.name}: {time['speedup']['wall']:.1f}x the script's speed", flush=True)
-    short_frames = 4 if device.type == "cpu" else 20
-    frames = short_frames if given.short else FRAMES
+    frames = (4 if device.type == "cpu" else 20) if given.short else FRAMES
     results.record("davis", partial(measure_davis, given.backbone, frames, given.device))
     results.finish()
 

@@ -37,6 +37,7 @@ from benchmarks.measure import (
     plot_bars,
     speedup,
     synchronize,
+    with_changes,
 )
 from fasttrain import distributed
 from fasttrain.backbone_trainer import DTYPES, BackboneTrainer, backbone_recipes, backbone_settings
@@ -88,11 +89,9 @@ class Run:
 
     def frames(self, recipe: Recipe) -> Tensor:
         size = recipe.data.image_size
+        dtype = DTYPES[recipe.train.precision] if self.device.type == "cuda" else torch.float32
         # Drawn on the CPU: a recording that failed may leave the GPU's generator unusable.
-        frames = torch.randn(2, recipe.train.batch_size, 3, size, size)
-        return (
-            frames.to(self.device, DTYPES[recipe.train.precision]) if self.device.type == "cuda" else frames
-        )
+        return torch.randn(2, recipe.train.batch_size, 3, size, size).to(self.device, dtype)
 
     def trainer(self, recipe: Recipe) -> BackboneTrainer:
         """A backbone's trainer, ready to step."""
@@ -130,10 +129,6 @@ def take_step(trainer: BackboneTrainer, frames: Tensor) -> None:
     trainer.update(1e-4)
 
 
-def with_encoder(recipe: Recipe, **switches: Any) -> Recipe:
-    return dataclasses.replace(recipe, encoder=dataclasses.replace(recipe.encoder, **switches))
-
-
 def steps(run: Run) -> dict[str, Any]:
     """A training step on resident frames: ours, and the published implementation at equal precision."""
     recipe, dtype = run.recipe, DTYPES[run.recipe.train.precision]
@@ -143,7 +138,7 @@ def steps(run: Run) -> dict[str, Any]:
 
     makers: dict[str, Callable[[], Callable[[], Any]]] = {
         "ours": lambda: run.stepper(recipe),
-        "ours, not compiled": lambda: run.stepper(with_encoder(recipe, compile="none")),
+        "ours, not compiled": lambda: run.stepper(with_changes(recipe, "encoder", compile="none")),
         "baseline": lambda: baseline(dtype),
         "baseline, fused attention": lambda: baseline(dtype, fused_attention=True),
     }
@@ -203,43 +198,32 @@ def switches(run: Run) -> dict[str, Any]:
     """Each switch of the encoder changed alone, against the recipe as it is."""
     on_gpu = run.device.type == "cuda"
     choices = {"as it is": {}, **SWITCHES, **(GPU_SWITCHES if on_gpu else CPU_SWITCHES)}
-    timings = run.time(
-        {
-            name: partial(run.stepper, with_encoder(run.recipe, **choice))
-            for name, choice in choices.items()
-            if not (run.short and on_gpu and name in LONG_ON_GPU)
-        }
-    )
-    as_it_is = timings.get("as it is")
+    recipes = {name: with_changes(run.recipe, "encoder", **choice) for name, choice in choices.items()}
+    for name in LONG_ON_GPU if run.short and on_gpu else ():
+        del recipes[name]
+    timings = run.time({name: partial(run.stepper, recipe) for name, recipe in recipes.items()})
     return {
-        name: {
-            **timing.result(run.pairs),
-            **({"times_as_it_is": speedup(as_it_is, timing)} if as_it_is else {}),
-        }
+        name: {**timing.result(run.pairs), "times_as_it_is": speedup(timings["as it is"], timing)}
         for name, timing in timings.items()
     }
 
 
 def scaling(run: Run) -> dict[str, Any]:
     """A step over batch and resolution (tokens), one of each in the short form."""
-    base = run.recipe
     batches = (256, 64, 32) if run.device.type == "cuda" else (8, 4, 32)
+    count = 1 if run.short else 3
     rows: dict[str, list[dict[str, Any]]] = {"batch": [], "resolution": []}
 
-    recipes = {
-        f"{batch} pairs": dataclasses.replace(base, train=dataclasses.replace(base.train, batch_size=batch))
-        for batch in batches[: 1 if run.short else None]
-    }
-    recipes |= {
-        f"{size} pixels": dataclasses.replace(base, data=dataclasses.replace(base.data, image_size=size))
-        for size in (288, 384, 512)[: 1 if run.short else None]
-    }
-    for name, recipe in recipes.items():
+    def add(section: str, recipe: Recipe) -> None:
         pairs, size = recipe.train.batch_size, recipe.data.image_size
-        facts = {"batch": pairs, "tokens": (size // (base.backbone.patch_size or 16)) ** 2}
-        section = "batch" if "pairs" in name else "resolution"
-        timings = run.time({name: partial(run.stepper, recipe)})
-        rows[section] += [{**facts, **timing.result(pairs)} for timing in timings.values()]
+        tokens = (size // (recipe.backbone.patch_size or 16)) ** 2
+        for timing in run.time({f"{pairs} pairs, {size} pixels": partial(run.stepper, recipe)}).values():
+            rows[section].append({"batch": pairs, "tokens": tokens, **timing.result(pairs)})
+
+    for batch in batches[:count]:
+        add("batch", with_changes(run.recipe, "train", batch_size=batch))
+    for size in (288, 384, 512)[:count]:
+        add("resolution", with_changes(run.recipe, "data", image_size=size))
     return rows
 
 
@@ -255,8 +239,8 @@ def end_to_end(run: Run) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         sources = loaders.prepare(Path(folder), None, 8)
         total = count * (run.rounds + WARM_UPS)
-        ours = loaders.our_pairs(loaders.reading(run.recipe, sources["packed"]), run.world, total)
-        published = loaders.FolderPairs(sources["frames"], total * run.pairs, 4)
+        ours = loaders.our_pairs(run.recipe, sources["packed"], run.world, total)
+        published = loaders.FolderPairs(sources["frames"], total * run.pairs)
         theirs = loaders.workers(published, run.pairs, len(os.sched_getaffinity(0)), run.device)
 
         def many(step: Callable[[], Any]) -> Callable[[], Any]:
@@ -288,29 +272,21 @@ def read_recipe(path: str, overrides: list[str], *, small: bool) -> Recipe:
     """The first backbone of a recipe with random weights, one pass a step; on a CPU the stand-in."""
     fixed = ["backbone.weights=random", "train.accumulate=1"]
     first = backbone_recipes(load_recipe(path, [*fixed, *(SMALL if small else ()), *overrides]))[0]
-    return dataclasses.replace(first, backbone=dataclasses.replace(first.backbone, weights="random"))
+    return with_changes(first, "backbone", weights="random")
 
 
 def plot(path: Path) -> Path:
     content = json.loads(path.read_text(encoding="utf-8"))
     backbone, grown = content["backbone"], content.get("scaling", {})
-
-    def rates(rows: dict[str, dict[str, float]]) -> dict[str, float]:
-        return {name: row["pairs_per_second"] for name, row in rows.items()}
-
-    return plot_bars(
-        path,
-        f"{content['precision']}, width {backbone['embed_dim'] or 768}, depth {backbone['depth'] or 12}",
-        {
-            "pairs/s on resident frames": rates(content.get("steps", {}).get("timings", {})),
-            "pairs/s with data": rates(content.get("end_to_end", {}).get("timings", {})),
-            "pairs/s with one switch of the encoder changed": rates(content.get("switches", {})),
-            "ms a step by batch": {f"{row['batch']} pairs": row["ms"] for row in grown.get("batch", ())},
-            "ms a step by tokens": {
-                f"{row['tokens']} tokens": row["ms"] for row in grown.get("resolution", ())
-            },
-        },
-    )
+    panels = {
+        "pairs/s on resident frames": content.get("steps", {}).get("timings", {}),
+        "pairs/s with data": content.get("end_to_end", {}).get("timings", {}),
+        "pairs/s with one switch of the encoder changed": content.get("switches", {}),
+        "pairs/s by pairs in a batch": {str(row["batch"]): row for row in grown.get("batch", ())},
+        "pairs/s by tokens of a frame": {str(row["tokens"]): row for row in grown.get("resolution", ())},
+    }
+    title = f"{content['precision']}, width {backbone['embed_dim'] or 768}, depth {backbone['depth'] or 12}"
+    return plot_bars(path, title, panels, "pairs_per_second")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -322,9 +298,8 @@ def main(arguments: list[str] | None = None) -> None:
     if given.plot:
         print(plot(given.plot))
         return
-    recipe = read_recipe(
-        given.recipe, [*given.overrides, f"device={given.device}"], small=given.device == "cpu"
-    )
+    overrides = [*given.overrides, f"device={given.device}"]
+    recipe = read_recipe(given.recipe, overrides, small=given.device == "cpu")
     results = Results(
         "step",
         given,

@@ -17,12 +17,9 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("name", ["propagation", "propagation_wide"])
 def test_both_give_the_published_numbers(shared: Path, name: str) -> None:
     golden = np.load(shared / "golden" / "eval" / f"{name}.npz")
-    settings = {key: golden[key].item() for key in ("context", "radius", "topk", "temperature")}
+    settings = tuple(golden[key].item() for key in ("context", "radius", "topk", "temperature"))
     features, first = (torch.from_numpy(golden[key]) for key in ("features", "first_labels"))
-    for labels in (
-        run_script(features, first, CPU, **settings),
-        propagate_labels(features, first, **settings),
-    ):
+    for labels in (run_script(features, first, CPU, settings), propagate_labels(features, first, *settings)):
         np.testing.assert_allclose(labels.numpy(), golden["labels"], rtol=0, atol=1e-6)
 
 
