@@ -38,8 +38,6 @@ COMPILE_MODES = {"default": None, "max-autotune": "max-autotune-no-cudagraphs"}
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max
-# The matrix units take K and O in such steps.
-MULTIPLE = 16
 
 
 class EncoderRuntime:
@@ -183,14 +181,9 @@ class Float8Linear(nn.Module):
         return out_RO.unflatten(0, tokens.shape[:-1]).to(tokens.dtype)
 
 
-def use_float8(module: nn.Module) -> int:
-    """Replace every linear layer inside `module` whose sizes are multiples of 16; returns how many."""
-    replaced = 0
+def use_float8(module: nn.Module) -> None:
+    """Replace every linear layer inside `module` whose sizes are multiples of 16."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear) and not (
-                child.in_features % MULTIPLE or child.out_features % MULTIPLE
-            ):
+            if isinstance(child, nn.Linear) and not (child.in_features % 16 or child.out_features % 16):
                 setattr(parent, name, Float8Linear(child))
-                replaced += 1
-    return replaced

@@ -50,10 +50,6 @@ def test_switches_agree_with_the_plain_encoder(name: str, switches: dict[str, An
     assert relative_error(tokens, views(name=name, compile="none")) < 1e-6
 
 
-def test_compiled_agrees_with_eager() -> None:
-    assert relative_error(views(compile="default"), views(compile="none")) < 1e-6
-
-
 def test_every_kind_of_encoder_in_a_process_is_compiled() -> None:
     with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
         for name in ("dinov2", "ijepa"):
@@ -66,26 +62,21 @@ def test_auto_does_not_compile_on_a_cpu() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "switches", "fused"),
+    ("dtype", "switches", "image_size", "fused"),
     [
-        (torch.bfloat16, {}, False),
-        (torch.float32, {}, True),
-        (torch.bfloat16, {"attention": "flash"}, True),
+        (torch.bfloat16, {}, 64, False),
+        (torch.bfloat16, {}, 256, True),
+        (torch.float32, {}, 64, True),
+        (torch.bfloat16, {"attention": "flash"}, 64, True),
     ],
 )
 def test_a_cpu_attends_plainly_where_that_is_faster(
-    dtype: torch.dtype, switches: dict[str, Any], fused: bool
+    dtype: torch.dtype, switches: dict[str, Any], image_size: int, fused: bool
 ) -> None:
     """Few tokens in half precision; a kernel that was asked for is taken."""
-    encoder = load_backbone("dino", **TINY)
+    encoder = load_backbone("dino", **(TINY | {"image_size": image_size}))
     EncoderRuntime(encoder, EncoderRecipe(**switches), dtype=dtype, device=CPU)
     assert all(block.attn.fused_attn == fused for block in encoder.blocks)
-
-
-def test_long_sequences_keep_the_fused_attention() -> None:
-    encoder = load_backbone("dino", **(TINY | {"image_size": 256}))
-    EncoderRuntime(encoder, EncoderRecipe(), dtype=torch.bfloat16, device=CPU)
-    assert all(block.attn.fused_attn for block in encoder.blocks)
 
 
 def test_plain_attention_rounds_like_the_fused_one() -> None:
@@ -170,18 +161,12 @@ def test_float8_linear_is_the_dequantised_product(bias: bool) -> None:
     assert relative_error(layer(tokens), exact) < E4M3_ROUNDING
 
 
-def test_layers_of_other_sizes_stay_as_they_are() -> None:
+def test_linear_layers_of_whole_tiles_are_replaced() -> None:
     module = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 10))
-    assert use_float8(module) == 1
+    use_float8(module)
     assert isinstance(module[0], Float8Linear)
+    assert module[0].weight_OK.element_size() == 1
     assert isinstance(module[2], nn.Linear)
-
-
-def test_a_quantised_encoder_is_small() -> None:
-    encoder = load_backbone("dino", **TINY)
-    assert use_float8(encoder.blocks) == 4 * TINY["depth"]
-    weight = encoder.blocks[0].mlp.fc1.weight_OK
-    assert weight.element_size() == 1
 
 
 @pytest.mark.gpu
