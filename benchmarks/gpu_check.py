@@ -52,9 +52,16 @@ STEPS = (
     Step("tests", f"{PYTEST} -m gpu --continue-on-collection-errors", 85, ("pytest", "hypothesis", "timm")),
     Step("kernel tests", f"{KERNEL_TESTS} -n 12", 80, ("pytest", "xdist", "hypothesis", "triton")),
     Step("kernels", "-m benchmarks.kernels --short --output {out}", 90, ("triton",)),
-    Step("step", f"-m benchmarks.step {STEP_OUT}/step-cuda.json recipes/dino.yaml", 150, ("timm",)),
+    Step(
+        "step", f"-m benchmarks.step {STEP_OUT}/step-cuda.json recipes/dino.yaml", 150, ("timm", "pydantic")
+    ),
     Step("propagation", f"-m benchmarks.propagation {STEP_OUT}/propagation-cuda.json", 60, ("timm",)),
-    Step("loaders", f"-m benchmarks.loaders {STEP_OUT}/loaders-cuda.json", 65, ("nvidia.dali", "av")),
+    Step(
+        "loaders",
+        f"-m benchmarks.loaders {STEP_OUT}/loaders-cuda.json",
+        65,
+        ("nvidia.dali", "av", "pydantic"),
+    ),
 )
 
 

@@ -26,13 +26,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from fasttrain.errors import InputError
 from fasttrain.files import write_atomically
-from fasttrain.recipe import Recipe
+
+if TYPE_CHECKING:
+    # With pydantic, which a machine may lack that only lends its GPU.
+    from fasttrain.recipe import Recipe
 
 T = TypeVar("T")
 RESULTS = Path(__file__).resolve().parent / "results"
