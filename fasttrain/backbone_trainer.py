@@ -25,7 +25,7 @@ from fasttrain.distributed import World
 from fasttrain.encoder_runtime import EncoderRuntime
 from fasttrain.errors import InputError
 from fasttrain.objective import CosettleLoss, CosettleObjective, asymmetric_offset
-from fasttrain.optimizer import build_optimizer, portable_state, record_update, set_lr
+from fasttrain.optimizer import build_optimizer
 from fasttrain.profiling import RECORDED_PASS, span
 from fasttrain.projection import Projection
 from fasttrain.recipe import Recipe, to_dict
@@ -107,7 +107,6 @@ class BackboneTrainer:
         self.meter = Meter()
         self._encode: Callable[[Tensor, Tensor], Tensor] = self.runtime.three_views
         self._recorded_pass: CapturedCall | None = None
-        self._recorded_update: Callable[[], Any] | None = None
 
     def warm_up(self) -> float:
         """Compile and record what the recipe wants, ahead of the first step; returns the seconds it took.
@@ -129,8 +128,6 @@ class BackboneTrainer:
                 self._run_pass(frames, positions)
             if uses_graph and self.world.size == 1 and not self.scaler.is_enabled():
                 self._recorded_pass = CapturedCall(self._run_pass, (frames, positions))
-                if recipe.optimizer.name == "adamw":
-                    self._recorded_update = record_update(self.optimizer)
             elif uses_graph:
                 # The gradients' average over processes and the loss scale stay outside.
                 self._encode = CapturedCall(self.runtime.three_views, (frames, positions))
@@ -180,10 +177,8 @@ class BackboneTrainer:
     def update(self, lr: float) -> None:
         """One optimiser step."""
         with span("optimiser"):
-            set_lr(self.optimizer, lr)
-            if self._recorded_update is not None:
-                self._recorded_update()
-                return
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=False)
@@ -191,7 +186,7 @@ class BackboneTrainer:
     def state(self) -> dict[str, Any]:
         return {
             "projection": self.projection.state_dict(),
-            "optimizer": portable_state(self.optimizer),
+            "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
 

@@ -6,16 +6,12 @@ Weight decay acts on matrices only; the schedule is a linear warm-up from 0 and 
 
 from __future__ import annotations
 
-import copy
 import importlib
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fasttrain.cuda_graph import CapturedCall
 from fasttrain.errors import InputError
 from fasttrain.recipe import OptimizerRecipe
 
@@ -23,7 +19,7 @@ APEX = {"apex_fused_adam": "FusedAdam", "apex_fused_lamb": "FusedLAMB"}
 
 
 def build_optimizer(recipe: OptimizerRecipe, module: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser of all trainable parameters of `module`. The learning rate starts at 0: see `set_lr`.
+    """The optimiser of all trainable parameters of `module`. The learning rate starts at 0.
 
     Raises:
         InputError: an Apex optimiser was asked for, and NVIDIA Apex or the GPU is absent.
@@ -55,46 +51,3 @@ def learning_rate_factor(step: int, *, total_steps: int, epochs: float, warmup_e
     if epoch < warmup_epochs:
         return epoch / warmup_epochs
     return 0.5 * (1.0 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)))
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Use `lr` for the next step; does not wait for the device."""
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
-
-
-def record_update(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
-    """A step of torch's fused AdamW, with its gradients set to zero behind it, as one CUDA graph.
-
-    The learning rate moves to the device, where `set_lr` writes it for the recorded step to read. Weights and
-    state are left as they were; gradients are zero.
-    """
-    for group in optimizer.param_groups:
-        group["lr"], group["capturable"] = torch.zeros((), device=group["params"][0].device), True
-        for parameter in group["params"]:
-            # Passes that were recorded write to the gradients that are there.
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
-    before = copy.deepcopy(optimizer.state_dict()["state"])
-
-    def update() -> None:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
-
-    # At a rate of zero the steps of the recording move no weight, but they age the state.
-    recorded = CapturedCall(update, ())
-    for number, state in optimizer.state_dict()["state"].items():
-        for name, value in state.items():
-            value.copy_(before[number][name]) if number in before else value.zero_()
-    return recorded
-
-
-def portable_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """`optimizer.state_dict()` as an unrecorded optimiser has it, so that a run may go on either way."""
-    state: dict[str, Any] = optimizer.state_dict()
-    for group in state["param_groups"]:
-        if isinstance(group["lr"], Tensor):
-            group["lr"], group["capturable"] = float(group["lr"]), False
-    return state

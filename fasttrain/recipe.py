@@ -70,7 +70,7 @@ class EncoderRecipe:
     compile: Annotated[Literal["auto", "none", "default", "max-autotune"], MAY_CHANGE] = "auto"
     """torch.compile: not at all, usual, or with a search for the fastest kernels; `auto`: usual on GPUs."""
     cuda_graph: Annotated[bool, MAY_CHANGE] = False
-    """Replay passes and optimiser (with several processes or fp16: the encoder alone) as CUDA graphs."""
+    """Replay the passes (with several processes or fp16: the encoder alone) as CUDA graphs."""
     attention: Annotated[Literal["auto", "cudnn", "flash", "efficient", "math"], MAY_CHANGE] = "auto"
     """Kernel of the scaled-dot-product attention; `auto`: PyTorch's choice, on a CPU the faster one."""
     batch_views: Annotated[bool, MAY_CHANGE] = True
