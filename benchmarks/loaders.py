@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -71,7 +71,7 @@ class Setting:
     device: str
 
 
-def our_pairs(recipe: Recipe, source: str, world: World, batches: int) -> Iterator[FramePairs]:
+def our_pairs(recipe: Recipe, source: str, world: World, batches: int) -> Generator[FramePairs, None, None]:
     """The recipe's batches from a small source, of which an epoch draws enough pairs for a batch."""
     recipe = with_changes(recipe, "data", source=source, kind="auto", pairs_per_video=recipe.train.batch_size)
     data, train = recipe.data, recipe.train
@@ -106,51 +106,44 @@ def our_pairs(recipe: Recipe, source: str, world: World, batches: int) -> Iterat
         loader.close()
 
 
-class FolderPairs(Dataset[torch.Tensor]):
-    """Frame folders through PIL. Of four frames that it decodes, the published code keeps two."""
+class Pairs(Dataset[torch.Tensor]):
+    """`length` pairs that `load` reads from the files or folders of a folder in turn."""
 
-    def __init__(self, root: str, length: int) -> None:
-        self.folders, self.length = sorted({str(path.parent) for path in Path(root).rglob("*.jpg")}), length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, number: int) -> torch.Tensor:
-        folder = self.folders[number % len(self.folders)]
-        files = sorted(os.listdir(folder))
-        squares = []
-        # All four are resized twice, to the square and from the crop; the second and the fourth are used.
-        for frame in [frame - back for frame in draw_pair(len(files)) for back in (1, 0)]:
-            with Image.open(os.path.join(folder, files[frame])) as image:
-                square = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR)
-                squares.append(functional.to_tensor(square))
-        return augment(squares)[1::2]
-
-
-class VideoPairs(Dataset[torch.Tensor]):
-    """Video files through torchcodec or decord, two frames by number."""
-
-    def __init__(self, root: str, library: str, length: int) -> None:
-        self.files = sorted(str(path) for path in Path(root).iterdir())
-        self.length, self.library = length, library
+    def __init__(self, root: str, load: Callable[[str], torch.Tensor], length: int) -> None:
+        self.paths, self.load, self.length = sorted(map(str, Path(root).iterdir())), load, length
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, number: int) -> torch.Tensor:
-        path = self.files[number % len(self.files)]
-        if self.library == "torchcodec":
-            from torchcodec.decoders import VideoDecoder
+        return self.load(self.paths[number % len(self.paths)])
 
-            decoder = VideoDecoder(path, num_ffmpeg_threads=1)
-            frames = decoder.get_frames_at(draw_pair(len(decoder))).data
-        else:
-            import decord
 
-            reader = decord.VideoReader(path, num_threads=1)
-            decoded = reader.get_batch(draw_pair(len(reader))).asnumpy()
-            frames = torch.from_numpy(decoded).permute(0, 3, 1, 2)
-        return augment(list(frames))
+def published_pair(folder: str) -> torch.Tensor:
+    """Two frames of a folder through PIL, of the four that the published code decodes for them."""
+    files = sorted(os.listdir(folder))
+    squares = []
+    # All four are resized twice, to the square and from the crop; the second and the fourth are used.
+    for frame in [frame - back for frame in draw_pair(len(files)) for back in (1, 0)]:
+        with Image.open(os.path.join(folder, files[frame])) as image:
+            square = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+            squares.append(functional.to_tensor(square))
+    return augment(squares)[1::2]
+
+
+def torchcodec_pair(path: str) -> torch.Tensor:
+    from torchcodec.decoders import VideoDecoder
+
+    decoder = VideoDecoder(path, num_ffmpeg_threads=1)
+    return augment(list(decoder.get_frames_at(draw_pair(len(decoder))).data))
+
+
+def decord_pair(path: str) -> torch.Tensor:
+    import decord
+
+    reader = decord.VideoReader(path, num_threads=1)
+    frames = torch.from_numpy(reader.get_batch(draw_pair(len(reader))).asnumpy())
+    return augment(list(frames.permute(0, 3, 1, 2)))
 
 
 def draw_pair(length: int) -> list[int]:
@@ -195,18 +188,18 @@ def contenders(setting: Setting, batches: int = 0) -> dict[str, Callable[[], Ite
         tree = {"data": {**shared, "num_threads": setting.threads, **data}, "train": train}
         return lambda: our_pairs(recipe_from_dict(tree), source, World.single(device), batches)
 
-    def theirs(make: Callable[..., Dataset[torch.Tensor]], *source: str) -> Callable[[], Iterator[Any]]:
-        return lambda: workers(make(*source, length=length), setting.batch, setting.threads, device)
+    def theirs(source: str, load: Callable[[str], torch.Tensor]) -> Callable[[], Iterator[Any]]:
+        return lambda: workers(Pairs(source, load, length), setting.batch, setting.threads, device)
 
-    found = {OURS: ours(setting.packed), BASELINE: theirs(FolderPairs, setting.frames)}
+    found = {OURS: ours(setting.packed), BASELINE: theirs(setting.frames, published_pair)}
     if setting.device == "cuda":
         for load in ENGINE_LOADS:
             name = f"{OURS}, JPEG engine {load:.0%}"
             found[name] = ours(setting.packed, decoder="mixed", jpeg_engine_load=load)
         found["ours, video on the host"] = ours(setting.videos, decoder="cpu")
-    for name in ("torchcodec", "decord"):
+    for name, load_pair in (("torchcodec", torchcodec_pair), ("decord", decord_pair)):
         if importlib.util.find_spec(name):
-            found[f"{name}, two frames"] = theirs(VideoPairs, setting.videos, name)
+            found[f"{name}, two frames"] = theirs(setting.videos, load_pair)
     # Last: on a GPU a decoder is made for every clip, which may take all the time there is.
     return {**found, OUR_VIDEO: ours(setting.videos)}
 
@@ -285,10 +278,11 @@ def prepare(root: Path, source: Path | None, num_videos: int) -> dict[str, str]:
 def clips(source: Path | None, num_videos: int) -> Iterator[tuple[str, list[Image.Image]]]:
     index = open_source(source) if source else None
     for number in range(len(index) if index else num_videos):
+        frames: Iterable[Any]
         if index:
             frames = (index.read_frame(number, frame) for frame in range(int(index.num_frames[number])))
         else:
-            frames = iter(render_scene(number, height=HEIGHT, width=WIDTH).frames_THWC)
+            frames = render_scene(number, height=HEIGHT, width=WIDTH).frames_THWC
         size = (WIDTH, HEIGHT)
         yield f"{number:04d}", [Image.fromarray(f).resize(size, Image.Resampling.BICUBIC) for f in frames]
 

@@ -240,7 +240,7 @@ def end_to_end(run: Run) -> dict[str, Any]:
         sources = loaders.prepare(Path(folder), None, 8)
         total = count * (run.rounds + WARM_UPS)
         ours = loaders.our_pairs(run.recipe, sources["packed"], run.world, total)
-        published = loaders.FolderPairs(sources["frames"], total * run.pairs)
+        published = loaders.Pairs(sources["frames"], loaders.published_pair, total * run.pairs)
         theirs = loaders.workers(published, run.pairs, len(os.sched_getaffinity(0)), run.device)
 
         def many(step: Callable[[], Any]) -> Callable[[], Any]:
