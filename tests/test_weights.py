@@ -4,7 +4,6 @@ import argparse
 import os
 import pickle
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -143,38 +142,24 @@ def test_momentum_encoder_is_taken(state: dict[str, Tensor], tmp_path: Path) -> 
     assert load(tmp_path / "moco.pth.tar", "mocov3").weights_hash == hash_state_dict(state)
 
 
-def drop(key: str) -> Callable[[dict[str, Tensor]], None]:
-    def change(state: dict[str, Tensor]) -> None:
-        del state[key]
-
-    return change
-
-
-def put(key: str, tensor: Tensor) -> Callable[[dict[str, Tensor]], None]:
-    return lambda state: state.update({key: tensor})
-
-
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("changes", "message"),
     [
-        (drop("blocks.1.attn.qkv.bias"), r'Missing key\(s\) .*: "blocks\.1\.attn\.qkv\.bias"\.$'),
-        (drop("pos_embed"), r'Missing key\(s\) .*: "pos_embed"'),
-        (drop("patch_embed.proj.weight"), r'Missing key\(s\) .*: "patch_embed\.proj\.weight"'),
-        (
-            put("blocks.0.attn.gate.weight", torch.zeros(3)),
-            r'Unexpected key\(s\) .*: "blocks\.0\.attn\.gate\.weight"\.$',
-        ),
-        (put("norm.weight", torch.zeros(7)), r"size mismatch for norm\.weight: .*\[7\].*\[32\]"),
-        (put("blocks.2.norm1.weight", torch.zeros(32)), r'Missing key\(s\) .*: "blocks\.2\..* \.\.\.$'),
-        (put("pos_embed", torch.zeros(1, 19, 32)), "19 positions are no square grid"),
-        (put("pos_embed", torch.zeros(1, 17, 8)), r"size mismatch for pos_embed: .*\[1, 17, 8\]"),
+        ({"blocks.1.attn.qkv.bias": None}, r'Missing key\(s\) .*: "blocks\.1\.attn\.qkv\.bias"\.$'),
+        ({"pos_embed": None}, r'Missing key\(s\) .*: "pos_embed"'),
+        ({"patch_embed.proj.weight": None}, r'Missing key\(s\) .*: "patch_embed\.proj\.weight"'),
+        ({"blocks.0.attn.gate": torch.zeros(3)}, r'Unexpected key\(s\) .*: "blocks\.0\.attn\.gate"\.$'),
+        ({"norm.weight": torch.zeros(7)}, r"size mismatch for norm\.weight: .*\[7\].*\[32\]"),
+        ({"blocks.2.norm1.weight": torch.zeros(32)}, r'Missing key\(s\) .*: "blocks\.2\..* \.\.\.$'),
+        ({"pos_embed": torch.zeros(1, 19, 32)}, "19 positions are no square grid"),
+        ({"pos_embed": torch.zeros(1, 17, 8)}, r"size mismatch for pos_embed: .*\[1, 17, 8\]"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_names_the_keys(
-    state: dict[str, Tensor], change: Callable[[dict[str, Tensor]], None], message: str, tmp_path: Path
+    state: dict[str, Tensor], changes: dict[str, Tensor | None], message: str, tmp_path: Path
 ) -> None:
-    change(state)
-    torch.save(state, tmp_path / "dino.pth")
+    changed = {key: tensor for key, tensor in (state | changes).items() if tensor is not None}
+    torch.save(changed, tmp_path / "dino.pth")
     with pytest.raises(InputError, match=message) as caught:
         load(tmp_path / "dino.pth")
     assert "\n" not in str(caught.value)
@@ -185,10 +170,7 @@ def test_sizes_that_contradict_the_checkpoint(state: dict[str, Tensor], tmp_path
     arguments = {"weights": str(tmp_path / "dino.pth"), "image_size": 64, "num_heads": 2}
     with pytest.raises(InputError, match=r'Unexpected key\(s\) .*: "blocks\.1\.'):
         load_backbone("dino", depth=1, **arguments)
-    with pytest.raises(
-        InputError,
-        match=r"size mismatch for patch_embed\.proj\.weight: .*\[32, 3, 16, 16\].*\[32, 3, 8, 8\]",
-    ):
+    with pytest.raises(InputError, match=r"size mismatch for patch_embed.*\[32, 3, 16, 16\].*3, 8, 8\]"):
         load_backbone("dino", patch_size=8, **arguments)
 
 
@@ -220,18 +202,18 @@ def test_what_published_checkpoints_hold_besides_tensors(tmp_path: Path) -> None
     assert read_checkpoint(tmp_path / "facts.pth") == facts
 
 
-def write_no_checkpoint(name: str, path: Path) -> None:
+def write_no_checkpoint(path: Path) -> None:
     """Files that are none: cut off, empty, of another kind, or without tensors."""
-    if name.startswith("truncated"):
+    if path.stem == "truncated":
         save = save_file if path.suffix == ".safetensors" else torch.save
         save(timm_state(), path)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    elif name in ("empty.pth", "text.pth", "page.pth"):
-        path.write_text({"empty.pth": "", "text.pth": "hello\n", "page.pth": "<html>404</html>"}[name])
-    elif name == "pickle.pth":
-        path.write_bytes(pickle.dumps([1, 2]))
+    elif path.stem in ("list", "no_tensors"):
+        torch.save([1, 2] if path.stem == "list" else {"model": {"epoch": 4}}, path)
     else:
-        torch.save({"list.pth": [1, 2], "no_tensors.pth": {"model": {"epoch": 4}}}[name], path)
+        path.write_bytes(
+            {"empty": b"", "text": b"<html>404</html>", "pickle": pickle.dumps([1, 2])}[path.stem]
+        )
 
 
 @pytest.mark.parametrize(
@@ -240,7 +222,6 @@ def write_no_checkpoint(name: str, path: Path) -> None:
         "truncated.pth",
         "truncated.safetensors",
         "empty.pth",
-        "page.pth",
         "text.pth",
         "pickle.pth",
         "list.pth",
@@ -249,7 +230,7 @@ def write_no_checkpoint(name: str, path: Path) -> None:
 )
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_files_that_are_no_checkpoint(name: str, tmp_path: Path) -> None:
-    write_no_checkpoint(name, tmp_path / name)
+    write_no_checkpoint(tmp_path / name)
     with pytest.raises(InputError, match=name) as caught:
         load(tmp_path / name)
     assert "\n" not in str(caught.value)
