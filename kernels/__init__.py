@@ -6,8 +6,8 @@ README.md.
 
 from .affinity import affinity_softmax
 from .cosettle import CosettleLoss, cosettle_head_loss, cosettle_loss
+from .cycle import cycle_consistency_loss
 from .separability import separability_loss
-from .walk import cycle_consistency_loss
 
 __all__ = [
     "CosettleLoss",

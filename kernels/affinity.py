@@ -19,25 +19,19 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .checks import check_same_device, check_temperature, check_tokens
-from .cycle_streaming import tile_of
-from .elementary import LOG2_E, exp2
+from .checks import check_number, check_tensors
+from .primitives import LOG2_E, exp2, logits_tile, own_block, tile_options
 from .runtime import Backend, jit, on_device, operator, tl, triton, use_triton
-from .tiles import logits_tile, own_block
 
 
 @jit
 def _affinity_kernel(
-    query_ptr: tl.tensor,
-    key_ptr: tl.tensor,
-    affinity_ptr: tl.tensor,
-    queries: tl.tensor,
-    keys: tl.tensor,
-    scale: tl.tensor,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-) -> None:
+    query_ptr,  # [B, M, D]
+    key_ptr,  # [B, K, D]
+    affinity_ptr,  # [B, M, K]
+    queries, keys, scale,
+    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """One program per (block of queries, sample)."""
     sample, rows = own_block(tl.cdiv(queries, BLOCK), BLOCK)
     query_ptr += sample * queries * D
@@ -65,12 +59,21 @@ def launch_affinity(query_BMD: Tensor, key_BKD: Tensor, temperature: float) -> T
     samples, queries, _ = query_BMD.shape
     keys = key_BKD.shape[1]
     affinity_BMK = query_BMD.new_empty((samples, queries, keys), dtype=torch.float32)
-    tile = tile_of(query_BMD)
+    tile = tile_options(query_BMD)
     with on_device(query_BMD):
         _affinity_kernel[(triton.cdiv(queries, tile["BLOCK"]) * samples,)](
             query_BMD, key_BKD, affinity_BMK, queries, keys, LOG2_E / temperature, **tile
         )
     return affinity_BMK
+
+
+_affinity = operator(
+    "affinity_softmax",
+    launch_affinity,
+    fake=lambda query, key, temperature: query.new_empty(
+        (query.shape[0], query.shape[1], key.shape[1]), dtype=torch.float32
+    ),
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -86,17 +89,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     return grad_query, torch.bmm(grad_logits.transpose(1, 2), query.float()).to(key.dtype), None
 
 
-@operator(
-    "affinity_softmax",
-    "(Tensor query, Tensor key, float temperature) -> Tensor",
-    fake=lambda query, key, temperature: query.new_empty(
-        (query.shape[0], query.shape[1], key.shape[1]), dtype=torch.float32
-    ),
-    setup_context=_save,
-    backward=_differentiate,
-)
-def _affinity(query_BMD: Tensor, key_BKD: Tensor, temperature: float) -> Tensor:
-    return launch_affinity(query_BMD, key_BKD, temperature)
+_affinity.register_autograd(_differentiate, setup_context=_save)
 
 
 def affinity_softmax(
@@ -116,13 +109,10 @@ def affinity_softmax(
     Raises:
         ValueError: an argument does not fit; the message names it, its value and what is expected.
     """
-    check_tokens("query", query, "BMD")
-    check_tokens("key", key, "BKD")
-    if (key.shape[0], key.shape[2], key.dtype) != (query.shape[0], query.shape[2], query.dtype):
-        expected = f"B == {query.shape[0]}, D == {query.shape[2]} and dtype {query.dtype} of query"
-        raise ValueError(f"key must have the {expected}, got {tuple(key.shape)} and {key.dtype}")
-    check_same_device("key", key, "query", query)
-    check_temperature(temperature)
+    check_tensors(query=(query, "BMD"), key=(key, "BKD"))
+    if key.dtype != query.dtype:
+        raise ValueError(f"key must have the dtype of query, {query.dtype}, got {key.dtype}")
+    check_number("temperature", temperature)
     if use_triton(backend, query=query, key=key):
         affinity: Tensor = _affinity(query, key, temperature)
         return affinity

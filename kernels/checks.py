@@ -12,53 +12,34 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from .reference import Regularizer
-
-EAGER_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_tokens(name: str, tokens: Tensor, dims: str) -> None:
-    """`tokens` must be a floating tensor with one dimension per letter of `dims`, none of them empty."""
-    if not isinstance(tokens, Tensor):
-        raise ValueError(f"{name} must be a tensor, got {type(tokens).__name__}")
-    if tokens.ndim != len(dims) or 0 in tokens.shape:
-        raise ValueError(
-            f"{name} must have the non-empty shape ({', '.join(dims)}), got {tuple(tokens.shape)}"
-        )
-    if tokens.dtype not in EAGER_DTYPES:
-        raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {tokens.dtype}")
-
-
-def check_same(name: str, tokens: Tensor, other_name: str, other: Tensor) -> None:
-    """Two tensors must agree in shape and device."""
-    if tokens.shape != other.shape:
-        raise ValueError(
-            f"{name} must have the shape of {other_name}, {tuple(other.shape)}, got {tuple(tokens.shape)}"
-        )
-    check_same_device(name, tokens, other_name, other)
-
-
-def check_views(name: str, tokens: Tensor, views: int) -> None:
-    if tokens.shape[1] != views:
-        raise ValueError(
-            f"{name} must hold {views} views in dimension 1, got the shape {tuple(tokens.shape)}"
-        )
-
-
-def check_parameter(name: str, parameter: Tensor, tokens_name: str, tokens: Tensor) -> None:
-    """A parameter must hold one number per channel of the tokens, on their device."""
-    check_tokens(name, parameter, "D")
-    if parameter.shape[0] != tokens.shape[-1]:
-        channels = tokens.shape[-1]
-        raise ValueError(
-            f"{name} must have the {channels} channels of {tokens_name}, got {tuple(parameter.shape)}"
-        )
-    check_same_device(name, parameter, tokens_name, tokens)
-
-
-def check_same_device(name: str, tokens: Tensor, other_name: str, other: Tensor) -> None:
-    if tokens.device != other.device:
-        raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {tokens.device}")
+def check_tensors(**tensors: tuple[Tensor, str]) -> None:
+    """Each argument is a tensor and its dimensions, such as "B3ND": a letter stands for one size in all of
+    the tensors, a digit for itself. They must be of floating dtypes, not empty, and on one device.
+    """
+    (first, _), *_ = tensors.values()
+    sizes: dict[str, int] = {}
+    for name, (tensor, dims) in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        expected = [int(dim) if dim.isdigit() else sizes.get(dim) for dim in dims]
+        fits = tensor.ndim == len(dims) and 0 not in tensor.shape
+        if not fits or any(
+            want not in (None, size) for want, size in zip(expected, tensor.shape, strict=True)
+        ):
+            letters = ", ".join(dims)
+            known = "".join(f", {dim} == {sizes[dim]}" for dim in dims if dim in sizes)
+            raise ValueError(
+                f"{name} must have the non-empty shape ({letters}){known}, got {tuple(tensor.shape)}"
+            )
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+        if tensor.device != first.device:
+            device = f"the device of {next(iter(tensors))}, {first.device}"
+            raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+        sizes.update(zip(dims, tensor.shape, strict=True))
 
 
 def check_grid(grid: tuple[int, int], window: int, tokens: int) -> None:
@@ -75,27 +56,20 @@ def check_grid(grid: tuple[int, int], window: int, tokens: int) -> None:
         )
 
 
-def check_temperature(temperature: float) -> None:
-    if not (_is_number(temperature) and temperature > 0):
-        raise ValueError(f"temperature must be a finite number above 0, got {temperature!r}")
+def check_number(name: str, value: float, *, zero: bool = False) -> None:
+    """`value` must be finite and above 0, or with `zero` at least 0."""
+    # Compared, for torch.compile cannot trace math.isfinite of a number that it keeps dynamic.
+    number = isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
+    if not (number and (value > 0 or (zero and value == 0))):
+        expected = ", 0 or more" if zero else " above 0"
+        raise ValueError(f"{name} must be a finite number{expected}, got {value!r}")
 
 
-def check_non_negative(name: str, value: float) -> None:
-    if not (_is_number(value) and value >= 0):
-        raise ValueError(f"{name} must be a finite number, 0 or more, got {value!r}")
-
-
-def check_regularizer(regularizer: str) -> None:
-    if regularizer not in get_args(Regularizer):
-        raise ValueError(
-            f"regularizer must be one of {', '.join(get_args(Regularizer))}, got {regularizer!r}"
-        )
+def check_choice(name: str, value: str, choices: Any) -> None:
+    """`value` must be one of a Literal's."""
+    if value not in get_args(choices):
+        raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
 
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_number(value: Any) -> bool:
-    # Compared, for torch.compile cannot trace math.isfinite of a number that it keeps dynamic.
-    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf

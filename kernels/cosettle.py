@@ -14,139 +14,130 @@ channels.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .checks import (
-    check_grid,
-    check_non_negative,
-    check_parameter,
-    check_regularizer,
-    check_same,
-    check_temperature,
-    check_tokens,
-    check_views,
-)
-from .cycle import grad_scale
-from .cycle_streaming import launch_three_views
-from .epilogue import (
-    Cells,
-    HeadParameters,
-    launch_backward,
-    launch_forward,
-    pooled_dtype,
-    separability_scale,
-    statistics_shape,
-)
+from .checks import check_choice, check_grid, check_number, check_tensors
+from .cycle import grad_scale, launch_cycle
+from .epilogue import Cells, HeadParameters, launch_backward, launch_forward, pooled_dtype, statistics_shape
 from .reference import CosettleLoss, Regularizer
-from .runtime import Backend, operator, require_kept, unit_stride, use_triton, wants_gradient
+from .runtime import Backend, operator, require_kept, use_triton, wants_gradient
 
-_ARGUMENTS = (
+
+class _Arguments(NamedTuple):
+    """What the operators forward and backward share, in the order of their schemas."""
+
+    inputs: Tensor
+    frozen: Tensor
+    bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    norm_eps: float
+    tanh: bool
+    height: int
+    width: int
+    window: int
+    temperature: float
+    kl: bool
+
+    @property
+    def head(self) -> HeadParameters | None:
+        parameters = [tensor.contiguous() for tensor in self[2:5] if tensor is not None]
+        return HeadParameters(*parameters, self.norm_eps, self.tanh) if parameters else None
+
+    @property
+    def cells(self) -> Cells:
+        return Cells((self.height, self.width), (self.window, self.window))
+
+
+_SCHEMA = (
     "Tensor inputs, Tensor frozen, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, "
     "bool tanh, int height, int width, int window, float temperature, bool kl"
 )
 
 
-def _head(
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm_eps: float,
-    tanh: bool,
-) -> HeadParameters | None:
-    if bias is None or norm_weight is None or norm_bias is None:
-        return None
-    return HeadParameters(bias.contiguous(), norm_weight.contiguous(), norm_bias.contiguous(), norm_eps, tanh)
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Cycle and separability, 0-d; accuracy and similarity (2,); what the backward needs.
+
+    That is the pooled tokens' scaled gradient and the tokens' statistics. What is not asked for is empty.
+    """
+    *shared, grad, diagnostics = arguments
+    given = _Arguments(*shared)
+    separability, pooled_BTMD, statistics_BTNS = launch_forward(
+        given.inputs, given.frozen, given.head, given.cells, kl=given.kl, pool=True, statistics=grad
+    )
+    grad_dtype = pooled_BTMD.dtype if grad else None
+    figures_4BM, grad_pooled = launch_cycle(
+        pooled_BTMD, given.temperature, grad_dtype=grad_dtype, diagnostics=diagnostics
+    )
+    if diagnostics:
+        _, accuracy, squares, returns = figures_4BM.mean((1, 2))
+        measures = torch.stack([accuracy, returns * torch.rsqrt(squares)])
+    else:
+        measures = figures_4BM.new_empty(0)
+    return figures_4BM[0].mean(), separability, measures, grad_pooled, statistics_BTNS
 
 
-def _backward_fake(
-    grad_cycle: Tensor,
-    grad_separability: Tensor,
-    grad_pooled: Tensor,
-    statistics: Tensor,
-    inputs: Tensor,
-    *_: Any,
-) -> tuple[Tensor, Tensor]:
-    return inputs.new_empty(inputs.shape), inputs.new_empty((3, inputs.shape[-1]), dtype=torch.float32)
+def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    *shared, grad, diagnostics = arguments
+    given = _Arguments(*shared)
+    samples, views, _, channels = given.inputs.shape
+    pooled = (samples, views, given.cells.whole, channels) if grad else (0,)
+    statistics = statistics_shape(given.inputs, grad)
+    shapes = ((), (), (2 if diagnostics else 0,), pooled, statistics)
+    dtypes = (torch.float32, torch.float32, torch.float32, pooled_dtype(given.inputs.dtype), torch.float32)
+    return tuple(
+        given.inputs.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)
+    )
 
 
-@operator(
-    "cosettle_backward",
-    f"(Tensor grad_cycle, Tensor grad_separability, Tensor grad_pooled, Tensor statistics, {_ARGUMENTS}) "
-    "-> (Tensor, Tensor)",
-    fake=_backward_fake,
-)
-def _cosettle_backward(
-    grad_cycle: Tensor,
-    grad_separability: Tensor,
-    grad_pooled: Tensor,
-    statistics: Tensor,
-    inputs: Tensor,
-    frozen: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm_eps: float,
-    tanh: bool,
-    height: int,
-    width: int,
-    window: int,
-    temperature: float,
-    kl: bool,
+def _backward(
+    grad_cycle: Tensor, grad_separability: Tensor, grad_pooled: Tensor, statistics: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the inputs (B, T, N, D) and of the head's parameters (3, D), zeros without a head."""
+    given = _Arguments(*arguments)
     samples, _, tokens, channels = grad_pooled.shape
     grad_inputs, grad_parameters = launch_backward(
-        unit_stride(inputs),
-        unit_stride(frozen),
-        _head(bias, norm_weight, norm_bias, norm_eps, tanh),
-        Cells((height, width), (window, window)),
+        given.inputs,
+        given.frozen,
+        given.head,
+        given.cells,
         statistics,
         grad_separability,
         grad_cycle,
         grad_pooled,
-        kl=kl,
-        term_scale=separability_scale(inputs, kl),
-        pooled_scale=1.0 / (grad_scale(tokens) * temperature * samples * tokens),
+        pooled_scale=1.0 / (grad_scale(tokens) * given.temperature * samples * tokens),
+        kl=given.kl,
     )
     if grad_parameters is None:
-        grad_parameters = inputs.new_zeros((3, channels), dtype=torch.float32)
+        grad_parameters = statistics.new_zeros((3, channels))
     return grad_inputs, grad_parameters
 
 
-def _forward_fake(
-    inputs: Tensor,
-    frozen: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm_eps: float,
-    tanh: bool,
-    height: int,
-    width: int,
-    window: int,
-    temperature: float,
-    kl: bool,
-    grad: bool,
-    diagnostics: bool,
-) -> tuple[Tensor, ...]:
-    samples, views, _, channels = inputs.shape
-    pooled = (samples, views, (height // window) * (width // window), channels) if grad else (0,)
-    return (
-        inputs.new_empty((), dtype=torch.float32),
-        inputs.new_empty((), dtype=torch.float32),
-        inputs.new_empty((2 if diagnostics else 0,), dtype=torch.float32),
-        inputs.new_empty(pooled, dtype=pooled_dtype(inputs.dtype)),
-        inputs.new_empty(statistics_shape(inputs, grad), dtype=torch.float32),
-    )
+_cosettle = operator(
+    "cosettle",
+    _forward,
+    fake=_forward_fake,
+    schema=f"({_SCHEMA}, bool grad, bool diagnostics) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+_cosettle_backward = operator(
+    "cosettle_backward",
+    _backward,
+    fake=lambda grad_cycle, grad_separability, grad_pooled, statistics, inputs, *_: (
+        inputs.new_empty(inputs.shape),
+        inputs.new_empty((3, inputs.shape[-1]), dtype=torch.float32),
+    ),
+    schema="(Tensor grad_cycle, Tensor grad_separability, Tensor grad_pooled, Tensor statistics, "
+    f"{_SCHEMA}) -> (Tensor, Tensor)",
+)
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tokens, frozen, bias, norm_weight, norm_bias, *ctx.constants, ctx.kept, _ = inputs
-    ctx.save_for_backward(*output[3:], tokens, frozen, bias, norm_weight, norm_bias)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.constants, ctx.kept = inputs[5:-2], inputs[-2]
+    ctx.save_for_backward(*output[3:], *inputs[:5])
     ctx.mark_non_differentiable(*output[2:])
     # Or every backward would fill zeros as large as the pooled tokens' gradient, for nothing.
     ctx.set_materialize_grads(False)
@@ -156,132 +147,62 @@ def _differentiate(
     ctx: Any, grad_cycle: Tensor | None, grad_separability: Tensor | None, *_: None
 ) -> tuple[Any, ...]:
     require_kept(ctx.kept)
-    *saved, bias, norm_weight, norm_bias = ctx.saved_tensors
-    statistics = saved[1]
-    if grad_cycle is None:
-        grad_cycle = statistics.new_zeros(())
-    if grad_separability is None:
-        grad_separability = statistics.new_zeros(())
-    parameters = (bias, norm_weight, norm_bias)
-    grad_tokens, grad_parameters = _cosettle_backward(
-        grad_cycle, grad_separability, *saved, *parameters, *ctx.constants
-    )
+    saved = ctx.saved_tensors
+    zero = saved[1].new_zeros(()) if grad_cycle is None or grad_separability is None else None
+    grads = [zero if grad is None else grad for grad in (grad_cycle, grad_separability)]
+    grad_tokens, grad_parameters = _cosettle_backward(*grads, *saved, *ctx.constants)
     of_head = [
         None if parameter is None else grad.to(parameter.dtype)
-        for parameter, grad in zip(parameters, grad_parameters, strict=True)
+        for parameter, grad in zip(saved[-3:], grad_parameters, strict=True)
     ]
     return grad_tokens, None, *of_head, *(None for _ in ctx.constants), None, None
 
 
-@operator(
-    "cosettle",
-    f"({_ARGUMENTS}, bool grad, bool diagnostics) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=_forward_fake,
-    setup_context=_save_inputs,
-    backward=_differentiate,
-)
-def _cosettle(
-    inputs: Tensor,
+_cosettle.register_autograd(_differentiate, setup_context=_save)
+
+
+def _objective(
     frozen: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm_eps: float,
-    tanh: bool,
-    height: int,
-    width: int,
-    window: int,
-    temperature: float,
-    kl: bool,
-    grad: bool,
-    diagnostics: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Cycle and separability, 0-d; accuracy and similarity (2,); what the backward needs.
-
-    That is the pooled tokens' scaled gradient and the tokens' statistics. What is not asked for is empty.
-    """
-    terms_BTN, pooled_BTMD, statistics_BTNS = launch_forward(
-        unit_stride(inputs),
-        unit_stride(frozen),
-        _head(bias, norm_weight, norm_bias, norm_eps, tanh),
-        Cells((height, width), (window, window)),
-        kl=kl,
-        pool=True,
-        term_scale=separability_scale(inputs, kl),
-        statistics=grad,
-    )
-    figures_FBM, grad_pooled = launch_three_views(
-        pooled_BTMD, temperature, grad_dtype=pooled_BTMD.dtype if grad else None, diagnostics=diagnostics
-    )
-    if diagnostics:
-        _, accuracy, squares, returns = figures_FBM.mean((1, 2))
-        measures = torch.stack([accuracy, returns * torch.rsqrt(squares)])
-    else:
-        measures = figures_FBM.new_empty(0)
-    return figures_FBM[0].mean(), terms_BTN.sum(), measures, grad_pooled, statistics_BTNS
-
-
-def _fused(
-    inputs: Tensor,
-    frozen: Tensor,
-    head: tuple[Tensor, Tensor, Tensor] | None = None,
-    norm_eps: float = 0.0,
-    tanh: bool = False,
-    *,
+    tensors: dict[str, Tensor],
     grid: tuple[int, int],
     temperature: float,
     window: int,
     lambda_reg: float,
     regularizer: Regularizer,
+    backend: Backend,
     diagnostics: bool,
+    norm_eps: float = 0.0,
+    tanh: bool = False,
 ) -> CosettleLoss:
+    """The objective of the first of the `tensors`, after a head's epilogue where its parameters follow."""
+    shapes = {name: (tensor, "D") for name, tensor in tensors.items()}
+    (name, inputs), *_ = tensors.items()
+    check_tensors(frozen=(frozen, "B3ND"), **{**shapes, name: (inputs, "B3ND")})
+    check_grid(grid, window, frozen.shape[2])
+    check_number("temperature", temperature)
+    check_number("lambda_reg", lambda_reg, zero=True)
+    check_choice("regularizer", regularizer, Regularizer)
+    check_number("norm_eps", norm_eps, zero=True)
+    inputs, *head = tensors.values()
+    if not use_triton(backend, frozen=frozen, **tensors):
+        return reference.cosettle_loss(
+            frozen,
+            reference.head_epilogue(inputs, *head, norm_eps, tanh) if head else inputs,
+            grid=grid,
+            temperature=temperature,
+            window=window,
+            lambda_reg=lambda_reg,
+            regularizer=regularizer,
+            diagnostics=diagnostics,
+        )
     parameters = head or (None, None, None)
+    options = (norm_eps, tanh, *grid, window, temperature, regularizer == "kl")
     cycle, separability, measures, _, _ = _cosettle(
-        inputs,
-        frozen.detach(),
-        *parameters,
-        norm_eps,
-        tanh,
-        *grid,
-        window,
-        temperature,
-        regularizer == "kl",
-        wants_gradient(inputs, *parameters),
-        diagnostics,
+        inputs, frozen.detach(), *parameters, *options, wants_gradient(*tensors.values()), diagnostics
     )
     loss = torch.add(cycle, separability, alpha=lambda_reg)
     accuracy, similarity = measures.unbind() if diagnostics else (None, None)
     return CosettleLoss(loss, cycle, separability, accuracy, similarity)
-
-
-def _checked_options(
-    frozen: Tensor,
-    name: str,
-    tokens: Tensor,
-    grid: tuple[int, int],
-    temperature: float,
-    window: int,
-    lambda_reg: float,
-    regularizer: str,
-    diagnostics: bool,
-) -> dict[str, Any]:
-    """The options that the fused form and the reference share."""
-    check_tokens("frozen", frozen, "B3ND")
-    check_tokens(name, tokens, "B3ND")
-    check_same(name, tokens, "frozen", frozen)
-    check_views("frozen", frozen, 3)
-    check_grid(grid, window, frozen.shape[2])
-    check_temperature(temperature)
-    check_non_negative("lambda_reg", lambda_reg)
-    check_regularizer(regularizer)
-    return {
-        "grid": grid,
-        "temperature": temperature,
-        "window": window,
-        "lambda_reg": lambda_reg,
-        "regularizer": regularizer,
-        "diagnostics": diagnostics,
-    }
 
 
 def cosettle_loss(
@@ -314,12 +235,8 @@ def cosettle_loss(
     Raises:
         ValueError: an argument does not fit; the message names it, its value and what is expected.
     """
-    options = _checked_options(
-        frozen, "projected", projected, grid, temperature, window, lambda_reg, regularizer, diagnostics
-    )
-    if use_triton(backend, frozen=frozen, projected=projected):
-        return _fused(projected, frozen, **options)
-    return reference.cosettle_loss(frozen, projected, **options)
+    options = (grid, temperature, window, lambda_reg, regularizer, backend, diagnostics)
+    return _objective(frozen, {"projected": projected}, *options)
 
 
 def cosettle_head_loss(
@@ -349,14 +266,6 @@ def cosettle_head_loss(
 
     The other arguments, the result and the errors are those of `cosettle_loss`.
     """
-    options = _checked_options(
-        frozen, "linear", linear, grid, temperature, window, lambda_reg, regularizer, diagnostics
-    )
-    parameters = {"bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
-    for name, parameter in parameters.items():
-        check_parameter(name, parameter, "linear", linear)
-    check_non_negative("norm_eps", norm_eps)
-    if use_triton(backend, frozen=frozen, linear=linear, **parameters):
-        return _fused(linear, frozen, (bias, norm_weight, norm_bias), norm_eps, tanh, **options)
-    projected = reference.head_epilogue(linear, bias, norm_weight, norm_bias, norm_eps, tanh)
-    return reference.cosettle_loss(frozen, projected, **options)
+    tensors = {"linear": linear, "bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
+    options = (grid, temperature, window, lambda_reg, regularizer, backend, diagnostics)
+    return _objective(frozen, tensors, *options, norm_eps, tanh)

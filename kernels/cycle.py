@@ -1,10 +1,12 @@
-"""Cycle consistency of a walk over three views of up to 64 tokens: loss and gradient in one launch.
+"""Cycle consistency of a walk through any number of views, and its fused kernel for three views.
 
-With p1, p2, p3 the tokens of frame 1, frame 2 and frame 1 again, tau the temperature and e = 1e-6:
+    A_k = softmax(p_k p_{k+1}^T / tau),  C = A_1 A_2 ... A_{T-1}
+    loss = mean over cells i of  log(1 + M e) - log(C_ii + e),  e = 1e-6        since C's rows sum to one
 
-    A_ij = softmax_j(p1_i . p2_j / tau),  A'_ji = softmax_i(p2_j . p3_i / tau)
+Three views, the walk of Co-Settle, are one launch for up to 64 tokens and the streaming kernels of
+cycle_streaming.py beyond: no M x M matrix is ever in memory. With A and A' the steps there and back:
+
     C_ii = sum_j A_ij A'_ji
-    loss = mean_i  log(1 + M e) - log(C_ii + e)              since the rows of C = A A' sum to one
 
 The loss is a scalar, so its gradient is formed while A and A' are at hand. With w_ij = A_ij A'_ji / (C_ii +
 e), the probability that a walk from i back to i went through j, and W_j = sum_i w_ij:
@@ -13,52 +15,48 @@ e), the probability that a walk from i back to i went through j, and W_j = sum_i
     dloss / d(p2_j . p3_i) = (A'_ji W_j - w_ij) / (tau B M)
 
 Both brackets are bounded by M, whatever the temperature, so half precision holds them. C itself is formed for
-the diagnostics alone. Nothing of size M x M leaves the program that owns the sample; cycle_streaming.py takes
-over beyond 64 tokens.
+the diagnostics alone. Other walks chain the transition matrices of affinity.py with matrix products, and keep
+M x M numbers per step; the last product is a sum, since only C's diagonal counts.
 
-Source: arXiv 2603.26597, section 3; Jabri et al., NeurIPS 2020.
+Source: arXiv 2603.26597, section 3; walks there and back through a clip: Jabri et al., "Space-Time
+Correspondence as a Contrastive Random Walk", NeurIPS 2020.
 
-Shape suffixes: B samples, M tokens of a view, D channels; inside the kernel I tokens of frame 1 (either
-time), J tokens of frame 2, K channels of one step.
+Shape suffixes: B samples, T views, M tokens of a view, D channels; inside the kernel I tokens of frame 1
+(either time), J tokens of frame 2, K channels of one step.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import reference
+from .affinity import affinity_softmax
+from .checks import check_number, check_tensors
+from .cycle_streaming import launch_streaming
+from .primitives import dot
 from .reference import CYCLE_EPS
-from .runtime import inline, jit, on_device, tl, triton
-from .tiles import dot
+from .runtime import (
+    Backend,
+    inline,
+    jit,
+    on_device,
+    operator,
+    require_kept,
+    tl,
+    triton,
+    use_triton,
+    wants_gradient,
+)
 
 MAX_FUSED_TOKENS = 64
 
 
-def grad_scale(tokens: int) -> float:
-    """Gradients leave the cycle kernels as this many times (tau B M) their value.
-
-    The largest is at most 4 M times a token's component, so that fp16 holds it for components up to one, and
-    keeps as much as can be of the small ones.
-    """
-    return 4096.0 / triton.next_power_of_2(tokens)
-
-
-class CycleResult(NamedTuple):
-    """What the cycle kernels return.
-
-    `figures` (4, B, M) in fp32, a number per row of C: cross-entropy, 1 where the arg-max is the diagonal,
-    sum of the squares, diagonal; (1, B, M) without diagnostics. `grad` (B, 3, M, D): the gradient of the mean
-    cross-entropy, times grad_scale(M) x tau x B x M; or empty.
-    """
-
-    figures: Tensor
-    grad: Tensor
-
-
 @inline
-def softmax_rows(logits_IJ: tl.tensor, column_exists: tl.tensor) -> tl.tensor:
+def softmax_rows(logits_IJ, column_exists):
     """Softmax over the existing columns; the others get 0."""
     logits_IJ = tl.where(column_exists[None, :], logits_IJ, float("-inf"))
     weights_IJ = tl.exp(logits_IJ - tl.max(logits_IJ, 1)[:, None])
@@ -66,7 +64,7 @@ def softmax_rows(logits_IJ: tl.tensor, column_exists: tl.tensor) -> tl.tensor:
 
 
 @inline
-def softmax_columns(logits_IJ: tl.tensor, row_exists: tl.tensor) -> tl.tensor:
+def softmax_columns(logits_IJ, row_exists):
     """Softmax over the existing rows; the others get 0."""
     logits_IJ = tl.where(row_exists[:, None], logits_IJ, float("-inf"))
     weights_IJ = tl.exp(logits_IJ - tl.max(logits_IJ, 0)[None, :])
@@ -74,7 +72,7 @@ def softmax_columns(logits_IJ: tl.tensor, row_exists: tl.tensor) -> tl.tensor:
 
 
 @inline
-def row_is_correct(cycle_IJ: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
+def row_is_correct(cycle_IJ, BLOCK):
     """Per row 1 where the first of its largest entries is the diagonal, else 0; masked entries must be -1."""
     row = tl.arange(0, BLOCK)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
@@ -85,22 +83,14 @@ def row_is_correct(cycle_IJ: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
 
 @jit
 def _cycle_kernel(
-    walk_ptr: tl.tensor,
-    figures_ptr: tl.tensor,
-    grad_ptr: tl.tensor,
-    tokens: tl.tensor,
-    inverse_temperature: tl.tensor,
-    D: tl.constexpr,
-    EPS: tl.constexpr,
-    SCALE: tl.constexpr,
-    GRAD: tl.constexpr,
-    DIAGNOSTICS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    D_PER_PROGRAM: tl.constexpr,
-    PARTS: tl.constexpr,
+    walk_ptr,  # [B, 3, M, D]
+    figures_ptr,  # [4, B, M]: cross-entropy, whether the arg-max is the diagonal, sum of squares, diagonal
+    grad_ptr,  # [B, 3, M, D], scaled by SCALE
+    tokens, inverse_temperature,
+    D: tl.constexpr, EPS: tl.constexpr, SCALE: tl.constexpr, GRAD: tl.constexpr, DIAGNOSTICS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, D_PER_PROGRAM: tl.constexpr, PARTS: tl.constexpr,
     VIEW_BY_VIEW: tl.constexpr,
-) -> None:
+):  # fmt: skip
     """One program per (slice of channels, sample): forms A and A', and the gradient of its own channels."""
     part = tl.program_id(0) % PARTS
     sample = (tl.program_id(0) // PARTS).to(tl.int64)
@@ -171,34 +161,52 @@ def _cycle_kernel(
                     tl.store(grad_base + 2 * tokens * D + offsets, grad_third_IK.to(element), mask=mask)
 
 
+def grad_scale(tokens: int) -> float:
+    """Gradients leave the cycle kernels as this many times (tau B M) their value.
+
+    The largest is at most 4 M times a token's component, so that fp16 holds it for components up to one, and
+    keeps as much as can be of the small ones.
+    """
+    return 4096.0 / triton.next_power_of_2(tokens)
+
+
 def launch_cycle(
     walk_B3MD: Tensor, temperature: float, *, grad_dtype: torch.dtype | None, diagnostics: bool
-) -> CycleResult:
-    """Loss, diagnostics and, with a `grad_dtype`, the gradient of contiguous views (B, 3, M, D), M <= 64."""
+) -> tuple[Tensor, Tensor]:
+    """A number per row of C in fp32, and the gradient, of contiguous views.
+
+    The numbers (4, B, M): cross-entropy; with diagnostics also 1 where the arg-max is the diagonal, the sum of
+    the squares, the diagonal. The gradient (B, 3, M, D) of the mean cross-entropy, times grad_scale(M) x tau x B x M;
+    empty without `grad_dtype`.
+    """
     samples, _, tokens, channels = walk_B3MD.shape
-    figures_FBM = walk_B3MD.new_empty((4 if diagnostics else 1, samples, tokens), dtype=torch.float32)
-    grad_shape = walk_B3MD.shape if grad_dtype else (0,)
-    grad_B3MD = torch.empty(grad_shape, device=walk_B3MD.device, dtype=grad_dtype or walk_B3MD.dtype)
+    figures_4BM = walk_B3MD.new_empty((4, samples, tokens), dtype=torch.float32)
+    grad_B3MD = walk_B3MD.new_empty(walk_B3MD.shape if grad_dtype else (0,), dtype=grad_dtype)
+    scale = grad_scale(tokens)
+    if tokens > MAX_FUSED_TOKENS:
+        grad_or_none = grad_B3MD if grad_dtype else None
+        launch_streaming(walk_B3MD, temperature, figures_4BM, grad_or_none, scale, diagnostics)
+        return figures_4BM, grad_B3MD
     block = max(triton.next_power_of_2(tokens), 16)
     half = walk_B3MD.element_size() == 2
     block_channels = min(max(triton.next_power_of_2(channels), 16), 64 if half else 16)
     # Diagnostics are a launch of their own: together with the gradient they would not fit into registers.
-    launches = [(grad_dtype is not None, False)] if grad_dtype or not diagnostics else []
-    if diagnostics:
-        launches.append((False, True))
+    launches = [(True, False)] if grad_dtype else []
+    if diagnostics or not grad_dtype:
+        launches.append((False, diagnostics))
     with on_device(walk_B3MD):
         for grad, measures in launches:
             # Two programs a sample hide each other's loads: a batch of 128 leaves one to a multiprocessor.
             parts = 2 if grad and channels > block_channels else 1
             _cycle_kernel[(parts * samples,)](
                 walk_B3MD,
-                figures_FBM,
+                figures_4BM,
                 grad_B3MD,
                 tokens,
                 1.0 / temperature,
                 D=channels,
                 EPS=CYCLE_EPS,
-                SCALE=grad_scale(tokens),
+                SCALE=scale,
                 GRAD=grad,
                 DIAGNOSTICS=measures,
                 BLOCK_M=block,
@@ -210,4 +218,82 @@ def launch_cycle(
                 num_stages=3 if half else 2,
                 enable_fp_fusion=True,
             )
-    return CycleResult(figures_FBM, grad_B3MD)
+    return figures_4BM, grad_B3MD
+
+
+def _three_views(walk: Tensor, temperature: float, grad: bool) -> tuple[Tensor, Tensor]:
+    """The loss, 0-d, and its gradient for the walk, both in fp32; the latter empty without `grad`."""
+    rows = walk.shape[0] * walk.shape[2]
+    figures_4BM, grad_walk = launch_cycle(
+        walk.contiguous(), temperature, grad_dtype=torch.float32 if grad else None, diagnostics=False
+    )
+    return figures_4BM[0].mean(), grad_walk.div_(grad_scale(walk.shape[2]) * temperature * rows)
+
+
+def _scaled_gradient(grad: Tensor, loss: Tensor, grad_walk: Tensor, dtype: torch.dtype) -> Tensor:
+    """The walk's gradient. The loss, which depends on the walk, makes a second derivative an error."""
+    return (grad * grad_walk).to(dtype)
+
+
+_cycle_three_views = operator(
+    "cycle_three_views",
+    _three_views,
+    fake=lambda walk, temperature, grad: (
+        walk.new_empty((), dtype=torch.float32),
+        walk.new_empty(walk.shape, dtype=torch.float32) if grad else walk.new_empty(0),
+    ),
+)
+_cycle_three_views_backward = operator(
+    "cycle_three_views_backward",
+    _scaled_gradient,
+    fake=lambda grad, loss, grad_walk, dtype: grad_walk.new_empty(grad_walk.shape, dtype=dtype),
+)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    walk, _, ctx.kept = inputs
+    ctx.dtype = walk.dtype
+    ctx.save_for_backward(*output)
+    ctx.mark_non_differentiable(output[1])
+    # Or every backward would fill zeros of its size, for nothing.
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
+    require_kept(ctx.kept)
+    if grad is None:
+        return None, None, None
+    return _cycle_three_views_backward(grad, *ctx.saved_tensors, ctx.dtype), None, None
+
+
+_cycle_three_views.register_autograd(_differentiate, setup_context=_save)
+
+
+def cycle_consistency_loss(
+    walk: Tensor, temperature: float = 0.03, there_and_back: bool = False, backend: Backend = "auto"
+) -> Tensor:
+    """Cross-entropy of a random walk through the views that is to end in the cell of its start, a 0-d tensor.
+
+    Args:
+        walk: (B, T, M, D) tokens of T >= 2 views in the order of the walk, normalised and pooled as they are
+            to be compared. Co-Settle walks frame 1, frame 2, frame 1 with asymmetric positions.
+        temperature: of the transition probabilities, above 0.
+        there_and_back: walk on from the last view through the others back to the first, 2 T - 2 steps in all.
+        backend: `auto` (Triton on CUDA tensors where Triton is installed, else eager), `triton` or `eager`.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, its value and what is expected.
+    """
+    check_tensors(walk=(walk, "BTMD"))
+    if walk.shape[1] < 2:
+        raise ValueError(f"walk must hold 2 views or more in dimension 1, got the shape {tuple(walk.shape)}")
+    check_number("temperature", temperature)
+    if there_and_back:
+        walk = torch.cat([walk, walk[:, :-1].flip(1)], dim=1)
+    if not use_triton(backend, walk=walk):
+        return reference.cycle_consistency_loss(walk, temperature)
+    if walk.shape[1] == 3:
+        loss: Tensor = _cycle_three_views(walk, temperature, wants_gradient(walk))[0]
+        return loss
+    steps = [affinity_softmax(here, there, temperature, backend) for here, there in pairwise(walk.unbind(1))]
+    return reference.cycle_loss_of(reference.return_probability(steps))

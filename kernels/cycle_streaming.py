@@ -18,33 +18,26 @@ there.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from .cycle import MAX_FUSED_TOKENS, CycleResult, grad_scale, launch_cycle
-from .elementary import LOG2_E, exp2
+from .primitives import LOG2_E, dot, exp2, load_tokens, logits_tile, own_block, tile_options
 from .reference import CYCLE_EPS
-from .runtime import compute_capability, inline, jit, on_device, tl, triton
-from .tiles import dot, load_tokens, logits_tile, own_block
+from .runtime import inline, jit, on_device, tl, triton
+
+
+@inline
+def _views(walk_ptr, sample, tokens, D):
+    """Pointers to the three views of a sample."""
+    first_ptr = walk_ptr + sample * 3 * tokens * D
+    second_ptr = first_ptr + tokens * D
+    third_ptr = second_ptr + tokens * D
+    return first_ptr, second_ptr, third_ptr
 
 
 @inline
 def _transitions(
-    first_ptr: tl.tensor,
-    second_ptr: tl.tensor,
-    third_ptr: tl.tensor,
-    there_ptr: tl.tensor,
-    back_ptr: tl.tensor,
-    rows: tl.tensor,
-    columns: tl.tensor,
-    tokens: tl.tensor,
-    scale: tl.tensor,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
+    first_ptr, second_ptr, third_ptr, there_ptr, back_ptr, rows, columns, tokens, scale, D, BLOCK, BLOCK_K
+):
     """Tiles of A_ij and A'_ji, both [I, J], from the normalisers; 0 beyond the last token."""
     exists = (rows < tokens)[:, None] & (columns < tokens)[None, :]
     normaliser_I = tl.load(there_ptr + rows, mask=rows < tokens, other=0.0)
@@ -57,18 +50,14 @@ def _transitions(
 
 @jit
 def _back_normaliser_kernel(
-    walk_ptr: tl.tensor,
-    back_ptr: tl.tensor,
-    tokens: tl.tensor,
-    scale: tl.tensor,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-) -> None:
+    walk_ptr,  # [B, 3, M, D]
+    back_ptr,  # [B, M], L'
+    tokens, scale,
+    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """Step 1, one program per (block of j, sample)."""
     sample, columns = own_block(tl.cdiv(tokens, BLOCK), BLOCK)
-    second_ptr = walk_ptr + (sample * 3 + 1) * tokens * D
-    third_ptr = second_ptr + tokens * D
+    _, second_ptr, third_ptr = _views(walk_ptr, sample, tokens, D)
     largest_J = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
     total_J = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, tokens, BLOCK):
@@ -83,23 +72,14 @@ def _back_normaliser_kernel(
 
 @jit
 def _return_kernel(
-    walk_ptr: tl.tensor,
-    back_ptr: tl.tensor,
-    there_ptr: tl.tensor,
-    return_ptr: tl.tensor,
-    loss_ptr: tl.tensor,
-    tokens: tl.tensor,
-    scale: tl.tensor,
-    EPS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-) -> None:
+    walk_ptr,  # [B, 3, M, D]
+    back_ptr, there_ptr, return_ptr, loss_ptr,  # [B, M]: L' in; L, C_ii and the cross-entropy out
+    tokens, scale,
+    EPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """Step 2, one program per (block of i, sample)."""
     sample, rows = own_block(tl.cdiv(tokens, BLOCK), BLOCK)
-    first_ptr = walk_ptr + sample * 3 * tokens * D
-    second_ptr = first_ptr + tokens * D
-    third_ptr = second_ptr + tokens * D
+    first_ptr, second_ptr, third_ptr = _views(walk_ptr, sample, tokens, D)
     largest_I = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
     total_I = tl.zeros([BLOCK], dtype=tl.float32)
     return_I = tl.zeros([BLOCK], dtype=tl.float32)
@@ -126,23 +106,14 @@ def _return_kernel(
 
 @jit
 def _through_kernel(
-    walk_ptr: tl.tensor,
-    there_ptr: tl.tensor,
-    back_ptr: tl.tensor,
-    return_ptr: tl.tensor,
-    through_ptr: tl.tensor,
-    tokens: tl.tensor,
-    scale: tl.tensor,
-    EPS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-) -> None:
+    walk_ptr,  # [B, 3, M, D]
+    there_ptr, back_ptr, return_ptr, through_ptr,  # [B, M]: L, L', C_ii in; W out
+    tokens, scale,
+    EPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """Step 3, one program per (block of j, sample)."""
     sample, columns = own_block(tl.cdiv(tokens, BLOCK), BLOCK)
-    first_ptr = walk_ptr + sample * 3 * tokens * D
-    second_ptr = first_ptr + tokens * D
-    third_ptr = second_ptr + tokens * D
+    first_ptr, second_ptr, third_ptr = _views(walk_ptr, sample, tokens, D)
     there_ptr += sample * tokens
     back_ptr += sample * tokens
     through_J = tl.zeros([BLOCK], dtype=tl.float32)
@@ -159,27 +130,16 @@ def _through_kernel(
 
 @jit
 def _gradient_kernel(
-    walk_ptr: tl.tensor,
-    there_ptr: tl.tensor,
-    back_ptr: tl.tensor,
-    return_ptr: tl.tensor,
-    through_ptr: tl.tensor,
-    grad_ptr: tl.tensor,
-    tokens: tl.tensor,
-    scale: tl.tensor,
-    EPS: tl.constexpr,
-    GRAD_SCALE: tl.constexpr,
-    OF_SECOND: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-) -> None:
+    walk_ptr,  # [B, 3, M, D]
+    there_ptr, back_ptr, return_ptr, through_ptr,  # [B, M]: L, L', C_ii, W
+    grad_ptr,  # [B, 3, M, D], scaled by GRAD_SCALE
+    tokens, scale,
+    EPS: tl.constexpr, GRAD_SCALE: tl.constexpr, OF_SECOND: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
     """Steps 4 and 5, one program per (block of the view's tokens, slice of channels, sample)."""
     sample, own = own_block(tl.cdiv(tokens, BLOCK), BLOCK)
-    first_ptr = walk_ptr + sample * 3 * tokens * D
-    second_ptr = first_ptr + tokens * D
-    third_ptr = second_ptr + tokens * D
+    first_ptr, second_ptr, third_ptr = _views(walk_ptr, sample, tokens, D)
     there_ptr += sample * tokens
     back_ptr += sample * tokens
     channels = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -222,22 +182,14 @@ def _gradient_kernel(
 
 @jit
 def _diagnostics_kernel(
-    walk_ptr: tl.tensor,
-    there_ptr: tl.tensor,
-    back_ptr: tl.tensor,
-    correct_ptr: tl.tensor,
-    squares_ptr: tl.tensor,
-    tokens: tl.tensor,
-    scale: tl.tensor,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-) -> None:
+    walk_ptr,  # [B, 3, M, D]
+    there_ptr, back_ptr, correct_ptr, squares_ptr,  # [B, M]: L, L' in; the diagnostics out
+    tokens, scale,
+    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """Step 6, one program per (block of i, sample): whether the arg-max is the diagonal, sum of squares."""
     sample, rows = own_block(tl.cdiv(tokens, BLOCK), BLOCK)
-    first_ptr = walk_ptr + sample * 3 * tokens * D
-    second_ptr = first_ptr + tokens * D
-    third_ptr = second_ptr + tokens * D
+    first_ptr, second_ptr, third_ptr = _views(walk_ptr, sample, tokens, D)
     normaliser_I = tl.load(there_ptr + sample * tokens + rows, mask=rows < tokens, other=0.0)
     # The diagonal comes from these tiles, not from step 2: other rounding would decide between equal entries.
     diagonal_I = tl.zeros([BLOCK], dtype=tl.float32)
@@ -273,81 +225,39 @@ def _diagnostics_kernel(
     tl.store(squares_ptr + sample * tokens + rows, squares_I, mask=rows < tokens)
 
 
-def tile_of(tokens: Tensor) -> dict[str, Any]:
-    """The launch options of a kernel that streams over tiles of these tokens' logits.
-
-    As large as registers allow: three products of tf32 take three times the operands, and before Hopper
-    tensor cores read them all from registers.
-    """
-    half = tokens.element_size() == 2
-    wide = half and compute_capability(tokens.device) >= (9, 0)
-    channels = max(triton.next_power_of_2(tokens.shape[-1]), 16)
-    return {
-        "D": tokens.shape[-1],
-        "BLOCK": 64 if half else 32,
-        "BLOCK_K": min(channels, 64 if wide else 32),
-        "num_warps": 8,
-        "enable_fp_fusion": True,
-    }
-
-
-def launch_three_views(
-    walk_B3MD: Tensor, temperature: float, *, grad_dtype: torch.dtype | None, diagnostics: bool
-) -> CycleResult:
-    """The fused kernel where the views are small enough for it, else the streaming form."""
-    launch = launch_cycle if walk_B3MD.shape[2] <= MAX_FUSED_TOKENS else launch_streaming
-    return launch(walk_B3MD, temperature, grad_dtype=grad_dtype, diagnostics=diagnostics)
-
-
 def launch_streaming(
-    walk_B3MD: Tensor, temperature: float, *, grad_dtype: torch.dtype | None, diagnostics: bool
-) -> CycleResult:
-    """As `launch_cycle`, for any number of tokens M: contiguous views (B, 3, M, D)."""
+    walk_B3MD: Tensor,
+    temperature: float,
+    figures_4BM: Tensor,
+    grad_B3MD: Tensor | None,
+    grad_scale: float,
+    diagnostics: bool,
+) -> None:
+    """Fill the figures and, where there is one, the gradient of `cycle.launch_cycle`."""
     samples, _, tokens, channels = walk_B3MD.shape
-    figures_4BM, others_3BM = walk_B3MD.new_empty((7, samples, tokens), dtype=torch.float32).split([4, 3])
     loss_BM, correct_BM, squares_BM, return_BM = figures_4BM.unbind()
-    there_BM, back_BM, through_BM = others_3BM.unbind()
-    tile, half = tile_of(walk_B3MD), walk_B3MD.element_size() == 2
-    blocks = triton.cdiv(tokens, tile["BLOCK"])
-    scale = LOG2_E / temperature
+    there_BM, back_BM, through_BM = figures_4BM.new_empty((3, samples, tokens)).unbind()
+    tile, half = tile_options(walk_B3MD), walk_B3MD.element_size() == 2
     # Narrow steps leave the registers to a kernel's own sums.
     narrow = {**tile, "BLOCK_K": min(tile["BLOCK_K"], 32)}
-    grad_B3MD = torch.empty(
-        walk_B3MD.shape if grad_dtype else (0,), device=walk_B3MD.device, dtype=grad_dtype or walk_B3MD.dtype
-    )
+    launch = (triton.cdiv(tokens, tile["BLOCK"]) * samples,)
+    sizes = (tokens, LOG2_E / temperature)
     with on_device(walk_B3MD):
-        launch = (blocks * samples,)
-        _back_normaliser_kernel[launch](walk_B3MD, back_BM, tokens, scale, **tile)
+        _back_normaliser_kernel[launch](walk_B3MD, back_BM, *sizes, **tile)
         _return_kernel[launch](
-            walk_B3MD, back_BM, there_BM, return_BM, loss_BM, tokens, scale, EPS=CYCLE_EPS, **tile
+            walk_B3MD, back_BM, there_BM, return_BM, loss_BM, *sizes, EPS=CYCLE_EPS, **tile
         )
-        if grad_dtype:
+        if grad_B3MD is not None:
             rows = (walk_B3MD, there_BM, back_BM, return_BM, through_BM)
-            _through_kernel[launch](*rows, tokens, scale, EPS=CYCLE_EPS, **tile)
+            _through_kernel[launch](*rows, *sizes, EPS=CYCLE_EPS, **tile)
             slice_channels = min(max(triton.next_power_of_2(channels), 16), 128 if half else 64)
-            launch_sliced = (blocks * samples, triton.cdiv(channels, slice_channels))
+            launch_sliced = (*launch, triton.cdiv(channels, slice_channels))
             for of_second in (False, True):
                 _gradient_kernel[launch_sliced](
-                    *rows,
-                    grad_B3MD,
-                    tokens,
-                    scale,
-                    EPS=CYCLE_EPS,
-                    GRAD_SCALE=grad_scale(tokens),
-                    OF_SECOND=of_second,
-                    BLOCK_O=slice_channels,
-                    **narrow,
-                )
+                    *rows, grad_B3MD, *sizes, EPS=CYCLE_EPS, GRAD_SCALE=grad_scale, OF_SECOND=of_second,
+                    BLOCK_O=slice_channels, **narrow,
+                )  # fmt: skip
         if diagnostics:
             _diagnostics_kernel[launch](
-                walk_B3MD,
-                there_BM,
-                back_BM,
-                correct_BM,
-                squares_BM,
-                tokens,
-                scale,
-                num_stages=4,
-                **narrow,
+                walk_B3MD, there_BM, back_BM, correct_BM, squares_BM, *sizes, num_stages=4, **narrow
             )
-    return CycleResult(figures_4BM if diagnostics else figures_4BM[:1], grad_B3MD)

@@ -33,13 +33,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .elementary import LOG2_E, exp2, log1p, tanh
-from .rows import (
+from .primitives import (
+    LOG2_E,
     add_rows,
     append,
     dot_rows,
+    exp2,
     inverse_norm,
     load_row,
+    log1p,
     multiply_add_rows,
     multiply_rows,
     row_blocks,
@@ -48,9 +50,10 @@ from .rows import (
     sum_chunks,
     sum_row,
     sum_two,
+    tanh,
     zero_row,
 )
-from .runtime import inline, jit, multiprocessors, on_device, tl, triton
+from .runtime import inline, jit, multiprocessors, on_device, tl, triton, unit_stride
 
 
 class HeadParameters(NamedTuple):
@@ -75,8 +78,8 @@ class Cells(NamedTuple):
     window: tuple[int, int]
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return triton.cdiv(self.grid[0], self.window[0]), triton.cdiv(self.grid[1], self.window[1])
+    def count(self) -> int:
+        return int(triton.cdiv(self.grid[0], self.window[0]) * triton.cdiv(self.grid[1], self.window[1]))
 
     @property
     def whole(self) -> int:
@@ -84,14 +87,7 @@ class Cells(NamedTuple):
 
 
 @inline
-def _token_of_cell(
-    cell: tl.tensor,
-    slot: tl.tensor,
-    height: tl.tensor,
-    width: tl.tensor,
-    WINDOW_H: tl.constexpr,
-    WINDOW_W: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
+def _token_of_cell(cell, slot, height, width, WINDOW_H, WINDOW_W):
     """Index of a cell's token on the grid, and whether it exists: a cell at the far edges may be partial."""
     cells_wide = tl.cdiv(width, WINDOW_W)
     row = cell // cells_wide * WINDOW_H + slot // WINDOW_W
@@ -100,9 +96,7 @@ def _token_of_cell(
 
 
 @inline
-def _whole_cell(
-    cell: tl.tensor, height: tl.tensor, width: tl.tensor, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor]:
+def _whole_cell(cell, height, width, WINDOW_H, WINDOW_W):
     """Index of a cell among the whole ones, and whether it is one."""
     cells_wide = tl.cdiv(width, WINDOW_W)
     row = cell // cells_wide
@@ -111,37 +105,31 @@ def _whole_cell(
 
 
 @inline
-def _hidden(
-    values: tl.tensor, bias: tl.tensor, TANH: tl.constexpr, HALF: tl.constexpr, CHUNKS: tl.constexpr
-) -> tl.tensor:
+def _hidden(values, bias, TANH, HALF):
     """tanh(x + bias), or x + bias."""
     hidden = ()
-    for c in tl.static_range(CHUNKS):
+    for c in tl.static_range(len(values)):
         shifted = values[c] + bias[c]
         hidden = append(hidden, tanh(shifted, HALF) if TANH else shifted)
     return hidden
 
 
 @inline
-def _centred(
-    row: tl.tensor, mean: tl.tensor, D: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr
-) -> tl.tensor:
+def _centred(row, mean, D, BLOCK):
     """row - mean, 0 beyond the last channel."""
     centred = ()
-    for c in tl.static_range(CHUNKS):
+    for c in tl.static_range(len(row)):
         channel = c * BLOCK + tl.arange(0, BLOCK) < D
         centred = append(centred, tl.where(channel, row[c] - mean, 0.0))
     return centred
 
 
 @inline
-def _growth(
-    frozen: tl.tensor, difference: tl.tensor, D: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor]:
+def _growth(frozen, difference, D, BLOCK):
     """exp(y), 0 beyond the last channel, and exp(p - y) - 1."""
     weight = ()
     growth = ()
-    for c in tl.static_range(CHUNKS):
+    for c in tl.static_range(len(frozen)):
         channel = c * BLOCK + tl.arange(0, BLOCK) < D
         weight = append(weight, tl.where(channel, exp2(frozen[c]), 0.0))
         growth = append(growth, exp2(difference[c]) - 1.0)
@@ -150,43 +138,18 @@ def _growth(
 
 @jit
 def _forward_kernel(
-    input_ptr: tl.tensor,
-    frozen_ptr: tl.tensor,
-    bias_ptr: tl.tensor,
-    norm_weight_ptr: tl.tensor,
-    norm_bias_ptr: tl.tensor,
-    terms_ptr: tl.tensor,
-    statistics_ptr: tl.tensor,
-    pooled_ptr: tl.tensor,
-    input_stride_b: tl.tensor,
-    input_stride_t: tl.tensor,
-    input_stride_n: tl.tensor,
-    frozen_stride_b: tl.tensor,
-    frozen_stride_t: tl.tensor,
-    frozen_stride_n: tl.tensor,
-    views: tl.tensor,
-    height: tl.tensor,
-    width: tl.tensor,
-    whole_cells: tl.tensor,
-    eps: tl.tensor,
-    term_scale: tl.tensor,
-    D: tl.constexpr,
-    WINDOW_H: tl.constexpr,
-    WINDOW_W: tl.constexpr,
-    HEAD: tl.constexpr,
-    TANH: tl.constexpr,
-    KL: tl.constexpr,
-    POOL: tl.constexpr,
-    HALF: tl.constexpr,
-    UNIT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    STATISTICS: tl.constexpr,
-) -> None:
-    """One program per (cell, view of a sample): terms (B, T, N) x term_scale and pooled tokens (B, T, M, D).
-
-    With STATISTICS, their number, also the statistics (B, T, N, STATISTICS).
-    """
+    input_ptr, frozen_ptr,  # [B, T, N, D], channels side by side
+    bias_ptr, norm_weight_ptr, norm_bias_ptr,  # [D]
+    terms_ptr,  # [B, T, N]
+    statistics_ptr,  # [B, T, N, STATISTICS]
+    pooled_ptr,  # [B, T, M, D]
+    input_stride_b, input_stride_t, input_stride_n, frozen_stride_b, frozen_stride_t, frozen_stride_n,
+    views, height, width, whole_cells, eps, term_scale,
+    D: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
+    HEAD: tl.constexpr, TANH: tl.constexpr, KL: tl.constexpr, POOL: tl.constexpr, HALF: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, STATISTICS: tl.constexpr,
+):  # fmt: skip
+    """One program per (cell, view of a sample): terms x term_scale, pooled tokens, and statistics if any."""
     cells = tl.cdiv(height, WINDOW_H) * tl.cdiv(width, WINDOW_W)
     cell = tl.program_id(0) % cells
     view_of_sample = (tl.program_id(0) // cells).to(tl.int64)
@@ -205,24 +168,24 @@ def _forward_kernel(
             bias = load_row(bias_ptr, True, D, BLOCK, CHUNKS)
             norm_weight = load_row(norm_weight_ptr, True, D, BLOCK, CHUNKS)
             norm_bias = load_row(norm_bias_ptr, True, D, BLOCK, CHUNKS)
-            hidden = _hidden(values, bias, TANH, HALF, CHUNKS)
-            mean = sum_row(hidden, CHUNKS) * (1.0 / D)
-            centred = _centred(hidden, mean, D, BLOCK, CHUNKS)
-            inverse_std = 1.0 / tl.sqrt(dot_rows(centred, centred, CHUNKS) * (1.0 / D) + eps)
-            standard = scale_row(centred, inverse_std, CHUNKS)
-            values = multiply_add_rows(standard, norm_weight, norm_bias, CHUNKS)
-        scale = inverse_norm(values, CHUNKS)
-        frozen_scale = inverse_norm(frozen, CHUNKS)
-        unit = scale_row(values, UNIT * scale, CHUNKS)
-        frozen = scale_row(frozen, UNIT * frozen_scale, CHUNKS)
-        difference = add_rows(unit, frozen, -1.0, CHUNKS)
+            hidden = _hidden(values, bias, TANH, HALF)
+            mean = sum_row(hidden) * (1.0 / D)
+            centred = _centred(hidden, mean, D, BLOCK)
+            inverse_std = 1.0 / tl.sqrt(dot_rows(centred, centred) * (1.0 / D) + eps)
+            standard = scale_row(centred, inverse_std)
+            values = multiply_add_rows(standard, norm_weight, norm_bias)
+        scale = inverse_norm(values)
+        frozen_scale = inverse_norm(frozen)
+        unit = scale_row(values, UNIT * scale)
+        frozen = scale_row(frozen, UNIT * frozen_scale)
+        difference = add_rows(unit, frozen, -1.0)
         if KL:
-            weight, growth = _growth(frozen, difference, D, BLOCK, CHUNKS)
-            total = sum_row(weight, CHUNKS)
-            mean_growth = dot_rows(weight, growth, CHUNKS) / total
-            term = log1p(mean_growth) - dot_rows(weight, difference, CHUNKS) / (UNIT * total)
+            weight, growth = _growth(frozen, difference, D, BLOCK)
+            total = sum_row(weight)
+            mean_growth = dot_rows(weight, growth) / total
+            term = log1p(mean_growth) - dot_rows(weight, difference) / (UNIT * total)
         else:
-            term = dot_rows(difference, difference, CHUNKS) / (UNIT * UNIT)
+            term = dot_rows(difference, difference) / (UNIT * UNIT)
         tl.store(terms_base + token, term * term_scale, mask=exists)
         if STATISTICS:
             statistics = statistics_ptr + (view_of_sample * height * width + token) * STATISTICS
@@ -235,57 +198,30 @@ def _forward_kernel(
                 tl.store(statistics + 4, total, mask=exists)
                 tl.store(statistics + 5, mean_growth, mask=exists)
         if POOL:
-            pooled = add_rows(pooled, unit, 1.0 / (UNIT * WINDOW_H * WINDOW_W), CHUNKS)
+            pooled = add_rows(pooled, unit, 1.0 / (UNIT * WINDOW_H * WINDOW_W))
 
     if POOL:
         whole_cell, is_whole = _whole_cell(cell, height, width, WINDOW_H, WINDOW_W)
         pooled_row = pooled_ptr + (view_of_sample * whole_cells + whole_cell) * D
-        store_row(pooled_row, pooled, is_whole, D, BLOCK, CHUNKS)
+        store_row(pooled_row, pooled, is_whole, D, BLOCK)
 
 
 @jit
 def _backward_kernel(
-    input_ptr: tl.tensor,
-    frozen_ptr: tl.tensor,
-    bias_ptr: tl.tensor,
-    norm_weight_ptr: tl.tensor,
-    norm_bias_ptr: tl.tensor,
-    statistics_ptr: tl.tensor,
-    grad_term_ptr: tl.tensor,
-    grad_cycle_ptr: tl.tensor,
-    grad_pooled_ptr: tl.tensor,
-    grad_input_ptr: tl.tensor,
-    grad_parameters_ptr: tl.tensor,
-    input_stride_b: tl.tensor,
-    input_stride_t: tl.tensor,
-    input_stride_n: tl.tensor,
-    frozen_stride_b: tl.tensor,
-    frozen_stride_t: tl.tensor,
-    frozen_stride_n: tl.tensor,
-    samples: tl.tensor,
-    views: tl.tensor,
-    height: tl.tensor,
-    width: tl.tensor,
-    whole_cells: tl.tensor,
-    term_scale: tl.tensor,
-    pooled_scale: tl.tensor,
-    D: tl.constexpr,
-    WINDOW_H: tl.constexpr,
-    WINDOW_W: tl.constexpr,
-    HEAD: tl.constexpr,
-    TANH: tl.constexpr,
-    KL: tl.constexpr,
-    POOL: tl.constexpr,
-    HALF: tl.constexpr,
-    UNIT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    STATISTICS: tl.constexpr,
-) -> None:
-    """Each program takes every num_programs-th cell and keeps its sums for the parameters in registers.
-
-    grad_input (B, T, N, D); grad_parameters (programs, 3, D): bias, layer norm weight, layer norm bias.
-    """
+    input_ptr, frozen_ptr,  # [B, T, N, D], channels side by side
+    bias_ptr, norm_weight_ptr, norm_bias_ptr,  # [D]
+    statistics_ptr,  # [B, T, N, STATISTICS]
+    grad_term_ptr, grad_cycle_ptr,  # []
+    grad_pooled_ptr,  # [B, T, M, D]
+    grad_input_ptr,  # [B, T, N, D]
+    grad_parameters_ptr,  # [programs, 3, D]: bias, layer norm weight, layer norm bias
+    input_stride_b, input_stride_t, input_stride_n, frozen_stride_b, frozen_stride_t, frozen_stride_n,
+    samples, views, height, width, whole_cells, term_scale, pooled_scale,
+    D: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
+    HEAD: tl.constexpr, TANH: tl.constexpr, KL: tl.constexpr, POOL: tl.constexpr, HALF: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, STATISTICS: tl.constexpr,
+):  # fmt: skip
+    """Each program takes every num_programs-th cell and keeps its sums for the parameters in registers."""
     program = tl.program_id(0)
     cells = tl.cdiv(height, WINDOW_H) * tl.cdiv(width, WINDOW_W)
     grad_term = tl.load(grad_term_ptr).to(tl.float32) * term_scale
@@ -319,17 +255,17 @@ def _backward_kernel(
                 norm_bias = load_row(norm_bias_ptr, True, D, BLOCK, CHUNKS)
                 mean = tl.load(statistics, mask=exists, other=0.0)
                 inverse_std = tl.load(statistics + 1, mask=exists, other=0.0)
-                hidden = _hidden(values, bias, TANH, HALF, CHUNKS)
-                standard = scale_row(_centred(hidden, mean, D, BLOCK, CHUNKS), inverse_std, CHUNKS)
-                values = multiply_add_rows(standard, norm_weight, norm_bias, CHUNKS)
+                hidden = _hidden(values, bias, TANH, HALF)
+                standard = scale_row(_centred(hidden, mean, D, BLOCK), inverse_std)
+                values = multiply_add_rows(standard, norm_weight, norm_bias)
             # A token that does not exist has no gradient, but the head's bias would give it one.
             scale = tl.load(statistics + 2, mask=exists, other=0.0)
-            unit = scale_row(values, UNIT * scale, CHUNKS)
+            unit = scale_row(values, UNIT * scale)
             frozen_scale = tl.load(statistics + 3, mask=exists, other=0.0)
-            frozen = scale_row(frozen, UNIT * frozen_scale, CHUNKS)
-            difference = add_rows(unit, frozen, -1.0, CHUNKS)
+            frozen = scale_row(frozen, UNIT * frozen_scale)
+            difference = add_rows(unit, frozen, -1.0)
             if KL:
-                weight, growth = _growth(frozen, difference, D, BLOCK, CHUNKS)
+                weight, growth = _growth(frozen, difference, D, BLOCK)
                 total = tl.load(statistics + 4, mask=exists, other=1.0)
                 mean_growth = tl.load(statistics + 5, mask=exists, other=0.0)
                 factor = grad_term / (total * (1.0 + mean_growth))
@@ -337,21 +273,19 @@ def _backward_kernel(
                 for c in tl.static_range(CHUNKS):
                     grad = append(grad, weight[c] * (growth[c] * factor - mean_growth * factor))
             else:
-                grad = scale_row(difference, 2.0 * grad_term / UNIT, CHUNKS)
+                grad = scale_row(difference, 2.0 * grad_term / UNIT)
             if POOL:
                 grad_pooled = load_row(pooled_row, is_whole, D, BLOCK, CHUNKS)
-                grad = add_rows(grad, grad_pooled, grad_cycle, CHUNKS)
+                grad = add_rows(grad, grad_pooled, grad_cycle)
 
             # A norm below its floor is a constant, so nothing flows through it.
-            along = tl.where(scale < 1e12, dot_rows(unit, grad, CHUNKS) / (UNIT * UNIT), 0.0)
-            grad = scale_row(add_rows(grad, unit, -along, CHUNKS), scale, CHUNKS)
+            along = tl.where(scale < 1e12, dot_rows(unit, grad) / (UNIT * UNIT), 0.0)
+            grad = scale_row(add_rows(grad, unit, -along), scale)
             if HEAD:
-                grad_norm_bias = add_rows(grad_norm_bias, grad, 1.0, CHUNKS)
-                grad_norm_weight = multiply_add_rows(grad, standard, grad_norm_weight, CHUNKS)
-                grad = multiply_rows(grad, norm_weight, CHUNKS)
-                grad_mean, along = sum_two(
-                    sum_chunks(grad, CHUNKS), sum_chunks(multiply_rows(grad, standard, CHUNKS), CHUNKS)
-                )
+                grad_norm_bias = add_rows(grad_norm_bias, grad, 1.0)
+                grad_norm_weight = multiply_add_rows(grad, standard, grad_norm_weight)
+                grad = multiply_rows(grad, norm_weight)
+                grad_mean, along = sum_two(sum_chunks(grad), sum_chunks(multiply_rows(grad, standard)))
                 grad_mean *= inverse_std / D
                 along *= inverse_std / D
                 through = ()
@@ -359,14 +293,14 @@ def _backward_kernel(
                     centred = grad[c] * inverse_std - grad_mean - standard[c] * along
                     through = append(through, centred * (1.0 - hidden[c] * hidden[c]) if TANH else centred)
                 grad = through
-                grad_bias = add_rows(grad_bias, grad, 1.0, CHUNKS)
-            store_row(grad_base + token * D, grad, exists, D, BLOCK, CHUNKS)
+                grad_bias = add_rows(grad_bias, grad, 1.0)
+            store_row(grad_base + token * D, grad, exists, D, BLOCK)
 
     if HEAD:
         parameters_row = grad_parameters_ptr + program * 3 * D
-        store_row(parameters_row, grad_bias, True, D, BLOCK, CHUNKS)
-        store_row(parameters_row + D, grad_norm_weight, True, D, BLOCK, CHUNKS)
-        store_row(parameters_row + 2 * D, grad_norm_bias, True, D, BLOCK, CHUNKS)
+        store_row(parameters_row, grad_bias, True, D, BLOCK)
+        store_row(parameters_row + D, grad_norm_weight, True, D, BLOCK)
+        store_row(parameters_row + 2 * D, grad_norm_bias, True, D, BLOCK)
 
 
 def pooled_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -378,11 +312,6 @@ def statistics_shape(inputs_BTND: Tensor, wanted: bool) -> tuple[int, ...]:
     return (*inputs_BTND.shape[:3], STATISTICS) if wanted else (0,)
 
 
-def separability_scale(inputs_BTND: Tensor, kl: bool) -> float:
-    """What turns the sum of the separability terms into the loss."""
-    return 1.0 / (inputs_BTND.shape[0] if kl else inputs_BTND.numel())
-
-
 def launch_forward(
     inputs_BTND: Tensor,
     frozen_BTND: Tensor,
@@ -391,18 +320,18 @@ def launch_forward(
     *,
     kl: bool,
     pool: bool,
-    term_scale: float,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Separability terms (B, T, N) x term_scale in fp32; pooled tokens (B, T, M, D), empty without `pool`;
-    what `launch_backward` needs, empty without `statistics`."""
+    """The separability loss, 0-d; pooled tokens (B, T, M, D), empty without `pool`; what `launch_backward`
+    needs, empty without `statistics`."""
+    inputs_BTND, frozen_BTND = unit_stride(inputs_BTND), unit_stride(frozen_BTND)
     samples, views, tokens, channels = inputs_BTND.shape
     terms_BTN = inputs_BTND.new_empty((samples, views, tokens), dtype=torch.float32)
     statistics_BTNS = inputs_BTND.new_empty(statistics_shape(inputs_BTND, statistics), dtype=torch.float32)
     pooled_shape = (samples, views, cells.whole, channels) if pool else (0,)
     pooled_BTMD = inputs_BTND.new_empty(pooled_shape, dtype=pooled_dtype(inputs_BTND.dtype))
     with on_device(inputs_BTND):
-        _forward_kernel[(cells.shape[0] * cells.shape[1] * samples * views,)](
+        _forward_kernel[(cells.count * samples * views,)](
             inputs_BTND,
             frozen_BTND,
             *(head[:3] if head else (inputs_BTND,) * 3),
@@ -415,11 +344,11 @@ def launch_forward(
             *cells.grid,
             cells.whole,
             head.norm_eps if head else 0.0,
-            term_scale,
+            _term_scale(inputs_BTND, kl),
             STATISTICS=STATISTICS if statistics else 0,
             **_constants(inputs_BTND, cells, head=head, kl=kl, pool=pool, channels_per_warp=1024),
         )
-    return terms_BTN, pooled_BTMD, statistics_BTNS
+    return terms_BTN.sum(), pooled_BTMD, statistics_BTNS
 
 
 def launch_backward(
@@ -428,26 +357,25 @@ def launch_backward(
     head: HeadParameters | None,
     cells: Cells,
     statistics_BTNS: Tensor,
-    grad_term: Tensor,
-    grad_cycle: Tensor,
-    grad_pooled_BTMD: Tensor | None,
+    grad_separability: Tensor,
+    grad_cycle: Tensor | None = None,
+    grad_pooled_BTMD: Tensor | None = None,
+    pooled_scale: float = 0.0,
     *,
     kl: bool,
-    term_scale: float,
-    pooled_scale: float,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of the inputs (B, T, N, D) and, with a head, of its parameters (3, D) in fp32.
 
-    `grad_term` and `grad_cycle` are 0-d and read on the device: the gradient of every separability term is
-    grad_term x term_scale, that of the pooled tokens grad_pooled x grad_cycle x pooled_scale.
+    `grad_separability` and `grad_cycle` are 0-d and read on the device: the gradient of the pooled tokens is
+    grad_pooled x grad_cycle x pooled_scale.
     """
+    inputs_BTND, frozen_BTND = unit_stride(inputs_BTND), unit_stride(frozen_BTND)
     samples, views, _, channels = inputs_BTND.shape
     pool = grad_pooled_BTMD is not None
-    channels_per_warp = 768 if head else 1024
     constants = _constants(
-        inputs_BTND, cells, head=head, kl=kl, pool=pool, channels_per_warp=channels_per_warp
+        inputs_BTND, cells, head=head, kl=kl, pool=pool, channels_per_warp=768 if head else 1024
     )
-    programs = cells.shape[0] * cells.shape[1] * samples * views
+    programs = cells.count * samples * views
     if head:
         # As many as run at once: each writes its sums for the parameters.
         threads = 32 * constants["num_warps"]
@@ -462,8 +390,8 @@ def launch_backward(
             frozen_BTND,
             *(head[:3] if head else (inputs_BTND,) * 3),
             statistics_BTNS,
-            grad_term,
-            grad_cycle,
+            grad_separability,
+            grad_cycle if pool else grad_separability,
             grad_pooled_BTMD if pool else inputs_BTND,
             grad_BTND,
             inputs_BTND if partial_P3D is None else partial_P3D,
@@ -473,12 +401,17 @@ def launch_backward(
             views,
             *cells.grid,
             cells.whole,
-            term_scale,
+            _term_scale(inputs_BTND, kl),
             pooled_scale,
             STATISTICS=STATISTICS,
             **constants,
         )
     return grad_BTND, None if partial_P3D is None else partial_P3D.sum(0)
+
+
+def _term_scale(inputs_BTND: Tensor, kl: bool) -> float:
+    """What turns the sum of the separability terms into the loss."""
+    return 1.0 / (inputs_BTND.shape[0] if kl else inputs_BTND.numel())
 
 
 def _constants(

@@ -7,11 +7,14 @@ Triton; there the kernels are plain functions that nobody calls.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
+from torch.library import CustomOpDef
+
+from .checks import check_choice
 
 if TYPE_CHECKING:
     import triton
@@ -51,8 +54,7 @@ def use_triton(backend: str, **tensors: Tensor) -> bool:
     Raises:
         ValueError: `backend` is no backend, or it is `triton` and the kernels cannot take one of the tensors.
     """
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
+    check_choice("backend", backend, Backend)
     obstacle = _obstacle(tensors)
     if backend == "triton" and obstacle:
         raise ValueError(obstacle)
@@ -82,27 +84,16 @@ def _is_supported(device: torch.device) -> bool:
 
 
 def operator(
-    name: str,
-    schema: str,
-    *,
-    fake: Callable[..., Any],
-    setup_context: Callable[..., None] | None = None,
-    backward: Callable[..., Any] | None = None,
-) -> Callable[[Callable[..., Any]], Any]:
+    name: str, launcher: Callable[..., Any], *, fake: Callable[..., Any], schema: str | None = None
+) -> CustomOpDef:
     """Register a launcher as the torch operator NAMESPACE::name, opaque to torch.compile and torch.export.
 
-    `fake` gives the outputs' shapes and dtypes from tensors without data. A second registration under the
-    same name, as a reload makes, replaces the first.
+    `fake` gives the outputs' shapes and dtypes from tensors without data; the schema is read from the
+    annotations unless given. A second registration under the same name, as a reload makes, replaces it.
     """
-
-    def register(launcher: Callable[..., Any]) -> Any:
-        op = torch.library.custom_op(f"{NAMESPACE}::{name}", launcher, mutates_args=(), schema=schema)
-        op.register_fake(fake)
-        if backward is not None:
-            op.register_autograd(backward, setup_context=setup_context)
-        return op
-
-    return register
+    op = torch.library.custom_op(f"{NAMESPACE}::{name}", launcher, mutates_args=(), schema=schema)
+    op.register_fake(fake)
+    return op
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .checks import check_regularizer, check_same, check_tokens
-from .epilogue import Cells, launch_backward, launch_forward, separability_scale, statistics_shape
+from .checks import check_choice, check_tensors
+from .epilogue import Cells, launch_backward, launch_forward, statistics_shape
 from .reference import Regularizer
-from .runtime import Backend, operator, require_kept, unit_stride, use_triton, wants_gradient
+from .runtime import Backend, operator, require_kept, use_triton, wants_gradient
 
 
 def _cells(projected: Tensor) -> Cells:
@@ -27,31 +27,33 @@ def _cells(projected: Tensor) -> Cells:
     return Cells((1, projected.shape[2]), (1, 4))
 
 
-@operator(
+def _forward(projected: Tensor, frozen: Tensor, kl: bool, grad: bool) -> tuple[Tensor, Tensor]:
+    """The loss, 0-d, and what the backward needs, empty without `grad`."""
+    options = {"kl": kl, "pool": False, "statistics": grad}
+    loss, _, statistics = launch_forward(projected, frozen, None, _cells(projected), **options)
+    return loss, statistics
+
+
+def _backward(grad: Tensor, statistics: Tensor, projected: Tensor, frozen: Tensor, kl: bool) -> Tensor:
+    return launch_backward(projected, frozen, None, _cells(projected), statistics, grad, kl=kl)[0]
+
+
+_separability = operator(
+    "separability",
+    _forward,
+    fake=lambda projected, frozen, kl, grad: (
+        projected.new_empty((), dtype=torch.float32),
+        projected.new_empty(statistics_shape(projected, grad), dtype=torch.float32),
+    ),
+)
+_separability_backward = operator(
     "separability_backward",
-    "(Tensor grad, Tensor statistics, Tensor projected, Tensor frozen, bool kl) -> Tensor",
+    _backward,
     fake=lambda grad, statistics, projected, frozen, kl: projected.new_empty(projected.shape),
 )
-def _separability_backward(
-    grad: Tensor, statistics: Tensor, projected: Tensor, frozen: Tensor, kl: bool
-) -> Tensor:
-    projected = unit_stride(projected)
-    return launch_backward(
-        projected,
-        unit_stride(frozen),
-        None,
-        _cells(projected),
-        statistics,
-        grad,
-        grad,
-        None,
-        kl=kl,
-        term_scale=separability_scale(projected, kl),
-        pooled_scale=0.0,
-    )[0]
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     projected, frozen, ctx.kl, ctx.kept = inputs
     ctx.save_for_backward(output[1], projected, frozen)
     ctx.mark_non_differentiable(output[1])
@@ -66,30 +68,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | Non
     return _separability_backward(grad, *ctx.saved_tensors, ctx.kl), None, None, None
 
 
-@operator(
-    "separability",
-    "(Tensor projected, Tensor frozen, bool kl, bool grad) -> (Tensor, Tensor)",
-    fake=lambda projected, frozen, kl, grad: (
-        projected.new_empty((), dtype=torch.float32),
-        projected.new_empty(statistics_shape(projected, grad), dtype=torch.float32),
-    ),
-    setup_context=_save_inputs,
-    backward=_differentiate,
-)
-def _separability(projected: Tensor, frozen: Tensor, kl: bool, grad: bool) -> tuple[Tensor, Tensor]:
-    """The loss, 0-d, and what the backward needs, empty without `grad`."""
-    projected = unit_stride(projected)
-    terms_BTN, _, statistics_BTNS = launch_forward(
-        projected,
-        unit_stride(frozen),
-        None,
-        _cells(projected),
-        kl=kl,
-        pool=False,
-        term_scale=separability_scale(projected, kl),
-        statistics=grad,
-    )
-    return terms_BTN.sum(), statistics_BTNS
+_separability.register_autograd(_differentiate, setup_context=_save)
 
 
 def separability_loss(
@@ -106,10 +85,8 @@ def separability_loss(
     Raises:
         ValueError: an argument does not fit; the message names it, its value and what is expected.
     """
-    check_tokens("frozen", frozen, "BTND")
-    check_tokens("projected", projected, "BTND")
-    check_same("projected", projected, "frozen", frozen)
-    check_regularizer(regularizer)
+    check_tensors(frozen=(frozen, "BTND"), projected=(projected, "BTND"))
+    check_choice("regularizer", regularizer, Regularizer)
     if use_triton(backend, frozen=frozen, projected=projected):
         grad = wants_gradient(projected)
         value: Tensor = _separability(projected, frozen.detach(), regularizer == "kl", grad)[0]

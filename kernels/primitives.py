@@ -1,0 +1,257 @@
+"""Functions that several kernels share: scalars, one token's row in registers, tiles of logits.
+
+Parameters in capitals are compile-time constants. Under Triton's interpreter these are plain functions.
+
+A row is one token's D channels as a tuple of CHUNKS blocks of BLOCK fp32 numbers, 0 beyond D: Triton's blocks
+are powers of two, and three of them fit a ViT's 384, 768 or 1536 channels exactly, where one would leave a
+quarter of the lanes idle.
+
+Shape suffixes: Q queries and K keys of a tile; D channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .runtime import INTERPRETED, compute_capability, inline, jit, tl, triton
+
+# log2(e). Kernels hold what they will exponentiate times this, so that exp is one exp2 and nothing else.
+LOG2_E = 1.4426950408889634
+
+
+def row_blocks(channels: int) -> tuple[int, int]:
+    """BLOCK and CHUNKS of the shortest cover of `channels`: one power of two, or three of at least 128."""
+    whole = triton.next_power_of_2(channels)
+    third = whole // 4
+    return (third, 3) if third >= 128 and 3 * third >= channels else (max(whole, 32), 1)
+
+
+def tile_options(tokens: Tensor) -> dict[str, Any]:
+    """The launch options of a kernel that streams over tiles of these tokens' logits.
+
+    As large as registers allow: three products of tf32 take three times the operands, and before Hopper
+    tensor cores read them all from registers.
+    """
+    half = tokens.element_size() == 2
+    wide = half and compute_capability(tokens.device) >= (9, 0)
+    channels = max(triton.next_power_of_2(tokens.shape[-1]), 16)
+    return {
+        "D": tokens.shape[-1],
+        "BLOCK": 64 if half else 32,
+        "BLOCK_K": min(channels, 64 if wide else 32),
+        "num_warps": 8,
+        "enable_fp_fusion": True,
+    }
+
+
+# Compiled, scalar functions are single instructions of the GPU where Triton's own spend four more on denormal
+# numbers. They are exact to a few units in the last place of fp32, `tanh` in half precision to its own.
+if INTERPRETED:
+
+    def exp2(x):
+        return tl.exp2(x)
+
+    def reciprocal(x):
+        return 1.0 / x
+
+    def _tanh_half(x):
+        return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
+
+    def sum_two(left, right):
+        # The interpreter takes a reduction of tuples number by number.
+        return tl.sum(left, 0), tl.sum(right, 0)
+
+    def dot(left, right, addend):
+        # The interpreter would multiply bfloat16's bit patterns.
+        return tl.dot(left.to(tl.float32), right.to(tl.float32), addend)
+
+else:
+
+    @jit
+    def exp2(x):
+        """2^x, relative error 2^-22; results below 2^-126 are 0."""
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+    @jit
+    def reciprocal(x):
+        """1 / x, within one unit in the last place; results below 2^-126 are 0."""
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+    @jit
+    def _tanh_half(x):
+        # Relative error 2^-11: a quarter of bfloat16's rounding, and float16's.
+        return tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+    @jit
+    def _add_two(left, right, other_left, other_right):
+        return left + other_left, right + other_right
+
+    @jit
+    def sum_two(left, right):
+        """The sums of two blocks, which warps exchange together."""
+        return tl.reduce((left, right), 0, _add_two)
+
+    @jit
+    def dot(left, right, addend):
+        """left @ right + addend on tensor cores, in fp32; fp32 operands as three products of tf32."""
+        return tl.dot(left, right, addend, input_precision="tf32x3")
+
+
+@inline
+def tanh(x, HALF):
+    """Hyperbolic tangent; with HALF to half precision.
+
+    In full precision: the Taylor series below 1/4 (relative remainder 1e-8), exponentials above.
+    """
+    if HALF:
+        return _tanh_half(x)
+    square = x * x
+    series = x + x * square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
+    decay = exp2(-2.885390081777927 * tl.abs(x))
+    magnitude = (1.0 - decay) * reciprocal(1.0 + decay)
+    return tl.where(square < 0.0625, series, tl.where(x < 0, -magnitude, magnitude))
+
+
+@inline
+def log1p(x):
+    """log(1 + x) = 2 artanh(x / (2 + x)), as a series for |x| < 1/4 (remainder 3e-9); else the logarithm."""
+    ratio = x / (2.0 + x)
+    square = ratio * ratio
+    series = 2.0 * ratio * (1.0 + square * (1 / 3 + square * (1 / 5 + square * (1 / 7))))
+    return tl.where(tl.abs(x) < 0.25, series, tl.log(1.0 + x))
+
+
+@inline
+def append(row, block):
+    """The row with one block more."""
+    last = (block,)
+    return row + last
+
+
+@inline
+def load_row(row_ptr, exists, D, BLOCK, CHUNKS):
+    """The row at a pointer, as fp32; zeros where it does not exist."""
+    limit = tl.where(exists, D, 0)
+    row = ()
+    for c in tl.static_range(CHUNKS):
+        columns = c * BLOCK + tl.arange(0, BLOCK)
+        row = append(row, tl.load(row_ptr + columns, mask=columns < limit, other=0.0).to(tl.float32))
+    return row
+
+
+@inline
+def store_row(row_ptr, row, exists, D, BLOCK):
+    limit = tl.where(exists, D, 0)
+    for c in tl.static_range(len(row)):
+        columns = c * BLOCK + tl.arange(0, BLOCK)
+        tl.store(row_ptr + columns, row[c].to(row_ptr.dtype.element_ty), mask=columns < limit)
+
+
+@inline
+def zero_row(BLOCK, CHUNKS):
+    row = ()
+    for _ in tl.static_range(CHUNKS):
+        row = append(row, tl.zeros([BLOCK], dtype=tl.float32))
+    return row
+
+
+@inline
+def sum_chunks(row):
+    """One block, the sum of the row's."""
+    total = row[0]
+    for c in tl.static_range(1, len(row)):
+        total += row[c]
+    return total
+
+
+@inline
+def sum_row(row):
+    return tl.sum(sum_chunks(row), 0)
+
+
+@inline
+def dot_rows(left, right):
+    total = left[0] * right[0]
+    for c in tl.static_range(1, len(left)):
+        total += left[c] * right[c]
+    return tl.sum(total, 0)
+
+
+@inline
+def scale_row(row, factor):
+    """row * factor, a number."""
+    scaled = ()
+    for c in tl.static_range(len(row)):
+        scaled = append(scaled, row[c] * factor)
+    return scaled
+
+
+@inline
+def add_rows(left, right, factor):
+    """left + right * factor, a number."""
+    total = ()
+    for c in tl.static_range(len(left)):
+        total = append(total, left[c] + right[c] * factor)
+    return total
+
+
+@inline
+def multiply_rows(left, right):
+    """left * right, channel by channel."""
+    product = ()
+    for c in tl.static_range(len(left)):
+        product = append(product, left[c] * right[c])
+    return product
+
+
+@inline
+def multiply_add_rows(row, factor, addend):
+    """row * factor + addend, channel by channel."""
+    total = ()
+    for c in tl.static_range(len(row)):
+        total = append(total, row[c] * factor[c] + addend[c])
+    return total
+
+
+@inline
+def inverse_norm(row):
+    """1 / max(||row||, 1e-12), the factor of torch.nn.functional.normalize."""
+    norm = tl.sqrt(dot_rows(row, row))
+    return 1.0 / tl.where(norm > 1e-12, norm, 1e-12)
+
+
+@inline
+def load_tokens(tokens_ptr, rows, channels, tokens, D):
+    """Some channels of some tokens of one view, 0 where there are none."""
+    mask = (rows < tokens)[:, None] & (channels < D)[None, :]
+    return tl.load(tokens_ptr + rows[:, None] * D + channels[None, :], mask=mask, other=0.0)
+
+
+@inline
+def logits_tile(query_ptr, key_ptr, rows, columns, queries, keys, scale, D, BLOCK, BLOCK_K):
+    """scale x query key^T, (BLOCK, BLOCK) in fp32, accumulated over BLOCK_K channels at a time."""
+    logits_QK = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
+    for start in range(0, D, BLOCK_K):
+        channels = start + tl.arange(0, BLOCK_K)
+        query_QD = load_tokens(query_ptr, rows, channels, queries, D)
+        key_KD = load_tokens(key_ptr, columns, channels, keys, D)
+        logits_QK = dot(query_QD, tl.trans(key_KD), logits_QK)
+    return logits_QK * scale
+
+
+@inline
+def own_block(blocks, BLOCK):
+    """Sample of a program and the tokens of its block: the blocks of a sample run side by side.
+
+    Along one axis of the launch, for the others end at 65,535.
+    """
+    program = tl.program_id(0)
+    return (program // blocks).to(tl.int64), program % blocks * BLOCK + tl.arange(0, BLOCK)
