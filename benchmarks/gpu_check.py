@@ -44,7 +44,7 @@ class Step(NamedTuple):
 
 PYTEST = "-m pytest -q -p no:cacheprovider"
 # Not marked `gpu`: without one they run interpreted. Hypothesis' shapes would compile for minutes.
-KERNEL_FILES = " ".join(f"tests/kernels/test_{name}.py" for name in ("elementary", "triton", "memory"))
+KERNEL_FILES = " ".join(f"tests/kernels/test_{name}.py" for name in ("primitives", "triton", "memory"))
 KERNEL_TESTS = f"{PYTEST} -k 'not any_shape' {KERNEL_FILES}"
 STEP_OUT = "--short --limit {limit} --out {out}"
 # The figures that are most wanted first.

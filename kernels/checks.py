@@ -30,7 +30,7 @@ def check_tensors(**tensors: tuple[Tensor, str]) -> None:
             want not in (None, size) for want, size in zip(expected, tensor.shape, strict=True)
         ):
             letters = ", ".join(dims)
-            known = "".join(f", {dim} == {sizes[dim]}" for dim in dims if dim in sizes)
+            known = "".join(f", {dim} == {sizes[dim]}" for dim in dims if dim.isalpha() and dim in sizes)
             raise ValueError(
                 f"{name} must have the non-empty shape ({letters}){known}, got {tuple(tensor.shape)}"
             )

@@ -45,8 +45,10 @@ class _Arguments(NamedTuple):
 
     @property
     def head(self) -> HeadParameters | None:
-        parameters = [tensor.contiguous() for tensor in self[2:5] if tensor is not None]
-        return HeadParameters(*parameters, self.norm_eps, self.tanh) if parameters else None
+        if self.bias is None or self.norm_weight is None or self.norm_bias is None:
+            return None
+        parameters = (self.bias.contiguous(), self.norm_weight.contiguous(), self.norm_bias.contiguous())
+        return HeadParameters(*parameters, self.norm_eps, self.tanh)
 
     @property
     def cells(self) -> Cells:
@@ -185,9 +187,12 @@ def _objective(
     check_number("norm_eps", norm_eps, zero=True)
     inputs, *head = tensors.values()
     if not use_triton(backend, frozen=frozen, **tensors):
+        if head:
+            bias, norm_weight, norm_bias = head
+            inputs = reference.head_epilogue(inputs, bias, norm_weight, norm_bias, norm_eps, tanh)
         return reference.cosettle_loss(
             frozen,
-            reference.head_epilogue(inputs, *head, norm_eps, tanh) if head else inputs,
+            inputs,
             grid=grid,
             temperature=temperature,
             window=window,

@@ -175,9 +175,9 @@ def launch_cycle(
 ) -> tuple[Tensor, Tensor]:
     """A number per row of C in fp32, and the gradient, of contiguous views.
 
-    The numbers (4, B, M): cross-entropy; with diagnostics also 1 where the arg-max is the diagonal, the sum of
-    the squares, the diagonal. The gradient (B, 3, M, D) of the mean cross-entropy, times grad_scale(M) x tau x B x M;
-    empty without `grad_dtype`.
+    The numbers (4, B, M): cross-entropy; with diagnostics also 1 where the arg-max is the diagonal, the sum
+    of the squares, the diagonal. The gradient (B, 3, M, D) is that of the mean cross-entropy, times
+    grad_scale(M) x tau x B x M; empty without `grad_dtype`.
     """
     samples, _, tokens, channels = walk_B3MD.shape
     figures_4BM = walk_B3MD.new_empty((4, samples, tokens), dtype=torch.float32)

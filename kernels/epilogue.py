@@ -78,7 +78,7 @@ class Cells(NamedTuple):
     window: tuple[int, int]
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         return int(triton.cdiv(self.grid[0], self.window[0]) * triton.cdiv(self.grid[1], self.window[1]))
 
     @property
@@ -331,7 +331,7 @@ def launch_forward(
     pooled_shape = (samples, views, cells.whole, channels) if pool else (0,)
     pooled_BTMD = inputs_BTND.new_empty(pooled_shape, dtype=pooled_dtype(inputs_BTND.dtype))
     with on_device(inputs_BTND):
-        _forward_kernel[(cells.count * samples * views,)](
+        _forward_kernel[(cells.total * samples * views,)](
             inputs_BTND,
             frozen_BTND,
             *(head[:3] if head else (inputs_BTND,) * 3),
@@ -375,7 +375,7 @@ def launch_backward(
     constants = _constants(
         inputs_BTND, cells, head=head, kl=kl, pool=pool, channels_per_warp=768 if head else 1024
     )
-    programs = cells.count * samples * views
+    programs = cells.total * samples * views
     if head:
         # As many as run at once: each writes its sums for the parameters.
         threads = 32 * constants["num_warps"]

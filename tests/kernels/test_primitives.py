@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from fasttrain_kernels.elementary import exp2, log1p, reciprocal, tanh
+from fasttrain_kernels.primitives import exp2, log1p, reciprocal, tanh
 from fasttrain_kernels.runtime import jit, tl
 
 SIZE = 2048
