@@ -12,12 +12,12 @@ Shape suffixes: V videos, T frames, H W pixels, N tokens, D channels.
 import argparse
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from itertools import groupby
-from operator import itemgetter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, get_args
+from threading import Lock
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,7 @@ from fasttrain.errors import InputError, check_options
 from fasttrain.evaluation.datasets import (
     LabelledVideo,
     PackedVideo,
+    SegmentedVideo,
     VideoPath,
     VideoSplit,
     add_video_arguments,
@@ -51,23 +52,12 @@ from fasttrain.weights import hash_state_dict
 
 Frame = npt.NDArray[np.uint8]
 Precision = Literal["fp32", "bf16"]
+Video = TypeVar("Video", LabelledVideo, SegmentedVideo)
 
 # Part of every key: raise it when what is computed changes.
 FORMAT = 2
 # What is read of a video file to know it again, as fast as opening it.
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 12
-# Frames that are decoded at a time: a long video may have 10,000, which fit in no memory.
-_CHUNK = 64
-
-
-class Named(Protocol):
-    """What has the name of a video."""
-
-    @property
-    def name(self) -> str: ...
-
-
-Video = TypeVar("Video", bound=Named)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,9 +195,19 @@ def extract(
     check_options(arguments, num_frames=1, stride=1, batch_size=1, workers=0)
     model.encoder.grid(sampling.image_size, sampling.image_size)
     cache = FeatureCache(arguments.cache or output / "cache")
-    extractor = _Extractor(sampling, model, cache, arguments)
-    share = {name: videos[name] for name in world.shard(sorted(videos))}
-    merged = world.merge(extractor.run(share, world))
+    extractor = _Extractor(sampling, model, cache, arguments.batch_size, world.device)
+    names = world.shard(sorted(videos))
+    found = map_ahead(
+        extractor.extract,
+        (videos[name] for name in names),
+        workers=arguments.workers or min(16, os.cpu_count() or 1),
+    )
+    results = {}
+    with Progress("videos", len(names), enabled=world.is_main) as progress:
+        for name, result in zip(names, found, strict=True):
+            results[name] = result
+            progress.advance()
+    merged = world.merge(results)
     if not world.is_main:
         return None
     extracted = Extracted(
@@ -224,116 +224,67 @@ def extract(
     return extracted
 
 
-@dataclass(eq=False)
-class _Video:
-    """A video on its way through the extractor."""
-
-    name: str
-    keys: dict[str, str] = field(default_factory=dict)
-    """Of its entries in the cache, by variant."""
-    uncached: tuple[str, ...] = ()
-    """The variants that are still to be computed."""
-    num_frames: int = 0
-    index: FrameIndex | None = None
-    number: int = 0
-    """In the index."""
-    frames: Sequence[int] = ()
-    """To be decoded."""
-    reason: str | None = None
-    """Why it cannot be read."""
-
-
 class _Extractor:
-    """Videos -> cached features: threads hash and decode ahead, this one encodes."""
+    """Videos -> cached features: threads hash and decode, and encode in turn."""
 
     def __init__(
-        self, sampling: Sampling, model: EvaluatedModel, cache: FeatureCache, arguments: argparse.Namespace
+        self,
+        sampling: Sampling,
+        model: EvaluatedModel,
+        cache: FeatureCache,
+        batch_size: int,
+        device: torch.device,
     ) -> None:
         self.sampling, self.model, self.cache = sampling, model, cache
-        self.batch_size = arguments.batch_size
-        self.workers = arguments.workers or min(16, os.cpu_count() or 1)
+        self.batch_size, self.device = batch_size, device
         self.descriptions = {variant: _describe(model, sampling, variant) for variant in model.variants}
+        self.encoding = Lock()
 
-    def run(
-        self, videos: Mapping[str, VideoPath], world: World
-    ) -> dict[str, tuple[dict[str, str], int, str | None]]:
-        """By name: each variant's key, the number of frames, the reason why it cannot be read or None."""
-        results = {}
-        prepared = map_ahead(self.prepare, videos.items(), workers=self.workers)
-        decoded = map_ahead(self.decode, self.chunks(prepared), workers=self.workers, depth=self.workers)
-        with Progress("videos", len(videos), enabled=world.is_main) as progress:
-            for video, chunks in groupby(decoded, itemgetter(0)):
-                pooled: dict[str, list[Tensor]] = {variant: [] for variant in video.uncached}
-                for _, frames_T3HW in chunks:
-                    if isinstance(frames_T3HW, str):
-                        video.reason = video.reason or frames_T3HW
-                    elif frames_T3HW is not None and video.reason is None:
-                        self.encode(frames_T3HW, pooled, world.device)
-                if video.reason is None:
-                    self.save(video, pooled)
-                results[video.name] = video.keys, video.num_frames, video.reason
-                progress.advance()
-        return results
-
-    def prepare(self, item: tuple[str, VideoPath]) -> _Video:
-        """Look into the cache, and open the video if something is not there."""
-        name, path = item
-        video = _Video(name)
+    def extract(self, path: VideoPath) -> tuple[dict[str, str], int, str | None]:
+        """Each variant's key, the number of frames of the video, the reason why it cannot be read or None."""
         try:
-            content = _digest(path, self.sampling)
-            for variant, description in self.descriptions.items():
-                key = video.keys[variant] = hashlib.sha256(description.encode() + content).hexdigest()
-                cached = self.cache.load(key)
-                if cached is None:
-                    video.uncached += (variant,)
-                else:
-                    video.num_frames = cached[1]
-            if video.uncached:
-                video.index, video.number = _open(path)
-                video.num_frames = int(video.index.num_frames[video.number])
-                video.frames = self.sampling.choose(video.num_frames)
+            return *self.extract_readable(path), None
         except OSError as error:
-            video.reason = os_reason(error)
+            return {}, 0, os_reason(error)
         except UnreadableFrameError as error:
-            video.reason = str(error)
-        return video
+            return {}, 0, str(error)
 
-    def chunks(self, videos: Iterable[_Video]) -> Iterator[tuple[_Video, Sequence[int]]]:
-        """The frames to be decoded; a video without any has one empty chunk."""
-        for video in videos:
-            for start in range(0, max(1, len(video.frames)), _CHUNK):
-                yield video, video.frames[start : start + _CHUNK]
-
-    def decode(self, chunk: tuple[_Video, Sequence[int]]) -> tuple[_Video, Tensor | str | None]:
-        """Crops (T, 3, H, W) of the frames, or why one cannot be read; None for no frames."""
-        video, frames = chunk
-        if video.index is None or not frames:
-            return video, None
-        try:
-            decoded = _stream(video.index, video.number, frames)
-            return video, torch.stack([centre_crop(frame, self.sampling.image_size) for frame in decoded])
-        except UnreadableFrameError as error:
-            return video, f"frame {error.frame}: {error}"
-
-    @torch.inference_mode()
-    def encode(self, frames_T3HW: Tensor, pooled: dict[str, list[Tensor]], device: torch.device) -> None:
-        """Add each frame's mean of normalised tokens (T, D), on the CPU, to every variant's."""
-        for frames_B3HW in frames_T3HW.split(self.batch_size):
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.sampling.precision == "bf16"):
-                frozen_BND = self.model.encoder.tokens(frames_B3HW.to(device, non_blocking=True))
-                tokens_BND = {"before": frozen_BND}
-                if self.model.projection is not None and "after" in pooled:
-                    tokens_BND["after"] = self.model.projection(frozen_BND)
-            for variant, parts in pooled.items():
-                normalised_BND = functional.normalize(tokens_BND[variant].float(), dim=-1)
-                parts.append(normalised_BND.mean(dim=1).cpu())
-
-    def save(self, video: _Video, pooled: dict[str, list[Tensor]]) -> None:
+    def extract_readable(self, path: VideoPath) -> tuple[dict[str, str], int]:
+        content = _digest(path, self.sampling)
+        keys = {
+            variant: hashlib.sha256(description.encode() + content).hexdigest()
+            for variant, description in self.descriptions.items()
+        }
+        cached = {variant: self.cache.load(key) for variant, key in keys.items()}
+        pooled: dict[str, list[Tensor]] = {variant: [] for variant, entry in cached.items() if entry is None}
+        if not pooled:
+            return keys, next(entry[1] for entry in cached.values() if entry)
+        index, video = _open(path)
+        num_frames = int(index.num_frames[video])
+        frames = _stream(index, video, self.sampling.choose(num_frames))
+        # A long video has more frames than fit in memory.
+        while crops := [
+            centre_crop(frame, self.sampling.image_size) for frame in islice(frames, self.batch_size)
+        ]:
+            with self.encoding:
+                self.encode(torch.stack(crops), pooled)
         for variant, parts in pooled.items():
             features_TD = torch.cat(parts)
             if self.sampling.num_frames is not None:
                 features_TD = features_TD.mean(dim=0, keepdim=True)
-            self.cache.save(video.keys[variant], features_TD, video.num_frames)
+            self.cache.save(keys[variant], features_TD, num_frames)
+        return keys, num_frames
+
+    @torch.inference_mode()
+    def encode(self, frames_B3HW: Tensor, pooled: dict[str, list[Tensor]]) -> None:
+        """Add each frame's mean of normalised tokens (B, D), on the CPU, to every variant's."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.sampling.precision == "bf16"):
+            frozen_BND = self.model.encoder.tokens(frames_B3HW.to(self.device, non_blocking=True))
+            tokens_BND = {"before": frozen_BND}
+            if self.model.projection is not None and "after" in pooled:
+                tokens_BND["after"] = self.model.projection(frozen_BND)
+        for variant, parts in pooled.items():
+            parts.append(functional.normalize(tokens_BND[variant].float(), dim=-1).mean(dim=1).cpu())
 
 
 def _describe(model: EvaluatedModel, sampling: Sampling, variant: str) -> str:
@@ -369,7 +320,7 @@ def _digest(path: VideoPath, sampling: Sampling) -> bytes:
         try:
             (data,) = index.read(video, [frame])
         except UnreadableFrameError as error:
-            raise UnreadableFrameError(f"frame {frame}: {error}", frame) from error
+            raise UnreadableFrameError(f"frame {frame}: {error}") from error
         digest.update(f"{frame} {len(data)}\0".encode() + data.tobytes())
     return digest.digest()
 
@@ -388,14 +339,15 @@ def _open(path: VideoPath) -> tuple[FrameIndex, int]:
 
 def _stream(index: FrameIndex, video: int, frames: Sequence[int]) -> Iterator[Frame]:
     """Ascending frames (H, W, 3) uint8, one at a time; a video file is opened once for all."""
-    if isinstance(index, VideoIndex):
-        yield from stream_video_frames(index.videos[video], frames)
-        return
-    for frame in frames:
-        try:
-            yield index.read_frame(video, frame)
-        except UnreadableFrameError as error:
-            raise UnreadableFrameError(str(error), frame) from error
+    frame = 0
+    try:
+        if isinstance(index, VideoIndex):
+            yield from stream_video_frames(index.videos[video], frames)
+        else:
+            for frame in frames:
+                yield index.read_frame(video, frame)
+    except UnreadableFrameError as error:
+        raise UnreadableFrameError(f"frame {frame or error.frame}: {error}") from error
 
 
 def middle_frame(path: VideoPath, num_frames: int) -> Frame:
