@@ -1,13 +1,41 @@
-"""Video retrieval: neighbours against brute force, recall against hand-computed cases."""
+"""Measures of the benchmarks on whole videos: hand-computed cases, brute force, what must always hold.
+
+Retrieval, k-NN, accuracy, and localisation.
+"""
+
+from functools import lru_cache
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from fasttrain.errors import InputError
-from fasttrain.evaluation import nearest, recall_at
+from fasttrain.evaluation import (
+    detection_map,
+    edit_score,
+    frame_accuracy,
+    knn_classify,
+    nearest,
+    recall_at,
+    segmental_f1,
+    top_accuracy,
+)
+from fasttrain.evaluation.localization import smoothed
+from fasttrain.evaluation.metrics import (
+    MIN_TEMPERATURE,
+    Segment,
+    confusion,
+    hold_out,
+    knn_scores,
+    levenshtein,
+    scored_segments,
+    segments,
+)
+
+# --- retrieval ---
 
 
 def test_recall_of_a_hand_computed_case() -> None:
@@ -33,12 +61,12 @@ def test_neighbours_are_those_of_brute_force(seed: int, queries: int, gallery: i
     np.testing.assert_allclose(similarity_QK.numpy(), np.take_along_axis(cosine_QG, order_QG, 1), atol=1e-12)
 
 
-def test_neighbours_do_not_depend_on_length_or_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbours_do_not_depend_on_length_or_blocks() -> None:
     generator = torch.Generator().manual_seed(0)
-    queries, gallery = torch.randn(10, 4, generator=generator), torch.randn(20, 4, generator=generator)
+    queries, gallery = torch.randn(2500, 4, generator=generator), torch.randn(20, 4, generator=generator)
     whole = nearest(queries, gallery, 5)[1]
-    monkeypatch.setattr("fasttrain.evaluation.metrics._BLOCK", 3)
-    assert torch.equal(nearest(7 * queries, gallery * torch.arange(1, 21)[:, None], 5)[1], whole)
+    assert torch.equal(nearest(8 * queries, gallery * 2 ** torch.arange(20)[:, None], 5)[1], whole)
+    assert torch.equal(nearest(queries[2000:], gallery, 5)[1], whole[2000:])
 
 
 @pytest.mark.parametrize(
@@ -49,7 +77,7 @@ def test_neighbours_do_not_depend_on_length_or_blocks(monkeypatch: pytest.Monkey
         ((2, 3), (4, 3), 0, "0 neighbours"),
     ],
 )
-def test_bad_input(queries: tuple[int, int], gallery: tuple[int, int], count: int, part: str) -> None:
+def test_bad_features(queries: tuple[int, int], gallery: tuple[int, int], count: int, part: str) -> None:
     with pytest.raises(InputError, match=part):
         nearest(torch.ones(queries), torch.ones(gallery), count)
 
@@ -62,3 +90,286 @@ def test_no_query() -> None:
 def test_features_that_are_not_finite() -> None:
     with pytest.raises(InputError, match="not finite"):
         nearest(torch.ones(2, 3), torch.tensor([[1, 1, torch.nan]]), 1)
+
+
+# --- k-NN and accuracy ---
+
+
+def random_features(seed: int, count: int) -> tuple[Tensor, Tensor]:
+    """Features (count, 6), and labels of three classes in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 6, generator=generator), torch.arange(count) % 3
+
+
+@given(st.integers(0, 2**31), st.integers(1, 20), st.floats(0.02, 1))
+def test_knn_is_brute_force(seed: int, k: int, temperature: float) -> None:
+    train, labels = random_features(seed, count=20)
+    test, _ = random_features(seed + 1, count=7)
+    scores = knn_classify(
+        test.double(), train.double(), labels, num_classes=4, neighbours=(k,), temperature=temperature
+    )[k]
+    unit = [
+        one.double().numpy() / np.linalg.norm(one.double().numpy(), axis=1)[:, None] for one in (test, train)
+    ]
+    for s in range(7):
+        cosine = unit[1] @ unit[0][s]
+        votes = np.zeros(4)
+        for n in np.argsort(-cosine)[:k]:
+            votes[labels[n]] += np.exp(cosine[n] / temperature)
+        expected = np.where(votes > 0, votes, -np.inf)
+        np.testing.assert_allclose(scores[s].numpy(), expected, rtol=1e-9)
+
+
+def test_knn_takes_the_counts_that_fit() -> None:
+    train, labels = random_features(0, count=30)
+    assert list(knn_classify(train, train, labels, num_classes=3)) == [10, 20]
+    assert list(knn_classify(train, train[:6], labels[:6], num_classes=3)) == [6]
+
+
+def test_knn_does_not_depend_on_the_order_of_training() -> None:
+    train, labels = random_features(0, 60)
+    test, _ = random_features(1, 60)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(2))
+    one, other = (
+        knn_classify(test, train[places], labels[places], num_classes=3)[20]
+        for places in (torch.arange(len(labels)), order)
+    )
+    torch.testing.assert_close(one, other)
+
+
+def test_a_class_without_a_vote_is_never_predicted() -> None:
+    scores = knn_scores(torch.tensor([[0.9, -0.9]]), torch.tensor([[1, 1]]), num_classes=6)
+    assert top_accuracy(scores, torch.tensor([1]), 1) == 100
+    assert top_accuracy(scores, torch.tensor([0]), 5) == 0
+    with pytest.raises(InputError, match="temperature 0"):
+        knn_scores(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.long), num_classes=1, temperature=0)
+
+
+def test_votes_at_the_least_temperature_are_numbers() -> None:
+    similarity, labels = torch.tensor([[1.0, 0.999, -1.0]]), torch.tensor([[2, 1, 0]])
+    scores = knn_scores(similarity, labels, num_classes=3, temperature=MIN_TEMPERATURE)
+    assert scores.isfinite().all()
+    assert scores.argsort().tolist() == [[0, 1, 2]]
+    with pytest.raises(InputError, match=r"temperature 0\.001 "):
+        knn_scores(similarity, labels, num_classes=3, temperature=0.001)
+
+
+def test_accuracy_of_a_hand_computed_case() -> None:
+    scores = torch.tensor([[3.0, 2.0, 1.0], [1.0, 3.0, 2.0], [2.0, 2.0, 1.0], [0.0, 1.0, 2.0]])
+    labels = torch.tensor([0, 0, 1, 1])
+    # The third row is a tie, which the lower class wins.
+    assert [top_accuracy(scores, labels, k) for k in (1, 2, 3, 5)] == [25, 75, 100, 100]
+
+
+def test_confusion_counts_truth_by_row() -> None:
+    counts = confusion(torch.tensor([0, 1, 1, 2]), torch.tensor([0, 0, 1, 1]), 3)
+    assert counts.tolist() == [[1, 1, 0], [0, 1, 1], [0, 0, 0]]
+
+
+def test_the_end_of_each_class_is_held_out() -> None:
+    labels = torch.tensor([0] * 10 + [1] * 3 + [2] + [0] * 5)
+    held_out = hold_out(labels)
+    assert held_out.nonzero()[:, 0].tolist() == [12, 16, 17, 18]
+
+
+# --- localisation ---
+
+TRUTH = np.array([0, 0, 1, 1, 1, 1, 2, 2, 2, 0])
+GUESS = np.array([0, 1, 1, 1, 1, 2, 2, 1, 2, 0])
+
+frame_labels = st.lists(st.integers(0, 3), min_size=1, max_size=30).map(np.array)
+
+
+@st.composite
+def label_pairs(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+    length = draw(st.integers(1, 30))
+    of_length = st.lists(st.integers(0, 3), min_size=length, max_size=length).map(np.array)
+    return draw(of_length), draw(of_length)
+
+
+def test_segments_are_runs() -> None:
+    assert segments(TRUTH, background=[0]) == [Segment(1, 2, 6), Segment(2, 6, 9)]
+    assert [(one.start, one.end) for one in segments(TRUTH)] == [(0, 2), (2, 6), (6, 9), (9, 10)]
+
+
+def test_hand_computed_case() -> None:
+    assert frame_accuracy([GUESS], [TRUTH]) == 70
+    # Guessed 1 2 1 2 for 1 2, background 0: two insertions of four.
+    assert edit_score([GUESS], [TRUTH], background=[0]) == 50
+    # IoU: 1 at 1..5 over 1..6 is 3/5; 2 at 5..7 is 1/4; 1 at 7..8 misses; 2 at 8..9 is 1/3, but below 0.5.
+    assert segmental_f1([GUESS], [TRUTH], 0.5, background=[0]) == pytest.approx(100 * 2 / (4 + 2))
+    # At 0.25 the first guess of 2 takes the segment, and the better second one comes too late.
+    assert segmental_f1([GUESS], [TRUTH], 0.25, background=[0]) == pytest.approx(100 * 4 / (4 + 2))
+    assert segmental_f1([GUESS], [TRUTH], 0.75, background=[0]) == 0
+
+
+def test_background_counts_where_it_is_not_named() -> None:
+    assert segmental_f1([GUESS], [TRUTH], 0.5) == pytest.approx(100 * 2 * 3 / (6 + 4))
+    assert edit_score([GUESS], [TRUTH]) == pytest.approx(100 * (1 - 2 / 6))
+
+
+def test_f1_is_over_the_segments_of_all_videos_and_edit_over_videos() -> None:
+    perfect = np.array([1, 1, 2])
+    assert segmental_f1([GUESS, perfect], [TRUTH, perfect], 0.5, [0]) == pytest.approx(100 * 6 / (6 + 4))
+    assert edit_score([GUESS, perfect], [TRUTH, perfect], [0]) == 75
+    assert frame_accuracy([GUESS, perfect], [TRUTH, perfect]) == pytest.approx(100 * 10 / 13)
+
+
+def test_videos_of_background_alone() -> None:
+    nothing, something = np.zeros(4, dtype=int), np.array([0, 1, 1, 0])
+    assert edit_score([nothing], [nothing], [0]) == 100
+    assert edit_score([something], [nothing], [0]) == 0
+    assert segmental_f1([nothing], [nothing], 0.5, [0]) == 0
+    assert segmental_f1([something, something], [nothing, something], 0.5, [0]) == pytest.approx(200 / 3)
+
+
+@given(frame_labels)
+def test_perfect_predictions(labels: np.ndarray) -> None:
+    assert frame_accuracy([labels], [labels]) == edit_score([labels], [labels]) == 100
+    for overlap in (0.1, 0.25, 0.5, 1.0):
+        assert segmental_f1([labels], [labels], overlap) == 100
+    found = {"video": segments(labels)}
+    assert detection_map(found, found, (0.5, 1.0)) == {0.5: 100, 1.0: 100}
+
+
+@given(label_pairs(), st.permutations([0, 1, 2, 3]), st.sampled_from([0.1, 0.25, 0.5]))
+def test_names_of_labels_and_order_of_videos_do_not_matter(
+    pair: tuple[np.ndarray, np.ndarray], names: list[int], overlap: float
+) -> None:
+    guess, truth = pair
+    renamed = [np.array(names)[labels] for labels in pair]
+    background = [names[0]]
+    assert edit_score([guess], [truth], [0]) == edit_score([renamed[0]], [renamed[1]], background)
+    one = segmental_f1([guess, GUESS], [truth, TRUTH], overlap, [0])
+    assert one == segmental_f1([GUESS, guess], [TRUTH, truth], overlap, [0])
+    assert segmental_f1([guess], [truth], overlap, [0]) == segmental_f1(
+        [renamed[0]], [renamed[1]], overlap, background
+    )
+
+
+def as_frame_sets(labels: np.ndarray, background: int) -> list[tuple[int, set[int]]]:
+    """Segments as sets of frames, found by walking over the frames."""
+    found: list[tuple[int, set[int]]] = []
+    for t, label in enumerate(labels):
+        if t and labels[t - 1] == label:
+            found[-1][1].add(t)
+        else:
+            found.append((int(label), {t}))
+    return [one for one in found if one[0] != background]
+
+
+@given(label_pairs(), st.sampled_from([0.1, 0.25, 0.5]))
+def test_f1_by_sets_of_frames(pair: tuple[np.ndarray, np.ndarray], overlap: float) -> None:
+    guessed, true = (as_frame_sets(labels, 0) for labels in pair)
+    hit: list[int] = []
+    false = 0
+    for label, frames in guessed:
+        shares = [len(frames & there) / len(frames | there) if label == other else 0 for other, there in true]
+        best = shares.index(max(shares)) if shares else None
+        if best is not None and shares[best] >= overlap and best not in hit:
+            hit.append(best)
+        else:
+            false += 1
+    precision = len(hit) / (len(hit) + false) if guessed else 0
+    recall = len(hit) / len(true) if true else 0
+    expected = 200 * precision * recall / (precision + recall) if precision + recall else 0
+    assert segmental_f1([pair[0]], [pair[1]], overlap, [0]) == pytest.approx(expected)
+
+
+@given(st.lists(st.integers(0, 3), max_size=8), st.lists(st.integers(0, 3), max_size=8))
+def test_levenshtein_by_recursion(first: list[int], second: list[int]) -> None:
+    @lru_cache(None)
+    def distance(i: int, j: int) -> int:
+        if not i or not j:
+            return i + j
+        return min(
+            distance(i - 1, j) + 1,
+            distance(i, j - 1) + 1,
+            distance(i - 1, j - 1) + (first[i - 1] != second[j - 1]),
+        )
+
+    assert levenshtein(first, second) == distance(len(first), len(second)) == levenshtein(second, first)
+
+
+def test_precision_of_a_hand_computed_case() -> None:
+    truth = {"a": [Segment(1, 0, 10), Segment(1, 20, 30)], "b": [Segment(1, 0, 10)], "c": [Segment(2, 0, 4)]}
+    guesses = {
+        "a": [Segment(1, 0, 10, 0.9), Segment(1, 1, 10, 0.8), Segment(1, 20, 26, 0.3)],
+        "b": [Segment(1, 5, 10, 0.7)],
+        "elsewhere": [Segment(1, 0, 10, 0.2)],
+    }
+    # At 0.5, surest first: hit, miss (taken), hit (b, 0.5), hit (0.6), miss. Precisions 1, 1/2, 2/3, 3/4 and
+    # 3/5, made monotonous 1, 3/4, 3/4 at the three hits. Label 2 is never guessed.
+    found = detection_map(guesses, truth, (0.5, 0.6, 0.7))
+    assert found[0.5] == pytest.approx(100 * (1 + 3 / 4 + 3 / 4) / 3 / 2)
+    # At 0.6 b is missed: hit, miss, miss, hit: 1 and 2/4. At 0.7 one hit is left.
+    assert found[0.6] == pytest.approx(100 * (1 + 2 / 4) / 3 / 2)
+    assert found[0.7] == pytest.approx(100 * 1 / 3 / 2)
+
+
+@given(
+    st.lists(label_pairs(), min_size=1, max_size=3), st.integers(0, 2**31), st.sampled_from([0.1, 0.5, 0.7])
+)
+def test_precision_by_integrating_the_curve(
+    pairs: list[tuple[np.ndarray, np.ndarray]], seed: int, threshold: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    truth = {f"v{i}": segments(pair[1]) for i, pair in enumerate(pairs)}
+    guesses = {
+        f"v{i}": [Segment(s.label, s.start, s.end, float(rng.random())) for s in segments(pair[0])]
+        for i, pair in enumerate(pairs)
+    }
+    labels = {s.label for found in truth.values() for s in found}
+    areas = []
+    for label in labels:
+        total = sum(s.label == label for found in truth.values() for s in found)
+        ranked = sorted(
+            ((s, video) for video, found in guesses.items() for s in found if s.label == label),
+            key=lambda one: -one[0].score,
+        )
+        used: set[tuple[str, int]] = set()
+        points = []
+        for rank, (guess, video) in enumerate(ranked, start=1):
+            free = {}
+            for other in truth[video]:
+                both = set(range(guess.start, guess.end)) & set(range(other.start, other.end))
+                either = set(range(guess.start, guess.end)) | set(range(other.start, other.end))
+                if other.label == label and (video, other.start) not in used:
+                    free[other.start] = len(both) / len(either)
+            if free and max(free.values()) >= threshold:
+                used.add((video, max(free, key=lambda start: free[start])))
+            points.append((len(used) / total, len(used) / rank))
+        # The best precision at any recall of at least r, summed over the steps of r.
+        steps = [
+            max((precision for recall, precision in points if recall >= hit / total), default=0)
+            for hit in range(1, total + 1)
+        ]
+        areas.append(sum(steps) / total)
+    assert detection_map(guesses, truth, [threshold])[threshold] == pytest.approx(100 * np.mean(areas))
+
+
+def test_score_of_a_segment_is_its_mean_probability() -> None:
+    probabilities = np.array([[0.9, 0.1], [0.5, 0.5], [0.2, 0.8], [0.4, 0.6]])
+    found = scored_segments(np.array([0, 0, 1, 1]), probabilities)
+    assert [one.score for one in found] == pytest.approx([0.7, 0.7])
+    assert scored_segments(np.array([0, 0, 1, 1]), probabilities, background=[0]) == found[1:]
+
+
+@given(st.integers(1, 9), st.integers(1, 12))
+def test_smoothing_is_a_running_mean(window: int, length: int) -> None:
+    values = np.random.default_rng(length).random((length, 2))
+    found = smoothed(values, window)
+    for t in range(length):
+        about = values[max(0, t - (window - 1) // 2) : t + window // 2 + 1]
+        np.testing.assert_allclose(found[t], about.mean(axis=0))
+
+
+def test_bad_input() -> None:
+    with pytest.raises(InputError, match="video 0"):
+        frame_accuracy([np.zeros(3)], [np.zeros(4)])
+    with pytest.raises(InputError, match="at least one"):
+        edit_score([], [])
+    with pytest.raises(InputError, match="at least one"):
+        segments(np.zeros(0, dtype=int))
+    with pytest.raises(InputError, match="every label background"):
+        detection_map({}, {"video": []}, [0.5])
