@@ -39,7 +39,7 @@ class Step(NamedTuple):
     name: str
     command: str
     seconds: int
-    needs: tuple[str, ...] = ()
+    needs: str = ""
 
 
 PYTEST = "-m pytest -q -p no:cacheprovider"
@@ -49,19 +49,12 @@ KERNEL_TESTS = f"{PYTEST} -k 'not any_shape' {KERNEL_FILES}"
 STEP_OUT = "--short --limit {limit} --out {out}"
 # The figures that are most wanted first.
 STEPS = (
-    Step("tests", f"{PYTEST} -m gpu --continue-on-collection-errors", 85, ("pytest", "hypothesis", "timm")),
-    Step("kernel tests", f"{KERNEL_TESTS} -n 12", 80, ("pytest", "xdist", "hypothesis", "triton")),
-    Step("kernels", "-m benchmarks.kernels --short --output {out}", 90, ("triton",)),
-    Step(
-        "step", f"-m benchmarks.step {STEP_OUT}/step-cuda.json recipes/dino.yaml", 150, ("timm", "pydantic")
-    ),
-    Step("propagation", f"-m benchmarks.propagation {STEP_OUT}/propagation-cuda.json", 60, ("timm",)),
-    Step(
-        "loaders",
-        f"-m benchmarks.loaders {STEP_OUT}/loaders-cuda.json",
-        65,
-        ("nvidia.dali", "av", "pydantic"),
-    ),
+    Step("tests", f"{PYTEST} -m gpu --continue-on-collection-errors", 85, "pytest hypothesis timm"),
+    Step("kernel tests", f"{KERNEL_TESTS} -n 12", 80, "pytest xdist hypothesis triton"),
+    Step("kernels", "-m benchmarks.kernels --short --output {out}", 90, "triton"),
+    Step("step", f"-m benchmarks.step {STEP_OUT}/step-cuda.json recipes/dino.yaml", 150, "timm pydantic"),
+    Step("propagation", f"-m benchmarks.propagation {STEP_OUT}/propagation-cuda.json", 60, "timm"),
+    Step("loaders", f"-m benchmarks.loaders {STEP_OUT}/loaders-cuda.json", 65, "nvidia.dali av pydantic"),
 )
 
 
@@ -73,7 +66,7 @@ def missing(step: Step) -> list[str]:
         parent = name.partition(".")[0]
         return importlib.util.find_spec(parent) is not None and importlib.util.find_spec(name) is not None
 
-    return [name for name in step.needs if not installed(name)]
+    return [name for name in step.needs.split() if not installed(name)]
 
 
 def run_step(step: Step, out: Path, limit: float) -> dict[str, Any]:
@@ -112,6 +105,7 @@ def check(out: Path, steps: Sequence[Step]) -> int:
     }
     payload = {"environment": environment(), "steps": report}
     print(report, flush=True)
+    write_results(out / "gpu-check.json", payload)
     deadline = time.monotonic() + sum(step.seconds for step in steps)
     runnable = [step for step in steps if step.name not in report]
     for number, step in enumerate(runnable, start=1):

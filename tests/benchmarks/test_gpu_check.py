@@ -19,7 +19,7 @@ def test_the_steps_are_there_and_stay_under_nine_minutes() -> None:
 
 def test_a_step_that_does_not_finish_costs_nothing_else(tmp_path: Path) -> None:
     steps = (
-        Step("absent", "-c pass", 40, ("no_such_package",)),
+        Step("absent", "-c pass", 40, "no_such_package"),
         Step("fails", f'{WRITE} raise SystemExit(3)"', 20),
         Step("hangs", '-c "import time; time.sleep(600)"', -57),
         Step("uninstalled", '-c "import fasttrain_kernels; print(fasttrain_kernels.__file__)"', 60),
