@@ -330,8 +330,6 @@ class Backbone(nn.Module):
         As `interpolate_and_crop_pos_embed` of the published models: S x S positions are resized bicubically
         to int((1 + ratio) S) squared and cropped back to S x S. The map is made once; a step slices it.
         """
-        if ratio < 0:
-            raise InputError(f"ratio of the asymmetric positions {ratio}: expected 0 or more")
         count = self.asymmetric_range(ratio)
         if not all(0 <= start < count for start in offset):
             raise InputError(
