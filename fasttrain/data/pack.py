@@ -22,42 +22,43 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import io
+import itertools
+import json
+import math
 import os
-import signal
 import threading
 import time
-from collections import deque
+import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import ExifTags, Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fasttrain.data.images import UnreadableFrameError, check_encoded, decode_image
 from fasttrain.data.index import Skipped
+from fasttrain.data.map_ahead import map_ahead
 from fasttrain.data.packed import (
+    FORMAT,
+    FRAME,
+    TAR_BLOCK,
     Part,
-    ShardWriter,
+    ShardIndex,
     check_shard,
     finished_parts,
-    misplaced_shards,
-    read_manifest,
-    write_manifest,
+    tar_header,
 )
 from fasttrain.data.sampling import evenly_spaced
 from fasttrain.data.sources import Found, Kind, find_source, packed_folders
 from fasttrain.data.video import (
+    Frame,
     VideoInfo,
     check_jpeg,
     cut_clip,
@@ -67,35 +68,37 @@ from fasttrain.data.video import (
     stream_video_frames,
 )
 from fasttrain.errors import InputError
-from fasttrain.files import file_lock, io_errors_as_input_errors, os_reason
+from fasttrain.files import file_lock, io_errors_as_input_errors, open_atomically, os_reason, write_atomically
+from fasttrain.loggers import Progress, say
 
-Frame = npt.NDArray[np.uint8]
+if TYPE_CHECKING:
+    from fasttrain.data.dali import ClipDecoder
 
 # Frames that the GPU decodes at once; a clip of 1080p frames then takes 400 MB.
 GPU_FRAMES = 64
-# Bad files that are named on the terminal; all are listed in the report.
-SHOWN = 20
+# Bad files that are named on the terminal; all are listed in the manifest.
+MAX_NAMED = 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackOptions:
     """What decides the bytes of a packed set."""
 
-    frames: int
-    """Frames kept of each video, evenly spread; 0 keeps all."""
-    short_side: int
+    frames: int = 0
+    """Frames kept of each video, evenly spaced; 0 keeps all."""
+    short_side: int = 256
     """Short side of a frame in pixels; smaller frames are left as they are."""
-    quality: int
+    quality: int = 90
     """JPEG quality, 1..100."""
-    shard_bytes: int
+    shard_bytes: int = 2**30
     """A shard is closed after the video that takes it past so many bytes."""
-    decoder: Literal["pyav", "nvdec"]
+    decoder: Literal["pyav", "nvdec"] = "pyav"
 
 
-@dataclass(frozen=True)
-class PackedVideo:
-    """A video's frames as JPEG, and what of it could not be read."""
+class EncodedVideo(NamedTuple):
+    """A video's frames as JPEG, none where it cannot be read, and what of it could not be read."""
 
+    name: str
     frames: list[bytes]
     skipped: Skipped
 
@@ -108,38 +111,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "frame folder or a video file per line; with --check a packed set",
     )
     parser.add_argument("destination", type=Path, nargs="?", help="folder for the shards")
-    parser.add_argument(
-        "--kind",
-        choices=("auto", "folders", "list", "videos"),
-        default="auto",
-        help="how to read the source (auto: look)",
-    )
-    parser.add_argument(
-        "--frames", type=int, default=0, metavar="K", help="frames per video, evenly spread (0: all)"
-    )
-    parser.add_argument(
-        "--short-side",
-        type=int,
-        default=256,
-        metavar="PIXELS",
-        help="larger frames are made this small on their short side (256)",
-    )
-    parser.add_argument("--quality", type=int, default=90, help="JPEG quality, 1 to 100 (90)")
-    parser.add_argument(
-        "--shard-size",
-        type=int,
-        default=1024,
-        metavar="MB",
-        help="a shard ends with the video that takes it past so many MB (1024)",
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=0,
-        metavar="N",
-        help="videos in work at a time; each is held in memory as JPEG (0: one per core)",
-    )
-    parser.add_argument("--shard", default="1/1", metavar="I/N", help="part I of N machines, from 1 (1/1)")
+    kinds = ("auto", "folders", "list", "videos")
+    parser.add_argument("--kind", choices=kinds, default="auto", help="how to read the source (auto: look)")
+    numbers = {
+        "frames": ("K", 0, _number(0), "frames kept of a video, evenly spaced (0: all)"),
+        "short-side": ("PIXELS", 256, _number(16), "larger frames get this short side (256)"),
+        "quality": ("Q", 90, _number(1, 100), "JPEG quality, 1 to 100 (90)"),
+        "shard-size": ("MB", 1024, _number(1), "a shard ends with the video that takes it past this (1024)"),
+        "workers": ("N", 0, _number(0), "videos in work, each in memory as JPEG (0: one per core)"),
+        "shard": ("I/N", (1, 1), _shard, "part I of N machines, from 1 (1/1)"),
+    }
+    for name, (metavar, default, kind, meaning) in numbers.items():
+        parser.add_argument(f"--{name}", metavar=metavar, default=default, type=kind, help=meaning)
     parser.add_argument(
         "--decoder",
         choices=("auto", "cpu", "gpu"),
@@ -149,14 +132,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--check", action="store_true", help="verify the packed set SOURCE, every frame")
 
 
+def _number(low: int, high: float = math.inf) -> Callable[[str], int]:
+    """The type of an argument: a whole number within these bounds."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if not low <= value <= high:
+            bounds = f"at least {low}" if high == math.inf else f"{low} to {high}"
+            raise argparse.ArgumentTypeError(f"{value} is out of range; expected {bounds}")
+        return value
+
+    return number
+
+
+def _shard(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text} is not I/N with I from 1 to N, such as 2/4")
+    return int(number), int(count)
+
+
 def run(args: argparse.Namespace) -> None:
     """Pack or check, as the arguments say. Raises InputError."""
-    console = Console()
-    _check_numbers(args)
     workers = args.workers or len(os.sched_getaffinity(0))
     if args.check:
-        frames = check(args.source, workers=workers, console=console)
-        _say(console, f"{args.source}: {frames} frames, each as it was packed")
+        say(f"{args.source}: {check(args.source, workers=workers)} frames, each as it was packed")
         return
     if args.destination is None:
         raise InputError("pack needs a DESTINATION folder: fasttrain pack SOURCE DESTINATION")
@@ -167,26 +167,30 @@ def run(args: argparse.Namespace) -> None:
         shard_bytes=args.shard_size * 2**20,
         decoder=_choose_decoder(args.decoder),
     )
-    pack(
-        args.source,
-        args.destination,
-        kind=args.kind,
-        part=_parse_part(args.shard),
-        options=options,
-        workers=workers,
-        console=console,
-    )
+    try:
+        pack(args.source, args.destination, options, kind=args.kind, shard=args.shard, workers=workers)
+    except KeyboardInterrupt:
+        say(f"stopped; the same command goes on from the last finished shard in {args.destination}")
+        raise
+
+
+def _choose_decoder(choice: str) -> Literal["pyav", "nvdec"]:
+    available = torch.cuda.is_available() and has_nvdec()
+    if choice == "gpu" and not available:
+        raise InputError(
+            "--decoder=gpu needs a GPU and a driver with NVDEC (libnvcuvid.so.1); use auto or cpu"
+        )
+    return "nvdec" if choice != "cpu" and available else "pyav"
 
 
 def pack(
     source: Path,
     destination: Path,
-    *,
-    kind: Kind,
-    part: Part,
     options: PackOptions,
-    workers: int,
-    console: Console,
+    *,
+    kind: Kind = "auto",
+    shard: tuple[int, int] = (1, 1),
+    workers: int = 1,
 ) -> None:
     """Write one part of a packed set, or what is missing of it. Raises InputError.
 
@@ -194,90 +198,62 @@ def pack(
     earlier run was stopped shows in them.
     """
     found = find_source(source, kind=kind)
-    all_names = sorted(found.folders or found.videos)
-    names = all_names[part.number - 1 :: part.count]
+    part = Part(destination, *shard)
+    names = sorted(found.folders or found.videos)[part.number - 1 :: part.count]
     if not names and part.number == 1:
         raise InputError(f"nothing in {source} to pack; expected frame folders or video files")
-    if destination.exists() and not destination.is_dir():
-        raise InputError(f"the destination {destination} is a file; expected a folder")
     identity = {**dataclasses.asdict(options), "source": _digest(found)}
-    if _is_packed(destination, part, identity):
-        _say(console, f"{destination} is already packed; `fasttrain pack --check {destination}` verifies it")
-        return
-    with _alone(destination, part):
-        _write_part(source, found, names, destination, part, identity, options, workers, console)
-
-
-def _write_part(
-    source: Path,
-    found: Found,
-    names: Sequence[str],
-    destination: Path,
-    part: Part,
-    identity: dict[str, Any],
-    options: PackOptions,
-    workers: int,
-    console: Console,
-) -> None:
-    """Pack what is missing of a part, in a destination that no other process writes to."""
-    misplaced = misplaced_shards(destination, part)
-    if misplaced:
-        raise InputError(
-            f"{misplaced[0]}; delete it and its .npz, or put the right ones there, and pack again"
-        )
-    with io_errors_as_input_errors(destination):
-        write_manifest(part.manifest(destination), identity, complete=False, skipped=[])
-        for partial in destination.glob(f"*-{part.number}of{part.count}*.partial"):
+    if part.manifest_path.exists():
+        _check_begun(part, identity)
+        if part.is_complete():
+            say(f"{destination} is already packed; `fasttrain pack --check {destination}` verifies it")
+            return
+    # Two processes would delete each other's unfinished files.
+    busy = f"another process is packing part {part.number} of {part.count} into {destination}"
+    lock = file_lock(
+        destination / f"pack-{part}.lock",
+        f"{busy}; wait for it, or give each machine a --shard I/N of its own",
+    )
+    with lock, io_errors_as_input_errors(destination):
+        for partial in destination.glob(f"*-{part}*.partial"):
             partial.unlink()
-    done = [shard for _, shard in part.shards(destination)]
-    writer = ShardWriter(destination, part, options.shard_bytes, done)
-    # What is missing before any video is opened belongs to the first part's report.
-    skipped = found.skipped if part.number == 1 else []
-    stop = threading.Event()
-    encode = _make_encoder(found, options, console, stop)
-    try:
-        with (
-            _sigterm_interrupts(),
-            PackProgress(console, total=len(names), done=writer.videos_done) as progress,
-        ):
-            for name, video in _in_order(encode, names[writer.videos_done :], workers, stop):
-                with io_errors_as_input_errors(destination):
-                    writer.add(name, video.frames, video.skipped)
-                progress.advance(len(video.frames), len(video.skipped))
-        with io_errors_as_input_errors(destination):
-            writer.close()
-    except KeyboardInterrupt:
-        # Not before the bar is gone and the workers have left.
-        _say(
-            console,
-            f"stopped with {writer.number} shards in {destination}; the same command goes on from there",
-        )
-        raise
-    skipped = skipped + writer.all_skipped
-    totals = {"shards": writer.number, "total_frames": writer.num_frames, "total_bytes": writer.num_bytes}
-    if part.count == 1 and not writer.num_frames:
-        raise InputError(f"no video of {source} can be read; the first, {skipped[0][0]}: {skipped[0][1]}")
-    with io_errors_as_input_errors(destination):
-        write_manifest(part.manifest(destination), {**identity, **totals}, complete=True, skipped=skipped)
-    _report(console, part.manifest(destination), totals, skipped)
+        _write_manifest(part, identity, complete=False, skipped=[])
+        done = [ShardIndex.read(path) for path in part.shard_paths()]
+        first = done[-1].videos_done if done else 0
+        encode = functools.partial(_encode, found=found, options=options)
+        with Progress("videos", len(names), done=first) as progress:
+            videos = _shown(map_ahead(encode, names[first:], workers=workers), progress)
+            skipped_last = _write_shards(part, done, videos, options.shard_bytes)
+        # What is missing before any video is opened is reported by the first part.
+        skipped = found.skipped if part.number == 1 else []
+        skipped = [*skipped, *(bad for index in done for bad in index.skipped), *skipped_last]
+        totals = {
+            "shards": len(done),
+            "total_frames": sum(len(index.frames) for index in done),
+            "total_bytes": sum(index.num_bytes for index in done),
+        }
+        if part.count == 1 and not done:
+            name, reason = skipped[0]
+            raise InputError(f"no video of {source} can be read; the first, {name}: {reason}")
+        _write_manifest(part, {**identity, **totals}, complete=True, skipped=skipped)
+    _say_some([f"could not be read: {name}: {reason}" for name, reason in skipped])
+    listed = f", listed in {part.manifest_path}" if skipped else ""
+    say(
+        f"{totals['total_frames']} frames in {len(done)} shards, {totals['total_bytes'] / 2**20:.1f} MB; "
+        f"{len(skipped)} files could not be read{listed}"
+    )
 
 
-def check(root: Path, *, workers: int, console: Console) -> int:
+def check(root: Path, *, workers: int = 1) -> int:
     """Verify all shards of a packed set; returns the number of frames. Raises InputError if it is damaged."""
-    parts = finished_parts(packed_folders(root) or [root])
-    shards = [path for folder, part in parts for path in part.paths(folder)]
-    damage: list[str] = []
-    frames = 0
-    with PackProgress(console, total=len(shards), done=0) as progress, ThreadPoolExecutor(workers) as pool:
-        for count, found in pool.map(check_shard, shards):
+    shards = [path for part in finished_parts(packed_folders(root) or [root]) for path in part.shard_paths()]
+    frames, damage = 0, []
+    with Progress("shards", len(shards)) as progress:
+        for count, found in map_ahead(check_shard, shards, workers=workers):
             frames += count
             damage += found
-            progress.advance(count, len(found))
-    damage += [one for folder, part in parts for one in misplaced_shards(folder, part)]
-    # Other readers of the folder would take them.
-    surplus = {path for folder, part in parts for path in part.files(folder)} - set(shards)
-    damage += [f"{path}: a shard that the set does not have" for path in sorted(surplus)]
-    _print_some(console, damage)
+            progress.advance(status=f"{len(damage)} damaged")
+    _say_some(damage)
     if damage:
         raise InputError(
             f"{root} is damaged in {len(damage)} places, the first: {damage[0]}; delete the shards named and "
@@ -286,111 +262,142 @@ def check(root: Path, *, workers: int, console: Console) -> int:
     return frames
 
 
-class PackProgress:
-    """A bar with rate, time left and bad files; a line every minute where there is no terminal."""
+def _digest(found: Found) -> str:
+    """Of what a source shows without opening a video: names, the frames' names, the files' sizes."""
+    digest = hashlib.sha256()
+    for name in sorted(found.folders or found.videos):
+        details = found.folders[name][1] if found.folders else [str(_size(found.videos[name]))]
+        digest.update("\0".join([name, *details, ""]).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:32]
 
-    def __init__(self, console: Console, *, total: int, done: int) -> None:
-        self._console, self._total, self._done = console, total, done
-        self._done_before = done
-        self._bad = self._frames = 0
-        self._start = self._said = time.monotonic()
-        self._bar = Progress(
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]:.0f} frames/s"),
-            TimeRemainingColumn(),
-            TextColumn("left, {task.fields[bad]} bad"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("", total=total, completed=done, rate=0.0, bad=0)
 
-    def __enter__(self) -> PackProgress:
-        self._bar.start()
-        return self
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
 
-    def advance(self, frames: int, bad: int) -> None:
-        """One more video or shard is done."""
-        self._done += 1
-        self._frames += frames
-        self._bad += bad
-        now = time.monotonic()
-        rate = self._frames / max(now - self._start, 1e-9)
-        self._bar.update(self._task, completed=self._done, rate=rate, bad=self._bad)
-        if not self._console.is_terminal and now - self._said > 60:
-            self._said = now
-            seconds = (now - self._start) * (self._total - self._done) / (self._done - self._done_before)
-            left = timedelta(seconds=round(seconds))
-            self._console.print(
-                f"{self._done}/{self._total}, {rate:.0f} frames/s, {left} left, {self._bad} bad",
-                highlight=False,
+def _check_begun(part: Part, identity: dict[str, Any]) -> None:
+    """Refuse to go on with other videos or options."""
+    manifest = part.read_manifest()
+    for key, value in identity.items():
+        if manifest.get(key) != value:
+            hint = ", which stands for the names of its files and their sizes" if key == "source" else ""
+            raise InputError(
+                f"{part.folder} was begun with {key}={manifest.get(key)}, now it is {value}{hint}; "
+                "use the same source and options, or another folder"
             )
 
 
-class _StoppedError(Exception):
-    """A worker left its video because the run was stopped."""
+def _write_manifest(part: Part, content: dict[str, Any], *, complete: bool, skipped: Skipped) -> None:
+    manifest = {"format": FORMAT, **content, "complete": complete, "skipped": skipped}
+    content_bytes = (json.dumps(manifest, indent=1) + "\n").encode("ascii")
+    write_atomically(part.manifest_path, content_bytes, fsync=True)
 
 
-def _make_encoder(
-    found: Found, options: PackOptions, console: Console, stop: threading.Event
-) -> Callable[[str], PackedVideo]:
-    """The function that turns the video of a name into JPEG frames. It is called from many threads."""
-    told = threading.Event()
-
-    def encode_frames(frames: Iterator[Frame]) -> PackedVideo:
-        encoded = []
-        for frame in frames:
-            if stop.is_set():
-                raise _StoppedError
-            encoded.append(encode_jpeg(frame, options))
-        return PackedVideo(encoded, [])
-
-    gpu = _GpuFrames(options.short_side) if options.decoder == "nvdec" and found.videos else None
-
-    def encode(name: str) -> PackedVideo:
-        if found.folders:
-            return _encode_folder(name, *found.folders[name], options)
-        try:
-            video = probe_video(found.videos[name])
-            wanted = evenly_spaced(video.num_frames, options.frames or video.num_frames)
-            if gpu and nvdec_decodes(video):
-                try:
-                    return encode_frames(gpu.stream(video, wanted))
-                # DALI has one exception for everything that it cannot decode; PyAV has the last word.
-                except RuntimeError as error:
-                    if not told.is_set():
-                        told.set()
-                        _say(
-                            console,
-                            f"{name}: NVDEC does not decode it ({str(error).splitlines()[0]}), PyAV will; "
-                            "more such videos are not named",
-                        )
-            return encode_frames(stream_video_frames(video, wanted))
-        except UnreadableFrameError as error:
-            return PackedVideo([], [(name, str(error))])
-
-    return encode
+def _shown(videos: Iterator[EncodedVideo], progress: Progress) -> Iterator[EncodedVideo]:
+    frames = bad = 0
+    start = time.monotonic()
+    for video in videos:
+        yield video
+        frames += len(video.frames)
+        bad += len(video.skipped)
+        progress.advance(status=f"{frames / (time.monotonic() - start):.0f} frames/s, {bad} bad")
 
 
-def _encode_folder(name: str, folder: Path, files: Sequence[str], options: PackOptions) -> PackedVideo:
+def _say_some(lines: Sequence[str]) -> None:
+    for line in lines[:MAX_NAMED]:
+        say(line)
+    if len(lines) > MAX_NAMED:
+        say(f"and {len(lines) - MAX_NAMED} more")
+
+
+# --- writing shards ---
+
+
+def _write_shards(
+    part: Part, done: list[ShardIndex], videos: Iterator[EncodedVideo], shard_bytes: int
+) -> Skipped:
+    """Write the videos behind those of `done`, which grows; returns what is skipped behind them."""
+    numbered = enumerate(videos, start=1 + (done[-1].videos_done if done else 0))
+    skipped: Skipped = []
+    for number, video in numbered:
+        if not video.frames:
+            skipped += video.skipped
+            continue
+        path = part.shard_path(len(done))
+        index = _write_shard(path, itertools.chain([(number, video)], numbered), skipped, shard_bytes)
+        write_atomically(path.with_suffix(".npz"), index.to_bytes(), fsync=True)
+        done.append(index)
+        skipped = []
+    return skipped
+
+
+def _write_shard(
+    path: Path, numbered: Iterator[tuple[int, EncodedVideo]], skipped: Skipped, shard_bytes: int
+) -> ShardIndex:
+    """Write videos until the shard is full; it gets its name when it is whole, and on the disk."""
+    names, lengths, frames = [], [], []
+    with open_atomically(path, fsync=True) as file:
+        for videos_done, video in numbered:  # noqa: B007
+            skipped = skipped + video.skipped
+            if video.frames:
+                names.append(video.name)
+                lengths.append(len(video.frames))
+            for frame, data in enumerate(video.frames):
+                file.write(tar_header(video.name, frame, len(data)))
+                frames.append((file.tell() // TAR_BLOCK, len(data), zlib.crc32(data)))
+                file.write(data + bytes(-len(data) % TAR_BLOCK))
+            if file.tell() >= shard_bytes:
+                break
+        file.write(bytes(2 * TAR_BLOCK))
+        size = file.tell()
+    return ShardIndex(names, np.array(lengths, np.int32), np.array(frames, FRAME), skipped, videos_done, size)
+
+
+# --- encoding videos ---
+
+
+def _encode(name: str, found: Found, options: PackOptions) -> EncodedVideo:
+    """The frames of a video or of a frame folder. It is called from many threads."""
+    if found.folders:
+        return _encode_folder(name, *found.folders[name], options)
+    try:
+        video = probe_video(found.videos[name])
+        numbers = evenly_spaced(video.num_frames, options.frames or video.num_frames)
+        if options.decoder == "nvdec" and nvdec_decodes(video):
+            try:
+                return _encode_frames(name, _NVDEC.frames(video, numbers, options.short_side), options)
+            # DALI has one exception for everything that it cannot decode; PyAV has the last word.
+            except RuntimeError:
+                warnings.warn("NVDEC does not decode all of these videos; PyAV does", stacklevel=1)
+        return _encode_frames(name, stream_video_frames(video, numbers), options)
+    except UnreadableFrameError as error:
+        return EncodedVideo(name, [], [(name, str(error))])
+
+
+def _encode_frames(name: str, frames: Iterator[Frame], options: PackOptions) -> EncodedVideo:
+    return EncodedVideo(name, [encode_jpeg(frame, options) for frame in frames], [])
+
+
+def _encode_folder(name: str, folder: Path, files: Sequence[str], options: PackOptions) -> EncodedVideo:
     """A frame that cannot be read is left out; the others move up."""
-    frames, skipped = [], []
+    video = EncodedVideo(name, [], [])
     for number in evenly_spaced(len(files), options.frames or len(files)):
         file = files[number]
         try:
-            data = np.fromfile(folder / file, dtype=np.uint8)
-            frames.append(_reencode(data, options))
-        except (UnreadableFrameError, OSError) as error:
-            reason = os_reason(error) if isinstance(error, OSError) else str(error)
-            skipped.append((f"{name}/{file}", reason))
-    return PackedVideo(frames, skipped)
+            video.frames.append(_encode_file(folder / file, options))
+        except OSError as error:
+            video.skipped.append((f"{name}/{file}", os_reason(error)))
+        except UnreadableFrameError as error:
+            video.skipped.append((f"{name}/{file}", str(error)))
+    return video
 
 
-def _reencode(data: Frame, options: PackOptions) -> bytes:
+def _encode_file(path: Path, options: PackOptions) -> bytes:
     """A stored image as JPEG of the wanted size; a JPEG that fits already keeps its bytes."""
+    data = np.fromfile(path, dtype=np.uint8)
     check_encoded(data)
     check_jpeg(data)
     frame = decode_image(data)
@@ -413,152 +420,28 @@ def encode_jpeg(frame: Frame, options: PackOptions) -> bytes:
     return buffer.getvalue()
 
 
-class _GpuFrames:
-    """stream_video_frames through NVDEC; each thread has a decoder of its own."""
+class _Nvdec(threading.local):
+    """NVDEC through DALI; each thread has a decoder of its own."""
 
-    def __init__(self, short_side: int) -> None:
+    @functools.cached_property
+    def _decoder(self) -> ClipDecoder:
         # DALI is imported where there is a GPU to use it.
-        from fasttrain.data.dali import ClipDecoder, rgb_correction
+        from fasttrain.data.dali import ClipDecoder
 
-        self._new_decoder, self._correction = ClipDecoder, rgb_correction
-        self._short_side = short_side
-        self._local = threading.local()
+        return ClipDecoder(torch.device("cuda", torch.cuda.current_device()))
 
-    def stream(self, video: VideoInfo, frames: Sequence[int]) -> Iterator[Frame]:
-        if not hasattr(self._local, "decoder"):
-            self._local.decoder = self._new_decoder(torch.device("cuda", torch.cuda.current_device()))
-        short_side = min(self._short_side, video.width, video.height)
-        for start in range(0, len(frames), GPU_FRAMES):
-            data, numbers = cut_clip(video, frames[start : start + GPU_FRAMES])
-            for frame in self._local.decoder.decode(data, numbers, short_side):
+    def frames(self, video: VideoInfo, numbers: Sequence[int], short_side: int) -> Iterator[Frame]:
+        """stream_video_frames, made smaller on the GPU. Raises RuntimeError, UnreadableFrameError."""
+        from fasttrain.data.dali import rgb_correction
+
+        short_side = min(short_side, video.width, video.height)
+        for start in range(0, len(numbers), GPU_FRAMES):
+            clip, numbers_there = cut_clip(video, numbers[start : start + GPU_FRAMES])
+            for frame in self._decoder.decode(clip, numbers_there, short_side):
                 turned = np.rot90(frame, video.quarter_turns)
                 if video.matrix != "bt601":
-                    turned = np.rint(turned @ self._correction(video.matrix).T).clip(0, 255).astype(np.uint8)
+                    turned = np.rint(turned @ rgb_correction(video.matrix).T).clip(0, 255).astype(np.uint8)
                 yield np.ascontiguousarray(turned)
 
 
-def _in_order(
-    encode: Callable[[str], PackedVideo], names: Sequence[str], workers: int, stop: threading.Event
-) -> Iterator[tuple[str, PackedVideo]]:
-    """Results in the order of the names, with a few videos in work or waiting at any time.
-
-    `stop` is set when no more are wanted, so that no worker goes on to the end of a long video.
-    """
-    waiting: deque[tuple[str, Future[PackedVideo]]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for name in names:
-                waiting.append((name, pool.submit(encode, name)))
-                if len(waiting) >= 2 * workers:
-                    first, future = waiting.popleft()
-                    yield first, future.result()
-            for name, future in waiting:
-                yield name, future.result()
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-
-
-def _check_numbers(args: argparse.Namespace) -> None:
-    limits = {
-        "frames": (0, None),
-        "short_side": (16, None),
-        "quality": (1, 100),
-        "shard_size": (1, None),
-        "workers": (0, None),
-    }
-    for name, (low, high) in limits.items():
-        value = getattr(args, name)
-        if value < low or (high is not None and value > high):
-            bounds = f"at least {low}" if high is None else f"{low} to {high}"
-            raise InputError(f"--{name.replace('_', '-')}={value} is out of range; expected {bounds}")
-
-
-def _choose_decoder(choice: str) -> Literal["pyav", "nvdec"]:
-    there = torch.cuda.is_available() and has_nvdec()
-    if choice == "gpu" and not there:
-        lacks = "its driver comes without NVDEC" if torch.cuda.is_available() else "this machine shows none"
-        raise InputError(f"--decoder=gpu needs a GPU with NVDEC, and {lacks}; use auto or cpu")
-    return "nvdec" if choice != "cpu" and there else "pyav"
-
-
-def _parse_part(text: str) -> Part:
-    number, _, count = text.partition("/")
-    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise InputError(f"--shard={text} is not I/N with I from 1 to N, such as 2/4")
-    return Part(int(number), int(count))
-
-
-def _digest(found: Found) -> str:
-    """Of what can be told of a source without opening a video: names, the frames' names, the files' sizes."""
-    digest = hashlib.sha256()
-    for name in sorted(found.folders or found.videos):
-        told = found.folders[name][1] if found.folders else [str(_size(found.videos[name]))]
-        digest.update("\0".join([name, *told, ""]).encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()[:32]
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
-
-
-def _is_packed(destination: Path, part: Part, identity: dict[str, Any]) -> bool:
-    """Whether this part is done. Raises InputError if it was begun from other videos or options."""
-    if not part.manifest(destination).exists():
-        return False
-    manifest = read_manifest(part.manifest(destination))
-    for key, value in identity.items():
-        if manifest.get(key) != value:
-            hint = ", which stands for the names of its files and their sizes" if key == "source" else ""
-            raise InputError(
-                f"{destination} was begun with {key}={manifest.get(key)}, now it is {value}{hint}; "
-                "use the same source and options, or another folder"
-            )
-    return part.is_complete(destination)
-
-
-def _alone(destination: Path, part: Part) -> AbstractContextManager[None]:
-    """Refuse a part that another process is writing: each would take the other's half-written files."""
-    return file_lock(
-        destination / f"pack-{part.number}of{part.count}.lock",
-        f"another process is packing part {part.number} of {part.count} into {destination}; wait for "
-        "it, or give each machine a --shard I/N of its own",
-    )
-
-
-def _report(console: Console, manifest: Path, totals: dict[str, int], skipped: Skipped) -> None:
-    _print_some(console, [f"could not be read: {name}: {reason}" for name, reason in skipped])
-    listed = f", listed in {manifest}" if skipped else ""
-    _say(
-        console,
-        f"{totals['total_frames']} frames in {totals['shards']} shards, "
-        f"{totals['total_bytes'] / 2**20:.1f} MB; {len(skipped)} files could not be read{listed}",
-    )
-
-
-def _print_some(console: Console, lines: Sequence[str]) -> None:
-    for line in lines[:SHOWN]:
-        _say(console, line)
-    if len(lines) > SHOWN:
-        _say(console, f"and {len(lines) - SHOWN} more")
-
-
-def _say(console: Console, line: str) -> None:
-    """One line as it is: brackets in a path are no markup."""
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM, which schedulers send, ends a run as Ctrl-C does. Signals come to the main thread alone."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+_NVDEC = _Nvdec()
