@@ -26,8 +26,8 @@ import torch
 from benchmarks.measure import environment, write_results
 
 ROOT = Path(__file__).resolve().parents[1]
-# Of a step's seconds, those that starting, compiling what was begun last and writing may take.
-RESERVE = 45
+# The share of a step's seconds in which it begins new figures; the rest is for starting and ending the last.
+SHARE = 0.75
 
 
 class Step(NamedTuple):
@@ -71,7 +71,7 @@ def missing(step: Step) -> list[str]:
 
 def run_step(step: Step, out: Path, limit: float) -> dict[str, Any]:
     """Run a step to its end or its limit."""
-    places = {"out": str(out), "limit": str(max(0, int(limit) - RESERVE))}
+    places = {"out": str(out), "limit": str(int(SHARE * limit))}
     command = [sys.executable, *(word.format(**places) for word in shlex.split(step.command))]
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as names, (out / "gpu-check.log").open("a", encoding="utf-8") as log:

@@ -35,5 +35,5 @@ def test_a_step_that_does_not_finish_costs_nothing_else(tmp_path: Path) -> None:
     }
     assert report["absent"]["why"] == "no_such_package not installed"
     # A step has the time that others leave.
-    assert 0 <= int((tmp_path / "figures.json").read_text()) <= 20
+    assert 20 < int((tmp_path / "figures.json").read_text()) <= 45
     assert "kernels/__init__.py" in (tmp_path / "gpu-check.log").read_text()
