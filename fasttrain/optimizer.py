@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fasttrain.errors import InputError
-from fasttrain.recipe import OptimizerRecipe
+from fasttrain.recipe import OptimizerRecipe, TrainRecipe
 
 APEX = {"apex_fused_adam": "FusedAdam", "apex_fused_lamb": "FusedLAMB"}
 
@@ -45,9 +45,10 @@ def build_optimizer(recipe: OptimizerRecipe, module: nn.Module) -> torch.optim.O
     return optimizer
 
 
-def learning_rate_factor(step: int, *, total_steps: int, epochs: float, warmup_epochs: float) -> float:
-    """Share of the peak rate at `step` (0-based) of `total_steps`; `epochs` is the schedule's length."""
+def learning_rate_factor(recipe: TrainRecipe, step: int, total_steps: int) -> float:
+    """Share of the peak rate at `step` (0-based) of `total_steps`, which take the recipe's epochs."""
+    epochs, warmup = recipe.epochs, recipe.warmup_epochs
     epoch = step / total_steps * epochs
-    if epoch < warmup_epochs:
-        return epoch / warmup_epochs
-    return 0.5 * (1.0 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)))
+    if epoch < warmup:
+        return epoch / warmup
+    return 0.5 * (1.0 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))

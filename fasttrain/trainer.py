@@ -2,6 +2,9 @@
 
 A `Trainer` feeds one stream of frame pairs to one `BackboneTrainer` (a backbone with its head) or to many.
 What a run computes is a function of recipe, data and seed: every random number follows from (seed, step).
+
+The way of a frame pair: `PairLoader` -> `Trainer.train_step` -> `BackboneTrainer.forward_backward` ->
+`EncoderRuntime.three_views`, the frozen tokens -> `CosettleObjective`, the head and its losses.
 """
 
 from __future__ import annotations
@@ -127,13 +130,7 @@ class Trainer:
             trainer.update(self._lr())
 
     def _lr(self) -> float:
-        train = self.recipe.train
-        return self.peak_lr * learning_rate_factor(
-            self.step - 1,
-            total_steps=self.total_steps,
-            epochs=train.epochs,
-            warmup_epochs=train.warmup_epochs,
-        )
+        return self.peak_lr * learning_rate_factor(self.recipe.train, self.step - 1, self.total_steps)
 
     def _is_due(self, every: int) -> bool:
         """Whether something that happens every `every` steps (0: never) and at the end happens now."""

@@ -14,7 +14,7 @@ from fasttrain.optimizer import (
     build_optimizer,
     learning_rate_factor,
 )
-from fasttrain.recipe import OptimizerRecipe
+from fasttrain.recipe import OptimizerRecipe, TrainRecipe
 
 
 def test_weight_decay_acts_on_matrices_only() -> None:
@@ -38,10 +38,8 @@ def test_weight_decay_acts_on_matrices_only() -> None:
     warmup=st.floats(0, 1),
 )
 def test_schedule_rises_from_zero_to_one_and_falls_to_zero(total: int, epochs: float, warmup: float) -> None:
-    factors = [
-        learning_rate_factor(step, total_steps=total, epochs=epochs, warmup_epochs=warmup)
-        for step in range(total + 1)
-    ]
+    recipe = TrainRecipe(epochs=epochs, warmup_epochs=warmup)
+    factors = [learning_rate_factor(recipe, step, total) for step in range(total + 1)]
     assert all(0 <= factor <= 1 for factor in factors)
     assert factors[0] == (0 if warmup > 0 else 1)
     assert math.isclose(factors[-1], 0, abs_tol=1e-12)
@@ -52,7 +50,7 @@ def test_schedule_rises_from_zero_to_one_and_falls_to_zero(total: int, epochs: f
 
 def test_schedule_values_of_the_paper() -> None:
     """Five epochs of ten steps, one of warm-up: half-way up, the peak, and half-way down the cosine."""
-    factor = [learning_rate_factor(s, total_steps=50, epochs=5, warmup_epochs=1) for s in range(50)]
+    factor = [learning_rate_factor(TrainRecipe(), step, 50) for step in range(50)]
     assert factor[5] == 0.5
     assert factor[10] == 1.0
     assert math.isclose(factor[30], 0.5)

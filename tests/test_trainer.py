@@ -22,7 +22,7 @@ from fasttrain.errors import InputError
 from fasttrain.files import file_lock
 from fasttrain.optimizer import learning_rate_factor
 from fasttrain.profiling import RECORDED, RECORDED_PASS, SPANS
-from fasttrain.recipe import Recipe, load_recipe, recipe_from_dict, to_yaml
+from fasttrain.recipe import Recipe, TrainRecipe, load_recipe, recipe_from_dict, to_yaml
 from fasttrain.trainer import Trainer
 
 VIDEOS = 6
@@ -128,7 +128,7 @@ def test_a_run_folder_has_everything(finished: Path) -> None:
     assert wanted <= lines[0].keys()
     assert lines[-1]["epoch"] == pytest.approx(16 / VIDEOS)
     # The rate of the second step, for 4 pairs where the recipe's is for 256.
-    factor = learning_rate_factor(1, total_steps=4, epochs=5.0, warmup_epochs=1.0)
+    factor = learning_rate_factor(TrainRecipe(), 1, 4)
     assert lines[0]["lr"] == pytest.approx(0.1 * 4 / 256 * factor)
     assert lines[0]["loss"] == pytest.approx(lines[0]["cycle"] + 3 * lines[0]["separability"])
 
