@@ -1,4 +1,4 @@
-"""The table of a trace: on made-up events with known answers, and on a real recording."""
+"""The table of a trace: on synthetic events with known answers, and on a real recording."""
 
 import json
 from pathlib import Path

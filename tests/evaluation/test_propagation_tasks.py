@@ -1,4 +1,4 @@
-"""`eval davis`, `vip` and `jhmdb` as commands on made-up data in the data sets' own layouts."""
+"""`eval davis`, `vip` and `jhmdb` as commands on synthetic data in the data sets' own layouts."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""`fasttrain eval` of retrieval, probe and localization, end to end on tiny made-up data sets."""
+"""`fasttrain eval` of retrieval, probe and localization, end to end on tiny synthetic data sets."""
 
 import json
 import os
