@@ -1,6 +1,6 @@
 """Where published data sets keep their lists, labels and videos.
 
-Labelled videos: training and test lists, and where their videos lie.
+Videos with a label: training and test lists, and where their videos lie.
 
     ucf101    ucfTrainTestlist/{classInd,trainlist01,testlist01}.txt     UCF-101/CLASS/NAME.avi
     hmdb51    testTrainMulti_7030_splits/CLASS_test_split1.txt           hmdb51_org/CLASS/NAME.avi
@@ -44,10 +44,6 @@ from fasttrain.files import read_lines
 Row = TypeVar("Row")
 Parsed = TypeVar("Parsed")
 Labels = npt.NDArray[np.int64]
-# (path relative to the folder of videos, class) in the order of the list.
-Entries = list[tuple[str, str]]
-# The classes in the order of their numbers, the training list and the test list.
-Lists = tuple[list[str], Entries, Entries]
 
 # The published annotations differ from their videos by a few frames, not by a frame rate.
 _MAX_DIFFERENCE = 0.1
@@ -65,16 +61,18 @@ class PackedVideo:
 VideoPath = Path | PackedVideo
 
 
-# --- labelled videos ---
-
-
 @dataclass(frozen=True)
 class LabelledVideo:
-    """A video of a list: its name there, where it lies, and the number of its class."""
+    """A video of a list: its name there, where it lies, and the numbers of its classes."""
 
     name: str
     path: VideoPath
-    label: int
+    labels_T: Labels
+    """Of each frame, or one of the whole video."""
+
+    @property
+    def label(self) -> int:
+        return int(self.labels_T[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,31 +86,36 @@ class VideoSplit:
     missing: list[str]
     """Listed, but not there; only with `allow_missing`."""
 
-    def describe(self) -> dict[str, Any]:
-        """For the JSON: what the figures were measured on."""
-        return {
-            "layout": self.layout,
-            "classes": len(self.classes),
-            "train_videos": len(self.train),
-            "test_videos": len(self.test),
-            "missing": self.missing,
-        }
-
 
 def add_video_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_arguments(parser, "`path label` per line, or a CSV of Kinetics or JSON of ssv2")
+    """For videos with a label."""
     parser.add_argument(
-        "--dataset", choices=("auto", *_LAYOUTS), default="auto", help="layout of the lists (default: look)"
+        "--dataset",
+        choices=("auto", *(name for name in _LAYOUTS if name != "frames")),
+        default="auto",
+        help="layout of the lists (default: look)",
     )
     parser.add_argument(
         "--split", type=int, choices=(1, 2, 3), default=1, help="of UCF101 or HMDB51 (default: 1)"
     )
+    _add_list_arguments(parser, "`path label` per line, or a CSV of Kinetics or JSON of ssv2")
     parser.add_argument(
         "--allow-missing", action="store_true", help="skip listed videos that are not there, and count them"
     )
 
 
-def _add_arguments(parser: argparse.ArgumentParser, lists: str) -> None:
+def add_frame_arguments(parser: argparse.ArgumentParser) -> None:
+    """For videos with a label for every frame."""
+    parser.set_defaults(dataset="frames", allow_missing=False)
+    parser.add_argument("--split", default="1", help="of splits/train.splitN.bundle (default: 1)")
+    _add_list_arguments(parser, "another list than splits/train.splitN.bundle")
+    parser.add_argument(
+        "--background", nargs="*", default=None, metavar="LABEL",
+        help="labels whose segments do not count (default: `background`, as MS-TCN has it); none: count all",
+    )  # fmt: skip
+
+
+def _add_list_arguments(parser: argparse.ArgumentParser, lists: str) -> None:
     parser.epilog = __doc__
     parser.add_argument("--train-list", type=Path, help=lists)
     parser.add_argument("--test-list", type=Path, help="as --train-list")
@@ -121,52 +124,90 @@ def _add_arguments(parser: argparse.ArgumentParser, lists: str) -> None:
     )
 
 
-def read_videos(arguments: argparse.Namespace) -> VideoSplit:
+def read_split(arguments: argparse.Namespace) -> VideoSplit:
     """The lists that the command line names, with every video found.
 
-    Raises InputError where the layout is not known, a list is absent, empty or damaged, a video is not there
-    (all of them even with `allow_missing`), or a class of the test list has no training video.
+    Raises InputError where the layout is not known, a list is absent, empty or damaged, or a video is not
+    there (all of them even with `allow_missing`).
     """
     name = _find_layout(arguments)
     layout = _LAYOUTS[name]
-    classes, *lists = layout.read(arguments, layout.lists)
-    _check_lists(*([video for video, _ in entries] for entries in lists))
-    numbers = {label: number for number, label in enumerate(classes)}
-    finder = _VideoFinder(arguments, layout.videos)
-    missing: list[str] = []
-
-    def locate(entries: Entries) -> list[LabelledVideo]:
-        found = []
-        for video, label in dict.fromkeys(entries):
-            if label not in numbers:
-                raise InputError(f"{video} is of class {label!r}, which is not one of the {len(classes)}")
-            path = finder.find(video) or (finder.find(video.rpartition("/")[2]) if layout.sign else None)
-            if path is None:
-                missing.append(video)
-            else:
-                found.append(LabelledVideo(video, path, numbers[label]))
-        return found
-
-    train, test = map(locate, lists)
-    if missing and not (arguments.allow_missing and train and test):
-        raise finder.error(missing, "; or skip them with --allow-missing")
-    untrained = sorted({video.label for video in test} - {video.label for video in train})
-    if untrained:
-        raise InputError(
-            f"class {classes[untrained[0]]!r} has test videos, but no training videos ({len(untrained)} such "
-            "classes); take both lists from one split"
-        )
-    return VideoSplit(layout=name, classes=classes, train=train, test=test, missing=missing)
-
-
-def _check_lists(train: Sequence[str], test: Sequence[str]) -> None:
+    classes, train, test = layout.read(arguments, layout.lists)
     if not train or not test:
         raise InputError(f"the {'test' if train else 'training'} list is empty; it must name a video")
-    shared = set(train) & set(test)
+    shared = {entry.name for entry in train} & {entry.name for entry in test}
     if shared:
         raise InputError(
             f"{min(shared)} is in both lists ({len(shared)} such videos); a test video must not be trained on"
         )
+    numbers = {label: number for number, label in enumerate(classes)}
+    finder = _VideoFinder(arguments.videos or arguments.root, layout.videos)
+    missing: list[str] = []
+
+    def locate(entries: Sequence[_Entry]) -> list[LabelledVideo]:
+        found = []
+        for entry in {entry.name: entry for entry in entries}.values():
+            unknown = set(entry.labels) - set(numbers)
+            if unknown:
+                raise InputError(f"{entry.name} is of class {min(unknown)!r}; expected one of {len(classes)}")
+            path = finder.find(entry.name) or (finder.find(entry.alias) if entry.alias else None)
+            if path is None:
+                missing.append(entry.name)
+            else:
+                labels_T = np.array([numbers[label] for label in entry.labels])
+                found.append(LabelledVideo(entry.name, path, labels_T))
+        return found
+
+    split = VideoSplit(layout=name, classes=classes, train=locate(train), test=locate(test), missing=missing)
+    if missing and not (arguments.allow_missing and split.train and split.test):
+        raise InputError(
+            f"{len(missing)} listed videos are not under {finder.root}, such as {', '.join(missing[:3])}; "
+            "give their folder with --videos"
+            + ("; or skip them with --allow-missing" if name != "frames" else "")
+        )
+    return split
+
+
+def fit_to_frames(
+    videos: Sequence[LabelledVideo], num_frames: Mapping[str, int]
+) -> tuple[list[LabelledVideo], list[str]]:
+    """The readable videos, labels cut to their frames, and those with another number of labels."""
+    fitting, skipped = [], []
+    for video in videos:
+        if video.name not in num_frames:
+            continue
+        frames, labels = num_frames[video.name], len(video.labels_T)
+        if abs(frames - labels) > _MAX_DIFFERENCE * labels:
+            skipped.append(f"{video.name}: {frames} frames, but {labels} labels; expected a label per frame")
+        else:
+            fitting.append(replace(video, labels_T=video.labels_T[:frames]))
+    return fitting, skipped
+
+
+def background_numbers(classes: Sequence[str], wanted: Sequence[str] | None) -> list[int]:
+    """Numbers of the background labels; None means `background` where there is one."""
+    names = [name for name in ("background",) if name in classes] if wanted is None else wanted
+    for name in names:
+        if name not in classes:
+            raise InputError(f"--background {name}: not in mapping.txt, which has {', '.join(classes)}")
+    return [classes.index(name) for name in names]
+
+
+# --- the layouts ---
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A video of a list: its path relative to the folder of videos, as it is listed and as it may be."""
+
+    name: str
+    labels: Sequence[str]
+    """Of each frame, or one of the whole video."""
+    alias: str = ""
+
+
+# The classes in the order of their numbers, the training list and the test list.
+_Lists = tuple[list[str], list[_Entry], list[_Entry]]
 
 
 def _find_layout(arguments: argparse.Namespace) -> str:
@@ -217,22 +258,22 @@ def _parse(path: Path, rows: Iterable[Row], parse: Callable[[Row], Parsed], expe
     return parsed
 
 
-def _read_ucf(arguments: argparse.Namespace, folder: str) -> Lists:
+def _read_ucf(arguments: argparse.Namespace, folder: str) -> _Lists:
     """`1 Archery`; `Archery/v_Archery_g08_c01.avi 1`, without the number in test lists."""
     classes = [line.split()[-1] for line in read_lines(_list_path(arguments, folder, "classInd.txt"))]
 
-    def parse(line: str) -> tuple[str, str]:
+    def parse(line: str) -> _Entry:
         label, name = line.split()[0].split("/")
-        return f"{label}/{name}", label
+        return _Entry(f"{label}/{name}", [label], name)
 
-    def read(which: str) -> Entries:
+    def read(which: str) -> list[_Entry]:
         path = _list_path(arguments, folder, f"{which}list{arguments.split:02d}.txt", which)
         return _parse(path, read_lines(path), parse, "CLASS/NAME.avi")
 
     return classes, read("train"), read("test")
 
 
-def _read_hmdb(arguments: argparse.Namespace, folder: str) -> Lists:
+def _read_hmdb(arguments: argparse.Namespace, folder: str) -> _Lists:
     """One file per class, `NAME.avi MARK`; 1: training, 2: test, 0: in neither."""
     if arguments.train_list or arguments.test_list:
         raise InputError(
@@ -242,11 +283,11 @@ def _read_hmdb(arguments: argparse.Namespace, folder: str) -> Lists:
     ending = f"_test_split{arguments.split}.txt"
     _list_path(arguments, folder, f"[!.]*{ending}")
     classes: list[str] = []
-    marked: dict[str, Entries] = {"0": [], "1": [], "2": []}
+    marked: dict[str, list[_Entry]] = {"0": [], "1": [], "2": []}
 
     def parse(line: str) -> None:
         video, mark = line.rsplit(maxsplit=1)
-        marked[mark].append((f"{classes[-1]}/{video}", classes[-1]))
+        marked[mark].append(_Entry(f"{classes[-1]}/{video}", classes[-1:], video))
 
     for path in _find_lists(arguments.root, folder, f"[!.]*{ending}"):
         classes.append(path.name.removesuffix(ending))
@@ -254,23 +295,24 @@ def _read_hmdb(arguments: argparse.Namespace, folder: str) -> Lists:
     return classes, marked["1"], marked["2"]
 
 
-def _read_kinetics(arguments: argparse.Namespace, folder: str) -> Lists:
+def _read_kinetics(arguments: argparse.Namespace, folder: str) -> _Lists:
     """label,youtube_id,time_start,time_end,split, with a header line."""
 
-    def parse(row: dict[str, str]) -> tuple[str, str]:
+    def parse(row: dict[str, str]) -> _Entry:
         start, end = int(row["time_start"]), int(row["time_end"])
-        return f"{row['label']}/{row['youtube_id']}_{start:06d}_{end:06d}.mp4", row["label"]
+        file = f"{row['youtube_id']}_{start:06d}_{end:06d}.mp4"
+        return _Entry(f"{row['label']}/{file}", [row["label"]], file)
 
-    def read(which: str, name: str) -> Entries:
+    def read(which: str, name: str) -> list[_Entry]:
         path = _list_path(arguments, folder, name, which)
         rows = csv.DictReader(read_lines(path))
         return _parse(path, rows, parse, "the columns label, youtube_id, time_start, time_end")
 
     train = read("train", "train.csv")
-    return sorted({label for _, label in train}), train, read("test", "val.csv")
+    return sorted({entry.labels[0] for entry in train}), train, read("test", "val.csv")
 
 
-def _read_ssv2(arguments: argparse.Namespace, folder: str) -> Lists:
+def _read_ssv2(arguments: argparse.Namespace, folder: str) -> _Lists:
     """{"template": "number"}; [{"id": "1", "template": "Moving [something] up"}, ...]."""
 
     def load(path: Path) -> Any:
@@ -279,10 +321,10 @@ def _read_ssv2(arguments: argparse.Namespace, folder: str) -> Lists:
         except ValueError as error:
             raise InputError(f"{path} cannot be read ({error})") from error
 
-    def parse(row: dict[str, str]) -> tuple[str, str]:
-        return f"{row['id']}.webm", row["template"].replace("[", "").replace("]", "")
+    def parse(row: dict[str, str]) -> _Entry:
+        return _Entry(f"{row['id']}.webm", [row["template"].replace("[", "").replace("]", "")])
 
-    def read(which: str, name: str) -> Entries:
+    def read(which: str, name: str) -> list[_Entry]:
         path = _list_path(arguments, folder, name, which)
         return _parse(path, load(path), parse, "objects with id and template")
 
@@ -292,33 +334,60 @@ def _read_ssv2(arguments: argparse.Namespace, folder: str) -> Lists:
     return [name for _, name in sorted(classes)], read("train", "train.json"), read("test", "validation.json")
 
 
-def _read_plain(arguments: argparse.Namespace, folder: str) -> Lists:
+def _read_plain(arguments: argparse.Namespace, folder: str) -> _Lists:
     """`path label` per line. `# ` begins a comment; names of HMDB51 begin with # and a digit."""
 
-    def parse(line: str) -> tuple[str, str]:
+    def parse(line: str) -> _Entry:
         path, label = line.rsplit(maxsplit=1)
-        return path, label
+        return _Entry(path, [label])
 
-    def read(path: Path | None) -> Entries:
+    def read(path: Path | None) -> list[_Entry]:
         if path is None:
             raise InputError("--dataset list needs both --train-list and --test-list: `path label` per line")
         lines = [line for line in read_lines(path) if not line.startswith("# ")]
         return _parse(path, lines, parse, "`path label`")
 
     train, test = read(arguments.train_list), read(arguments.test_list)
-    labels = {label for _, label in train + test}
+    labels = {entry.labels[0] for entry in train + test}
     numbered = all(label.isdecimal() for label in labels)
     return sorted(labels, key=int if numbered else str), train, test
+
+
+def _read_frames(arguments: argparse.Namespace, folder: str) -> _Lists:
+    """mapping.txt, groundTruth/NAME.txt and splits/*.bundle, which name the label files."""
+    root: Path = arguments.root
+
+    def parse(line: str) -> tuple[int, str]:
+        number, name = line.split(maxsplit=1)
+        return int(number), name
+
+    def read(which: str) -> list[_Entry]:
+        path = _list_path(arguments, folder, f"{which}.split{arguments.split}.bundle", which)
+        # Some have a path before the name.
+        names = [Path(line).name.removesuffix(".txt") for line in read_lines(path)]
+        return [
+            _Entry(name, read_lines(root / f"groundTruth/{name}.txt"), _breakfast_path(name))
+            for name in names
+        ]
+
+    mapping = _parse(root / "mapping.txt", read_lines(root / "mapping.txt"), parse, "`NUMBER LABEL`")
+    return [name for _, name in sorted(mapping)], read("train"), read("test")
+
+
+def _breakfast_path(name: str) -> str:
+    """P03_cam01_P03_tea is P03/cam01/P03_tea.avi, and P03_stereo01_P03_tea is P03/stereo/P03_tea_ch0.avi."""
+    path = name.replace("_", "/", 2)
+    return re.sub(r"/stereo0([12])/(.+)", lambda match: f"/stereo/{match[2]}_ch{int(match[1]) - 1}", path)
 
 
 @dataclass(frozen=True)
 class _Layout:
     """Where a data set keeps its lists and videos, and how its lists are read."""
 
-    read: Callable[[argparse.Namespace, str], Lists]
+    read: Callable[[argparse.Namespace, str], _Lists]
     lists: str = "."
     sign: str = ""
-    """A list that no other layout has; none: paths are what the lists say they are."""
+    """A list that no other layout has; none: it is not looked for."""
     videos: tuple[str, ...] = ()
 
 
@@ -331,106 +400,8 @@ _LAYOUTS = {
     ),
     "ssv2": _Layout(_read_ssv2, "labels", "labels.json", ("20bn-something-something-v2",)),
     "list": _Layout(_read_plain),
+    "frames": _Layout(_read_frames, "splits", videos=("BreakfastII_15fps_qvga_sync",)),
 }
-
-
-# --- videos with a label for every frame ---
-
-
-@dataclass(frozen=True)
-class SegmentedVideo:
-    """A video and the class of each of its frames."""
-
-    name: str
-    path: VideoPath
-    labels_T: Labels
-
-
-@dataclass(frozen=True)
-class SegmentedSplit:
-    """Training and test videos, and the classes in the order of their numbers."""
-
-    classes: list[str]
-    train: list[SegmentedVideo]
-    test: list[SegmentedVideo]
-
-
-def add_segmentation_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_arguments(parser, "another list than splits/train.splitN.bundle")
-    parser.add_argument("--split", default="1", help="of splits/train.splitN.bundle (default: 1)")
-    parser.add_argument(
-        "--background", nargs="*", default=None, metavar="LABEL",
-        help="labels whose segments do not count (default: `background`, as MS-TCN has it); none: count all",
-    )  # fmt: skip
-
-
-def read_segmentation(arguments: argparse.Namespace) -> SegmentedSplit:
-    """Lists, labels and videos. Raises InputError, naming the path, where one is absent, empty or damaged."""
-    root: Path = arguments.root
-    classes = _read_mapping(root / "mapping.txt")
-    numbers = {name: number for number, name in enumerate(classes)}
-    bundles = (
-        arguments.train_list or root / f"splits/train.split{arguments.split}.bundle",
-        arguments.test_list or root / f"splits/test.split{arguments.split}.bundle",
-    )
-    # Lists name the label files, some with a path before them.
-    names = [[Path(line).name.removesuffix(".txt") for line in read_lines(path)] for path in bundles]
-    _check_lists(*names)
-    finder = _VideoFinder(arguments, ("BreakfastII_15fps_qvga_sync",))
-    missing: list[str] = []
-
-    def read(name: str) -> SegmentedVideo | None:
-        labels = root / f"groundTruth/{name}.txt"
-        labels_T = _parse(labels, read_lines(labels), numbers.__getitem__, "labels of mapping.txt")
-        path = finder.find(name) or finder.find(_breakfast_path(name))
-        if path is None:
-            missing.append(name)
-            return None
-        return SegmentedVideo(name, path, np.array(labels_T))
-
-    train, test = ([video for video in map(read, dict.fromkeys(one)) if video] for one in names)
-    if missing:
-        raise finder.error(missing)
-    return SegmentedSplit(classes, train, test)
-
-
-def fit_to_frames(
-    videos: Sequence[SegmentedVideo], num_frames: Mapping[str, int]
-) -> tuple[list[SegmentedVideo], list[str]]:
-    """The readable videos, labels cut to their frames, and those with another number of labels."""
-    fitting, skipped = [], []
-    for video in videos:
-        if video.name not in num_frames:
-            continue
-        frames, labels = num_frames[video.name], len(video.labels_T)
-        if abs(frames - labels) > _MAX_DIFFERENCE * labels:
-            skipped.append(f"{video.name}: {frames} frames, but {labels} labels; expected a label per frame")
-        else:
-            fitting.append(replace(video, labels_T=video.labels_T[:frames]))
-    return fitting, skipped
-
-
-def background_numbers(classes: Sequence[str], wanted: Sequence[str] | None) -> list[int]:
-    """Numbers of the background labels; None means `background` where there is one."""
-    names = [name for name in ("background",) if name in classes] if wanted is None else wanted
-    for name in names:
-        if name not in classes:
-            raise InputError(f"--background {name}: not in mapping.txt, which has {', '.join(classes)}")
-    return [classes.index(name) for name in names]
-
-
-def _read_mapping(path: Path) -> list[str]:
-    def parse(line: str) -> tuple[int, str]:
-        number, name = line.split(maxsplit=1)
-        return int(number), name
-
-    return [name for _, name in sorted(_parse(path, read_lines(path), parse, "`NUMBER LABEL`"))]
-
-
-def _breakfast_path(name: str) -> str:
-    """P03_cam01_P03_tea is P03/cam01/P03_tea.avi, and P03_stereo01_P03_tea is P03/stereo/P03_tea_ch0.avi."""
-    path = name.replace("_", "/", 2)
-    return re.sub(r"/stereo0([12])/(.+)", lambda match: f"/stereo/{match[2]}_ch{int(match[1]) - 1}", path)
 
 
 # --- where videos lie ---
@@ -439,8 +410,8 @@ def _breakfast_path(name: str) -> str:
 class _VideoFinder:
     """Looks listed names up in a folder of videos or a packed set; every directory is read once."""
 
-    def __init__(self, arguments: argparse.Namespace, folders: Sequence[str]) -> None:
-        self.root: Path = arguments.videos or arguments.root
+    def __init__(self, root: Path, folders: Sequence[str]) -> None:
+        self.root = root
         if not self.root.is_dir():
             raise InputError(f"--videos {self.root} is not a folder; give the one that holds the videos")
         self.folders = (".", "videos", *folders)
@@ -462,12 +433,6 @@ class _VideoFinder:
             if found is not None:
                 return found
         return None
-
-    def error(self, missing: Sequence[str], hint: str = "") -> InputError:
-        return InputError(
-            f"{len(missing)} listed videos are not under {self.root}, such as {', '.join(missing[:3])}; give "
-            f"their folder with --videos{hint}"
-        )
 
 
 def _list_videos(folder: Path) -> dict[str, VideoPath]:

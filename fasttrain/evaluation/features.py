@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -38,11 +38,10 @@ from fasttrain.errors import InputError, check_options
 from fasttrain.evaluation.datasets import (
     LabelledVideo,
     PackedVideo,
-    SegmentedVideo,
     VideoPath,
     VideoSplit,
     add_video_arguments,
-    read_videos,
+    read_split,
 )
 from fasttrain.evaluation.frames import centre_crop
 from fasttrain.evaluation.model import EvaluatedModel
@@ -52,7 +51,6 @@ from fasttrain.weights import hash_state_dict
 
 Frame = npt.NDArray[np.uint8]
 Precision = Literal["fp32", "bf16"]
-Video = TypeVar("Video", LabelledVideo, SegmentedVideo)
 
 # Part of every key: raise it when what is computed changes.
 FORMAT = 2
@@ -146,7 +144,7 @@ class Extracted:
         """Features (V, D) of videos that have one each."""
         return torch.cat([self.load(video.name, variant) for video in videos])
 
-    def readable(self, videos: Sequence[Video]) -> list[Video]:
+    def readable(self, videos: Sequence[LabelledVideo]) -> list[LabelledVideo]:
         """The videos that have features. Raises InputError where none has."""
         found = [video for video in videos if video.name in self.num_frames]
         if not found:
@@ -161,16 +159,30 @@ def extract_split(
 ) -> tuple[VideoSplit, Extracted, dict[str, Any]] | None:
     """The split without the videos that cannot be read, the features, and facts for the JSON.
 
-    On the main process; None on the others. Raises InputError as `read_videos` does, and where no training or
+    On the main process; None on the others. Raises InputError as `read_split` does, and where no training or
     no test video can be read.
     """
-    split = read_videos(arguments)
+    split = read_split(arguments)
+    untrained = {video.label for video in split.test} - {video.label for video in split.train}
+    if untrained:
+        raise InputError(
+            f"class {split.classes[min(untrained)]!r} has test videos, but no training videos "
+            f"({len(untrained)} such classes); take both lists from one split"
+        )
     videos = {video.name: video.path for video in (*split.train, *split.test)}
     extracted = extract(videos, arguments, model, output, world)
     if extracted is None:
         return None
-    split = replace(split, train=extracted.readable(split.train), test=extracted.readable(split.test))
-    return split, extracted, {**split.describe(), "skipped": extracted.skipped}
+    train, test = extracted.readable(split.train), extracted.readable(split.test)
+    data = {
+        "layout": split.layout,
+        "classes": len(split.classes),
+        "train_videos": len(train),
+        "test_videos": len(test),
+        "missing": split.missing,
+        "skipped": extracted.skipped,
+    }
+    return replace(split, train=train, test=test), extracted, data
 
 
 def extract(

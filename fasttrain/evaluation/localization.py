@@ -18,7 +18,7 @@ from fasttrain.data.sampling import evenly_spaced
 from fasttrain.distributed import World
 from fasttrain.errors import check_options
 from fasttrain.evaluation import datasets, features, plots
-from fasttrain.evaluation.datasets import Labels, SegmentedVideo
+from fasttrain.evaluation.datasets import LabelledVideo, Labels
 from fasttrain.evaluation.features import Extracted
 from fasttrain.evaluation.linear_probe import MAX_ITERATIONS, LinearClassifier, fit_linear
 from fasttrain.evaluation.metrics import (
@@ -40,7 +40,7 @@ HELD_OUT = 0.2
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     features.add_arguments(parser)
-    datasets.add_segmentation_arguments(parser)
+    datasets.add_frame_arguments(parser)
     parser.add_argument(
         "--stride", type=int, default=1,
         help="encode every N-th frame; its prediction stands for the frames up to the next (default: 1)",
@@ -68,7 +68,7 @@ def run(
 ) -> dict[str, Any] | None:
     """Figures of all test videos, on the main process."""
     check_options(arguments, smooth=1, max_train_frames=1, max_iterations=1)
-    split = datasets.read_segmentation(arguments)
+    split = datasets.read_split(arguments)
     classes, background = split.classes, datasets.background_numbers(split.classes, arguments.background)
     paths = {video.name: video.path for video in (*split.train, *split.test)}
     extracted = features.extract(paths, arguments, model, output, world)
@@ -131,7 +131,7 @@ def run(
     }
 
 
-def _occurring(videos: Sequence[SegmentedVideo]) -> set[int]:
+def _occurring(videos: Sequence[LabelledVideo]) -> set[int]:
     """The classes that some frame of the videos has."""
     return {int(label) for video in videos for label in np.unique(video.labels_T)}
 
@@ -160,7 +160,7 @@ def _figures(
 
 
 def _fit(
-    train: Sequence[SegmentedVideo],
+    train: Sequence[LabelledVideo],
     extracted: Extracted,
     variant: str,
     trained: Sequence[int],

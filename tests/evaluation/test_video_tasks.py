@@ -237,6 +237,9 @@ def test_videos_none_of_which_can_be_read(
     for video in (root / "UCF-101").rglob("*.avi"):
         video.write_bytes(b"")
     fails("retrieval", given, "none of 9 videos of a list can be read", capsys)
+    for number in range(3):
+        (root / "UCF-101" / "Bowling" / f"v_Bowling_g{number:02d}_c01.avi").unlink()
+    fails("probe", [*given, "--allow-missing"], "class 'Bowling' has test videos, but no training", capsys)
     for video in (root / "UCF-101").rglob("*.avi"):
         video.unlink()
     fails("retrieval", given, "15 listed videos are not under", capsys)
@@ -280,14 +283,14 @@ def test_bad_data_sets_for_localization(
 ) -> None:
     root = segmentation(tmp_path / "data")
     given = ["--run", run, "--root", root, "--output", tmp_path / "out"]
-    fails("localization", [*given, "--split", 9], "train.split9.bundle cannot be read", capsys)
+    fails("localization", [*given, "--split", 9], "no train.split9.bundle in", capsys)
     fails("localization", [*given, "--background", "nap"], "--background nap: not in mapping.txt", capsys)
     fails("localization", [*given, "--smooth", 0], "--smooth 0", capsys)
     fails("localization", [*given, "--stride", 0], "--stride 0", capsys)
     train = root / "splits" / "train.split1.bundle"
     fails("localization", [*given, "--test-list", train], "S0_Tea_C1 is in both lists", capsys)
     (root / "groundTruth" / "S1_Tea_C1.txt").write_text("cut\nfry\n")
-    fails("localization", given, "'fry'; expected labels of mapping.txt", capsys)
+    fails("localization", given, "S1_Tea_C1 is of class 'fry'; expected one of 4", capsys)
     (root / "groundTruth" / "S1_Tea_C1.txt").unlink()
     fails("localization", given, "S1_Tea_C1.txt cannot be read", capsys)
     shutil.copy(root / "groundTruth" / "S0_Tea_C1.txt", root / "groundTruth" / "S1_Tea_C1.txt")
