@@ -113,16 +113,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("destination", type=Path, nargs="?", help="folder for the shards")
     kinds = ("auto", "folders", "list", "videos")
     parser.add_argument("--kind", choices=kinds, default="auto", help="how to read the source (auto: look)")
-    numbers = {
-        "frames": ("K", 0, _number(0), "frames kept of a video, evenly spaced (0: all)"),
-        "short-side": ("PIXELS", 256, _number(16), "larger frames get this short side (256)"),
-        "quality": ("Q", 90, _number(1, 100), "JPEG quality, 1 to 100 (90)"),
-        "shard-size": ("MB", 1024, _number(1), "a shard ends with the video that takes it past this (1024)"),
-        "workers": ("N", 0, _number(0), "videos in work, each in memory as JPEG (0: one per core)"),
-        "shard": ("I/N", (1, 1), _shard, "part I of N machines, from 1 (1/1)"),
+    default = PackOptions()
+    options = {
+        "frames": ("K", default.frames, _number(0), "frames kept of a video, evenly spaced; 0: all"),
+        "short-side": ("PIXELS", default.short_side, _number(16), "larger frames get this short side"),
+        "quality": ("Q", default.quality, _number(1, 100), "JPEG quality, 1 to 100"),
+        "shard-size": (
+            "MB",
+            default.shard_bytes >> 20,
+            _number(1),
+            "a shard ends with the video that fills it",
+        ),
+        "workers": ("N", 0, _number(0), "videos in work, each in memory as JPEG; 0: one per core"),
+        "shard": ("I/N", "1/1", _shard, "pack part I of N, from 1: N machines share the work"),
     }
-    for name, (metavar, default, kind, meaning) in numbers.items():
-        parser.add_argument(f"--{name}", metavar=metavar, default=default, type=kind, help=meaning)
+    for name, (metavar, value, kind, meaning) in options.items():
+        parser.add_argument(
+            f"--{name}", metavar=metavar, default=value, type=kind, help=f"{meaning} ({value})"
+        )
     parser.add_argument(
         "--decoder",
         choices=("auto", "cpu", "gpu"),
@@ -303,7 +311,8 @@ def _shown(videos: Iterator[EncodedVideo], progress: Progress) -> Iterator[Encod
         yield video
         frames += len(video.frames)
         bad += len(video.skipped)
-        progress.advance(status=f"{frames / (time.monotonic() - start):.0f} frames/s, {bad} bad")
+        rate = frames / max(time.monotonic() - start, 1e-9)
+        progress.advance(status=f"{rate:.0f} frames/s, {bad} bad")
 
 
 def _say_some(lines: Sequence[str]) -> None:
