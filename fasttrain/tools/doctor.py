@@ -122,5 +122,5 @@ def _compiler() -> str | None:
 
 
 def _apex() -> str | None:
-    """NVIDIA's Apex, told from PyPI's project of that name by its compiled extension."""
+    """NVIDIA's Apex, recognised by its compiled extension: PyPI's project of that name has none."""
     return _version("apex") if importlib.util.find_spec("amp_C") else None

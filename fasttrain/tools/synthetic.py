@@ -43,8 +43,8 @@ def render_scene(
     for t in range(num_frames):
         time = t / max(1, num_frames - 1)
         image = background(x_HW + pan[0] * time, y_HW + pan[1] * time)
-        for number, place in enumerate(objects, start=1):
-            inside, color = place(x_HW, y_HW, time)
+        for number, appearance in enumerate(objects, start=1):
+            inside, color = appearance(x_HW, y_HW, time)
             image = np.where(inside[..., None], color, image)
             labels[t][inside] = number
         frames[t] = np.round(255 * np.clip(image, 0, 1))
@@ -97,7 +97,7 @@ def _moving_object(rng: np.random.Generator, aspect: float) -> MovingObject:
     travel = rng.uniform(0.3, 0.8) * np.array([aspect * rng.choice([-1, 1]), rng.uniform(-1, 1)])
     sway, turn, growth = rng.uniform(0.0, 0.2), rng.uniform(-1.5, 1.5), rng.uniform(0.8, 1.25)
 
-    def place(x_HW: Array, y_HW: Array, time: float) -> tuple[NDArray[np.bool_], Array]:
+    def appearance(x_HW: Array, y_HW: Array, time: float) -> tuple[NDArray[np.bool_], Array]:
         # Back and forth about the start, so that the object stays in sight.
         swing = np.sin(np.pi * (time - 0.5)) / 2
         center_x = start[0] + travel[0] * swing
@@ -109,4 +109,4 @@ def _moving_object(rng: np.random.Generator, aspect: float) -> MovingObject:
         inside = np.hypot(u, v) < 1 + depth * np.cos(lobes * np.arctan2(v, u))
         return inside, texture(radius * u, radius * v)
 
-    return place
+    return appearance
