@@ -104,21 +104,11 @@ def squared_distance(one: Tensor, other: Tensor, short: int) -> Tensor:
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Products in true float32, whatever TF32 and autocast say: near affinities must keep their order."""
-    backends: Any = torch.backends
-    switches = backends.cuda.matmul, backends.mkldnn.matmul
-    newer = [switch.fp32_precision for switch in switches]
-    try:
-        precision = torch.get_float32_matmul_precision()
-    # PyTorch's older switch refuses to be read where a newer one was set.
-    except RuntimeError:
-        precision = None
-    torch.set_float32_matmul_precision("highest")
+    matmul: Any = (torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn).matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        if precision is not None:
-            torch.set_float32_matmul_precision(precision)
-        # The older switch sets the newer ones, also those that were left unset.
-        for switch, before in zip(switches, newer, strict=True):
-            switch.fp32_precision = before
+        matmul.fp32_precision = before

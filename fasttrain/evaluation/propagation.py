@@ -5,7 +5,7 @@ within Euclidean grid distance < `radius`); frames before the first stand in as 
 largest affinities / temperature go through a softmax and weigh the labels of their keys. The protocol is that
 of Jabri et al., "Space-Time Correspondence as a Contrastive Random Walk" (NeurIPS 2020, ajabri/videowalk).
 
-The search is exact: `key_search.py`, and on a CPU `bounded_search.py`. Copies of the first frame are not
+The search is exact: `key_search.py`, and on a CPU `cpu_key_search.py`. Copies of the first frame are not
 searched again but counted.
 
 Shape suffixes: T frames, H W grid, N = H * W tokens (lines across the short side, one after another), D
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fasttrain.errors import InputError
-from fasttrain.evaluation.bounded_search import BoundedKeySearch
+from fasttrain.evaluation.cpu_key_search import CpuKeySearch
 from fasttrain.evaluation.key_search import KeySearch, Strip, full_precision, squared_distance, strips
 
 # The protocol's, with DAVIS' number of keys: frames, grid cells, keys, and what divides the affinities.
@@ -78,11 +78,8 @@ class Propagator:
         self.labels_FNC[0] = self._long_side_first(first_labels_HWC)
         first_ND = self._unit(first_features_HWD)
         with full_precision(device):
-            self.search = (
-                BoundedKeySearch(first_ND, places=context + 1, topk=topk, strips=self.strips)
-                if device.type == "cpu"
-                else KeySearch(first_ND, places=context + 1, topk=topk)
-            )
+            kind = CpuKeySearch if device.type == "cpu" else KeySearch
+            self.search = kind(first_ND, places=context + 1, topk=topk)
 
     @torch.no_grad()
     def step(self, features_HWD: Tensor) -> Tensor:

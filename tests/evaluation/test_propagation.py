@@ -117,33 +117,19 @@ def test_strips_of_queries_make_no_difference(radius: float, monkeypatch: pytest
     assert_propagates(features, first, 3, radius, 7, 0.7)
 
 
-def test_products_are_in_full_precision_whatever_was_set() -> None:
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_affinities_are_in_full_precision_whatever_was_set(precision: str) -> None:
+    features = make_features(3, (4, 6, 6, 32), 4, 0.3)
+    first = torch.rand(6, 6, 2, generator=torch.Generator().manual_seed(4))
+    expected = propagate_labels(features, first)
     before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
     try:
-        torch.set_float32_matmul_precision("medium")
-        with torch.autocast("cpu"), key_search.full_precision(torch.device("cpu")):
-            assert torch.get_float32_matmul_precision() == "highest"
-            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
-        assert torch.get_float32_matmul_precision() == "medium"
+        with torch.autocast("cpu"):
+            assert torch.equal(propagate_labels(features, first), expected)
+        assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def test_products_are_in_full_precision_whatever_the_newer_switch_says() -> None:
-    """PyTorch's older switch cannot even be read where only one was set."""
-    switches = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    before = [switch.fp32_precision for switch in switches]
-    try:
-        for wanted in (["tf32", "none"], ["none", "bf16"], ["none", "none"]):
-            for switch, precision in zip(switches, wanted, strict=True):
-                switch.fp32_precision = precision
-            with key_search.full_precision(torch.device("cpu")):
-                assert torch.get_float32_matmul_precision() == "highest"
-                assert [switch.fp32_precision for switch in switches] == ["ieee", "ieee"]
-            assert [switch.fp32_precision for switch in switches] == wanted
-    finally:
-        for switch, precision in zip(switches, before, strict=True):
-            switch.fp32_precision = precision
 
 
 def test_a_stream_remembers_the_first_and_the_last_frames_only() -> None:
