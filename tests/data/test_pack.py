@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -228,28 +229,23 @@ def test_packing_again_fills_a_gap(tmp_path: Path) -> None:
     assert contents(packed(source, tmp_path / "packed")) == whole
 
 
-def test_other_options_are_refused(tmp_path: Path) -> None:
-    source = write_folders(tmp_path / "frames", [3] * 4)
-    packed(source, tmp_path / "packed")
-    with pytest.raises(InputError, match="was begun with quality=90, now it is 50"):
-        packed(source, tmp_path / "packed", quality=50)
-
-
-def test_a_source_that_grew_is_another_source(tmp_path: Path) -> None:
-    """A frame more in a folder, another number in a list, another size of a video."""
+def test_other_options_or_another_source_are_refused(tmp_path: Path) -> None:
+    """Another source is a frame more in a folder, another number in a list, another size of a video."""
     source = write_folders(tmp_path / "frames", [4, 4])
     listing = tmp_path / "list.txt"
     listing.write_text("frames/class_0/video_0 3\n")
     video = encode_video(tmp_path / "video.mp4", [picture(0, t) for t in range(4)])
-    for number, path in enumerate((source, listing, video)):
-        packed(path, tmp_path / f"packed{number}")
-        packed(path, tmp_path / f"packed{number}")
+    sources = {path: tmp_path / f"packed_{path.name}" for path in (source, listing, video)}
+    for path, out in sources.items():
+        packed(path, out)
+        with pytest.raises(InputError, match="was begun with quality=90, now it is 50"):
+            packed(path, out, quality=50)
     listing.write_text("frames/class_0/video_0 4\n")
     shutil.copy(source / "class_0/video_0/00000.jpg", source / "class_0/video_0/00004.jpg")
     video.write_bytes(video.read_bytes() + b"\0")
-    for number, path in enumerate((source, listing, video)):
+    for path, out in sources.items():
         with pytest.raises(InputError, match=r"was begun with source=.* names of its files and their sizes"):
-            packed(path, tmp_path / f"packed{number}")
+            packed(path, out)
 
 
 def test_one_process_at_a_time_writes_a_part(tmp_path: Path) -> None:
@@ -357,9 +353,12 @@ def flip(position: int, suffix: str = ".tar") -> Callable[[Path], None]:
 def test_check_names_the_damage(tmp_path: Path, damage: Callable[[Path], object], words: str) -> None:
     out = packed(write_folders(tmp_path / "frames", [6] * 8), tmp_path / "packed")
     damage(out / "frames-1of1-000000.tar")
-    with pytest.raises(InputError, match=words) as caught:
+    with pytest.raises(InputError, match=words):
         check(out)
-    assert "\n" not in str(caught.value)
+    if "frame 0" not in words:
+        # The start of a run finds what takes no reading of all frames.
+        with pytest.raises(InputError, match=f"{words}|cannot be opened: no such file"):
+            open_source(out)
 
 
 @pytest.mark.parametrize(
@@ -376,17 +375,9 @@ def test_damage_after_the_start_is_an_unreadable_frame(
     index = open_source(packed(write_folders(tmp_path / "frames", [6] * 12), tmp_path / "packed"))
     shard = tmp_path / "packed" / "frames-1of1-000000.tar"
     damage(shard)
-    with pytest.raises(UnreadableFrameError, match=reason) as caught:
-        index.read(0, [3, 0])
-    assert caught.value.frame in (0, 3)
-    index.read(11, [3, 0])
-
-
-def test_a_shard_of_the_wrong_size_is_not_opened(tmp_path: Path) -> None:
-    out = packed(write_folders(tmp_path / "frames", [6] * 8), tmp_path / "packed")
-    os.truncate(out / "frames-1of1-000000.tar", 512)
-    with pytest.raises(InputError, match="run `fasttrain pack --check`"):
-        open_source(out)
+    with pytest.raises(UnreadableFrameError, match=reason):
+        index.read(0, [0, 3])
+    index.read(11, [0, 3])
 
 
 # --- the command ---
@@ -416,8 +407,7 @@ def test_bad_input_is_one_clear_line(
     assert command(*(word if word.startswith("--") else tmp_path / word for word in words)) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    with pytest.raises(InputError, match=message):
-        raise InputError(error)
+    assert re.search(message, error)
 
 
 @pytest.mark.parametrize(
