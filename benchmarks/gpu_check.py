@@ -51,7 +51,7 @@ STEP_OUT = "--short --limit {limit} --out {out}"
 STEPS = (
     Step("tests", f"{PYTEST} -m gpu --continue-on-collection-errors", 85, "pytest hypothesis timm"),
     Step("kernel tests", f"{KERNEL_TESTS} -n 12", 80, "pytest xdist hypothesis triton"),
-    Step("kernels", "-m benchmarks.kernels --short --output {out}", 90, "triton"),
+    Step("kernels", f"-m benchmarks.kernels {STEP_OUT}/kernels-cuda.json", 90, "triton"),
     Step("step", f"-m benchmarks.step {STEP_OUT}/step-cuda.json recipes/dino.yaml", 150, "timm pydantic"),
     Step("propagation", f"-m benchmarks.propagation {STEP_OUT}/propagation-cuda.json", 60, "timm"),
     Step("loaders", f"-m benchmarks.loaders {STEP_OUT}/loaders-cuda.json", 65, "nvidia.dali av pydantic"),

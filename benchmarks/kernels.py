@@ -1,7 +1,6 @@
 """How fast the fused objective is beside eager PyTorch and torch.compile of eager.
 
-    python -m benchmarks.kernels             results/kernels.json and its plot (needs a GPU)
-    python -m benchmarks.kernels --short     four shapes
+    python -m benchmarks.kernels [--short]     results/kernels-cuda.json and its plot
 
 A contender is the head's linear layer, its epilogue, both losses and, but for the forward rows, the
 gradients of all parameters: what a training step runs between the frozen tokens and the optimiser. Frozen
@@ -13,12 +12,8 @@ In training Python runs ahead while the encoder computes, so that the goals are 
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
 import json
 import statistics
-import sys
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -28,8 +23,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import RESULTS, copy_ceiling, environment, interleave, speedup, write_results
+from benchmarks.measure import Results, copy_ceiling, interleave, parser, plot_bars, speedup
 from fasttrain.cuda_graph import CapturedCall
+from fasttrain.errors import InputError
 from fasttrain_kernels import cosettle_head_loss
 
 
@@ -40,6 +36,10 @@ class Shape(NamedTuple):
     grid: tuple[int, int]
     channels: int
     window: int = 2
+
+    @property
+    def label(self) -> str:
+        return f"B {self.batch}, N {self.tokens}, D {self.channels}, window {self.window}"
 
     @property
     def tokens(self) -> int:
@@ -113,6 +113,24 @@ def peak_bytes(step: Callable[[], None]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+def prepare(name: str, shape: Shape, frozen: Tensor) -> tuple[Contender, int | None]:
+    """A contender after its first steps, and the memory that one takes."""
+    contender = Contender(name, shape, frozen.device)
+    try:
+        contender.step(frozen)
+        return contender, peak_bytes(partial(contender.step, frozen)) if frozen.is_cuda else None
+    except torch.OutOfMemoryError:
+        # Larger than this machine, not a fault.
+        raise InputError("out of memory") from None
+
+
+def record_graph(step: Callable[[], None]) -> CapturedCall:
+    try:
+        return CapturedCall(step, ())
+    except torch.OutOfMemoryError:
+        raise InputError("out of memory beside the other graphs") from None
+
+
 def disagreement(contenders: dict[str, Contender]) -> dict[str, float]:
     """Norm of the difference of each contender's last gradients, all in one, from eager's, over theirs."""
     found = {
@@ -127,149 +145,96 @@ def disagreement(contenders: dict[str, Contender]) -> dict[str, float]:
 
 def measure_shape(
     shape: Shape,
-    bandwidth: float,
-    names: tuple[str, ...] = CONTENDERS,
-    *,
+    results: Results,
     device: torch.device,
+    names: tuple[str, ...] = CONTENDERS,
     rounds: int = 9,
     calls: int = 10,
 ) -> dict[str, Any]:
-    """The contenders at one shape. One that runs out of memory, or that fails, is reported as such."""
+    """The contenders at one shape, without those that fail.
+
+    Raises:
+        RuntimeError: the fused gradients are wrong, not merely rounded.
+    """
     torch.compiler.reset()
-    on_gpu = device.type == "cuda"
     frozen = torch.randn(shape.batch, 3, shape.tokens, shape.channels, device=device).bfloat16()
-    row: dict[str, Any] = {**shape._asdict(), "out_of_memory": [], "failed": {}, "peak_bytes": {}}
-
-    def attempt(name: str, action: Callable[[], Any]) -> Any:
-        """What the action gives; nothing but a note in the row where it fails."""
-        try:
-            return action()
-        except torch.OutOfMemoryError:
-            row["out_of_memory"].append(name)
-        # Whatever kind: torch.compile's, say, on a machine without what it needs.
-        except Exception as error:
-            traceback.print_exc()
-            row["failed"][name] = f"{type(error).__name__}: {error}"[:1000]
-        finally:
-            if on_gpu:
-                # Memory that is cached is not free.
-                torch.cuda.empty_cache()
-        return None
-
-    def prepared(name: str) -> Contender:
-        contender = Contender(name, shape, device)
-        contender.step(frozen)
-        if on_gpu:
-            row["peak_bytes"][name] = peak_bytes(partial(contender.step, frozen))
-        return contender
-
-    made = {name: attempt(name, partial(prepared, name)) for name in names}
-    contenders = {name: contender for name, contender in made.items() if contender is not None}
-    row["gradient_difference_from_eager"] = disagreement(contenders)
-    if not row["gradient_difference_from_eager"].get("fused", 0.0) < 0.1:
-        row["failed"]["fused"] = "wrong gradients, not merely rounded ones"
+    prepared = {
+        name: results.attempt(f"{shape.label}: {name}", partial(prepare, name, shape, frozen))
+        for name in names
+    }
+    contenders = {name: found[0] for name, found in prepared.items() if found}
+    differences = disagreement(contenders)
+    if not differences.get("fused", 0.0) < 0.1:
+        raise RuntimeError(f"the fused gradients differ from eager's by {differences['fused']:.2%}")
+    row: dict[str, Any] = {
+        **shape._asdict(),
+        "peak_bytes": {name: found[1] for name, found in prepared.items() if found},
+        "gradient_difference_from_eager": differences,
+    }
+    steps = {name: partial(each.step, frozen) for name, each in contenders.items()}
+    graphs = {
+        name: results.attempt(f"{shape.label}: {name}, graph", partial(record_graph, step))
+        for name, step in steps.items()
+        if frozen.is_cuda
+    }
     phases: dict[str, dict[str, Callable[[], Any]]] = {
         "forward": {name: partial(each.forward, frozen) for name, each in contenders.items()},
-        "step": {name: partial(each.step, frozen) for name, each in contenders.items()},
-        "graph": {},
+        "step": dict(steps),
+        "graph": {name: graph for name, graph in graphs.items() if graph is not None},
     }
-    for name, step in phases["step"].items() if on_gpu else ():
-        graph = attempt(f"{name}, graph", partial(CapturedCall, step, ()))
-        if graph is not None:
-            phases["graph"][name] = graph
     for phase, functions in phases.items():
         timings = interleave(functions, rounds=rounds, calls=calls, device=device)
         row[phase] = {name: timing.result(shape.batch) for name, timing in timings.items()}
         fused = timings.pop("fused", None)
         if fused is not None:
             row[f"{phase}_speedup"] = {name: speedup(each, fused)["wall"] for name, each in timings.items()}
-            bound = moved_bytes(shape, backward=phase != "forward") / bandwidth
+            bound = moved_bytes(shape, backward=phase != "forward") / results.content["copy_bytes_per_second"]
             row[f"{phase}_share_of_copy_bandwidth"] = bound / statistics.median(fused.wall)
     return row
 
 
-def goals(payload: dict[str, Any]) -> list[str]:
+def goals(content: dict[str, Any]) -> list[str]:
     """A line per goal that can be judged: met or not."""
-    rows = {(row["batch"], *row["grid"], row["channels"], row["window"]): row for row in payload["shapes"]}
-    paper = rows.get((PAPER.batch, *PAPER.grid, PAPER.channels, PAPER.window), {})
     verdicts = []
     for figure, read, sign, goal in GOALS:
-        # A contender may have run out of memory, or have no graph.
+        # A contender may have failed, or have no graph.
         with suppress(KeyError):
-            value = read(paper)
+            value = read(content[PAPER.label])
             met = value <= goal if sign == "<=" else value >= goal
             verdicts.append(
                 f"on an H200, {figure} {sign} {goal:g}: {value:.3g}: {'met' if met else 'NOT MET'}"
             )
-    large = [row for sizes, row in rows.items() if sizes[:3] == (128, 37, 37)]
-    if large:
-        ran = all("fused" in row.get("step", {}) for row in large)
-        verdicts.append(f"N = 1369 at B = 128 runs: {'met' if ran else 'NOT MET'}")
-    return [f"goal {verdict} (on {payload['environment']['device']})" for verdict in verdicts]
+    ran = "fused" in content.get(UNPOOLED.label, {}).get("step", {})
+    verdicts.append(f"N = 1369 at B = 128 runs: {'met' if ran else 'NOT MET'}")
+    return [f"goal {verdict} (on {content['environment']['device']})" for verdict in verdicts]
 
 
-def label(row: dict[str, Any]) -> str:
-    tokens = row["grid"][0] * row["grid"][1]
-    return f"B {row['batch']}, N {tokens}, D {row['channels']}, window {row['window']}"
-
-
-def best_timings(row: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Of each contender's whole step: the GPU's own time where a graph was recorded, else Python's."""
-    return {**row.get("step", {}), **row.get("graph", {})}
-
-
-def plot(path: Path) -> None:
-    """Milliseconds of a step per shape, beside the JSON."""
-    from matplotlib import pyplot
-
-    shapes = json.loads(path.read_text(encoding="utf-8"))["shapes"]
-    figure, axes = pyplot.subplots(figsize=(10, 0.5 * len(shapes) + 1.5), layout="constrained")
-    for index, name in enumerate(CONTENDERS):
-        timed = [
-            (i, best_timings(shape)[name]) for i, shape in enumerate(shapes) if name in best_timings(shape)
-        ]
-        heights = [i + 0.27 * (index - 1) for i, _ in timed]
-        middle, least, most = ([row[key] for _, row in timed] for key in ("ms", "ms_least", "ms_most"))
-        axes.barh(heights, middle, 0.25, label=name)
-        axes.hlines(heights, least, most, color="black")
-    axes.set_yticks(range(len(shapes)), [label(shape) for shape in shapes])
-    axes.set_xscale("log")
-    axes.set_xlabel("milliseconds, linear layer to gradients, median with least and most")
-    axes.invert_yaxis()
-    axes.legend()
-    figure.savefig(path.with_suffix(".png"), dpi=120)
-    pyplot.close(figure)
+def plot(path: Path) -> Path:
+    """Of each contender's step the GPU's own time where a graph was recorded, else Python's."""
+    panels: dict[str, dict[str, dict[str, float]]] = {f"{name}, ms": {} for name in CONTENDERS}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for label, row in content.items():
+        if label.startswith("B "):
+            for name, timing in {**row["step"], **row["graph"]}.items():
+                panels[f"{name}, ms"][label] = timing
+    return plot_bars(path, "Linear layer to gradients", panels, "ms")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--short", action="store_true")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("needs a CUDA device")
-    device = torch.device("cuda")
-    bandwidth = copy_ceiling(device)
-    rows: list[dict[str, Any]] = []
-    payload = {"environment": environment(), "copy_bytes_per_second": bandwidth, "shapes": rows}
-    path = arguments.output / "kernels.json"
-    for shape in SHORT if arguments.short else EVERY:
+    given = parser(__doc__).parse_args()
+    if given.plot:
+        print(plot(given.plot))
+        return
+    device = torch.device(given.device)
+    results = Results("kernels", given, copy_bytes_per_second=copy_ceiling(device))
+    for shape in SHORT if given.short else EVERY:
         # torch.compile takes its time: in the short form at the paper's shape alone.
-        names = CONTENDERS if not arguments.short or shape == PAPER else ("fused", "eager")
+        names = CONTENDERS if not given.short or shape == PAPER else ("fused", "eager")
         # The larger half takes tens of milliseconds a call.
         calls = 10 if shape.map_bytes < 2**29 else 2
-        row = measure_shape(shape, bandwidth, names, device=device, calls=calls)
-        rows.append(row)
-        write_results(path, payload)
-        timings = {name: f"{timing['ms']:.3f} ms" for name, timing in best_timings(row).items()}
-        print(f"{label(row)}: {timings} {row['failed'] or ''}", flush=True)
-    if importlib.util.find_spec("matplotlib") is not None:
-        plot(path)
-    print("\n".join(goals(payload)), path, sep="\n")
-    if any(row["failed"] for row in rows):
-        sys.exit("some contenders failed")
+        results.record(shape.label, partial(measure_shape, shape, results, device, names, calls=calls))
+    print("\n".join(goals(results.content)))
+    results.finish()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The kernels' benchmark, on a shape small enough for the interpreter: a GPU hour must not end in a typo."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks import kernels as benchmark
+from benchmarks.measure import Results, parser
 
 
 def test_a_shape_is_measured_judged_and_plotted(
@@ -20,27 +20,27 @@ def test_a_shape_is_measured_judged_and_plotted(
         raise RuntimeError("no C++ compiler")
 
     monkeypatch.setattr(torch, "compile", lambda function: no_compiler)
-    monkeypatch.setattr(benchmark, "PAPER", benchmark.Shape(1, (2, 2), 16))
-    row = benchmark.measure_shape(benchmark.PAPER, 1e9, device=torch.device(device), rounds=2, calls=1)
-    assert row["failed"] == {"compiled": "RuntimeError: no C++ compiler"}
+    shape = benchmark.Shape(1, (2, 2), 16)
+    monkeypatch.setattr(benchmark, "PAPER", shape)
+    options = parser(None).parse_args(["--out", str(tmp_path / "kernels.json")])
+    results = Results("kernels", options, copy_bytes_per_second=1e9)
+    results.record(
+        shape.label,
+        lambda: benchmark.measure_shape(shape, results, torch.device(device), rounds=2, calls=1),
+    )
+    assert results.skipped == {f"{shape.label}: compiled": "failed: RuntimeError: no C++ compiler"}
+    row = results.content[shape.label]
     assert row["gradient_difference_from_eager"]["fused"] < 0.05
     for phase in ("forward", "step"):
         assert set(row[phase]) == {"fused", "eager"}
         assert row[f"{phase}_speedup"]["eager"] > 0
         assert row[f"{phase}_share_of_copy_bandwidth"] > 0
-    path = tmp_path / "kernels.json"
-    path.write_text(json.dumps({"environment": {"device": "none"}, "shapes": [row]}))
-    benchmark.plot(path)
-    assert path.with_suffix(".png").stat().st_size > 0
+    assert benchmark.plot(results.path).stat().st_size > 0
 
     row |= {"graph": {"fused": {"ms": 0.5}}, "graph_speedup": {"eager": 5.0}}
     row["peak_bytes"] = {"fused": 10, "eager": 100}
-    lines = benchmark.goals({"environment": {"device": "none"}, "shapes": [row]})
-    assert [line.rpartition(": ")[2] for line in lines] == [
-        "met (on none)",
-        "NOT MET (on none)",
-        "met (on none)",
-    ]
+    found = [line.rpartition(": ")[2].split(" (")[0] for line in benchmark.goals(results.content)]
+    assert found == ["met", "NOT MET", "met", "NOT MET"]
 
 
 def test_the_floor_of_the_papers_shape_is_that_of_the_design() -> None:
