@@ -198,7 +198,7 @@ def goals(content: dict[str, Any]) -> list[str]:
     verdicts = []
     for figure, read, sign, goal in GOALS:
         # A contender may have failed, or have no graph.
-        with suppress(KeyError):
+        with suppress(KeyError, TypeError):
             value = read(content[PAPER.label])
             met = value <= goal if sign == "<=" else value >= goal
             verdicts.append(

@@ -24,7 +24,7 @@ from .checks import check_choice, check_grid, check_number, check_tensors
 from .cycle import grad_scale, launch_cycle
 from .epilogue import Cells, HeadParameters, launch_backward, launch_forward, pooled_dtype, statistics_shape
 from .reference import CosettleLoss, Regularizer
-from .runtime import Backend, operator, require_kept, use_triton, wants_gradient
+from .runtime import Backend, differentiate, needs_grad, operator, use_triton
 
 
 class _Arguments(NamedTuple):
@@ -45,10 +45,7 @@ class _Arguments(NamedTuple):
 
     @property
     def head(self) -> HeadParameters | None:
-        if self.bias is None or self.norm_weight is None or self.norm_bias is None:
-            return None
-        parameters = (self.bias.contiguous(), self.norm_weight.contiguous(), self.norm_bias.contiguous())
-        return HeadParameters(*parameters, self.norm_eps, self.tanh)
+        return None if self.bias is None else HeadParameters._make(self[2:7])
 
     @property
     def cells(self) -> Cells:
@@ -66,7 +63,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
     That is the pooled tokens' scaled gradient and the tokens' statistics. What is not asked for is empty.
     """
-    *shared, grad, diagnostics = arguments
+    *shared, diagnostics, grad = arguments
     given = _Arguments(*shared)
     separability, pooled_BTMD, statistics_BTNS = launch_forward(
         given.inputs, given.frozen, given.head, given.cells, kl=given.kl, pool=True, statistics=grad
@@ -84,7 +81,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    *shared, grad, diagnostics = arguments
+    *shared, diagnostics, grad = arguments
     given = _Arguments(*shared)
     samples, views, _, channels = given.inputs.shape
     pooled = (samples, views, given.cells.whole, channels) if grad else (0,)
@@ -123,7 +120,7 @@ _cosettle = operator(
     "cosettle",
     _forward,
     fake=_forward_fake,
-    schema=f"({_SCHEMA}, bool grad, bool diagnostics) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_SCHEMA}, bool diagnostics, bool grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 _cosettle_backward = operator(
     "cosettle_backward",
@@ -137,30 +134,20 @@ _cosettle_backward = operator(
 )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.constants, ctx.kept = inputs[5:-2], inputs[-2]
-    ctx.save_for_backward(*output[3:], *inputs[:5])
-    ctx.mark_non_differentiable(*output[2:])
-    # Or every backward would fill zeros as large as the pooled tokens' gradient, for nothing.
-    ctx.set_materialize_grads(False)
+def _gradients(*arguments: Any) -> tuple[Tensor | None, ...]:
+    """Those of the inputs, the frozen tokens, and the head's parameters in their own dtypes."""
+    grad_inputs, grad_parameters = _cosettle_backward(*arguments)
+    parameters = _Arguments(*arguments[4:])[2:5]
+    of_head = zip(parameters, grad_parameters, strict=True)
+    return grad_inputs, None, *(None if old is None else grad.to(old.dtype) for old, grad in of_head)
 
 
-def _differentiate(
-    ctx: Any, grad_cycle: Tensor | None, grad_separability: Tensor | None, *_: None
-) -> tuple[Any, ...]:
-    require_kept(ctx.kept)
-    saved = ctx.saved_tensors
-    zero = saved[1].new_zeros(()) if grad_cycle is None or grad_separability is None else None
-    grads = [zero if grad is None else grad for grad in (grad_cycle, grad_separability)]
-    grad_tokens, grad_parameters = _cosettle_backward(*grads, *saved, *ctx.constants)
-    of_head = [
-        None if parameter is None else grad.to(parameter.dtype)
-        for parameter, grad in zip(saved[-3:], grad_parameters, strict=True)
-    ]
-    return grad_tokens, None, *of_head, *(None for _ in ctx.constants), None, None
-
-
-_cosettle.register_autograd(_differentiate, setup_context=_save)
+differentiate(
+    _cosettle,
+    _gradients,
+    losses=2,
+    save=lambda inputs, output: ((*output[3:], *inputs[:5]), inputs[5:-2]),
+)
 
 
 def _objective(
@@ -203,7 +190,7 @@ def _objective(
     parameters = head or (None, None, None)
     options = (norm_eps, tanh, *grid, window, temperature, regularizer == "kl")
     cycle, separability, measures, _, _ = _cosettle(
-        inputs, frozen.detach(), *parameters, *options, wants_gradient(*tensors.values()), diagnostics
+        inputs, frozen.detach(), *parameters, *options, diagnostics, needs_grad(*tensors.values())
     )
     loss = torch.add(cycle, separability, alpha=lambda_reg)
     accuracy, similarity = measures.unbind() if diagnostics else (None, None)

@@ -28,7 +28,6 @@ Shape suffixes: B samples, T views, M tokens of a view, D channels; inside the k
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,34 +40,26 @@ from .primitives import dot
 from .reference import CYCLE_EPS
 from .runtime import (
     Backend,
+    differentiate,
     inline,
     jit,
+    needs_grad,
     on_device,
     operator,
-    require_kept,
     tl,
     triton,
     use_triton,
-    wants_gradient,
 )
 
 MAX_FUSED_TOKENS = 64
 
 
 @inline
-def softmax_rows(logits_IJ, column_exists):
-    """Softmax over the existing columns; the others get 0."""
-    logits_IJ = tl.where(column_exists[None, :], logits_IJ, float("-inf"))
-    weights_IJ = tl.exp(logits_IJ - tl.max(logits_IJ, 1)[:, None])
-    return weights_IJ / tl.sum(weights_IJ, 1)[:, None]
-
-
-@inline
-def softmax_columns(logits_IJ, row_exists):
-    """Softmax over the existing rows; the others get 0."""
-    logits_IJ = tl.where(row_exists[:, None], logits_IJ, float("-inf"))
-    weights_IJ = tl.exp(logits_IJ - tl.max(logits_IJ, 0)[None, :])
-    return weights_IJ / tl.sum(weights_IJ, 0)[None, :]
+def softmax(logits, exists, AXIS):
+    """Softmax over what exists along an axis; the rest gets 0."""
+    logits = tl.where(tl.expand_dims(exists, 1 - AXIS), logits, float("-inf"))
+    weights = tl.exp(logits - tl.expand_dims(tl.max(logits, AXIS), AXIS))
+    return weights / tl.expand_dims(tl.sum(weights, AXIS), AXIS)
 
 
 @inline
@@ -111,8 +102,8 @@ def _cycle_kernel(
         third_IK = tl.load(third_ptr + offsets, mask=mask, other=0.0)
         there_IJ = dot(first_IK, tl.trans(second_JK), there_IJ)
         back_IJ = dot(third_IK, tl.trans(second_JK), back_IJ)
-    there_IJ = softmax_rows(there_IJ * inverse_temperature, exists)
-    back_IJ = softmax_columns(back_IJ * inverse_temperature, exists)
+    there_IJ = softmax(there_IJ * inverse_temperature, exists, 1)
+    back_IJ = softmax(back_IJ * inverse_temperature, exists, 0)
     return_I = tl.sum(there_IJ * back_IJ, 1)
 
     if part == 0:
@@ -199,25 +190,12 @@ def launch_cycle(
             # Two programs a sample hide each other's loads: a batch of 128 leaves one to a multiprocessor.
             parts = 2 if grad and channels > block_channels else 1
             _cycle_kernel[(parts * samples,)](
-                walk_B3MD,
-                figures_4BM,
-                grad_B3MD,
-                tokens,
-                1.0 / temperature,
-                D=channels,
-                EPS=CYCLE_EPS,
-                SCALE=scale,
-                GRAD=grad,
-                DIAGNOSTICS=measures,
-                BLOCK_M=block,
-                BLOCK_D=block_channels,
+                walk_B3MD, figures_4BM, grad_B3MD, tokens, 1.0 / temperature,
+                D=channels, EPS=CYCLE_EPS, SCALE=scale, GRAD=grad, DIAGNOSTICS=measures,
+                BLOCK_M=block, BLOCK_D=block_channels, PARTS=parts, VIEW_BY_VIEW=not half,
                 D_PER_PROGRAM=block_channels * triton.cdiv(channels, parts * block_channels),
-                PARTS=parts,
-                VIEW_BY_VIEW=not half,
-                num_warps=4 if half else 8,
-                num_stages=3 if half else 2,
-                enable_fp_fusion=True,
-            )
+                num_warps=4 if half else 8, num_stages=3 if half else 2, enable_fp_fusion=True,
+            )  # fmt: skip
     return figures_4BM, grad_B3MD
 
 
@@ -250,23 +228,12 @@ _cycle_three_views_backward = operator(
 )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    walk, _, ctx.kept = inputs
-    ctx.dtype = walk.dtype
-    ctx.save_for_backward(*output)
-    ctx.mark_non_differentiable(output[1])
-    # Or every backward would fill zeros of its size, for nothing.
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
-    require_kept(ctx.kept)
-    if grad is None:
-        return None, None, None
-    return _cycle_three_views_backward(grad, *ctx.saved_tensors, ctx.dtype), None, None
-
-
-_cycle_three_views.register_autograd(_differentiate, setup_context=_save)
+differentiate(
+    _cycle_three_views,
+    lambda *arguments: (_cycle_three_views_backward(*arguments),),
+    losses=1,
+    save=lambda inputs, output: (output, (inputs[0].dtype,)),
+)
 
 
 def cycle_consistency_loss(
@@ -293,7 +260,7 @@ def cycle_consistency_loss(
     if not use_triton(backend, walk=walk):
         return reference.cycle_consistency_loss(walk, temperature)
     if walk.shape[1] == 3:
-        loss: Tensor = _cycle_three_views(walk, temperature, wants_gradient(walk))[0]
+        loss: Tensor = _cycle_three_views(walk, temperature, needs_grad(walk))[0]
         return loss
     steps = [affinity_softmax(here, there, temperature, backend) for here, there in pairwise(walk.unbind(1))]
     return reference.cycle_loss_of(reference.return_probability(steps))

@@ -24,8 +24,6 @@ Regularizer = Literal["kl", "mse"]
 
 # Added to the return probabilities before the logarithm, as the published code does.
 CYCLE_EPS = 1e-6
-# The floor of torch.nn.functional.normalize: a zero token stays zero.
-NORM_EPS = 1e-12
 
 
 class CosettleLoss(NamedTuple):
@@ -45,6 +43,11 @@ class CosettleLoss(NamedTuple):
 def at_least_float32(values: Tensor) -> Tensor:
     """Half precision as float32, anything wider as it is."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+def unit(tokens_BTND: Tensor) -> Tensor:
+    """The tokens L2-normalised; a zero token stays zero."""
+    return functional.normalize(at_least_float32(tokens_BTND), dim=-1, eps=1e-12)
 
 
 def pool_tokens(tokens_BTND: Tensor, grid: tuple[int, int], window: int) -> Tensor:
@@ -117,19 +120,11 @@ def cycle_diagnostics(affinities: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def separability_loss(frozen_BTND: Tensor, projected_BTND: Tensor, regularizer: Regularizer) -> Tensor:
-    """How far the projected tokens' directions moved from the frozen ones, a 0-d tensor.
+    """How far the projected tokens' directions moved from the frozen ones, both L2-normalised, a 0-d tensor.
 
-    `kl`: KL(softmax(z / ||z||) || softmax(g / ||g||)) over channels, summed over views, tokens and channels,
-    divided by B. `mse`: the mean squared difference of the two normalised vectors. No gradient reaches
-    `frozen`.
+    `kl`: KL(softmax(frozen) || softmax(projected)) over channels, summed over views, tokens and channels,
+    divided by B. `mse`: the mean squared difference.
     """
-    frozen = functional.normalize(at_least_float32(frozen_BTND.detach()), dim=-1, eps=NORM_EPS)
-    projected = functional.normalize(at_least_float32(projected_BTND), dim=-1, eps=NORM_EPS)
-    return separability_of(frozen, projected, regularizer)
-
-
-def separability_of(frozen_BTND: Tensor, projected_BTND: Tensor, regularizer: Regularizer) -> Tensor:
-    """`separability_loss` of tokens that are L2-normalised already."""
     if regularizer == "mse":
         return functional.mse_loss(projected_BTND, frozen_BTND)
     divergence = functional.kl_div(projected_BTND.log_softmax(-1), frozen_BTND.softmax(-1), reduction="sum")
@@ -162,9 +157,8 @@ def cosettle_loss(
     diagnostics: bool,
 ) -> CosettleLoss:
     """The whole objective; arguments as in `fasttrain_kernels.cosettle_loss`, which checks them first."""
-    frozen = functional.normalize(at_least_float32(frozen_BTND.detach()), dim=-1, eps=NORM_EPS)
-    projected = functional.normalize(at_least_float32(projected_BTND), dim=-1, eps=NORM_EPS)
-    separability = separability_of(frozen, projected, regularizer)
+    frozen, projected = unit(frozen_BTND.detach()), unit(projected_BTND)
+    separability = separability_loss(frozen, projected, regularizer)
     affinities = cycle_affinities(pool_tokens(projected, grid, window), temperature)
     cycle = cycle_loss_of(return_probability(affinities))
     accuracy, similarity = cycle_diagnostics(affinities) if diagnostics else (None, None)

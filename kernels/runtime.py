@@ -96,23 +96,48 @@ def operator(
     return op
 
 
-def wants_gradient(*tensors: Tensor | None) -> bool:
+def differentiate(
+    forward: CustomOpDef,
+    backward: Callable[..., tuple[Any, ...]],
+    *,
+    losses: int,
+    save: Callable[[tuple[Any, ...], tuple[Tensor, ...]], tuple[tuple[Any, ...], tuple[Any, ...]]],
+) -> None:
+    """Register the gradient of an operator whose first outputs are losses, the others what `backward` needs.
+
+    The operator's last input says whether gradients are wanted. `save` chooses from its inputs and outputs
+    the tensors, and what else, that `backward` gets behind the losses' gradients. That returns the first
+    inputs' gradients; an operator without one of its own makes a second derivative an error.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        tensors, ctx.constants = save(inputs, output)
+        ctx.inputs, ctx.kept = len(inputs), inputs[-1]
+        ctx.save_for_backward(*tensors)
+        ctx.mark_non_differentiable(*output[losses:])
+        # Or every backward would fill zeros of their size, for nothing.
+        ctx.set_materialize_grads(False)
+
+    def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if not ctx.kept:
+            raise RuntimeError(
+                f"{NAMESPACE} kept nothing for its backward, for no input required a gradient where it was "
+                "called (inside torch.vmap none does) or exported: use backend 'eager', or export with "
+                "inputs that do"
+            )
+        given = [grad for grad in grads if grad is not None]
+        if not given:
+            return (None,) * ctx.inputs
+        of_losses = [torch.zeros_like(given[0]) if grad is None else grad for grad in grads[:losses]]
+        found = backward(*of_losses, *ctx.saved_tensors, *ctx.constants)
+        return (*found, *(None,) * (ctx.inputs - len(found)))
+
+    forward.register_autograd(gradients, setup_context=setup_context)
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd will ask for the gradient of any of them."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-def require_kept(kept: bool) -> None:
-    """The forward must have kept what its backward needs.
-
-    Raises:
-        RuntimeError: no input required a gradient where the operator was called or torch.export traced it.
-    """
-    if not kept:
-        raise RuntimeError(
-            f"{NAMESPACE} kept nothing for its backward, for no input required a gradient where it was "
-            "called (inside torch.vmap none does) or exported: use backend 'eager', or export with inputs "
-            "that do"
-        )
 
 
 def unit_stride(tensor: Tensor) -> Tensor:

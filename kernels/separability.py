@@ -10,8 +10,6 @@ Source: arXiv 2603.26597, section 3. Shape suffixes: B samples, T views, N token
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -19,7 +17,7 @@ from . import reference
 from .checks import check_choice, check_tensors
 from .epilogue import Cells, launch_backward, launch_forward, statistics_shape
 from .reference import Regularizer
-from .runtime import Backend, operator, require_kept, use_triton, wants_gradient
+from .runtime import Backend, differentiate, needs_grad, operator, use_triton
 
 
 def _cells(projected: Tensor) -> Cells:
@@ -53,22 +51,12 @@ _separability_backward = operator(
 )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    projected, frozen, ctx.kl, ctx.kept = inputs
-    ctx.save_for_backward(output[1], projected, frozen)
-    ctx.mark_non_differentiable(output[1])
-    # Or every backward would fill zeros of its size, for nothing.
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None, None]:
-    require_kept(ctx.kept)
-    if grad is None:
-        return None, None, None, None
-    return _separability_backward(grad, *ctx.saved_tensors, ctx.kl), None, None, None
-
-
-_separability.register_autograd(_differentiate, setup_context=_save)
+differentiate(
+    _separability,
+    lambda *arguments: (_separability_backward(*arguments),),
+    losses=1,
+    save=lambda inputs, output: ((output[1], *inputs[:2]), (inputs[2],)),
+)
 
 
 def separability_loss(
@@ -88,7 +76,8 @@ def separability_loss(
     check_tensors(frozen=(frozen, "BTND"), projected=(projected, "BTND"))
     check_choice("regularizer", regularizer, Regularizer)
     if use_triton(backend, frozen=frozen, projected=projected):
-        grad = wants_gradient(projected)
+        grad = needs_grad(projected)
         value: Tensor = _separability(projected, frozen.detach(), regularizer == "kl", grad)[0]
         return value
-    return reference.separability_loss(frozen, projected, regularizer)
+    units = reference.unit(frozen.detach()), reference.unit(projected)
+    return reference.separability_loss(*units, regularizer)
