@@ -1,7 +1,7 @@
 """The benchmarks that prove what a projection bought.
 
-The measures, importable here, know nothing of models or files. The benchmarks (`*_task.py`) read a data set,
-run an encoder before and after its projection and write figures; `command.py` is `python -m fasttrain eval`.
+The measures, importable here, know nothing of models or files. A runner for each benchmark reads a data set
+and runs an encoder before and after its projection; `command.py` is `python -m fasttrain eval`.
 """
 
 from fasttrain.errors import needs_extra

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -429,9 +429,9 @@ def hold_out(labels_N: Tensor, share: float = 0.2) -> Tensor:
     """
     held_out_N = torch.zeros(len(labels_N), dtype=torch.bool)
     for label in labels_N.unique():
-        places = (labels_N == label).nonzero()[:, 0]
-        count = max(1, int(len(places) * share)) if len(places) > 1 else 0
-        held_out_N[places[len(places) - count :]] = True
+        own = (labels_N == label).nonzero()[:, 0]
+        count = max(1, int(len(own) * share)) if len(own) > 1 else 0
+        held_out_N[own[len(own) - count :]] = True
     return held_out_N
 
 
@@ -483,8 +483,8 @@ def scored_segments(
 ) -> list[Segment]:
     """The segments of predicted labels, each with the mean probability of its label over its frames."""
     return [
-        Segment(one.label, one.start, one.end, float(probabilities_TC[one.start : one.end, one.label].mean()))
-        for one in segments(labels_T, background)
+        replace(run, score=float(probabilities_TC[run.start : run.end, run.label].mean()))
+        for run in segments(labels_T, background)
     ]
 
 
@@ -540,13 +540,13 @@ def edit_score(
 def levenshtein(first: Sequence[int], second: Sequence[int]) -> int:
     """Least number of insertions, deletions and substitutions that turn one sequence into the other."""
     second_Y = np.asarray(second)
-    places = np.arange(len(second) + 1)
-    row = places
+    column = np.arange(len(second) + 1)
+    row = column
     for number, label in enumerate(first, start=1):
         replaced = row[:-1] + (second_Y != label)
         best = np.concatenate([[number], np.minimum(row[1:] + 1, replaced)])
-        # Insertions run along the row: each place is the least of all before it plus the way from there.
-        row = np.minimum.accumulate(best - places) + places
+        # Insertions run along the row: each entry is the least of all before it plus the way from there.
+        row = np.minimum.accumulate(best - column) + column
     return int(row[-1])
 
 
@@ -575,34 +575,29 @@ def _average_precision(
     label: int,
     thresholds: Sequence[float],
 ) -> list[float]:
+    """The area under the interpolated precision-recall curve of one label, for each threshold."""
     actual = {video: [one for one in found if one.label == label] for video, found in truth.items()}
     total = sum(map(len, actual.values()))
     guesses = [(video, one) for video in sorted(predicted) for one in predicted[video] if one.label == label]
     guesses.sort(key=lambda guess: -guess[1].score)
     overlaps = [[_iou(one, other) for other in actual.get(video, [])] for video, one in guesses]
-    precisions = []
+    areas = []
     for threshold in thresholds:
         taken: set[tuple[str, int]] = set()
-        right = np.zeros(len(guesses))
+        right_P = np.zeros(len(guesses))
         for number, (video, _) in enumerate(guesses):
-            for place in np.argsort([-overlap for overlap in overlaps[number]], kind="stable").tolist():
-                if overlaps[number][place] < threshold:
-                    break
-                if (video, place) not in taken:
-                    taken.add((video, place))
-                    right[number] = 1
-                    break
-        precisions.append(_area(right, total))
-    return precisions
-
-
-def _area(right_P: npt.NDArray[np.float64], total: int) -> float:
-    """Area under the interpolated precision-recall curve of ranked guesses (1 right, 0 wrong)."""
-    if not len(right_P):
-        return 0.0
-    precision_P = np.cumsum(right_P) / np.arange(1, len(right_P) + 1)
-    interpolated_P = np.maximum.accumulate(precision_P[::-1])[::-1]
-    return float((interpolated_P * right_P).sum() / total)
+            free = [
+                (overlap, -other)
+                for other, overlap in enumerate(overlaps[number])
+                if overlap >= threshold and (video, other) not in taken
+            ]
+            if free:
+                taken.add((video, -max(free)[1]))
+                right_P[number] = 1
+        precision_P = np.cumsum(right_P) / np.arange(1, len(guesses) + 1)
+        interpolated_P = np.maximum.accumulate(precision_P[::-1])[::-1]
+        areas.append(float((interpolated_P * right_P).sum() / total))
+    return areas
 
 
 def _iou(one: Segment, other: Segment) -> float:

@@ -55,7 +55,11 @@ class VideoMeasures:
 
 def measure_video(video_TPD: Tensor) -> VideoMeasures:
     """One video (T, P, D), measured on its device. Videos may differ in their number of frames."""
-    _check(video_TPD)
+    frames, patches, _ = video_TPD.shape
+    if frames < MIN_FRAMES:
+        raise InputError(f"a video of {frames} frames; the analysis needs at least {MIN_FRAMES}")
+    if int(patches**0.5) ** 2 != patches or patches < 4:
+        raise InputError(f"{patches} patches; the analysis needs a square grid of at least 2 x 2")
     video_TPD = video_TPD.detach().float()
     within = {key: value.cpu() for key, value in _within_video(video_TPD).items()}
     return VideoMeasures(within, video_TPD[len(video_TPD) // 2].cpu())
@@ -74,8 +78,7 @@ def summarise(
 def _within_video(video_TPD: Tensor) -> dict[str, Tensor]:
     """Intra-video distance, diameters and cycle accuracy of one video."""
     distance = _frame_distance(video_TPD)
-    patches_ND = video_TPD.flatten(0, 1)
-    radius_N = (patches_ND - patches_ND.mean(0)).norm(dim=-1)
+    radius_N = _radii(video_TPD)
     result = {"intra_original": distance}
     for percentile in PERCENTILES:
         diameter = 2 * torch.quantile(radius_N, percentile / 100)
@@ -116,8 +119,9 @@ def _between_videos(middles_VPD: Tensor, patch_indices: Tensor | Sequence[int] |
     return result | {"effective_rank": _effective_rank(middles_VPD.flatten(0, 1))}
 
 
-def _radii(features_VPD: Tensor) -> Tensor:
-    patches_ND = features_VPD.flatten(0, 1)
+def _radii(features_TPD: Tensor) -> Tensor:
+    """Distances (N,) of all patches from their mean."""
+    patches_ND = features_TPD.flatten(0, 1)
     return (patches_ND - patches_ND.mean(0)).norm(dim=-1)
 
 
@@ -155,13 +159,3 @@ def _cycle_accuracy(video_TPD: Tensor) -> Tensor:
     home_W = torch.arange(cycle_CWW.shape[-1], device=cycle_CWW.device)
     accuracy = ((cycle_CWW + 1e-6).log().argmax(-1) == home_W).float().mean()
     return accuracy.masked_fill(~cycle_CWW.isfinite().all(), torch.nan)
-
-
-def _check(video_TPD: Tensor) -> None:
-    if video_TPD.ndim != 3:
-        raise InputError(f"a video's features have shape {tuple(video_TPD.shape)}; expected (frames, P, D)")
-    frames, patches, _ = video_TPD.shape
-    if frames < MIN_FRAMES:
-        raise InputError(f"a video of {frames} frames; the analysis needs at least {MIN_FRAMES}")
-    if int(patches**0.5) ** 2 != patches or patches < 4:
-        raise InputError(f"{patches} patches; the analysis needs a square grid of at least 2 x 2")
