@@ -36,8 +36,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, functional
 
 from benchmarks.measure import Results, cpu_seconds, parser, plot_bars, synchronize, with_changes
-from fasttrain.backbone_trainer import DTYPES
-from fasttrain.data import FramePairs, PairLoader, PairSampling, open_source
+from fasttrain.data import FramePairs, PairLoader, open_source
 from fasttrain.data.images import IMAGENET_MEAN, IMAGENET_STD
 from fasttrain.data.sampling import draw_crop
 from fasttrain.distributed import World
@@ -74,32 +73,8 @@ class Setting:
 def our_pairs(recipe: Recipe, source: str, world: World, batches: int) -> Generator[FramePairs, None, None]:
     """The recipe's batches from a small source, of which an epoch draws enough pairs for a batch."""
     recipe = with_changes(recipe, "data", source=source, kind="auto", pairs_per_video=recipe.train.batch_size)
-    data, train = recipe.data, recipe.train
-    loader = PairLoader(
-        index=open_source(data.source),
-        sampling=PairSampling(
-            seed=recipe.seed,
-            gap=data.gap,
-            crop_area=data.crop_area,
-            crop_ratio=data.crop_ratio,
-            flip=data.flip,
-            pairs_per_video=data.pairs_per_video,
-        ),
-        image_size=data.image_size,
-        batch_size=train.batch_size,
-        accumulate=1,
-        first_step=0,
-        num_steps=batches,
-        rank=world.rank,
-        world_size=world.size,
-        device=world.device,
-        num_threads=data.num_threads or len(os.sched_getaffinity(0)),
-        prefetch=data.prefetch,
-        decoder=data.decoder,
-        jpeg_engine_load=data.jpeg_engine_load,
-        dtype=DTYPES[train.precision],
-        max_bad_fraction=data.max_bad_fraction,
-    )
+    index = open_source(source)
+    loader = PairLoader(index=index, recipe=recipe, world=world, first_step=0, num_steps=batches)
     try:
         yield from loader
     finally:
@@ -196,11 +171,9 @@ def contenders(setting: Setting, batches: int = 0) -> dict[str, Callable[[], Ite
         for load in ENGINE_LOADS:
             name = f"{OURS}, JPEG engine {load:.0%}"
             found[name] = ours(setting.packed, decoder="mixed", jpeg_engine_load=load)
-        found["ours, video on the host"] = ours(setting.videos, decoder="cpu")
     for name, load_pair in (("torchcodec", torchcodec_pair), ("decord", decord_pair)):
         if importlib.util.find_spec(name):
             found[f"{name}, two frames"] = theirs(setting.videos, load_pair)
-    # Last: on a GPU a decoder is made for every clip, which may take all the time there is.
     return {**found, OUR_VIDEO: ours(setting.videos)}
 
 

@@ -122,7 +122,7 @@ class DataRecipe:
     pairs_per_video: Count = 1
     """Frame pairs that an epoch draws from each video."""
     decoder: Annotated[Literal["auto", "cpu", "mixed"], MAY_CHANGE] = "auto"
-    """Where frames are decoded: host or GPU (`mixed`); `auto`: JPEG on the host, video on NVDEC if it can."""
+    """Where frames are decoded: on the host (`auto`, `cpu`), or on the GPU (`mixed`; video by NVDEC)."""
     jpeg_engine_load: Annotated[Fraction, MAY_CHANGE] = 0.65
     """With `mixed`, the share of JPEG frames for the GPU's JPEG engine; its CUDA cores get the rest."""
     num_threads: Annotated[int, Field(ge=0, le=2**12), MAY_CHANGE] = 0

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -23,10 +22,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fasttrain.backbone_trainer import DTYPES, BackboneTrainer, backbone_recipes
+from fasttrain.backbone_trainer import BackboneTrainer, backbone_recipes
 from fasttrain.backbones import Backbone
 from fasttrain.checkpoint import drop_checkpoints, load_checkpoint, saved_steps
-from fasttrain.data import FrameIndex, PairLoader, PairSampling, Processes, check_bad_fraction, open_source
+from fasttrain.data import FrameIndex, PairLoader, open_source
 from fasttrain.distributed import World
 from fasttrain.errors import InputError, LocalInputError
 from fasttrain.files import file_lock, write_atomically
@@ -38,6 +37,9 @@ from fasttrain.recipe import Recipe, differences, load_recipe, recipe_hash, to_y
 
 # Figures before and after the projection.
 Validate = Callable[[Backbone, Projection, FrameIndex, torch.device, Recipe], dict[str, float]]
+
+# The share of bad samples is taken of at least so many, or the first bad one would stop a run.
+MIN_SEEN = 1000
 
 
 class Trainer:
@@ -74,7 +76,9 @@ class Trainer:
         # Samples and bad ones of all processes, up to the last report and before this start.
         self.bad_samples = self.samples = 0
         self.step = self._resume()
-        self._counted_before = self.bad_samples, self.samples
+        # Of this process, since the last report.
+        self._new_samples = 0
+        self._new_bad_samples: list[str] = []
         self._profile = profile and world.is_main
         self._last_report = self.step, time.perf_counter()
         # A signal came to this process; it came to any, as all of them know since the last report.
@@ -122,6 +126,9 @@ class Trainer:
                     pairs = next(self.batches)
             except InputError as error:
                 raise LocalInputError(str(error)) from error
+            self._new_bad_samples += map(str, pairs.bad_samples)
+            # A replacement is one more sample that was seen.
+            self._new_samples += len(pairs.samples) + len(pairs.bad_samples)
             for trainer in self.trainers:
                 trainer.forward_backward(
                     pairs.frames, self.step - 1, last=i == passes - 1, diagnostics=diagnostics
@@ -161,7 +168,7 @@ class Trainer:
         last_step, last_time = self._last_report
         rate = (self.step - last_step) * self.global_batch / (now - last_time)
         self._last_report = self.step, now
-        faults = self._gather()
+        bad_samples = self._gather()
         common = {
             "epoch": self.step / self.steps_per_epoch,
             "lr": self._lr(),
@@ -179,7 +186,9 @@ class Trainer:
             if self.validate and self._is_due(self.recipe.eval.every) and self.world.is_main:
                 head, device = trainer.projection, self.world.device
                 record |= self.validate(trainer.encoder, head, self.index, device, self.recipe)
-            self.logs[trainer.name].write(self.step, record | ({"faults": faults} if faults else {}))
+            self.logs[trainer.name].write(
+                self.step, record | ({"faults": bad_samples} if bad_samples else {})
+            )
             self.progress.show(
                 f"{trainer.name}  {rate:.1f} pairs/s  "
                 f"loss {record['loss']:.4f}  cycle {record['cycle']:.4f}  "
@@ -187,26 +196,25 @@ class Trainer:
                 f"lr {record['lr']:.2e}"
             )
             records[trainer.name] = record
-        if faults:
+        if bad_samples:
             # After they were written down; all processes come to the same answer.
             limit = self.recipe.data.max_bad_fraction
-            check_bad_fraction(self.bad_samples, self.samples, limit, faults[-1])
+            check_bad_fraction(self.bad_samples, self.samples, limit, bad_samples[-1])
         return records
 
     def _gather(self) -> list[str]:
-        """What the processes must know of each other; returns the new faults of all, which are said."""
-        mine = [str(fault) for fault in self.loader.drain_faults()]
-        faults, bad, seen, stops = zip(
-            *self.world.gather((mine, len(self.loader.faults), self.loader.num_seen, self._stop_requested)),
-            strict=True,
+        """What the processes must know of each other; returns the new bad samples of all, which are said."""
+        bad, seen, stops = zip(
+            *self.world.gather((self._new_bad_samples, self._new_samples, self._stop_requested)), strict=True
         )
-        bad_before, seen_before = self._counted_before
-        self.bad_samples, self.samples = bad_before + sum(bad), seen_before + sum(seen)
+        self._new_bad_samples, self._new_samples = [], 0
+        bad_samples = [line for share in bad for line in share]
+        self.bad_samples += len(bad_samples)
+        self.samples += sum(seen)
         self._stops = any(stops)
-        new = [fault for share in faults for fault in share]
-        for fault in new:
-            self.say(f"replaced a sample that cannot be read: {fault}")
-        return new
+        for line in bad_samples:
+            self.say(f"replaced a sample that cannot be read: {line}")
+        return bad_samples
 
     def _drop_non_finite(self, trainer: BackboneTrainer, bad_step: int) -> None:
         """Name step and samples; a run of many backbones goes on without this one."""
@@ -246,8 +254,7 @@ class Trainer:
         if not data.source:
             raise InputError("data.source is not set; expected frame folders or videos: data.source=PATH")
         self.world.check_same(Path(data.source).expanduser().exists(), f"data.source: {data.source}")
-        processes = Processes(self.world.rank, self.world.size, self.world.gather)
-        index = open_source(data.source, kind=data.kind, processes=processes)
+        index = open_source(data.source, kind=data.kind, world=self.world)
         for name, reason in index.skipped:
             self.say(f"skipped {name}: {reason}")
         single = int((index.num_frames == 1).sum())
@@ -312,10 +319,14 @@ class Trainer:
         """Loader, run folders, logs and signal handlers while the loop runs; compiled and warmed up."""
         is_main = self.world.is_main
         with ExitStack() as stack:
-            self.loader = self._open_loader()
+            self.loader = PairLoader(
+                index=self.index,
+                recipe=self.recipe,
+                world=self.world,
+                first_step=self.step,
+                num_steps=self.total_steps - self.step,
+            )
             stack.callback(self.loader.close)
-            if self.loader.note:
-                self.say(self.loader.note)
             self.logs: dict[str, MetricsLog] = {}
             tensorboard = self.recipe.train.tensorboard
             if tensorboard and importlib.util.find_spec("tensorboard") is None:
@@ -350,35 +361,6 @@ class Trainer:
             self._last_report = self.step, self._start
             yield
 
-    def _open_loader(self) -> PairLoader:
-        data, train = self.recipe.data, self.recipe.train
-        cores = len(os.sched_getaffinity(0))
-        return PairLoader(
-            index=self.index,
-            sampling=PairSampling(
-                seed=self.recipe.seed,
-                gap=data.gap,
-                crop_area=data.crop_area,
-                crop_ratio=data.crop_ratio,
-                flip=data.flip,
-                pairs_per_video=data.pairs_per_video,
-            ),
-            image_size=data.image_size,
-            batch_size=train.batch_size,
-            accumulate=train.accumulate,
-            first_step=self.step,
-            num_steps=self.total_steps - self.step,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            device=self.world.device,
-            num_threads=data.num_threads or max(1, cores // self.world.local_size),
-            prefetch=data.prefetch,
-            decoder=data.decoder,
-            jpeg_engine_load=data.jpeg_engine_load,
-            dtype=DTYPES[train.precision],
-            max_bad_fraction=data.max_bad_fraction,
-        )
-
 
 def check_run_folder(recipe: Recipe) -> None:
     """Refuse a folder that holds another recipe's run, or any run where the recipe says `resume: never`."""
@@ -394,3 +376,12 @@ def check_run_folder(recipe: Recipe) -> None:
     if recipe_hash(there) != recipe_hash(recipe):
         changed = "; ".join(differences(there, recipe)[:4])
         raise InputError(f"output: {str(folder)!r} holds another recipe's run ({changed}); use output=DIR")
+
+
+def check_bad_fraction(bad: int, seen: int, limit: float, last: str) -> None:
+    """Raise InputError where more than `limit` of the samples seen could not be read."""
+    if bad > limit * max(seen, MIN_SEEN):
+        raise InputError(
+            f"{bad} of {seen} samples could not be read, more than data.max_bad_fraction={limit:g} allows; "
+            f"the last: {last}"
+        )

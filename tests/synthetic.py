@@ -4,8 +4,10 @@ The data sets have the layouts of the published ones. Everything is a function o
 """
 
 import csv
+import io
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -18,9 +20,12 @@ from PIL import Image
 from scipy.io import savemat
 
 from fasttrain.backbones import load_backbone
-from fasttrain.data import FrameIndex, PairLoader, PairSampling
+from fasttrain.data import FrameIndex, PairLoader
+from fasttrain.data.sampling import PairSampling
+from fasttrain.distributed import World
 from fasttrain.evaluation.plots import write_label_map
 from fasttrain.projection import Projection
+from fasttrain.recipe import Recipe, TrainRecipe, recipe_from_dict
 from fasttrain.tools.synthetic import Scene, render_scene, write_scene
 from fasttrain.video_encoder import PROJECTION_FILE, projection_metadata
 
@@ -62,36 +67,151 @@ def encode_video(path: Path, frames: list[np.ndarray], codec: str = "libx264", *
     return path
 
 
-def make_sampling(**changes: Any) -> PairSampling:
-    paper = {
-        "seed": 0,
-        "gap": 0.15,
-        "crop_area": (0.5, 1.0),
-        "crop_ratio": (3 / 4, 4 / 3),
-        "flip": 0.5,
-        "pairs_per_video": 1,
+def remux(
+    source: Path,
+    target: Path,
+    change: Callable[[int, bytes], bytes | None],
+    *,
+    shift: int = 0,
+    **options: str,
+) -> Path:
+    """Copy a file's packets, each as change(number, bytes) makes it (None: left out), `shift` ms later."""
+    with av.open(str(source)) as old, av.open(str(target), "w", options=options) as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        later = round(shift / 1000 / old.streams.video[0].time_base)
+        for number, packet in enumerate(packet for packet in old.demux(video=0) if packet.size):
+            content = change(number, bytes(packet))
+            if content is None:
+                continue
+            copy = av.Packet(content)
+            copy.pts, copy.dts = packet.pts + later, packet.dts + later
+            copy.time_base, copy.is_keyframe, copy.stream = packet.time_base, packet.is_keyframe, stream
+            new.mux(copy)
+    return target
+
+
+# --- frames that are damaged, or unusual ---
+
+
+def encoded(image: Image.Image, form: str = "JPEG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def whole_jpeg() -> bytes:
+    return encoded(Image.fromarray(picture(3, 0)), quality=95)
+
+
+def whole_png() -> bytes:
+    return encoded(Image.fromarray(picture(3, 0)), "PNG")
+
+
+def with_thumbnail(jpeg: bytes) -> bytes:
+    """With a small whole JPEG in its header, as cameras write it."""
+    small = encoded(Image.fromarray(picture(3, 0)).resize((16, 12)))
+    segment = b"\xff\xe1" + (len(small) + 2).to_bytes(2, "big") + small
+    return jpeg[:2] + segment + jpeg[2:]
+
+
+BROKEN_FRAMES: dict[str, tuple[Callable[[], bytes], str, str]] = {
+    "truncated jpeg": (lambda: whole_jpeg()[:-200], ".jpg", "truncated JPEG"),
+    "jpeg cut in its header": (lambda: whole_jpeg()[:30], ".jpg", "truncated JPEG"),
+    "truncated jpeg with a thumbnail": (
+        lambda: with_thumbnail(whole_jpeg())[:-200],
+        ".jpg",
+        "truncated JPEG",
+    ),
+    "empty file": (lambda: b"", ".jpg", "empty"),
+    "no image at all": (lambda: b"<html>404 not found</html>", ".jpg", "cannot be decoded"),
+    "jpeg with a broken header": (
+        lambda: whole_jpeg()[:4] + b"\0" * 300 + whole_jpeg()[304:],
+        ".jpg",
+        "cannot be decoded",
+    ),
+    "truncated png": (lambda: whole_png()[:-200], ".png", "truncated PNG"),
+    "png with a broken chunk": (
+        lambda: whole_png()[:60] + b"\0" * 40 + whole_png()[100:],
+        ".png",
+        "cannot be decoded",
+    ),
+}
+
+
+def deep_png(frame: np.ndarray) -> bytes:
+    """16 bits in each colour, which Pillow cannot write."""
+    height, width = frame.shape[:2]
+    encoder = av.CodecContext.create("png", "w")
+    encoder.width, encoder.height, encoder.pix_fmt = width, height, "rgb48be"
+    encoder.time_base = Fraction(1, 25)
+    image = av.VideoFrame(width, height, "rgb48be")
+    rows = np.zeros((height, image.planes[0].line_size), dtype=np.uint8)
+    rows[:, : 6 * width] = (frame.astype(">u2") * 257).astype(">u2").view(np.uint8).reshape(height, -1)
+    image.planes[0].update(rows.tobytes())
+    return b"".join(bytes(packet) for packet in [*encoder.encode(image), *encoder.encode(None)])
+
+
+def odd_frames() -> dict[str, list[bytes]]:
+    """Videos of unusual frames, all of which must work."""
+    frames = [Image.fromarray(picture(5, t)) for t in range(8)]
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    grey16 = [np.asarray(frame.convert("L")).astype(np.uint16) * 257 for frame in frames]
+    return {
+        "grey": [encoded(frame.convert("L")) for frame in frames],
+        "cmyk": [encoded(frame.convert("CMYK")) for frame in frames],
+        "turned": [encoded(frame, exif=turned) for frame in frames],
+        "thumbnail and a tail": [with_thumbnail(encoded(frame)) + bytes(999) for frame in frames],
+        "progressive": [encoded(frame, progressive=True) for frame in frames],
+        "mixed_sizes": [encoded(frame.resize((40 + 9 * t, 70 - 5 * t))) for t, frame in enumerate(frames)],
+        "tiny": [encoded(frame.resize((3, 2))) for frame in frames],
+        "png16": [encoded(Image.fromarray(grey), "PNG") for grey in grey16],
+        "png48": [deep_png(np.asarray(frame)) for frame in frames],
+        "palette": [encoded(frame.convert("P"), "PNG") for frame in frames],
+        "alpha": [encoded(frame.convert("RGBA"), "PNG") for frame in frames],
+        "grey_alpha": [encoded(frame.convert("LA"), "PNG") for frame in frames],
+        "one_bit": [encoded(frame.convert("1"), "PNG") for frame in frames],
+        "one_frame": [encoded(frames[0])],
     }
-    return PairSampling(**{**paper, **changes})
 
 
-def make_loader(index: FrameIndex, sampling: PairSampling | None = None, **changes: Any) -> PairLoader:
+# --- recipes and loaders ---
+
+
+def make_recipe(seed: int = 0, **changes: Any) -> Recipe:
+    """A small recipe on the CPU; `changes` are keys of its sections `data` and `train`."""
     small = {
         "image_size": 32,
-        "batch_size": 2,
-        "accumulate": 1,
-        "first_step": 0,
-        "num_steps": 2,
-        "rank": 0,
-        "world_size": 1,
-        "device": torch.device("cpu"),
         "num_threads": 2,
-        "prefetch": 2,
-        "decoder": "auto",
-        "jpeg_engine_load": 0.65,
-        "dtype": torch.float32,
         "max_bad_fraction": 0.5,
+        "batch_size": 2,
+        "precision": "fp32",
     }
-    return PairLoader(index=index, sampling=sampling or make_sampling(), **{**small, **changes})
+    sections: dict[str, dict[str, Any]] = {"data": {}, "train": {}}
+    train_keys = {key.name for key in fields(TrainRecipe)}
+    for key, value in (small | changes).items():
+        sections["train" if key in train_keys else "data"][key] = value
+    return recipe_from_dict({"seed": seed, **sections})
+
+
+def make_sampling(**changes: Any) -> PairSampling:
+    recipe = make_recipe(**changes)
+    return PairSampling(recipe.data, recipe.seed)
+
+
+def make_loader(
+    index: FrameIndex,
+    *,
+    first_step: int = 0,
+    num_steps: int = 2,
+    rank: int = 0,
+    world_size: int = 1,
+    device: str = "cpu",
+    **changes: Any,
+) -> PairLoader:
+    world = World(rank=rank, size=world_size, local_rank=0, local_size=1, device=torch.device(device))
+    recipe = make_recipe(**changes)
+    return PairLoader(index=index, recipe=recipe, world=world, first_step=first_step, num_steps=num_steps)
 
 
 # --- sequences: DAVIS, VIP, JHMDB ---

@@ -23,7 +23,7 @@ from fasttrain.files import file_lock
 from fasttrain.optimizer import learning_rate_factor
 from fasttrain.profiling import RECORDED, RECORDED_PASS, SPANS
 from fasttrain.recipe import Recipe, TrainRecipe, load_recipe, recipe_from_dict, to_yaml
-from fasttrain.trainer import Trainer
+from fasttrain.trainer import Trainer, check_bad_fraction
 
 VIDEOS = 6
 
@@ -456,3 +456,12 @@ def test_other_weights_under_the_same_name_are_refused_on_resume(frames: Path, t
     torch.save(vit.state_dict(), file)
     with pytest.raises(InputError, match=r"weights_hash .*weights that it began with"):
         run(recipe)
+
+
+def test_the_limit_of_bad_samples_is_a_share_of_what_was_seen() -> None:
+    check_bad_fraction(10, 1000, 0.01, "x")
+    check_bad_fraction(10, 30, 0.01, "x")
+    with pytest.raises(InputError, match=r"11 of 1000 samples .* the last: x"):
+        check_bad_fraction(11, 1000, 0.01, "x")
+    with pytest.raises(InputError):
+        check_bad_fraction(1, 30, 0.0, "x")

@@ -3,26 +3,17 @@
 from typing import TYPE_CHECKING, Any
 
 from fasttrain.data.index import FrameIndex
-from fasttrain.data.sampling import PairSampling
-from fasttrain.data.sources import Processes, open_source
+from fasttrain.data.sources import open_source
 
 if TYPE_CHECKING:
-    from fasttrain.data.loader import FramePairs, PairLoader, check_bad_fraction
+    from fasttrain.data.loader import FramePairs, PairLoader
 
-__all__ = [
-    "FrameIndex",
-    "FramePairs",
-    "PairLoader",
-    "PairSampling",
-    "Processes",
-    "check_bad_fraction",
-    "open_source",
-]
+__all__ = ["FrameIndex", "FramePairs", "PairLoader", "open_source"]
 
 
 def __getattr__(name: str) -> Any:
     """What needs DALI, on first use: an evaluation does without, and starts without its import."""
-    if name not in ("FramePairs", "PairLoader", "check_bad_fraction"):
+    if name not in ("FramePairs", "PairLoader"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from fasttrain.data import loader
 

@@ -1,6 +1,6 @@
 """Single images on the host: is the file whole, decode it, crop and resize it.
 
-Leaf of fasttrain.data. Training decodes with DALI (pipeline.py); `decode_image` serves evaluation and pack.
+Leaf of fasttrain.data. Training decodes with DALI (dali.py); `decode_image` serves evaluation and pack.
 """
 
 from __future__ import annotations
@@ -10,29 +10,17 @@ import io
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import ExifTags, Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
-Bytes = npt.NDArray[np.uint8]
+Bytes = npt.NDArray[np.uint8]  # (n,) of a file
+Frame = npt.NDArray[np.uint8]  # (H, W, 3) RGB
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# What sets a picture upright, by that tag. Pillow's exif_transpose also writes the other tags anew, and
-# raises where one of them is odd.
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-_JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
-_START_OF_SCAN = 0xDA
+_JPEG_START, _JPEG_SCAN, _JPEG_END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
@@ -55,34 +43,19 @@ def check_encoded(data: Bytes) -> None:
     head, tail = data[:8].tobytes(), data[-8:].tobytes()
     if head.startswith(_JPEG_START) and not tail.endswith(_JPEG_END):
         content = data.tobytes()
-        if content.rfind(_JPEG_END) < _jpeg_scan(content):
+        # A small picture in the header has an end marker, too, but only the last scan is this one's.
+        if content.rfind(_JPEG_END) <= content.rfind(_JPEG_SCAN):
             raise UnreadableFrameError("truncated JPEG, it has no end-of-image marker")
     if head == _PNG_START and tail != _PNG_END and _PNG_END not in data.tobytes():
         raise UnreadableFrameError("truncated PNG, it has no end chunk")
 
 
-def _jpeg_scan(content: bytes) -> int:
-    """Where the coded data of a JPEG begins; at the end of a file that was cut off before it.
-
-    What comes earlier may hold a whole small picture, with an end marker of its own.
-    """
-    place = len(_JPEG_START)
-    while place + 4 <= len(content) and content[place] == 0xFF:
-        marker = content[place + 1]
-        if marker == _START_OF_SCAN:
-            return place
-        # 0xFF may be repeated in front of a marker; all others here have a length.
-        place += 1 if marker == 0xFF else 2 + int.from_bytes(content[place + 2 : place + 4], "big")
-    return len(content)
-
-
-def decode_image(data: Bytes) -> npt.NDArray[np.uint8]:
+def decode_image(data: Bytes) -> Frame:
     """An encoded image (n,) -> RGB (H, W, 3) uint8, upright by its EXIF tag. Raises UnreadableFrameError."""
     check_encoded(data)
     try:
         with Image.open(io.BytesIO(data.tobytes())) as image:
-            turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-            upright = image if turn is None else image.transpose(turn)
+            upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I"):
                 # Pillow clips 16-bit grey to 255 instead of scaling it.
                 grey = np.asarray(upright, dtype=np.float64) / 257
@@ -94,7 +67,7 @@ def decode_image(data: Bytes) -> npt.NDArray[np.uint8]:
         raise UnreadableFrameError(f"cannot be decoded: {error}") from error
 
 
-def crop_resize(frame_HW3: npt.NDArray[np.uint8], box: tuple[int, int, int, int], size: int) -> Tensor:
+def crop_resize(frame_HW3: Frame, box: tuple[int, int, int, int], size: int) -> Tensor:
     """The crop top, left, bottom, right of a frame -> (3, size, size) uint8: antialiased bicubic, one step.
 
     PyTorch's uint8 kernel gives what Pillow gives, four times faster.

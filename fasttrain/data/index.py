@@ -16,13 +16,13 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fasttrain.data.images import Bytes, UnreadableFrameError, check_encoded, decode_image
-from fasttrain.data.video import VideoInfo, cut_clip, nvdec_decodes, read_video_frames
-from fasttrain.errors import InputError
+from fasttrain.data.images import Bytes, Frame, UnreadableFrameError, check_encoded, decode_image
+from fasttrain.data.nvdec import cut_clip
+from fasttrain.data.video import VideoInfo, read_video_frames
 from fasttrain.files import os_reason
 
-# What `read` gives: images, encoded JPEG or PNG (n,); frames, RGB (H, W, 3); clips, a Matroska file (n,) for
-# the GPU's decoder and the numbers of the frames in it.
+# How a pair of frames comes. images: encoded JPEG or PNG (n,); frames: RGB (H, W, 3); clips: a Matroska file
+# (n,) for the GPU's decoder and the numbers of the frames in it.
 Storage = Literal["images", "frames", "clips"]
 StoredPair = Sequence[npt.NDArray[Any]]
 Skipped = list[tuple[str, str]]
@@ -55,7 +55,7 @@ class FrameIndex(ABC):
     def read(self, video: int, frames: Sequence[int]) -> StoredPair:
         """The frames of these numbers as they are stored: see `storage`. Raises UnreadableFrameError."""
 
-    def read_frame(self, video: int, frame: int) -> npt.NDArray[np.uint8]:
+    def read_frame(self, video: int, frame: int) -> Frame:
         """One frame, (H, W, 3) uint8 RGB. Raises UnreadableFrameError."""
         (stored,) = self.read(video, [frame])
         return decode_image(stored) if self.storage == "images" else stored
@@ -101,26 +101,7 @@ class VideoIndex(FrameIndex):
     def read(self, video: int, frames: Sequence[int]) -> StoredPair:
         return read_video_frames(self.videos[video], [int(frame) for frame in frames])
 
-    def as_clips(self) -> ClipIndex:
-        """The same videos for a GPU's decoder. Raises InputError if there is one that it cannot decode."""
-        for name, video in zip(self.names, self.videos, strict=True):
-            if not nvdec_decodes(video):
-                raise InputError(
-                    f"{name} ({video.codec}, {video.pix_fmt}, {video.width} x {video.height}) is not for "
-                    "NVDEC; use data.decoder=auto or cpu"
-                )
-        return ClipIndex(dict(zip(self.names, self.videos, strict=True)), self.skipped)
-
-
-class ClipIndex(VideoIndex):
-    """Video files whose frames are decoded on the GPU: `read` gives the packets that this takes."""
-
-    storage: Storage = "clips"
-
-    def read(self, video: int, frames: Sequence[int]) -> StoredPair:
+    def read_clip(self, video: int, frames: Sequence[int]) -> StoredPair:
+        """As `read`, but the packets for the GPU's decoder: storage `clips`."""
         data, numbers = cut_clip(self.videos[video], [int(frame) for frame in frames])
         return [data, np.array(numbers)]
-
-    def read_frame(self, video: int, frame: int) -> npt.NDArray[np.uint8]:
-        (rgb,) = read_video_frames(self.videos[video], [frame])
-        return rgb

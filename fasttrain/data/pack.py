@@ -42,9 +42,10 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image
 
-from fasttrain.data.images import UnreadableFrameError, check_encoded, decode_image
+from fasttrain.data.images import Frame, UnreadableFrameError, check_encoded, decode_image
 from fasttrain.data.index import Skipped
 from fasttrain.data.map_ahead import map_ahead
+from fasttrain.data.nvdec import cut_clip, has_nvdec, nvdec_decodes
 from fasttrain.data.packed import (
     FORMAT,
     FRAME,
@@ -57,16 +58,7 @@ from fasttrain.data.packed import (
 )
 from fasttrain.data.sampling import evenly_spaced
 from fasttrain.data.sources import Found, Kind, find_source, packed_folders
-from fasttrain.data.video import (
-    Frame,
-    VideoInfo,
-    check_jpeg,
-    cut_clip,
-    has_nvdec,
-    nvdec_decodes,
-    probe_video,
-    stream_video_frames,
-)
+from fasttrain.data.video import VideoInfo, check_jpeg, probe_video, stream_video_frames
 from fasttrain.errors import InputError
 from fasttrain.files import file_lock, io_errors_as_input_errors, open_atomically, os_reason, write_atomically
 from fasttrain.loggers import Progress, say

@@ -1,89 +1,78 @@
 """Which pair of frames and which crop a sample is: pure functions of (seed, epoch, sample).
 
 Nothing here has state and nothing reads a frame. The random numbers come from Philox, a counter-based
-generator (Salmon et al., SC 2011): its key is (seed, epoch), its counter is (sample, attempt), so a sample's
-draw depends on neither the order, the rank, the number of workers nor what was drawn before.
+generator (Salmon et al., SC 2011): its key is (seed, epoch), its counter is (sample, attempt). So what is
+drawn for a sample does not depend on the order, the rank, the number of threads or earlier samples.
 
 Legend: B samples, n frames of a video, V videos.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
+from fasttrain.recipe import DataRecipe
+
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
-Bools = npt.NDArray[np.bool_]
+# (B,) of PARAMETERS.
+SampleParameters = npt.NDArray[np.void]
 
-# Slots of a sample's random numbers; all are drawn, used or not, so that none depends on another's outcome.
-_FRAMES, _CROP, _FLIP, _SUBSTITUTE, _SLOTS = slice(0, 2), slice(2, 6), 6, 7, 8
+PARAMETERS = np.dtype(
+    [
+        ("sample", np.int64),  # video * pairs_per_video + k
+        ("video", np.int64),
+        ("frames", np.int64, 2),
+        # Both frames share the crop and the flip. Top, left, bottom, right on the unit square.
+        ("box", np.float64, 4),
+        ("flip", np.bool_),  # mirror left and right
+    ]
+)
+
+# A sample's random numbers; all are drawn, used or not, so that none depends on another's outcome.
+_FRAMES, _CROP, _FLIP, _SUBSTITUTE, _COUNT = slice(0, 2), slice(2, 6), 6, 7, 8
 
 
-@dataclass(frozen=True)
-class Draws:
-    """What B samples are: the video, its two frames, and the crop and flip that both frames share."""
-
-    samples: Ints  # (B,) sample ids, video * pairs_per_video + k
-    videos: Ints  # (B,)
-    frames: Ints  # (B, 2)
-    boxes: Floats  # (B, 4) top, left, bottom, right on the unit square
-    flips: Bools  # (B,) mirror left and right
-
-
-@dataclass(frozen=True, kw_only=True)
 class PairSampling:
-    """The rule by which samples are drawn (Co-Settle, section 3; the defaults stand in fasttrain/recipe.py).
+    """The rule by which samples are drawn (Co-Settle, section 3)."""
 
-    gap is the distance of the two frames as a share of the video's length; crop_area and crop_ratio bound the
-    crop's area and its aspect ratio (width / height); flip is the probability of a horizontal flip.
-    """
-
-    seed: int
-    gap: float
-    crop_area: tuple[float, float]
-    crop_ratio: tuple[float, float]
-    flip: float
-    pairs_per_video: int
+    def __init__(self, data: DataRecipe, seed: int) -> None:
+        self.data, self.seed = data, seed
 
     def num_samples(self, num_videos: int) -> int:
         """Samples of one epoch."""
-        return num_videos * self.pairs_per_video
+        return num_videos * self.data.pairs_per_video
 
     def order(self, positions: npt.ArrayLike, num_samples: int) -> tuple[Ints, Ints]:
         """Epoch and sample id at positions (B,) of the endless training stream.
 
         The stream is the concatenation of every epoch's permutation of the sample ids.
         """
-        epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), num_samples)
+        epochs, indices = np.divmod(np.asarray(positions, dtype=np.int64), num_samples)
         samples = np.empty_like(epochs)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            samples[here] = _permutation(self.seed, int(epoch), num_samples)[places[here]]
+            samples[here] = _permutation(self.seed, int(epoch), num_samples)[indices[here]]
         return epochs, samples
 
-    def draw(self, num_frames: Ints, epochs: Ints, samples: Ints, attempt: int = 0) -> Draws:
+    def draw(self, num_frames: Ints, epochs: Ints, samples: Ints, attempt: int = 0) -> SampleParameters:
         """Pairs, crops and flips of samples (B,) in epochs (B,), given the frames (V,) of every video.
 
         attempt > 0 draws the sample that stands in when attempt - 1 could not be read.
         """
         uniforms = _uniforms(self.seed, epochs, samples, attempt)
-        samples = (
-            _below(uniforms[:, _SUBSTITUTE], self.num_samples(len(num_frames)))
-            if attempt
-            else np.array(samples)
-        )
-        videos = samples // self.pairs_per_video
-        return Draws(
-            samples=samples,
-            videos=videos,
-            frames=draw_pair(num_frames[videos], uniforms[:, _FRAMES], gap=self.gap),
-            boxes=draw_crop(uniforms[:, _CROP], area=self.crop_area, ratio=self.crop_ratio),
-            flips=uniforms[:, _FLIP] < self.flip,
-        )
+        if attempt:
+            samples = _below(uniforms[:, _SUBSTITUTE], self.num_samples(len(num_frames)))
+        drawn = np.empty(len(samples), PARAMETERS)
+        drawn["sample"] = samples
+        drawn["video"] = samples // self.data.pairs_per_video
+        drawn["frames"] = draw_pair(num_frames[drawn["video"]], uniforms[:, _FRAMES], gap=self.data.gap)
+        drawn["box"] = draw_crop(uniforms[:, _CROP], area=self.data.crop_area, ratio=self.data.crop_ratio)
+        drawn["flip"] = uniforms[:, _FLIP] < self.data.flip
+        return drawn
 
 
 def draw_pair(num_frames: npt.ArrayLike, uniforms: npt.ArrayLike, *, gap: float) -> Ints:
@@ -107,7 +96,7 @@ def draw_pair(num_frames: npt.ArrayLike, uniforms: npt.ArrayLike, *, gap: float)
 def draw_crop(uniforms: npt.ArrayLike, *, area: tuple[float, float], ratio: tuple[float, float]) -> Floats:
     """Boxes (B, 4) top, left, bottom, right on the unit square, from uniforms (B, 4) in [0, 1).
 
-    One draw of area and log-uniform ratio (width / height), each side cut to the frame, at a uniform place:
+    One draw of area and log-uniform ratio (width / height), each side cut to the frame, at a uniform offset:
     the rule of the published code (its util/video/image_utils.py, after BYOL). torchvision's own
     RandomResizedCrop draws again instead of cutting.
     """
@@ -143,12 +132,12 @@ def _below(uniforms: Floats, bounds: Ints | int) -> Ints:
 
 
 def _uniforms(seed: int, epochs: Ints, samples: Ints, attempt: int) -> Floats:
-    """(B, slots) numbers uniform on [0, 1), a row for every (epoch, sample, attempt)."""
+    """(B, 8) numbers uniform on [0, 1), a row for every (epoch, sample, attempt)."""
     bits = _philox(seed, 0, (0, 0, 0, 0))
     generator = np.random.Generator(bits)
     # Setting the state of one generator is three times faster than making one for each sample.
     state = bits.state
-    rows = np.empty((len(samples), _SLOTS))
+    rows = np.empty((len(samples), _COUNT))
     for row, epoch, sample in zip(rows, epochs, samples, strict=True):
         state["state"]["key"][1] = epoch
         state["state"]["counter"][:] = (0, sample, attempt, 0)

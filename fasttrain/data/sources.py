@@ -6,20 +6,20 @@ here: evaluation reads through this module too.
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from fasttrain.data.images import IMAGE_SUFFIXES, UnreadableFrameError
 from fasttrain.data.index import FolderIndex, FrameFolders, FrameIndex, Skipped, VideoIndex
 from fasttrain.data.packed import PackedIndex, is_packed
 from fasttrain.data.probes import ProbeCache, State, state_of
 from fasttrain.data.video import VIDEO_SUFFIXES, VideoInfo, probe_video
+from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.files import os_reason, text_lines
 
@@ -39,29 +39,16 @@ class Found:
     skipped: Skipped
 
 
-@dataclass(frozen=True)
-class Processes:
-    """The processes that open a source together, each with its share of the video files to look into."""
-
-    rank: int
-    size: int
-    gather: Callable[[Any], list[Any]]
-    """A value of each process -> all their values by rank, in every process."""
-
-
-ALONE = Processes(0, 1, lambda value: [value])
-
-
-def open_source(source: str | Path, *, kind: Kind = "auto", processes: Processes = ALONE) -> FrameIndex:
+def open_source(source: str | Path, *, kind: Kind = "auto", world: World | None = None) -> FrameIndex:
     """Index the videos of a source.
 
     folders: frame folders (jpg, jpeg, png) at any depth, frames in natural order of their names; list: a
     text file with a frame folder or a video file per line, absolute or relative to the list, a frame folder
     optionally followed by the number of frames to use (behind a video file, a number is a label and means
     nothing); videos: a folder of video files at any depth, or one file; packed: what `fasttrain pack` wrote,
-    or a text file that lists the folders of its parts. `auto` looks which it is. `processes` share the work
-    of looking into videos and get the same index. Raises InputError where the source is missing, is not of
-    the kind, or holds nothing that can be read.
+    or a text file that lists the folders of its parts. `auto` looks which it is. The processes of `world`
+    share the work of looking into videos and get the same index. Raises InputError where the source is
+    missing, is not of the kind, or holds nothing that can be read.
     """
     path = Path(source).expanduser()
     may_be_packed = kind in ("auto", "packed") or (kind == "list" and path.is_file())
@@ -70,7 +57,7 @@ def open_source(source: str | Path, *, kind: Kind = "auto", processes: Processes
         return PackedIndex(*(packed or [path]))
     found = find_source(path, kind=kind)
     if found.videos:
-        index: FrameIndex = _probe_videos(path, found, processes)
+        index: FrameIndex = _probe_videos(path, found, world or World.single())
     else:
         index = FolderIndex(found.folders, found.skipped)
     if not len(index):
@@ -241,7 +228,7 @@ def _list_entry(root: Path, entry: str) -> tuple[str, int | None]:
     return Path(entry).as_posix(), None
 
 
-def _probe_videos(path: Path, source: Found, processes: Processes) -> VideoIndex:
+def _probe_videos(path: Path, source: Found, world: World) -> VideoIndex:
     """Look into every file not known from before, in parallel; what cannot be read is skipped and named."""
     cache = ProbeCache(path)
 
@@ -255,12 +242,12 @@ def _probe_videos(path: Path, source: Found, processes: Processes) -> VideoIndex
         except UnreadableFrameError as error:
             return str(error)
 
-    mine = list(itertools.islice(source.videos, processes.rank, None, processes.size))
+    mine = world.shard(list(source.videos))
     with ThreadPoolExecutor(max_workers=min(32, len(os.sched_getaffinity(0)) * 2)) as pool:
         probed = dict(zip(mine, pool.map(probe, mine), strict=True))
-    found = {name: one for share in processes.gather(probed) for name, one in share.items()}
+    found = {name: one for share in world.gather(probed) for name, one in share.items()}
     readable = {name: one for name, one in found.items() if not isinstance(one, str)}
-    if processes.rank == 0:
+    if world.is_main:
         cache.write(readable)
     bad = sorted((name, reason) for name, reason in found.items() if isinstance(reason, str))
     return VideoIndex({name: info for name, (_, info) in readable.items()}, source.skipped + bad)

@@ -1,14 +1,11 @@
 """Video files through PyAV: is the file whole, and its frames by number.
 
-Used by sources.py (probe, read) and pack.py. A frame's number is its place in presentation order, whatever
-the frame rate does. Frames come as ffmpeg shows them: colour matrix and range as the stream says, 10 bits
-rounded to 8, turned upright by the display matrix.
+A frame's number is its index in presentation order, whatever the frame rate does. Frames come as ffmpeg shows
+them: colour matrix and range as the stream says, 10 bits rounded to 8, turned upright by the display matrix.
 """
 
 from __future__ import annotations
 
-import ctypes
-import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,9 +18,8 @@ import numpy.typing as npt
 from av.bitstream import BitStreamFilterContext
 from av.stream import Disposition
 
-from fasttrain.data.images import UnreadableFrameError
+from fasttrain.data.images import Bytes, Frame, UnreadableFrameError
 
-Frame = npt.NDArray[np.uint8]
 Times = Sequence[int] | npt.NDArray[np.int64]
 PacketTimes = list[int | None]
 Matrix = Literal["bt601", "bt709", "bt2020"]
@@ -37,15 +33,6 @@ VIDEO_SUFFIXES = frozenset(
 
 # ffmpeg's numbers of the matrices (AVColorSpace); all others are close to BT.601 or rare.
 _MATRICES: dict[int, Matrix] = {1: "bt709", 9: "bt2020", 10: "bt2020"}
-
-# What DALI decodes on NVDEC, on GPUs since Ampere: pixel formats, and the least side in pixels. Not AV1: it
-# has packets that show a frame decoded before, DALI 2.4 counts decoded frames, and all that follow are off.
-_NVDEC: dict[str, tuple[frozenset[str], int]] = {
-    "h264": (frozenset({"yuv420p", "yuvj420p"}), 48),
-    "hevc": (frozenset({"yuv420p", "yuvj420p", "yuv420p10le"}), 144),
-    "vp8": (frozenset({"yuv420p"}), 48),
-    "vp9": (frozenset({"yuv420p", "yuv420p10le"}), 128),
-}
 
 # Containers whose times are ffmpeg's guesses: AVI has none, and MPEG-PS not for every frame. They are wrong
 # where there are B-frames, or after a seek.
@@ -61,8 +48,6 @@ _STRUCTURE_FILTERS = {"h264": "h264_mp4toannexb", "hevc": "hevc_mp4toannexb"}
 # An H.264 picture that resets the decoder. ffmpeg also marks mere recovery points as key frames; a decoder
 # that starts there may miss references.
 _IDR = re.compile(rb"\x00\x00\x01[\x05\x25\x45\x65]")
-# A slice of an H.264 picture that others refer to: nal_ref_idc is not 0 (H.264, 7.4.1).
-_REFERENCE = re.compile(rb"\x00\x00\x01[\x21\x22\x25\x41\x42\x45\x61\x62\x65]")
 
 
 @dataclass(frozen=True)
@@ -75,6 +60,10 @@ class VideoInfo:
     width: int
     """As stored, before it is turned upright."""
     height: int
+    cropped: bool
+    """Whether the codec works on a larger picture than it shows (H.264: sides that are no multiple of 16)."""
+    interlaced: bool
+    """Whether the first frame is one of two fields."""
     quarter_turns: int
     """Counter-clockwise quarter turns that set a decoded frame upright."""
     matrix: Matrix
@@ -97,8 +86,9 @@ def probe_video(path: Path) -> VideoInfo:
     Raises UnreadableFrameError with the reason.
     """
     try:
-        with _open_video(path) as container:
-            stream = _video_stream(container)
+        with open_video(path) as container:
+            stream = video_stream(container)
+            context = stream.codec_context
             times, key_times, reset_times, miscounted = _packet_times(container, stream)
             if not times:
                 raise UnreadableFrameError("it holds no video frames")
@@ -115,10 +105,12 @@ def probe_video(path: Path) -> VideoInfo:
                 known = known[known.index(first.pts) :]
             return VideoInfo(
                 path=path,
-                codec=stream.codec_context.codec.canonical_name,
+                codec=context.codec.canonical_name,
                 pix_fmt=first.format.name,
                 width=first.width,
                 height=first.height,
+                cropped=(context.coded_width, context.coded_height) != (first.width, first.height),
+                interlaced=first.interlaced_frame,
                 quarter_turns=_quarter_turns(first),
                 matrix=_MATRICES.get(int(first.colorspace), "bt601"),
                 times=_compact(known) if seekable else None,
@@ -129,7 +121,7 @@ def probe_video(path: Path) -> VideoInfo:
                 miscounted=miscounted,
             )
     except (av.FFmpegError, OSError) as error:
-        raise UnreadableFrameError(_reason(error)) from error
+        raise UnreadableFrameError(reason_of(error)) from error
 
 
 def read_video_frames(video: VideoInfo, frames: Sequence[int]) -> list[Frame]:
@@ -150,10 +142,10 @@ def stream_video_frames(video: VideoInfo, frames: Sequence[int]) -> Iterator[Fra
             for frame in frames:
                 yield to_rgb(reader.read(frame))
     except (av.FFmpegError, OSError) as error:
-        raise UnreadableFrameError(_reason(error), frame) from error
+        raise UnreadableFrameError(reason_of(error), frame) from error
 
 
-def check_jpeg(data: Frame) -> None:
+def check_jpeg(data: Bytes) -> None:
     """Raise UnreadableFrameError for a JPEG (n,) whose coded data ffmpeg finds damaged; others pass.
 
     Pillow and DALI decode such a picture to garbage and say nothing. A picture that is no JPEG, or of a kind
@@ -172,106 +164,6 @@ def check_jpeg(data: Frame) -> None:
         raise UnreadableFrameError("damaged JPEG: its coded data is not valid") from None
     except av.FFmpegError:
         return
-
-
-def has_nvdec() -> bool:
-    """Whether the driver comes with NVDEC; containers are often started without it."""
-    try:
-        ctypes.CDLL("libnvcuvid.so.1")
-    except OSError:
-        return False
-    return True
-
-
-def nvdec_decodes(video: VideoInfo) -> bool:
-    """Whether a GPU's decoder takes this video, and its frames can be found by time."""
-    formats, least = _NVDEC.get(video.codec, (frozenset(), 0))
-    # Where there are times, a decoder must be able to start at or before the first.
-    starts = video.times is not None and bool(video.reset_times) and video.reset_times[0] <= video.times[0]
-    has_places = starts and not video.miscounted
-    return has_places and video.pix_fmt in formats and min(video.width, video.height) >= least
-
-
-def cut_clip(video: VideoInfo, frames: Sequence[int]) -> tuple[Frame, list[int]]:
-    """The packets that decoding these frames takes, as a small Matroska file, and the frames' numbers in it.
-
-    Nothing is decoded, so a GPU's decoder gets a dozen pictures instead of the whole video. The file is
-    (bytes,) uint8. Raises UnreadableFrameError.
-    """
-    if video.times is None:
-        raise UnreadableFrameError("its container has no time stamps to seek by", frames[0])
-    packets: dict[int, av.Packet] = {}
-    targets = [int(video.times[frame]) for frame in frames]
-    buffer = io.BytesIO()
-    try:
-        with _open_video(video.path) as source, av.open(buffer, "w", format="matroska") as clip:
-            stream = _video_stream(source)
-            for target in sorted(targets):
-                if target not in packets:
-                    start = max(time for time in video.reset_times if time <= target)
-                    packets |= _packets_between(source, stream, start, target)
-            if stream.codec_context.name == "h264":
-                needed = _referred_to(stream, packets)
-                packets = {time: packets[time] for time in packets if time in needed or time in targets}
-            out = clip.add_stream_from_template(stream)
-            for packet, dts in zip(packets.values(), _decoding_times(list(packets)), strict=True):
-                packet.dts = dts
-                packet.stream = out
-                clip.mux(packet)
-    except (av.FFmpegError, OSError) as error:
-        raise UnreadableFrameError(_reason(error), frames[0]) from error
-    # A decoder counts frames in the order in which they are shown.
-    shown = sorted(packets)
-    return np.frombuffer(buffer.getvalue(), dtype=np.uint8), [shown.index(target) for target in targets]
-
-
-def _packets_between(
-    container: av.container.InputContainer, stream: av.VideoStream, start: int, target: int
-) -> dict[int, av.Packet]:
-    """By time and in decoding order: from the key frame shown at `start` to the packet of `target`."""
-    container.seek(start, stream=stream)
-    packets = _collect_packets(container.demux(stream), start, target)
-    if packets is None:
-        # A stream without an index (MPEG-TS) is sought by guesses, and one may land too late.
-        with _open_video(Path(container.name)) as again:
-            packets = _collect_packets(again.demux(_video_stream(again)), start, target)
-    if packets is None:
-        raise UnreadableFrameError("its packets changed since it was indexed")
-    return packets
-
-
-def _collect_packets(demuxed: Iterator[av.Packet], start: int, target: int) -> dict[int, av.Packet] | None:
-    packets: dict[int, av.Packet] = {}
-    for packet in demuxed:
-        time = packet.pts
-        # What comes before the key frame, or is shown before it, is needed by nothing after it.
-        if time is None or time < start or not (packets or time == start):
-            continue
-        packets[time] = packet
-        if time == target:
-            return packets
-    return None
-
-
-def _referred_to(stream: av.VideoStream, packets: dict[int, av.Packet]) -> set[int]:
-    """Times of the H.264 pictures that others may refer to."""
-    start_codes = BitStreamFilterContext(_STRUCTURE_FILTERS["h264"], stream)
-    return {
-        time
-        for time, packet in packets.items()
-        # A copy, for the filter takes the packet's contents away.
-        if any(_REFERENCE.search(bytes(unit)) for unit in start_codes.filter(av.Packet(bytes(packet))))
-    }
-
-
-def _decoding_times(shown: Sequence[int]) -> list[int]:
-    """Times to decode packets at that are shown at these times: ascending, none later than it is shown.
-
-    Those of the file may be missing or, after a seek, wrong; no muxer takes either.
-    """
-    ordered = sorted(shown)
-    delay = max(early - late for early, late in zip(ordered, shown, strict=True))
-    return [time - delay for time in ordered]
 
 
 def to_rgb(picture: av.VideoFrame) -> Frame:
@@ -297,8 +189,8 @@ class _FrameReader:
         self.container.close()
 
     def _open(self) -> None:
-        self.container = _open_video(self.video.path)
-        self.stream = _video_stream(self.container)
+        self.container = open_video(self.video.path)
+        self.stream = video_stream(self.container)
         # Videos are decoded in parallel; threads inside each would only get in the way.
         self.stream.codec_context.thread_count = 1
         self.pictures = self._decode()
@@ -356,12 +248,12 @@ class _FrameReader:
         raise UnreadableFrameError("the frame cannot be decoded", frame)
 
 
-def _open_video(path: Path) -> av.container.InputContainer:
+def open_video(path: Path) -> av.container.InputContainer:
     """A file for reading. Titles and the like, which nobody reads, may be in any encoding."""
     return av.open(str(path), **_ANY_ENCODING)
 
 
-def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
+def video_stream(container: av.container.InputContainer) -> av.VideoStream:
     """The first video stream that is not a cover picture."""
     streams = (one for one in container.streams.video if not one.disposition & Disposition.attached_pic)
     stream = next(streams, None)
@@ -406,7 +298,9 @@ def _packet_times(
             try:
                 units = structure.filter(packet)
             except av.FFmpegError as error:
-                raise UnreadableFrameError(f"packet {len(times) - 1} is damaged: {_reason(error)}") from error
+                raise UnreadableFrameError(
+                    f"packet {len(times) - 1} is damaged: {reason_of(error)}"
+                ) from error
             if name == "h264_mp4toannexb":
                 resets = resets and any(_IDR.search(bytes(unit)) for unit in units)
         if resets:
@@ -429,5 +323,5 @@ def _compact(times: list[int]) -> Times:
     return regular if list(regular) == times else np.asarray(times, dtype=np.int64)
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     return (getattr(error, "strerror", None) or str(error)).rstrip(".").lower()

@@ -30,16 +30,6 @@ def test_pictures_are_set_upright(orientation: int) -> None:
     np.testing.assert_array_equal(decoded(data), upright)
 
 
-def test_an_odd_tag_beside_the_orientation_does_no_harm() -> None:
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation], exif[0x010E] = 6, "made up"
-    data = encoded(Image.fromarray(picture(0, 0)), "JPEG", exif=exif)
-    # A number by its tag, a text by its type.
-    odd = data.replace(b"\x01\x0e\x00\x02", b"\x01\x00\x00\x02")
-    assert odd != data
-    np.testing.assert_array_equal(decoded(odd), decoded(data))
-
-
 def test_whatever_pillow_raises_is_an_unreadable_frame() -> None:
     data = bytearray(encoded(Image.new("RGBA", (8, 8)), "DDS"))
     # Flags of a pixel format that there is not; Pillow: NotImplementedError.

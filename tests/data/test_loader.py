@@ -1,16 +1,27 @@
-"""The loader: pixels, order over ranks and resumption. Faults are in test_faults.py."""
+"""The loader: pixels, order over ranks, resumption, and data that is damaged or unusual."""
 
+import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from synthetic import encode_video, make_loader, make_sampling, picture, write_folders
+from PIL import Image, ImageOps
+from synthetic import (
+    BROKEN_FRAMES,
+    encode_video,
+    make_loader,
+    make_sampling,
+    odd_frames,
+    picture,
+    write_folders,
+)
 
-from fasttrain.data import FrameIndex, open_source
+from fasttrain.data import FrameIndex, FramePairs, open_source
 from fasttrain.data.images import IMAGENET_MEAN, IMAGENET_STD
-from fasttrain.data.sampling import pixel_box
+from fasttrain.data.loader import MAX_ATTEMPTS, BadSample
+from fasttrain.data.sampling import Ints, PairSampling, pixel_box
 from fasttrain.errors import InputError
 
 
@@ -22,16 +33,18 @@ def samples_of(index: FrameIndex, **changes) -> list[np.ndarray]:
     return ids
 
 
-def reference_pairs(index: FrameIndex, sampling, epochs, samples, size: int) -> np.ndarray:
-    """Pillow all the way: decode, crop, resize bicubically, flip; (2, B, 3, size, size) levels 0..255."""
-    draws = sampling.draw(index.num_frames, epochs, samples)
+def reference_pairs(
+    index: FrameIndex, sampling: PairSampling, epochs: Ints, samples: Ints, size: int, turns: int = 0
+) -> np.ndarray:
+    """Pillow all the way: decode, turn, crop, resize, flip; (2, B, 3, size, size) levels 0..255."""
+    drawn = sampling.draw(index.num_frames, epochs, samples)
     out = np.empty((2, len(samples), 3, size, size))
-    for b in range(len(samples)):
-        for view in range(2):
-            frame = Image.fromarray(index.read_frame(int(draws.videos[b]), int(draws.frames[b, view])))
-            top, left, bottom, right = pixel_box(draws.boxes[b], frame.height, frame.width)
+    for b, row in enumerate(drawn):
+        for view, number in enumerate(row["frames"]):
+            frame = Image.fromarray(np.rot90(index.read_frame(int(row["video"]), int(number)), turns))
+            top, left, bottom, right = pixel_box(row["box"], frame.height, frame.width)
             crop = frame.crop((left, top, right, bottom)).resize((size, size), Image.Resampling.BICUBIC)
-            levels = np.asarray(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draws.flips[b] else crop)
+            levels = np.asarray(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if row["flip"] else crop)
             out[view, b] = levels.transpose(2, 0, 1)
     return out
 
@@ -43,7 +56,7 @@ def levels(frames: torch.Tensor) -> np.ndarray:
 
 def check_pixels(index: FrameIndex, size: int) -> None:
     sampling = make_sampling(pairs_per_video=8)
-    loader = make_loader(index, sampling, image_size=size, batch_size=4, num_steps=2)
+    loader = make_loader(index, pairs_per_video=8, image_size=size, batch_size=4)
     for number, pairs in enumerate(loader):
         assert pairs.frames.shape == (2, 4, 3, size, size)
         assert pairs.frames.dtype == torch.float32
@@ -74,7 +87,7 @@ def test_both_frames_of_a_pair_have_the_same_crop_and_flip(tmp_path: Path) -> No
     folder.mkdir()
     for frame in range(20):
         Image.fromarray(picture(0, 0, 200, 300)).save(folder / f"{frame:03d}.png")
-    loader = make_loader(open_source(tmp_path), make_sampling(pairs_per_video=64), batch_size=32)
+    loader = make_loader(open_source(tmp_path), pairs_per_video=64, batch_size=32)
     for pairs in loader:
         torch.testing.assert_close(pairs.frames[0], pairs.frames[1], rtol=0, atol=0)
         assert len({image.numpy().tobytes() for image in pairs.frames[0]}) == 32
@@ -95,7 +108,7 @@ def test_every_split_of_a_global_batch_sees_the_same_steps(
                 for rank in range(world)
                 for ids in samples_of(
                     index,
-                    sampling=sampling,
+                    pairs_per_video=2,
                     batch_size=batch,
                     accumulate=accumulate,
                     world_size=world,
@@ -169,7 +182,7 @@ def test_a_video_of_one_frame_is_a_pair_of_it(tmp_path: Path) -> None:
     loader = make_loader(open_source(write_folders(tmp_path, [1, 1])))
     for pairs in loader:
         torch.testing.assert_close(pairs.frames[0], pairs.frames[1], rtol=0, atol=0)
-    assert loader.faults == []
+        assert pairs.bad_samples == []
     loader.close()
 
 
@@ -177,3 +190,151 @@ def test_a_folder_of_short_videos(tmp_path: Path) -> None:
     for video in range(3):
         encode_video(tmp_path / f"{video}.mp4", [picture(video, t) for t in range(8)])
     check_pixels(open_source(tmp_path), size=32)
+
+
+# --- damaged and unusual data ---
+
+GOOD = 7
+PAIRS_PER_VIDEO = 4
+
+
+def run_ranks(index: FrameIndex, steps: int = 8, **changes: Any) -> list[list[FramePairs]]:
+    """The batches of both ranks, read in turns, as a training step would."""
+    options = {"batch_size": 2, "num_steps": steps, "pairs_per_video": PAIRS_PER_VIDEO} | changes
+    loaders = [make_loader(index, rank=rank, world_size=2, **options) for rank in range(2)]
+    # strict: a rank that fell out of step would end early.
+    ranks = [list(batches) for batches in zip(*zip(*loaders, strict=True), strict=True)]
+    assert [len(batches) for batches in ranks] == [steps, steps]
+    for pairs in [*ranks[0], *ranks[1]]:
+        assert pairs.frames.shape == (2, options["batch_size"], 3, 32, 32)
+        assert torch.isfinite(pairs.frames).all()
+    for loader in loaders:
+        loader.close()
+    return ranks
+
+
+def bad_samples(batches: list[FramePairs]) -> list[BadSample]:
+    return [bad for pairs in batches for bad in pairs.bad_samples]
+
+
+def check_replaced(index: FrameIndex, found: list[BadSample], name: str, words: str) -> None:
+    """The bad video was met, each meeting is named, and what came instead was another."""
+    assert found
+    for bad in found:
+        assert bad.name == name
+        assert words in bad.reason
+        assert bad.replaced_by in index.names
+        assert "\n" not in str(bad)
+        assert name in str(bad)
+
+
+@pytest.mark.parametrize("case", BROKEN_FRAMES)
+def test_a_broken_frame_is_replaced_and_named(tmp_path: Path, case: str) -> None:
+    make, suffix, words = BROKEN_FRAMES[case]
+    root = write_folders(tmp_path, [8] * GOOD)
+    bad = root / "bad"
+    bad.mkdir()
+    for frame in range(8):
+        (bad / f"{frame}{suffix}").write_bytes(make())
+    index = open_source(root)
+    first, second = run_ranks(index)
+    check_replaced(index, bad_samples([*first, *second]), "bad", words)
+
+
+def test_the_same_faults_whatever_the_threads(tmp_path: Path) -> None:
+    root = write_folders(tmp_path, [8] * GOOD)
+    for frame in range(0, 8, 2):
+        (root / "class_0" / "video_0" / f"{frame:05d}.jpg").write_bytes(b"no image")
+        (root / "class_1" / "video_1" / f"{frame:05d}.jpg").write_bytes(b"")
+    index = open_source(root)
+    runs = [run_ranks(index, num_threads=n, prefetch=ahead) for n, ahead in ((1, 1), (3, 4))]
+    one, other = ([bad_samples(batches) for batches in ranks] for ranks in runs)
+    assert one == other
+    assert {bad.reason for bad in one[0]} == {
+        "the file is empty",
+        "cannot be decoded, the file is damaged",
+    }
+
+
+def test_a_damaged_sample_leaves_the_others_as_they_were(tmp_path: Path) -> None:
+    root = write_folders(tmp_path, [8] * GOOD)
+    index = open_source(root)
+
+    def run() -> list[FramePairs]:
+        loader = make_loader(index, pairs_per_video=PAIRS_PER_VIDEO, batch_size=7, num_steps=4)
+        pairs = list(loader)
+        loader.close()
+        return pairs
+
+    before = run()
+    for path in (root / "class_0" / "video_2").iterdir():
+        path.write_bytes(b"no image")
+    after = run()
+    changed = 0
+    for old, new in zip(before, after, strict=True):
+        same = old.samples == new.samples
+        changed += int((~same).sum())
+        assert (old.videos[~same] == index.names.index("class_0/video_2")).all()
+        torch.testing.assert_close(old.frames[:, same], new.frames[:, same], rtol=0, atol=0)
+    assert changed == PAIRS_PER_VIDEO
+
+
+def test_files_that_vanish_in_mid_run(tmp_path: Path) -> None:
+    root = write_folders(tmp_path, [8] * GOOD)
+    index = open_source(root)
+    loader = make_loader(index, pairs_per_video=PAIRS_PER_VIDEO, num_steps=28, prefetch=1)
+    batches = []
+    for number, pairs in enumerate(loader):
+        batches.append(pairs)
+        if number == 2:
+            for path in (root / "class_1" / "video_3").iterdir():
+                path.unlink()
+    loader.close()
+    check_replaced(index, bad_samples(batches), "class_1/video_3", "no such file")
+
+
+def test_a_video_that_is_damaged_after_it_was_indexed(tmp_path: Path) -> None:
+    for video in range(GOOD + 1):
+        encode_video(tmp_path / f"{video}.mp4", [picture(video, t) for t in range(8)])
+    index = open_source(tmp_path)
+    damaged = tmp_path / "0.mp4"
+    damaged.write_bytes(damaged.read_bytes()[:500])
+    (tmp_path / "1.mp4").write_bytes(b"")
+    first, second = run_ranks(index)
+    found = bad_samples([*first, *second])
+    assert {bad.name for bad in found} == {"0.mp4", "1.mp4"}
+    assert all(bad.reason for bad in found)
+
+
+@pytest.mark.parametrize("case", odd_frames())
+def test_unusual_frames_work(tmp_path: Path, case: str) -> None:
+    """No fault, and the pixels that Pillow shows."""
+    stored = odd_frames()[case]
+    (tmp_path / case).mkdir()
+    for frame, data in enumerate(stored):
+        suffix = "png" if b"PNG" in data[:4] else "jpg"
+        (tmp_path / case / f"{frame}.{suffix}").write_bytes(data)
+    index = open_source(tmp_path)
+    whole = {"pairs_per_video": 4, "crop_area": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0}
+    loader = make_loader(index, image_size=24, batch_size=1, num_steps=1, **whole)
+    (pairs,) = list(loader)
+    loader.close()
+    assert pairs.bad_samples == []
+    drawn = make_sampling(**whole).draw(index.num_frames, np.array([0]), pairs.samples)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    for view in range(2):
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(stored[drawn["frames"][0, view]])))
+        if case == "png16":
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        expected = image.convert("RGB").resize((24, 24), Image.Resampling.BICUBIC)
+        got = (pairs.frames[view, 0].permute(1, 2, 0) * std + mean) * 255
+        assert np.abs(got.numpy() - np.asarray(expected)).mean() < 1
+
+
+@pytest.mark.parametrize("content", [b"", b"no image"])
+def test_nothing_readable_left_stops_the_run(tmp_path: Path, content: bytes) -> None:
+    root = write_folders(tmp_path, [8] * 2)
+    for path in root.rglob("*.jpg"):
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=f"{MAX_ATTEMPTS} samples in a row could not be read"):
+        run_ranks(open_source(root), batch_size=1)

@@ -22,8 +22,9 @@ from fasttrain.__main__ import main
 from fasttrain.data import open_source
 from fasttrain.data.dali import ClipDecoder
 from fasttrain.data.images import UnreadableFrameError
+from fasttrain.data.nvdec import cut_clip, has_nvdec
 from fasttrain.data.pack import PackOptions, check, pack
-from fasttrain.data.video import cut_clip, has_nvdec, probe_video, read_video_frames
+from fasttrain.data.video import probe_video, read_video_frames
 from fasttrain.errors import InputError
 from fasttrain.files import file_lock
 

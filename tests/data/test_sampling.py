@@ -155,24 +155,24 @@ def test_a_draw_is_a_function_of_seed_epoch_sample_and_attempt_alone() -> None:
     together = sampling.draw(lengths, epochs, samples)
     for row in range(4):
         alone = sampling.draw(lengths, epochs[row : row + 1], samples[row : row + 1])
-        np.testing.assert_array_equal(together.frames[row], alone.frames[0])
-        np.testing.assert_array_equal(together.boxes[row], alone.boxes[0])
-        assert together.flips[row] == alone.flips[0]
-    np.testing.assert_array_equal(together.videos, samples // 3)
+        np.testing.assert_array_equal(together["frames"][row], alone["frames"][0])
+        np.testing.assert_array_equal(together["box"][row], alone["box"][0])
+        assert together["flip"][row] == alone["flip"][0]
+    np.testing.assert_array_equal(together["video"], samples // 3)
     # Same video, another sample or epoch: another crop.
-    assert len({tuple(box) for box in together.boxes}) == 4
+    assert len({tuple(box) for box in together["box"]}) == 4
     other = make_sampling(seed=1, pairs_per_video=3).draw(lengths, epochs, samples)
-    assert not np.array_equal(other.boxes, together.boxes)
+    assert not np.array_equal(other["box"], together["box"])
 
 
 def test_replacements_are_spread_over_the_data() -> None:
     sampling = make_sampling()
     lengths = np.full(50, 30)
     drawn = [sampling.draw(lengths, np.array([2]), np.array([9]), attempt) for attempt in range(1, 200)]
-    videos = np.array([draw.videos[0] for draw in drawn])
+    videos = np.array([draw["video"][0] for draw in drawn])
     assert len(set(videos)) > 40
     again = sampling.draw(lengths, np.array([2]), np.array([9]), 17)
-    np.testing.assert_array_equal(again.boxes, drawn[16].boxes)
+    np.testing.assert_array_equal(again["box"], drawn[16]["box"])
 
 
 def test_spread_keeps_both_ends() -> None:
@@ -192,7 +192,7 @@ def test_flips_happen_at_their_probability() -> None:
     epochs, samples = np.zeros(4000, dtype=int), np.arange(4000)
     lengths = np.full(4000, 10)
     for flip in (0.0, 0.5, 1.0):
-        flips = make_sampling(flip=flip).draw(lengths, epochs, samples).flips
+        flips = make_sampling(flip=flip).draw(lengths, epochs, samples)["flip"]
         assert abs(flips.mean() - flip) < 5 * 0.5 / math.sqrt(4000) * (0 < flip < 1) + 1e-9
 
 
@@ -200,8 +200,8 @@ def test_draws_do_not_change_between_releases() -> None:
     """Numbers written down once: a change here breaks the resumption of every run made before it."""
     draws = make_sampling(seed=3).draw(np.full(10, 100), np.array([0, 1]), np.array([4, 4]))
     _, order = make_sampling(seed=3).order(np.arange(10), 10)
-    assert draws.frames.tolist() == [[2, 17], [14, 29]]
+    assert draws["frames"].tolist() == [[2, 17], [14, 29]]
     assert order.tolist() == [2, 3, 6, 1, 7, 4, 8, 0, 9, 5]
-    assert draws.flips.tolist() == [False, True]
+    assert draws["flip"].tolist() == [False, True]
     box = [0.01638172938400011, 0.18392816571065917, 0.9919250630687847, 0.9781142755568556]
-    np.testing.assert_allclose(draws.boxes[0], box, rtol=1e-12)
+    np.testing.assert_allclose(draws["box"][0], box, rtol=1e-12)

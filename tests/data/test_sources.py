@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from synthetic import encode_video, picture, write_folders
 
-from fasttrain.data import FrameIndex, Processes, open_source
+from fasttrain.data import FrameIndex, open_source
 from fasttrain.data.images import UnreadableFrameError
+from fasttrain.distributed import World
 from fasttrain.errors import InputError
 
 
@@ -130,14 +132,18 @@ def test_processes_share_the_look_into_videos(tmp_path: Path) -> None:
     meeting = threading.Barrier(2)
     told: list[Any] = [None, None]
 
-    def run(rank: int) -> FrameIndex:
-        def gather(value: Any) -> list[Any]:
-            told[rank] = pickle.loads(pickle.dumps(value))
+    class OneOfTwo(World):
+        def gather(self, value: Any) -> list[Any]:
+            told[self.rank] = pickle.loads(pickle.dumps(value))
             looked.append(list(value))
             meeting.wait(timeout=60)
             return told
 
-        return open_source(tmp_path, processes=Processes(rank, 2, gather))
+    def run(rank: int) -> FrameIndex:
+        cpu = torch.device("cpu")
+        return open_source(
+            tmp_path, world=OneOfTwo(rank=rank, size=2, local_rank=rank, local_size=2, device=cpu)
+        )
 
     with ThreadPoolExecutor(2) as pool:
         both = list(pool.map(run, range(2)))

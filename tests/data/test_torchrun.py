@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from synthetic import encode_video, picture, write_folders
-from test_faults import BROKEN_FRAMES, odd_frames
+from synthetic import BROKEN_FRAMES, encode_video, odd_frames, picture, write_folders
 from torch import Tensor, nn
 
 from fasttrain.distributed import World

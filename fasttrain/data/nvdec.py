@@ -1,0 +1,159 @@
+"""NVDEC, the GPU's video decoder, through DALI: which videos it decodes right, and the clips that it gets.
+
+It serves `pack`, where one decoder serves 64 frames, and training where the recipe asks for it
+(`data.decoder=mixed`). DALI gets a small Matroska file with the packets that the wanted frames take, so that
+NVDEC decodes a dozen pictures instead of the whole video.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import av
+import numpy as np
+from av.bitstream import BitStreamFilterContext
+
+from fasttrain.data.images import Bytes, UnreadableFrameError
+from fasttrain.data.video import VideoInfo, open_video, reason_of, video_stream
+
+# By codec: pixel formats, and the longest side. Not AV1: it has packets that show a frame decoded before,
+# DALI 2.4 counts decoded frames, and all that follow are off.
+_CODECS = {
+    "h264": ({"yuv420p", "yuvj420p"}, 4096),
+    "hevc": ({"yuv420p", "yuvj420p", "yuv420p10le"}, 8192),
+    "vp8": ({"yuv420p"}, 4096),
+    "vp9": ({"yuv420p", "yuv420p10le"}, 8192),
+}
+_MIN_SIDE = 144
+# A core of the host decodes smaller frames as fast as they are cut and handed over.
+_MIN_PIXELS = 640 * 360
+
+# A slice of an H.264 picture that others refer to: nal_ref_idc is not 0 (H.264, 7.4.1).
+_REFERENCE = re.compile(rb"\x00\x00\x01[\x21\x22\x25\x41\x42\x45\x61\x62\x65]")
+
+
+def has_nvdec() -> bool:
+    """Whether the driver comes with NVDEC; containers are often started without it."""
+    try:
+        ctypes.CDLL("libnvcuvid.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def nvdec_refusal(video: VideoInfo) -> str | None:
+    """Why a video is not for NVDEC; None where it is. Each rule stands for a fault of DALI 2.4."""
+    formats, max_side = _CODECS.get(video.codec, (set(), 0))
+    sides = video.width, video.height
+    times = video.times
+    rules = {
+        f"NVDEC does not take {video.codec} in {video.pix_fmt}": video.pix_fmt in formats,
+        f"its sides are not {_MIN_SIDE} to {max_side} pixels": _MIN_SIDE
+        <= min(sides)
+        <= max(sides)
+        <= max_side,
+        # The kernel that converts colours works on two columns and rows, and checks only the first.
+        "DALI writes odd sides out of bounds": not any(side % 2 for side in sides),
+        # Decoders are kept by display size and looked up by coded size: a new one for every clip takes 50 to
+        # 70 ms, and one of another video that matches reads the colours from the wrong rows.
+        "DALI mixes up decoders where the coded size is another": not video.cropped,
+        # Two time stamps are used up for every picture of two fields.
+        "DALI miscounts the frames of interlaced video": not video.interlaced,
+        "DALI miscounts its hidden or repeated frames": not video.miscounted,
+        # A decoder must be able to start at or before the first frame, and to find frames by time.
+        "its frames cannot be found by time": times is not None
+        and bool(video.reset_times)
+        and video.reset_times[0] <= times[0],
+        "the host decodes small frames as fast": video.width * video.height >= _MIN_PIXELS,
+    }
+    return next((reason for reason, holds in rules.items() if not holds), None)
+
+
+def nvdec_decodes(video: VideoInfo) -> bool:
+    """Whether NVDEC decodes this video right, and faster than the host."""
+    return nvdec_refusal(video) is None
+
+
+def cut_clip(video: VideoInfo, frames: Sequence[int]) -> tuple[Bytes, list[int]]:
+    """The packets that decoding these frames takes, as a small Matroska file, and the frames' numbers in it.
+
+    Nothing is decoded. The file is (n,) uint8. Raises UnreadableFrameError.
+    """
+    if video.times is None:
+        raise UnreadableFrameError("its container has no time stamps to seek by", frames[0])
+    packets: dict[int, av.Packet] = {}
+    targets = [int(video.times[frame]) for frame in frames]
+    buffer = io.BytesIO()
+    try:
+        with open_video(video.path) as source, av.open(buffer, "w", format="matroska") as clip:
+            stream = video_stream(source)
+            for target in sorted(targets):
+                if target not in packets:
+                    start = max(time for time in video.reset_times if time <= target)
+                    packets |= _packets_between(source, stream, start, target)
+            if stream.codec_context.name == "h264":
+                needed = _referred_to(stream, packets) | set(targets)
+                packets = {time: packet for time, packet in packets.items() if time in needed}
+            out = clip.add_stream_from_template(stream)
+            for packet, dts in zip(packets.values(), _decoding_times(list(packets)), strict=True):
+                packet.dts = dts
+                packet.stream = out
+                clip.mux(packet)
+    except (av.FFmpegError, OSError) as error:
+        raise UnreadableFrameError(reason_of(error), frames[0]) from error
+    # A decoder counts frames in the order in which they are shown.
+    shown = sorted(packets)
+    return np.frombuffer(buffer.getvalue(), dtype=np.uint8), [shown.index(target) for target in targets]
+
+
+def _packets_between(
+    container: av.container.InputContainer, stream: av.VideoStream, start: int, target: int
+) -> dict[int, av.Packet]:
+    """By time and in decoding order: from the key frame shown at `start` to the packet of `target`."""
+    container.seek(start, stream=stream)
+    packets = _collect_packets(container.demux(stream), start, target)
+    if packets is None:
+        # A stream without an index (MPEG-TS) is sought by guesses, and one may land too late.
+        with open_video(Path(container.name)) as again:
+            packets = _collect_packets(again.demux(video_stream(again)), start, target)
+    if packets is None:
+        raise UnreadableFrameError("its packets changed since it was indexed")
+    return packets
+
+
+def _collect_packets(demuxed: Iterator[av.Packet], start: int, target: int) -> dict[int, av.Packet] | None:
+    packets: dict[int, av.Packet] = {}
+    for packet in demuxed:
+        time = packet.pts
+        # What comes before the key frame, or is shown before it, is needed by nothing after it.
+        if time is None or time < start or not (packets or time == start):
+            continue
+        packets[time] = packet
+        if time == target:
+            return packets
+    return None
+
+
+def _referred_to(stream: av.VideoStream, packets: dict[int, av.Packet]) -> set[int]:
+    """Times of the H.264 pictures that others may refer to."""
+    start_codes = BitStreamFilterContext("h264_mp4toannexb", stream)
+    return {
+        time
+        for time, packet in packets.items()
+        # A copy, for the filter takes the packet's contents away.
+        if any(_REFERENCE.search(bytes(unit)) for unit in start_codes.filter(av.Packet(bytes(packet))))
+    }
+
+
+def _decoding_times(shown: Sequence[int]) -> list[int]:
+    """Decoding times of packets that are shown at these times: ascending, none later than it is shown.
+
+    Those of the file may be missing or, after a seek, wrong; no muxer takes either.
+    """
+    ordered = sorted(shown)
+    delay = max(early - late for early, late in zip(ordered, shown, strict=True))
+    return [time - delay for time in ordered]
