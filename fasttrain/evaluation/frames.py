@@ -38,14 +38,12 @@ def read_label_map(path: Path) -> npt.NDArray[np.uint8]:
         raise InputError(f"annotation {path} cannot be read ({error}); replace it") from error
     if image.mode in ("P", "L"):
         return np.asarray(image)
-    # Grey of one bit, as programs make PNGs smaller.
-    if image.mode == "1":
-        return np.asarray(image.convert("L"))
     # DAVIS 2016 has a grey annotation of four channels (bear/00077.png).
-    channels_HWC = np.asarray(image.convert("RGB") if image.mode in ("LA", "RGBA") else image)
-    if image.mode not in ("LA", "RGB", "RGBA") or (channels_HWC != channels_HWC[..., :1]).any():
-        raise InputError(f"annotation {path} has mode {image.mode}; expected a palette or grey PNG")
-    return channels_HWC[..., 0]
+    if image.mode in ("1", "LA", "RGB", "RGBA"):
+        channels_HWC = np.asarray(image.convert("RGB"))
+        if (channels_HWC == channels_HWC[..., :1]).all():
+            return channels_HWC[..., 0]
+    raise InputError(f"annotation {path} has mode {image.mode}; expected a palette or grey PNG")
 
 
 def read_clip(index: FrameIndex, video: int, frames: Sequence[int]) -> list[Frame]:

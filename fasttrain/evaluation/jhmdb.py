@@ -1,9 +1,9 @@
 """JHMDB: propagate the first frame's pose through each clip, write poses, score them with PCK.
 
 Reads the data set's own layout: joint_positions/CLASS/CLIP/joint_positions.mat (`pos_img`, (2, 15, T) pixels
-counted from 1), Rename_Images/CLASS/CLIP/*.png, and splits/CLASS_test_splitN.txt; or a list of clips as label
-propagation is published with. The measure is in `jhmdb.py`. Shape suffixes: T frames, J joints, H W pixels,
-h w grid.
+counted from 1), Rename_Images/CLASS/CLIP/00001.png and on, and splits/CLASS_test_splitN.txt; or a list of
+clips as label propagation is published with. As in github ajabri/videowalk. Shape suffixes: T frames, J
+joints, H W pixels, h w grid, N = h * w cells, C top cells, S side of a Gaussian.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from scipy.io import loadmat, savemat
 from scipy.io.matlab import MatReadError
@@ -21,14 +22,11 @@ from torch import Tensor
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.evaluation import plots, sequences
-from fasttrain.evaluation.frames import fit_to_patches, read_image
+from fasttrain.evaluation.frames import read_image
 from fasttrain.evaluation.metrics import (
-    JOINTS,
     THRESHOLDS,
     Coordinates,
     count_correct,
-    joint_maps,
-    joints_from_maps,
     mean_over_joints,
     percentages,
 )
@@ -36,9 +34,11 @@ from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.propagation import TOPK
 from fasttrain.evaluation.sequences import Evaluation, VideoSequence
 
+JOINTS = (
+    *("neck", "belly", "face", "right shoulder", "left shoulder", "right hip", "left hip", "right elbow"),
+    *("left elbow", "right knee", "left knee", "right wrist", "left wrist", "right ankle", "left ankle"),
+)
 POSES, FRAMES = "joint_positions", "Rename_Images"
-# Lists of the test clips that label propagation has been published with.
-PUBLISHED_LISTS = ("testlist_split{split}.txt", "jhmdb_vallist.txt")
 TEST = "2"
 
 
@@ -60,20 +60,15 @@ def run(
         if not 0 < getattr(arguments, name) < math.inf:
             raise InputError(f"--{name} {getattr(arguments, name)}: expected a number above 0")
     found = find_sequences(arguments.root, arguments.split, arguments.list)
-    for sequence in found:
-        read_poses(sequence)
-    merged = sequences.evaluate_all(found, evaluate_sequence, arguments, model, output, world)
-    if merged is None:
+    evaluated = sequences.evaluate_all(found, evaluate_sequence, arguments, model, output, world)
+    if evaluated is None:
         return None
-    notes = sequences.take_notes(merged)
-    percent = {variant: total_percentages(list(merged.values()), variant) for variant in model.variants}
+    counts, data = evaluated
+    percent = {
+        variant: percentages(result[variant] for result in counts.values()) for variant in model.variants
+    }
     return {
-        "data": {
-            "sequences": len(found),
-            "frames": sum(len(one.frames) for one in found),
-            "joints": len(JOINTS),
-            "notes": notes,
-        },
+        "data": {**data, "joints": len(JOINTS)},
         "results": {variant: summarise(of_variant) for variant, of_variant in percent.items()},
         "per_joint": {
             variant: {
@@ -83,49 +78,38 @@ def run(
             for variant, of_variant in percent.items()
         },
         "per_sequence": {
-            name: {variant: summarise(total_percentages([result], variant)) for variant in model.variants}
-            for name, result in merged.items()
+            name: {variant: summarise(percentages([count])) for variant, count in result.items()}
+            for name, result in counts.items()
         },
     }
 
 
 def find_sequences(root: Path, split: int, listed: Path | None) -> list[VideoSequence]:
     """The test clips of a split or list. Raises InputError, naming the path, where the layout is another."""
-    for path in (root / POSES, root / FRAMES, *([listed] if listed else [])):
-        if not path.exists():
-            raise InputError(f"{path} does not exist; --root must hold JHMDB in its own layout")
-    clips = clips_of_list(listed) if listed else clips_of_split(root, split)
+    sequences.require((root / POSES, root / FRAMES, *([listed] if listed else [])), "JHMDB")
+    clips = clips_of_list(listed) if listed else clips_of_split(root / "splits", split)
     actions: dict[str, str] = {}
     for action, name in clips:
+        # Figures go by a clip's name.
         if actions.setdefault(name, action) != action:
-            raise InputError(
-                f"clip {name} is listed in {actions[name]} and in {action}; figures go by a clip's name, so "
-                "list one of them"
-            )
-    return [_find_sequence(root, *clip) for clip in dict.fromkeys(clips)]
+            raise InputError(f"clip {name} is listed in {actions[name]} and in {action}; list one of them")
+    return [_find_sequence(root, action, name) for name, action in actions.items()]
 
 
-def clips_of_split(root: Path, split: int) -> list[tuple[str, str]]:
-    """Class and name of each test clip. Raises InputError where `root` holds no list of them."""
+def clips_of_split(folder: Path, split: int) -> list[tuple[str, str]]:
+    """Class and name of each test clip. Raises InputError where the folder holds no list of them."""
     suffix = f"_test_split{split}.txt"
     clips = []
-    for path in sorted((root / "splits").glob(f"[!.]*{suffix}")):
+    for path in sequences.numbered(folder, suffix):
         for line in sequences.read_list(path):
             name, *part = line.rsplit(maxsplit=1)
             if not part or not part[0].isdecimal():
                 raise InputError(f"list {path}: {line!r}; expected CLIP.avi and a number")
             if part == [TEST]:
                 clips.append((path.name.removesuffix(suffix), name.removesuffix(".avi")))
-    if clips:
-        return clips
-    candidates = [root / name.format(split=split) for name in PUBLISHED_LISTS]
-    for path in candidates:
-        if path.exists():
-            return clips_of_list(path)
-    raise InputError(
-        f"{root / 'splits'} holds no CLASS{suffix} with test clips (CLIP.avi {TEST}), and there is no "
-        f"{' or '.join(path.name for path in candidates)}; give --list"
-    )
+    if not clips:
+        raise InputError(f"{folder} holds no CLASS{suffix} with test clips (CLIP.avi {TEST}); give --list")
+    return clips
 
 
 def clips_of_list(path: Path) -> list[tuple[str, str]]:
@@ -133,8 +117,8 @@ def clips_of_list(path: Path) -> list[tuple[str, str]]:
     once lay."""
     clips = []
     for line in sequences.read_list(path):
-        place = Path(line.split()[0])
-        parts = (place.parent if place.suffix == ".mat" else place).parts
+        entry = Path(line.split()[0])
+        parts = (entry.parent if entry.suffix == ".mat" else entry).parts
         if len(parts) < 2:
             raise InputError(f"{path}: {line!r} names no clip; expected CLASS/CLIP or paths that end so")
         clips.append((parts[-2], parts[-1]))
@@ -142,70 +126,46 @@ def clips_of_list(path: Path) -> list[tuple[str, str]]:
 
 
 def _find_sequence(root: Path, action: str, name: str) -> VideoSequence:
+    """The frames that have a pose: those after the last one are no part of the clip."""
     poses = root / POSES / action / name / "joint_positions.mat"
-    if not poses.is_file():
-        raise InputError(f"clip {name}: annotation {poses} is missing")
-    frames = sequences.numbered(root / FRAMES / action / name, ".png")
-    if len(frames) < 2:
-        raise InputError(
-            f"clip {name} has {len(frames)} frames in {root / FRAMES / action / name} (*.png); expected at "
-            f"least 2, replace or unlist it"
-        )
-    for number, frame in enumerate(frames, start=1):
-        if not frame.stem.isdigit() or int(frame.stem) != number:
-            raise InputError(f"clip {name}: frame {number} is missing, {frame} stands in its place")
+    length = read_poses(poses).shape[2]
+    frames = [root / FRAMES / action / name / f"{number:05d}.png" for number in range(1, length + 1)]
+    missing = [path for path in frames if not path.is_file()]
+    if missing:
+        raise InputError(f"clip {name}: {length} poses, but {missing[0]} is missing")
     return VideoSequence(name, frames, [poses])
 
 
-def read_poses(sequence: VideoSequence) -> Coordinates:
-    """(2, J, T) pixels x, y counted from 0. Raises InputError for a file that does not hold such poses.
-
-    The frames after the last pose are no part of the clip.
-    """
-    path = sequence.annotations[0]
+def read_poses(path: Path) -> Coordinates:
+    """(2, J, T) pixels x, y counted from 0. Raises InputError for a file that does not hold such poses."""
     try:
-        content = loadmat(path)
+        poses_2JT = np.asarray(loadmat(path)["pos_img"])
+    except KeyError as error:
+        raise InputError(f"annotation {path} holds no pos_img, unlike JHMDB's joint_positions.mat") from error
     except (OSError, ValueError, TypeError, NotImplementedError, MatReadError, zlib.error) as error:
         raise InputError(f"annotation {path} cannot be read ({error}); replace it") from error
-    if "pos_img" not in content:
-        raise InputError(f"annotation {path} holds no pos_img; expected JHMDB's joint_positions.mat")
-    poses_2JT = np.asarray(content["pos_img"])
-    if poses_2JT.ndim != 3 or poses_2JT.shape[:2] != (2, len(JOINTS)) or poses_2JT.dtype.kind not in "fiu":
+    if (
+        poses_2JT.ndim != 3
+        or poses_2JT.shape[:2] != (2, len(JOINTS))
+        or poses_2JT.shape[2] < 2
+        or not np.isfinite(poses_2JT).all()
+    ):
         raise InputError(
-            f"annotation {path}: pos_img has shape {poses_2JT.shape}; expected (2, {len(JOINTS)}, frames)"
-        )
-    if not np.isfinite(poses_2JT).all():
-        raise InputError(f"annotation {path}: pos_img holds numbers that are not finite; replace it")
-    length = poses_2JT.shape[2]
-    if length < 2:
-        raise InputError(f"annotation {path}: poses of {length} frames; expected at least 2")
-    if length > len(sequence.frames):
-        missing = sequence.frames[-1].parent
-        raise InputError(
-            f"clip {sequence.name}: {length} poses, but {missing} holds {len(sequence.frames)} frames; the "
-            "last ones are missing"
+            f"annotation {path}: pos_img has shape {poses_2JT.shape}; expected finite numbers of shape "
+            f"(2, {len(JOINTS)}, frames), at least 2 frames"
         )
     return poses_2JT.astype(np.float64) - 1
 
 
-def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation, drawn: bool) -> dict[str, Any]:
-    """Per variant how many keypoints are correct and found; writes poses, contact sheet and video."""
-    truth_2JT = read_poses(sequence)
-    frames = sequence.frames[: truth_2JT.shape[2]]
+def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation) -> dict[str, Any]:
+    """Per variant how many keypoints are correct and found; writes poses and pictures."""
+    truth_2JT, frames = read_poses(sequence.annotations[0]), sequence.frames
     height, width = read_image(frames[0]).shape[:2]
-    size = fit_to_patches(
-        (evaluation.arguments.size, evaluation.arguments.size), evaluation.model.encoder.patch_size
-    )
+    size = evaluation.size(evaluation.arguments.size, evaluation.arguments.size)
     grid = evaluation.model.encoder.grid(*size)
     pixels_per_cell = np.array([width / grid[1], height / grid[0]])
     first_hwC = joint_maps(truth_2JT[..., 0] / pixels_per_cell[:, None], grid, evaluation.arguments.sigma)
-    if not first_hwC[..., 1:].any():
-        raise InputError(
-            f"clip {sequence.name}: no joint of the first frame lies within its {width} x {height} pixels; "
-            f"look at {sequence.annotations[0]} or unlist it"
-        )
     found = sequences.propagate(frames, size, first_hwC, evaluation)
-    result: dict[str, Any] = {"notes": []}
     poses = {
         variant: poses_from_maps(labels_ThwC, pixels_per_cell)
         for variant, labels_ThwC in found.labels_ThwC.items()
@@ -215,16 +175,56 @@ def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation, drawn: bo
         path = evaluation.output / POSES / variant / action / sequence.name / "joint_positions.mat"
         path.parent.mkdir(parents=True, exist_ok=True)
         savemat(path, {"pos_img": np.where(pose_2JT < 0, -1, pose_2JT + 1)})
-        correct, found_J = count_correct(pose_2JT, truth_2JT)
-        result[variant] = {"correct": correct.tolist(), "found": found_J.tolist()}
-    if drawn:
+    if sequence.name in evaluation.drawn:
         pictures = [read_image(path) for path in frames]
         overlays = {
             row: [plots.overlay_pose(picture, pose_2JT[..., t]) for t, picture in enumerate(pictures)]
             for row, pose_2JT in {"truth": truth_2JT, **poses}.items()
         }
         sequences.draw(sequence.name, pictures, overlays, found.matches_M4, evaluation.output / "figures")
-    return result
+    return {variant: count_correct(pose_2JT, truth_2JT) for variant, pose_2JT in poses.items()}
+
+
+def joint_maps(joints_2J: npt.ArrayLike, grid: tuple[int, int], sigma: float = 0.5) -> Tensor:
+    """(h, w, 1 + J) float32: for each joint a Gaussian of peak 1 about its cell, behind the background.
+
+    `joints_2J` holds x, y in cells. The peak stands on the nearest cell and the Gaussian is cut off at 3
+    sigma; a joint whose Gaussian lies outside the grid has an empty map. The background is 1 where no joint
+    is. (Newell's drawing, as github ajabri/videowalk uses it, but rounded alike at all borders.)
+    """
+    height, width = grid
+    joints_2J = np.asarray(joints_2J, dtype=np.float64)
+    maps_HWJ = np.zeros((height, width, joints_2J.shape[1]), dtype=np.float32)
+    offset_S = np.arange(int(np.ceil(6 * sigma + 1))) - (6 * sigma + 1) // 2
+    bell_SS = np.exp(-(offset_S[:, None] ** 2 + offset_S**2) / (2 * sigma**2))
+    for joint, (x, y) in enumerate(joints_2J.T):
+        left, top = math.floor(x - 3 * sigma), math.floor(y - 3 * sigma)
+        right, bottom = math.floor(x + 3 * sigma + 1), math.floor(y + 3 * sigma + 1)
+        if left >= width or top >= height or right < 0 or bottom < 0:
+            continue
+        rows, columns = slice(max(0, top), min(bottom, height)), slice(max(0, left), min(right, width))
+        maps_HWJ[rows, columns, joint] = bell_SS[
+            rows.start - top : rows.stop - top, columns.start - left : columns.stop - left
+        ]
+    maps = torch.from_numpy(maps_HWJ)
+    background = (maps.sum(-1, keepdim=True) == 0).float()
+    return torch.cat([background, maps], dim=-1)
+
+
+def joints_from_maps(maps_HWJ: Tensor, cells: int = 5) -> Tensor:
+    """(2, J) x, y in cells of the joints of (h, w, 1 + J) maps: the mean of the top `cells`, by weight.
+
+    A joint whose map is zero everywhere is not found: -1, -1.
+    """
+    height, width, channels = maps_HWJ.shape
+    maps_NJ = maps_HWJ[..., 1:].reshape(height * width, channels - 1)
+    weight_CJ, cell_CJ = maps_NJ.topk(min(cells, len(maps_NJ)), dim=0)
+    total_J = weight_CJ.sum(0)
+    x_J = (cell_CJ % width * weight_CJ).sum(0) / total_J
+    y_J = (cell_CJ // width * weight_CJ).sum(0) / total_J
+    joints_2J = torch.stack([x_J, y_J])
+    joints_2J[:, maps_NJ.sum(0) == 0] = -1
+    return joints_2J
 
 
 def poses_from_maps(maps_ThwC: Tensor, pixels_per_cell: Coordinates) -> Coordinates:
@@ -233,12 +233,6 @@ def poses_from_maps(maps_ThwC: Tensor, pixels_per_cell: Coordinates) -> Coordina
         torch.stack([joints_from_maps(maps_hwC) for maps_hwC in maps_ThwC.cpu()], dim=-1).double().numpy()
     )
     return np.where(cells_2JT < 0, -1, cells_2JT * pixels_per_cell[:, None, None])
-
-
-def total_percentages(results: list[dict[str, Any]], variant: str) -> Coordinates:
-    """(thresholds, joints) percentages over the clips."""
-    correct = np.sum([result[variant]["correct"] for result in results], axis=0)
-    return percentages(correct, np.sum([result[variant]["found"] for result in results], axis=0))
 
 
 def measure_name(threshold: float) -> str:

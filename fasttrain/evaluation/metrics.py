@@ -13,13 +13,11 @@ from torch.nn import functional
 
 from fasttrain.errors import InputError
 
-# --- davis -----------------------------------------------------------------
+# --- Object masks: region similarity J and contour accuracy F ---------------------------------------------
 #
-# Region similarity J and contour accuracy F of object masks, as the DAVIS 2017 toolkit defines them.
-#
-# The measures alone; `davis.py` runs the benchmark. Perazzi et al., "A Benchmark Dataset and Evaluation
-# Methodology for Video Object Segmentation" (CVPR 2016); Pont-Tuset et al., "The 2017 DAVIS Challenge on
-# Video Object Segmentation" (davisvideochallenge/davis2017-evaluation).
+# As the DAVIS 2017 toolkit defines them (davisvideochallenge/davis2017-evaluation): Perazzi et al., "A
+# Benchmark Dataset and Evaluation Methodology for Video Object Segmentation" (CVPR 2016); Pont-Tuset et al.,
+# "The 2017 DAVIS Challenge on Video Object Segmentation". Shape suffixes: H W pixels, M points, T frames.
 
 # Width of the band in which contours match, as a share of the image diagonal.
 CONTOUR_TOLERANCE = 0.008
@@ -104,19 +102,10 @@ def _pair(mask: npt.ArrayLike | Tensor, truth: npt.ArrayLike | Tensor) -> tuple[
     return mask_HW, truth_HW
 
 
-# --- vip -------------------------------------------------------------------
+# --- Label maps: mean intersection over union -------------------------------------------------------------
 #
-# Mean intersection over union of propagated part labels (VIP).
-#
-# The measure alone. Zhou et al., "Adaptive Temporal Encoding Network for Video Instance-level Human Parsing"
-# (ACM MM 2018), evaluated as in github ajabri/videowalk. Shape suffixes: H W pixels, M counted pixels, C
-# classes.
-
-CLASSES = (
-    *("background", "hat", "hair", "sun-glasses", "upper-clothes", "dress", "coat", "socks", "pants"),
-    *("gloves", "scarf", "skirt", "torso-skin", "face", "right-arm", "left-arm", "right-leg", "left-leg"),
-    *("right-shoe", "left-shoe"),
-)
+# As for VIP in github ajabri/videowalk; Zhou et al., "Adaptive Temporal Encoding Network for Video
+# Instance-level Human Parsing" (ACM MM 2018). Shape suffixes: H W pixels, M counted pixels, C classes.
 
 
 def mean_iou(
@@ -160,18 +149,11 @@ def class_iou(confusion_CC: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         return correct_C / (confusion_CC.sum(0) + confusion_CC.sum(1) - correct_C)
 
 
-# --- jhmdb -----------------------------------------------------------------
+# --- Poses: percentage of correct keypoints ---------------------------------------------------------------
 #
-# Percentage of correct keypoints of propagated poses, and the joint maps that carry them (JHMDB).
-#
-# The measures alone. Jhuang et al., "Towards Understanding Action Recognition" (ICCV 2013), evaluated as in
-# github ajabri/videowalk. Shape suffixes: T frames, J joints, H W grid, N = H * W cells, C top cells, S side
-# of a Gaussian.
+# As for JHMDB in github ajabri/videowalk; Jhuang et al., "Towards Understanding Action Recognition" (ICCV
+# 2013). Shape suffixes: T frames, J joints.
 
-JOINTS = (
-    *("neck", "belly", "face", "right shoulder", "left shoulder", "right hip", "left hip", "right elbow"),
-    *("left elbow", "right knee", "left knee", "right wrist", "left wrist", "right ankle", "left ankle"),
-)
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
 # Size of a person: this share of the diagonal of the box around the joints.
 PERSON_SHARE = 0.6
@@ -205,9 +187,7 @@ def pck_per_joint(
     """
     if len(predictions) != len(truths) or not truths:
         raise InputError(f"{len(predictions)} predicted poses for {len(truths)} true ones; expected as many")
-    counts = [count_correct(p, t, thresholds) for p, t in zip(predictions, truths, strict=True)]
-    correct, found_J = (np.sum(of_videos, axis=0) for of_videos in zip(*counts, strict=True))
-    return percentages(correct, found_J)
+    return percentages(count_correct(p, t, thresholds) for p, t in zip(predictions, truths, strict=True))
 
 
 def count_correct(
@@ -216,13 +196,18 @@ def count_correct(
     thresholds: Sequence[float] = THRESHOLDS,
 ) -> tuple[Counts, Counts]:
     """Correct keypoints (thresholds, joints) and found ones (joints,) of one video; see `pck_per_joint`."""
-    distance_JT = _relative_distances(*_checked(prediction, truth))
+    prediction_2JT, truth_2JT = np.asarray(prediction, dtype=float), np.asarray(truth, dtype=float)
+    if prediction_2JT.shape != truth_2JT.shape or prediction_2JT.ndim != 3 or len(prediction_2JT) != 2:
+        shapes = f"{prediction_2JT.shape} against {truth_2JT.shape}"
+        raise InputError(f"poses of shape {shapes}; expected (2, joints, frames) in both")
+    distance_JT = _relative_distances(prediction_2JT, truth_2JT)
     correct = np.stack([(distance_JT <= threshold).sum(1) for threshold in thresholds])
     return correct, (~np.isnan(distance_JT)).sum(1)
 
 
-def percentages(correct: Counts, found_J: Counts) -> npt.NDArray[np.float64]:
-    """(thresholds, joints) percentages of the counts of all videos; NaN for a joint that was never found."""
+def percentages(counts: Iterable[tuple[Counts, Counts]]) -> npt.NDArray[np.float64]:
+    """(thresholds, joints) percentages over videos, from what `count_correct` says of each."""
+    correct, found_J = (np.sum(of_videos, axis=0) for of_videos in zip(*counts, strict=True))
     with np.errstate(invalid="ignore"):
         return 100.0 * correct / found_J
 
@@ -231,48 +216,6 @@ def mean_over_joints(percent: npt.NDArray[np.float64]) -> npt.NDArray[np.float64
     """(thresholds,) means of (thresholds, joints); joints never found are left out, NaN if none was."""
     known_J = ~np.isnan(percent[0])
     return percent[:, known_J].mean(axis=1) if known_J.any() else np.full(len(percent), np.nan)
-
-
-def joint_maps(joints_2J: npt.ArrayLike, grid: tuple[int, int], sigma: float = 0.5) -> Tensor:
-    """(h, w, 1 + J) float32: for each joint a Gaussian of peak 1 about its cell, behind the background.
-
-    `joints_2J` holds x, y in cells. The peak stands on the nearest cell and the Gaussian is cut off at 3
-    sigma; a joint whose Gaussian lies outside the grid has an empty map. The background is 1 where no joint
-    is. (Newell's drawing, as github ajabri/videowalk uses it, but rounded alike at all borders.)
-    """
-    height, width = grid
-    joints_2J = np.asarray(joints_2J, dtype=np.float64)
-    maps_HWJ = np.zeros((height, width, joints_2J.shape[1]), dtype=np.float32)
-    offset_S = np.arange(int(np.ceil(6 * sigma + 1))) - (6 * sigma + 1) // 2
-    bell_SS = np.exp(-(offset_S[:, None] ** 2 + offset_S**2) / (2 * sigma**2))
-    for joint, (x, y) in enumerate(joints_2J.T):
-        left, top = math.floor(x - 3 * sigma), math.floor(y - 3 * sigma)
-        right, bottom = math.floor(x + 3 * sigma + 1), math.floor(y + 3 * sigma + 1)
-        if left >= width or top >= height or right < 0 or bottom < 0:
-            continue
-        rows, columns = slice(max(0, top), min(bottom, height)), slice(max(0, left), min(right, width))
-        maps_HWJ[rows, columns, joint] = bell_SS[
-            rows.start - top : rows.stop - top, columns.start - left : columns.stop - left
-        ]
-    maps = torch.from_numpy(maps_HWJ)
-    background = (maps.sum(-1, keepdim=True) == 0).float()
-    return torch.cat([background, maps], dim=-1)
-
-
-def joints_from_maps(maps_HWJ: Tensor, cells: int = 5) -> Tensor:
-    """(2, J) x, y in cells of the joints of (h, w, 1 + J) maps: the mean of the top `cells`, by weight.
-
-    A joint whose map is zero everywhere is not found: -1, -1.
-    """
-    height, width, channels = maps_HWJ.shape
-    maps_NJ = maps_HWJ[..., 1:].reshape(height * width, channels - 1)
-    weight_CJ, cell_CJ = maps_NJ.topk(min(cells, len(maps_NJ)), dim=0)
-    total_J = weight_CJ.sum(0)
-    x_J = (cell_CJ % width * weight_CJ).sum(0) / total_J
-    y_J = (cell_CJ // width * weight_CJ).sum(0) / total_J
-    joints_2J = torch.stack([x_J, y_J])
-    joints_2J[:, maps_NJ.sum(0) == 0] = -1
-    return joints_2J
 
 
 def _relative_distances(prediction_2JT: Coordinates, truth_2JT: Coordinates) -> Coordinates:
@@ -288,16 +231,6 @@ def _relative_distances(prediction_2JT: Coordinates, truth_2JT: Coordinates) -> 
         distance_JT = np.linalg.norm(prediction_2JT - truth_2JT, axis=0) / size_T
     distance_JT[:, size_T == 0] = np.inf
     return np.where(found_JT, distance_JT, np.nan)[:, 1:]
-
-
-def _checked(
-    prediction: npt.ArrayLike | Tensor, truth: npt.ArrayLike | Tensor
-) -> tuple[Coordinates, Coordinates]:
-    prediction_2JT, truth_2JT = np.asarray(prediction, dtype=float), np.asarray(truth, dtype=float)
-    if prediction_2JT.shape != truth_2JT.shape or prediction_2JT.ndim != 3 or len(prediction_2JT) != 2:
-        shapes = f"{prediction_2JT.shape} against {truth_2JT.shape}"
-        raise InputError(f"poses of shape {shapes}; expected (2, joints, frames) in both")
-    return prediction_2JT, truth_2JT
 
 
 # --- retrieval -------------------------------------------------------------

@@ -5,7 +5,7 @@ T frames, H W pixels, h w grid, N = h * w tokens, D channels, C classes.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from torch.nn import functional
 
@@ -24,10 +22,11 @@ from fasttrain.data.sampling import evenly_spaced
 from fasttrain.distributed import World
 from fasttrain.errors import InputError, LocalInputError
 from fasttrain.evaluation import plots
-from fasttrain.evaluation.frames import Frame, read_image, resize
+from fasttrain.evaluation.frames import Frame, fit_to_patches, read_image, resize
 from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.propagation import CONTEXT, RADIUS, TEMPERATURE, Propagator, check_settings
 from fasttrain.files import read_lines
+from fasttrain.loggers import Progress
 
 SHOWN_FRAMES = 6
 # Pictures are drawn at this height at most: a sheet or a short film needs no more.
@@ -54,15 +53,21 @@ class Evaluation:
     model: EvaluatedModel
     output: Path
     device: torch.device
+    drawn: Collection[str] = ()
+    """Names of the sequences that pictures are wanted of."""
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """The nearest size of frames that the encoder takes."""
+        return fit_to_patches((height, width), self.model.encoder.patch_size)
 
 
 @dataclass(frozen=True)
 class Propagated:
-    """What one pass over a sequence gives, per variant: soft labels, on the device, and matched places."""
+    """What one pass over a sequence gives, per variant: soft labels, on the device, and matched cells."""
 
     labels_ThwC: dict[str, Tensor]
     matches_M4: dict[str, npt.NDArray[np.float64]]
-    """From the first frame to the middle one, as `figures.correspondence_arrows` takes them."""
+    """From the first frame to the middle one, as `plots.correspondence_arrows` takes them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, topk: int) -> None:
@@ -84,48 +89,53 @@ def add_arguments(parser: argparse.ArgumentParser, *, topk: int) -> None:
 
 def evaluate_all(
     sequences: Sequence[VideoSequence],
-    evaluate: Callable[[VideoSequence, Evaluation, bool], dict[str, Any]],
+    evaluate: Callable[[VideoSequence, Evaluation], dict[str, Any]],
     arguments: argparse.Namespace,
     model: EvaluatedModel,
     output: Path,
     world: World,
-) -> dict[str, Any] | None:
-    """What `evaluate` returns of every sequence, spread over the processes; on the main one, by name.
+) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """What `evaluate` returns of every sequence, by name, and facts for the JSON; on the main process.
 
-    Its last argument says whether pictures of the sequence are wanted. Raises InputError, on the process that
-    met it, for a sequence that cannot be evaluated, and on all for settings that nothing can be propagated
-    with.
+    The `notes` of the sequences are printed, and end up among the facts. Raises InputError, on the process
+    that met it, for a sequence that cannot be evaluated, and on all for settings that nothing can be
+    propagated with.
     """
     check_settings(arguments.context, arguments.radius, arguments.topk, arguments.temperature)
-    evaluation = Evaluation(arguments=arguments, model=model, output=output, device=world.device)
-    drawn = {sequences[place].name for place in evenly_spaced(len(sequences), max(0, arguments.pictures))}
-    shown = Console(stderr=True)
-    share = track(
-        world.shard(sequences),
-        description="sequences",
-        console=shown,
-        disable=not (world.is_main and shown.is_terminal),
+    evaluation = Evaluation(
+        arguments=arguments,
+        model=model,
+        output=output,
+        device=world.device,
+        drawn={sequences[i].name for i in evenly_spaced(len(sequences), max(0, arguments.pictures))},
     )
-    try:
-        results = {one.name: evaluate(one, evaluation, one.name in drawn) for one in share}
-    except InputError as error:
-        raise LocalInputError(str(error)) from error
-    merged = world.merge(results)
-    return merged if world.is_main else None
+    share, mine = world.shard(sequences), {}
+    with Progress("sequences", len(share), enabled=world.is_main) as progress:
+        try:
+            for sequence in share:
+                mine[sequence.name] = evaluate(sequence, evaluation)
+                progress.advance()
+        except InputError as error:
+            raise LocalInputError(str(error)) from error
+    results = world.merge(mine)
+    if not world.is_main:
+        return None
+    notes = [note for result in results.values() for note in result.pop("notes", [])]
+    for note in notes:
+        print(f"note: {note}")
+    frames = sum(len(one.frames) for one in sequences)
+    return results, {"sequences": len(sequences), "frames": frames, "notes": notes}
 
 
 def propagate(
-    frames: Sequence[Path],
-    size: tuple[int, int],
-    first_labels_hwC: Tensor,
-    evaluation: Evaluation,
+    frames: Sequence[Path], size: tuple[int, int], first_labels_hwC: Tensor, evaluation: Evaluation
 ) -> Propagated:
     """Soft labels of every frame, each encoded at `size` once and forgotten after `context` frames.
 
     Raises InputError for a frame that cannot be read and for settings that cannot be propagated.
     """
-    model, arguments = evaluation.model, evaluation.arguments
-    grid = model.encoder.grid(*size)
+    model, options = evaluation.model, evaluation.arguments
+    settings = options.context, options.radius, options.topk, options.temperature
     first_labels_hwC = first_labels_hwC.to(evaluation.device)
     middle = len(frames) // 2
     propagators: dict[str, Propagator] = {}
@@ -135,19 +145,12 @@ def propagate(
     pixels = map_ahead(lambda path: resize(read_image(path), size), frames)
     for number, tokens in enumerate(model.stream(pixels, evaluation.device)):
         for variant, tokens_ND in tokens.items():
-            tokens_hwD = tokens_ND.unflatten(0, grid)
+            tokens_hwD = tokens_ND.unflatten(0, model.encoder.grid(*size))
             if number == 0:
-                propagators[variant] = Propagator(
-                    tokens_hwD,
-                    first_labels_hwC,
-                    arguments.context,
-                    arguments.radius,
-                    arguments.topk,
-                    arguments.temperature,
-                )
+                propagators[variant] = Propagator(tokens_hwD, first_labels_hwC, *settings)
                 labels[variant], firsts[variant] = [first_labels_hwC], tokens_hwD
-                continue
-            labels[variant].append(propagators[variant].step(tokens_hwD))
+            else:
+                labels[variant].append(propagators[variant].step(tokens_hwD))
             if number == middle:
                 matches[variant] = find_matches(firsts[variant], tokens_hwD, first_labels_hwC)
     return Propagated({variant: torch.stack(maps) for variant, maps in labels.items()}, matches)
@@ -168,11 +171,15 @@ def find_matches(
     ]
     query_MD = functional.normalize(first_hwD.flatten(0, 1)[chosen_M].float(), dim=-1)
     found_M = (query_MD @ functional.normalize(second_hwD.flatten(0, 1).float(), dim=-1).T).argmax(-1)
-    places = [
-        ((cells % width + 0.5) / width, (cells.div(width, rounding_mode="floor") + 0.5) / height)
+    columns = [
+        column
         for cells in (chosen_M, found_M)
+        for column in (
+            (cells % width + 0.5) / width,
+            (cells.div(width, rounding_mode="floor") + 0.5) / height,
+        )
     ]
-    return torch.stack([*places[0], *places[1]], dim=1).cpu().double().numpy()
+    return torch.stack(columns, dim=1).cpu().double().numpy()
 
 
 def soft_labels(labels_HW: LabelMap, grid: tuple[int, int], classes: int) -> Tensor:
@@ -190,21 +197,20 @@ def hard_labels(labels_hwC: Tensor, size: tuple[int, ...]) -> LabelMap:
     return full_CHW.max(0).indices.byte().cpu().numpy()
 
 
-def write_masks(masks: Sequence[LabelMap], names: Sequence[Path], folder: Path) -> None:
-    """Palette PNGs, named as the annotations are."""
-    places = zip(masks, names, strict=True)
-    for _ in map_ahead(lambda one: plots.write_label_map(one[0], folder / one[1].name), places):
-        pass
-
-
-def draw_masks(
+def save_masks(
     sequence: VideoSequence,
     masks: dict[str, list[LabelMap]],
-    truth: list[LabelMap],
+    truth: Sequence[LabelMap],
     matches_M4: dict[str, npt.NDArray[np.float64]],
-    folder: Path,
+    evaluation: Evaluation,
 ) -> None:
-    """`NAME.png`, `NAME.mp4` and `NAME_arrows.png` of label maps on the frames."""
+    """Masks per variant as palette PNGs, named as the annotations are; pictures, where they are wanted."""
+    for variant, maps in masks.items():
+        folder = evaluation.output / "masks" / variant / sequence.name
+        paths = [folder / path.name for path in sequence.annotations]
+        list(map_ahead(lambda one: plots.write_label_map(*one), zip(maps, paths, strict=True)))
+    if sequence.name not in evaluation.drawn:
+        return
     frames = list(map_ahead(lambda path: shrink(read_image(path)), sequence.frames))
 
     def overlay(frame_and_labels: tuple[Frame, LabelMap]) -> Frame:
@@ -215,7 +221,7 @@ def draw_masks(
         name: list(map_ahead(overlay, zip(frames, maps, strict=True)))
         for name, maps in {"truth": truth, **masks}.items()
     }
-    draw(sequence.name, frames, overlays, matches_M4, folder)
+    draw(sequence.name, frames, overlays, matches_M4, evaluation.output / "figures")
 
 
 def draw(
@@ -257,20 +263,24 @@ def resize_labels(labels_HW: LabelMap, size: tuple[int, ...]) -> LabelMap:
     return np.asarray(resized)
 
 
-def check_pairs(name: str, frames: Sequence[Path], annotations: Path, fewest: int) -> list[Path]:
-    """The annotation `STEM.png` of every frame. Raises InputError for too few, a missing or a surplus one."""
-    wanted = [annotations / f"{frame.stem}.png" for frame in frames]
-    if len(frames) < fewest:
+def find_pairs(name: str, frames: Path, annotations: Path, fewest: int) -> VideoSequence:
+    """The JPEG frames of a folder and the annotation `STEM.png` of each.
+
+    Raises InputError for too few, and for a frame or an annotation that is missing.
+    """
+    images = numbered(frames, ".jpg")
+    if len(images) < fewest:
         raise InputError(
-            f"sequence {name} has {len(frames)} frames; expected at least {fewest}, replace or unlist it"
+            f"sequence {name} has {len(images)} frames; expected at least {fewest}, replace or unlist it"
         )
+    wanted = [annotations / f"{image.stem}.png" for image in images]
     missing = [path for path in wanted if not path.is_file()]
     if missing:
         raise InputError(f"sequence {name}: annotation {missing[0]} is missing ({len(missing)} in all)")
-    surplus = {path.stem for path in numbered(annotations, ".png")} - {path.stem for path in frames}
+    surplus = sorted(set(numbered(annotations, ".png")) - set(wanted))
     if surplus:
-        raise InputError(f"sequence {name}: frame {min(surplus)} is annotated, but its image is missing")
-    return wanted
+        raise InputError(f"sequence {name}: frame {surplus[0].stem} is annotated, but its image is missing")
+    return VideoSequence(name, images, wanted)
 
 
 def read_list(path: Path) -> list[str]:
@@ -281,18 +291,13 @@ def read_list(path: Path) -> list[str]:
     return lines
 
 
-def take_notes(per_sequence: dict[str, Any]) -> list[str]:
-    """What the sequences' results want told, taken out of them and printed."""
-    notes = [note for result in per_sequence.values() for note in result.pop("notes")]
-    for note in notes:
-        print(f"note: {note}")
-    return notes
-
-
 def numbered(folder: Path, suffix: str) -> list[Path]:
-    """A folder's files of a kind in the order of their numbers, padded with zeros or not.
+    """A folder's files of a kind in order. Copies made on a Mac have a hidden `._NAME` beside every NAME."""
+    return sorted(path for path in folder.glob(f"*{suffix}") if not path.name.startswith("."))
 
-    Hidden ones are left out: copies made on a Mac have `._NAME` beside every NAME.
-    """
-    paths = (path for path in folder.glob(f"*{suffix}") if not path.name.startswith("."))
-    return sorted(paths, key=lambda path: (len(path.stem), path.stem))
+
+def require(paths: Iterable[Path], data_set: str) -> None:
+    """Raises InputError for the first path that is not there."""
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"{path} does not exist; --root must hold {data_set} in its own layout")

@@ -1,7 +1,7 @@
 """VIP: propagate the first frame's body parts through each video, write masks, score them with mean IoU.
 
 Reads VIP_Fine in its own layout: Images/VIDEO/*.jpg, Annotations/Category_ids/VIDEO/*.png and
-lists/SUBSET_videos.txt. The measure is in `vip.py`; as in github ajabri/videowalk all frames count, the first
+lists/SUBSET_videos.txt. As in github ajabri/videowalk all frames count, the first
 one as its labels come back from the grid. Shape suffixes: H W pixels, C classes.
 """
 
@@ -15,11 +15,23 @@ from fasttrain.data.map_ahead import map_ahead
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.evaluation import sequences
-from fasttrain.evaluation.frames import fit_to_patches, read_image, read_label_map
-from fasttrain.evaluation.metrics import CLASSES, class_iou, sum_confusions
+from fasttrain.evaluation.frames import read_image, read_label_map
+from fasttrain.evaluation.metrics import class_iou, sum_confusions
 from fasttrain.evaluation.model import EvaluatedModel
-from fasttrain.evaluation.sequences import Evaluation, LabelMap, VideoSequence
+from fasttrain.evaluation.sequences import (
+    Evaluation,
+    LabelMap,
+    VideoSequence,
+    hard_labels,
+    resize_labels,
+    soft_labels,
+)
 
+CLASSES = (
+    *("background", "hat", "hair", "sun-glasses", "upper-clothes", "dress", "coat", "socks", "pants"),
+    *("gloves", "scarf", "skirt", "torso-skin", "face", "right-arm", "left-arm", "right-leg", "left-leg"),
+    *("right-shoe", "left-shoe"),
+)
 # The short side of the frames as encoded is a multiple of this.
 SHORT_SIDE_STEP = 64
 VOID = 255
@@ -41,28 +53,19 @@ def run(
     found = find_sequences(arguments.root, arguments.subset, arguments.list)
     for sequence in found:
         read_parts(sequence.annotations[0])
-    merged = sequences.evaluate_all(found, evaluate_sequence, arguments, model, output, world)
-    if merged is None:
+    evaluated = sequences.evaluate_all(found, evaluate_sequence, arguments, model, output, world)
+    if evaluated is None:
         return None
-    notes = sequences.take_notes(merged)
-    confusions = {
-        variant: {name: np.array(result[variant], dtype=np.int64) for name, result in merged.items()}
-        for variant in model.variants
-    }
+    confusions, data = evaluated
     return {
-        "data": {
-            "sequences": len(found),
-            "frames": sum(len(one.frames) for one in found),
-            "classes": len(CLASSES),
-            "notes": notes,
-        },
+        "data": {**data, "classes": len(CLASSES)},
         "results": {
-            variant: summarise(np.sum(list(of_videos.values()), axis=0))
-            for variant, of_videos in confusions.items()
+            variant: summarise(np.sum([result[variant] for result in confusions.values()], axis=0))
+            for variant in model.variants
         },
         "per_sequence": {
-            name: {variant: summarise(of_videos[name]) for variant, of_videos in confusions.items()}
-            for name in merged
+            name: {variant: summarise(counts_CC) for variant, counts_CC in result.items()}
+            for name, result in confusions.items()
         },
     }
 
@@ -70,18 +73,11 @@ def run(
 def find_sequences(root: Path, subset: str, listed: Path | None) -> list[VideoSequence]:
     """The videos of a list. Raises InputError, naming the path, where the layout is another."""
     base = root if (root / "Images").is_dir() else root / "VIP_Fine"
+    frames, annotations = base / "Images", base / "Annotations" / "Category_ids"
     listed = listed or base / "lists" / f"{subset}_videos.txt"
-    for path in (base / "Images", base / "Annotations" / "Category_ids", listed):
-        if not path.exists():
-            raise InputError(f"{path} does not exist; --root must hold VIP (VIP_Fine) in its own layout")
+    sequences.require((frames, annotations, listed), "VIP (VIP_Fine)")
     names = dict.fromkeys(Path(line.split()[0]).name for line in sequences.read_list(listed))
-    return [_find_sequence(base, name) for name in names]
-
-
-def _find_sequence(base: Path, name: str) -> VideoSequence:
-    frames = sequences.numbered(base / "Images" / name, ".jpg")
-    annotations = sequences.check_pairs(name, frames, base / "Annotations" / "Category_ids" / name, fewest=2)
-    return VideoSequence(name, frames, annotations)
+    return [sequences.find_pairs(name, frames / name, annotations / name, fewest=2) for name in names]
 
 
 def read_parts(path: Path) -> LabelMap:
@@ -93,41 +89,38 @@ def read_parts(path: Path) -> LabelMap:
     return labels_HW
 
 
-def encoded_size(size: tuple[int, int], long_side: int, patch: int) -> tuple[int, int]:
+def encoded_size(height: int, width: int, long_side: int) -> tuple[int, int]:
     """Height and width of the frames as encoded: the short side floored to a multiple of 64."""
-    height, width = size
-    short = max(1, min(size) * long_side // max(size) // SHORT_SIDE_STEP) * SHORT_SIDE_STEP
-    return fit_to_patches((short, long_side) if width > height else (long_side, short), patch)
+    short_side = min(height, width) * long_side // max(height, width)
+    short_side = max(1, short_side // SHORT_SIDE_STEP) * SHORT_SIDE_STEP
+    return (short_side, long_side) if width > height else (long_side, short_side)
 
 
-def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation, drawn: bool) -> dict[str, Any]:
-    """Per variant the pixels of each true (row) and predicted class; writes masks and pictures."""
+def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation) -> dict[str, Any]:
+    """Per variant the pixels (C, C) of each true and predicted class; writes masks and pictures."""
     truth = list(map_ahead(read_parts, sequence.annotations))
     height, width, _ = read_image(sequence.frames[0]).shape
-    size = encoded_size((height, width), evaluation.arguments.long_side, evaluation.model.encoder.patch_size)
+    size = evaluation.size(*encoded_size(height, width, evaluation.arguments.long_side))
     first_HW = np.where(truth[0] == VOID, 0, truth[0]).astype(np.uint8)
-    first_hwC = sequences.soft_labels(
-        sequences.resize_labels(first_HW, size), evaluation.model.encoder.grid(*size), classes=len(CLASSES)
-    )
-    found = sequences.propagate(sequence.frames, size, first_hwC, evaluation)
     notes = []
     if not first_HW.any():
         notes.append(f"video {sequence.name}: no part is labelled in the first frame, so none is propagated")
-    result: dict[str, Any] = {"notes": notes}
-    masks: dict[str, list[LabelMap]] = {}
-    for variant, labels_ThwC in found.labels_ThwC.items():
-        masks[variant] = [
-            sequences.resize_labels(sequences.hard_labels(labels_hwC, size), truth_HW.shape)
+    first_hwC = soft_labels(
+        resize_labels(first_HW, size), evaluation.model.encoder.grid(*size), classes=len(CLASSES)
+    )
+    found = sequences.propagate(sequence.frames, size, first_hwC, evaluation)
+    masks = {
+        variant: [
+            resize_labels(hard_labels(labels_hwC, size), truth_HW.shape)
             for labels_hwC, truth_HW in zip(labels_ThwC, truth, strict=True)
         ]
-        sequences.write_masks(
-            masks[variant], sequence.annotations, evaluation.output / "masks" / variant / sequence.name
-        )
-        pairs = zip(masks[variant], truth, strict=True)
-        result[variant] = sum_confusions(pairs, len(CLASSES)).tolist()
-    if drawn:
-        sequences.draw_masks(sequence, masks, truth, found.matches_M4, evaluation.output / "figures")
-    return result
+        for variant, labels_ThwC in found.labels_ThwC.items()
+    }
+    sequences.save_masks(sequence, masks, truth, found.matches_M4, evaluation)
+    return {"notes": notes} | {
+        variant: sum_confusions(zip(maps, truth, strict=True), len(CLASSES))
+        for variant, maps in masks.items()
+    }
 
 
 def summarise(confusion_CC: np.ndarray) -> dict[str, float]:

@@ -14,7 +14,8 @@ from PIL import Image
 
 from fasttrain.errors import InputError
 from fasttrain.evaluation import boundary_accuracy, mean_iou, pck, region_similarity
-from fasttrain.evaluation.metrics import joint_maps, joints_from_maps, pck_per_joint, statistics
+from fasttrain.evaluation.jhmdb import joint_maps, joints_from_maps
+from fasttrain.evaluation.metrics import pck_per_joint, statistics
 
 EMPTY = np.zeros((20, 30), dtype=bool)
 SQUARE = EMPTY.copy()
