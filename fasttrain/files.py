@@ -83,23 +83,18 @@ def io_errors_as_input_errors(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def text_lines(path: Path) -> list[str]:
-    """The non-empty lines of a text file in UTF-8, stripped. Raises OSError, UnicodeDecodeError.
+def read_lines(path: Path, expected: str = "a text file in UTF-8") -> list[str]:
+    """The non-empty lines of a text file, stripped; InputError where it cannot be read.
 
     Lines end at line feeds only. `str.splitlines` would also break at characters that titles of videos
     contain, such as U+2028.
     """
-    # -sig: editors on Windows begin a file with a byte order mark. In text mode \r\n is \n.
-    lines = path.read_text(encoding="utf-8-sig").split("\n")
-    return [line.strip() for line in lines if line.strip()]
-
-
-def read_lines(path: Path, expected: str = "a text file in UTF-8") -> list[str]:
-    """`text_lines`, with an InputError that says what was `expected` where they cannot be read."""
     try:
-        return text_lines(path)
+        # -sig: editors on Windows begin a file with a byte order mark. In text mode \r\n is \n.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}); expected {expected}") from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def os_reason(error: OSError) -> str:

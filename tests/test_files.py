@@ -13,7 +13,7 @@ from fasttrain.files import (
     file_lock,
     io_errors_as_input_errors,
     open_atomically,
-    text_lines,
+    read_lines,
     write_atomically,
 )
 
@@ -65,4 +65,7 @@ def test_an_error_of_the_system_is_one_line(tmp_path: Path) -> None:
 def test_lines_end_where_files_end_them(tmp_path: Path) -> None:
     path = tmp_path / "list.txt"
     path.write_bytes("\ufeffone\r\n\n two\u2028three \nnext\x85line".encode())
-    assert text_lines(path) == ["one", "two\u2028three", "next\x85line"]
+    assert read_lines(path) == ["one", "two\u2028three", "next\x85line"]
+    path.write_bytes(b"\xff")
+    with pytest.raises(InputError, match=r"cannot be read .*expected a list"):
+        read_lines(path, "a list")

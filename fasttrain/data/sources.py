@@ -21,7 +21,7 @@ from fasttrain.data.probes import ProbeCache, State, state_of
 from fasttrain.data.video import VIDEO_SUFFIXES, VideoInfo, probe_video
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
-from fasttrain.files import os_reason, text_lines
+from fasttrain.files import os_reason, read_lines
 
 Kind = Literal["auto", "folders", "list", "videos", "packed"]
 
@@ -172,12 +172,7 @@ def _natural_key(name: str) -> list[str | int]:
 
 def _list_entries(path: Path) -> list[str]:
     """The lines of a list that say something, without comments: `#` and what names no file."""
-    try:
-        lines = text_lines(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path} is neither a video file nor a text file that lists folders: {error}"
-        ) from None
+    lines = read_lines(path, "a video file, or a text file that lists videos or folders")
     # Names of HMDB51 begin with #.
     return [
         line

@@ -200,7 +200,7 @@ def test_the_fingerprint_is_of_names_and_lengths(tmp_path: Path) -> None:
         (
             lambda root: _write(root / "x.txt", b"\xff\xfe\x00binary"),
             "auto",
-            "neither a video file nor a text",
+            "expected a video file, or a text file",
         ),
         (lambda root: _write(root / "x.txt", b"nowhere\n"), "auto", "nowhere: does not exist"),
         (lambda root: _write(root / "x.txt", b""), "folders", "is a file"),
