@@ -171,11 +171,9 @@ def read_split(arguments: argparse.Namespace) -> VideoSplit:
 def fit_to_frames(
     videos: Sequence[LabelledVideo], num_frames: Mapping[str, int]
 ) -> tuple[list[LabelledVideo], list[str]]:
-    """The readable videos, labels cut to their frames, and those with another number of labels."""
+    """The videos with their labels cut to their frames, and those with quite another number of labels."""
     fitting, skipped = [], []
     for video in videos:
-        if video.name not in num_frames:
-            continue
         frames, labels = num_frames[video.name], len(video.labels_T)
         if abs(frames - labels) > _MAX_DIFFERENCE * labels:
             skipped.append(f"{video.name}: {frames} frames, but {labels} labels; expected a label per frame")
@@ -241,8 +239,7 @@ def _list_path(arguments: argparse.Namespace, folder: str, name: str, which: str
     found = _find_lists(arguments.root, folder, name)
     if not found:
         raise InputError(
-            f"no {name.removeprefix('[!.]')} in {arguments.root} or its {folder}; --root must hold the lists "
-            "as they are published"
+            f"no {name} in {arguments.root} or its {folder}; --root must hold the lists as they are published"
         )
     return found[0]
 
@@ -279,9 +276,8 @@ def _read_hmdb(arguments: argparse.Namespace, folder: str) -> _Lists:
         raise InputError(
             "hmdb51 has a list for each class; with --train-list and --test-list, --dataset list"
         )
-    # Copies made on a Mac have `._NAME` beside every NAME.
     ending = f"_test_split{arguments.split}.txt"
-    _list_path(arguments, folder, f"[!.]*{ending}")
+    _list_path(arguments, folder, f"*{ending}")
     classes: list[str] = []
     marked: dict[str, list[_Entry]] = {"0": [], "1": [], "2": []}
 
@@ -289,7 +285,7 @@ def _read_hmdb(arguments: argparse.Namespace, folder: str) -> _Lists:
         video, mark = line.rsplit(maxsplit=1)
         marked[mark].append(_Entry(f"{classes[-1]}/{video}", classes[-1:], video))
 
-    for path in _find_lists(arguments.root, folder, f"[!.]*{ending}"):
+    for path in _find_lists(arguments.root, folder, f"*{ending}"):
         classes.append(path.name.removesuffix(ending))
         _parse(path, read_lines(path), parse, "a video and 0, 1 or 2")
     return classes, marked["1"], marked["2"]
@@ -393,7 +389,7 @@ class _Layout:
 
 _LAYOUTS = {
     "ucf101": _Layout(_read_ucf, "ucfTrainTestlist", "classInd.txt", ("UCF-101",)),
-    "hmdb51": _Layout(_read_hmdb, "testTrainMulti_7030_splits", "[!.]*_test_split1.txt", ("hmdb51_org",)),
+    "hmdb51": _Layout(_read_hmdb, "testTrainMulti_7030_splits", "*_test_split1.txt", ("hmdb51_org",)),
     # videos/train: sorted into classes by its publishers' tool, with whole files for damaged ones.
     "kinetics": _Layout(
         _read_kinetics, "annotations", "train.csv", ("videos/train", "videos/val", "train", "val")

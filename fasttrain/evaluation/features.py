@@ -45,7 +45,7 @@ from fasttrain.evaluation.datasets import (
 )
 from fasttrain.evaluation.frames import centre_crop
 from fasttrain.evaluation.model import EvaluatedModel
-from fasttrain.files import os_reason, write_atomically
+from fasttrain.files import io_errors_as_input_errors, os_reason, write_atomically
 from fasttrain.loggers import Progress
 from fasttrain.weights import hash_state_dict
 
@@ -117,8 +117,10 @@ class FeatureCache:
             return None
 
     def save(self, key: str, features_TD: Tensor, num_frames: int) -> None:
+        """Raises InputError where the folder cannot be written."""
         entry = {"features": features_TD.contiguous(), "num_frames": torch.tensor(num_frames)}
-        write_atomically(self.path(key), save(entry))
+        with io_errors_as_input_errors(self.folder):
+            write_atomically(self.path(key), save(entry))
 
 
 @dataclass(frozen=True)

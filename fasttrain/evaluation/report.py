@@ -55,8 +55,7 @@ def write_report(runs: list[Path], output: Path) -> None:
     evaluations = [
         (folder, path, _read_evaluation(path))
         for folder in runs
-        # Copies made on a Mac have `._NAME` beside every NAME.
-        for path in sorted(folder.glob("eval/*/[!.]*.json"))
+        for path in sorted(folder.glob("eval/*/*.json"))
     ]
     empty = set(runs) - set(recorded) - {folder for folder, _, _ in evaluations}
     if empty:

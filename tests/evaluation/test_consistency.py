@@ -19,8 +19,8 @@ def test_the_command_measures_what_it_can_and_names_the_rest(
     broken = root / NAMES[0] / "00004.jpg"
     broken.write_bytes(broken.read_bytes()[:-200])
     head = write_projection(tmp_path / "projection.safetensors")
-    places = ("--root", str(root), "--output", str(tmp_path), "--projection", str(head))
-    assert main(["eval", "consistency", *places, *MODEL, "--image-size", "64"]) == 0
+    words = ("--root", str(root), "--output", str(tmp_path), "--projection", str(head))
+    assert main(["eval", "consistency", *words, *MODEL, "--image-size", "64"]) == 0
     found = json.loads((tmp_path / "consistency.json").read_text())
     assert found["data"]["videos"] == 2
     assert "short: fewer than 8 frames" in found["data"]["skipped"]
@@ -46,9 +46,9 @@ def test_a_projection_that_is_not_finite(tmp_path: Path, capsys: pytest.CaptureF
     projection.save(head)
     words = ("--root", str(root), "--output", str(tmp_path), *MODEL, "--image-size", "64")
     assert main(["eval", "consistency", *words, "--projection", str(head)]) == 2
-    told = capsys.readouterr().err
-    assert "features of alpha after the projection are not all finite" in told
-    assert told.count("\n") == 1
+    error = capsys.readouterr().err
+    assert "features of alpha after the projection are not all finite" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(("option", "value"), [("--num-frames", "7"), ("--num-videos", "0")])

@@ -66,8 +66,6 @@ def test_ucf101_classes_are_in_the_order_of_their_numbers(tmp_path: Path) -> Non
 def test_hmdb51_marks(tmp_path: Path) -> None:
     touch(tmp_path, "run/x 1.avi", "run/y.avi")
     (tmp_path / "run_test_split1.txt").write_text("x 1.avi 1 \ny.avi 2 \nz.avi 0 \n")
-    # What a Mac leaves beside a file that it copies.
-    (tmp_path / "._run_test_split1.txt").write_bytes(b"\0\5\x16\7")
     split = read(tmp_path)
     assert [video.name for video in split.train] == ["run/x 1.avi"]
     assert [video.name for video in split.test] == ["run/y.avi"]

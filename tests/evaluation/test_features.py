@@ -234,6 +234,14 @@ def test_a_cache_that_another_process_does_not_see(
         found.load("file", "before")
 
 
+def test_a_cache_that_cannot_be_written(
+    videos: dict[str, Path], model: EvaluatedModel, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be written"):
+        run(videos, model, tmp_path, **POOLED, cache=tmp_path / "file")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -27,11 +27,11 @@ def test_a_run_with_everything(tmp_path: Path) -> None:
     head = write_projection(tmp_path / "projection.safetensors")
     for task, write in WRITERS.items():
         root = write(tmp_path / task)
-        places = ("--root", str(root), "--output", str(run / "eval" / task), "--projection", str(head))
-        assert main(["eval", task, *places, *MODEL, *SMALL[task], "--pictures", "1"]) == 0
+        words = ("--root", str(root), "--output", str(run / "eval" / task), "--projection", str(head))
+        assert main(["eval", task, *words, *MODEL, *SMALL[task], "--pictures", "1"]) == 0
     videos = write_videos(tmp_path / "videos")
-    places = ("--root", str(videos), "--output", str(run / "eval/consistency"), "--projection", str(head))
-    assert main(["eval", "consistency", *places, *MODEL, "--image-size", "64"]) == 0
+    words = ("--root", str(videos), "--output", str(run / "eval/consistency"), "--projection", str(head))
+    assert main(["eval", "consistency", *words, *MODEL, "--image-size", "64"]) == 0
 
     page = tmp_path / "page" / "report.html"
     assert main(["report", str(run), "--output", str(page)]) == 0
@@ -51,8 +51,8 @@ def test_a_run_with_everything(tmp_path: Path) -> None:
 def test_an_evaluation_with_a_folder_of_its_own_shows_its_own_pictures(tmp_path: Path) -> None:
     root, run = write_davis(tmp_path / "davis"), tmp_path / "run"
     for name, topk in (("davis", "7"), ("few keys", "1")):
-        places = ("--root", str(root), "--output", str(run / "eval" / name), "--topk", topk)
-        assert main(["eval", "davis", *places, *MODEL, *SMALL["davis"], "--pictures", "1"]) == 0
+        words = ("--root", str(root), "--output", str(run / "eval" / name), "--topk", topk)
+        assert main(["eval", "davis", *words, *MODEL, *SMALL["davis"], "--pictures", "1"]) == 0
     assert main(["report", str(run), "--output", str(tmp_path / "report.html")]) == 0
     first, second = (tmp_path / "report.html").read_text().split("<h2>")[1:]
     assert first.startswith("run: davis (")
@@ -62,8 +62,8 @@ def test_an_evaluation_with_a_folder_of_its_own_shows_its_own_pictures(tmp_path:
         assert shown in text
 
     # Evaluated again without pictures, one does not show the earlier ones.
-    places = ("--root", str(root), "--output", str(run / "eval" / "few keys"), "--pictures", "0")
-    assert main(["eval", "davis", *places, *MODEL, *SMALL["davis"]]) == 0
+    words = ("--root", str(root), "--output", str(run / "eval" / "few keys"), "--pictures", "0")
+    assert main(["eval", "davis", *words, *MODEL, *SMALL["davis"]]) == 0
     assert main(["report", str(run), "--output", str(tmp_path / "report.html")]) == 0
     first, second = (tmp_path / "report.html").read_text().split("<h2>")[1:]
     assert "src=" in first
@@ -93,7 +93,7 @@ def test_trade_off_of_two_runs(tmp_path: Path) -> None:
     assert "<td>inter_normalized_95</td><td>–</td>" in page.read_text()
 
 
-def test_runs_called_alike_are_told_apart(tmp_path: Path) -> None:
+def test_runs_called_alike_are_error_apart(tmp_path: Path) -> None:
     runs = [tmp_path / "one/mae", tmp_path / "two/mae", tmp_path / "dino"]
     assert plots.run_names(runs) == [str(runs[0]), str(runs[1]), "dino"]
 

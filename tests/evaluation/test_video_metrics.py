@@ -131,8 +131,8 @@ def test_knn_does_not_depend_on_the_order_of_training() -> None:
     test, _ = random_features(1, 60)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(2))
     one, other = (
-        knn_classify(test, train[places], labels[places], num_classes=3)[20]
-        for places in (torch.arange(len(labels)), order)
+        knn_classify(test, train[indices], labels[indices], num_classes=3)[20]
+        for indices in (torch.arange(len(labels)), order)
     )
     torch.testing.assert_close(one, other)
 
