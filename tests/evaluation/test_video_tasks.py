@@ -176,7 +176,9 @@ def test_tasks_share_a_cache(run: Path, ucf: Path, tmp_path: Path) -> None:
     assert pictures[0] == pictures[1]
 
 
-@pytest.mark.parametrize("task", ["probe", "localization", "consistency"])
+@pytest.mark.parametrize(
+    "task", ["probe", "consistency", pytest.param("localization", marks=pytest.mark.slow)]
+)
 def test_two_processes_find_what_one_does(task: str, run: Path, muddled: Path, tmp_path: Path) -> None:
     words = ["--root", muddled, *lists_of(muddled), "--num-frames", 2]
     if task == "localization":
