@@ -10,7 +10,7 @@ import io
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 Bytes = npt.NDArray[np.uint8]  # (n,) of a file
@@ -61,6 +61,9 @@ def decode_image(data: Bytes) -> Frame:
                 grey = np.asarray(upright, dtype=np.float64) / 257
                 return np.repeat(np.rint(grey).astype(np.uint8)[..., None], 3, axis=2)
             return np.asarray(upright.convert("RGB"))
+    # Its own words hold an address in memory, and packed sets list the reason: no two would be alike.
+    except UnidentifiedImageError as error:
+        raise UnreadableFrameError("cannot be decoded: no image of a known kind") from error
     # Pillow raises what its plugins meet in odd bytes (SyntaxError, NotImplementedError, TypeError,
     # struct.error, ...) and promises no kind; one bad file must not end a run.
     except Exception as error:

@@ -173,6 +173,7 @@ def test_bad_frames_are_left_out_and_listed(tmp_path: Path, capsys: pytest.Captu
 
 def test_the_bytes_do_not_depend_on_the_workers(tmp_path: Path) -> None:
     source = write_folders(tmp_path / "frames", [5] * 12, suffix=".png")
+    (source / "class_0" / "video_0" / "00002.png").write_bytes(b"no image")
     one, five = (packed(source, tmp_path / str(workers), workers=workers) for workers in (1, 5))
     assert contents(one) == contents(five)
 
