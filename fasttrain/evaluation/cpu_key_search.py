@@ -45,8 +45,8 @@ warnings.filterwarnings("ignore", message="Sparse (CSR tensor support|invariant 
 class CpuKeySearch(KeySearch):
     """`KeySearch` on a CPU: the same keys, faster where features have some structure or matches are clear."""
 
-    def __init__(self, first_ND: Tensor, *, places: int, topk: int) -> None:
-        super().__init__(first_ND, places=places, topk=topk)
+    def __init__(self, first_ND: Tensor, *, slots: int, topk: int) -> None:
+        super().__init__(first_ND, slots=slots, topk=topk)
         # bfloat16 where it is multiplied faster: the bounds are as true, only wider.
         fast_bf16 = torch.backends.mkldnn.enabled and torch.cpu.get_capabilities().get("avx512_bf16")
         self.dtype = torch.bfloat16 if fast_bf16 else torch.float32
@@ -58,12 +58,12 @@ class CpuKeySearch(KeySearch):
         start_DE = torch.randn(len(mean_D), kept, generator=torch.Generator().manual_seed(0)).double()
         basis_DE = torch.linalg.qr(covariance_DD @ (covariance_DD @ start_DE)).Q
         self.mean_D, self.basis_DE = mean_D.float(), basis_DE.float()
-        self.short_FNE = torch.empty((places, len(first_ND), kept + BOUND_COLUMNS), dtype=self.dtype)
+        self.short_FNE = torch.empty((slots, len(first_ND), kept + BOUND_COLUMNS), dtype=self.dtype)
         self.short_FNE[0] = self._columns(first_ND, of_keys=True)
 
-    def remember(self, place: int, unit_ND: Tensor) -> None:
-        super().remember(place, unit_ND)
-        self.short_FNE[place] = self._columns(unit_ND, of_keys=True)
+    def remember(self, slot: int, unit_ND: Tensor) -> None:
+        super().remember(slot, unit_ND)
+        self.short_FNE[slot] = self._columns(unit_ND, of_keys=True)
 
     def largest(self, query_QD: Tensor, strip: Strip, recent: int) -> tuple[Tensor, Tensor]:
         # A floor takes k keys of the first frame.

@@ -135,7 +135,7 @@ def score(masks_THW: LabelMap, truth_THW: LabelMap) -> dict[str, dict[str, dict[
     measured_TO2 = np.array(list(map_ahead(measure, range(1, len(truth_THW) - 1))))
     return {
         str(number): {
-            name: asdict(statistics(measured_TO2[:, number - 1, place])) for place, name in enumerate("JF")
+            name: asdict(statistics(measured_TO2[:, number - 1, column])) for column, name in enumerate("JF")
         }
         for number in objects
     }

@@ -5,7 +5,7 @@ their discs reach, so that memory is bounded by one block of affinities and by t
 largest affinities of a query stand at the k cells whose best frame is largest: the maximum over the frames
 leaves one number a cell to cut to the disc and to sort.
 
-Shape suffixes: F remembered frames (place 0 holds the first), H W grid, N = H * W tokens (lines across the
+Shape suffixes: F remembered frames (slot 0 holds the first), H W grid, N = H * W tokens (lines across the
 short side, one after another), D channels, Q queries of a strip, K keys of a frame, G best cells, k nearest.
 """
 
@@ -40,19 +40,19 @@ class Strip:
 class KeySearch:
     """Features of the first and of the last frames, and the search among them."""
 
-    def __init__(self, first_ND: Tensor, *, places: int, topk: int) -> None:
-        self.unit_FND = torch.empty((places, *first_ND.shape), device=first_ND.device)
+    def __init__(self, first_ND: Tensor, *, slots: int, topk: int) -> None:
+        self.unit_FND = torch.empty((slots, *first_ND.shape), device=first_ND.device)
         self.topk = topk
         self.unit_FND[0] = first_ND
 
-    def remember(self, place: int, unit_ND: Tensor) -> None:
-        """Put a frame's features, unit vectors, in a place of its own or in that of a frame now forgotten."""
-        self.unit_FND[place] = unit_ND
+    def remember(self, slot: int, unit_ND: Tensor) -> None:
+        """Put a frame's features, unit vectors, in a slot of its own or in that of a frame now forgotten."""
+        self.unit_FND[slot] = unit_ND
 
     def largest(self, query_QD: Tensor, strip: Strip, recent: int) -> tuple[Tensor, Tensor]:
-        """The k largest affinities of each query, in order, and their keys: place of the frame * N + token.
+        """The k largest affinities of each query, in order, and their keys: slot of the frame * N + token.
 
-        Searched are the first frame, all of it, and within the strip's discs the frames at places 1 to
+        Searched are the first frame, all of it, and within the strip's discs the frames at slots 1 to
         `recent`. Where fewer than k keys are in reach the rest, if there is one, has an affinity of -inf.
         """
         affinity_Qk, source_Qk = _largest(query_QD @ self.unit_FND[0].T, self.topk)
@@ -71,15 +71,15 @@ class KeySearch:
         through_FGQ = value_FKQ.gather(1, cell_QG.T.expand(frames, -1, -1))
         through_FGQ.masked_fill_(best_QG.T.isneginf(), -torch.inf)
         through_QM = through_FGQ.permute(2, 0, 1).flatten(1)
-        value_Qk, place_Qk = _largest(through_QM, self.topk)
-        token_Qk = strip.keys.start + cell_QG.gather(1, place_Qk % cells)
-        return value_Qk, (1 + place_Qk // cells) * self.unit_FND.shape[1] + token_Qk
+        value_Qk, index_Qk = _largest(through_QM, self.topk)
+        token_Qk = strip.keys.start + cell_QG.gather(1, index_Qk % cells)
+        return value_Qk, (1 + index_Qk // cells) * self.unit_FND.shape[1] + token_Qk
 
 
 def _largest(values_QM: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest of each row, or all, in order, and their places."""
-    values, places = values_QM.topk(min(count, values_QM.shape[1]), dim=-1)
-    return values, places
+    """The `count` largest of each row, or all, in order, and their indices."""
+    values, indices = values_QM.topk(min(count, values_QM.shape[1]), dim=-1)
+    return values, indices
 
 
 def strips(long: int, short: int, radius: float, context: int, device: torch.device) -> Iterator[Strip]:

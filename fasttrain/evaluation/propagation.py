@@ -73,13 +73,13 @@ class Propagator:
         self.context, self.radius, self.temperature = context, radius, temperature
         self.frames_seen = 1
         self.strips = list(strips(max(height, width), self.short, radius, context, device))
-        # Place 0 holds the first frame, the others the last frames in turn.
+        # Slot 0 holds the first frame, the others the last frames in turn.
         self.labels_FNC = torch.empty((context + 1, tokens, first_labels_HWC.shape[-1]), device=device)
         self.labels_FNC[0] = self._long_side_first(first_labels_HWC)
         first_ND = self._unit(first_features_HWD)
         with full_precision(device):
             kind = CpuKeySearch if device.type == "cpu" else KeySearch
-            self.search = kind(first_ND, places=context + 1, topk=topk)
+            self.search = kind(first_ND, slots=context + 1, topk=topk)
 
     @torch.no_grad()
     def step(self, features_HWD: Tensor) -> Tensor:
@@ -90,13 +90,13 @@ class Propagator:
         unit_ND = self._unit(features_HWD)
         labels_NC = torch.empty_like(self.labels_FNC[0])
         flat_MC = self.labels_FNC.flatten(0, 1)
-        place = 1 + (self.frames_seen - 1) % self.context
+        slot = 1 + (self.frames_seen - 1) % self.context
         with full_precision(unit_ND.device):
             for strip in self.strips:
                 source_Qk, weight_Qk = self._attend(unit_ND[strip.queries], strip)
                 labels_NC[strip.queries] = torch.einsum("qk,qkc->qc", weight_Qk, flat_MC[source_Qk])
-            self.search.remember(place, unit_ND)
-        self.labels_FNC[place] = labels_NC
+            self.search.remember(slot, unit_ND)
+        self.labels_FNC[slot] = labels_NC
         self.frames_seen += 1
         height, width = self.grid
         if height < width:
@@ -115,7 +115,7 @@ class Propagator:
         return unit_ND
 
     def _attend(self, query_QD: Tensor, strip: Strip) -> tuple[Tensor, Tensor]:
-        """The k sources of each query, flat indices (place of their frame * N + token), and their weights."""
+        """The k sources of each query, flat indices (slot of their frame * N + token), and their weights."""
         recent = min(self.frames_seen - 1, self.context)
         affinity_Qk, source_Qk = self.search.largest(query_QD, strip, recent)
         multiplicity_Qk = torch.ones_like(source_Qk)

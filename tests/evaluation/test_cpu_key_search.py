@@ -28,11 +28,11 @@ def build(
 ) -> tuple[KeySearch, CpuKeySearch]:
     """Both searches with all frames but the last remembered."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": dtype == "bfloat16"})
-    options = {"places": len(unit_TND) - 1, "topk": topk}
+    options = {"slots": len(unit_TND) - 1, "topk": topk}
     searches = KeySearch(unit_TND[0], **options), CpuKeySearch(unit_TND[0], **options)
     for search in searches:
-        for place in range(1, len(unit_TND) - 1):
-            search.remember(place, unit_TND[place])
+        for slot in range(1, len(unit_TND) - 1):
+            search.remember(slot, unit_TND[slot])
     return searches
 
 

@@ -53,8 +53,8 @@ def projection(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(task: str, root: Path, output: Path, *options: str) -> list[str]:
-    places = ("--root", str(root), "--output", str(output))
-    return ["eval", task, *places, *MODEL, *SMALL[task], *options]
+    folders = ("--root", str(root), "--output", str(output))
+    return ["eval", task, *folders, *MODEL, *SMALL[task], *options]
 
 
 def read_figures(output: Path, task: str) -> dict[str, Any]:
@@ -495,8 +495,8 @@ def test_what_a_mac_leaves_beside_files_is_passed_over(
     shutil.copytree(roots[task], root)
     for path in [path for path in root.rglob("*.*") if path.is_file()]:
         path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
-    for place in (roots[task], root):
-        output = tmp_path / ("with" if place == root else "without")
-        assert main(command(task, place, output, "--pictures", "0")) == 0
+    for data in (roots[task], root):
+        output = tmp_path / ("with" if data == root else "without")
+        assert main(command(task, data, output, "--pictures", "0")) == 0
     one, other = (read_figures(tmp_path / name, task) for name in ("with", "without"))
     assert one["results"] == other["results"]
