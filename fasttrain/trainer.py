@@ -27,7 +27,7 @@ from fasttrain.backbones import Backbone
 from fasttrain.checkpoint import drop_checkpoints, load_checkpoint, saved_steps
 from fasttrain.data import FrameIndex, PairLoader, open_source
 from fasttrain.distributed import World
-from fasttrain.errors import InputError, LocalInputError
+from fasttrain.errors import InputError
 from fasttrain.files import file_lock, write_atomically
 from fasttrain.loggers import NON_FINITE, MetricsLog, Progress, last_event, say
 from fasttrain.optimizer import learning_rate_factor
@@ -121,11 +121,8 @@ class Trainer:
         """One optimiser step of every backbone, on the same frames."""
         passes = self.recipe.train.accumulate
         for i in range(passes):
-            try:
-                with span("data"):
-                    pairs = next(self.batches)
-            except InputError as error:
-                raise LocalInputError(str(error)) from error
+            with span("data"):
+                pairs = next(self.batches)
             self._new_bad_samples += map(str, pairs.bad_samples)
             # A replacement is one more sample that was seen.
             self._new_samples += len(pairs.samples) + len(pairs.bad_samples)

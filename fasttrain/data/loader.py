@@ -26,7 +26,7 @@ from fasttrain.data.index import FrameIndex, Storage, StoredPair, VideoIndex
 from fasttrain.data.nvdec import has_nvdec, nvdec_refusal
 from fasttrain.data.sampling import Ints, PairSampling, SampleParameters
 from fasttrain.distributed import World
-from fasttrain.errors import InputError
+from fasttrain.errors import InputError, LocalInputError
 from fasttrain.recipe import Recipe
 
 # So many in a row mean that nothing can be read: at half the samples bad this happens once in 4 billion.
@@ -197,7 +197,8 @@ class PairLoader:
         name = self.index.names[sample.parameters["video"][0]]
         attempt = len(sample.bad) + 1
         if attempt > MAX_ATTEMPTS:
-            raise InputError(
+            # The other processes will not hear of it.
+            raise LocalInputError(
                 f"{MAX_ATTEMPTS} samples in a row could not be read, the last {name}, frame {frame}: "
                 f"{reason}; is the data there and whole?"
             )
