@@ -35,14 +35,13 @@ class World:
 
     rank: int
     size: int
-    local_rank: int
     local_size: int
     device: torch.device
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> World:
         """A world of this process alone."""
-        return cls(rank=0, size=1, local_rank=0, local_size=1, device=torch.device(device))
+        return cls(rank=0, size=1, local_size=1, device=torch.device(device))
 
     @property
     def is_main(self) -> bool:
@@ -130,7 +129,6 @@ def start(device: Literal["auto", "cuda", "cpu"] = "auto") -> Iterator[World]:
         yield World(
             rank=int(os.environ.get("RANK", "0")),
             size=size,
-            local_rank=local_rank,
             local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
             device=own_device,
         )

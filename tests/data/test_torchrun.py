@@ -172,7 +172,7 @@ def test_the_limit_is_of_all_ranks_and_stops_them_at_the_same_step(tmp_path: Pat
     for path in (root / "class_1" / "video_3").iterdir():
         path.write_bytes(b"")
     recipe = load_recipe(write_recipe(tmp_path, root, max_bad_fraction=0.004))
-    world = TwoAlike(rank=0, size=2, local_rank=0, local_size=2, device=torch.device("cpu"))
+    world = TwoAlike(rank=0, size=2, local_size=2, device=torch.device("cpu"))
     with pytest.raises(InputError, match=r"^\d+ of \d+ samples .*max_bad_fraction=0.004 allows") as caught:
         Trainer(recipe, world).train()
     # Only this process met what a loader raises; what the ranks agree on all of them raise.
