@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -23,6 +22,7 @@ from torch import Tensor
 from fasttrain.data.dali import GpuStage, HostStage
 from fasttrain.data.images import UnreadableFrameError
 from fasttrain.data.index import FrameIndex, Storage, StoredPair, VideoIndex
+from fasttrain.data.map_ahead import map_ahead
 from fasttrain.data.nvdec import has_nvdec, nvdec_refusal
 from fasttrain.data.sampling import Ints, PairSampling, SampleParameters
 from fasttrain.distributed import World
@@ -106,7 +106,14 @@ class PairLoader:
         self._depth = max(1, min(recipe.data.prefetch + 1, self.num_batches))
         self._read_pair, self._storage = self._choose_decoder()
         self._stage = self._open_stage()
-        self._readers = ThreadPoolExecutor(self._num_threads, thread_name_prefix="read")
+        # The rows of a batch are shared out over the threads.
+        self._parts = np.array_split(np.arange(self.batch_size), min(self._num_threads, self.batch_size))
+        self._reading = map_ahead(
+            self._read_part,
+            ((number, rows) for number in range(self.num_batches) for rows in self._parts),
+            workers=self._num_threads,
+            depth=self._depth * len(self._parts),
+        )
 
     def _choose_decoder(self) -> tuple[Callable[[int, Sequence[int]], StoredPair], Storage]:
         """Who reads a pair, and what comes of it."""
@@ -132,13 +139,13 @@ class PairLoader:
         return self.num_batches
 
     def __iter__(self) -> Iterator[FramePairs]:
-        reads = (self._start_reading(number) for number in range(self.num_batches))
-        reading = deque(islice(reads, self._depth))
         decoding: deque[list[_Sample]] = deque()
         for _ in range(self.num_batches):
-            while reading and len(decoding) < self._depth:
-                batch = [sample for part in reading.popleft() for sample in part.result()]
-                reading.extend(islice(reads, 1))
+            while len(decoding) < self._depth:
+                parts = islice(self._reading, len(self._parts))
+                batch = [sample for part in parts for sample in part]
+                if not batch:
+                    break
                 self._submit(batch)
                 decoding.append(batch)
             frames = self._collect(decoding)
@@ -159,7 +166,7 @@ class PairLoader:
 
     def close(self) -> None:
         """Stop the threads and let go of the pipeline."""
-        self._readers.shutdown(cancel_futures=True)
+        self._reading.close()
         self._stage.close()
 
     def _positions(self, number: int) -> Ints:
@@ -169,18 +176,16 @@ class PairLoader:
         start += (micro * self.world.size + self.world.rank) * self.batch_size
         return np.arange(start, start + self.batch_size)
 
-    def _start_reading(self, number: int) -> list[Future[list[_Sample]]]:
-        epochs, samples = self.sampling.order(self._positions(number), self.num_samples)
-        parts = np.array_split(np.arange(self.batch_size), min(self._num_threads, self.batch_size))
-        return [self._readers.submit(self._read_part, epochs[part], samples[part]) for part in parts]
-
-    def _read_part(self, epochs: Ints, samples: Ints) -> list[_Sample]:
-        parameters = self.sampling.draw(self.index.num_frames, epochs, samples)
-        rows = [slice(i, i + 1) for i in range(len(samples))]
-        part = [_Sample(epochs[row], samples[row], parameters[row]) for row in rows]
-        for sample in part:
+    def _read_part(self, part: tuple[int, Ints]) -> list[_Sample]:
+        """Some rows of the micro-batch of a number."""
+        number, rows = part
+        epochs, wanted = self.sampling.order(self._positions(number)[rows], self.num_samples)
+        parameters = self.sampling.draw(self.index.num_frames, epochs, wanted)
+        one = [slice(i, i + 1) for i in range(len(rows))]
+        samples = [_Sample(epochs[i], wanted[i], parameters[i]) for i in one]
+        for sample in samples:
             self._read(sample)
-        return part
+        return samples
 
     def _read(self, sample: _Sample) -> None:
         """Read both frames; of a replacement where they cannot be read."""

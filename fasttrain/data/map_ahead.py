@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -18,7 +18,7 @@ def map_ahead(
     *,
     workers: int = WORKERS,
     depth: int | None = None,
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """`function` of each item, in order; at most `depth` results (2 * workers) are waiting or in work.
 
     An error, and closing the iterator, cancels what has not begun and waits for what has.

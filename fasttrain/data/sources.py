@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from fasttrain.data.images import IMAGE_SUFFIXES, UnreadableFrameError
 from fasttrain.data.index import FolderIndex, FrameFolders, FrameIndex, Skipped, VideoIndex
 from fasttrain.data.packed import PackedIndex, is_packed
-from fasttrain.data.probes import ProbeCache, State, state_of
 from fasttrain.data.video import VIDEO_SUFFIXES, VideoInfo, probe_video
+from fasttrain.data.video_cache import FileState, VideoCache, file_state
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.files import os_reason, read_lines
@@ -75,81 +75,66 @@ def packed_folders(path: Path) -> list[Path]:
     if not path.is_file() or path.suffix.lower() in VIDEO_SUFFIXES:
         return []
     try:
-        folders = [path.parent / entry for entry in _list_entries(path)]
+        folders = (path.parent / name for name, _ in _list_entries(path))
+        # One look is enough: a list of 240,000 frame folders shall not be looked through twice.
+        first = next(folders, None)
+        return [first, *folders] if first and is_packed(first) else []
     except InputError:
         return []
-    # One look is enough: a list of 240,000 frame folders shall not be looked through twice.
-    return folders if folders and is_packed(folders[0]) else []
 
 
 def find_source(path: Path, *, kind: Kind = "auto") -> Found:
     """Find frame folders or video files by name, opening none. Raises InputError as open_source does."""
-    if kind not in get_args(Kind):
-        raise InputError(f"data.kind={kind} is not known; expected one of {', '.join(get_args(Kind))}")
     if not path.exists():
         raise InputError(f"the data source {path} does not exist; {_WANTED}")
-    return _find_in_folder(path, kind) if path.is_dir() else _find_in_file(path, kind)
-
-
-def _find_in_file(path: Path, kind: Kind) -> Found:
+    if path.is_dir():
+        return _find_in_folder(path, kind)
     is_video = path.suffix.lower() in VIDEO_SUFFIXES
-    if kind == "folders" or (kind == "list" and is_video):
-        raise InputError(f"{path} is a file, but data.kind={kind}; {_WANTED}")
-    if is_video or kind == "videos":
+    if kind == "videos" or (kind == "auto" and is_video):
         return Found({}, {path.name: path}, [])
+    if kind == "folders" or is_video:
+        raise InputError(f"{path} is a file, but data.kind={kind}; {_WANTED}")
     return _read_list(path)
 
 
-def _find_in_folder(path: Path, kind: Kind) -> Found:
-    if kind == "list":
-        raise InputError(f"{path} is a folder, but data.kind=list; expected a text file")
-    scan = _Scan(path)
-    if kind == "auto" and scan.frame_folders and scan.videos:
-        raise InputError(
-            f"{path} holds both images and video files; choose with data.kind=folders or data.kind=videos"
-        )
-    return Found(
-        scan.frame_folders if kind != "videos" else {}, scan.videos if kind != "folders" else {}, scan.skipped
-    )
-
-
-class _Scan:
+def _find_in_folder(root: Path, kind: Kind) -> Found:
     """All frame folders and video files under a root, by their path relative to it."""
+    if kind == "list":
+        raise InputError(f"{root} is a folder, but data.kind=list; expected a text file")
+    found = Found({}, {}, [])
+    # Videos of one length mostly share their file names: kept once, they cost nothing.
+    known_files: dict[tuple[str, ...], tuple[str, ...]] = {}
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.frame_folders: FrameFolders = {}
-        self.videos: dict[str, Path] = {}
-        self.skipped: Skipped = []
-        # Videos of one length mostly share their file names: kept once, they cost nothing.
-        self._known_files: dict[tuple[str, ...], tuple[str, ...]] = {}
-        self._enter(root, frozenset())
-
-    def _enter(self, folder: Path, ancestors: frozenset[tuple[int, int]]) -> None:
+    def enter(folder: Path, ancestors: frozenset[tuple[int, int]]) -> None:
+        name = root.resolve().name if folder == root else folder.relative_to(root).as_posix()
         try:
             status = folder.stat()
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
-            self.skipped.append((self._name(folder), os_reason(error)))
+            found.skipped.append((name, os_reason(error)))
             return
         identity = (status.st_dev, status.st_ino)
         # A link to a folder above would be followed for ever.
         if identity in ancestors:
             return
         files = _frame_files(entries)
-        if files:
-            self.frame_folders[self._name(folder)] = folder, self._known_files.setdefault(files, files)
+        if files and kind != "videos":
+            found.folders[name] = folder, known_files.setdefault(files, files)
         for entry in entries:
             path = Path(entry.path)
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                self._enter(path, ancestors | {identity})
-            elif path.suffix.lower() in VIDEO_SUFFIXES:
-                self.videos[self._name(path)] = path
+                enter(path, ancestors | {identity})
+            elif kind != "folders" and path.suffix.lower() in VIDEO_SUFFIXES:
+                found.videos[path.relative_to(root).as_posix()] = path
 
-    def _name(self, path: Path) -> str:
-        return self.root.resolve().name if path == self.root else path.relative_to(self.root).as_posix()
+    enter(root, frozenset())
+    if found.folders and found.videos:
+        raise InputError(
+            f"{root} holds both images and video files; choose with data.kind=folders or data.kind=videos"
+        )
+    return found
 
 
 def _frame_files(entries: Iterable[os.DirEntry[str]]) -> tuple[str, ...]:
@@ -170,67 +155,57 @@ def _natural_key(name: str) -> list[str | int]:
     return [int(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
-def _list_entries(path: Path) -> list[str]:
-    """The lines of a list that say something, without comments: `#` and what names no file."""
-    lines = read_lines(path, "a video file, or a text file that lists videos or folders")
-    # Names of HMDB51 begin with #.
-    return [
-        line
-        for line in lines
-        if not line.startswith("#") or os.path.exists(path.parent / _list_entry(path.parent, line)[0])
-    ]
+def _list_entries(path: Path) -> Iterator[tuple[str, int | None]]:
+    """Of each line its path, and the number of frames if it ends in one. A path may hold spaces."""
+    for line in read_lines(path, "a video file, or a text file that lists videos or folders"):
+        # Unlike Path's, os.path's take a line that is too long for a name as one that is not there.
+        parts = line.rsplit(maxsplit=1)
+        counts = len(parts) == 2 and parts[1].isdecimal() and not os.path.exists(path.parent / line)
+        name, limit = (parts[0], int(parts[1])) if counts else (line, None)
+        # A comment; but names of HMDB51 begin with #.
+        if line.startswith("#") and not os.path.exists(path.parent / name):
+            continue
+        # ./video and video/ are the same as video.
+        yield Path(name).as_posix(), limit
 
 
 def _read_list(path: Path) -> Found:
-    skipped: Skipped = []
-    folders: FrameFolders = {}
-    videos: dict[str, Path] = {}
-    for entry in _list_entries(path):
-        name, limit = _list_entry(path.parent, entry)
-        place = path.parent / name
-        if name in folders or name in videos:
-            skipped.append((name, "listed before"))
-        # Unlike Path's, these take a line that is too long for a name as one that is not there.
-        elif os.path.isdir(place):
+    found = Found({}, {}, [])
+    for name, limit in _list_entries(path):
+        entry = path.parent / name
+        reason = None
+        if name in found.folders or name in found.videos:
+            reason = "listed before"
+        elif os.path.isdir(entry):
             try:
-                files = _frame_files(os.scandir(place))
+                files = _frame_files(os.scandir(entry))
             except OSError as error:
-                skipped.append((name, os_reason(error)))
-                continue
+                files, reason = (), os_reason(error)
             if not files:
-                skipped.append((name, "no jpg, jpeg or png in it"))
+                reason = reason or "no jpg, jpeg or png in it"
             elif limit is not None and not 0 < limit <= len(files):
-                skipped.append((name, f"the list says {limit} frames, the folder holds {len(files)}"))
+                reason = f"the list says {limit} frames, the folder holds {len(files)}"
             else:
-                folders[name] = place, files[:limit]
-        elif os.path.exists(place):
-            videos[name] = place
+                found.folders[name] = entry, files[:limit]
+        elif os.path.exists(entry):
+            found.videos[name] = entry
         else:
-            skipped.append((name, "does not exist"))
-    if folders and videos:
+            reason = "does not exist"
+        if reason:
+            found.skipped.append((name, reason))
+    if found.folders and found.videos:
         raise InputError(f"{path} lists both frame folders and video files; put them into two lists")
-    return Found(folders, videos, skipped)
-
-
-def _list_entry(root: Path, entry: str) -> tuple[str, int | None]:
-    """A line -> its path, and the number of frames if it ends in one. A path may hold spaces.
-
-    ./video and video/ are the same as video.
-    """
-    parts = entry.rsplit(maxsplit=1)
-    if len(parts) == 2 and parts[1].isdecimal() and not os.path.exists(root / entry):
-        return Path(parts[0]).as_posix(), int(parts[1])
-    return Path(entry).as_posix(), None
+    return found
 
 
 def _probe_videos(path: Path, source: Found, world: World) -> VideoIndex:
     """Look into every file not known from before, in parallel; what cannot be read is skipped and named."""
-    cache = ProbeCache(path)
+    cache = VideoCache(path)
 
-    def probe(name: str) -> tuple[State, VideoInfo] | str:
+    def probe(name: str) -> tuple[FileState, VideoInfo] | str:
         video = source.videos[name]
         try:
-            state = state_of(video)
+            state = file_state(video)
             return state, cache.find(name, video, state) or probe_video(video)
         except OSError as error:
             return os_reason(error)

@@ -7,7 +7,7 @@ them: colour matrix and range as the stream says, 10 bits rounded to 8, turned u
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -186,6 +186,9 @@ class _FrameReader:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # A generator of this object's own would wait for the garbage collector, with a picture whose threads
+        # a forked process would wait for in vain.
+        self.pictures.close()
         self.container.close()
 
     def _open(self) -> None:
@@ -222,7 +225,7 @@ class _FrameReader:
             return picture
         raise UnreadableFrameError("the frame cannot be decoded", frame)
 
-    def _decode(self) -> Iterator[av.VideoFrame]:
+    def _decode(self) -> Generator[av.VideoFrame, None, None]:
         """The pictures from here on; of H.264 those alone that are wanted, or that others refer to."""
         context = self.stream.codec_context
         skips = context.name == "h264" and bool(self.wanted)

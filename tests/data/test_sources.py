@@ -193,7 +193,6 @@ def test_the_fingerprint_is_of_names_and_lengths(tmp_path: Path) -> None:
     [
         (lambda root: root / "nowhere", "auto", "does not exist"),
         (lambda root: root, "auto", "nothing in"),
-        (lambda root: root, "frames", "expected one of auto, folders, list, videos, packed"),
         (lambda root: root, "list", "expected a text file"),
         (
             lambda root: _write(root / "x.txt", b"\xff\xfe\x00binary"),

@@ -24,41 +24,47 @@ import numpy as np
 from fasttrain.data.video import VideoInfo
 from fasttrain.files import write_atomically
 
-# Part of a file's header; another layout, or another ffmpeg, is read as nothing known.
-FORMAT = 1
 # A file's size and the time of its last change, in bytes and nanoseconds.
-State = tuple[int, int]
+FileState = tuple[int, int]
+
+# What another layout, or another ffmpeg, wrote is read as nothing known.
+_HEADER = {"format": 2, "av": av.__version__, "fields": [field.name for field in fields(VideoInfo)]}
 
 
-def state_of(path: Path) -> State:
+def file_state(path: Path) -> FileState:
     """Raises OSError where the file cannot be looked at."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns
 
 
-class ProbeCache:
+class VideoCache:
     """The videos of one source that were readable, by name, each as its file then was."""
 
     def __init__(self, source: Path) -> None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         digest = hashlib.sha256(os.fsencode(source.resolve())).hexdigest()
         self.path = home / "fasttrain" / "videos" / f"{digest[:32]}.json.gz"
-        self._known: dict[str, Any] = self._read()
+        self._known: dict[str, Any] = {}
+        try:
+            content = json.loads(gzip.decompress(self.path.read_bytes()))
+            if content["header"] == _HEADER:
+                self._known = content["videos"]
+        except (OSError, EOFError, ValueError, zlib.error):
+            return
 
-    def find(self, name: str, path: Path, state: State) -> VideoInfo | None:
+    def find(self, name: str, path: Path, state: FileState) -> VideoInfo | None:
         """What is known of a file that is now in this state; None where nothing is."""
         entry = self._known.get(name)
         if entry is None or tuple(entry["state"]) != state:
             return None
-        values = dict(entry["info"], path=path)
-        times = values["times"]
+        times = entry["info"]["times"]
         if isinstance(times, dict):
-            values["times"] = range(times["start"], times["stop"], times["step"])
+            times = range(times["start"], times["stop"], times["step"])
         elif times is not None:
-            values["times"] = np.array(times, dtype=np.int64)
-        return VideoInfo(**values)
+            times = np.array(times, dtype=np.int64)
+        return VideoInfo(**entry["info"] | {"path": path, "times": times})
 
-    def write(self, videos: Mapping[str, tuple[State, VideoInfo]]) -> None:
+    def write(self, videos: Mapping[str, tuple[FileState, VideoInfo]]) -> None:
         """Remember these videos, all of the source; where the cache cannot be written, a warning says so."""
         before = {name: tuple(entry["state"]) for name, entry in self._known.items()}
         if before == {name: state for name, (state, _) in videos.items()}:
@@ -66,7 +72,7 @@ class ProbeCache:
         known = {
             name: {"state": state, "info": _as_json(info)} for name, (state, info) in sorted(videos.items())
         }
-        content = json.dumps({"header": _header(), "videos": known}).encode()
+        content = json.dumps({"header": _HEADER, "videos": known}).encode()
         try:
             write_atomically(self.path, gzip.compress(content, compresslevel=1))
         except OSError as error:
@@ -74,23 +80,11 @@ class ProbeCache:
                 f"{self.path} cannot be written ({error}); the next start looks again", stacklevel=2
             )
 
-    def _read(self) -> dict[str, Any]:
-        try:
-            content = json.loads(gzip.decompress(self.path.read_bytes()))
-        except (OSError, EOFError, ValueError, zlib.error):
-            return {}
-        return content["videos"] if content["header"] == _header() else {}
-
-
-def _header() -> dict[str, Any]:
-    return {"format": FORMAT, "av": av.__version__, "fields": [field.name for field in fields(VideoInfo)]}
-
 
 def _as_json(info: VideoInfo) -> dict[str, Any]:
-    values = {field.name: getattr(info, field.name) for field in fields(info) if field.name != "path"}
-    times = info.times
+    times: Any = info.times
     if isinstance(times, range):
-        values["times"] = {"start": times.start, "stop": times.stop, "step": times.step}
+        times = {"start": times.start, "stop": times.stop, "step": times.step}
     elif times is not None:
-        values["times"] = [int(time) for time in times]
-    return values
+        times = [int(time) for time in times]
+    return vars(info) | {"path": None, "times": times}

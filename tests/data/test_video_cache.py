@@ -11,8 +11,8 @@ from synthetic import encode_video, picture
 
 from fasttrain.data import open_source
 from fasttrain.data import sources as module
-from fasttrain.data.probes import ProbeCache, state_of
 from fasttrain.data.video import VideoInfo, probe_video
+from fasttrain.data.video_cache import VideoCache, file_state
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_a_second_start_looks_at_what_could_not_be_read_alone(folder: Path, look
 def test_a_file_that_changed_is_looked_into_again(folder: Path, looked_into: list[str]) -> None:
     open_source(folder)
     encode_video(folder / "even.mp4", [picture(0, t) for t in range(9)])
-    state = state_of(folder / "uneven.mkv")
+    state = file_state(folder / "uneven.mkv")
     os.utime(folder / "uneven.mkv", ns=(state[1] + 1, state[1] + 1))
     (folder / "timeless.avi").unlink()
     looked_into.clear()
@@ -75,7 +75,7 @@ def test_a_file_that_changed_is_looked_into_again(folder: Path, looked_into: lis
 @pytest.mark.parametrize("damage", ["cut", "no gzip", "other layout"])
 def test_a_damaged_cache_is_made_again(folder: Path, looked_into: list[str], damage: str) -> None:
     first = open_source(folder)
-    path = ProbeCache(folder).path
+    path = VideoCache(folder).path
     data = path.read_bytes()
     if damage == "cut":
         path.write_bytes(data[: len(data) // 2])
@@ -88,7 +88,7 @@ def test_a_damaged_cache_is_made_again(folder: Path, looked_into: list[str], dam
     looked_into.clear()
     assert open_source(folder).fingerprint() == first.fingerprint()
     assert len(looked_into) == 4
-    assert len(ProbeCache(folder)._known) == 3
+    assert len(VideoCache(folder)._known) == 3
 
 
 def test_sources_do_not_share_names(folder: Path, tmp_path: Path) -> None:
