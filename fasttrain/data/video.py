@@ -168,7 +168,8 @@ def check_jpeg(data: Bytes) -> None:
 
 def to_rgb(picture: av.VideoFrame) -> Frame:
     """A decoded picture -> (H, W, 3) uint8 RGB, upright."""
-    rgb = np.asarray(picture.to_ndarray(format="rgb24"), dtype=np.uint8)
+    # Threads would be started for every picture, and a forked process would wait for them in vain.
+    rgb = np.asarray(picture.to_ndarray(format="rgb24", threads=1), dtype=np.uint8)
     return np.ascontiguousarray(np.rot90(rgb, _quarter_turns(picture)))
 
 
@@ -186,8 +187,6 @@ class _FrameReader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # A generator of this object's own would wait for the garbage collector, with a picture whose threads
-        # a forked process would wait for in vain.
         self.pictures.close()
         self.container.close()
 
