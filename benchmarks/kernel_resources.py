@@ -9,14 +9,12 @@ Registers and stack are ptxas's, from the binary.
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import product
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -31,7 +29,6 @@ from fasttrain_kernels import affinity, cycle, epilogue, primitives
 
 ARCHITECTURES = (80, 90, 100)
 WIDTHS = (384, 768, 1024)
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 @contextmanager
@@ -50,10 +47,9 @@ def compiled_only(architecture: int) -> Iterator[list[Any]]:
         get_current_stream=lambda device: 0,
     )
     triton.runtime.driver.set_active(driver)
-    capability = divmod(architecture, 10)
     with (
         patch.object(JITFunction, "run", compile_only),
-        patch.object(primitives, "compute_capability", lambda device: capability),
+        patch.object(primitives, "compute_capability", lambda device: divmod(architecture, 10)),
     ):
         yield compiled
 
@@ -101,7 +97,7 @@ def resources(compiled: Any) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [os.fspath(CUOBJDUMP), "-res-usage", file.name]
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
@@ -141,10 +137,10 @@ def markdown_table(rows: list[dict[str, Any]]) -> str:
         "| kernel | case | warps | registers | spilled bytes | shared bytes | tensor cores |",
         "|---|---|---|---|---|---|---|",
     ]
-    columns = ("case", "warps", "registers", "spill_bytes", "shared_bytes", "tensor_cores")
     for row in rows:
         if (row["channels"], row["dtype"], row["architecture"]) == (768, "bfloat16", "sm_90"):
-            cells = [f"`{row['kernel']}`", *(str(row[name] or 0) for name in columns)]
+            figures = (row[name] for name in ("warps", "registers", "spill_bytes", "shared_bytes"))
+            cells = (f"`{row['kernel']}`", row["case"], *map(str, figures), row["tensor_cores"] or "-")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

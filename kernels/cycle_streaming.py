@@ -57,7 +57,8 @@ def _back_normaliser_kernel(
 ):  # fmt: skip
     """Step 1, one program per (block of j, sample)."""
     sample, columns = own_block(tl.cdiv(tokens, BLOCK), BLOCK)
-    _, second_ptr, third_ptr = _views(walk_ptr, sample, tokens, D)
+    second_ptr = walk_ptr + (sample * 3 + 1) * tokens * D
+    third_ptr = second_ptr + tokens * D
     largest_J = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
     total_J = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, tokens, BLOCK):

@@ -140,12 +140,11 @@ def _growth(frozen, difference, D, BLOCK):
 def _forward_kernel(
     input_ptr, frozen_ptr,  # [B, T, N, D], channels side by side
     bias_ptr, norm_weight_ptr, norm_bias_ptr,  # [D]
-    input_stride_b, input_stride_t, input_stride_n, frozen_stride_b, frozen_stride_t, frozen_stride_n,
-    views, height, width, whole_cells, term_scale,
     terms_ptr,  # [B, T, N]
     statistics_ptr,  # [B, T, N, STATISTICS]
     pooled_ptr,  # [B, T, M, D]
-    eps,
+    input_stride_b, input_stride_t, input_stride_n, frozen_stride_b, frozen_stride_t, frozen_stride_n,
+    views, height, width, whole_cells, eps, term_scale,
     D: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
     HEAD: tl.constexpr, TANH: tl.constexpr, KL: tl.constexpr, POOL: tl.constexpr, HALF: tl.constexpr,
     UNIT: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, STATISTICS: tl.constexpr,
@@ -211,14 +210,13 @@ def _forward_kernel(
 def _backward_kernel(
     input_ptr, frozen_ptr,  # [B, T, N, D], channels side by side
     bias_ptr, norm_weight_ptr, norm_bias_ptr,  # [D]
-    input_stride_b, input_stride_t, input_stride_n, frozen_stride_b, frozen_stride_t, frozen_stride_n,
-    views, height, width, whole_cells, term_scale,
     statistics_ptr,  # [B, T, N, STATISTICS]
     grad_term_ptr, grad_cycle_ptr,  # []
     grad_pooled_ptr,  # [B, T, M, D]
     grad_input_ptr,  # [B, T, N, D]
     grad_parameters_ptr,  # [programs, 3, D]: bias, layer norm weight, layer norm bias
-    samples, pooled_scale,
+    input_stride_b, input_stride_t, input_stride_n, frozen_stride_b, frozen_stride_t, frozen_stride_n,
+    samples, views, height, width, whole_cells, term_scale, pooled_scale,
     D: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
     HEAD: tl.constexpr, TANH: tl.constexpr, KL: tl.constexpr, POOL: tl.constexpr, HALF: tl.constexpr,
     UNIT: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, STATISTICS: tl.constexpr,
@@ -328,14 +326,17 @@ def launch_forward(
     needs, empty without `statistics`."""
     inputs_BTND, frozen_BTND = unit_stride(inputs_BTND), unit_stride(frozen_BTND)
     samples, views, tokens, channels = inputs_BTND.shape
-    arguments, constants = _shared(inputs_BTND, frozen_BTND, head, cells, kl, pool, channels_per_warp=1024)
+    tensors, strides, constants = _shared(
+        inputs_BTND, frozen_BTND, head, cells, kl, pool, channels_per_warp=1024
+    )
     terms_BTN = inputs_BTND.new_empty((samples, views, tokens), dtype=torch.float32)
     statistics_BTNS = inputs_BTND.new_empty(statistics_shape(inputs_BTND, statistics), dtype=torch.float32)
     pooled_shape = (samples, views, cells.whole, channels) if pool else (0,)
     pooled_BTMD = inputs_BTND.new_empty(pooled_shape, dtype=pooled_dtype(inputs_BTND.dtype))
     with on_device(inputs_BTND):
         _forward_kernel[(cells.total * samples * views,)](
-            *arguments, terms_BTN, statistics_BTNS, pooled_BTMD, head.norm_eps if head else 0.0,
+            *tensors, terms_BTN, statistics_BTNS, pooled_BTMD, *strides, views, *cells.grid, cells.whole,
+            head.norm_eps if head else 0.0, _term_scale(inputs_BTND, kl),
             STATISTICS=STATISTICS if statistics else 0, **constants,
         )  # fmt: skip
     return terms_BTN.sum(), pooled_BTMD, statistics_BTNS
@@ -363,7 +364,7 @@ def launch_backward(
     samples, views, _, channels = inputs_BTND.shape
     pool = grad_pooled_BTMD is not None
     channels_per_warp = 768 if head else 1024
-    arguments, constants = _shared(inputs_BTND, frozen_BTND, head, cells, kl, pool, channels_per_warp)
+    tensors, strides, constants = _shared(inputs_BTND, frozen_BTND, head, cells, kl, pool, channels_per_warp)
     programs = cells.total * samples * views
     if head:
         # As many as run at once: each writes its sums for the parameters.
@@ -375,12 +376,18 @@ def launch_backward(
     partial_P3D = inputs_BTND.new_empty((programs, 3, channels), dtype=torch.float32) if head else None
     with on_device(inputs_BTND):
         _backward_kernel[(programs,)](
-            *arguments, statistics_BTNS, grad_separability, grad_cycle if pool else grad_separability,
+            *tensors, statistics_BTNS, grad_separability, grad_cycle if pool else grad_separability,
             grad_pooled_BTMD if pool else inputs_BTND, grad_BTND,
-            inputs_BTND if partial_P3D is None else partial_P3D, samples, pooled_scale,
+            inputs_BTND if partial_P3D is None else partial_P3D, *strides,
+            samples, views, *cells.grid, cells.whole, _term_scale(inputs_BTND, kl), pooled_scale,
             STATISTICS=STATISTICS, **constants,
         )  # fmt: skip
     return grad_BTND, None if partial_P3D is None else partial_P3D.sum(0)
+
+
+def _term_scale(inputs_BTND: Tensor, kl: bool) -> float:
+    """What turns the sum of the separability terms into the loss."""
+    return 1.0 / (inputs_BTND.shape[0] if kl else inputs_BTND.numel())
 
 
 def _shared(
@@ -391,17 +398,11 @@ def _shared(
     kl: bool,
     pool: bool,
     channels_per_warp: int,
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What both kernels take first, and their compile-time constants."""
-    samples, views, _, channels = inputs_BTND.shape
+) -> tuple[list[Tensor], tuple[int, ...], dict[str, Any]]:
+    """What both kernels take: their first tensors, the strides, and the compile-time constants."""
+    channels = inputs_BTND.shape[-1]
     block, chunks = row_blocks(channels)
     parameters = [parameter.contiguous() for parameter in head[:3]] if head else [inputs_BTND] * 3
-    arguments = (
-        inputs_BTND, frozen_BTND, *parameters,
-        *inputs_BTND.stride()[:3], *frozen_BTND.stride()[:3],
-        # The last turns the sum of the separability terms into the loss.
-        views, *cells.grid, cells.whole, 1.0 / (samples if kl else inputs_BTND.numel()),
-    )  # fmt: skip
     constants = {
         "D": channels, "WINDOW_H": cells.window[0], "WINDOW_W": cells.window[1],
         "HEAD": head is not None, "TANH": head is not None and head.tanh, "KL": kl, "POOL": pool,
@@ -411,4 +412,5 @@ def _shared(
         # Triton 3.10 turns multiply-and-add off unless asked for it.
         "enable_fp_fusion": True,
     }  # fmt: skip
-    return arguments, constants
+    strides = (*inputs_BTND.stride()[:3], *frozen_BTND.stride()[:3])
+    return [inputs_BTND, frozen_BTND, *parameters], strides, constants
