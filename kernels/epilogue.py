@@ -48,7 +48,6 @@ from .primitives import (
     scale_row,
     store_row,
     sum_chunks,
-    sum_row,
     sum_two,
     tanh,
     zero_row,
@@ -169,7 +168,7 @@ def _forward_kernel(
             norm_weight = load_row(norm_weight_ptr, True, D, BLOCK, CHUNKS)
             norm_bias = load_row(norm_bias_ptr, True, D, BLOCK, CHUNKS)
             hidden = _hidden(values, bias, TANH, HALF)
-            mean = sum_row(hidden) * (1.0 / D)
+            mean = tl.sum(sum_chunks(hidden), 0) * (1.0 / D)
             centred = _centred(hidden, mean, D, BLOCK)
             inverse_std = 1.0 / tl.sqrt(dot_rows(centred, centred) * (1.0 / D) + eps)
             standard = scale_row(centred, inverse_std)
@@ -181,7 +180,7 @@ def _forward_kernel(
         difference = add_rows(unit, frozen, -1.0)
         if KL:
             weight, growth = _growth(frozen, difference, D, BLOCK)
-            total = sum_row(weight)
+            total = tl.sum(sum_chunks(weight), 0)
             mean_growth = dot_rows(weight, growth) / total
             term = log1p(mean_growth) - dot_rows(weight, difference) / (UNIT * total)
         else:

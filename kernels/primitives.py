@@ -173,19 +173,6 @@ def sum_chunks(row):
 
 
 @inline
-def sum_row(row):
-    return tl.sum(sum_chunks(row), 0)
-
-
-@inline
-def dot_rows(left, right):
-    total = left[0] * right[0]
-    for c in tl.static_range(1, len(left)):
-        total += left[c] * right[c]
-    return tl.sum(total, 0)
-
-
-@inline
 def scale_row(row, factor):
     """row * factor, a number."""
     scaled = ()
@@ -210,6 +197,14 @@ def multiply_rows(left, right):
     for c in tl.static_range(len(left)):
         product = append(product, left[c] * right[c])
     return product
+
+
+@inline
+def dot_rows(left, right):
+    total = left[0] * right[0]
+    for c in tl.static_range(1, len(left)):
+        total += left[c] * right[c]
+    return tl.sum(total, 0)
 
 
 @inline
