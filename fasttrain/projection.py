@@ -103,16 +103,15 @@ class Projection(nn.Module):
 
         Raises InputError for any other file.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise InputError(f"projection {path}: no such file; expected one that training wrote")
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = dict(file.metadata() or {})
                 names = file.keys()
                 state = {name: file.get_tensor(name) for name in names}
-        except SafetensorError as error:
-            raise InputError(f"projection {path} is damaged or no safetensors file ({error})") from error
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"projection {path} cannot be read ({error}); give one that training wrote"
+            ) from error
         if metadata.get("head") not in _DEPTH or "norm.weight" not in state:
             raise InputError(f"projection {path} is a safetensors file, but no projection of fasttrain")
         projection = _from_state_dict(cast(Head, metadata["head"]), state, f"projection {path}")

@@ -52,7 +52,7 @@ GPU_EVENTS = [
 ]
 
 
-def test_device_time_goes_to_the_part_that_launched_it() -> None:
+def test_device_time_goes_to_the_span_that_launched_it() -> None:
     summary = summarise(GPU_EVENTS)
     milliseconds = {name: row["ms"] for name, row in summary["parts"].items()}
     assert milliseconds == pytest.approx(

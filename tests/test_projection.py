@@ -163,13 +163,13 @@ def test_files_that_are_no_projection(tmp_path: Path) -> None:
     save_file(state, tmp_path / "other_head", {"head": "mlp2"})
     save_file({"x": torch.zeros(1)}, tmp_path / "other_model", {"head": "linear"})
     messages = {
-        "truncated": "damaged",
-        "text": "damaged",
+        "truncated": "cannot be read",
+        "text": "cannot be read",
         "no_metadata": "no projection of fasttrain",
         "other_model": "no projection of fasttrain",
         "no_linear": "does not fit a linear head: .*linears.0.weight",
         "other_head": "does not fit a mlp2 head: .*linears.1.weight",
-        "missing": "no such file",
+        "missing": "cannot be read .*No such file",
     }
     for name, message in messages.items():
         with pytest.raises(InputError, match=f"{tmp_path / name}.*{message}") as caught:
