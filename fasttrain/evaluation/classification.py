@@ -9,8 +9,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from fasttrain.distributed import World
 from fasttrain.errors import check_options
@@ -60,7 +61,7 @@ def run(
     held_out_N = hold_out(labels_N)
     results: dict[str, dict[str, float]] = {}
     probes: dict[str, dict[str, Any]] = {}
-    confusions: dict[str, Tensor] = {}
+    confusions: dict[str, npt.NDArray[np.int64]] = {}
     for variant in model.variants:
         train_ND, test_SD = (
             extracted.stack(videos, variant).to(world.device) for videos in (split.train, split.test)

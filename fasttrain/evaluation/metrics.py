@@ -120,26 +120,23 @@ def mean_iou(
     """
     if len(predictions) != len(truths):
         raise InputError(f"{len(predictions)} predictions for {len(truths)} truths; expected as many")
-    pairs = zip(predictions, truths, strict=True)
-    return float(np.nanmean(class_iou(sum_confusions(pairs, num_classes))))
+    counts = (confusion(p, t, num_classes) for p, t in zip(predictions, truths, strict=True))
+    return float(np.nanmean(class_iou(sum(counts, start=np.zeros((num_classes, num_classes), np.int64)))))
 
 
-def sum_confusions(
-    pairs: Iterable[tuple[npt.ArrayLike | Tensor, npt.ArrayLike | Tensor]], num_classes: int
+def confusion(
+    prediction: npt.ArrayLike | Tensor, truth: npt.ArrayLike | Tensor, num_classes: int
 ) -> npt.NDArray[np.int64]:
-    """(true class, predicted class) counts of pixels over pairs of (prediction, truth)."""
-    total_CC = np.zeros((num_classes, num_classes), dtype=np.int64)
-    for prediction, truth in pairs:
-        prediction_HW, truth_HW = np.asarray(prediction), np.asarray(truth)
-        if prediction_HW.shape != truth_HW.shape:
-            raise InputError(f"label map of shape {prediction_HW.shape} against truth of {truth_HW.shape}")
-        counted = (truth_HW >= 0) & (truth_HW < num_classes)
-        predicted_M = prediction_HW[counted].astype(np.int64)
-        if len(predicted_M) and not 0 <= predicted_M.min() <= predicted_M.max() < num_classes:
-            raise InputError(f"predicted class {predicted_M.max()}; expected 0 to {num_classes - 1}")
-        cell_M = num_classes * truth_HW[counted].astype(np.int64) + predicted_M
-        total_CC += np.bincount(cell_M, minlength=num_classes**2).reshape(num_classes, num_classes)
-    return total_CC
+    """(C, C) counts: how much of the row's class was taken for the column's. No true class is not counted."""
+    predicted, true = np.asarray(prediction), np.asarray(truth)
+    if predicted.shape != true.shape:
+        raise InputError(f"label map of shape {predicted.shape} against truth of {true.shape}")
+    counted = (true >= 0) & (true < num_classes)
+    predicted_M = predicted[counted].astype(np.int64)
+    if len(predicted_M) and not 0 <= predicted_M.min() <= predicted_M.max() < num_classes:
+        raise InputError(f"predicted class {predicted_M.max()}; expected 0 to {num_classes - 1}")
+    cell_M = num_classes * true[counted].astype(np.int64) + predicted_M
+    return np.bincount(cell_M, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def class_iou(confusion_CC: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
@@ -346,12 +343,6 @@ def top_accuracy(scores_SC: Tensor, labels_S: Tensor, k: int) -> float:
     ahead_SC = (scores_SC > own_S1) | ((scores_SC == own_S1) & lower_SC)
     right_S = (ahead_SC.sum(dim=1) < k) & (own_S1[:, 0] > -torch.inf)
     return 100 * right_S.double().mean().item()
-
-
-def confusion(predicted_S: Tensor, labels_S: Tensor, num_classes: int) -> Tensor:
-    """(C, C) int64: how many videos of the row's class were taken for the column's."""
-    flat = labels_S * num_classes + predicted_S
-    return torch.bincount(flat, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def hold_out(labels_N: Tensor, share: float = 0.2) -> Tensor:

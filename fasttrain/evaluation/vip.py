@@ -16,7 +16,7 @@ from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.evaluation import sequences
 from fasttrain.evaluation.frames import read_image, read_label_map
-from fasttrain.evaluation.metrics import class_iou, sum_confusions
+from fasttrain.evaluation.metrics import class_iou, confusion
 from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.sequences import (
     Evaluation,
@@ -118,7 +118,7 @@ def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation) -> dict[s
     }
     sequences.save_masks(sequence, masks, truth, found.matches_M4, evaluation)
     return {"notes": notes} | {
-        variant: sum_confusions(zip(maps, truth, strict=True), len(CLASSES))
+        variant: np.sum([confusion(*pair, len(CLASSES)) for pair in zip(maps, truth, strict=True)], axis=0)
         for variant, maps in masks.items()
     }
 
