@@ -8,9 +8,9 @@ Videos with a label: training and test lists, and where their videos lie.
     ssv2      labels/{labels,train,validation}.json                      20bn-something-something-v2/ID.webm
     list      --train-list and --test-list: `path label` per line        path
 
-The lists may also lie in the root, and the videos in the root, in `videos`, or in a packed set. A folder of
-frames stands in for a video file of its name, and so does a file with another suffix. Folders of classes may
-be absent, except for plain lists.
+The lists lie in the root or in a folder of it. The videos lie anywhere below it, or in a packed set: a listed
+video is the one whose path ends with the listed path. A folder of frames stands in for a video file of its
+name, and so does a file with another suffix. Folders of classes may be absent, except for plain lists.
 
 Videos with a label for every frame: Breakfast, GTEA and 50Salads as MS-TCN publishes them
 (github.com/yabufarha/ms-tcn).
@@ -18,7 +18,7 @@ Videos with a label for every frame: Breakfast, GTEA and 50Salads as MS-TCN publ
     mapping.txt                        NUMBER LABEL per line
     groundTruth/NAME.txt               a label per frame of the video
     splits/train.split1.bundle         NAME.txt per line; test.split1.bundle likewise
-    videos/NAME.mp4                    or as above; Breakfast also as it is published: P03/cam01/P03_tea.avi
+    NAME.mp4                           or as above; Breakfast also as it is published: P03/cam01/P03_tea.avi
 
 Shape suffix: T frames.
 """
@@ -28,15 +28,18 @@ import csv
 import json
 import os
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from fasttrain.data.index import FolderIndex, FrameIndex
 from fasttrain.data.packed import PackedIndex, is_packed
+from fasttrain.data.sources import find_source
 from fasttrain.data.video import VIDEO_SUFFIXES
 from fasttrain.errors import InputError
 from fasttrain.files import read_lines
@@ -48,17 +51,8 @@ Labels = npt.NDArray[np.int64]
 # The published annotations differ from their videos by a few frames, not by a frame rate.
 _MAX_DIFFERENCE = 0.1
 
-
-@dataclass(frozen=True)
-class PackedVideo:
-    """A video of a packed set: the set, and the video's number there."""
-
-    index: PackedIndex
-    video: int
-
-
-# A video file, a folder of frames, or a video of a packed set.
-VideoPath = Path | PackedVideo
+# A video file, or an index of frame folders or of a packed set and the video's number there.
+StoredVideo = Path | tuple[FrameIndex, int]
 
 
 @dataclass(frozen=True)
@@ -66,7 +60,7 @@ class LabelledVideo:
     """A video of a list: its name there, where it lies, and the numbers of its classes."""
 
     name: str
-    path: VideoPath
+    path: StoredVideo
     labels_T: Labels
     """Of each frame, or one of the whole video."""
 
@@ -91,7 +85,7 @@ def add_video_arguments(parser: argparse.ArgumentParser) -> None:
     """For videos with a label."""
     parser.add_argument(
         "--dataset",
-        choices=("auto", *(name for name in _LAYOUTS if name != "frames")),
+        choices=("auto", *_SIGNS, "list"),
         default="auto",
         help="layout of the lists (default: look)",
     )
@@ -130,9 +124,8 @@ def read_split(arguments: argparse.Namespace) -> VideoSplit:
     Raises InputError where the layout is not known, a list is absent, empty or damaged, or a video is not
     there (all of them even with `allow_missing`).
     """
-    name = _find_layout(arguments)
-    layout = _LAYOUTS[name]
-    classes, train, test = layout.read(arguments, layout.lists)
+    layout = _find_layout(arguments)
+    classes, train, test = _READERS[layout](arguments)
     if not train or not test:
         raise InputError(f"the {'test' if train else 'training'} list is empty; it must name a video")
     shared = {entry.name for entry in train} & {entry.name for entry in test}
@@ -141,7 +134,8 @@ def read_split(arguments: argparse.Namespace) -> VideoSplit:
             f"{min(shared)} is in both lists ({len(shared)} such videos); a test video must not be trained on"
         )
     numbers = {label: number for number, label in enumerate(classes)}
-    finder = _VideoFinder(arguments.videos or arguments.root, layout.videos)
+    root = arguments.videos or arguments.root
+    by_end = _videos_by_end(root)
     missing: list[str] = []
 
     def locate(entries: Sequence[_Entry]) -> list[LabelledVideo]:
@@ -150,7 +144,7 @@ def read_split(arguments: argparse.Namespace) -> VideoSplit:
             unknown = set(entry.labels) - set(numbers)
             if unknown:
                 raise InputError(f"{entry.name} is of class {min(unknown)!r}; expected one of {len(classes)}")
-            path = finder.find(entry.name) or (finder.find(entry.alias) if entry.alias else None)
+            path = _find_video(root, entry.name, by_end) or _find_video(root, entry.alias, by_end)
             if path is None:
                 missing.append(entry.name)
             else:
@@ -158,12 +152,14 @@ def read_split(arguments: argparse.Namespace) -> VideoSplit:
                 found.append(LabelledVideo(entry.name, path, labels_T))
         return found
 
-    split = VideoSplit(layout=name, classes=classes, train=locate(train), test=locate(test), missing=missing)
+    split = VideoSplit(
+        layout=layout, classes=classes, train=locate(train), test=locate(test), missing=missing
+    )
     if missing and not (arguments.allow_missing and split.train and split.test):
         raise InputError(
-            f"{len(missing)} listed videos are not under {finder.root}, such as {', '.join(missing[:3])}; "
-            "give their folder with --videos"
-            + ("; or skip them with --allow-missing" if name != "frames" else "")
+            f"{len(missing)} listed videos are not under {root}, or more than once, such as "
+            f"{', '.join(missing[:3])}; give their folder with --videos"
+            + ("" if layout == "frames" else "; or skip them with --allow-missing")
         )
     return split
 
@@ -191,18 +187,25 @@ def background_numbers(classes: Sequence[str], wanted: Sequence[str] | None) -> 
     return [classes.index(name) for name in names]
 
 
-# --- the layouts ---
+# --- the lists ---
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A video of a list: its path relative to the folder of videos, as it is listed and as it may be."""
+class _Entry(NamedTuple):
+    """A video of a list: its path as it is listed, and as it may be."""
 
     name: str
     labels: Sequence[str]
     """Of each frame, or one of the whole video."""
     alias: str = ""
 
+
+# By layout: a list that no other has.
+_SIGNS = {
+    "ucf101": "classInd.txt",
+    "hmdb51": "*_test_split1.txt",
+    "kinetics": "train.csv",
+    "ssv2": "labels.json",
+}
 
 # The classes in the order of their numbers, the training list and the test list.
 _Lists = tuple[list[str], list[_Entry], list[_Entry]]
@@ -213,11 +216,7 @@ def _find_layout(arguments: argparse.Namespace) -> str:
         return str(arguments.dataset)
     if arguments.train_list and arguments.test_list:
         return {".csv": "kinetics", ".json": "ssv2"}.get(arguments.train_list.suffix.lower(), "list")
-    found = [
-        name
-        for name, layout in _LAYOUTS.items()
-        if layout.sign and _find_lists(arguments.root, layout.lists, layout.sign)
-    ]
+    found = [name for name, sign in _SIGNS.items() if _find_lists(arguments.root, sign)]
     if len(found) != 1:
         raise InputError(
             f"{arguments.root} holds {'the lists of ' + ' and '.join(found) if found else 'no lists'} that "
@@ -226,20 +225,17 @@ def _find_layout(arguments: argparse.Namespace) -> str:
     return found[0]
 
 
-def _find_lists(root: Path, folder: str, pattern: str) -> list[Path]:
-    """Files of the folder of lists, or else of the root."""
-    return sorted((root / folder).glob(pattern)) or sorted(root.glob(pattern))
+def _find_lists(root: Path, pattern: str) -> list[Path]:
+    """Files of the root, or else of its folders."""
+    return sorted(root.glob(pattern)) or sorted(root.glob(f"*/{pattern}"))
 
 
-def _list_path(arguments: argparse.Namespace, folder: str, name: str, which: str = "") -> Path:
-    """The list that was given as `which`, or else the published one."""
-    given: Path | None = getattr(arguments, f"{which}_list", None)
-    if given:
-        return given
-    found = _find_lists(arguments.root, folder, name)
+def _find_list(arguments: argparse.Namespace, name: str) -> Path:
+    """The published list of this name."""
+    found = _find_lists(arguments.root, name)
     if not found:
         raise InputError(
-            f"no {name} in {arguments.root} or its {folder}; --root must hold the lists as they are published"
+            f"no {name} in {arguments.root} or a folder of it; --root must hold the published lists"
         )
     return found[0]
 
@@ -250,34 +246,49 @@ def _parse(path: Path, rows: Iterable[Row], parse: Callable[[Row], Parsed], expe
     for row in rows:
         try:
             parsed.append(parse(row))
+        except InputError:
+            raise
         except (LookupError, ValueError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: {row!r}; expected {expected}") from error
     return parsed
 
 
-def _read_ucf(arguments: argparse.Namespace, folder: str) -> _Lists:
+def _read_both(
+    arguments: argparse.Namespace,
+    names: tuple[str, str],
+    load: Callable[[Path], Iterable[Any]],
+    parse: Callable[[Any], _Entry],
+    expected: str,
+) -> tuple[list[_Entry], list[_Entry]]:
+    """The training and the test list, those that were given or else the published ones of these names."""
+
+    def read(given: Path | None, name: str) -> list[_Entry]:
+        path = given or _find_list(arguments, name)
+        return _parse(path, load(path), parse, expected)
+
+    return read(arguments.train_list, names[0]), read(arguments.test_list, names[1])
+
+
+def _read_ucf(arguments: argparse.Namespace) -> _Lists:
     """`1 Archery`; `Archery/v_Archery_g08_c01.avi 1`, without the number in test lists."""
-    classes = [line.split()[-1] for line in read_lines(_list_path(arguments, folder, "classInd.txt"))]
 
     def parse(line: str) -> _Entry:
         label, name = line.split()[0].split("/")
         return _Entry(f"{label}/{name}", [label], name)
 
-    def read(which: str) -> list[_Entry]:
-        path = _list_path(arguments, folder, f"{which}list{arguments.split:02d}.txt", which)
-        return _parse(path, read_lines(path), parse, "CLASS/NAME.avi")
-
-    return classes, read("train"), read("test")
+    classes = [line.split()[-1] for line in read_lines(_find_list(arguments, "classInd.txt"))]
+    names = f"trainlist{arguments.split:02d}.txt", f"testlist{arguments.split:02d}.txt"
+    return classes, *_read_both(arguments, names, read_lines, parse, "CLASS/NAME.avi")
 
 
-def _read_hmdb(arguments: argparse.Namespace, folder: str) -> _Lists:
+def _read_hmdb(arguments: argparse.Namespace) -> _Lists:
     """One file per class, `NAME.avi MARK`; 1: training, 2: test, 0: in neither."""
     if arguments.train_list or arguments.test_list:
         raise InputError(
             "hmdb51 has a list for each class; with --train-list and --test-list, --dataset list"
         )
     ending = f"_test_split{arguments.split}.txt"
-    _list_path(arguments, folder, f"*{ending}")
+    folder = _find_list(arguments, f"*{ending}").parent
     classes: list[str] = []
     marked: dict[str, list[_Entry]] = {"0": [], "1": [], "2": []}
 
@@ -285,30 +296,29 @@ def _read_hmdb(arguments: argparse.Namespace, folder: str) -> _Lists:
         video, mark = line.rsplit(maxsplit=1)
         marked[mark].append(_Entry(f"{classes[-1]}/{video}", classes[-1:], video))
 
-    for path in _find_lists(arguments.root, folder, f"*{ending}"):
+    for path in sorted(folder.glob(f"*{ending}")):
         classes.append(path.name.removesuffix(ending))
         _parse(path, read_lines(path), parse, "a video and 0, 1 or 2")
     return classes, marked["1"], marked["2"]
 
 
-def _read_kinetics(arguments: argparse.Namespace, folder: str) -> _Lists:
+def _read_kinetics(arguments: argparse.Namespace) -> _Lists:
     """label,youtube_id,time_start,time_end,split, with a header line."""
+
+    def load(path: Path) -> Iterable[dict[str, str]]:
+        return csv.DictReader(read_lines(path))
 
     def parse(row: dict[str, str]) -> _Entry:
         start, end = int(row["time_start"]), int(row["time_end"])
         file = f"{row['youtube_id']}_{start:06d}_{end:06d}.mp4"
         return _Entry(f"{row['label']}/{file}", [row["label"]], file)
 
-    def read(which: str, name: str) -> list[_Entry]:
-        path = _list_path(arguments, folder, name, which)
-        rows = csv.DictReader(read_lines(path))
-        return _parse(path, rows, parse, "the columns label, youtube_id, time_start, time_end")
-
-    train = read("train", "train.csv")
-    return sorted({entry.labels[0] for entry in train}), train, read("test", "val.csv")
+    expected = "the columns label, youtube_id, time_start, time_end"
+    train, test = _read_both(arguments, ("train.csv", "val.csv"), load, parse, expected)
+    return sorted({entry.labels[0] for entry in train}), train, test
 
 
-def _read_ssv2(arguments: argparse.Namespace, folder: str) -> _Lists:
+def _read_ssv2(arguments: argparse.Namespace) -> _Lists:
     """{"template": "number"}; [{"id": "1", "template": "Moving [something] up"}, ...]."""
 
     def load(path: Path) -> Any:
@@ -320,54 +330,50 @@ def _read_ssv2(arguments: argparse.Namespace, folder: str) -> _Lists:
     def parse(row: dict[str, str]) -> _Entry:
         return _Entry(f"{row['id']}.webm", [row["template"].replace("[", "").replace("]", "")])
 
-    def read(which: str, name: str) -> list[_Entry]:
-        path = _list_path(arguments, folder, name, which)
-        return _parse(path, load(path), parse, "objects with id and template")
-
-    path = _list_path(arguments, folder, "labels.json")
+    path = _find_list(arguments, "labels.json")
     numbers = load(path)
     classes = _parse(path, numbers, lambda template: (int(numbers[template]), template), "a number for each")
-    return [name for _, name in sorted(classes)], read("train", "train.json"), read("test", "validation.json")
+    expected = "objects with id and template"
+    lists = _read_both(arguments, ("train.json", "validation.json"), load, parse, expected)
+    return [name for _, name in sorted(classes)], *lists
 
 
-def _read_plain(arguments: argparse.Namespace, folder: str) -> _Lists:
+def _read_plain(arguments: argparse.Namespace) -> _Lists:
     """`path label` per line. `# ` begins a comment; names of HMDB51 begin with # and a digit."""
+    if not (arguments.train_list and arguments.test_list):
+        raise InputError("--dataset list needs both --train-list and --test-list: `path label` per line")
+
+    def load(path: Path) -> list[str]:
+        return [line for line in read_lines(path) if not line.startswith("# ")]
 
     def parse(line: str) -> _Entry:
         path, label = line.rsplit(maxsplit=1)
         return _Entry(path, [label])
 
-    def read(path: Path | None) -> list[_Entry]:
-        if path is None:
-            raise InputError("--dataset list needs both --train-list and --test-list: `path label` per line")
-        lines = [line for line in read_lines(path) if not line.startswith("# ")]
-        return _parse(path, lines, parse, "`path label`")
-
-    train, test = read(arguments.train_list), read(arguments.test_list)
+    train, test = _read_both(arguments, ("", ""), load, parse, "`path label`")
     labels = {entry.labels[0] for entry in train + test}
     numbered = all(label.isdecimal() for label in labels)
     return sorted(labels, key=int if numbered else str), train, test
 
 
-def _read_frames(arguments: argparse.Namespace, folder: str) -> _Lists:
+def _read_frames(arguments: argparse.Namespace) -> _Lists:
     """mapping.txt, groundTruth/NAME.txt and splits/*.bundle, which name the label files."""
-    root: Path = arguments.root
 
-    def parse(line: str) -> tuple[int, str]:
+    def parse_class(line: str) -> tuple[int, str]:
         number, name = line.split(maxsplit=1)
         return int(number), name
 
-    def read(which: str) -> list[_Entry]:
-        path = _list_path(arguments, folder, f"{which}.split{arguments.split}.bundle", which)
+    def parse(line: str) -> _Entry:
         # Some have a path before the name.
-        names = [Path(line).name.removesuffix(".txt") for line in read_lines(path)]
-        return [
-            _Entry(name, read_lines(root / f"groundTruth/{name}.txt"), _breakfast_path(name))
-            for name in names
-        ]
+        name = Path(line).name.removesuffix(".txt")
+        labels = read_lines(arguments.root / f"groundTruth/{name}.txt")
+        return _Entry(name, labels, _breakfast_path(name))
 
-    mapping = _parse(root / "mapping.txt", read_lines(root / "mapping.txt"), parse, "`NUMBER LABEL`")
-    return [name for _, name in sorted(mapping)], read("train"), read("test")
+    path = arguments.root / "mapping.txt"
+    classes = _parse(path, read_lines(path), parse_class, "`NUMBER LABEL`")
+    names = f"train.split{arguments.split}.bundle", f"test.split{arguments.split}.bundle"
+    lists = _read_both(arguments, names, read_lines, parse, "NAME.txt")
+    return [name for _, name in sorted(classes)], *lists
 
 
 def _breakfast_path(name: str) -> str:
@@ -376,72 +382,45 @@ def _breakfast_path(name: str) -> str:
     return re.sub(r"/stereo0([12])/(.+)", lambda match: f"/stereo/{match[2]}_ch{int(match[1]) - 1}", path)
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Where a data set keeps its lists and videos, and how its lists are read."""
-
-    read: Callable[[argparse.Namespace, str], _Lists]
-    lists: str = "."
-    sign: str = ""
-    """A list that no other layout has; none: it is not looked for."""
-    videos: tuple[str, ...] = ()
-
-
-_LAYOUTS = {
-    "ucf101": _Layout(_read_ucf, "ucfTrainTestlist", "classInd.txt", ("UCF-101",)),
-    "hmdb51": _Layout(_read_hmdb, "testTrainMulti_7030_splits", "*_test_split1.txt", ("hmdb51_org",)),
-    # videos/train: sorted into classes by its publishers' tool, with whole files for damaged ones.
-    "kinetics": _Layout(
-        _read_kinetics, "annotations", "train.csv", ("videos/train", "videos/val", "train", "val")
-    ),
-    "ssv2": _Layout(_read_ssv2, "labels", "labels.json", ("20bn-something-something-v2",)),
-    "list": _Layout(_read_plain),
-    "frames": _Layout(_read_frames, "splits", videos=("BreakfastII_15fps_qvga_sync",)),
+_READERS: dict[str, Callable[[argparse.Namespace], _Lists]] = {
+    "ucf101": _read_ucf,
+    "hmdb51": _read_hmdb,
+    "kinetics": _read_kinetics,
+    "ssv2": _read_ssv2,
+    "list": _read_plain,
+    "frames": _read_frames,
 }
 
 
 # --- where videos lie ---
 
 
-class _VideoFinder:
-    """Looks listed names up in a folder of videos or a packed set; every directory is read once."""
-
-    def __init__(self, root: Path, folders: Sequence[str]) -> None:
-        self.root = root
-        if not self.root.is_dir():
-            raise InputError(f"--videos {self.root} is not a folder; give the one that holds the videos")
-        self.folders = (".", "videos", *folders)
-        self.is_packed = is_packed(self.root)
-        # By folder: its videos by their names without the suffix.
-        self.entries: dict[Path, dict[str, VideoPath]] = {}
-        if self.is_packed:
-            index = PackedIndex(self.root)
-            for video, name in enumerate(index.names):
-                self.entries.setdefault(Path(name).parent, {})[_stem(Path(name))] = PackedVideo(index, video)
-
-    def find(self, name: str) -> VideoPath | None:
-        """The video of this name, or else of this stem: a file of another suffix, a folder of frames."""
-        for path in (Path(folder, name) for folder in self.folders):
-            if path.parent not in self.entries:
-                self.entries[path.parent] = {} if self.is_packed else _list_videos(self.root / path.parent)
-            entries = self.entries[path.parent]
-            found = entries.get(path.name) or entries.get(_stem(path))
-            if found is not None:
-                return found
-        return None
+def _videos_by_end(root: Path) -> dict[str, list[StoredVideo]]:
+    """The videos below a folder or of a packed set, by every end of their path: `c`, `b/c`, `a/b/c`."""
+    if not root.is_dir():
+        raise InputError(f"--videos {root} is not a folder; give the one that holds the videos")
+    is_set = is_packed(root)
+    index = PackedIndex(root) if is_set else FolderIndex(find_source(root, kind="folders").folders, [])
+    found: dict[str, StoredVideo] = {name: (index, video) for video, name in enumerate(index.names)}
+    if not is_set:
+        found |= find_source(root, kind="videos").videos
+    by_end = defaultdict(list)
+    for name, stored in found.items():
+        parts = _without_suffix(name).split("/")
+        for start in range(len(parts)):
+            by_end["/".join(parts[start:])].append(stored)
+    return by_end
 
 
-def _list_videos(folder: Path) -> dict[str, VideoPath]:
-    """Video files by name and by stem, folders by name."""
-    entries: dict[str, VideoPath] = {}
-    for path in sorted(folder.iterdir()) if os.path.isdir(folder) else ():
-        if path.suffix.lower() in VIDEO_SUFFIXES:
-            entries[path.name] = path
-        elif not path.is_dir():
-            continue
-        entries.setdefault(_stem(path), path)
-    return entries
+def _find_video(root: Path, name: str, by_end: Mapping[str, list[StoredVideo]]) -> StoredVideo | None:
+    """The file of this path, absolute or from the root, or else the one video whose path ends with it."""
+    path = root / name
+    if path.is_file():
+        return path
+    found = by_end.get(_without_suffix(os.path.relpath(path, root)), [])
+    return found[0] if len(found) == 1 else None
 
 
-def _stem(path: Path) -> str:
-    return path.stem if path.suffix.lower() in VIDEO_SUFFIXES else path.name
+def _without_suffix(name: str) -> str:
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in VIDEO_SUFFIXES else name

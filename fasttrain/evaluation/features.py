@@ -28,17 +28,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from fasttrain.data.images import UnreadableFrameError
-from fasttrain.data.index import FolderIndex, FrameIndex, VideoIndex
+from fasttrain.data.index import FrameIndex, VideoIndex
 from fasttrain.data.map_ahead import map_ahead
 from fasttrain.data.sampling import evenly_spaced
-from fasttrain.data.sources import find_source
 from fasttrain.data.video import probe_video, stream_video_frames
 from fasttrain.distributed import World
 from fasttrain.errors import InputError, check_options
 from fasttrain.evaluation.datasets import (
     LabelledVideo,
-    PackedVideo,
-    VideoPath,
+    StoredVideo,
     VideoSplit,
     add_video_arguments,
     read_split,
@@ -99,37 +97,12 @@ def add_split_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-class FeatureCache:
-    """Files of features and of the length of the video, by key."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def path(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key}.safetensors"
-
-    def load(self, key: str) -> tuple[Tensor, int] | None:
-        """Features (T, D) float32 and the number of frames; None where there is no whole entry."""
-        try:
-            entry = load(self.path(key).read_bytes())
-            return entry["features"], int(entry["num_frames"])
-        except (OSError, SafetensorError, KeyError):
-            return None
-
-    def save(self, key: str, features_TD: Tensor, num_frames: int) -> None:
-        """Raises InputError where the folder cannot be written."""
-        entry = {"features": features_TD.contiguous(), "num_frames": torch.tensor(num_frames)}
-        with io_errors_as_input_errors(self.folder):
-            write_atomically(self.path(key), save(entry))
-
-
 @dataclass(frozen=True)
 class Extracted:
     """What `extract` put into the cache; loaded when asked for, since a data set may not fit in memory."""
 
-    cache: FeatureCache
-    keys: Mapping[str, Mapping[str, str]]
-    """By video and variant."""
+    entries: Mapping[str, Mapping[str, Path]]
+    """The files of the cache by video and variant."""
     num_frames: Mapping[str, int]
     """Frames of each whole video; its keys are the videos that can be read."""
     skipped: list[str]
@@ -137,9 +110,10 @@ class Extracted:
 
     def load(self, name: str, variant: str) -> Tensor:
         """Features (T, D) float32; T is 1 where frames are averaged."""
-        found = self.cache.load(self.keys[name][variant])
+        path = self.entries[name][variant]
+        found = _load(path)
         if found is None:
-            raise InputError(f"features of {name} are not in {self.cache.folder}; all processes must see it")
+            raise InputError(f"features of {name} are not in {path.parent}; all processes must see it")
         return found[0]
 
     def stack(self, videos: Sequence[LabelledVideo], variant: str) -> Tensor:
@@ -188,7 +162,7 @@ def extract_split(
 
 
 def extract(
-    videos: Mapping[str, VideoPath],
+    videos: Mapping[str, StoredVideo],
     arguments: argparse.Namespace,
     model: EvaluatedModel,
     output: Path,
@@ -208,7 +182,7 @@ def extract(
     )
     check_options(arguments, num_frames=1, stride=1, batch_size=1, workers=0)
     model.encoder.grid(sampling.image_size, sampling.image_size)
-    cache = FeatureCache(arguments.cache or output / "cache")
+    cache = arguments.cache or output / "cache"
     extractor = _Extractor(sampling, model, cache, arguments.batch_size, world.device)
     names = world.shard(sorted(videos))
     found = map_ahead(
@@ -225,8 +199,7 @@ def extract(
     if not world.is_main:
         return None
     extracted = Extracted(
-        cache,
-        {name: keys for name, (keys, _, _) in merged.items()},
+        {name: entries for name, (entries, _, _) in merged.items()},
         {name: num_frames for name, (_, num_frames, reason) in merged.items() if reason is None},
         [f"{name}: {reason}" for name, (_, _, reason) in merged.items() if reason is not None],
     )
@@ -238,41 +211,45 @@ def extract(
     return extracted
 
 
+def _load(path: Path) -> tuple[Tensor, int] | None:
+    """Features (T, D) float32 and the number of frames of the video; None where there is no whole entry."""
+    try:
+        entry = load(path.read_bytes())
+        return entry["features"], int(entry["num_frames"])
+    except (OSError, SafetensorError, KeyError):
+        return None
+
+
 class _Extractor:
     """Videos -> cached features: threads hash and decode, and encode in turn."""
 
     def __init__(
-        self,
-        sampling: Sampling,
-        model: EvaluatedModel,
-        cache: FeatureCache,
-        batch_size: int,
-        device: torch.device,
+        self, sampling: Sampling, model: EvaluatedModel, cache: Path, batch_size: int, device: torch.device
     ) -> None:
         self.sampling, self.model, self.cache = sampling, model, cache
         self.batch_size, self.device = batch_size, device
         self.descriptions = {variant: _describe(model, sampling, variant) for variant in model.variants}
         self.encoding = Lock()
 
-    def extract(self, path: VideoPath) -> tuple[dict[str, str], int, str | None]:
-        """Each variant's key, the number of frames of the video, the reason why it cannot be read or None."""
+    def extract(self, path: StoredVideo) -> tuple[dict[str, Path], int, str | None]:
+        """Each variant's entry, the video's number of frames, the reason why it cannot be read or None."""
         try:
             return *self.extract_readable(path), None
         except OSError as error:
             return {}, 0, os_reason(error)
         except UnreadableFrameError as error:
-            return {}, 0, str(error)
+            return {}, 0, f"frame {error.frame}: {error}" if error.frame else str(error)
 
-    def extract_readable(self, path: VideoPath) -> tuple[dict[str, str], int]:
+    def extract_readable(self, path: StoredVideo) -> tuple[dict[str, Path], int]:
         content = _digest(path, self.sampling)
-        keys = {
-            variant: hashlib.sha256(description.encode() + content).hexdigest()
-            for variant, description in self.descriptions.items()
-        }
-        cached = {variant: self.cache.load(key) for variant, key in keys.items()}
+        entries = {}
+        for variant, description in self.descriptions.items():
+            key = hashlib.sha256(description.encode() + content).hexdigest()
+            entries[variant] = self.cache / key[:2] / f"{key}.safetensors"
+        cached = {variant: _load(entry) for variant, entry in entries.items()}
         pooled: dict[str, list[Tensor]] = {variant: [] for variant, entry in cached.items() if entry is None}
         if not pooled:
-            return keys, next(entry[1] for entry in cached.values() if entry)
+            return entries, next(entry[1] for entry in cached.values() if entry)
         index, video = _open(path)
         num_frames = int(index.num_frames[video])
         frames = _stream(index, video, self.sampling.choose(num_frames))
@@ -286,8 +263,10 @@ class _Extractor:
             features_TD = torch.cat(parts)
             if self.sampling.num_frames is not None:
                 features_TD = features_TD.mean(dim=0, keepdim=True)
-            self.cache.save(keys[variant], features_TD, num_frames)
-        return keys, num_frames
+            entry = {"features": features_TD.contiguous(), "num_frames": torch.tensor(num_frames)}
+            with io_errors_as_input_errors(self.cache):
+                write_atomically(entries[variant], save(entry))
+        return entries, num_frames
 
     @torch.inference_mode()
     def encode(self, frames_B3HW: Tensor, pooled: dict[str, list[Tensor]]) -> None:
@@ -312,13 +291,13 @@ def _describe(model: EvaluatedModel, sampling: Sampling, variant: str) -> str:
     return repr(parts)
 
 
-def _digest(path: VideoPath, sampling: Sampling) -> bytes:
+def _digest(path: StoredVideo, sampling: Sampling) -> bytes:
     """Digest of the frames that are used, byte by byte; of a video file its size and samples of its bytes.
 
     Raises OSError, UnreadableFrameError.
     """
     digest = hashlib.sha256()
-    if isinstance(path, Path) and not path.is_dir():
+    if isinstance(path, Path):
         # A buffer would read more than is asked for.
         with path.open("rb", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
@@ -331,40 +310,24 @@ def _digest(path: VideoPath, sampling: Sampling) -> bytes:
     frames = sampling.choose(int(index.num_frames[video]))
     digest.update(f"{index.num_frames[video]} frames".encode())
     for frame in frames:
-        try:
-            (data,) = index.read(video, [frame])
-        except UnreadableFrameError as error:
-            raise UnreadableFrameError(f"frame {frame}: {error}") from error
+        (data,) = index.read(video, [frame])
         digest.update(f"{frame} {len(data)}\0".encode() + data.tobytes())
     return digest.digest()
 
 
-def _open(path: VideoPath) -> tuple[FrameIndex, int]:
+def _open(path: StoredVideo) -> tuple[FrameIndex, int]:
     """The index that holds a video, and its number there. Raises UnreadableFrameError."""
-    if isinstance(path, PackedVideo):
-        return path.index, path.video
-    if not path.is_dir():
-        return VideoIndex({path.name: probe_video(path)}, []), 0
-    found = find_source(path, kind="folders").folders.get(path.resolve().name)
-    if found is None:
-        raise UnreadableFrameError("no jpg, jpeg or png in it")
-    return FolderIndex({path.name: found}, []), 0
+    return path if isinstance(path, tuple) else (VideoIndex({path.name: probe_video(path)}, []), 0)
 
 
 def _stream(index: FrameIndex, video: int, frames: Sequence[int]) -> Iterator[Frame]:
     """Ascending frames (H, W, 3) uint8, one at a time; a video file is opened once for all."""
-    frame = 0
-    try:
-        if isinstance(index, VideoIndex):
-            yield from stream_video_frames(index.videos[video], frames)
-        else:
-            for frame in frames:
-                yield index.read_frame(video, frame)
-    except UnreadableFrameError as error:
-        raise UnreadableFrameError(f"frame {frame or error.frame}: {error}") from error
+    if isinstance(index, VideoIndex):
+        return stream_video_frames(index.videos[video], frames)
+    return (index.read_frame(video, frame) for frame in frames)
 
 
-def middle_frame(path: VideoPath, num_frames: int) -> Frame:
+def middle_frame(path: StoredVideo, num_frames: int) -> Frame:
     """The one in the middle of the frames that a video's feature is made of, (H, W, 3) uint8."""
     index, video = _open(path)
     frames = evenly_spaced(int(index.num_frames[video]), num_frames)
