@@ -6,6 +6,7 @@ H height, W width, C colours or classes, J joints, M matches.
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from fasttrain.data.sampling import evenly_spaced
 from fasttrain.errors import InputError
@@ -34,6 +35,7 @@ LIMBS = (
     *((5, 9), (6, 10), (7, 11), (8, 12), (9, 13), (10, 14)),
 )
 CAPTION_HEIGHT = 22
+DPI = 110
 _TRADE_OFF = ("intra_normalized_95", "inter_normalized_95")
 _BACKGROUND = (255, 255, 255)
 _INK = (30, 30, 30)
@@ -47,13 +49,8 @@ rcParams["text.parse_math"] = False
 
 def voc_palette() -> npt.NDArray[np.uint8]:
     """(256, 3) colours of label maps, as PASCAL VOC and DAVIS define them: its bits, reversed."""
-    labels = np.arange(256)
-    colors = np.zeros((256, 3), dtype=np.uint8)
-    for plane in range(8):
-        for channel in range(3):
-            bit = (labels >> (3 * plane + channel)) & 1
-            colors[:, channel] |= (bit << (7 - plane)).astype(np.uint8)
-    return colors
+    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, count=9, bitorder="little")
+    return np.packbits(bits.reshape(256, 3, 3), axis=1)[:, 0]
 
 
 def write_label_map(labels_HW: Labels, path: Path) -> None:
@@ -106,28 +103,22 @@ def overlay_sheet(rows: Sequence[tuple[str, Frame, Labels]], path: Path) -> None
 
 
 def contact_sheet(rows: Sequence[tuple[str, Sequence[Frame]]], path: Path, tile_width: int = 240) -> None:
-    """Rows of pictures, each under its caption, scaled to one width."""
-    strips = [_strip(name, pictures, tile_width) for name, pictures in rows]
-    width, height = max(strip.width for strip in strips), sum(strip.height for strip in strips)
-    sheet = Image.new("RGB", (width, height), _BACKGROUND)
-    top = 0
-    for strip in strips:
-        sheet.paste(strip, (0, top))
-        top += strip.height
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
-
-
-def _strip(name: str, pictures: Sequence[Frame], tile_width: int) -> Image.Image:
-    """One row of a contact sheet."""
-    images = [Image.fromarray(picture) for picture in pictures]
-    sizes = [(tile_width, max(1, round(image.height * tile_width / image.width))) for image in images]
-    height = CAPTION_HEIGHT + max(size[1] for size in sizes)
-    strip = Image.new("RGB", (len(images) * tile_width, height), _BACKGROUND)
-    ImageDraw.Draw(strip).text((6, 3), name, fill=_INK, font=ImageFont.load_default(14))
-    for column, (image, size) in enumerate(zip(images, sizes, strict=True)):
-        strip.paste(image.resize(size, Image.Resampling.LANCZOS), (column * tile_width, CAPTION_HEIGHT))
-    return strip
+    """Rows of pictures, each row under its caption."""
+    columns = max(len(pictures) for _, pictures in rows)
+    height, width = rows[0][1][0].shape[:2]
+    tile_height = tile_width * height / width
+    figure_height = len(rows) * (tile_height + CAPTION_HEIGHT)
+    figure = Figure(figsize=(columns * tile_width / DPI, figure_height / DPI))
+    top, gap = 1 - CAPTION_HEIGHT / figure_height, CAPTION_HEIGHT / tile_height
+    figure.subplots_adjust(0, 0, 1, top, wspace=0.01, hspace=gap)
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for axes_of_row, (caption, pictures) in zip(grid, rows, strict=True):
+        axes_of_row[0].set_title(caption, loc="left", fontsize=9)
+        for axes, picture in zip_longest(axes_of_row, pictures):
+            axes.axis("off")
+            if picture is not None:
+                axes.imshow(picture)
+    _save(figure, path)
 
 
 def write_video(frames: Sequence[Frame], path: Path) -> None:
@@ -311,4 +302,4 @@ def _short(name: str) -> str:
 
 def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=DPI)
