@@ -30,7 +30,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -47,9 +47,6 @@ from fasttrain.files import read_lines
 Row = TypeVar("Row")
 Parsed = TypeVar("Parsed")
 Labels = npt.NDArray[np.int64]
-
-# The published annotations differ from their videos by a few frames, not by a frame rate.
-_MAX_DIFFERENCE = 0.1
 
 # A video file, or an index of frame folders or of a packed set and the video's number there.
 StoredVideo = Path | tuple[FrameIndex, int]
@@ -162,20 +159,6 @@ def read_split(arguments: argparse.Namespace) -> VideoSplit:
             + ("" if layout == "frames" else "; or skip them with --allow-missing")
         )
     return split
-
-
-def fit_to_frames(
-    videos: Sequence[LabelledVideo], num_frames: Mapping[str, int]
-) -> tuple[list[LabelledVideo], list[str]]:
-    """The videos with their labels cut to their frames, and those with quite another number of labels."""
-    fitting, skipped = [], []
-    for video in videos:
-        frames, labels = num_frames[video.name], len(video.labels_T)
-        if abs(frames - labels) > _MAX_DIFFERENCE * labels:
-            skipped.append(f"{video.name}: {frames} frames, but {labels} labels; expected a label per frame")
-        else:
-            fitting.append(replace(video, labels_T=video.labels_T[:frames]))
-    return fitting, skipped
 
 
 def background_numbers(classes: Sequence[str], wanted: Sequence[str] | None) -> list[int]:

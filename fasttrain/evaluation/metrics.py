@@ -297,40 +297,32 @@ MIN_TEMPERATURE = 0.0015
 NEIGHBOURS = (10, 20, 100, 200)
 
 
-def knn_scores(
-    similarity_SK: Tensor, neighbour_labels_SK: Tensor, *, num_classes: int, temperature: float = TEMPERATURE
-) -> Tensor:
-    """Votes (S, C) of K neighbours: the sum of exp(similarity / temperature); no vote is -inf.
-
-    DINO ranks classes without a vote behind the others in no particular order; here they are never predicted.
-    """
-    if not temperature >= MIN_TEMPERATURE:
-        raise InputError(f"temperature {temperature} of the votes: expected at least {MIN_TEMPERATURE}")
-    weight_SK = (similarity_SK.double() / temperature).exp()
-    votes_SC = weight_SK.new_zeros(len(similarity_SK), num_classes)
-    votes_SC.scatter_add_(1, neighbour_labels_SK, weight_SK)
-    return votes_SC.masked_fill(votes_SC == 0, -torch.inf)
-
-
 def knn_classify(
     test_SD: Tensor,
     train_ND: Tensor,
     train_labels_N: Tensor,
     *,
     num_classes: int,
-    neighbours: tuple[int, ...] = NEIGHBOURS,
+    neighbours: Sequence[int] = NEIGHBOURS,
     temperature: float = TEMPERATURE,
 ) -> dict[int, Tensor]:
-    """Votes (S, C) for every k of `neighbours` that N allows; for N itself where it allows none."""
+    """Votes (S, C) for every k of `neighbours` that N allows; for N itself where it allows none.
+
+    No vote is -inf: DINO ranks classes without a vote behind the others in no particular order; here they are
+    never predicted.
+    """
+    if not temperature >= MIN_TEMPERATURE:
+        raise InputError(f"temperature {temperature} of the votes: expected at least {MIN_TEMPERATURE}")
     fitting = [k for k in neighbours if k <= len(train_ND)] or [len(train_ND)]
     similarity_SK, index_SK = nearest(test_SD, train_ND, max(fitting))
+    weight_SK = (similarity_SK.double() / temperature).exp()
     labels_SK = train_labels_N[index_SK]
-    return {
-        k: knn_scores(
-            similarity_SK[:, :k], labels_SK[:, :k], num_classes=num_classes, temperature=temperature
-        )
-        for k in fitting
-    }
+    scores = {}
+    for k in fitting:
+        votes_SC = weight_SK.new_zeros(len(test_SD), num_classes)
+        votes_SC.scatter_add_(1, labels_SK[:, :k], weight_SK[:, :k])
+        scores[k] = votes_SC.masked_fill(votes_SC == 0, -torch.inf)
+    return scores
 
 
 def top_accuracy(scores_SC: Tensor, labels_S: Tensor, k: int) -> float:
@@ -453,19 +445,17 @@ def edit_score(
     """
     _check_pairs(predicted, truth)
     scores = []
-    for p, y in zip(predicted, truth, strict=True):
-        guessed = [one.label for one in segments(p, background)]
-        true = [one.label for one in segments(y, background)]
-        longer = max(len(guessed), len(true))
-        scores.append(100 * (1 - levenshtein(guessed, true) / longer) if longer else 100.0)
+    for pair in zip(predicted, truth, strict=True):
+        guessed, true = ([one.label for one in segments(labels_T, background)] for labels_T in pair)
+        longer = max(len(guessed), len(true), 1)
+        scores.append(100 * (1 - levenshtein(guessed, true) / longer))
     return float(np.mean(scores))
 
 
 def levenshtein(first: Sequence[int], second: Sequence[int]) -> int:
     """Least number of insertions, deletions and substitutions that turn one sequence into the other."""
     second_Y = np.asarray(second)
-    column = np.arange(len(second) + 1)
-    row = column
+    row = column = np.arange(len(second) + 1)
     for number, label in enumerate(first, start=1):
         replaced = row[:-1] + (second_Y != label)
         best = np.concatenate([[number], np.minimum(row[1:] + 1, replaced)])
@@ -488,40 +478,38 @@ def detection_map(
     labels = sorted({one.label for found in truth.values() for one in found})
     if not labels:
         raise InputError("there is no true segment to detect; is every label background?")
-    by_label = [_average_precision(predicted, truth, label, thresholds) for label in labels]
+    by_label = []
+    for label in labels:
+        actual = {video: [one for one in found if one.label == label] for video, found in truth.items()}
+        total = sum(map(len, actual.values()))
+        guesses = [
+            (video, one) for video in sorted(predicted) for one in predicted[video] if one.label == label
+        ]
+        guesses.sort(key=lambda guess: -guess[1].score)
+        # The IoU with each true segment of the video, by its first frame.
+        overlaps = [
+            {(video, other.start): _iou(one, other) for other in actual.get(video, [])}
+            for video, one in guesses
+        ]
+        by_label.append([_average_precision(overlaps, total, threshold) for threshold in thresholds])
     means = 100 * np.mean(by_label, axis=0)
     return dict(zip(thresholds, means.tolist(), strict=True))
 
 
 def _average_precision(
-    predicted: Mapping[str, Sequence[Segment]],
-    truth: Mapping[str, Sequence[Segment]],
-    label: int,
-    thresholds: Sequence[float],
-) -> list[float]:
-    """The area under the interpolated precision-recall curve of one label, for each threshold."""
-    actual = {video: [one for one in found if one.label == label] for video, found in truth.items()}
-    total = sum(map(len, actual.values()))
-    guesses = [(video, one) for video in sorted(predicted) for one in predicted[video] if one.label == label]
-    guesses.sort(key=lambda guess: -guess[1].score)
-    overlaps = [[_iou(one, other) for other in actual.get(video, [])] for video, one in guesses]
-    areas = []
-    for threshold in thresholds:
-        taken: set[tuple[str, int]] = set()
-        right_P = np.zeros(len(guesses))
-        for number, (video, _) in enumerate(guesses):
-            free = [
-                (overlap, -other)
-                for other, overlap in enumerate(overlaps[number])
-                if overlap >= threshold and (video, other) not in taken
-            ]
-            if free:
-                taken.add((video, -max(free)[1]))
-                right_P[number] = 1
-        precision_P = np.cumsum(right_P) / np.arange(1, len(guesses) + 1)
-        interpolated_P = np.maximum.accumulate(precision_P[::-1])[::-1]
-        areas.append(float((interpolated_P * right_P).sum() / total))
-    return areas
+    overlaps: Sequence[Mapping[tuple[str, int], float]], total: int, threshold: float
+) -> float:
+    """The area under the interpolated precision-recall curve of one label's guesses, surest first."""
+    taken: set[tuple[str, int]] = set()
+    right_P = np.zeros(len(overlaps))
+    for number, by_segment in enumerate(overlaps):
+        free = {key: iou for key, iou in by_segment.items() if iou >= threshold and key not in taken}
+        if free:
+            taken.add(max(free, key=lambda key: free[key]))
+            right_P[number] = 1
+    precision_P = np.cumsum(right_P) / np.arange(1, len(overlaps) + 1)
+    interpolated_P = np.maximum.accumulate(precision_P[::-1])[::-1]
+    return float((interpolated_P * right_P).sum() / total)
 
 
 def _iou(one: Segment, other: Segment) -> float:

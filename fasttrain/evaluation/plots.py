@@ -224,9 +224,10 @@ def trade_off(points: Sequence[tuple[str, Figures, Figures]], path: Path) -> Non
     _save(figure, path)
 
 
-def has_trade_off(*variants: Figures) -> bool:
-    """Whether there are numbers to draw: one video alone has no distance to others."""
-    return all(figures.get(key) is not None for figures in variants for key in _TRADE_OFF)
+def has_trade_off(results: Mapping[str, Figures]) -> bool:
+    """Whether both sides have numbers to draw: one video alone has no distance to others."""
+    sides = [results.get(variant, {}) for variant in ("before", "after")]
+    return all(figures.get(key) is not None for figures in sides for key in _TRADE_OFF)
 
 
 def confusion_maps(counts: Mapping[str, Any], classes: Sequence[str], path: Path) -> None:

@@ -40,55 +40,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Raises InputError where a run has neither a history nor evaluations."""
-    write_report(arguments.runs, arguments.output)
-    print(f"written to {arguments.output}")
+    """Write the page of all runs, each once; pictures are drawn beside it and carried inside.
 
-
-def write_report(runs: list[Path], output: Path) -> None:
-    """The page of all runs, each once; pictures are drawn beside it and carried inside."""
+    Raises InputError where a run has neither a history nor evaluations.
+    """
+    output: Path = arguments.output
     if output.is_dir():
         raise InputError(f"--output {output} is a folder; give the name of the page")
-    runs = list({folder.resolve(): folder for folder in runs}.values())
-    names = dict(zip(runs, plots.run_names(runs), strict=True))
+    runs = list({folder.resolve(): folder for folder in arguments.runs}.values())
+    names = plots.run_names(runs)
     recorded = [folder for folder in runs if (folder / "metrics.jsonl").is_file()]
-    evaluations = [
-        (folder, path, _read_evaluation(path))
-        for folder in runs
-        for path in sorted(folder.glob("eval/*/*.json"))
-    ]
-    empty = set(runs) - set(recorded) - {folder for folder, _, _ in evaluations}
-    if empty:
-        raise InputError(
-            f"{min(empty)} holds neither metrics.jsonl nor eval/*/*.json; give the folder of a run"
-        )
+    evaluations = []
+    for name, folder in zip(names, runs, strict=True):
+        paths = sorted(folder.glob("eval/*/*.json"))
+        if not paths and folder not in recorded:
+            raise InputError(
+                f"{folder} holds neither metrics.jsonl nor eval/*/*.json; give the folder of a run"
+            )
+        evaluations += [(name, path, _read_evaluation(path)) for path in paths]
     drawn = output.parent / f"{output.stem}_figures"
-    body = []
+    sections = []
     if recorded:
         plots.learning_curves(recorded, drawn / "learning.png")
-        body.append(_section("Learning curves", _image(drawn / "learning.png")))
+        sections.append(("Learning curves", _show(drawn / "learning.png")))
     points = [
-        (names[folder], found.results["before"], found.results["after"])
-        for folder, _, found in evaluations
-        if found.task == "consistency"
-        and {"before", "after"} <= set(found.results)
-        and plots.has_trade_off(found.results["before"], found.results["after"])
+        (name, found.results["before"], found.results["after"])
+        for name, _, found in evaluations
+        if found.task == "consistency" and plots.has_trade_off(found.results)
     ]
     if points:
         plots.trade_off(points, drawn / "trade_off.png")
-        body.append(_section("Trade-off", _image(drawn / "trade_off.png")))
-    for folder, path, found in evaluations:
+        sections.append(("Trade-off", _show(drawn / "trade_off.png")))
+    for name, path, found in evaluations:
         task = " in ".join(dict.fromkeys((found.task, path.parent.name)))
-        title = f"{names[folder]}: {task} ({found.model.backbone}, {found.model.weights})"
-        pictures = [path.parent / "figures" / Path(name).name for name in found.pictures]
-        shown = "".join(
-            _image(picture) if picture.suffix == ".png" else _film(picture)
-            for picture in sorted(pictures, key=lambda picture: picture.suffix, reverse=True)
-            if picture.is_file()
-        )
-        body.append(_section(title, _table(found.results) + shown))
+        title = f"{name}: {task} ({found.model.backbone}, {found.model.weights})"
+        pictures = [path.parent / "figures" / Path(picture).name for picture in found.pictures]
+        # Stills, then films.
+        pictures.sort(key=lambda picture: picture.suffix, reverse=True)
+        shown = "".join(_show(picture) for picture in pictures if picture.is_file())
+        sections.append((title, _table(found.results) + shown))
+    body = "".join(f"<h2>{html.escape(title)}</h2>{content}" for title, content in sections)
     head = f'<!doctype html><meta charset="utf-8"><title>fasttrain</title><style>{STYLE}</style>'
-    write_atomically(output, f"{head}<h1>fasttrain</h1>{''.join(body)}\n".encode())
+    write_atomically(output, f"{head}<h1>fasttrain</h1>{body}\n".encode())
+    print(f"written to {output}")
 
 
 def _read_evaluation(path: Path) -> Evaluation:
@@ -100,23 +94,12 @@ def _read_evaluation(path: Path) -> Evaluation:
         ) from error
 
 
-def _section(title: str, content: str) -> str:
-    return f"<h2>{html.escape(title)}</h2>{content}"
-
-
-def _image(path: Path) -> str:
-    name = html.escape(path.stem)
-    return f'<p>{name}</p><img alt="{name}" src="{_inline(path, "image/png")}">'
-
-
-def _film(path: Path) -> str:
-    name = html.escape(path.stem)
-    return f'<p>{name}</p><video controls loop muted src="{_inline(path, "video/mp4")}"></video>'
-
-
-def _inline(path: Path, kind: str) -> str:
-    """The file as an address that holds its bytes: the page needs no other file."""
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
+def _show(path: Path) -> str:
+    """A picture or film as an element that holds its bytes: the page needs no other file."""
+    name, content = html.escape(path.stem), base64.b64encode(path.read_bytes()).decode()
+    if path.suffix == ".png":
+        return f'<p>{name}</p><img alt="{name}" src="data:image/png;base64,{content}">'
+    return f'<p>{name}</p><video controls loop muted src="data:video/mp4;base64,{content}"></video>'
 
 
 def _table(results: dict[str, dict[str, float | None]]) -> str:

@@ -29,7 +29,6 @@ from fasttrain.evaluation.metrics import (
     Segment,
     confusion,
     hold_out,
-    knn_scores,
     levenshtein,
     scored_segments,
     segments,
@@ -138,20 +137,21 @@ def test_knn_does_not_depend_on_the_order_of_training() -> None:
 
 
 def test_a_class_without_a_vote_is_never_predicted() -> None:
-    scores = knn_scores(torch.tensor([[0.9, -0.9]]), torch.tensor([[1, 1]]), num_classes=6)
-    assert top_accuracy(scores, torch.tensor([1]), 1) == 100
-    assert top_accuracy(scores, torch.tensor([0]), 5) == 0
-    with pytest.raises(InputError, match="temperature 0"):
-        knn_scores(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.long), num_classes=1, temperature=0)
+    train, _ = random_features(0, 2)
+    scores = knn_classify(train, train, torch.tensor([1, 1]), num_classes=6)[2]
+    assert top_accuracy(scores, torch.tensor([1, 1]), 1) == 100
+    assert top_accuracy(scores, torch.tensor([0, 0]), 5) == 0
 
 
 def test_votes_at_the_least_temperature_are_numbers() -> None:
-    similarity, labels = torch.tensor([[1.0, 0.999, -1.0]]), torch.tensor([[2, 1, 0]])
-    scores = knn_scores(similarity, labels, num_classes=3, temperature=MIN_TEMPERATURE)
-    assert scores.isfinite().all()
+    train = torch.tensor([[-1.0, 0.0], [1.0, 0.05], [1.0, 0.0]])
+    labels, test = torch.arange(3), train[2:]
+    scores = knn_classify(test, train, labels, num_classes=3, temperature=MIN_TEMPERATURE)[3]
+    assert scores[0, 1:].isfinite().all()
     assert scores.argsort().tolist() == [[0, 1, 2]]
-    with pytest.raises(InputError, match=r"temperature 0\.001 "):
-        knn_scores(similarity, labels, num_classes=3, temperature=0.001)
+    for temperature in (0, 0.001):
+        with pytest.raises(InputError, match=f"temperature {temperature} "):
+            knn_classify(test, train, labels, num_classes=3, temperature=temperature)
 
 
 def test_accuracy_of_a_hand_computed_case() -> None:
