@@ -13,21 +13,19 @@ import argparse
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal, get_args
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 from torch.nn import functional
 
-from fasttrain.data.images import UnreadableFrameError
+from fasttrain.data.images import Frame, UnreadableFrameError
 from fasttrain.data.index import FrameIndex, VideoIndex
 from fasttrain.data.map_ahead import map_ahead
 from fasttrain.data.sampling import evenly_spaced
@@ -47,31 +45,10 @@ from fasttrain.files import io_errors_as_input_errors, os_reason, write_atomical
 from fasttrain.loggers import Progress
 from fasttrain.weights import hash_state_dict
 
-Frame = npt.NDArray[np.uint8]
-Precision = Literal["fp32", "bf16"]
-
 # Part of every key: raise it when what is computed changes.
 FORMAT = 2
 # What is read of a video file to know it again, as fast as opening it.
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 12
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """Which frames of a video go into its features, and how."""
-
-    num_frames: int | None
-    """Evenly spaced over the video, averaged to one feature; None: a feature for every `stride`-th frame."""
-    stride: int
-    image_size: int
-    """Side of the middle crop in pixels."""
-    precision: Precision
-    """Of the encoder's and the projection's matrix products."""
-
-    def choose(self, length: int) -> list[int]:
-        if self.num_frames is None:
-            return list(range(0, length, self.stride))
-        return evenly_spaced(length, self.num_frames)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "processes must see it (default: cache in the output)"
     )  # fmt: skip
     parser.add_argument(
-        "--precision", choices=get_args(Precision), default="fp32",
+        "--precision", choices=("fp32", "bf16"), default="fp32",
         help="of the encoder, part of what the cache goes by (default: fp32)",
     )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=32, help="frames encoded at a time (default: 32)")
@@ -174,16 +151,9 @@ def extract(
     process extracts its share; the main one gets everything, the others None. Raises InputError where the
     sizes do not fit the encoder.
     """
-    sampling = Sampling(
-        num_frames=getattr(arguments, "num_frames", None),
-        stride=getattr(arguments, "stride", 1),
-        image_size=arguments.image_size,
-        precision=arguments.precision,
-    )
     check_options(arguments, num_frames=1, stride=1, batch_size=1, workers=0)
-    model.encoder.grid(sampling.image_size, sampling.image_size)
-    cache = arguments.cache or output / "cache"
-    extractor = _Extractor(sampling, model, cache, arguments.batch_size, world.device)
+    model.encoder.grid(arguments.image_size, arguments.image_size)
+    extractor = _Extractor(arguments, model, arguments.cache or output / "cache", world.device)
     names = world.shard(sorted(videos))
     found = map_ahead(
         extractor.extract,
@@ -224,11 +194,10 @@ class _Extractor:
     """Videos -> cached features: threads hash and decode, and encode in turn."""
 
     def __init__(
-        self, sampling: Sampling, model: EvaluatedModel, cache: Path, batch_size: int, device: torch.device
+        self, arguments: argparse.Namespace, model: EvaluatedModel, cache: Path, device: torch.device
     ) -> None:
-        self.sampling, self.model, self.cache = sampling, model, cache
-        self.batch_size, self.device = batch_size, device
-        self.descriptions = {variant: _describe(model, sampling, variant) for variant in model.variants}
+        self.arguments, self.model, self.cache, self.device = arguments, model, cache, device
+        self.descriptions = {variant: _describe(model, arguments, variant) for variant in model.variants}
         self.encoding = Lock()
 
     def extract(self, path: StoredVideo) -> tuple[dict[str, Path], int, str | None]:
@@ -241,7 +210,7 @@ class _Extractor:
             return {}, 0, f"frame {error.frame}: {error}" if error.frame else str(error)
 
     def extract_readable(self, path: StoredVideo) -> tuple[dict[str, Path], int]:
-        content = _digest(path, self.sampling)
+        content = _digest(path, self.arguments)
         entries = {}
         for variant, description in self.descriptions.items():
             key = hashlib.sha256(description.encode() + content).hexdigest()
@@ -252,16 +221,17 @@ class _Extractor:
             return entries, next(entry[1] for entry in cached.values() if entry)
         index, video = _open(path)
         num_frames = int(index.num_frames[video])
-        frames = _stream(index, video, self.sampling.choose(num_frames))
+        frames = _stream(index, video, _choose(num_frames, self.arguments))
         # A long video has more frames than fit in memory.
         while crops := [
-            centre_crop(frame, self.sampling.image_size) for frame in islice(frames, self.batch_size)
+            centre_crop(frame, self.arguments.image_size)
+            for frame in islice(frames, self.arguments.batch_size)
         ]:
             with self.encoding:
                 self.encode(torch.stack(crops), pooled)
         for variant, parts in pooled.items():
             features_TD = torch.cat(parts)
-            if self.sampling.num_frames is not None:
+            if "num_frames" in self.arguments:
                 features_TD = features_TD.mean(dim=0, keepdim=True)
             entry = {"features": features_TD.contiguous(), "num_frames": torch.tensor(num_frames)}
             with io_errors_as_input_errors(self.cache):
@@ -271,7 +241,7 @@ class _Extractor:
     @torch.inference_mode()
     def encode(self, frames_B3HW: Tensor, pooled: dict[str, list[Tensor]]) -> None:
         """Add each frame's mean of normalised tokens (B, D), on the CPU, to every variant's."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.sampling.precision == "bf16"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.arguments.precision == "bf16"):
             frozen_BND = self.model.encoder.tokens(frames_B3HW.to(self.device, non_blocking=True))
             tokens_BND = {"before": frozen_BND}
             if self.model.projection is not None and "after" in pooled:
@@ -280,18 +250,26 @@ class _Extractor:
             parts.append(functional.normalize(tokens_BND[variant].float(), dim=-1).mean(dim=1).cpu())
 
 
-def _describe(model: EvaluatedModel, sampling: Sampling, variant: str) -> str:
+def _describe(model: EvaluatedModel, arguments: argparse.Namespace, variant: str) -> str:
     """All but the video that a feature is a function of."""
     encoder = model.encoder
     heads = [block.attn.num_heads for block in encoder.blocks]
     parts = [FORMAT, encoder.name, encoder.weights_hash, encoder.image_size, heads, str(encoder)]
-    parts.append(asdict(sampling))
+    defaults = {"num_frames": None, "stride": 1, "image_size": None, "precision": None}
+    parts.append({name: getattr(arguments, name, default) for name, default in defaults.items()})
     if variant == "after" and model.projection is not None:
         parts += [model.projection.head, hash_state_dict(model.projection.state_dict())]
     return repr(parts)
 
 
-def _digest(path: StoredVideo, sampling: Sampling) -> bytes:
+def _choose(length: int, arguments: argparse.Namespace) -> list[int]:
+    """The frames that go into the features of a video of so many."""
+    if "num_frames" in arguments:
+        return evenly_spaced(length, arguments.num_frames)
+    return list(range(0, length, arguments.stride))
+
+
+def _digest(path: StoredVideo, arguments: argparse.Namespace) -> bytes:
     """Digest of the frames that are used, byte by byte; of a video file its size and samples of its bytes.
 
     Raises OSError, UnreadableFrameError.
@@ -307,7 +285,7 @@ def _digest(path: StoredVideo, sampling: Sampling) -> bytes:
                 digest.update(file.read(_SAMPLE_BYTES))
         return digest.digest()
     index, video = _open(path)
-    frames = sampling.choose(int(index.num_frames[video]))
+    frames = _choose(int(index.num_frames[video]), arguments)
     digest.update(f"{index.num_frames[video]} frames".encode())
     for frame in frames:
         (data,) = index.read(video, [frame])

@@ -10,7 +10,6 @@ Shape suffixes: S samples, D channels, C classes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -43,17 +42,11 @@ class LinearClassifier:
 
     def describe(self) -> dict[str, float | bool | None]:
         """How it came about, for the JSON of an evaluation."""
-        return {
-            "l2": self.l2,
-            "held_out_accuracy": self.held_out_accuracy,
-            "converged": self.converged,
-        }
+        return {name: getattr(self, name) for name in ("l2", "held_out_accuracy", "converged")}
 
     def scores(self, features_SD: Tensor) -> Tensor:
-        """Logits (S, C) float64, on the device of the features."""
-        return features_SD.double() @ self.weight_DC.to(features_SD.device) + self.bias_C.to(
-            features_SD.device
-        )
+        """Logits (S, C) float64."""
+        return features_SD.double() @ self.weight_DC + self.bias_C
 
     def probabilities(self, features_SD: Tensor) -> Tensor:
         """(S, C) float64; rows sum to one."""
@@ -90,29 +83,29 @@ def fit_linear(
     # A constant channel says nothing, and its rounding error would be blown up.
     deviation_D[deviation_D < _MIN_DEVIATION] = 1
     standard_SD = (features_SD - mean_D) / deviation_D
-    minimise = partial(_minimise, num_classes=num_classes, max_iterations=max_iterations)
+    zeros = standard_SD.new_zeros(num_classes, standard_SD.shape[1] + 1)
     l2, accuracy = float(strengths[len(strengths) // 2]), None
     if held_out_S is not None and bool(held_out_S.any()) and len(strengths) > 1:
         if bool(held_out_S.all()):
             raise InputError("every sample is held out; nothing is left to train on")
         kept_SD, kept_S = standard_SD[~held_out_S], labels_S[~held_out_S]
         judged_SD, judged_S = standard_SD[held_out_S], labels_S[held_out_S]
-        start: Tensor | None = None
+        solution = zeros
         outcomes: list[tuple[float, float, float]] = []
         for strength in sorted(strengths, reverse=True):
-            start, _ = minimise(kept_SD, kept_S, strength, start)
-            scores_SC = judged_SD @ start[:, :-1].T + start[:, -1]
+            solution, _ = _minimise(kept_SD, kept_S, strength, solution, max_iterations)
+            scores_SC = judged_SD @ solution[:, :-1].T + solution[:, -1]
             right_S = scores_SC.argmax(dim=1) == judged_S
             loss = functional.cross_entropy(scores_SC, judged_S).item()
             outcomes.append((100 * right_S.double().mean().item(), -loss, strength))
             if len(outcomes) - 1 - outcomes.index(max(outcomes)) == _PATIENCE:
                 break
         accuracy, _, l2 = max(outcomes)
-    solution, converged = minimise(standard_SD, labels_S, l2, None)
+    solution, converged = _minimise(standard_SD, labels_S, l2, zeros, max_iterations)
     weight_DC = (solution[:, :-1] / deviation_D).T
     return LinearClassifier(
-        weight_DC=weight_DC.cpu(),
-        bias_C=(solution[:, -1] - mean_D @ weight_DC).cpu(),
+        weight_DC=weight_DC,
+        bias_C=solution[:, -1] - mean_D @ weight_DC,
         l2=l2,
         held_out_accuracy=accuracy,
         converged=converged,
@@ -123,16 +116,13 @@ def _minimise(
     standard_SD: Tensor,
     labels_S: Tensor,
     l2: float,
-    start: Tensor | None,
-    *,
-    num_classes: int,
+    start: Tensor,
     max_iterations: int,
 ) -> tuple[Tensor, bool]:
     """Weight and bias (C, D + 1) at the minimum, and whether the tolerance was met."""
-    shape = (num_classes, standard_SD.shape[1] + 1)
 
     def objective(flat: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
-        parameters = torch.from_numpy(flat.reshape(shape)).to(standard_SD.device).requires_grad_()
+        parameters = torch.from_numpy(flat).reshape(start.shape).to(start.device).requires_grad_()
         weight_CD, bias_C = parameters[:, :-1], parameters[:, -1]
         loss = functional.cross_entropy(standard_SD @ weight_CD.T + bias_C, labels_S)
         loss = loss + 0.5 * l2 * weight_CD.square().sum()
@@ -141,9 +131,9 @@ def _minimise(
 
     found = minimize(
         objective,
-        np.zeros(shape).ravel() if start is None else start.cpu().numpy().ravel(),
+        start.flatten().cpu().numpy(),
         jac=True,
         method="L-BFGS-B",
         options={"maxiter": max_iterations, "gtol": 1e-5, "ftol": 1e-12, "maxcor": 20},
     )
-    return torch.from_numpy(found.x.reshape(shape)).to(standard_SD.device), bool(found.success)
+    return torch.from_numpy(found.x).reshape(start.shape).to(start.device), bool(found.success)

@@ -20,11 +20,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image, ImageDraw, ImageOps
 
+from fasttrain.data.images import Frame
 from fasttrain.data.sampling import evenly_spaced
 from fasttrain.errors import InputError
 from fasttrain.loggers import read_records
 
-Frame = npt.NDArray[np.uint8]
 Labels = npt.NDArray[Any]
 Matches = npt.NDArray[np.floating[Any]]
 Figures = Mapping[str, float | None]

@@ -125,17 +125,6 @@ def test_knn_takes_the_counts_that_fit() -> None:
     assert list(knn_classify(train, train[:6], labels[:6], num_classes=3)) == [6]
 
 
-def test_knn_does_not_depend_on_the_order_of_training() -> None:
-    train, labels = random_features(0, 60)
-    test, _ = random_features(1, 60)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(2))
-    one, other = (
-        knn_classify(test, train[indices], labels[indices], num_classes=3)[20]
-        for indices in (torch.arange(len(labels)), order)
-    )
-    torch.testing.assert_close(one, other)
-
-
 def test_a_class_without_a_vote_is_never_predicted() -> None:
     train, _ = random_features(0, 2)
     scores = knn_classify(train, train, torch.tensor([1, 1]), num_classes=6)[2]
@@ -232,21 +221,6 @@ def test_perfect_predictions(labels: np.ndarray) -> None:
     assert detection_map(found, found, (0.5, 1.0)) == {0.5: 100, 1.0: 100}
 
 
-@given(label_pairs(), st.permutations([0, 1, 2, 3]), st.sampled_from([0.1, 0.25, 0.5]))
-def test_names_of_labels_and_order_of_videos_do_not_matter(
-    pair: tuple[np.ndarray, np.ndarray], names: list[int], overlap: float
-) -> None:
-    guess, truth = pair
-    renamed = [np.array(names)[labels] for labels in pair]
-    background = [names[0]]
-    assert edit_score([guess], [truth], [0]) == edit_score([renamed[0]], [renamed[1]], background)
-    one = segmental_f1([guess, GUESS], [truth, TRUTH], overlap, [0])
-    assert one == segmental_f1([GUESS, guess], [TRUTH, truth], overlap, [0])
-    assert segmental_f1([guess], [truth], overlap, [0]) == segmental_f1(
-        [renamed[0]], [renamed[1]], overlap, background
-    )
-
-
 def as_frame_sets(labels: np.ndarray, background: int) -> list[tuple[int, set[int]]]:
     """Segments as sets of frames, found by walking over the frames."""
     found: list[tuple[int, set[int]]] = []
@@ -305,47 +279,6 @@ def test_precision_of_a_hand_computed_case() -> None:
     # At 0.6 b is missed: hit, miss, miss, hit: 1 and 2/4. At 0.7 one hit is left.
     assert found[0.6] == pytest.approx(100 * (1 + 2 / 4) / 3 / 2)
     assert found[0.7] == pytest.approx(100 * 1 / 3 / 2)
-
-
-@given(
-    st.lists(label_pairs(), min_size=1, max_size=3), st.integers(0, 2**31), st.sampled_from([0.1, 0.5, 0.7])
-)
-def test_precision_by_integrating_the_curve(
-    pairs: list[tuple[np.ndarray, np.ndarray]], seed: int, threshold: float
-) -> None:
-    rng = np.random.default_rng(seed)
-    truth = {f"v{i}": segments(pair[1]) for i, pair in enumerate(pairs)}
-    guesses = {
-        f"v{i}": [Segment(s.label, s.start, s.end, float(rng.random())) for s in segments(pair[0])]
-        for i, pair in enumerate(pairs)
-    }
-    labels = {s.label for found in truth.values() for s in found}
-    areas = []
-    for label in labels:
-        total = sum(s.label == label for found in truth.values() for s in found)
-        ranked = sorted(
-            ((s, video) for video, found in guesses.items() for s in found if s.label == label),
-            key=lambda one: -one[0].score,
-        )
-        used: set[tuple[str, int]] = set()
-        points = []
-        for rank, (guess, video) in enumerate(ranked, start=1):
-            free = {}
-            for other in truth[video]:
-                both = set(range(guess.start, guess.end)) & set(range(other.start, other.end))
-                either = set(range(guess.start, guess.end)) | set(range(other.start, other.end))
-                if other.label == label and (video, other.start) not in used:
-                    free[other.start] = len(both) / len(either)
-            if free and max(free.values()) >= threshold:
-                used.add((video, max(free, key=lambda start: free[start])))
-            points.append((len(used) / total, len(used) / rank))
-        # The best precision at any recall of at least r, summed over the steps of r.
-        steps = [
-            max((precision for recall, precision in points if recall >= hit / total), default=0)
-            for hit in range(1, total + 1)
-        ]
-        areas.append(sum(steps) / total)
-    assert detection_map(guesses, truth, [threshold])[threshold] == pytest.approx(100 * np.mean(areas))
 
 
 def test_score_of_a_segment_is_its_mean_probability() -> None:

@@ -156,24 +156,21 @@ def test_figures_of_muddled_labels_are_those_of_brute_force(run: Path, muddled: 
         assert 100 * possible / len(test) <= recall["R@5"] <= recall["R@10"] == 100
 
 
-def test_one_side_of_the_projection(run: Path, ucf: Path, tmp_path: Path) -> None:
-    given = ["--run", run, "--root", ucf, "--num-frames", 2, "--cache", tmp_path / "cache"]
-    for only, variant, entries in (("--baseline-only", "before", 15), ("--projection-only", "after", 30)):
-        assert evaluate("retrieval", *given, only, "--output", tmp_path / variant) == 0
-        assert list(read(tmp_path / variant, "retrieval")["results"]) == [variant]
-        assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == entries
+def test_tasks_and_sides_of_the_projection_share_a_cache(run: Path, ucf: Path, tmp_path: Path) -> None:
+    def entries(task: str, *words: str) -> dict[Path, int]:
+        given = ["--run", run, "--root", ucf, "--num-frames", 2, "--cache", tmp_path / "cache"]
+        assert evaluate(task, *given, *words, "--output", tmp_path / "".join([task, *words])) == 0
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
 
-
-def test_tasks_share_a_cache(run: Path, ucf: Path, tmp_path: Path) -> None:
-    given = ["--run", run, "--root", ucf, "--num-frames", 2, "--cache", tmp_path / "cache"]
-    assert evaluate("retrieval", *given, "--output", tmp_path / "one") == 0
-    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
-    assert evaluate("probe", *given, "--output", tmp_path / "two") == 0
-    assert evaluate("retrieval", *given, "--output", tmp_path / "three") == 0
-    assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
-    assert read(tmp_path / "one", "retrieval")["results"] == read(tmp_path / "three", "retrieval")["results"]
-    pictures = [(tmp_path / name / "figures" / "retrieval.png").read_bytes() for name in ("one", "three")]
-    assert pictures[0] == pictures[1]
+    assert len(entries("retrieval", "--baseline-only")) == 15
+    written = entries("retrieval", "--projection-only")
+    assert len(written) == 30
+    assert entries("probe") == entries("retrieval") == written
+    both, *sides = [
+        read(tmp_path / f"retrieval{only}", "retrieval")["results"]
+        for only in ("", "--baseline-only", "--projection-only")
+    ]
+    assert sides == [{"before": both["before"]}, {"after": both["after"]}]
 
 
 @pytest.mark.parametrize(
