@@ -66,15 +66,8 @@ def fit_linear(
 
     held_out_S: bool, what the L2 is chosen on, by accuracy, then by cross-entropy, from strong to weak until
     three in a row do no better; it must leave something to train on. Without it, or with one strength, the
-    middle one of `strengths` is taken. Raises InputError for labels out of range, and for features that are
-    not finite.
+    middle one of `strengths` is taken. Raises InputError for features that are not finite.
     """
-    if not len(labels_S) or features_SD.shape[:1] != labels_S.shape:
-        raise InputError(f"features {tuple(features_SD.shape)} with {len(labels_S)} labels")
-    if int(labels_S.min()) < 0 or int(labels_S.max()) >= num_classes:
-        raise InputError(
-            f"labels from {int(labels_S.min())} to {int(labels_S.max())}; expected 0..{num_classes - 1}"
-        )
     features_SD = features_SD.double()
     if not bool(features_SD.isfinite().all()):
         raise InputError("features that are not finite cannot be classified; is the encoder's output?")

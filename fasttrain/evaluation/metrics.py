@@ -249,15 +249,8 @@ def nearest(queries_QD: Tensor, gallery_GD: Tensor, count: int) -> tuple[Tensor,
     """Cosine similarity (Q, K) and number in the gallery (Q, K) of each query's nearest, nearest first.
 
     K is `count`, or G where the gallery is smaller. Queries go in blocks, so Q x G is never in memory.
-    Raises InputError for shapes that do not fit, for an empty gallery and for features that are not finite.
+    Raises InputError for features that are not finite.
     """
-    if queries_QD.ndim != 2 or gallery_GD.ndim != 2 or queries_QD.shape[1] != gallery_GD.shape[1]:
-        raise InputError(
-            f"queries {tuple(queries_QD.shape)} and gallery {tuple(gallery_GD.shape)}: "
-            "expected (Q, D) and (G, D)"
-        )
-    if not len(gallery_GD) or count < 1:
-        raise InputError(f"{count} neighbours from a gallery of {len(gallery_GD)}: at least 1 of 1 is needed")
     if not bool(queries_QD.isfinite().all() and gallery_GD.isfinite().all()):
         raise InputError("features that are not finite have no neighbours; is the encoder's output?")
     gallery_GD = functional.normalize(gallery_GD, dim=-1)
@@ -273,11 +266,8 @@ def recall_at(
 ) -> dict[int, float]:
     """Share in percent of queries with one of their class among the k nearest, for each k of `ranks`.
 
-    neighbour_labels_QK: classes of the neighbours, nearest first; a k above K counts all of them. Raises
-    InputError where there is no query.
+    neighbour_labels_QK: classes of the neighbours, nearest first; a k above K counts all of them.
     """
-    if not len(labels_Q) or len(labels_Q) != len(neighbour_labels_QK):
-        raise InputError(f"{len(labels_Q)} labels for the neighbours of {len(neighbour_labels_QK)} queries")
     hits_QK = neighbour_labels_QK == labels_Q[:, None]
     return {k: 100 * hits_QK[:, :k].any(dim=1).double().mean().item() for k in ranks}
 
@@ -385,9 +375,6 @@ class Segment:
 
 def segments(labels_T: Labels, background: Collection[int] = ()) -> list[Segment]:
     """The runs of equal labels in order, background left out."""
-    labels_T = np.asarray(labels_T)
-    if labels_T.ndim != 1 or not len(labels_T):
-        raise InputError(f"frame labels of shape {labels_T.shape}; expected one label a frame, at least one")
     borders = np.flatnonzero(np.diff(labels_T)) + 1
     starts, ends = [0, *borders.tolist()], [*borders.tolist(), len(labels_T)]
     runs = (Segment(int(labels_T[start]), start, end) for start, end in zip(starts, ends, strict=True))
@@ -518,10 +505,6 @@ def _iou(one: Segment, other: Segment) -> float:
 
 
 def _check_pairs(predicted: Sequence[Labels], truth: Sequence[Labels]) -> None:
-    if not truth or len(predicted) != len(truth):
-        raise InputError(
-            f"{len(predicted)} predicted videos for {len(truth)} true ones; at least one is needed"
-        )
     for number, (p, y) in enumerate(zip(predicted, truth, strict=True)):
         if np.shape(p) != np.shape(y):
             raise InputError(f"video {number}: {np.shape(p)} predicted labels, {np.shape(y)} true ones")

@@ -10,7 +10,6 @@ Shape suffixes: V videos, T frames, P patches, D channels, S sampled patches, G 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -90,19 +89,18 @@ def _within_video(video_TPD: Tensor) -> dict[str, Tensor]:
 def _frame_distance(video_TPD: Tensor) -> Tensor:
     """Mean distance of the nearer half of the patches to the nearest patch of the next frame."""
     inner_TPD = video_TPD[MARGIN : len(video_TPD) - MARGIN]
-    nearest_GP = torch.stack(
-        [
-            torch.cdist(one_PD, next_PD, compute_mode="donot_use_mm_for_euclid_dist").amin(-1)
-            for one_PD, next_PD in pairwise(inner_TPD)
-        ]
-    )
+    exact = "donot_use_mm_for_euclid_dist"
+    nearest_GP = torch.cdist(inner_TPD[:-1], inner_TPD[1:], compute_mode=exact).amin(-1)
     half = nearest_GP.shape[1] // 2
     return nearest_GP.topk(half, largest=False, dim=-1).values.mean()
 
 
 def _between_videos(middles_VPD: Tensor, patch_indices: Tensor | Sequence[int] | None) -> dict[str, float]:
     """Distance between videos at the sampled patches, its diameters, and the rank of all patches."""
-    sampled_VSD = middles_VPD[:, _sampled_patches(middles_VPD, patch_indices)]
+    if patch_indices is None:
+        generator = torch.Generator().manual_seed(42)
+        patch_indices = torch.randperm(middles_VPD.shape[1], generator=generator)[:SAMPLED_PATCHES]
+    sampled_VSD = middles_VPD[:, torch.as_tensor(patch_indices)]
     distances = [
         (sampled_VSD[video + 1 :] - sampled_VSD[video]).norm(dim=-1).mean(-1)
         for video in range(len(sampled_VSD) - 1)
@@ -123,17 +121,6 @@ def _radii(features_TPD: Tensor) -> Tensor:
     """Distances (N,) of all patches from their mean."""
     patches_ND = features_TPD.flatten(0, 1)
     return (patches_ND - patches_ND.mean(0)).norm(dim=-1)
-
-
-def _sampled_patches(middles_VPD: Tensor, patch_indices: Tensor | Sequence[int] | None) -> Tensor:
-    patches = middles_VPD.shape[1]
-    if patch_indices is None:
-        chosen = torch.randperm(patches, generator=torch.Generator().manual_seed(42))[:SAMPLED_PATCHES]
-    else:
-        chosen = torch.as_tensor(patch_indices, dtype=torch.int64)
-        if chosen.numel() == 0 or chosen.min() < 0 or chosen.max() >= patches:
-            raise InputError(f"patch indices {chosen.tolist()}; expected numbers from 0 to {patches - 1}")
-    return chosen.to(middles_VPD.device)
 
 
 def _effective_rank(features_ND: Tensor) -> float:

@@ -103,18 +103,9 @@ def test_separable_classes_are_told_apart_and_a_constant_channel_does_no_harm() 
     assert probe.scores(features).isfinite().all()
 
 
-@pytest.mark.parametrize(
-    ("features", "labels", "part"),
-    [
-        (torch.ones(3, 2), torch.tensor([0, 1]), "2 labels"),
-        (torch.ones(2, 2), torch.tensor([0, 2]), "expected 0..1"),
-        (torch.full((2, 2), torch.nan), torch.tensor([0, 1]), "not finite"),
-        (torch.ones(0, 2), torch.zeros(0, dtype=torch.long), "0 labels"),
-    ],
-)
-def test_bad_input(features: Tensor, labels: Tensor, part: str) -> None:
-    with pytest.raises(InputError, match=part):
-        fit_linear(features, labels, num_classes=2)
+def test_features_that_are_not_finite() -> None:
+    with pytest.raises(InputError, match="not finite"):
+        fit_linear(torch.full((2, 2), torch.nan), torch.tensor([0, 1]), num_classes=2)
 
 
 def test_nothing_left_to_train_on() -> None:

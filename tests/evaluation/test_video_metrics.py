@@ -68,24 +68,6 @@ def test_neighbours_do_not_depend_on_length_or_blocks() -> None:
     assert torch.equal(nearest(queries[2000:], gallery, 5)[1], whole[2000:])
 
 
-@pytest.mark.parametrize(
-    ("queries", "gallery", "count", "part"),
-    [
-        ((2, 3), (4, 5), 1, r"\(2, 3\)"),
-        ((2, 3), (0, 3), 1, "gallery of 0"),
-        ((2, 3), (4, 3), 0, "0 neighbours"),
-    ],
-)
-def test_bad_features(queries: tuple[int, int], gallery: tuple[int, int], count: int, part: str) -> None:
-    with pytest.raises(InputError, match=part):
-        nearest(torch.ones(queries), torch.ones(gallery), count)
-
-
-def test_no_query() -> None:
-    with pytest.raises(InputError, match="0 labels"):
-        recall_at(torch.zeros(0, 3, dtype=torch.long), torch.zeros(0, dtype=torch.long))
-
-
 def test_features_that_are_not_finite() -> None:
     with pytest.raises(InputError, match="not finite"):
         nearest(torch.ones(2, 3), torch.tensor([[1, 1, torch.nan]]), 1)
@@ -300,9 +282,5 @@ def test_smoothing_is_a_running_mean(window: int, length: int) -> None:
 def test_bad_input() -> None:
     with pytest.raises(InputError, match="video 0"):
         frame_accuracy([np.zeros(3)], [np.zeros(4)])
-    with pytest.raises(InputError, match="at least one"):
-        edit_score([], [])
-    with pytest.raises(InputError, match="at least one"):
-        segments(np.zeros(0, dtype=int))
     with pytest.raises(InputError, match="every label background"):
         detection_map({}, {"video": []}, [0.5])
