@@ -155,21 +155,11 @@ def correspondence_arrows(rows: Sequence[tuple[str, Frame, Frame, Matches]], pat
     contact_sheet(sheet, path, tile_width=960)
 
 
-def retrieval_sheet(rows: Sequence[tuple[str, Sequence[Frame], Sequence[bool]]], path: Path) -> None:
-    """A captioned row per query: its picture, then the nearest videos, framed green if right, else red.
-
-    A row is (caption, pictures, whether each neighbour is of the query's class).
-    """
-    sheet = []
-    for caption, pictures, right in rows:
-        colors = [_BACKGROUND, *(_RIGHT if one else _WRONG for one in right)]
-        images = [Image.fromarray(picture_HWC) for picture_HWC in pictures]
-        framed = [
-            np.asarray(ImageOps.expand(image, max(2, round(image.width / 24)), color))
-            for image, color in zip(images, colors, strict=True)
-        ]
-        sheet.append((caption, framed))
-    contact_sheet(sheet, path, tile_width=128)
+def framed(picture_HWC: Frame, right: bool | None = None) -> Frame:
+    """The picture in a frame: green if it is right, red if it is wrong, white if it is neither."""
+    image = Image.fromarray(picture_HWC)
+    color = _BACKGROUND if right is None else _RIGHT if right else _WRONG
+    return np.asarray(ImageOps.expand(image, max(2, round(image.width / 24)), color))
 
 
 def learning_curves(runs: Sequence[Path], path: Path) -> None:

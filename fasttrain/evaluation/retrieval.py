@@ -55,13 +55,15 @@ def run(
 
 def _draw(split: VideoSplit, neighbours: dict[str, Tensor], num_frames: int, output: Path) -> None:
     """A few queries, evenly chosen, with the videos that lie nearest for each variant."""
-    rows = []
-    for query in evenly_spaced(len(split.test), SHOWN_QUERIES):
+    sheet = []
+    for number in evenly_spaced(len(split.test), SHOWN_QUERIES):
+        query = split.test[number]
         for variant, neighbours_QK in neighbours.items():
-            nearest_K = [split.train[index] for index in neighbours_QK[query, :SHOWN_NEIGHBOURS].tolist()]
-            pictures = [middle_frame(video.path, num_frames) for video in (split.test[query], *nearest_K)]
-            label = split.test[query].label
-            names = ", ".join(split.classes[video.label] for video in nearest_K)
-            caption = f"{variant}: {split.classes[label]} finds {names}"
-            rows.append((caption, pictures, [video.label == label for video in nearest_K]))
-    plots.retrieval_sheet(rows, output / "figures" / "retrieval.png")
+            found = [split.train[index] for index in neighbours_QK[number, :SHOWN_NEIGHBOURS].tolist()]
+            pictures = [plots.framed(middle_frame(query.path, num_frames))]
+            for video in found:
+                picture = middle_frame(video.path, num_frames)
+                pictures.append(plots.framed(picture, video.label == query.label))
+            names = ", ".join(split.classes[video.label] for video in found)
+            sheet.append((f"{variant}: {split.classes[query.label]} finds {names}", pictures))
+    plots.contact_sheet(sheet, output / "figures" / "retrieval.png", tile_width=128)
