@@ -255,8 +255,8 @@ def _describe(model: EvaluatedModel, arguments: argparse.Namespace, variant: str
     encoder = model.encoder
     heads = [block.attn.num_heads for block in encoder.blocks]
     parts = [FORMAT, encoder.name, encoder.weights_hash, encoder.image_size, heads, str(encoder)]
-    defaults = {"num_frames": None, "stride": 1, "image_size": None, "precision": None}
-    parts.append({name: getattr(arguments, name, default) for name, default in defaults.items()})
+    sampling = ("num_frames", "stride", "image_size", "precision")
+    parts += [getattr(arguments, name, None) for name in sampling]
     if variant == "after" and model.projection is not None:
         parts += [model.projection.head, hash_state_dict(model.projection.state_dict())]
     return repr(parts)

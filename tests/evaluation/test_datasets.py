@@ -134,6 +134,15 @@ def test_absent_videos(tmp_path: Path) -> None:
         read(tmp_path, **given, videos=tmp_path / "elsewhere", allow_missing=True)
 
 
+def test_a_video_is_the_one_whose_path_ends_with_the_listed_path(tmp_path: Path) -> None:
+    given = lists(tmp_path, "deep/e.avi x\n", "b.mp4 x\n")
+    touch(tmp_path, "one/deep/e.mp4", "one/e.mp4")
+    assert read(tmp_path, **given).train[0].path == tmp_path / "one/deep/e.mp4"
+    touch(tmp_path, "two/deep/e.mp4")
+    with pytest.raises(InputError, match="not under .*, or more than once, such as deep/e.avi"):
+        read(tmp_path, **given)
+
+
 @pytest.mark.parametrize(
     ("train", "test", "part"),
     [
