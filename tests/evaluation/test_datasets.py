@@ -139,7 +139,7 @@ def test_a_video_is_the_one_whose_path_ends_with_the_listed_path(tmp_path: Path)
     touch(tmp_path, "one/deep/e.mp4", "one/e.mp4")
     assert read(tmp_path, **given).train[0].path == tmp_path / "one/deep/e.mp4"
     touch(tmp_path, "two/deep/e.mp4")
-    with pytest.raises(InputError, match="not under .*, or more than once, such as deep/e.avi"):
+    with pytest.raises(InputError, match=r"not under .*, or more than once, such as deep/e.avi"):
         read(tmp_path, **given)
 
 
