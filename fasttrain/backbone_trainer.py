@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from fasttrain.cuda_graph import CapturedCall
 from fasttrain.distributed import World
 from fasttrain.encoder_runtime import EncoderRuntime
 from fasttrain.errors import InputError
-from fasttrain.objective import CosettleLoss, CosettleObjective, asymmetric_offset
+from fasttrain.objective import CosettleLoss, CosettleObjective
 from fasttrain.optimizer import build_optimizer
 from fasttrain.profiling import RECORDED_PASS, span
 from fasttrain.projection import Projection
@@ -225,3 +226,14 @@ def backbone_recipes(recipe: Recipe) -> list[Recipe]:
         )
         for backbone in recipe.backbones
     ]
+
+
+def asymmetric_offset(seed: int, step: int, count: int) -> tuple[int, int]:
+    """Where view 3's positions are cropped in this step: (row, column), each uniform on [0, count).
+
+    A pure function, the same on all processes and in all accumulated passes of a step, so that a step does
+    not depend on how its batch is divided.
+    """
+    generator = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, step], dtype=np.uint64)))
+    row, column = generator.integers(0, count, size=2)
+    return int(row), int(column)

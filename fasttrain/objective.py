@@ -5,14 +5,13 @@ Shape suffixes: B samples, 3 views, N tokens, D channels.
 
 from __future__ import annotations
 
-import numpy as np
 from torch import Tensor, nn
 
 from fasttrain.projection import Projection
 from fasttrain.recipe import ObjectiveRecipe
 from fasttrain_kernels import CosettleLoss, cosettle_head_loss
 
-__all__ = ["CosettleLoss", "CosettleObjective", "asymmetric_offset"]
+__all__ = ["CosettleLoss", "CosettleObjective"]
 
 
 class CosettleObjective(nn.Module):
@@ -45,14 +44,3 @@ class CosettleObjective(nn.Module):
             backend=self.recipe.backend,
             diagnostics=diagnostics,
         )
-
-
-def asymmetric_offset(seed: int, step: int, count: int) -> tuple[int, int]:
-    """Where view 3's positions are cropped in this step: (row, column), each uniform on [0, count).
-
-    A pure function, the same on all processes and in all accumulated passes of a step, so that a step does
-    not depend on how its batch is divided.
-    """
-    generator = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, step], dtype=np.uint64)))
-    row, column = generator.integers(0, count, size=2)
-    return int(row), int(column)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fasttrain.backbone_trainer import BackboneTrainer, Meter
+from fasttrain.backbone_trainer import BackboneTrainer, Meter, asymmetric_offset
 from fasttrain.distributed import World
 from fasttrain.objective import CosettleLoss
 from fasttrain.recipe import recipe_from_dict
@@ -68,3 +68,13 @@ def test_the_loss_scale_is_part_of_the_state() -> None:
     state["scaler"] = {**state["scaler"], "scale": 8.0, "_growth_tracker": 5}
     trainer.load_state(state)
     assert trainer.state()["scaler"] == state["scaler"]
+
+
+def test_offsets_are_a_function_of_seed_and_step_and_cover_the_range() -> None:
+    drawn = {asymmetric_offset(0, step, 3) for step in range(200)}
+    assert drawn == {(row, column) for row in range(3) for column in range(3)}
+    assert asymmetric_offset(0, 5, 100) == asymmetric_offset(0, 5, 100)
+    assert asymmetric_offset(-1, 5, 2**30) == asymmetric_offset(2**64 - 1, 5, 2**30)
+    assert [asymmetric_offset(0, s, 1000) for s in range(5)] != [
+        asymmetric_offset(1, s, 1000) for s in range(5)
+    ]

@@ -5,7 +5,7 @@ from typing import Literal
 import pytest
 import torch
 
-from fasttrain.objective import CosettleObjective, asymmetric_offset
+from fasttrain.objective import CosettleObjective
 from fasttrain.projection import Projection
 from fasttrain.recipe import ObjectiveRecipe
 from fasttrain_kernels import cosettle_loss
@@ -36,13 +36,3 @@ def test_diagnostics_are_formed_only_when_asked_for() -> None:
     out = objective(torch.randn(1, 3, 4, 8), (2, 2), False)
     assert out.cycle_accuracy is None
     assert out.identity_similarity is None
-
-
-def test_offsets_are_a_function_of_seed_and_step_and_cover_the_range() -> None:
-    drawn = {asymmetric_offset(0, step, 3) for step in range(200)}
-    assert drawn == {(row, column) for row in range(3) for column in range(3)}
-    assert asymmetric_offset(0, 5, 100) == asymmetric_offset(0, 5, 100)
-    assert asymmetric_offset(-1, 5, 2**30) == asymmetric_offset(2**64 - 1, 5, 2**30)
-    assert [asymmetric_offset(0, s, 1000) for s in range(5)] != [
-        asymmetric_offset(1, s, 1000) for s in range(5)
-    ]

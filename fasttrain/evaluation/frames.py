@@ -13,11 +13,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from fasttrain.data.images import IMAGENET_MEAN, IMAGENET_STD, UnreadableFrameError, decode_image
+from fasttrain.data.images import IMAGENET_MEAN, IMAGENET_STD, Frame, UnreadableFrameError, decode_image
 from fasttrain.data.index import FrameIndex
 from fasttrain.errors import InputError
-
-Frame = npt.NDArray[np.uint8]
 
 
 def read_image(path: Path) -> Frame:

@@ -1,4 +1,4 @@
-"""Made-up video with known masks: textured shapes that drift, turn and grow over a panning background.
+"""Synthetic video with known masks: textured shapes that drift, turn and grow over a panning background.
 
 Everything is a function of the seed. `write_scene` encodes a real H.264 file. Shape suffixes: T frames, H
 height, W width, C colours.
