@@ -140,10 +140,10 @@ def run_script(
     """The script on a whole sequence: labels (T, H, W, C)."""
     script = ResearchScript(features_THWD, device, settings=settings)
     labels_THWC = torch.zeros(len(features_THWD), *first_labels_HWC.shape)
-    for start in range(0, len(features_THWD), FRAMES_AT_ONCE):
-        labels_THWC[0] = first_labels_HWC
-        script.propagate(labels_THWC, start)
     labels_THWC[0] = first_labels_HWC
+    for start in range(0, len(features_THWD), FRAMES_AT_ONCE):
+        script.propagate(labels_THWC, start)
+        labels_THWC[0] = first_labels_HWC
     return labels_THWC
 
 
