@@ -1,4 +1,4 @@
-"""Frame-pair loaders on the same files: ours, PIL the obvious way, the published scheme, torchcodec, decord.
+"""Frame-pair loaders on the same files: ours, plain PIL, the published implementation, torchcodec, decord.
 
     python -m benchmarks.loaders --source FRAME_FOLDERS   write results/loaders-{cpu,cuda}.json
     python -m benchmarks.loaders --short                  one round of fewer pairs
@@ -148,7 +148,11 @@ def augment(images: list[torch.Tensor]) -> torch.Tensor:
 def workers(
     dataset: Dataset[torch.Tensor], batch_size: int, num_workers: int, device: torch.device
 ) -> Iterator[torch.Tensor]:
-    for batch in DataLoader(dataset, batch_size=batch_size, num_workers=num_workers):
+    # Spawned: a process that was forked beside DALI's threads may wait for a lock of theirs forever.
+    loader = DataLoader(
+        dataset, batch_size=batch_size, num_workers=num_workers, multiprocessing_context="spawn"
+    )
+    for batch in loader:
         yield batch.to(device, non_blocking=True)
 
 
@@ -213,7 +217,7 @@ def medians(readings: list[dict[str, float]]) -> dict[str, Any]:
 def goals(loaders: dict[str, dict[str, float]]) -> dict[str, float]:
     """What the figures say of the goals, as far as they are there.
 
-    Ratios of pairs per CPU second: packed over the published scheme (goal 4.0), video over torchcodec (1.25).
+    Ratios of pairs per CPU second: packed over the published loader (goal 4.0), video over torchcodec (1.25).
     On a GPU the frames/s on the device (goal 9,000 with 16 cores) of the fastest way to decode.
     """
     ratios = {
