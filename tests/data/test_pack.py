@@ -105,7 +105,17 @@ def test_sets_of_earlier_versions_are_read_and_written_alike(tmp_path: Path) -> 
         path.unlink()
     for name in ("begun", "whole"):
         packed(tmp_path / "frames", tmp_path / name, shard_bytes=2000)
-        assert contents(tmp_path / name) == contents(OLD_SET)
+        written, expected = contents(tmp_path / name), contents(OLD_SET)
+        assert written.keys() == expected.keys()
+        for file, data in written.items():
+            if file.endswith(".npz"):
+                # Which headers a zip archive has depends on the version of NumPy.
+                ours, theirs = (np.load(io.BytesIO(one)) for one in (data, expected[file]))
+                assert {key: ours[key].tolist() for key in ours} == {
+                    key: theirs[key].tolist() for key in theirs
+                }
+            else:
+                assert data == expected[file]
 
 
 def test_videos_are_packed_near_lossless_and_small(
