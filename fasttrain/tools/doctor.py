@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib.metadata
 import importlib.util
 import os
@@ -68,9 +67,7 @@ def examine() -> list[Finding]:
         Finding("CPU cores", str(len(os.sched_getaffinity(0)))),
         Finding("torch", _version("torch"), "nothing runs", required=True),
         Finding("GPU", _gpu(), "training runs on the CPU, with small models only"),
-        Finding(
-            "NVDEC", _library("libnvcuvid.so.1"), "videos are decoded on the CPU; pack frames once instead"
-        ),
+        Finding("NVDEC", _nvdec(), "videos are packed on the CPU"),
         Finding("DALI", _version("nvidia-dali-cuda120", "nvidia-dali-cuda130"), DALI_COST, required=True),
         Finding("nvJPEG", _version("nvidia-nvjpeg-cu12", "nvidia-nvjpeg"), NVJPEG_COST),
         Finding("PyAV", _version("av"), "videos cannot be indexed, nor decoded on the CPU", required=True),
@@ -105,12 +102,13 @@ def _gpu() -> str | None:
     return f"{'; '.join(names)}; CUDA {torch.version.cuda}"
 
 
-def _library(name: str) -> str | None:
-    try:
-        ctypes.CDLL(name)
-    except OSError:
+def _nvdec() -> str | None:
+    if importlib.util.find_spec("av") is None:
         return None
-    return name
+    # The module that holds the rule of NVDEC imports PyAV.
+    from fasttrain.data.nvdec import has_nvdec
+
+    return "libnvcuvid.so.1" if has_nvdec() else None
 
 
 def _compiler() -> str | None:
