@@ -1,7 +1,7 @@
 """The exact search of `key_search.py` for CPUs: short products bound every affinity, few are then computed.
 
-On one core it takes 2.4 to 5 times less time than the product with all keys at 480 x 880 (ViT-S and ViT-B,
-`benchmarks/propagation.py`).
+On one core with bf16 instructions it takes 1.8 to 3.2 times less time than the product with all keys at
+480 x 880 (`benchmarks/propagation.py`).
 
 With m the mean of the first frame's unit features, P the projection on the directions in which they vary most
 (with the columns below a third as many as channels), x = P (u - m) and r = |(u - m) - x|, the affinity of a

@@ -293,7 +293,9 @@ def read_list(path: Path) -> list[str]:
 
 def numbered(folder: Path, suffix: str) -> list[Path]:
     """A folder's files of a kind in order. Copies made on a Mac have a hidden `._NAME` beside every NAME."""
-    return sorted(path for path in folder.glob(f"*{suffix}") if not path.name.startswith("."))
+    paths = (path for path in folder.glob(f"*{suffix}") if not path.name.startswith("."))
+    # By number: frame 10 comes after frame 9 where names have no leading zeros, too.
+    return sorted(paths, key=lambda path: (len(path.stem), path.stem))
 
 
 def require(paths: Iterable[Path], data_set: str) -> None:
