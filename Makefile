@@ -36,7 +36,7 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Installs nothing: PYTHON is an interpreter that has torch, whatever else it lacks is told and left out.
+# Installs nothing: PYTHON is an interpreter that has torch; parts that need more are reported and skipped.
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check --out $(OUT)
 

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from fasttrain.errors import InputError
-from fasttrain.files import write_atomically
+from fasttrain.files import write_json
 
 if TYPE_CHECKING:
     # With pydantic, which a machine may lack that only lends its GPU.
@@ -164,7 +164,7 @@ def environment() -> dict[str, Any]:
 
 def write_results(path: Path, payload: dict[str, Any]) -> Path:
     """Write `payload` as indented JSON; a reader sees the old file or the new one."""
-    write_atomically(path, (json.dumps(payload, indent=2, allow_nan=False) + "\n").encode())
+    write_json(path, payload)
     return path
 
 
@@ -184,7 +184,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 class Results:
     """A result file that is written after every section, so that nothing measured is lost.
 
-    What fails, cannot run here or is not reached in time stands in it under `skipped` with the reason.
+    What fails, cannot run here or is not reached in time is listed in it under `skipped` with the reason.
     """
 
     def __init__(self, name: str, options: argparse.Namespace, **facts: Any) -> None:
@@ -194,7 +194,7 @@ class Results:
         self.content: dict[str, Any] = {"environment": environment(), **facts, "skipped": self.skipped}
 
     def attempt(self, name: str, measure: Callable[[], T]) -> T | None:
-        """What `measure` gives; None and a note in `skipped` where there is no time or it fails."""
+        """The result of `measure`; None, with a note in `skipped`, where time is up or it fails."""
         if time.monotonic() > self.deadline:
             self.skipped[name] = "out of time"
             return None

@@ -40,7 +40,7 @@ from benchmarks.measure import (
     with_changes,
 )
 from fasttrain import distributed
-from fasttrain.backbone_trainer import DTYPES, BackboneTrainer, backbone_recipes, backbone_settings
+from fasttrain.backbone_trainer import BackboneTrainer, backbone_recipes, backbone_settings
 from fasttrain.backbones import Backbone, load_backbone
 from fasttrain.distributed import World
 from fasttrain.recipe import Recipe, load_recipe
@@ -89,7 +89,7 @@ class Run:
 
     def frames(self, recipe: Recipe) -> Tensor:
         size = recipe.data.image_size
-        dtype = DTYPES[recipe.train.precision] if self.device.type == "cuda" else torch.float32
+        dtype = recipe.train.dtype if self.device.type == "cuda" else torch.float32
         # Drawn on the CPU: a recording that failed may leave the GPU's generator unusable.
         return torch.randn(2, recipe.train.batch_size, 3, size, size).to(self.device, dtype)
 
@@ -131,7 +131,7 @@ def take_step(trainer: BackboneTrainer, frames: Tensor) -> None:
 
 def steps(run: Run) -> dict[str, Any]:
     """A training step on resident frames: ours, and the published implementation at equal precision."""
-    recipe, dtype = run.recipe, DTYPES[run.recipe.train.precision]
+    recipe, dtype = run.recipe, run.recipe.train.dtype
 
     def baseline(dtype: torch.dtype, **options: Any) -> Callable[[], Any]:
         return partial(BaselineStep(recipe, device=run.device, dtype=dtype, **options), run.frames(recipe))
@@ -160,7 +160,7 @@ def steps(run: Run) -> dict[str, Any]:
 def parts(run: Run) -> dict[str, Any]:
     """Encoder, head with losses (forward and backward) and optimiser, each alone, against its ceiling."""
     trainer, frames = run.trainer(run.recipe), run.frames(run.recipe)
-    positions = trainer.positions(0)
+    positions = trainer.asymmetric_positions(0)
     frozen_B3ND = trainer.runtime.three_views(frames, positions).clone()
 
     def head_and_loss() -> None:
@@ -234,7 +234,7 @@ def end_to_end(run: Run) -> dict[str, Any]:
 
     count = 6 if run.short else 24
     trainer = run.trainer(run.recipe)
-    baseline = BaselineStep(run.recipe, device=run.device, dtype=DTYPES[run.recipe.train.precision])
+    baseline = BaselineStep(run.recipe, device=run.device, dtype=run.recipe.train.dtype)
     resident = run.frames(run.recipe)
     with tempfile.TemporaryDirectory() as folder:
         sources = loaders.prepare(Path(folder), None, 8)

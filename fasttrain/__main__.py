@@ -1,7 +1,7 @@
 """`fasttrain RECIPE [key=value ...]` trains the recipe's projection, alone or under torchrun.
 
 The run folder (`output`) gets recipe.yaml, projection.safetensors, checkpoints/, metrics.jsonl, tensorboard/,
-figures/ and train.json. The same command goes on where a run stopped. `fasttrain COMMAND` does the rest.
+figures/ and train.json. The same command continues a run that was stopped. `fasttrain COMMAND` does the rest.
 """
 
 # A command is a module with `add_arguments(parser)` and `run(arguments)`; `train` is this one. Bad input
@@ -17,7 +17,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fasttrain.errors import InputError, LocalInputError
 from fasttrain.files import os_reason
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A name that the terminal cannot show is no reason to fail at the end of the work.
+        # A name that the terminal cannot show must not end a run after hours of work.
         sys.stdout.reconfigure(errors="replace")
     if not words or words[0] in ("-h", "--help"):
         print(USAGE, *(f"  {name:<8}{meaning}" for name, (_, meaning) in COMMANDS.items()), sep="\n")
@@ -99,19 +99,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="record a few steps: output/profile gets a Chrome trace and a summary of the time by span",
     )
-    parser.add_argument(
-        "--keys", action="version", version=keys_table(), help="print every recipe key as a table and leave"
-    )
+    parser.add_argument("--keys", action=PrintKeys, help="print every recipe key as a table and leave")
 
 
-def keys_table() -> str:
-    """Every recipe key with type, default and meaning, as a Markdown table; the README holds it too."""
-    from fasttrain.recipe import describe_keys
+class PrintKeys(argparse.Action):
+    """Like `--version`, needs no recipe beside it; reads the recipe's module only when it is asked."""
 
-    rows = [
-        f"| `{path}` | {kind} | `{default}` | {meaning} |" for path, kind, default, meaning in describe_keys()
-    ]
-    return "\n".join(("| key | type | default | meaning |", "|---|---|---|---|", *rows))
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *unused: Any) -> None:
+        from fasttrain.recipe import keys_table
+
+        print(keys_table())
+        parser.exit()
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -137,7 +138,7 @@ def train(recipe: Recipe, *, profile: bool = False) -> None:
             except InputError as error:
                 print(f"no learning curves: {error}")
                 return
-            for folder in (backbone_trainer.folder for backbone_trainer in trainer.trainers):
+            for folder in (backbone.folder for backbone in trainer.backbones):
                 learning_curves([folder], folder / "figures" / "learning.png")
 
 

@@ -3,7 +3,7 @@
 `trainer` feeds frame pairs to one `BackboneTrainer` or to many; each owns one run folder. Nothing here reads
 data, so that benchmarks can drive it with frames that are on the device already.
 
-Shape suffixes: B pairs, N tokens, D channels.
+Shape suffixes: B pairs, N tokens, D channels, P passes.
 """
 
 from __future__ import annotations
@@ -32,8 +32,6 @@ from fasttrain.projection import Projection
 from fasttrain.recipe import Recipe, to_dict
 from fasttrain.video_encoder import projection_metadata
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 class Meter:
     """The scalars of the passes since the last reading, kept on the device: adding never waits for it."""
@@ -46,7 +44,7 @@ class Meter:
     def add(self, step: int, losses: CosettleLoss) -> None:
         """Take in the detached losses of one forward pass, and its diagnostics where it has them."""
         self._steps.append(step)
-        # A copy: the next pass of a CUDA graph writes to the same place.
+        # A copy: the next replay of a CUDA graph overwrites its outputs.
         self._losses.append(torch.stack((losses.loss, losses.cycle, losses.separability)))
         if losses.cycle_accuracy is not None:
             self._diagnostics.append(torch.stack((losses.cycle_accuracy, losses.identity_similarity)))
@@ -75,7 +73,7 @@ class BackboneTrainer:
         self.recipe, self.world = recipe, world
         self.name = recipe.backbone.name
         self.folder = Path(recipe.output)
-        self.dtype = DTYPES[recipe.train.precision]
+        self.dtype = recipe.train.dtype
         self.backbone_settings = backbone_settings(recipe)
         if encoder is None:
             encoder = world.run_on_all(lambda: load_backbone(**self.backbone_settings))
@@ -121,7 +119,7 @@ class BackboneTrainer:
         start = time.perf_counter()
         size = recipe.data.image_size
         frames = torch.zeros(2, recipe.train.batch_size, 3, size, size, device=device, dtype=self.dtype)
-        positions = self.positions(step=0)
+        positions = self.asymmetric_positions(step=0)
         with self.world.no_sync(self.objective):
             self._run_pass(frames, positions, diagnostics=True)
             if self._compiles_objective or device.type == "cuda":
@@ -143,7 +141,7 @@ class BackboneTrainer:
         Processes average their gradients in the `last` pass of a step. Diagnostics are never recorded in the
         CUDA graph, for they need the whole cycle.
         """
-        positions = self.positions(step)
+        positions = self.asymmetric_positions(step)
         with nullcontext() if last else self.world.no_sync(self.objective):
             if self._recorded_pass is not None and not diagnostics:
                 with span(RECORDED_PASS):
@@ -153,7 +151,7 @@ class BackboneTrainer:
         with span("meters"):
             self.meter.add(step, losses)
 
-    def positions(self, step: int) -> Tensor:
+    def asymmetric_positions(self, step: int) -> Tensor:
         """The asymmetric positions (N, D) of a step."""
         ratio = self.recipe.objective.asymmetric_ratio
         count = self.encoder.asymmetric_range(ratio)

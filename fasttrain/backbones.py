@@ -133,7 +133,7 @@ def load_backbone(
 def _build_family(family: Family, *, embed_dim: int = 768, num_heads: int | None = None, **sizes: Any) -> Any:
     if embed_dim % (num_heads or 64):
         of = f"num_heads {num_heads}" if num_heads else "64, the default width of a head: give num_heads"
-        raise InputError(f"embed_dim {embed_dim} is no multiple of {of}")
+        raise InputError(f"embed_dim {embed_dim} is not a multiple of {of}")
     vit: Any = VisionTransformer(
         embed_dim=embed_dim,
         num_heads=num_heads or embed_dim // 64,
@@ -155,7 +155,7 @@ def _build_timm(name: str, **sizes: Any) -> Any:
     # Networks of other kinds take other arguments; sizes that do not go together fail timm's assertions; a
     # name may end in a tag that timm does not have.
     except (TypeError, AssertionError, RuntimeError) as error:
-        raise InputError(f"backbone {name} is no plain ViT of timm's of these sizes ({error})") from error
+        raise InputError(f"backbone {name} is not a plain timm ViT of these sizes ({error})") from error
     if not isinstance(vit, VisionTransformer) or vit.pos_embed is None:
         raise InputError(f"backbone {name} is a {type(vit).__name__}; expected a ViT with absolute positions")
     # SigLIP's pooling: tokens do not pass it, and checkpoints are read without it.
@@ -240,7 +240,7 @@ def _split_positions(vit: Any, name: str) -> tuple[Tensor, Tensor]:
         if count <= len(prefix_PD) and side and side * side == len(positions_LD) - count:
             prefix_PD = torch.cat((prefix_PD[:count] + positions_LD[:count], prefix_PD[count:]))
             return prefix_PD, positions_LD[count:].unflatten(0, (side, side)).clone()
-    raise InputError(f"backbone {name}: {len(positions_LD)} positions are no square grid of patches")
+    raise InputError(f"backbone {name}: {len(positions_LD)} positions are not a square grid of patches")
 
 
 # --- the encoder ------------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ class Backbone(nn.Module):
     the dtype of the rest, and then cast, so every device sees the same ones.
 
     Attributes: name and weights (as asked for), weights_hash (SHA-256 of the parameters as loaded, in
-    float32, whatever the file format), embed_dim, patch_size, image_size, num_parameters, projection_init.
+    float32, whatever the file format), embed_dim, patch_size, image_size, projection_init.
     """
 
     positions_ND: Tensor
@@ -264,7 +264,6 @@ class Backbone(nn.Module):
         super().__init__()
         self.name, self.weights, self.image_size = name, weights, image_size
         self.weights_hash = hash_state_dict(vit.state_dict())
-        self.num_parameters = sum(parameter.numel() for parameter in vit.parameters())
         self.embed_dim: int = vit.embed_dim
         self.patch_size: int = vit.patch_embed.feat_ratio()
         self.projection_init: Init = family.projection_init

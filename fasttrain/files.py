@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -18,6 +19,11 @@ def write_atomically(path: Path, content: bytes | memoryview, *, fsync: bool = F
     """Write `content` so that `path` is either the old file or the whole new one; makes the folder."""
     with open_atomically(path, fsync=fsync) as file:
         file.write(content)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, as `write_atomically` does."""
+    write_atomically(path, f"{json.dumps(value, indent=2)}\n".encode())
 
 
 @contextmanager
@@ -79,7 +85,7 @@ def io_errors_as_input_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(
-            f"{folder} cannot be written: {os_reason(error)}; the same command goes on from there"
+            f"{folder} cannot be written: {os_reason(error)}; the same command continues from there"
         ) from None
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
-from fasttrain.files import write_atomically
+from fasttrain.files import write_json
 
 # Encoder, head and backward pass in one, where a CUDA graph replays them.
 RECORDED_PASS = "recorded pass"
@@ -78,7 +78,7 @@ class StepProfiler:
         path = self.folder / "trace.json"
         recorded.export_chrome_trace(str(path))
         summary = summarise(json.loads(path.read_text(encoding="utf-8"))["traceEvents"])
-        write_atomically(self.folder / "summary.json", f"{json.dumps(summary, indent=2)}\n".encode())
+        write_json(self.folder / "summary.json", summary)
         self._table = summary_table(summary)
 
 

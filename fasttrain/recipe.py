@@ -1,4 +1,4 @@
-"""A recipe: strict YAML into frozen pydantic dataclasses. Every default of the software stands here, once.
+"""A recipe: strict YAML into frozen pydantic dataclasses. Every default is here, and only here.
 
 `load_recipe(path, overrides)` reads a file (and the file it names under `base`), applies `key=value`
 overrides, and checks every key, type and range. An error names the dotted path and the nearest known key.
@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import field, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator
@@ -30,6 +30,9 @@ from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
 from fasttrain.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 CONFIG = ConfigDict(
     extra="forbid", strict=True, validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -122,7 +125,7 @@ class DataRecipe:
     pairs_per_video: Count = 1
     """Frame pairs that an epoch draws from each video."""
     decoder: Annotated[Literal["auto", "cpu", "mixed"], MAY_CHANGE] = "auto"
-    """Where frames are decoded: on the host (`auto`, `cpu`), or on the GPU (`mixed`; video by NVDEC)."""
+    """Where training decodes: on the host (`cpu`; `auto` is the same) or the GPU (`mixed`: nvJPEG, NVDEC)."""
     jpeg_engine_load: Annotated[Fraction, MAY_CHANGE] = 0.65
     """With `mixed`, the share of JPEG frames for the GPU's JPEG engine; its CUDA cores get the rest."""
     num_threads: Annotated[int, Field(ge=0, le=2**12), MAY_CHANGE] = 0
@@ -177,6 +180,13 @@ class TrainRecipe:
     tensorboard: Annotated[bool, MAY_CHANGE] = True
     """Write TensorBoard events beside metrics.jsonl."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """`precision` as PyTorch names it."""
+        import torch
+
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+
     @field_validator("warmup_epochs")
     @classmethod
     def _leaves_epochs_to_train(cls, warmup_epochs: float, info: ValidationInfo) -> float:
@@ -204,7 +214,7 @@ class Recipe:
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] = 0
     """Seed of the head's weights, the sample order, the pairs, the crops and the position offsets."""
     resume: Annotated[Literal["auto", "never"], MAY_CHANGE] = "auto"
-    """`auto` goes on from the last checkpoint in `output`; `never` refuses a folder that holds a run."""
+    """`auto` continues from the last checkpoint in `output`; `never` refuses a folder that holds a run."""
     device: Annotated[Literal["auto", "cuda", "cpu"], MAY_CHANGE] = "auto"
     """Where to train; `auto` takes the GPU if there is one."""
     backbone: BackboneRecipe = field(default_factory=BackboneRecipe)
@@ -239,7 +249,7 @@ class Recipe:
         names = [backbone.name for backbone in backbones]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"each writes a folder of its name, and {name!r} stands twice")
+                raise ValueError(f"each writes a folder of its name, and {name!r} is listed twice")
         return backbones
 
 
@@ -250,14 +260,14 @@ _RECIPE = TypeAdapter(Recipe)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as people mean it: `1e-4` is a float, and a key stands once."""
+    """YAML 1.1 as people mean it: `1e-4` is a float, and duplicate keys raise."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(
-                    problem=f"key {key!r} stands twice in one mapping; keep one", problem_mark=node.start_mark
+                    problem=f"duplicate key {key!r} in one mapping; keep one", problem_mark=node.start_mark
                 )
         return super().construct_mapping(node, deep=deep)
 
@@ -328,6 +338,14 @@ def describe_keys() -> list[tuple[str, str, str, str]]:
     ]
 
 
+def keys_table() -> str:
+    """Every recipe key with type, default and meaning, as a Markdown table; the README holds it too."""
+    rows = [
+        f"| `{path}` | {kind} | `{default}` | {meaning} |" for path, kind, default, meaning in describe_keys()
+    ]
+    return "\n".join(("| key | type | default | meaning |", "|---|---|---|---|", *rows))
+
+
 def json_schema() -> dict[str, Any]:
     """What a recipe's file may hold, as JSON schema, by which editors complete and check keys."""
     schema = _RECIPE.json_schema()
@@ -342,7 +360,7 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise InputError(f"cannot read recipe {str(path)!r}: {error.strerror}; give a YAML file") from None
     # Text in another encoding, a 30th of February, a number of thousands of digits are ValueErrors.
     except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"recipe {str(path)!r} is no valid YAML: {' '.join(str(error).split())}") from None
+        raise InputError(f"recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from None
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise InputError(f"recipe {str(path)!r} holds a {type(tree).__name__}; expected `key: value` lines")
@@ -394,7 +412,7 @@ def _pick_backbones(entries: list[Any], names: list[str]) -> list[Any]:
 
 
 def _first_fault(error: ValidationError) -> str:
-    """One line about the first fault that pydantic found: its key, what was expected, what stands there."""
+    """One line about the first fault that pydantic found: its key, what was expected, what was given."""
     fault = error.errors(include_url=False)[0]
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"])[1:]
     if fault["type"] == "unexpected_keyword_argument":

@@ -10,7 +10,6 @@ The way of a frame pair: `PairLoader` -> `Trainer.train_step` -> `BackboneTraine
 from __future__ import annotations
 
 import importlib.util
-import json
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ from fasttrain.checkpoint import drop_checkpoints, load_checkpoint, saved_steps
 from fasttrain.data import FrameIndex, PairLoader, open_source
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
-from fasttrain.files import file_lock, write_atomically
+from fasttrain.files import file_lock, write_atomically, write_json
 from fasttrain.loggers import NON_FINITE, MetricsLog, Progress, last_event, say
 from fasttrain.optimizer import learning_rate_factor
 from fasttrain.profiling import STEP, StepProfiler, span
@@ -72,8 +71,8 @@ class Trainer:
         self.facts = {"global_batch": self.global_batch, "data": self.index.fingerprint()}
         # A file that only some processes can read would give them other samples, without a word.
         world.check_same(self.facts["data"], f"data.source: {recipe.data.source}")
-        self.trainers = self._build_trainers(recipes)
-        # Samples and bad ones of all processes, up to the last report and before this start.
+        self.backbones = self._build_backbones(recipes)
+        # Counts over all processes up to the last report; a resumed run adds to those of its checkpoint.
         self.bad_samples = self.samples = 0
         self.step = self._resume()
         # Of this process, since the last report.
@@ -81,14 +80,14 @@ class Trainer:
         self._new_bad_samples: list[str] = []
         self._profile = profile and world.is_main
         self._last_report = self.step, time.perf_counter()
-        # A signal came to this process; it came to any, as all of them know since the last report.
-        self._stop_requested = self._stops = False
+        # Whether a signal came to this process; whether it had come to any at the last report.
+        self._stop_requested = self._any_stop_requested = False
 
     def train(self) -> dict[str, dict[str, Any]]:
         """Train to the end; returns the last readings by backbone, nothing where all steps were done before.
 
         Raises:
-            InputError: the data or the losses are not fit to go on.
+            InputError: the data or the losses do not allow training to continue.
             KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint was written.
         """
         if self.step >= self.total_steps:
@@ -98,7 +97,7 @@ class Trainer:
         with self._opened():
             while self.step < self.total_steps:
                 self.step += 1
-                reports = self._reports()
+                reports = self._is_report_due()
                 with span(STEP):
                     self.train_step(diagnostics=reports)
                 self.progress.advance()
@@ -110,10 +109,10 @@ class Trainer:
                     # Ahead of the last checkpoint, with which a run counts as trained.
                     self._write_results(results)
                 # A head that a non-finite loss spoilt is never written: before every save is a report.
-                if self._stops or self._is_due(self.recipe.train.save_every):
+                if self._any_stop_requested or self._is_due(self.recipe.train.save_every):
                     self._save()
-                if self._stops and self.step < self.total_steps:
-                    self.say(f"stopped after step {self.step}; the same command goes on from there")
+                if self._any_stop_requested and self.step < self.total_steps:
+                    self.say(f"stopped after step {self.step}; the same command continues from there")
                     raise KeyboardInterrupt
         return results
 
@@ -126,12 +125,12 @@ class Trainer:
             self._new_bad_samples += map(str, pairs.bad_samples)
             # A replacement is one more sample that was seen.
             self._new_samples += len(pairs.samples) + len(pairs.bad_samples)
-            for trainer in self.trainers:
-                trainer.forward_backward(
+            for backbone in self.backbones:
+                backbone.forward_backward(
                     pairs.frames, self.step - 1, last=i == passes - 1, diagnostics=diagnostics
                 )
-        for trainer in self.trainers:
-            trainer.update(self._lr())
+        for backbone in self.backbones:
+            backbone.update(self._lr())
 
     def _lr(self) -> float:
         return self.peak_lr * learning_rate_factor(self.recipe.train, self.step - 1, self.total_steps)
@@ -140,7 +139,7 @@ class Trainer:
         """Whether something that happens every `every` steps (0: never) and at the end happens now."""
         return every > 0 and (self.step % every == 0 or self.step == self.total_steps)
 
-    def _reports(self) -> bool:
+    def _is_report_due(self) -> bool:
         """Whether this step's readings are taken."""
         train = self.recipe.train
         validates = self.validate is not None and self._is_due(self.recipe.eval.every)
@@ -160,12 +159,12 @@ class Trainer:
 
     def _report(self) -> dict[str, dict[str, Any]]:
         """Read all meters (here alone the host waits), write them down, stop on a non-finite loss."""
-        readings = [(trainer, *trainer.meter.read(self.world)) for trainer in self.trainers]
+        readings = [(backbone, *backbone.meter.read(self.world)) for backbone in self.backbones]
         now = time.perf_counter()
         last_step, last_time = self._last_report
         rate = (self.step - last_step) * self.global_batch / (now - last_time)
         self._last_report = self.step, now
-        bad_samples = self._gather()
+        bad_samples = self._exchange()
         common = {
             "epoch": self.step / self.steps_per_epoch,
             "lr": self._lr(),
@@ -175,32 +174,32 @@ class Trainer:
             "bad_files": len(self.index.skipped),
         }
         records: dict[str, dict[str, Any]] = {}
-        for trainer, values, bad_step in readings:
+        for backbone, values, bad_step in readings:
             if bad_step is not None:
-                self._drop_non_finite(trainer, bad_step)
+                self._drop_non_finite(backbone, bad_step)
                 continue
             record: dict[str, Any] = {**values, **common}
             if self.validate and self._is_due(self.recipe.eval.every) and self.world.is_main:
-                head, device = trainer.projection, self.world.device
-                record |= self.validate(trainer.encoder, head, self.index, device, self.recipe)
-            self.logs[trainer.name].write(
+                head, device = backbone.projection, self.world.device
+                record |= self.validate(backbone.encoder, head, self.index, device, self.recipe)
+            self.logs[backbone.name].write(
                 self.step, record | ({"faults": bad_samples} if bad_samples else {})
             )
             self.progress.show(
-                f"{trainer.name}  {rate:.1f} pairs/s  "
+                f"{backbone.name}  {rate:.1f} pairs/s  "
                 f"loss {record['loss']:.4f}  cycle {record['cycle']:.4f}  "
                 f"separability {record['separability']:.4f}  accuracy {record['cycle_accuracy']:.3f}  "
                 f"lr {record['lr']:.2e}"
             )
-            records[trainer.name] = record
+            records[backbone.name] = record
         if bad_samples:
             # After they were written down; all processes come to the same answer.
             limit = self.recipe.data.max_bad_fraction
             check_bad_fraction(self.bad_samples, self.samples, limit, bad_samples[-1])
         return records
 
-    def _gather(self) -> list[str]:
-        """What the processes must know of each other; returns the new bad samples of all, which are said."""
+    def _exchange(self) -> list[str]:
+        """Add up counts and stop requests over all processes; print and return the new bad samples."""
         bad, seen, stops = zip(
             *self.world.gather((self._new_bad_samples, self._new_samples, self._stop_requested)), strict=True
         )
@@ -208,41 +207,42 @@ class Trainer:
         bad_samples = [line for share in bad for line in share]
         self.bad_samples += len(bad_samples)
         self.samples += sum(seen)
-        self._stops = any(stops)
+        self._any_stop_requested = any(stops)
         for line in bad_samples:
             self.say(f"replaced a sample that cannot be read: {line}")
         return bad_samples
 
-    def _drop_non_finite(self, trainer: BackboneTrainer, bad_step: int) -> None:
-        """Name step and samples; a run of many backbones goes on without this one."""
+    def _drop_non_finite(self, backbone: BackboneTrainer, bad_step: int) -> None:
+        """Name step and samples; a run of several backbones continues without this one."""
         ids, names = self.loader.samples_of_step(bad_step)
         event = {"event": NON_FINITE, "samples": [int(i) for i in ids], "names": names}
-        self.logs[trainer.name].write(bad_step + 1, event)
+        self.logs[backbone.name].write(bad_step + 1, event)
         shown = ", ".join(f"{i} ({name})" for i, name in list(zip(ids, names, strict=True))[:8])
         line = (
-            f"{trainer.name}: the loss is not finite in step {bad_step} (0-based); look at its samples "
-            f"{shown}, all in metrics.jsonl, lower optimizer.lr or use train.precision=fp32"
+            f"{backbone.name}: the loss is not finite in step {bad_step + 1}; look at its samples {shown} "
+            f"(metrics.jsonl has all, the lines above name replacements), lower optimizer.lr, or use "
+            f"train.precision=fp32"
         )
-        self.trainers.remove(trainer)
-        if not self.trainers:
+        self.backbones.remove(backbone)
+        if not self.backbones:
             raise InputError(line)
         self.say(f"dropped {line}")
 
     def _save(self) -> None:
         if self.world.is_main:
             facts = self.facts | {"bad_samples": self.bad_samples, "samples": self.samples}
-            for trainer in self.trainers:
-                trainer.save(self.step, facts)
+            for backbone in self.backbones:
+                backbone.save(self.step, facts)
             # Only now: the backbones must have a checkpoint in common at any moment.
-            for trainer in self.trainers:
-                drop_checkpoints(trainer.folder / "checkpoints", self.step, keep=self.recipe.train.keep)
+            for backbone in self.backbones:
+                drop_checkpoints(backbone.folder / "checkpoints", self.step, keep=self.recipe.train.keep)
         self.world.barrier()
 
     def _write_results(self, results: dict[str, dict[str, Any]]) -> None:
         if self.world.is_main:
-            for trainer in self.trainers:
-                text = json.dumps({"backbone": trainer.name, **results[trainer.name]}, indent=2)
-                write_atomically(trainer.folder / "train.json", f"{text}\n".encode())
+            for backbone in self.backbones:
+                record = {"backbone": backbone.name, **results[backbone.name]}
+                write_json(backbone.folder / "train.json", record)
 
     # --- set-up ----------------------------------------------------------------------------------------
 
@@ -256,10 +256,13 @@ class Trainer:
             self.say(f"skipped {name}: {reason}")
         single = int((index.num_frames == 1).sum())
         if single:
-            self.say(f"{single} of {len(index)} videos have one frame; both frames of their pairs are it")
+            self.say(
+                f"{single} of {len(index)} videos have a single frame; both views of their pairs will be "
+                f"identical"
+            )
         return index
 
-    def _build_trainers(self, recipes: list[Recipe]) -> list[BackboneTrainer]:
+    def _build_backbones(self, recipes: list[Recipe]) -> list[BackboneTrainer]:
         """One for each backbone; of several, one that cannot be built is reported and left out."""
         trainers = []
         for recipe in recipes:
@@ -278,12 +281,12 @@ class Trainer:
 
         Of several backbones, one that was dropped stays dropped: the others have gone on without it.
         """
-        dropped = [trainer for trainer in self.trainers if last_event(trainer.folder) == NON_FINITE]
-        if len(dropped) < len(self.trainers):
-            for trainer in dropped:
-                self.trainers.remove(trainer)
-                self.say(f"dropped {trainer.name}: its loss was not finite when this run was here before")
-        saved = {trainer.name: saved_steps(trainer.folder / "checkpoints") for trainer in self.trainers}
+        dropped = [backbone for backbone in self.backbones if last_event(backbone.folder) == NON_FINITE]
+        if len(dropped) < len(self.backbones):
+            for backbone in dropped:
+                self.backbones.remove(backbone)
+                self.say(f"dropped {backbone.name}: its loss was not finite when this run was here before")
+        saved = {backbone.name: saved_steps(backbone.folder / "checkpoints") for backbone in self.backbones}
         # The main process alone writes: processes that do not see its folder would start elsewhere.
         self.world.check_same(saved, f"output: the checkpoints in {self.recipe.output}")
         common = set.intersection(*(set(steps) for steps in saved.values()))
@@ -292,20 +295,20 @@ class Trainer:
                 last = ", ".join(f"{name}: {max(steps, default='none')}" for name, steps in saved.items())
                 raise InputError(
                     f"output: the backbones in {self.recipe.output!r} share no checkpoint (last steps: "
-                    f"{last}); name those that go on together, backbones=[...], or give another output=DIR"
+                    f"{last}); name those to continue together, backbones=[...], or give another output=DIR"
                 )
             return 0
         step = max(common)
-        for trainer in self.trainers:
-            state = load_checkpoint(trainer.folder / "checkpoints", step)
-            for key, value in (self.facts | trainer.facts).items():
+        for backbone in self.backbones:
+            state = load_checkpoint(backbone.folder / "checkpoints", step)
+            for key, value in (self.facts | backbone.facts).items():
                 # Checkpoints of earlier versions lack the hash of the weights.
                 if state.get(key, value) != value:
                     raise InputError(
-                        f"{trainer.folder}: its run had {key} {state[key]!r}, this one has {value!r}; give "
+                        f"{backbone.folder}: its run had {key} {state[key]!r}, this one has {value!r}; give "
                         f"the batch, data and weights that it began with, or another folder with output=DIR"
                     )
-            trainer.load_state(state)
+            backbone.load_state(state)
             # Checkpoints of earlier versions lack them.
             self.bad_samples, self.samples = state.get("bad_samples", 0), state.get("samples", 0)
         self.say(f"going on from step {step} of {self.total_steps}")
@@ -329,23 +332,23 @@ class Trainer:
             if tensorboard and importlib.util.find_spec("tensorboard") is None:
                 self.say("no TensorBoard events: TensorBoard is not installed; see metrics.jsonl instead")
                 tensorboard = False
-            for trainer in self.trainers:
+            for backbone in self.backbones:
                 if is_main:
                     # Two runs in one folder would take each other's half-written files.
-                    refusal = f"output: another run writes {trainer.folder}; wait for it, or use output=DIR"
-                    stack.enter_context(file_lock(trainer.folder / "run.lock", refusal))
-                    write_atomically(trainer.folder / "recipe.yaml", to_yaml(trainer.recipe).encode())
+                    refusal = f"output: another run writes {backbone.folder}; wait for it, or use output=DIR"
+                    stack.enter_context(file_lock(backbone.folder / "run.lock", refusal))
+                    write_atomically(backbone.folder / "recipe.yaml", to_yaml(backbone.recipe).encode())
                 log = MetricsLog(
-                    trainer.folder, first_step=self.step, tensorboard=tensorboard, enabled=is_main
+                    backbone.folder, first_step=self.step, tensorboard=tensorboard, enabled=is_main
                 )
                 stack.callback(log.close)
-                self.logs[trainer.name] = log
+                self.logs[backbone.name] = log
             for number in (signal.SIGINT, signal.SIGTERM):
                 stack.callback(signal.signal, number, signal.signal(number, self.request_stop))
-            for trainer in self.trainers:
-                seconds = trainer.warm_up()
+            for backbone in self.backbones:
+                seconds = backbone.warm_up()
                 if seconds:
-                    self.say(f"{trainer.name}: warmed up in {seconds:.1f} s")
+                    self.say(f"{backbone.name}: warmed up in {seconds:.1f} s")
             self.profiler = None
             if self._profile:
                 self.profiler = StepProfiler(Path(self.recipe.output) / "profile", self.world.device)
@@ -368,7 +371,9 @@ def check_run_folder(recipe: Recipe) -> None:
     if not path.exists():
         return
     if recipe.resume == "never":
-        raise InputError(f"output: {str(folder)!r} holds a run; use resume=auto to go on, or output=DIR")
+        raise InputError(
+            f"output: {str(folder)!r} holds a run; continue it with resume=auto, or use output=DIR"
+        )
     there = load_recipe(path)
     if recipe_hash(there) != recipe_hash(recipe):
         changed = "; ".join(differences(there, recipe)[:4])

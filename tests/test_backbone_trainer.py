@@ -42,8 +42,8 @@ def test_meter_remembers_the_first_bad_step(bad: int) -> None:
 
 def test_positions_follow_from_the_step() -> None:
     trainer = BackboneTrainer(recipe_from_dict(TINY), World.single())
-    assert torch.equal(trainer.positions(0), trainer.positions(0))
-    assert not torch.equal(trainer.positions(0), trainer.positions(1))
+    assert torch.equal(trainer.asymmetric_positions(0), trainer.asymmetric_positions(0))
+    assert not torch.equal(trainer.asymmetric_positions(0), trainer.asymmetric_positions(1))
 
 
 def test_warm_up_leaves_no_trace() -> None:

@@ -243,7 +243,7 @@ def test_a_timm_vit_by_name_gives_timms_tokens(name: str, sizes: dict[str, int])
     [
         ({"name": "dinov3"}, "'dinov3'.*mae, ijepa, .*dinov2"),
         ({"name": "vit_tiny_patch16_223"}, "close to it: vit_tiny_patch16_224"),
-        ({"name": "resnet18"}, "resnet18 is no plain ViT"),
+        ({"name": "resnet18"}, "resnet18 is not a plain timm ViT"),
         ({"name": "vit_tiny_patch16_224.mine"}, "Invalid pretrained tag"),
         ({"name": "vit_tiny_patch16_224", "embed_dim": 100}, "vit_tiny_patch16_224 .* num_heads"),
         ({"name": "eva02_tiny_patch14_224"}, "eva02_tiny_patch14_224 is a Eva"),
@@ -271,9 +271,6 @@ def test_the_encoder_is_frozen() -> None:
     assert not any(module.training for module in encoder.modules())
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
     assert not encoder.tokens(random_images(1, 3, 64, 64)).requires_grad
-    # A plain ViT written out: 12 D^2 + 13 D a block, then patches, norm, class token and positions.
-    patches = 3 * 16 * 16 * 32 + 32
-    assert encoder.num_parameters == 2 * (12 * 32**2 + 13 * 32) + patches + 2 * 32 + 32 + 16 * 32
 
 
 @pytest.mark.gpu

@@ -140,7 +140,7 @@ def test_some_of_the_backbones_are_picked_by_name() -> None:
         ("train.epochs=1", ("train.warmup_epochs: expected fewer than train.epochs=1",)),
         ("train=3", ("train: expected a section of keys, got 3",)),
         ("train.epochs.x=3", ("train.epochs: expected a valid number, got {'x': 3}",)),
-        ("backbones=[{name: mae}, {name: mae}]", ("backbones", "'mae'", "twice")),
+        ("backbones=[{name: mae}, {name: mae}]", ("backbones", "'mae'", "listed twice")),
         ("backbones=[{nam: mae}]", ("'backbones[0].nam'", "'backbone.name'")),
         ("nonsense", ("'nonsense'", "key=value")),
         (f"seed={2**64}", ("seed", f"{2**64}", "less than or equal to")),
@@ -161,12 +161,12 @@ def test_bad_keys_and_values_name_themselves(override: str, parts: tuple[str, ..
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("a: [", "no valid YAML"),
+        ("a: [", "not valid YAML"),
         ("- 1\n- 2", "holds a list"),
-        ("seed: 1\nseed: 2", "twice"),
+        ("seed: 1\nseed: 2", "duplicate key"),
         ("base: recipe.yaml", "leads back to itself"),
         ("base: nowhere.yaml", "nowhere.yaml"),
-        (f"seed: {'9' * 5000}", "no valid YAML"),
+        (f"seed: {'9' * 5000}", "not valid YAML"),
     ],
 )
 def test_bad_files_name_themselves(text: str, part: str, tmp_path: Path) -> None:

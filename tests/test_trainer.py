@@ -231,7 +231,7 @@ def test_processes_and_accumulated_passes_take_the_same_steps(
         [*torchrun, "-m", "fasttrain", str(path)], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert_same_bits(tmp_path / "accumulated", tmp_path / "two")
-    start = Trainer(tiny(frames, tmp_path / "start"), World.single()).trainers[0].projection.state_dict()
+    start = Trainer(tiny(frames, tmp_path / "start"), World.single()).backbones[0].projection.state_dict()
     one, two = weights(finished), weights(tmp_path / "two")
     for name in one:
         way = (one[name] - start[name]).norm()
@@ -264,12 +264,12 @@ def test_a_backbone_of_non_finite_loss_is_dropped_and_stays_dropped(
     other = dataclasses.replace(single.backbone, name="mae")
     together = dataclasses.replace(single, backbones=(single.backbone, other))
     trainer = Trainer(together, World.single())
-    trainer.trainers[1].projection.norm.bias.data.fill_(torch.nan)
+    trainer.backbones[1].projection.norm.bias.data.fill_(torch.nan)
     trainer.request_stop(signal.SIGTERM, None)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert [one.name for one in trainer.trainers] == ["dino"]
-    assert "dropped mae: the loss is not finite in step 0" in capsys.readouterr().out
+    assert [one.name for one in trainer.backbones] == ["dino"]
+    assert "dropped mae: the loss is not finite in step 1" in capsys.readouterr().out
     assert list(run(together)) == ["dino"]
     assert "dropped mae: its loss was not finite" in capsys.readouterr().out
     assert_same_bits(finished, tmp_path / "dino")
@@ -353,7 +353,7 @@ def test_every_precision_head_and_regulariser_learns(
 
 def test_a_non_finite_loss_names_step_and_samples(frames: Path, tmp_path: Path) -> None:
     recipe = tiny(frames, tmp_path, optimizer={"lr": 1e38}, train={"warmup_epochs": 0.0, "save_every": 1})
-    with pytest.raises(InputError, match=r"not finite in step 2 .*samples \d+ \(class_\d/video_\d"):
+    with pytest.raises(InputError, match=r"not finite in step 3; .*samples \d+ \(class_\d/video_\d"):
         run(recipe)
     event = metrics(tmp_path)[-1]
     assert event["event"] == "non-finite loss"
@@ -364,7 +364,7 @@ def test_a_non_finite_loss_names_step_and_samples(frames: Path, tmp_path: Path) 
 
 def test_the_encoder_stays_frozen(frames: Path, tmp_path: Path) -> None:
     trainer = Trainer(tiny(frames, tmp_path), World.single())
-    encoder = trainer.trainers[0].encoder
+    encoder = trainer.backbones[0].encoder
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     trainer.train()
     assert not any(parameter.requires_grad for parameter in encoder.parameters())

@@ -32,18 +32,10 @@ from torch import Tensor
 
 from fasttrain.data.images import IMAGENET_MEAN, IMAGENET_STD, Bytes, Frame, crop_resize
 from fasttrain.data.index import Storage, StoredPair
+from fasttrain.data.nvdec import LUMA, rgb_correction
 from fasttrain.data.sampling import Floats, SampleParameters, pixel_box
 from fasttrain.data.video import Matrix, VideoInfo
 from fasttrain.recipe import Recipe
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-# Share of red and blue in luma, by matrix (ITU-R BT.601-7, BT.709-6, BT.2020-2).
-_LUMA: dict[Matrix, tuple[float, float]] = {
-    "bt601": (0.299, 0.114),
-    "bt709": (0.2126, 0.0722),
-    "bt2020": (0.2627, 0.0593),
-}
 
 
 class Graph:
@@ -197,7 +189,7 @@ class GpuStage:
     """Decode, crop, resize and normalise in one DALI graph. It runs on a CPU too, for tests.
 
     What `collect` gives is a copy on the current stream; DALI gets its buffer back when that copy is done.
-    `clips`: the videos of the index, where it stores clips. `depth` batches must be submitted before the
+    `videos`: those of the index, where it has video files. `depth` batches must be submitted before the
     first is collected.
     """
 
@@ -207,12 +199,12 @@ class GpuStage:
         storage: Storage,
         device: torch.device,
         *,
-        clips: Sequence[VideoInfo] = (),
+        videos: Sequence[VideoInfo] = (),
         num_threads: int,
         depth: int,
     ) -> None:
-        self._device, self._dtype = device, _DTYPES[recipe.train.precision]
-        self._display_matrix = DisplayMatrix(clips, device) if storage == "clips" else None
+        self._device, self._dtype = device, recipe.train.dtype
+        self._correction = ClipCorrection(videos, device) if storage == "clips" else None
         frames = 2 * recipe.train.batch_size
         pipeline = new_pipeline(device=device, batch_size=frames, num_threads=num_threads, depth=depth)
         with pipeline:
@@ -224,10 +216,10 @@ class GpuStage:
     def submit(self, pairs: Sequence[StoredPair], parameters: SampleParameters) -> None:
         """Start on a batch of B stored pairs."""
         inputs: dict[str, Any] = {}
-        if self._display_matrix:
+        if self._correction:
             stored = [clip for clip, _ in pairs]
             inputs["numbers"] = [numbers.astype(np.int32) for _, numbers in pairs]
-            boxes, flips = self._display_matrix.as_stored(parameters)
+            boxes, flips = self._correction.as_stored(parameters)
         else:
             # The output is then (2, B, ...) as it stands.
             stored = _first_then_second(pairs)
@@ -242,7 +234,7 @@ class GpuStage:
         stored, parameters = self._waiting.popleft()
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         batch = torch.from_dlpack(self._graph.collect(stream).as_tensor())
-        views = batch.transpose(0, 1) if self._display_matrix else batch.unflatten(0, (2, len(parameters)))
+        views = batch.transpose(0, 1) if self._correction else batch.unflatten(0, (2, len(parameters)))
         frames = torch.empty(views.shape, dtype=self._dtype, device=self._device)
         frames.copy_(views)
         if stream is not None:
@@ -250,8 +242,8 @@ class GpuStage:
             copied.record(stream)
             # DALI's own copies from `stored` to the device come before this one.
             self._in_flight.keep((batch, stored), until=copied)
-        if self._display_matrix:
-            self._display_matrix.apply(frames, parameters)
+        if self._correction:
+            self._correction.apply(frames, parameters)
         return frames
 
     def close(self) -> None:
@@ -309,7 +301,7 @@ class ClipDecoder:
         return np.asarray(self._graph.collect().as_cpu()[0])
 
 
-class DisplayMatrix:
+class ClipCorrection:
     """Turns and recolours decoded clips: NVDEC knows no rotation, and DALI takes every stream for BT.601.
 
     Both happen on the resized square: a crop and a quarter turn can change places, and a matrix over the
@@ -320,7 +312,7 @@ class DisplayMatrix:
         self._turns = np.array([video.quarter_turns for video in videos], dtype=np.int64)
         self._matrices = [video.matrix for video in videos]
         self._corrections = {
-            matrix: [values.to(device) for values in _normalised_correction(matrix)] for matrix in _LUMA
+            matrix: [values.to(device) for values in _normalised_correction(matrix)] for matrix in LUMA
         }
         mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
         self._black = (-mean / std).view(3, 1, 1).to(device)
@@ -338,19 +330,20 @@ class DisplayMatrix:
 
     def apply(self, frames: Tensor, parameters: SampleParameters) -> None:
         """Turn and recolour (2, B, 3, S, S) in place."""
-        for row, (video, flip) in enumerate(zip(parameters["video"], parameters["flip"], strict=True)):
-            if turns := int(self._turns[video]):
-                turned = torch.rot90(frames[:, row], turns, (-2, -1))
-                frames[:, row] = turned.flip(-1) if flip else turned
-            if (matrix := self._matrices[video]) != "bt601":
+        turns = self._turns[parameters["video"]]
+        for row in np.flatnonzero(turns).tolist():
+            turned = torch.rot90(frames[:, row], int(turns[row]), (-2, -1))
+            frames[:, row] = turned.flip(-1) if parameters["flip"][row] else turned
+        matrices = [self._matrices[video] for video in parameters["video"]]
+        # Most data sets have one matrix: one product for the whole batch. Else one by one: an index of rows
+        # would have to be copied to the device, and the host would wait for it.
+        alike = len(set(matrices)) == 1
+        for row, matrix in enumerate(matrices[:1] if alike else matrices):
+            if matrix != "bt601":
+                rows = slice(None) if alike else slice(row, row + 1)
                 weight, bias = self._corrections[matrix]
-                mixed = torch.einsum("ij,vjhw->vihw", weight, frames[:, row].float()) + bias
-                frames[:, row] = mixed.clamp(self._black, self._white).to(frames.dtype)
-
-
-def rgb_correction(matrix: Matrix) -> npt.NDArray[np.float64]:
-    """(3, 3): RGB that was decoded by BT.601 -> RGB by the stream's own matrix."""
-    return _ycc_to_rgb(matrix) @ np.linalg.inv(_ycc_to_rgb("bt601"))
+                mixed = torch.einsum("ij,vbjhw->vbihw", weight, frames[:, rows].float()) + bias
+                frames[:, rows] = mixed.clamp(self._black, self._white).to(frames.dtype)
 
 
 def _normalised_correction(matrix: Matrix) -> tuple[Tensor, Tensor]:
@@ -361,19 +354,6 @@ def _normalised_correction(matrix: Matrix) -> tuple[Tensor, Tensor]:
     weight = correction * std / std[:, None]
     bias = (correction @ mean - mean) / std
     return weight.float(), bias.float().view(3, 1, 1)
-
-
-def _ycc_to_rgb(matrix: Matrix) -> npt.NDArray[np.float64]:
-    """(3, 3): Y in 0..1 and Cb, Cr in -1/2..1/2 -> RGB in 0..1."""
-    red, blue = _LUMA[matrix]
-    green = 1 - red - blue
-    return np.array(
-        [
-            [1, 0, 2 * (1 - red)],
-            [1, -2 * (1 - blue) * blue / green, -2 * (1 - red) * red / green],
-            [1, 2 * (1 - blue), 0],
-        ]
-    )
 
 
 def _input(name: str, **options: Any) -> Any:

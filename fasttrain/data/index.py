@@ -33,7 +33,6 @@ FrameFolders = dict[str, tuple[Path, tuple[str, ...]]]
 class FrameIndex(ABC):
     """V videos and their frames, in the order of their names."""
 
-    kind: str
     storage: Storage
 
     def __init__(self, names: Sequence[str], num_frames: Iterable[int], skipped: Skipped) -> None:
@@ -64,7 +63,6 @@ class FrameIndex(ABC):
 class FolderIndex(FrameIndex):
     """A folder of image files per video."""
 
-    kind = "folders"
     storage: Storage = "images"
 
     def __init__(self, folders: FrameFolders, skipped: Skipped) -> None:
@@ -90,7 +88,6 @@ class FolderIndex(FrameIndex):
 class VideoIndex(FrameIndex):
     """A video file per video."""
 
-    kind = "videos"
     storage: Storage = "frames"
 
     def __init__(self, videos: dict[str, VideoInfo], skipped: Skipped) -> None:

@@ -58,7 +58,6 @@ class FramePairs:
 
     frames: Tensor  # (2, B, 3, S, S) on the device, normalised by the ImageNet mean and std
     samples: Ints  # (B,) sample ids, of the replacements where there were any
-    videos: Ints  # (B,)
     bad_samples: list[BadSample]  # what had to be replaced
 
 
@@ -74,7 +73,7 @@ class _Sample:
 
 
 class PairLoader:
-    """Iterates the micro-batches of steps first_step .. first_step + num_steps - 1 of one rank.
+    """The micro-batches of steps first_step .. first_step + num_steps - 1 of one rank; iterate once.
 
     With G = accumulate * world.size * batch_size, step s takes the positions [s G, (s + 1) G) of the stream,
     its micro-batch m on rank r the slice of batch_size from s G + (m world.size + r) batch_size. Batches go
@@ -130,13 +129,10 @@ class PairLoader:
         threads, depth = self._num_threads, self._depth
         if self.world.device.type != "cuda":
             return HostStage(self.recipe, self._storage, num_threads=threads, depth=depth)
-        clips = self.index.videos if isinstance(self.index, VideoIndex) else ()
+        videos = self.index.videos if isinstance(self.index, VideoIndex) else ()
         return GpuStage(
-            self.recipe, self._storage, self.world.device, clips=clips, num_threads=threads, depth=depth
+            self.recipe, self._storage, self.world.device, videos=videos, num_threads=threads, depth=depth
         )
-
-    def __len__(self) -> int:
-        return self.num_batches
 
     def __iter__(self) -> Iterator[FramePairs]:
         decoding: deque[list[_Sample]] = deque()
@@ -150,16 +146,14 @@ class PairLoader:
                 decoding.append(batch)
             frames = self._collect(decoding)
             batch = decoding.popleft()
-            parameters = _parameters(batch)
             yield FramePairs(
                 frames=frames,
-                samples=parameters["sample"],
-                videos=parameters["video"],
+                samples=_parameters(batch)["sample"],
                 bad_samples=[bad for sample in batch for bad in sample.bad],
             )
 
     def samples_of_step(self, step: int) -> tuple[Ints, list[str]]:
-        """Ids (G,) of the samples of a step over all ranks, and the names of their videos."""
+        """Ids (G,) of a step's samples over all ranks, before any was replaced, and their videos' names."""
         positions = np.arange(step * self.global_batch, (step + 1) * self.global_batch)
         _, samples = self.sampling.order(positions, self.num_samples)
         return samples, [self.index.names[i] for i in samples // self.recipe.data.pairs_per_video]
@@ -188,7 +182,7 @@ class PairLoader:
         return samples
 
     def _read(self, sample: _Sample) -> None:
-        """Read both frames; of a replacement where they cannot be read."""
+        """Read both frames, or those of a replacement where they cannot be read."""
         while True:
             video, frames = sample.parameters["video"][0], sample.parameters["frames"][0]
             try:
@@ -202,7 +196,7 @@ class PairLoader:
         name = self.index.names[sample.parameters["video"][0]]
         attempt = len(sample.bad) + 1
         if attempt > MAX_ATTEMPTS:
-            # The other processes will not hear of it.
+            # Other ranks do not see this.
             raise LocalInputError(
                 f"{MAX_ATTEMPTS} samples in a row could not be read, the last {name}, frame {frame}: "
                 f"{reason}; is the data there and whole?"

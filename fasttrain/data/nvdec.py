@@ -1,4 +1,4 @@
-"""NVDEC, the GPU's video decoder, through DALI: which videos it decodes right, and the clips that it gets.
+"""NVDEC, the GPU's video decoder, through DALI: which videos it decodes correctly, its clips and colours.
 
 It serves `pack`, where one decoder serves 64 frames, and training where the recipe asks for it
 (`data.decoder=mixed`). DALI gets a small Matroska file with the packets that the wanted frames take, so that
@@ -15,10 +15,11 @@ from pathlib import Path
 
 import av
 import numpy as np
+import numpy.typing as npt
 from av.bitstream import BitStreamFilterContext
 
 from fasttrain.data.images import Bytes, UnreadableFrameError
-from fasttrain.data.video import VideoInfo, open_video, reason_of, video_stream
+from fasttrain.data.video import Matrix, VideoInfo, open_video, reason_of, video_stream
 
 # By codec: pixel formats, and the longest side. Not AV1: it has packets that show a frame decoded before,
 # DALI 2.4 counts decoded frames, and all that follow are off.
@@ -46,7 +47,7 @@ def has_nvdec() -> bool:
 
 
 def nvdec_refusal(video: VideoInfo) -> str | None:
-    """Why a video is not for NVDEC; None where it is. Each rule stands for a fault of DALI 2.4."""
+    """Why a video is not for NVDEC; None where it is. Most rules avoid a fault of DALI 2.4."""
     formats, max_side = _CODECS.get(video.codec, (set(), 0))
     sides = video.width, video.height
     times = video.times
@@ -157,3 +158,31 @@ def _decoding_times(shown: Sequence[int]) -> list[int]:
     ordered = sorted(shown)
     delay = max(early - late for early, late in zip(ordered, shown, strict=True))
     return [time - delay for time in ordered]
+
+
+# --- colours: DALI takes every stream for BT.601 ---
+
+# Share of red and blue in luma, by matrix (ITU-R BT.601-7, BT.709-6, BT.2020-2).
+LUMA: dict[Matrix, tuple[float, float]] = {
+    "bt601": (0.299, 0.114),
+    "bt709": (0.2126, 0.0722),
+    "bt2020": (0.2627, 0.0593),
+}
+
+
+def rgb_correction(matrix: Matrix) -> npt.NDArray[np.float64]:
+    """(3, 3): RGB that was decoded by BT.601 -> RGB by the stream's own matrix."""
+    return _ycc_to_rgb(matrix) @ np.linalg.inv(_ycc_to_rgb("bt601"))
+
+
+def _ycc_to_rgb(matrix: Matrix) -> npt.NDArray[np.float64]:
+    """(3, 3): Y in 0..1 and Cb, Cr in -1/2..1/2 -> RGB in 0..1."""
+    red, blue = LUMA[matrix]
+    green = 1 - red - blue
+    return np.array(
+        [
+            [1, 0, 2 * (1 - red)],
+            [1, -2 * (1 - blue) * blue / green, -2 * (1 - red) * red / green],
+            [1, 2 * (1 - blue), 0],
+        ]
+    )

@@ -154,7 +154,7 @@ def finished_parts(folders: Sequence[Path]) -> list[Part]:
     for folder in folders:
         if not is_packed(folder):
             raise InputError(
-                f"{folder} is no packed set; expected what `fasttrain pack SOURCE {folder}` writes"
+                f"{folder} is not a packed set; expected what `fasttrain pack SOURCE {folder}` writes"
             )
     parts = sorted(
         (part for folder in folders for part in _parts_in(folder)), key=lambda part: (part.number, part.count)
@@ -171,7 +171,7 @@ def finished_parts(folders: Sequence[Path]) -> list[Part]:
         if not part.is_complete():
             raise InputError(
                 f"part {part.number} of {count} in {part.folder} is not finished, or a shard is missing; run "
-                f"`fasttrain pack` with --shard {part.number}/{count} again, it goes on where it was"
+                f"`fasttrain pack` with --shard {part.number}/{count} again to continue it"
             )
         # Parts of another source or with other options would give videos twice, or not at all.
         manifest = part.read_manifest()
@@ -193,7 +193,6 @@ def _parts_in(folder: Path) -> Iterator[Part]:
 class PackedIndex(FrameIndex):
     """A packed set: every frame is a byte range of a shard."""
 
-    kind = "packed"
     storage: Storage = "images"
 
     def __init__(self, *folders: Path) -> None:

@@ -198,12 +198,12 @@ def _read_list(path: Path) -> Found:
     return found
 
 
-def _probe_videos(path: Path, source: Found, world: World) -> VideoIndex:
+def _probe_videos(path: Path, found: Found, world: World) -> VideoIndex:
     """Look into every file not known from before, in parallel; what cannot be read is skipped and named."""
     cache = VideoCache(path)
 
     def probe(name: str) -> tuple[FileState, VideoInfo] | str:
-        video = source.videos[name]
+        video = found.videos[name]
         try:
             state = file_state(video)
             return state, cache.find(name, video, state) or probe_video(video)
@@ -212,12 +212,12 @@ def _probe_videos(path: Path, source: Found, world: World) -> VideoIndex:
         except UnreadableFrameError as error:
             return str(error)
 
-    mine = world.shard(list(source.videos))
+    mine = world.shard(list(found.videos))
     with ThreadPoolExecutor(max_workers=min(32, len(os.sched_getaffinity(0)) * 2)) as pool:
         probed = dict(zip(mine, pool.map(probe, mine), strict=True))
-    found = {name: one for share in world.gather(probed) for name, one in share.items()}
-    readable = {name: one for name, one in found.items() if not isinstance(one, str)}
+    probed = world.merge(probed)
+    readable = {name: one for name, one in probed.items() if not isinstance(one, str)}
     if world.is_main:
         cache.write(readable)
-    bad = sorted((name, reason) for name, reason in found.items() if isinstance(reason, str))
-    return VideoIndex({name: info for name, (_, info) in readable.items()}, source.skipped + bad)
+    bad = [(name, reason) for name, reason in probed.items() if isinstance(reason, str)]
+    return VideoIndex({name: info for name, (_, info) in readable.items()}, found.skipped + bad)

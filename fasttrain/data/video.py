@@ -18,7 +18,7 @@ import numpy.typing as npt
 from av.bitstream import BitStreamFilterContext
 from av.stream import Disposition
 
-from fasttrain.data.images import Bytes, Frame, UnreadableFrameError
+from fasttrain.data.images import Frame, UnreadableFrameError
 
 Times = Sequence[int] | npt.NDArray[np.int64]
 PacketTimes = list[int | None]
@@ -61,7 +61,7 @@ class VideoInfo:
     """As stored, before it is turned upright."""
     height: int
     cropped: bool
-    """Whether the codec works on a larger picture than it shows (H.264: sides that are no multiple of 16)."""
+    """Whether the coded picture is larger than the shown one (H.264: sides that are not multiples of 16)."""
     interlaced: bool
     """Whether the first frame is one of two fields."""
     quarter_turns: int
@@ -143,27 +143,6 @@ def stream_video_frames(video: VideoInfo, frames: Sequence[int]) -> Iterator[Fra
                 yield to_rgb(reader.read(frame))
     except (av.FFmpegError, OSError) as error:
         raise UnreadableFrameError(reason_of(error), frame) from error
-
-
-def check_jpeg(data: Bytes) -> None:
-    """Raise UnreadableFrameError for a JPEG (n,) whose coded data ffmpeg finds damaged; others pass.
-
-    Pillow and DALI decode such a picture to garbage and say nothing. A picture that is no JPEG, or of a kind
-    that ffmpeg does not know, passes. Damage that happens to be valid code passes too: of 240 DAVIS frames
-    with 512 bytes set to zero, 199 were found.
-    """
-    if data[:2].tobytes() != b"\xff\xd8":
-        return
-    # It is one of video, which PyAV 17 does not say.
-    decoder: Any = av.CodecContext.create("mjpeg", "r")
-    decoder.options = {"err_detect": "explode"}
-    decoder.thread_count = 1
-    try:
-        decoder.decode(av.Packet(data.tobytes()))
-    except av.InvalidDataError:
-        raise UnreadableFrameError("damaged JPEG: its coded data is not valid") from None
-    except av.FFmpegError:
-        return
 
 
 def to_rgb(picture: av.VideoFrame) -> Frame:

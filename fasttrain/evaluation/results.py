@@ -1,6 +1,5 @@
 """The results of an evaluation: the difference between the variants, TASK.json, the table that is printed."""
 
-import json
 import math
 import platform
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fasttrain.files import write_atomically
+from fasttrain.files import write_json
 
 PACKAGES = ("fasttrain", "torch", "timm", "numpy", "scipy", "pillow")
 
@@ -33,8 +32,7 @@ def write_results(path: Path, content: Mapping[str, Any]) -> None:
         # fasttrain itself is not installed where it runs from a checkout, as `make gpu-check` lets it.
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    text = json.dumps(_finite({**content, "versions": versions}), indent=2, allow_nan=False)
-    write_atomically(path, f"{text}\n".encode())
+    write_json(path, _finite({**content, "versions": versions}))
 
 
 def print_table(title: str, by_variant: dict[str, dict[str, float]]) -> None:

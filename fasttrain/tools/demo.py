@@ -9,7 +9,6 @@ Shape suffixes: V videos, T frames, H W pixels, h w grid, P = h * w tokens, D ch
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from fasttrain.evaluation.frames import normalise
 from fasttrain.evaluation.plots import overlay_sheet
 from fasttrain.evaluation.results import print_table, with_difference
 from fasttrain.evaluation.sequences import hard_labels, soft_labels
+from fasttrain.files import write_json
 from fasttrain.recipe import load_recipe
 from fasttrain.tools.synthetic import Scene, render_scene, write_scene
 from fasttrain.video_encoder import VideoEncoder, load_video_encoder
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     before, labels_before = measure(scenes, encoder, encoder.frozen)
     after, labels_after = measure(scenes, encoder, encoder)
     figures = {"before": before, "after": after}
-    (Path(recipe.output) / "demo.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_json(Path(recipe.output) / "demo.json", figures)
     frames_THWC, truth_THW = scenes[0].frames_THWC, scenes[0].labels_THW.astype(int)
     picture = Path(recipe.output) / "figures" / "demo.png"
     overlay_sheet(

@@ -25,14 +25,14 @@ def test_the_baseline_computes_the_same_losses(regularizer: str) -> None:
     ours = BackboneTrainer(recipe, World.single())
     baseline = BaselineStep(recipe, device=torch.device("cpu"), dtype=torch.float32)
     baseline.head.load_state_dict(ours.projection.state_dict())
-    loss, accuracy, similarity = baseline(frames, ours.positions(7))
+    loss, accuracy, similarity = baseline(frames, ours.asymmetric_positions(7))
     ours.forward_backward(frames, 7, last=True, diagnostics=True)
     readings, _ = ours.meter.read(World.single())
     assert loss == pytest.approx(readings["loss"], rel=1e-5)
     assert accuracy == pytest.approx(readings["cycle_accuracy"])
     assert similarity == pytest.approx(readings["identity_similarity"], rel=1e-4)
     # It learns, and its own positions are a crop that ours could be.
-    assert baseline(frames, ours.positions(7))[0] < loss
+    assert baseline(frames, ours.asymmetric_positions(7))[0] < loss
     torch.manual_seed(0)
     crop = baseline.asymmetric_positions()
     torch.manual_seed(0)
@@ -41,7 +41,7 @@ def test_the_baseline_computes_the_same_losses(regularizer: str) -> None:
     # 2 L (4 D^2 + 8 D^2) + 4 L^2 D a block and view, and the patches of two frames.
     blocks = 2 * (24 * 17 * 64**2 + 4 * 17**2 * 64)
     flops = 3 * blocks + 2 * 16 * 2 * 3 * 16**2 * 64
-    assert benchmark.encoder_flops(ours, frames, ours.positions(0)) == flops
+    assert benchmark.encoder_flops(ours, frames, ours.asymmetric_positions(0)) == flops
 
 
 @pytest.mark.parametrize(

@@ -13,15 +13,14 @@ from test_loader import levels, reference_pairs
 
 from fasttrain.data import FrameIndex, open_source
 from fasttrain.data.dali import (
-    DisplayMatrix,
+    ClipCorrection,
     GpuStage,
     InFlightBuffers,
     new_pipeline,
     pair_graph,
-    rgb_correction,
 )
 from fasttrain.data.index import VideoIndex
-from fasttrain.data.nvdec import has_nvdec
+from fasttrain.data.nvdec import has_nvdec, rgb_correction
 from fasttrain.data.sampling import PARAMETERS, SampleParameters
 from fasttrain.errors import InputError
 
@@ -37,7 +36,7 @@ def make_stage(
     clips = [dataclasses.replace(video, **video_changes) for video in getattr(index, "videos", [])]
     recipe = make_recipe(batch_size=PAIRS, image_size=SIZE)
     storage = storage or index.storage
-    return GpuStage(recipe, storage, torch.device("cpu"), clips=clips, num_threads=2, depth=depth)
+    return GpuStage(recipe, storage, torch.device("cpu"), videos=clips, num_threads=2, depth=depth)
 
 
 def drawn(index: FrameIndex, number: int, clips: bool = False) -> tuple[list, SampleParameters]:
@@ -104,7 +103,7 @@ def test_each_clip_gets_the_matrix_of_its_stream(tmp_path: Path) -> None:
     parameters["video"] = [2, 1, 0]
     frames = torch.rand(2, 3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     before = levels(frames)
-    DisplayMatrix(videos, torch.device("cpu")).apply(frames, parameters)
+    ClipCorrection(videos, torch.device("cpu")).apply(frames, parameters)
     for row, video in enumerate(parameters["video"]):
         correction = rgb_correction(matrices[video])
         expected = np.einsum("ij,vjhw->vihw", correction, before[:, row]).clip(0, 255)

@@ -24,6 +24,7 @@ from fasttrain.data.dali import ClipDecoder
 from fasttrain.data.images import UnreadableFrameError
 from fasttrain.data.nvdec import cut_clip, has_nvdec
 from fasttrain.data.pack import PackOptions, check, pack
+from fasttrain.data.packed import PackedIndex
 from fasttrain.data.video import probe_video, read_video_frames
 from fasttrain.errors import InputError
 from fasttrain.files import file_lock
@@ -51,7 +52,7 @@ def command(*words: object) -> int:
 def test_a_packed_set_is_its_source(tmp_path: Path) -> None:
     source = open_source(write_folders(tmp_path / "frames", [9, 4, 12, 1]))
     index = open_source(packed(tmp_path / "frames", tmp_path / "packed", short_side=48))
-    assert index.kind == "packed"
+    assert isinstance(index, PackedIndex)
     assert index.fingerprint() == source.fingerprint()
     for video, name in enumerate(source.names):
         assert index.names[video] == name
@@ -221,7 +222,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, number: signal.
     printed, _ = process.communicate(timeout=60)
     if number == signal.SIGINT:
         assert process.returncode == 130
-        assert "the same command goes on from the last finished shard" in printed
+        assert "the same command continues from the last finished shard" in printed
     with pytest.raises(InputError, match=r"part 1 of 1 in .* is not finished"):
         open_source(stopped)
     kept = third.stat().st_mtime_ns
@@ -312,7 +313,7 @@ def test_machines_with_folders_of_their_own(tmp_path: Path) -> None:
     listing = tmp_path / "parts.txt"
     listing.write_text("# both\nmachine_2\nmachine_1\n")
     index = open_source(listing)
-    assert index.kind == "packed"
+    assert isinstance(index, PackedIndex)
     assert index.fingerprint() == open_source(source).fingerprint()
     np.testing.assert_array_equal(index.read(7, [1])[0], open_source(source).read(7, [1])[0])
     assert check(listing) == 33
@@ -320,7 +321,7 @@ def test_machines_with_folders_of_their_own(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"every part of one packed set, found 1/2 in .*, 1/2 in "):
         open_source(listing)
     listing.write_text("machine_1\nframes\n")
-    with pytest.raises(InputError, match=r"frames is no packed set"):
+    with pytest.raises(InputError, match=r"frames is not a packed set"):
         open_source(listing, kind="packed")
 
 
@@ -404,8 +405,8 @@ def test_damage_after_the_start_is_an_unreadable_frame(
         (["frames", "frames/class_0/video_0/00000.jpg"], "cannot be written: file exists"),
         (["frames", "frames/class_0/video_0/00000.jpg/x"], "cannot be written: not a directory"),
         (["broken", "out"], r"no video of .* can be read; the first, a\.mp4"),
-        (["--check", "frames"], "is no packed set"),
-        (["--check", "nowhere"], "is no packed set"),
+        (["--check", "frames"], "is not a packed set"),
+        (["--check", "nowhere"], "is not a packed set"),
     ],
 )
 def test_bad_input_is_one_clear_line(

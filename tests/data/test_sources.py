@@ -14,6 +14,7 @@ from synthetic import encode_video, picture, write_folders
 
 from fasttrain.data import FrameIndex, open_source
 from fasttrain.data.images import UnreadableFrameError
+from fasttrain.data.index import FolderIndex, VideoIndex
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
 
@@ -22,7 +23,7 @@ def test_frame_folders_at_any_depth_in_order_of_their_names(tmp_path: Path) -> N
     root = write_folders(tmp_path / "frames", [5, 3, 4])
     write_folders(root / "deeper" / "still", [2], suffix=".png")
     index = open_source(root)
-    assert index.kind == "folders"
+    assert isinstance(index, FolderIndex)
     assert index.names == [
         "class_0/video_0",
         "class_0/video_2",
@@ -114,7 +115,7 @@ def test_a_folder_of_videos_names_what_it_skips(tmp_path: Path) -> None:
     (tmp_path / "c.mp4").write_bytes(whole.read_bytes()[:400])
     (tmp_path / "readme.txt").write_text("not a video")
     index = open_source(tmp_path)
-    assert index.kind == "videos"
+    assert isinstance(index, VideoIndex)
     assert index.names == ["b/whole.mp4"]
     assert index.num_frames.tolist() == [6]
     assert [name for name, _ in index.skipped] == ["a.mkv", "c.mp4"]
@@ -156,8 +157,8 @@ def test_a_list_of_videos(tmp_path: Path) -> None:
     encode_video(tmp_path / "one.mp4", [picture(0, t) for t in range(4)])
     (tmp_path / "list.txt").write_text("one.mp4\nmissing.mp4\none.mp4\n")
     index = open_source(tmp_path / "list.txt", kind="list")
-    assert (index.kind, index.names, index.skipped) == (
-        "videos",
+    assert isinstance(index, VideoIndex)
+    assert (index.names, index.skipped) == (
         ["one.mp4"],
         [("missing.mp4", "does not exist"), ("one.mp4", "listed before")],
     )

@@ -144,7 +144,7 @@ def test_videos_with_every_fault(tmp_path: Path) -> None:
     assert lines(tmp_path)[-1]["bad_files"] == 2
     assert "skipped empty.mp4: " in said
     assert "skipped truncated.mp4: " in said
-    assert "1 of 7 videos have one frame" in said
+    assert "1 of 7 videos have a single frame" in said
 
 
 @dataclass(frozen=True, kw_only=True)
