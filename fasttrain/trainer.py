@@ -24,7 +24,7 @@ from rich.console import Console
 from fasttrain.backbone_trainer import BackboneTrainer, backbone_recipes
 from fasttrain.backbones import Backbone
 from fasttrain.checkpoint import drop_checkpoints, load_checkpoint, saved_steps
-from fasttrain.data import FrameIndex, PairLoader, open_source
+from fasttrain.data import FrameIndex, FramePairs, PairLoader, open_source
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.files import file_lock, write_atomically, write_json
@@ -51,6 +51,13 @@ class Trainer:
     Raises:
         InputError: the recipe, its data, its weights or its folder are not fit to train.
     """
+
+    # Set by `_opened`, while the loop runs.
+    loader: PairLoader
+    batches: Iterator[FramePairs]
+    logs: dict[str, MetricsLog]
+    progress: Progress
+    profiler: StepProfiler | None
 
     def __init__(
         self, recipe: Recipe, world: World, *, validate: Validate | None = None, profile: bool = False
@@ -279,7 +286,7 @@ class Trainer:
     def _resume(self) -> int:
         """Load the newest checkpoint that all backbones have; returns the steps that are done.
 
-        Of several backbones, one that was dropped stays dropped: the others have gone on without it.
+        Of several backbones, one that was dropped stays dropped: the others have continued without it.
         """
         dropped = [backbone for backbone in self.backbones if last_event(backbone.folder) == NON_FINITE]
         if len(dropped) < len(self.backbones):
@@ -311,7 +318,7 @@ class Trainer:
             backbone.load_state(state)
             # Checkpoints of earlier versions lack them.
             self.bad_samples, self.samples = state.get("bad_samples", 0), state.get("samples", 0)
-        self.say(f"going on from step {step} of {self.total_steps}")
+        self.say(f"resuming after step {step} of {self.total_steps}")
         return step
 
     @contextmanager
@@ -327,7 +334,7 @@ class Trainer:
                 num_steps=self.total_steps - self.step,
             )
             stack.callback(self.loader.close)
-            self.logs: dict[str, MetricsLog] = {}
+            self.logs = {}
             tensorboard = self.recipe.train.tensorboard
             if tensorboard and importlib.util.find_spec("tensorboard") is None:
                 self.say("no TensorBoard events: TensorBoard is not installed; see metrics.jsonl instead")
