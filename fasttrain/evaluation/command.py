@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError(f"{output} cannot be written to; give another --output")
     begun, earlier = time.perf_counter(), _pictures(output)
     with distributed.start(arguments.device) as world:
-        evaluated = model.load_model(arguments).to(world.device)
+        evaluated = model.load_model(arguments, world.device)
         found = task.run(arguments, evaluated, output, world)
     if found is None:
         return

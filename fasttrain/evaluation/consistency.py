@@ -21,7 +21,7 @@ from fasttrain.data.sources import open_source
 from fasttrain.distributed import World
 from fasttrain.errors import InputError, LocalInputError, check_options
 from fasttrain.evaluation import plots
-from fasttrain.evaluation.frames import centre_crop, read_clip
+from fasttrain.evaluation.frames import centre_crop, stream_frames
 from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.trade_off import MIN_FRAMES, VideoMeasures, measure_video, summarise
 from fasttrain.recipe import Recipe
@@ -49,11 +49,14 @@ def run(
     skipped: dict[int, str] = {}
     for video in world.shard(chosen):
         try:
-            frames = _read_frames(index, video, arguments.num_frames, arguments.image_size)
+            frames_T3HW = _read_frames(index, video, arguments.num_frames, arguments.image_size)
         except UnreadableFrameError as error:
             skipped[video] = f"{index.names[video]}: {error}"
             continue
-        for variant, tokens_TND in model.tokens(frames, world.device).items():
+        # One frame at a time, which bounds the memory.
+        tokens = [model.tokens(frame_3HW[None].to(world.device)) for frame_3HW in frames_T3HW]
+        for variant in model.variants:
+            tokens_TND = torch.cat([found[variant] for found in tokens])
             if not tokens_TND.isfinite().all():
                 raise LocalInputError(
                     f"features of {index.names[video]} {variant} the projection are not all finite; look at "
@@ -78,47 +81,38 @@ def run(
     return {"data": {"videos": counted, "skipped": reasons}, "results": results}
 
 
-def _read_frames(index: FrameIndex, video: int, num_frames: int, image_size: int) -> list[Tensor]:
-    """Crops (3, H, W) of evenly spaced frames. Raises UnreadableFrameError, also for a video too short."""
+def _read_frames(index: FrameIndex, video: int, num_frames: int, image_size: int) -> Tensor:
+    """Evenly spaced crops (T, 3, H, W). Raises UnreadableFrameError, also for a video that is too short."""
     length = int(index.num_frames[video])
     if length < MIN_FRAMES:
         raise UnreadableFrameError(f"fewer than {MIN_FRAMES} frames")
-    clip = read_clip(index, video, evenly_spaced(length, num_frames))
-    return [centre_crop(frame, image_size) for frame in clip]
+    frames = stream_frames(index, video, evenly_spaced(length, num_frames))
+    return torch.stack([centre_crop(frame, image_size) for frame in frames])
 
 
 @torch.no_grad()
 def validate(
-    encoder: Backbone,
-    projection: nn.Module,
-    index: FrameIndex,
-    device: torch.device,
-    recipe: Recipe,
+    encoder: Backbone, projection: nn.Module, index: FrameIndex, device: torch.device, recipe: Recipe
 ) -> dict[str, float]:
     """Keys `before/...` and `after/...` for metrics.jsonl, from evenly chosen videos of `index`.
 
-    Videos of fewer than 8 frames and videos that cannot be read are passed over. What cannot be said is
-    absent: everything without a video left, the inter-video distance of one video.
+    Passes over videos of fewer than 8 frames and those that cannot be read. Leaves out what cannot be
+    measured: everything where no video remains, the inter-video distance of one video.
     """
     measured: dict[str, list[VideoMeasures]] = {"before": [], "after": []}
-    was_training = projection.training
-    projection.eval()
     long_enough = [video for video in range(len(index)) if index.num_frames[video] >= MIN_FRAMES]
     for chosen in evenly_spaced(len(long_enough), recipe.eval.num_videos):
-        video = long_enough[chosen]
         try:
-            frames = _read_frames(index, video, recipe.eval.num_frames, recipe.data.image_size)
-            frames_T3HW = torch.stack(frames)
+            frames_T3HW = _read_frames(
+                index, long_enough[chosen], recipe.eval.num_frames, recipe.data.image_size
+            )
         except UnreadableFrameError:
             continue
         # The encoder that trains may have been cast.
         tokens_TND = encoder.tokens(frames_T3HW.to(device, encoder.positions_ND.dtype)).float()
         measured["before"].append(measure_video(tokens_TND))
         measured["after"].append(measure_video(projection(tokens_TND).float()))
-    projection.train(was_training)
-    if not measured["before"]:
-        return {}
-    figures = {variant: summarise(videos) for variant, videos in measured.items()}
+    figures = {variant: summarise(videos) for variant, videos in measured.items() if videos}
     return {
         f"{variant}/{key}": found[key]
         for variant, found in figures.items()

@@ -1,8 +1,8 @@
 """Features of videos, extracted once: mean tokens per video or per frame, cached by content.
 
 A feature is the mean over a frame's tokens of the L2-normalised tokens; a video's is the mean over its
-frames. The cache holds one safetensors file per video and variant (before, after the projection), named by a
-hash of all that the feature is a function of: the encoder and its weights, after it the projection's; which
+frames. The cache holds one safetensors file per video and variant (before, after the projection). Its name is
+a hash of all that the feature is a function of: the encoder and its weights, after it the projection's; which
 frames, how large; and what is in the file. A second evaluation of the same videos decodes and encodes
 nothing. An entry that is damaged is made again.
 
@@ -12,7 +12,7 @@ Shape suffixes: V videos, T frames, H W pixels, N tokens, D channels.
 import argparse
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -29,7 +29,7 @@ from fasttrain.data.images import Frame, UnreadableFrameError
 from fasttrain.data.index import FrameIndex, VideoIndex
 from fasttrain.data.map_ahead import map_ahead
 from fasttrain.data.sampling import evenly_spaced
-from fasttrain.data.video import probe_video, stream_video_frames
+from fasttrain.data.video import probe_video
 from fasttrain.distributed import World
 from fasttrain.errors import InputError, check_options
 from fasttrain.evaluation.datasets import (
@@ -39,7 +39,7 @@ from fasttrain.evaluation.datasets import (
     add_video_arguments,
     read_split,
 )
-from fasttrain.evaluation.frames import centre_crop
+from fasttrain.evaluation.frames import centre_crop, stream_frames
 from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.files import io_errors_as_input_errors, os_reason, write_atomically
 from fasttrain.loggers import Progress
@@ -58,9 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "processes must see it (default: cache in the output)"
     )  # fmt: skip
     parser.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="fp32",
-        help="of the encoder, part of what the cache goes by (default: fp32)",
-    )  # fmt: skip
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="of the encoder (default: fp32)"
+    )
     parser.add_argument("--batch-size", type=int, default=32, help="frames encoded at a time (default: 32)")
     parser.add_argument("--workers", type=int, default=0, help="decoding threads; 0: the cores (default)")
 
@@ -153,13 +152,30 @@ def extract(
     """
     check_options(arguments, num_frames=1, stride=1, batch_size=1, workers=0)
     model.encoder.grid(arguments.image_size, arguments.image_size)
-    extractor = _Extractor(arguments, model, arguments.cache or output / "cache", world.device)
+    cache = arguments.cache or output / "cache"
+    descriptions = {variant: _describe(model, arguments, variant) for variant in model.variants}
+    encoding = Lock()
+
+    def extract_one(name: str) -> tuple[dict[str, Path], int] | str:
+        """The entries of a video by variant and its number of frames, or why it cannot be read."""
+        try:
+            content = _digest(videos[name], arguments)
+            entries = {}
+            for variant, description in descriptions.items():
+                key = hashlib.sha256(description.encode() + content).hexdigest()
+                entries[variant] = cache / key[:2] / f"{key}.safetensors"
+            cached = {variant: _load(entry) for variant, entry in entries.items()}
+            missing = {variant: entries[variant] for variant, entry in cached.items() if entry is None}
+            if missing:
+                return entries, _encode(videos[name], missing, arguments, model, world.device, encoding)
+            return entries, next(num_frames for _, num_frames in filter(None, cached.values()))
+        except OSError as error:
+            return os_reason(error)
+        except UnreadableFrameError as error:
+            return f"frame {error.frame}: {error}" if error.frame else str(error)
+
     names = world.shard(sorted(videos))
-    found = map_ahead(
-        extractor.extract,
-        (videos[name] for name in names),
-        workers=arguments.workers or min(16, os.cpu_count() or 1),
-    )
+    found = map_ahead(extract_one, names, workers=arguments.workers or min(16, os.cpu_count() or 1))
     results = {}
     with Progress("videos", len(names), enabled=world.is_main) as progress:
         for name, result in zip(names, found, strict=True):
@@ -168,17 +184,15 @@ def extract(
     merged = world.merge(results)
     if not world.is_main:
         return None
-    extracted = Extracted(
-        {name: entries for name, (entries, _, _) in merged.items()},
-        {name: num_frames for name, (_, num_frames, reason) in merged.items() if reason is None},
-        [f"{name}: {reason}" for name, (_, _, reason) in merged.items() if reason is not None],
+    readable = {name: result for name, result in merged.items() if not isinstance(result, str)}
+    skipped = [f"{name}: {reason}" for name, reason in merged.items() if isinstance(reason, str)]
+    if skipped:
+        print(f"{len(skipped)} of {len(videos)} videos cannot be read and are skipped, such as {skipped[0]}")
+    return Extracted(
+        entries={name: entries for name, (entries, _) in readable.items()},
+        num_frames={name: num_frames for name, (_, num_frames) in readable.items()},
+        skipped=skipped,
     )
-    if extracted.skipped:
-        print(
-            f"{len(extracted.skipped)} of {len(videos)} videos cannot be read and are skipped, such as "
-            f"{extracted.skipped[0]}"
-        )
-    return extracted
 
 
 def _load(path: Path) -> tuple[Tensor, int] | None:
@@ -186,68 +200,40 @@ def _load(path: Path) -> tuple[Tensor, int] | None:
     try:
         entry = load(path.read_bytes())
         return entry["features"], int(entry["num_frames"])
-    except (OSError, SafetensorError, KeyError):
+    except (OSError, SafetensorError):
         return None
 
 
-class _Extractor:
-    """Videos -> cached features: threads hash and decode, and encode in turn."""
-
-    def __init__(
-        self, arguments: argparse.Namespace, model: EvaluatedModel, cache: Path, device: torch.device
-    ) -> None:
-        self.arguments, self.model, self.cache, self.device = arguments, model, cache, device
-        self.descriptions = {variant: _describe(model, arguments, variant) for variant in model.variants}
-        self.encoding = Lock()
-
-    def extract(self, path: StoredVideo) -> tuple[dict[str, Path], int, str | None]:
-        """Each variant's entry, the video's number of frames, the reason why it cannot be read or None."""
-        try:
-            return *self.extract_readable(path), None
-        except OSError as error:
-            return {}, 0, os_reason(error)
-        except UnreadableFrameError as error:
-            return {}, 0, f"frame {error.frame}: {error}" if error.frame else str(error)
-
-    def extract_readable(self, path: StoredVideo) -> tuple[dict[str, Path], int]:
-        content = _digest(path, self.arguments)
-        entries = {}
-        for variant, description in self.descriptions.items():
-            key = hashlib.sha256(description.encode() + content).hexdigest()
-            entries[variant] = self.cache / key[:2] / f"{key}.safetensors"
-        cached = {variant: _load(entry) for variant, entry in entries.items()}
-        pooled: dict[str, list[Tensor]] = {variant: [] for variant, entry in cached.items() if entry is None}
-        if not pooled:
-            return entries, next(entry[1] for entry in cached.values() if entry)
-        index, video = _open(path)
-        num_frames = int(index.num_frames[video])
-        frames = _stream(index, video, _choose(num_frames, self.arguments))
-        # A long video has more frames than fit in memory.
-        while crops := [
-            centre_crop(frame, self.arguments.image_size)
-            for frame in islice(frames, self.arguments.batch_size)
-        ]:
-            with self.encoding:
-                self.encode(torch.stack(crops), pooled)
-        for variant, parts in pooled.items():
-            features_TD = torch.cat(parts)
-            if "num_frames" in self.arguments:
-                features_TD = features_TD.mean(dim=0, keepdim=True)
-            entry = {"features": features_TD.contiguous(), "num_frames": torch.tensor(num_frames)}
-            with io_errors_as_input_errors(self.cache):
-                write_atomically(entries[variant], save(entry))
-        return entries, num_frames
-
-    @torch.inference_mode()
-    def encode(self, frames_B3HW: Tensor, pooled: dict[str, list[Tensor]]) -> None:
-        """Add each frame's mean of normalised tokens (B, D), on the CPU, to every variant's."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.arguments.precision == "bf16"):
-            frozen_BND = self.model.encoder.tokens(frames_B3HW.to(self.device, non_blocking=True))
-            tokens_BND = {"before": frozen_BND}
-            if self.model.projection is not None and "after" in pooled:
-                tokens_BND["after"] = self.model.projection(frozen_BND)
-        for variant, parts in pooled.items():
-            parts.append(functional.normalize(tokens_BND[variant].float(), dim=-1).mean(dim=1).cpu())
+def _encode(
+    path: StoredVideo,
+    entries: Mapping[str, Path],
+    arguments: argparse.Namespace,
+    model: EvaluatedModel,
+    device: torch.device,
+    encoding: Lock,
+) -> int:
+    """Decode a video, encode it when it is its turn, write the entries; returns its number of frames."""
+    index, video = _open(path)
+    num_frames = int(index.num_frames[video])
+    frames = stream_frames(index, video, _choose(num_frames, arguments))
+    pooled: dict[str, list[Tensor]] = {variant: [] for variant in entries}
+    # A long video has more frames than fit in memory.
+    while crops := [
+        centre_crop(frame, arguments.image_size) for frame in islice(frames, arguments.batch_size)
+    ]:
+        with encoding:
+            with torch.autocast(device.type, torch.bfloat16, enabled=arguments.precision == "bf16"):
+                tokens_BND = model.tokens(torch.stack(crops).to(device))
+            for variant, parts in pooled.items():
+                parts.append(functional.normalize(tokens_BND[variant], dim=-1).mean(dim=1).cpu())
+    for variant, entry in entries.items():
+        features_TD = torch.cat(pooled[variant])
+        if "num_frames" in arguments:
+            features_TD = features_TD.mean(dim=0, keepdim=True)
+        content = save({"features": features_TD, "num_frames": torch.tensor(num_frames)})
+        with io_errors_as_input_errors(entry.parent):
+            write_atomically(entry, content)
+    return num_frames
 
 
 def _describe(model: EvaluatedModel, arguments: argparse.Namespace, variant: str) -> str:
@@ -296,13 +282,6 @@ def _digest(path: StoredVideo, arguments: argparse.Namespace) -> bytes:
 def _open(path: StoredVideo) -> tuple[FrameIndex, int]:
     """The index that holds a video, and its number there. Raises UnreadableFrameError."""
     return path if isinstance(path, tuple) else (VideoIndex({path.name: probe_video(path)}, []), 0)
-
-
-def _stream(index: FrameIndex, video: int, frames: Sequence[int]) -> Iterator[Frame]:
-    """Ascending frames (H, W, 3) uint8, one at a time; a video file is opened once for all."""
-    if isinstance(index, VideoIndex):
-        return stream_video_frames(index.videos[video], frames)
-    return (index.read_frame(video, frame) for frame in frames)
 
 
 def middle_frame(path: StoredVideo, num_frames: int) -> Frame:

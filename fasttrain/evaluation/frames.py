@@ -1,9 +1,9 @@
 """Frames as the encoders take them: read, resized or cropped, normalised with the ImageNet mean and std.
 
-Below the tasks, above `data.sources`. Shape suffixes: T frames, H W pixels, C colours, S side of a crop.
+Shape suffixes: H W pixels, C colours, S side of a crop.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from fasttrain.data.images import IMAGENET_MEAN, IMAGENET_STD, Frame, UnreadableFrameError, decode_image
-from fasttrain.data.index import FrameIndex
+from fasttrain.data.index import FrameIndex, VideoIndex
+from fasttrain.data.video import stream_video_frames
 from fasttrain.errors import InputError
 
 
@@ -44,11 +45,12 @@ def read_label_map(path: Path) -> npt.NDArray[np.uint8]:
     raise InputError(f"annotation {path} has mode {image.mode}; expected a palette or grey PNG")
 
 
-def read_clip(index: FrameIndex, video: int, frames: Sequence[int]) -> list[Frame]:
-    """Frames of one video, (H, W, 3) uint8 RGB. Raises UnreadableFrameError."""
-    if index.storage == "frames":
-        return list(index.read(video, frames))
-    return [index.read_frame(video, frame) for frame in frames]
+def stream_frames(index: FrameIndex, video: int, frames: Sequence[int]) -> Iterator[Frame]:
+    """Ascending frames (H, W, 3) uint8 RGB of one video, one at a time. Raises UnreadableFrameError."""
+    if isinstance(index, VideoIndex):
+        # Opens the file once for all frames.
+        return stream_video_frames(index.videos[video], frames)
+    return (index.read_frame(video, frame) for frame in frames)
 
 
 def fit_to_patches(size: tuple[int, int], patch: int) -> tuple[int, int]:

@@ -143,9 +143,9 @@ def propagate(
     firsts: dict[str, Tensor] = {}
     matches: dict[str, npt.NDArray[np.float64]] = {}
     pixels = map_ahead(lambda path: resize(read_image(path), size), frames)
-    for number, tokens in enumerate(model.stream(pixels, evaluation.device)):
-        for variant, tokens_ND in tokens.items():
-            tokens_hwD = tokens_ND.unflatten(0, model.encoder.grid(*size))
+    for number, frame_3HW in enumerate(pixels):
+        for variant, tokens_1ND in model.tokens(frame_3HW[None].to(evaluation.device)).items():
+            tokens_hwD = tokens_1ND[0].unflatten(0, model.encoder.grid(*size))
             if number == 0:
                 propagators[variant] = Propagator(tokens_hwD, first_labels_hwC, *settings)
                 labels[variant], firsts[variant] = [first_labels_hwC], tokens_hwD
