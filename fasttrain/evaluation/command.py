@@ -41,13 +41,15 @@ TASKS: dict[str, tuple[ModuleType, str]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     tasks = parser.add_subparsers(dest="task", required=True, metavar="{" + ",".join(TASKS) + "}")
     for name, (task, meaning) in TASKS.items():
-        of_task = tasks.add_parser(name, help=meaning, description=task.__doc__)
-        of_task.formatter_class = argparse.RawDescriptionHelpFormatter
+        of_task = tasks.add_parser(
+            name,
+            help=meaning,
+            description=task.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         of_task.add_argument("--root", type=Path, required=True, help="the data set")
         model.add_arguments(of_task)
-        of_task.add_argument(
-            "--output", type=Path, help="folder for figures (default: RUN/eval/TASK, or eval/TASK)"
-        )
+        of_task.add_argument("--output", type=Path, help="folder for figures (default: eval/TASK in RUN)")
         task.add_arguments(of_task)
 
 
@@ -57,25 +59,20 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError(f"--root {arguments.root} does not exist; give the folder of the data set")
     task, meaning = TASKS[arguments.task]
     output = arguments.output or (arguments.run or Path()) / "eval" / arguments.task
-    for folder in (output, getattr(arguments, "cache", None)):
-        if folder is not None and folder.exists() and not folder.is_dir():
-            raise InputError(f"{folder} is a file; --output and --cache name folders")
-    # Before the work of hours, not after it. A cache may hold everything, and is written to from the start.
-    if not os.access(_nearest(output), os.W_OK):
-        raise InputError(f"{output} cannot be written to; give another --output")
     begun, earlier = time.perf_counter(), _pictures(output)
     with distributed.start(arguments.device) as world:
         evaluated = model.load_model(arguments, world.device)
+        # Before the work of hours, not after it.
+        output.mkdir(parents=True, exist_ok=True)
+        if not os.access(output, os.W_OK):
+            raise InputError(f"{output} cannot be written to; give another --output")
         found = task.run(arguments, evaluated, output, world)
     if found is None:
         return
     results = with_difference(found["results"])
-    settings = {
-        key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()
-    }
     about = {
         "task": arguments.task,
-        "settings": settings,
+        "settings": vars(arguments),
         "model": evaluated.describe(),
         # The folder may also hold those of an earlier evaluation, of other sequences.
         "pictures": [name for name, written in _pictures(output).items() if written != earlier.get(name)],
@@ -87,11 +84,6 @@ def run(arguments: argparse.Namespace) -> None:
         f"{arguments.task}: {meaning}\n{evaluated.encoder.name}, {evaluated.encoder.weights}", results
     )
     print(f"written to {path}")
-
-
-def _nearest(folder: Path) -> Path:
-    """The folder, or the first above it that is there."""
-    return next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
 
 
 def _pictures(output: Path) -> dict[str, int]:

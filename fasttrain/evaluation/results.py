@@ -1,9 +1,9 @@
 """The results of an evaluation: the difference between the variants, TASK.json, the table that is printed."""
 
+import json
 import math
 import platform
 from collections.abc import Mapping
-from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+import fasttrain
 from fasttrain.files import write_json
 
-PACKAGES = ("fasttrain", "torch", "timm", "numpy", "scipy", "pillow")
+PACKAGES = ("torch", "timm", "numpy", "scipy", "pillow")
 
 
 def with_difference(by_variant: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
@@ -26,13 +27,12 @@ def with_difference(by_variant: dict[str, dict[str, float]]) -> dict[str, dict[s
 
 
 def write_results(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON with the installed versions of what computed it; what is not a finite number is null."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        # fasttrain itself is not installed where it runs from a checkout, as `make gpu-check` lets it.
-        with suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    write_json(path, _finite({**content, "versions": versions}))
+    """Write JSON with the versions of what computed it; numbers that are not finite become null."""
+    versions = {name: metadata.version(name) for name in PACKAGES}
+    versions = {"python": platform.python_version(), "fasttrain": fasttrain.__version__, **versions}
+    text = json.dumps({**content, "versions": versions}, default=str)
+    # JSON has no NaN and no infinity, though Python writes them.
+    write_json(path, json.loads(text, parse_constant=lambda name: None))
 
 
 def print_table(title: str, by_variant: dict[str, dict[str, float]]) -> None:
@@ -47,11 +47,3 @@ def print_table(title: str, by_variant: dict[str, dict[str, float]]) -> None:
 
 def _cell(value: float, variant: str) -> str:
     return "-" if math.isnan(value) else format(value, "+.4f" if variant == "difference" else ".4f")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
