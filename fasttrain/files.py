@@ -103,6 +103,6 @@ def read_lines(path: Path, expected: str = "a text file in UTF-8") -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def os_reason(error: OSError) -> str:
-    """What went wrong with a file, in a few words."""
-    return (error.strerror or str(error)).lower()
+def os_reason(error: Exception) -> str:
+    """What went wrong with a file, in a few words. ffmpeg's errors have a `strerror`, too."""
+    return (getattr(error, "strerror", None) or str(error)).lower()

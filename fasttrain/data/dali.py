@@ -1,12 +1,12 @@
 """Stored frames -> frame pairs on the device, through DALI. The only module that imports DALI.
 
-A stage takes what the index stores of a batch's pairs, with a crop and a flip for each, works ahead on as
-many batches as were submitted, and gives them back in order:
+A stage takes the stored pairs of a batch, with a crop and a flip for each, works on as many batches at once
+as were submitted, and returns them in order:
 
     submit(pairs, parameters)  ->  collect() -> (2, B, 3, S, S)
 
-Feeding is explicit, without callbacks: a callback that raises would poison the pipeline. A batch that DALI
-cannot decode raises in `collect` and, under the dynamic executor, spoils no other batch.
+Batches are fed without callbacks: a callback that raises would poison the pipeline. A batch that DALI cannot
+decode raises in `collect` and, under the dynamic executor, spoils no other batch.
 
 On a GPU one graph does it all (`GpuStage`): decode on the host, on the JPEG engine or on NVDEC; crop and
 resize; normalise. On a host (`HostStage`) DALI decodes and PyTorch's uint8 kernel resizes: DALI's
@@ -18,7 +18,7 @@ Legend: B pairs, S side of the crop in pixels.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -31,21 +31,37 @@ from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 from torch import Tensor
 
 from fasttrain.data.images import IMAGENET_MEAN, IMAGENET_STD, Bytes, Frame, crop_resize
-from fasttrain.data.index import Storage, StoredPair
-from fasttrain.data.nvdec import LUMA, rgb_correction
-from fasttrain.data.sampling import Floats, SampleParameters, pixel_box
-from fasttrain.data.video import Matrix, VideoInfo
+from fasttrain.data.index import ClipIndex, FrameIndex, Storage, StoredFrames
+from fasttrain.data.nvdec import rgb_correction
+from fasttrain.data.sampling import SampleParameters, pixel_box
 from fasttrain.recipe import Recipe
 
 
 class Graph:
-    """A DALI pipeline that is fed by hand: exactly one run for each batch fed."""
+    """A DALI pipeline of the nodes that `define` returns: exactly one run for each batch fed."""
 
-    def __init__(self, pipeline: Pipeline, depth: int) -> None:
-        self._pipeline = pipeline
+    def __init__(
+        self,
+        define: Callable[[], Any],
+        *,
+        batch_size: int,
+        num_threads: int = 1,
+        depth: int = 1,
+        device: torch.device | None = None,
+    ) -> None:
+        self._pipeline = Pipeline(
+            batch_size=batch_size,
+            num_threads=num_threads,
+            device_id=(device.index or 0) if device and device.type == "cuda" else None,
+            prefetch_queue_depth=depth,
+            # This executor alone survives a frame that does not decode.
+            exec_dynamic=True,
+        )
+        with self._pipeline:
+            self._pipeline.set_outputs(define())
+        self._pipeline.build()
         # DALI's first run starts as many as its queue is deep, so those must have been fed by then.
         self._unfed = depth
-        pipeline.build()
 
     def submit(self, **inputs: Any) -> None:
         for name, values in inputs.items():
@@ -60,25 +76,14 @@ class Graph:
         return output
 
 
-def new_pipeline(*, device: torch.device, batch_size: int, num_threads: int, depth: int) -> Pipeline:
-    """An empty pipeline with the dynamic executor, which alone survives a frame that does not decode."""
-    return Pipeline(
-        batch_size=batch_size,
-        num_threads=num_threads,
-        device_id=(device.index or 0) if device.type == "cuda" else None,
-        prefetch_queue_depth=depth,
-        exec_dynamic=True,
-    )
-
-
-def decode_images(stored: Any, *, device: str, engine_load: float = 0.0) -> Any:
-    """The graph's JPEG and PNG decoder: upright by the EXIF tag, bit for bit Pillow's on the host.
+def decode_images(*, device: str, engine_load: float = 0.0) -> Any:
+    """The decoder node for JPEG and PNG: upright by the EXIF tag, bit for bit Pillow's on the host.
 
     On a GPU (`mixed`) the JPEG engine takes the share `engine_load`. Smooth chroma upsampling makes it agree
     with the host.
     """
     return fn.decoders.image(
-        stored,
+        _bytes_input(),
         device=device,
         output_type=DALIImageType.RGB,
         jpeg_fancy_upsampling=True,
@@ -87,31 +92,31 @@ def decode_images(stored: Any, *, device: str, engine_load: float = 0.0) -> Any:
     )
 
 
-def decode_clips(stored: Any, *, device: str) -> Any:
-    """The graph's video decoder: of each clip the frames of the input `numbers`, (F, H, W, 3).
+def decode_clips(*, device: str) -> Any:
+    """The decoder node for videos: of each clip the frames of the input `numbers`, (F, H, W, 3).
 
     A number past the end must raise; DALI's own choice is a black frame.
     """
     numbers = _input("numbers", ndim=1, dtype=DALIDataType.INT32)
-    return fn.decoders.video(stored, frames=numbers, device=device, pad_mode="none", affine=False)
+    return fn.decoders.video(_bytes_input(), frames=numbers, device=device, pad_mode="none", affine=False)
 
 
 class HostStage:
-    """Decodes with DALI (frames that come as RGB need none), crops, resizes and normalises with PyTorch.
+    """Decodes with DALI (RGB frames need no decoding), crops, resizes and normalises with PyTorch.
 
     `depth` batches must be submitted before the first is collected.
     """
 
-    def __init__(self, recipe: Recipe, storage: Storage, *, num_threads: int, depth: int) -> None:
+    def __init__(self, recipe: Recipe, index: FrameIndex, *, num_threads: int, depth: int) -> None:
         self._size = recipe.data.image_size
         self._decoder: Graph | None = None
-        if storage == "images":
-            frames = 2 * recipe.train.batch_size
-            cpu = torch.device("cpu")
-            pipeline = new_pipeline(device=cpu, batch_size=frames, num_threads=num_threads, depth=depth)
-            with pipeline:
-                pipeline.set_outputs(decode_images(_bytes_input(), device="cpu"))
-            self._decoder = Graph(pipeline, depth)
+        if index.storage == "images":
+            self._decoder = Graph(
+                lambda: decode_images(device="cpu"),
+                batch_size=2 * recipe.train.batch_size,
+                num_threads=num_threads,
+                depth=depth,
+            )
         # PyTorch's own threads would only get in the way: frames are shared out over the pool instead.
         self._pool = ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,))
         self._waiting: deque[tuple[list[Frame], SampleParameters]] = deque()
@@ -119,7 +124,7 @@ class HostStage:
         self._scale = (1 / (255 * std)).view(3, 1, 1)
         self._offset = (-mean / std).view(3, 1, 1)
 
-    def submit(self, pairs: Sequence[StoredPair], parameters: SampleParameters) -> None:
+    def submit(self, pairs: Sequence[StoredFrames], parameters: SampleParameters) -> None:
         """Start on a batch of B stored pairs."""
         frames = _first_then_second(pairs)
         if self._decoder:
@@ -151,14 +156,14 @@ class HostStage:
 
 def pair_graph(recipe: Recipe, storage: Storage, device: torch.device) -> Any:
     """The nodes from what the index stores to normalised crops, (3, S, S) or for clips (2, 3, S, S) each."""
-    size, on_gpu = recipe.data.image_size, device.type == "cuda"
-    decoder = "mixed" if on_gpu and recipe.data.decoder == "mixed" else "cpu"
+    size = recipe.data.image_size
+    decoder = "mixed" if recipe.data.decoder == "mixed" else "cpu"
     box = _input("box", ndim=1, dtype=DALIDataType.FLOAT)
     mirror = _input("mirror", ndim=0, dtype=DALIDataType.INT32)
     if storage == "images":
-        frames = decode_images(_bytes_input(), device=decoder, engine_load=recipe.data.jpeg_engine_load)
+        frames = decode_images(device=decoder, engine_load=recipe.data.jpeg_engine_load)
     elif storage == "clips":
-        frames = decode_clips(_bytes_input(), device=decoder)
+        frames = decode_clips(device=decoder)
     else:
         frames = _input("stored", no_copy=True, ndim=3, dtype=DALIDataType.UINT8, layout="HWC")
     shape = frames.shape(dtype=DALIDataType.FLOAT)
@@ -167,7 +172,7 @@ def pair_graph(recipe: Recipe, storage: Storage, device: torch.device) -> Any:
     start = dali_math.min(dali_math.floor(box[0:2] * sides + 0.5), sides - 1)
     end = dali_math.max(dali_math.floor(box[2:4] * sides + 0.5), start + 1)
     resized: Any = fn.resize(
-        frames.gpu() if on_gpu else frames,
+        frames.gpu() if device.type == "cuda" else frames,
         size=[size, size],
         roi_start=start,
         roi_end=end,
@@ -188,45 +193,41 @@ def pair_graph(recipe: Recipe, storage: Storage, device: torch.device) -> Any:
 class GpuStage:
     """Decode, crop, resize and normalise in one DALI graph. It runs on a CPU too, for tests.
 
-    What `collect` gives is a copy on the current stream; DALI gets its buffer back when that copy is done.
-    `videos`: those of the index, where it has video files. `depth` batches must be submitted before the
-    first is collected.
+    `collect` returns a copy on the current stream. `depth` batches must be submitted before the first is
+    collected.
     """
 
     def __init__(
-        self,
-        recipe: Recipe,
-        storage: Storage,
-        device: torch.device,
-        *,
-        videos: Sequence[VideoInfo] = (),
-        num_threads: int,
-        depth: int,
+        self, recipe: Recipe, index: FrameIndex, device: torch.device, *, num_threads: int, depth: int
     ) -> None:
         self._device, self._dtype = device, recipe.train.dtype
-        self._correction = ClipCorrection(videos, device) if storage == "clips" else None
-        frames = 2 * recipe.train.batch_size
-        pipeline = new_pipeline(device=device, batch_size=frames, num_threads=num_threads, depth=depth)
-        with pipeline:
-            pipeline.set_outputs(pair_graph(recipe, storage, device))
-        self._graph = Graph(pipeline, depth)
-        self._waiting: deque[tuple[list[Bytes], SampleParameters]] = deque()
-        self._in_flight = InFlightBuffers(limit=depth + 1)
+        self._videos = index.videos if isinstance(index, ClipIndex) else []
+        self._mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1)
+        self._std = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1)
+        self._graph = Graph(
+            lambda: pair_graph(recipe, index.storage, device),
+            batch_size=2 * recipe.train.batch_size,
+            num_threads=num_threads,
+            depth=depth,
+            device=device,
+        )
+        self._waiting: deque[tuple[Sequence[Bytes], SampleParameters]] = deque()
+        # A buffer that is let go of belongs to DALI's own stream at once, even if the copy from it still
+        # waits behind a training step. So each is kept until the event behind its copy has come.
+        self._in_flight: deque[tuple[torch.cuda.Event, object]] = deque()
+        self._limit = depth + 1
 
-    def submit(self, pairs: Sequence[StoredPair], parameters: SampleParameters) -> None:
+    def submit(self, pairs: Sequence[StoredFrames], parameters: SampleParameters) -> None:
         """Start on a batch of B stored pairs."""
         inputs: dict[str, Any] = {}
-        if self._correction:
-            stored = [clip for clip, _ in pairs]
-            inputs["numbers"] = [numbers.astype(np.int32) for _, numbers in pairs]
-            boxes, flips = self._correction.as_stored(parameters)
+        if self._videos:
+            stored, inputs["numbers"] = [clip for clip, _ in pairs], [numbers for _, numbers in pairs]
+            boxes, flips = parameters["box"], parameters["flip"]
         else:
-            # The output is then (2, B, ...) as it stands.
             stored = _first_then_second(pairs)
             boxes, flips = np.tile(parameters["box"], (2, 1)), np.tile(parameters["flip"], 2)
-        self._graph.submit(
-            stored=stored, box=boxes.astype(np.float32), mirror=flips.astype(np.int32), **inputs
-        )
+        inputs |= {"box": boxes.astype(np.float32), "mirror": flips.astype(np.int32)}
+        self._graph.submit(stored=stored, **inputs)
         self._waiting.append((stored, parameters))
 
     def collect(self) -> Tensor:
@@ -234,62 +235,52 @@ class GpuStage:
         stored, parameters = self._waiting.popleft()
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         batch = torch.from_dlpack(self._graph.collect(stream).as_tensor())
-        views = batch.transpose(0, 1) if self._correction else batch.unflatten(0, (2, len(parameters)))
+        views = batch.transpose(0, 1) if self._videos else batch.unflatten(0, (2, len(parameters)))
         frames = torch.empty(views.shape, dtype=self._dtype, device=self._device)
         frames.copy_(views)
         if stream is not None:
-            copied = torch.cuda.Event()
-            copied.record(stream)
             # DALI's own copies from `stored` to the device come before this one.
-            self._in_flight.keep((batch, stored), until=copied)
-        if self._correction:
-            self._correction.apply(frames, parameters)
+            self._in_flight.append((stream.record_event(), (batch, stored)))
+            while self._in_flight and (len(self._in_flight) > self._limit or self._in_flight[0][0].query()):
+                self._in_flight[0][0].synchronize()
+                self._in_flight.popleft()
+        if self._videos:
+            self._recolour(frames, parameters)
         return frames
 
+    def _recolour(self, frames: Tensor, parameters: SampleParameters) -> None:
+        """Correct (2, B, 3, S, S) in place, for DALI takes every video for BT.601."""
+        matrices = [self._videos[video].matrix for video in parameters["video"]]
+        if set(matrices) == {"bt601"}:
+            return
+        corrections = torch.from_numpy(np.stack([rgb_correction(matrix) for matrix in matrices])).float()
+        # The host must not wait for the device here.
+        corrections = corrections.to(self._device, non_blocking=True)
+        colours = torch.addcmul(self._mean, frames.float(), self._std)
+        corrected = torch.einsum("bij,vbjhw->vbihw", corrections, colours).clamp_(0, 1)
+        frames.copy_((corrected - self._mean) / self._std)
+
     def close(self) -> None:
-        """Let go of memory."""
-        self._in_flight.wait()
+        """Let go of memory, once the device has read it."""
+        if self._in_flight:
+            self._in_flight[-1][0].synchronize()
+        self._in_flight.clear()
         self._waiting.clear()
-
-
-class InFlightBuffers:
-    """Buffers of DALI's that the device still reads from.
-
-    A buffer that is let go of belongs to DALI's own stream again at once, whatever other streams have yet to
-    read from it: the copy of a batch waits in the queue of the training step before it. So it is kept until
-    an event behind the copy has come. The host waits only if it is `limit` batches ahead of the device.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._kept: deque[tuple[torch.cuda.Event, object]] = deque()
-
-    def keep(self, buffer: object, *, until: torch.cuda.Event) -> None:
-        self._kept.append((until, buffer))
-        while self._kept and (len(self._kept) > self._limit or self._kept[0][0].query()):
-            self._kept[0][0].synchronize()
-            self._kept.popleft()
-
-    def wait(self) -> None:
-        """Until the device has read them all."""
-        for event, _ in self._kept:
-            event.synchronize()
-        self._kept.clear()
 
 
 class ClipDecoder:
     """Frames of one clip at a time, made smaller, on the host: what `pack` does with a GPU."""
 
     def __init__(self, device: torch.device) -> None:
-        pipeline = new_pipeline(device=device, batch_size=1, num_threads=1, depth=1)
-        with pipeline:
-            frames = decode_clips(_bytes_input(), device="mixed" if device.type == "cuda" else "cpu")
-            short_side = _input("short_side", ndim=0, dtype=DALIDataType.FLOAT)
-            cubic = DALIInterpType.INTERP_CUBIC
-            pipeline.set_outputs(
-                fn.resize(frames, resize_shorter=short_side, interp_type=cubic, antialias=True)
+        def define() -> Any:
+            return fn.resize(
+                decode_clips(device="mixed" if device.type == "cuda" else "cpu"),
+                resize_shorter=_input("short_side", ndim=0, dtype=DALIDataType.FLOAT),
+                interp_type=DALIInterpType.INTERP_CUBIC,
+                antialias=True,
             )
-        self._graph = Graph(pipeline, depth=1)
+
+        self._graph = Graph(define, batch_size=1, device=device)
 
     def decode(self, clip: Bytes, numbers: Sequence[int], short_side: int) -> npt.NDArray[np.uint8]:
         """The frames of these numbers, (F, H, W, 3) uint8. Raises RuntimeError."""
@@ -301,61 +292,6 @@ class ClipDecoder:
         return np.asarray(self._graph.collect().as_cpu()[0])
 
 
-class ClipCorrection:
-    """Turns and recolours decoded clips: NVDEC knows no rotation, and DALI takes every stream for BT.601.
-
-    Both happen on the resized square: a crop and a quarter turn can change places, and a matrix over the
-    colours commutes with a resize.
-    """
-
-    def __init__(self, videos: Sequence[VideoInfo], device: torch.device) -> None:
-        self._turns = np.array([video.quarter_turns for video in videos], dtype=np.int64)
-        self._matrices = [video.matrix for video in videos]
-        self._corrections = {
-            matrix: [values.to(device) for values in _normalised_correction(matrix)] for matrix in LUMA
-        }
-        mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-        self._black = (-mean / std).view(3, 1, 1).to(device)
-        self._white = ((1 - mean) / std).view(3, 1, 1).to(device)
-
-    def as_stored(self, parameters: SampleParameters) -> tuple[Floats, npt.NDArray[np.bool_]]:
-        """Boxes (B, 4) on the frames as they are stored, and the flips (B,) that can be made there."""
-        boxes = parameters["box"].copy()
-        turns = self._turns[parameters["video"]]
-        for turn in range(3):
-            turned = turns > turn
-            top, left, bottom, right = boxes[turned].T
-            boxes[turned] = np.stack([left, 1 - bottom, right, 1 - top], axis=1)
-        return boxes, parameters["flip"] & (turns == 0)
-
-    def apply(self, frames: Tensor, parameters: SampleParameters) -> None:
-        """Turn and recolour (2, B, 3, S, S) in place."""
-        turns = self._turns[parameters["video"]]
-        for row in np.flatnonzero(turns).tolist():
-            turned = torch.rot90(frames[:, row], int(turns[row]), (-2, -1))
-            frames[:, row] = turned.flip(-1) if parameters["flip"][row] else turned
-        matrices = [self._matrices[video] for video in parameters["video"]]
-        # Most data sets have one matrix: one product for the whole batch. Else one by one: an index of rows
-        # would have to be copied to the device, and the host would wait for it.
-        alike = len(set(matrices)) == 1
-        for row, matrix in enumerate(matrices[:1] if alike else matrices):
-            if matrix != "bt601":
-                rows = slice(None) if alike else slice(row, row + 1)
-                weight, bias = self._corrections[matrix]
-                mixed = torch.einsum("ij,vbjhw->vbihw", weight, frames[:, rows].float()) + bias
-                frames[:, rows] = mixed.clamp(self._black, self._white).to(frames.dtype)
-
-
-def _normalised_correction(matrix: Matrix) -> tuple[Tensor, Tensor]:
-    """`rgb_correction` for normalised colours: weight (3, 3) and bias (3, 1, 1)."""
-    correction = torch.from_numpy(rgb_correction(matrix))
-    mean = torch.tensor(IMAGENET_MEAN, dtype=torch.float64)
-    std = torch.tensor(IMAGENET_STD, dtype=torch.float64)
-    weight = correction * std / std[:, None]
-    bias = (correction @ mean - mean) / std
-    return weight.float(), bias.float().view(3, 1, 1)
-
-
 def _input(name: str, **options: Any) -> Any:
     return fn.external_source(name=name, batch=True, **options)
 
@@ -364,5 +300,5 @@ def _bytes_input() -> Any:
     return _input("stored", no_copy=True, ndim=1, dtype=DALIDataType.UINT8)
 
 
-def _first_then_second(pairs: Sequence[StoredPair]) -> list[npt.NDArray[np.uint8]]:
+def _first_then_second(pairs: Sequence[StoredFrames]) -> list[npt.NDArray[np.uint8]]:
     return [pair[0] for pair in pairs] + [pair[1] for pair in pairs]

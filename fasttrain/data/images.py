@@ -6,12 +6,15 @@ Leaf of fasttrain.data. Training decodes with DALI (dali.py); `decode_image` ser
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+from fasttrain.files import os_reason
 
 Bytes = npt.NDArray[np.uint8]  # (n,) of a file
 Frame = npt.NDArray[np.uint8]  # (H, W, 3) RGB
@@ -32,22 +35,31 @@ class UnreadableFrameError(Exception):
         self.frame = frame
 
 
-def check_encoded(data: Bytes) -> None:
+def read_encoded(path: str | Path, frame: int = 0) -> Bytes:
+    """An image file as it is, (n,). Raises UnreadableFrameError where it is missing, empty or cut off."""
+    try:
+        data = np.fromfile(path, dtype=np.uint8)
+    except OSError as error:
+        raise UnreadableFrameError(os_reason(error), frame) from error
+    check_encoded(data, frame)
+    return data
+
+
+def check_encoded(data: Bytes, frame: int = 0) -> None:
     """Raise UnreadableFrameError for an encoded image (n,) that is empty or was cut off.
 
-    Cheap (a look at the end), and the same whichever decoder follows: some decode a truncated file to garbage
-    and say nothing.
+    Some decoders make garbage of a truncated file without an error.
     """
     if not len(data):
-        raise UnreadableFrameError("the file is empty")
+        raise UnreadableFrameError("the file is empty", frame)
     head, tail = data[:8].tobytes(), data[-8:].tobytes()
     if head.startswith(_JPEG_START) and not tail.endswith(_JPEG_END):
         content = data.tobytes()
         # A small picture in the header has an end marker, too, but only the last scan is this one's.
         if content.rfind(_JPEG_END) <= content.rfind(_JPEG_SCAN):
-            raise UnreadableFrameError("truncated JPEG, it has no end-of-image marker")
+            raise UnreadableFrameError("truncated JPEG, it has no end-of-image marker", frame)
     if head == _PNG_START and tail != _PNG_END and _PNG_END not in data.tobytes():
-        raise UnreadableFrameError("truncated PNG, it has no end chunk")
+        raise UnreadableFrameError("truncated PNG, it has no end chunk", frame)
 
 
 def decode_image(data: Bytes) -> Frame:
@@ -61,11 +73,10 @@ def decode_image(data: Bytes) -> Frame:
                 grey = np.asarray(upright, dtype=np.float64) / 257
                 return np.repeat(np.rint(grey).astype(np.uint8)[..., None], 3, axis=2)
             return np.asarray(upright.convert("RGB"))
-    # Its own words hold an address in memory, and packed sets list the reason: no two would be alike.
+    # Pillow's own message holds a memory address, which would make every packed set differ.
     except UnidentifiedImageError as error:
         raise UnreadableFrameError("cannot be decoded: no image of a known kind") from error
-    # Pillow raises what its plugins meet in odd bytes (SyntaxError, NotImplementedError, TypeError,
-    # struct.error, ...) and promises no kind; one bad file must not end a run.
+    # For odd bytes Pillow's plugins raise SyntaxError, NotImplementedError, TypeError, struct.error, ...
     except Exception as error:
         raise UnreadableFrameError(f"cannot be decoded: {error}") from error
 

@@ -16,15 +16,15 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fasttrain.data.images import Bytes, Frame, UnreadableFrameError, check_encoded, decode_image
+from fasttrain.data.images import Bytes, Frame, decode_image, read_encoded
 from fasttrain.data.nvdec import cut_clip
 from fasttrain.data.video import VideoInfo, read_video_frames
-from fasttrain.files import os_reason
 
-# How a pair of frames comes. images: encoded JPEG or PNG (n,); frames: RGB (H, W, 3); clips: a Matroska file
+# How frames are stored. images: encoded JPEG or PNG (n,); frames: RGB (H, W, 3); clips: a Matroska file
 # (n,) for the GPU's decoder and the numbers of the frames in it.
 Storage = Literal["images", "frames", "clips"]
-StoredPair = Sequence[npt.NDArray[Any]]
+# A pair of frames, or any number of them.
+StoredFrames = Sequence[npt.NDArray[Any]]
 Skipped = list[tuple[str, str]]
 # By name: the folder and the file names of its frames.
 FrameFolders = dict[str, tuple[Path, tuple[str, ...]]]
@@ -51,7 +51,7 @@ class FrameIndex(ABC):
         return digest.hexdigest()[:32]
 
     @abstractmethod
-    def read(self, video: int, frames: Sequence[int]) -> StoredPair:
+    def read(self, video: int, frames: Sequence[int]) -> StoredFrames:
         """The frames of these numbers as they are stored: see `storage`. Raises UnreadableFrameError."""
 
     def read_frame(self, video: int, frame: int) -> Frame:
@@ -67,22 +67,12 @@ class FolderIndex(FrameIndex):
 
     def __init__(self, folders: FrameFolders, skipped: Skipped) -> None:
         names = sorted(folders)
-        self._folders = [str(folders[name][0]) for name in names]
-        self._files = [folders[name][1] for name in names]
-        super().__init__(names, map(len, self._files), skipped)
+        self._folders = [folders[name] for name in names]
+        super().__init__(names, (len(files) for _, files in self._folders), skipped)
 
     def read(self, video: int, frames: Sequence[int]) -> list[Bytes]:
-        return [self._read_file(video, int(frame)) for frame in frames]
-
-    def _read_file(self, video: int, frame: int) -> Bytes:
-        try:
-            data = np.fromfile(os.path.join(self._folders[video], self._files[video][frame]), dtype=np.uint8)
-            check_encoded(data)
-        except OSError as error:
-            raise UnreadableFrameError(os_reason(error), frame) from error
-        except UnreadableFrameError as error:
-            raise UnreadableFrameError(str(error), frame) from error
-        return data
+        folder, files = self._folders[video]
+        return [read_encoded(os.path.join(folder, files[frame]), int(frame)) for frame in frames]
 
 
 class VideoIndex(FrameIndex):
@@ -95,10 +85,15 @@ class VideoIndex(FrameIndex):
         self.videos = [videos[name] for name in names]
         super().__init__(names, (video.num_frames for video in self.videos), skipped)
 
-    def read(self, video: int, frames: Sequence[int]) -> StoredPair:
+    def read(self, video: int, frames: Sequence[int]) -> StoredFrames:
         return read_video_frames(self.videos[video], [int(frame) for frame in frames])
 
-    def read_clip(self, video: int, frames: Sequence[int]) -> StoredPair:
-        """As `read`, but the packets for the GPU's decoder: storage `clips`."""
+
+class ClipIndex(VideoIndex):
+    """A video file per video, read as packets for the GPU's decoder."""
+
+    storage: Storage = "clips"
+
+    def read(self, video: int, frames: Sequence[int]) -> StoredFrames:
         data, numbers = cut_clip(self.videos[video], [int(frame) for frame in frames])
-        return [data, np.array(numbers)]
+        return [data, np.array(numbers, dtype=np.int32)]

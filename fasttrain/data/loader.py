@@ -1,16 +1,15 @@
 """The loader of a training run: positions in the stream -> batches of frame pairs, in order, on the device.
 
-A micro-batch is read ahead by a pool of threads (file reads and video decoding let go of the GIL), handed to
-the stage of dali.py, which decodes ahead too, and yielded in order. A sample that cannot be read is replaced
-on the spot and named; how a replacement is drawn depends on (seed, epoch, sample, attempt) alone, so no rank
-waits for another and none falls out of step.
+Threads read micro-batches ahead (file reads and video decoding release the GIL), the stage of dali.py decodes
+ahead, and batches come in order. A sample that cannot be read is replaced and named; the replacement depends
+on (seed, epoch, sample, attempt) alone, so no rank waits for another and none falls out of step.
 """
 
 from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from fasttrain.data.dali import GpuStage, HostStage
 from fasttrain.data.images import UnreadableFrameError
-from fasttrain.data.index import FrameIndex, Storage, StoredPair, VideoIndex
+from fasttrain.data.index import ClipIndex, FrameIndex, Storage, StoredFrames, VideoIndex
 from fasttrain.data.map_ahead import map_ahead
 from fasttrain.data.nvdec import has_nvdec, nvdec_refusal
 from fasttrain.data.sampling import Ints, PairSampling, SampleParameters
@@ -68,7 +67,7 @@ class _Sample:
     epoch: Ints  # (1,)
     wanted: Ints  # (1,) its id in the stream
     parameters: SampleParameters  # (1,) of what stands in for it, if it cannot be read
-    pair: StoredPair = ()
+    pair: StoredFrames = ()
     bad: list[BadSample] = field(default_factory=list)
 
 
@@ -88,7 +87,7 @@ class PairLoader:
     def __init__(
         self, *, index: FrameIndex, recipe: Recipe, world: World, first_step: int, num_steps: int
     ) -> None:
-        self.index, self.recipe, self.world, self.first_step = index, recipe, world, first_step
+        self.recipe, self.world, self.first_step = recipe, world, first_step
         self.sampling = PairSampling(recipe.data, recipe.seed)
         self.num_samples = self.sampling.num_samples(len(index))
         self.batch_size, self.accumulate = recipe.train.batch_size, recipe.train.accumulate
@@ -103,8 +102,13 @@ class PairLoader:
         self._num_threads = recipe.data.num_threads or max(1, cores // world.local_size)
         # While one batch is trained on, `prefetch` others are being decoded.
         self._depth = max(1, min(recipe.data.prefetch + 1, self.num_batches))
-        self._read_pair, self._storage = self._choose_decoder()
-        self._stage = self._open_stage()
+        self.index = _as_decoded(index, recipe, world.device)
+        threads = {"num_threads": self._num_threads, "depth": self._depth}
+        self._stage: HostStage | GpuStage = (
+            GpuStage(recipe, self.index, world.device, **threads)
+            if world.device.type == "cuda"
+            else HostStage(recipe, self.index, **threads)
+        )
         # The rows of a batch are shared out over the threads.
         self._parts = np.array_split(np.arange(self.batch_size), min(self._num_threads, self.batch_size))
         self._reading = map_ahead(
@@ -112,26 +116,6 @@ class PairLoader:
             ((number, rows) for number in range(self.num_batches) for rows in self._parts),
             workers=self._num_threads,
             depth=self._depth * len(self._parts),
-        )
-
-    def _choose_decoder(self) -> tuple[Callable[[int, Sequence[int]], StoredPair], Storage]:
-        """Who reads a pair, and what comes of it."""
-        index = self.index
-        if self.recipe.data.decoder == "mixed":
-            if self.world.device.type != "cuda":
-                raise InputError("data.decoder=mixed needs a GPU; use auto or cpu here")
-            if isinstance(index, VideoIndex):
-                check_for_nvdec(index)
-                return index.read_clip, "clips"
-        return index.read, index.storage
-
-    def _open_stage(self) -> GpuStage | HostStage:
-        threads, depth = self._num_threads, self._depth
-        if self.world.device.type != "cuda":
-            return HostStage(self.recipe, self._storage, num_threads=threads, depth=depth)
-        videos = self.index.videos if isinstance(self.index, VideoIndex) else ()
-        return GpuStage(
-            self.recipe, self._storage, self.world.device, videos=videos, num_threads=threads, depth=depth
         )
 
     def __iter__(self) -> Iterator[FramePairs]:
@@ -186,7 +170,7 @@ class PairLoader:
         while True:
             video, frames = sample.parameters["video"][0], sample.parameters["frames"][0]
             try:
-                sample.pair = self._read_pair(int(video), frames)
+                sample.pair = self.index.read(int(video), frames)
                 return
             except UnreadableFrameError as error:
                 self._replace(sample, error.frame, str(error))
@@ -230,7 +214,7 @@ class PairLoader:
         for sample in decoding[0]:
             while (frame := self._undecodable_frame(sample)) is not None:
                 found = True
-                self._replace(sample, frame, UNDECODABLE[self._storage])
+                self._replace(sample, frame, UNDECODABLE[self.index.storage])
                 self._read(sample)
         if not found:
             raise error
@@ -240,7 +224,9 @@ class PairLoader:
     def _undecodable_frame(self, sample: _Sample) -> int | None:
         """The frame that the stage cannot decode, if any."""
         # A clip holds both frames; images are tried one by one, so that the right one is named.
-        pairs = [sample.pair] if self._storage == "clips" else [[stored, stored] for stored in sample.pair]
+        pairs = (
+            [sample.pair] if self.index.storage == "clips" else [[stored, stored] for stored in sample.pair]
+        )
         for frame, pair in zip(sample.parameters["frames"][0], pairs, strict=False):
             self._stage.submit([pair], sample.parameters)
             try:
@@ -254,13 +240,24 @@ def _parameters(batch: list[_Sample]) -> SampleParameters:
     return np.concatenate([sample.parameters for sample in batch])
 
 
-def check_for_nvdec(index: VideoIndex) -> None:
-    """Raise InputError where the driver lacks NVDEC, or a video is not for it."""
+def _as_decoded(index: FrameIndex, recipe: Recipe, device: torch.device) -> FrameIndex:
+    """The index as the decoder of the recipe reads it."""
+    if recipe.data.decoder != "mixed":
+        return index
+    if device.type != "cuda":
+        raise InputError("data.decoder=mixed needs a GPU; use auto or cpu here")
+    return read_by_nvdec(index) if isinstance(index, VideoIndex) else index
+
+
+def read_by_nvdec(index: VideoIndex) -> ClipIndex:
+    """The same videos as clips. Raises InputError where the driver lacks NVDEC, or a video is not for it."""
     if not has_nvdec():
         raise InputError(
             "data.decoder=mixed needs NVDEC for videos, and this driver comes without it "
             "(libnvcuvid.so.1); use auto or cpu, or pack the videos once"
         )
-    for name, video in zip(index.names, index.videos, strict=True):
+    videos = dict(zip(index.names, index.videos, strict=True))
+    for name, video in videos.items():
         if reason := nvdec_refusal(video):
             raise InputError(f"data.decoder=mixed: {name} is not for NVDEC, {reason}; use auto or cpu")
+    return ClipIndex(videos, index.skipped)

@@ -19,7 +19,8 @@ import numpy.typing as npt
 from av.bitstream import BitStreamFilterContext
 
 from fasttrain.data.images import Bytes, UnreadableFrameError
-from fasttrain.data.video import Matrix, VideoInfo, open_video, reason_of, video_stream
+from fasttrain.data.video import Matrix, VideoInfo, open_video, video_stream
+from fasttrain.files import os_reason
 
 # By codec: pixel formats, and the longest side. Not AV1: it has packets that show a frame decoded before,
 # DALI 2.4 counts decoded frames, and all that follow are off.
@@ -49,14 +50,10 @@ def has_nvdec() -> bool:
 def nvdec_refusal(video: VideoInfo) -> str | None:
     """Why a video is not for NVDEC; None where it is. Most rules avoid a fault of DALI 2.4."""
     formats, max_side = _CODECS.get(video.codec, (set(), 0))
-    sides = video.width, video.height
-    times = video.times
+    sides = sorted((video.width, video.height))
     rules = {
         f"NVDEC does not take {video.codec} in {video.pix_fmt}": video.pix_fmt in formats,
-        f"its sides are not {_MIN_SIDE} to {max_side} pixels": _MIN_SIDE
-        <= min(sides)
-        <= max(sides)
-        <= max_side,
+        f"its sides are not {_MIN_SIDE} to {max_side} pixels": _MIN_SIDE <= sides[0] <= sides[1] <= max_side,
         # The kernel that converts colours works on two columns and rows, and checks only the first.
         "DALI writes odd sides out of bounds": not any(side % 2 for side in sides),
         # Decoders are kept by display size and looked up by coded size: a new one for every clip takes 50 to
@@ -65,18 +62,13 @@ def nvdec_refusal(video: VideoInfo) -> str | None:
         # Two time stamps are used up for every picture of two fields.
         "DALI miscounts the frames of interlaced video": not video.interlaced,
         "DALI miscounts its hidden or repeated frames": not video.miscounted,
+        "DALI does not turn it upright": video.quarter_turns == 0,
         # A decoder must be able to start at or before the first frame, and to find frames by time.
-        "its frames cannot be found by time": times is not None
-        and bool(video.reset_times)
-        and video.reset_times[0] <= times[0],
+        "its frames cannot be found by time": video.times is not None
+        and any(time <= video.times[0] for time in video.reset_times),
         "the host decodes small frames as fast": video.width * video.height >= _MIN_PIXELS,
     }
     return next((reason for reason, holds in rules.items() if not holds), None)
-
-
-def nvdec_decodes(video: VideoInfo) -> bool:
-    """Whether NVDEC decodes this video right, and faster than the host."""
-    return nvdec_refusal(video) is None
 
 
 def cut_clip(video: VideoInfo, frames: Sequence[int]) -> tuple[Bytes, list[int]]:
@@ -105,7 +97,7 @@ def cut_clip(video: VideoInfo, frames: Sequence[int]) -> tuple[Bytes, list[int]]
                 packet.stream = out
                 clip.mux(packet)
     except (av.FFmpegError, OSError) as error:
-        raise UnreadableFrameError(reason_of(error), frames[0]) from error
+        raise UnreadableFrameError(os_reason(error), frames[0]) from error
     # A decoder counts frames in the order in which they are shown.
     shown = sorted(packets)
     return np.frombuffer(buffer.getvalue(), dtype=np.uint8), [shown.index(target) for target in targets]

@@ -46,7 +46,7 @@ from PIL import ExifTags, Image
 from fasttrain.data.images import Bytes, Frame, UnreadableFrameError, check_encoded, decode_image
 from fasttrain.data.index import Skipped
 from fasttrain.data.map_ahead import map_ahead
-from fasttrain.data.nvdec import cut_clip, has_nvdec, nvdec_decodes, rgb_correction
+from fasttrain.data.nvdec import cut_clip, has_nvdec, nvdec_refusal, rgb_correction
 from fasttrain.data.packed import (
     FORMAT,
     FRAME,
@@ -369,7 +369,7 @@ def _encode(name: str, found: Found, options: PackOptions) -> EncodedVideo:
     try:
         video = probe_video(found.videos[name])
         numbers = evenly_spaced(video.num_frames, options.frames or video.num_frames)
-        if options.decoder == "nvdec" and nvdec_decodes(video):
+        if options.decoder == "nvdec" and nvdec_refusal(video) is None:
             try:
                 return _encode_frames(name, _NVDEC.frames(video, numbers, options.short_side), options)
             # DALI has one exception for everything that it cannot decode; PyAV has the last word.

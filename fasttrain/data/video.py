@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from av.bitstream import BitStreamFilterContext
 from av.stream import Disposition
 
 from fasttrain.data.images import Frame, UnreadableFrameError
+from fasttrain.files import os_reason
 
 Times = Sequence[int] | npt.NDArray[np.int64]
 PacketTimes = list[int | None]
@@ -121,7 +123,7 @@ def probe_video(path: Path) -> VideoInfo:
                 miscounted=miscounted,
             )
     except (av.FFmpegError, OSError) as error:
-        raise UnreadableFrameError(reason_of(error)) from error
+        raise UnreadableFrameError(os_reason(error)) from error
 
 
 def read_video_frames(video: VideoInfo, frames: Sequence[int]) -> list[Frame]:
@@ -138,11 +140,11 @@ def stream_video_frames(video: VideoInfo, frames: Sequence[int]) -> Iterator[Fra
     """The frames of these ascending numbers, one at a time, as read_video_frames gives them."""
     frame = 0
     try:
-        with _FrameReader(video, frames) as reader:
+        with closing(_FrameReader(video, frames)) as reader:
             for frame in frames:
                 yield to_rgb(reader.read(frame))
     except (av.FFmpegError, OSError) as error:
-        raise UnreadableFrameError(reason_of(error), frame) from error
+        raise UnreadableFrameError(os_reason(error), frame) from error
 
 
 def to_rgb(picture: av.VideoFrame) -> Frame:
@@ -158,14 +160,12 @@ class _FrameReader:
     def __init__(self, video: VideoInfo, frames: Sequence[int]) -> None:
         """`frames` are all that will be read."""
         self.video = video
-        times = video.times
-        self.wanted = set() if times is None else {int(times[frame]) for frame in frames}
+        # Without time stamps, frames are counted.
+        self.times: Times = range(video.num_frames) if video.times is None else video.times
+        self.wanted = set() if video.times is None else {int(video.times[frame]) for frame in frames}
         self._open()
 
-    def __enter__(self) -> _FrameReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self.pictures.close()
         self.container.close()
 
@@ -178,55 +178,45 @@ class _FrameReader:
         self.position: int | None = None
 
     def read(self, frame: int) -> av.VideoFrame:
-        times = self.video.times
-        if times is None:
-            return self._count_to(frame)
-        target = int(times[frame])
-        keys = [time for time in self.video.key_times if time <= target]
-        if self.position is not None and (not keys or keys[-1] <= self.position):
-            picture = self._decode_to(target)
-            if picture is not None:
-                return picture
+        target = int(self.times[frame])
+        for _ in self._approaches(target):
+            for time, picture in self.pictures:
+                self.position = time
+                if time == target:
+                    return picture
+                if time is not None and time > target:
+                    break
+        raise UnreadableFrameError("the frame cannot be decoded", frame)
+
+    def _approaches(self, target: int) -> Iterator[None]:
+        """Bring the decoder before a frame, in one way after another until the frame is found."""
+        keys = [] if self.video.times is None else [time for time in self.video.key_times if time <= target]
+        if not keys or (self.position is not None and keys[-1] <= self.position):
+            yield
         # A container may seek by decoding time and land on a key frame that is shown after the target, and
         # pictures that an open group of pictures shows before its key frame need the group before it.
         for start in reversed(keys):
             self.container.seek(start, stream=self.stream)
             self.pictures = self._decode()
-            picture = self._decode_to(target)
-            if picture is not None:
-                return picture
-        # What cannot be sought at all, or holds no key frame, is read from its beginning.
+            yield
+        # What cannot be sought at all is read from its beginning.
         self.container.close()
         self._open()
-        picture = self._decode_to(target)
-        if picture is not None:
-            return picture
-        raise UnreadableFrameError("the frame cannot be decoded", frame)
+        yield
 
-    def _decode(self) -> Generator[av.VideoFrame, None, None]:
+    def _decode(self) -> Generator[tuple[int | None, av.VideoFrame], None, None]:
         """The pictures from here on; of H.264 those alone that are wanted, or that others refer to."""
         context = self.stream.codec_context
         skips = context.name == "h264" and bool(self.wanted)
         wanted = False
+        number = 0
         for packet in self.container.demux(self.stream):
             # The second field of a picture may be a packet of its own, with another time or none.
             second, wanted = wanted, packet.pts in self.wanted
             context.skip_frame = "NONREF" if skips and not wanted and not second else "DEFAULT"
-            yield from packet.decode()
-
-    def _decode_to(self, target: int) -> av.VideoFrame | None:
-        for picture in self.pictures:
-            self.position = picture.pts
-            if picture.pts is not None and picture.pts >= target:
-                return picture if picture.pts == target else None
-        return None
-
-    def _count_to(self, frame: int) -> av.VideoFrame:
-        for picture in self.pictures:
-            self.position = 0 if self.position is None else self.position + 1
-            if self.position == frame:
-                return picture
-        raise UnreadableFrameError("the frame cannot be decoded", frame)
+            for picture in packet.decode():
+                yield number if self.video.times is None else picture.pts, picture
+                number += 1
 
 
 def open_video(path: Path) -> av.container.InputContainer:
@@ -280,7 +270,7 @@ def _packet_times(
                 units = structure.filter(packet)
             except av.FFmpegError as error:
                 raise UnreadableFrameError(
-                    f"packet {len(times) - 1} is damaged: {reason_of(error)}"
+                    f"packet {len(times) - 1} is damaged: {os_reason(error)}"
                 ) from error
             if name == "h264_mp4toannexb":
                 resets = resets and any(_IDR.search(bytes(unit)) for unit in units)
@@ -302,7 +292,3 @@ def _compact(times: list[int]) -> Times:
     step = times[1] - times[0] if len(times) > 1 else 1
     regular = range(times[0], times[0] + step * len(times), step) if step > 0 else range(0)
     return regular if list(regular) == times else np.asarray(times, dtype=np.int64)
-
-
-def reason_of(error: Exception) -> str:
-    return (getattr(error, "strerror", None) or str(error)).rstrip(".").lower()

@@ -1,27 +1,21 @@
 """The DALI graph of the GPU, run on the CPU's operators against Pillow; and on a GPU where there is one."""
 
 import dataclasses
-import weakref
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from nvidia.dali import Pipeline
 from synthetic import encode_video, make_loader, make_recipe, make_sampling, picture, write_folders
 from test_loader import levels, reference_pairs
 
 from fasttrain.data import FrameIndex, open_source
-from fasttrain.data.dali import (
-    ClipCorrection,
-    GpuStage,
-    InFlightBuffers,
-    new_pipeline,
-    pair_graph,
-)
-from fasttrain.data.index import VideoIndex
+from fasttrain.data.dali import GpuStage, pair_graph
+from fasttrain.data.index import ClipIndex, VideoIndex
 from fasttrain.data.nvdec import has_nvdec, rgb_correction
-from fasttrain.data.sampling import PARAMETERS, SampleParameters
+from fasttrain.data.sampling import SampleParameters
 from fasttrain.errors import InputError
 
 SIZE = 40
@@ -29,88 +23,68 @@ needs_nvdec = pytest.mark.skipif(not has_nvdec(), reason="needs NVDEC (libnvcuvi
 PAIRS = 3
 
 
-def make_stage(
-    index: FrameIndex, storage: str | None = None, depth: int = 1, **video_changes: Any
-) -> GpuStage:
-    """For clips, as if all videos had these `video_changes`."""
-    clips = [dataclasses.replace(video, **video_changes) for video in getattr(index, "videos", [])]
+def make_stage(index: FrameIndex, depth: int = 1) -> GpuStage:
     recipe = make_recipe(batch_size=PAIRS, image_size=SIZE)
-    storage = storage or index.storage
-    return GpuStage(recipe, storage, torch.device("cpu"), videos=clips, num_threads=2, depth=depth)
+    return GpuStage(recipe, index, torch.device("cpu"), num_threads=2, depth=depth)
 
 
-def drawn(index: FrameIndex, number: int, clips: bool = False) -> tuple[list, SampleParameters]:
+def drawn(index: FrameIndex, number: int) -> tuple[list, SampleParameters]:
     parameters = make_sampling(pairs_per_video=8).draw(
         index.num_frames, np.zeros(PAIRS, dtype=int), np.arange(PAIRS) * 7 + number
     )
-    read = index.read_clip if clips else index.read
-    return [read(int(row["video"]), row["frames"]) for row in parameters], parameters
+    return [index.read(int(row["video"]), row["frames"]) for row in parameters], parameters
 
 
-def check_against_pillow(index: FrameIndex, stage: GpuStage, *, clips: bool = False, turns: int = 0) -> None:
+def check_against_pillow(index: FrameIndex, truth: FrameIndex | None = None) -> None:
+    stage = make_stage(index)
     sampling = make_sampling(pairs_per_video=8)
     for number in range(2):
-        pairs, parameters = drawn(index, number, clips)
+        pairs, parameters = drawn(index, number)
         stage.submit(pairs, parameters)
         got = stage.collect()
         assert got.shape == (2, PAIRS, 3, SIZE, SIZE)
         epochs = np.zeros(PAIRS, dtype=int)
-        expected = reference_pairs(index, sampling, epochs, parameters["sample"], SIZE, turns)
+        expected = reference_pairs(truth or index, sampling, epochs, parameters["sample"], SIZE)
         assert np.abs(levels(got) - expected).mean() < 2
 
 
 def test_the_graph_on_images(tmp_path: Path) -> None:
-    index = open_source(write_folders(tmp_path, [20, 9, 30]))
-    check_against_pillow(index, make_stage(index))
+    check_against_pillow(open_source(write_folders(tmp_path, [20, 9, 30])))
 
 
-def test_the_graph_on_real_images(shared: Path) -> None:
-    index = open_source(shared / "davis" / "JPEGImages" / "480p")
-    check_against_pillow(index, make_stage(index))
-
-
-def test_the_graph_on_raw_frames(shared: Path) -> None:
-    index = open_source(shared / "videos")
-    check_against_pillow(index, make_stage(index))
+@pytest.mark.parametrize("source", ["davis/JPEGImages/480p", "videos"])
+def test_the_graph_on_real_images_and_raw_frames(shared: Path, source: str) -> None:
+    check_against_pillow(open_source(shared / source))
 
 
 def vp9_videos(folder: Path) -> VideoIndex:
     """VP9 is what DALI decodes on a CPU too."""
     for video in range(3):
-        encode_video(
-            folder / f"{video}.webm",
-            [picture(video, t, 130, 160) for t in range(24)],
-            "libvpx-vp9",
-            g=6,
-            b=4_000_000,
-        )
+        frames = [picture(video, t, 130, 160) for t in range(24)]
+        encode_video(folder / f"{video}.webm", frames, "libvpx-vp9", g=6, b=4_000_000)
     return open_source(folder)
 
 
-@pytest.mark.parametrize("turns", [0, 1, 2, 3])
-def test_the_graph_on_clips_turns_them_upright(tmp_path: Path, turns: int) -> None:
-    index = vp9_videos(tmp_path)
-    stage = make_stage(index, "clips", quarter_turns=turns)
-    check_against_pillow(index, stage, clips=True, turns=turns)
+def as_clips(index: VideoIndex, matrices: list[str]) -> ClipIndex:
+    """As if the videos said that these are the matrices of their colours."""
+    videos = zip(index.names, index.videos, matrices, strict=True)
+    return ClipIndex({name: dataclasses.replace(video, matrix=matrix) for name, video, matrix in videos}, [])
 
 
-def test_each_clip_gets_the_matrix_of_its_stream(tmp_path: Path) -> None:
-    """What BT.601 made of a colour becomes what its own matrix makes of it."""
-    index = vp9_videos(tmp_path)
-    matrices = ["bt709", "bt601", "bt2020"]
-    videos = [dataclasses.replace(v, matrix=m) for v, m in zip(index.videos, matrices, strict=True)]
-    parameters = np.zeros(3, PARAMETERS)
-    parameters["video"] = [2, 1, 0]
-    frames = torch.rand(2, 3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
-    before = levels(frames)
-    ClipCorrection(videos, torch.device("cpu")).apply(frames, parameters)
-    for row, video in enumerate(parameters["video"]):
-        correction = rgb_correction(matrices[video])
-        expected = np.einsum("ij,vjhw->vihw", correction, before[:, row]).clip(0, 255)
-        np.testing.assert_allclose(levels(frames)[:, row], expected, atol=0.01)
+class Recoloured(VideoIndex):
+    """What BT.601 made of a colour becomes what the matrix of its video makes of it."""
+
+    def read_frame(self, video: int, frame: int) -> np.ndarray:
+        correction = rgb_correction(self.videos[video].matrix)
         # A grey has no colour to change.
         np.testing.assert_allclose(correction.sum(axis=1), 1, atol=1e-12)
-    assert np.abs(levels(frames) - before).max() > 5
+        return np.rint(super().read_frame(video, frame) @ correction.T).clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("matrices", [["bt601"] * 3, ["bt709", "bt601", "bt2020"]])
+def test_the_graph_on_clips_with_the_matrices_of_their_streams(tmp_path: Path, matrices: list[str]) -> None:
+    clips = as_clips(vp9_videos(tmp_path), matrices)
+    check_against_pillow(clips, Recoloured(dict(zip(clips.names, clips.videos, strict=True)), []))
 
 
 @pytest.mark.parametrize(
@@ -118,16 +92,15 @@ def test_each_clip_gets_the_matrix_of_its_stream(tmp_path: Path) -> None:
 )
 def test_the_graph_for_a_gpu_ends_on_it(storage: str, decoder: str) -> None:
     """DALI checks operators and devices when a graph is defined, which takes no GPU."""
-    gpu = torch.device("cuda", 0)
-    with new_pipeline(device=gpu, batch_size=2, num_threads=1, depth=1):
-        node = pair_graph(make_recipe(decoder=decoder, precision="bf16"), storage, gpu)
-    assert node.device == "gpu"
+    with Pipeline(batch_size=2, num_threads=1, device_id=0, exec_dynamic=True):
+        recipe = make_recipe(decoder=decoder, precision="bf16")
+        assert pair_graph(recipe, storage, torch.device("cuda", 0)).device == "gpu"
 
 
 def test_a_clip_that_does_not_decode_spoils_no_other_batch(tmp_path: Path) -> None:
-    index = vp9_videos(tmp_path)
-    stage = make_stage(index, "clips", depth=2)
-    good, parameters = drawn(index, 0, clips=True)
+    index = as_clips(vp9_videos(tmp_path), ["bt601"] * 3)
+    stage = make_stage(index, depth=2)
+    good, parameters = drawn(index, 0)
     bad = [[np.zeros(500, dtype=np.uint8), good[0][1]], *good[1:]]
     stage.submit(bad, parameters)
     stage.submit(good, parameters)
@@ -140,49 +113,6 @@ def test_a_clip_that_does_not_decode_spoils_no_other_batch(tmp_path: Path) -> No
     stage.submit(past_the_end, parameters)
     with pytest.raises(RuntimeError):
         stage.collect()
-
-
-class ManualEvent:
-    """An event that comes when it is told to, or waited for: then its buffer must still be there."""
-
-    def __init__(self, buffer: weakref.ref) -> None:
-        self.buffer = buffer
-        self.came = False
-
-    def query(self) -> bool:
-        return self.came
-
-    def synchronize(self) -> None:
-        assert self.buffer() is not None
-        self.came = True
-
-
-def test_a_buffer_is_kept_until_the_device_has_read_it() -> None:
-    class Buffer:
-        pass
-
-    in_flight = InFlightBuffers(limit=2)
-    buffers = [Buffer() for _ in range(5)]
-    alive = [weakref.ref(buffer) for buffer in buffers]
-    events = [ManualEvent(buffer) for buffer in alive]
-
-    def keep(number: int) -> list[bool]:
-        in_flight.keep(buffers[number], until=events[number])
-        buffers[number] = None
-        return [buffer() is not None for buffer in alive]
-
-    assert keep(0)[:1] == [True]
-    events[0].came = True
-    assert keep(1)[:2] == [False, True]
-    assert keep(2)[:3] == [False, True, True]
-    assert not any(event.came for event in events[1:])
-    # The host is three ahead: it waits for the oldest.
-    assert keep(3)[:4] == [False, False, True, True]
-    assert [event.came for event in events] == [True, True, False, False, False]
-    keep(4)
-    in_flight.wait()
-    assert all(event.came for event in events)
-    assert not any(buffer() for buffer in alive)
 
 
 def test_a_gpu_decoder_needs_a_gpu(tmp_path: Path) -> None:

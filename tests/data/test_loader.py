@@ -34,14 +34,14 @@ def samples_of(index: FrameIndex, **changes) -> list[np.ndarray]:
 
 
 def reference_pairs(
-    index: FrameIndex, sampling: PairSampling, epochs: Ints, samples: Ints, size: int, turns: int = 0
+    index: FrameIndex, sampling: PairSampling, epochs: Ints, samples: Ints, size: int
 ) -> np.ndarray:
-    """Pillow all the way: decode, turn, crop, resize, flip; (2, B, 3, size, size) levels 0..255."""
+    """Pillow all the way: decode, crop, resize, flip; (2, B, 3, size, size) levels 0..255."""
     drawn = sampling.draw(index.num_frames, epochs, samples)
     out = np.empty((2, len(samples), 3, size, size))
     for b, row in enumerate(drawn):
         for view, number in enumerate(row["frames"]):
-            frame = Image.fromarray(np.rot90(index.read_frame(int(row["video"]), int(number)), turns))
+            frame = Image.fromarray(index.read_frame(int(row["video"]), int(number)))
             top, left, bottom, right = pixel_box(row["box"], frame.height, frame.width)
             crop = frame.crop((left, top, right, bottom)).resize((size, size), Image.Resampling.BICUBIC)
             levels = np.asarray(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if row["flip"] else crop)

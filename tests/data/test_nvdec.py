@@ -11,7 +11,7 @@ from synthetic import encode_video, picture, remux
 from test_video import REAL, sequential
 
 from fasttrain.data import open_source
-from fasttrain.data.loader import check_for_nvdec
+from fasttrain.data.loader import read_by_nvdec
 from fasttrain.data.nvdec import cut_clip, has_nvdec, nvdec_refusal
 from fasttrain.data.video import VideoInfo, probe_video, to_rgb
 from fasttrain.errors import InputError
@@ -46,6 +46,7 @@ GOOD = VideoInfo(
         ({"cropped": True}, "coded size is another"),
         ({"interlaced": True}, "interlaced"),
         ({"miscounted": True}, "hidden or repeated"),
+        ({"quarter_turns": 2}, "turn it upright"),
         ({"times": None}, "found by time"),
         ({"reset_times": []}, "found by time"),
         ({"width": 320, "height": 240}, "small frames"),
@@ -77,7 +78,7 @@ def test_what_a_file_says_decides(
 def test_mixed_needs_nvdec(tmp_path: Path) -> None:
     encode_video(tmp_path / "x.mp4", [picture(0, t) for t in range(3)])
     with pytest.raises(InputError, match=r"data\.decoder=mixed needs NVDEC"):
-        check_for_nvdec(open_source(tmp_path))
+        read_by_nvdec(open_source(tmp_path))
 
 
 def test_mixed_names_the_video_that_nvdec_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +87,7 @@ def test_mixed_names_the_video_that_nvdec_refuses(tmp_path: Path, monkeypatch: p
     with pytest.raises(
         InputError, match=r"small\.mp4 is not for NVDEC, the host decodes small frames as fast"
     ):
-        check_for_nvdec(open_source(tmp_path))
+        read_by_nvdec(open_source(tmp_path))
 
 
 def check_clips(path: Path, pairs: list[tuple[int, int]]) -> None:
