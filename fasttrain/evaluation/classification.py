@@ -1,32 +1,19 @@
 """Classification of videos by frozen features: weighted k-NN and a linear probe, top-1 and top-5.
 
-Reads UCF101, HMDB51, Kinetics, Something-Something V2 and plain lists (`datasets.py`); what is measured, and
-after whom, stands in `metrics.py` and `linear_probe.py`. Shape suffixes: S test videos, N training videos, D
-channels, C classes.
+Reads UCF101, HMDB51, Kinetics, Something-Something V2 and plain lists (`datasets.py`). `metrics.py` and
+`linear_probe.py` hold the measures and name their sources. Shape suffixes: S test videos, N training videos,
+D channels, C classes.
 """
 
 import argparse
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import torch
-
 from fasttrain.distributed import World
 from fasttrain.errors import check_options
-from fasttrain.evaluation import plots
-from fasttrain.evaluation.features import add_split_arguments, extract_split
-from fasttrain.evaluation.linear_probe import MAX_ITERATIONS, fit_linear
-from fasttrain.evaluation.metrics import (
-    MIN_TEMPERATURE,
-    NEIGHBOURS,
-    TEMPERATURE,
-    confusion,
-    hold_out,
-    knn_classify,
-    top_accuracy,
-)
+from fasttrain.evaluation import linear_probe, metrics, plots
+from fasttrain.evaluation.features import add_split_arguments, class_numbers, extract_split
+from fasttrain.evaluation.linear_probe import fit_linear
 from fasttrain.evaluation.model import EvaluatedModel
 
 TOP = (1, 5)
@@ -35,73 +22,64 @@ TOP = (1, 5)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_split_arguments(parser)
     parser.add_argument(
-        "--neighbours", type=int, nargs="+", default=list(NEIGHBOURS), metavar="K",
-        help=f"of the k-NN; those above the number of training videos are left out (default: {NEIGHBOURS})",
+        "--neighbours", type=int, nargs="+", default=list(metrics.NEIGHBOURS), metavar="K",
+        help="of the k-NN; those above the number of training videos are left out (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--temperature", type=float, default=TEMPERATURE, help=f"of its votes (default: {TEMPERATURE})"
+        "--temperature", type=float, default=metrics.TEMPERATURE, help="of its votes (default: %(default)s)"
     )
-    parser.add_argument(
-        "--max-iterations", type=int, default=MAX_ITERATIONS,
-        help=f"of L-BFGS for each linear probe (default: {MAX_ITERATIONS})",
-    )  # fmt: skip
+    linear_probe.add_arguments(parser)
 
 
 def run(
     arguments: argparse.Namespace, model: EvaluatedModel, output: Path, world: World
 ) -> dict[str, Any] | None:
     """Accuracy on all test videos, on the main process."""
-    check_options(arguments, neighbours=1, max_iterations=1, temperature=MIN_TEMPERATURE)
+    check_options(arguments, neighbours=1, max_iterations=1, temperature=metrics.MIN_TEMPERATURE)
     found = extract_split(arguments, model, output, world)
     if found is None:
         return None
     split, extracted, data = found
-    labels_N = torch.tensor([video.label for video in split.train])
-    labels_S = torch.tensor([video.label for video in split.test])
-    held_out_N = hold_out(labels_N)
-    results: dict[str, dict[str, float]] = {}
-    probes: dict[str, dict[str, Any]] = {}
-    confusions: dict[str, npt.NDArray[np.int64]] = {}
+    classes = split.classes
+    labels_N, labels_S = class_numbers(split.train), class_numbers(split.test)
+    held_out_N = metrics.hold_out(labels_N)
+    results, probes, confusions, per_class = {}, {}, {}, {}
     for variant in model.variants:
         train_ND, test_SD = (
             extracted.stack(videos, variant).to(world.device) for videos in (split.train, split.test)
         )
-        scores = {
-            f"{k}-NN": votes_SC.cpu()
-            for k, votes_SC in knn_classify(
-                test_SD,
-                train_ND,
-                labels_N.to(world.device),
-                num_classes=len(split.classes),
-                neighbours=tuple(arguments.neighbours),
-                temperature=arguments.temperature,
-            ).items()
-        }
+        votes = metrics.knn_classify(
+            test_SD,
+            train_ND,
+            labels_N.to(world.device),
+            num_classes=len(classes),
+            neighbours=arguments.neighbours,
+            temperature=arguments.temperature,
+        )
         probe = fit_linear(
             train_ND,
             labels_N.to(world.device),
-            num_classes=len(split.classes),
+            num_classes=len(classes),
             held_out_S=held_out_N.to(world.device),
             max_iterations=arguments.max_iterations,
         )
-        scores["linear"] = probe.scores(test_SD).cpu()
+        logits_SC = probe.scores(test_SD).cpu()
+        scores = {f"{k}-NN": votes_SC.cpu() for k, votes_SC in votes.items()} | {"linear": logits_SC}
         results[variant] = {
-            f"{name} top-{k}": top_accuracy(scores_SC, labels_S, k)
+            f"{name} top-{k}": metrics.top_accuracy(scores_SC, labels_S, k)
             for name, scores_SC in scores.items()
             for k in TOP
         }
         probes[variant] = probe.describe()
-        confusions[variant] = confusion(scores["linear"].argmax(dim=1), labels_S, len(split.classes))
-    plots.confusion_maps(confusions, split.classes, output / "figures" / "confusion.png")
+        counts_CC = confusions[variant] = metrics.confusion(logits_SC.argmax(dim=1), labels_S, len(classes))
+        per_class[variant] = {
+            classes[label]: 100 * counts_CC[label, label] / counts_CC[label].sum()
+            for label in labels_S.unique().tolist()
+        }
+    plots.confusion_maps(confusions, classes, output / "figures" / "confusion.png")
     return {
         "data": {**data, "held_out_videos": int(held_out_N.sum())},
         "results": results,
         "linear_probe": probes,
-        "linear_top_1_per_class": {
-            variant: {
-                split.classes[label]: 100 * int(counts_CC[label, label]) / int(counts_CC[label].sum())
-                for label in labels_S.unique().tolist()
-            }
-            for variant, counts_CC in confusions.items()
-        },
+        "linear_top_1_per_class": per_class,
     }

@@ -106,6 +106,11 @@ class Extracted:
         return found
 
 
+def class_numbers(videos: Sequence[LabelledVideo]) -> Tensor:
+    """(V,) int64, of videos that have one each."""
+    return torch.tensor([video.label for video in videos])
+
+
 def extract_split(
     arguments: argparse.Namespace, model: EvaluatedModel, output: Path, world: World
 ) -> tuple[VideoSplit, Extracted, dict[str, Any]] | None:

@@ -8,6 +8,7 @@ grid fits features of any scale. The objective is convex and everything is float
 Shape suffixes: S samples, D channels, C classes.
 """
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,12 @@ MAX_ITERATIONS = 1000
 _MIN_DEVIATION = 1e-8
 # Weaker strengths are the slow ones: the sweep ends after so many in a row that do no better.
 _PATIENCE = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-iterations", type=int, default=MAX_ITERATIONS, help="of L-BFGS (default: %(default)s)"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +55,6 @@ class LinearClassifier:
         """Logits (S, C) float64."""
         return features_SD.double() @ self.weight_DC + self.bias_C
 
-    def probabilities(self, features_SD: Tensor) -> Tensor:
-        """(S, C) float64; rows sum to one."""
-        return self.scores(features_SD).softmax(dim=-1)
-
 
 def fit_linear(
     features_SD: Tensor,
@@ -65,11 +68,11 @@ def fit_linear(
     """Minimise mean cross-entropy + l2 / 2 ||weight||^2 over weight and (unpenalised) bias.
 
     held_out_S: bool, what the L2 is chosen on, by accuracy, then by cross-entropy, from strong to weak until
-    three in a row do no better; it must leave something to train on. Without it, or with one strength, the
-    middle one of `strengths` is taken. Raises InputError for features that are not finite.
+    three in a row do no better. Without it, or with one strength, the middle one of `strengths` is taken.
+    Raises InputError for features that are not finite.
     """
     features_SD = features_SD.double()
-    if not bool(features_SD.isfinite().all()):
+    if not features_SD.isfinite().all():
         raise InputError("features that are not finite cannot be classified; is the encoder's output?")
     mean_D = features_SD.mean(dim=0)
     deviation_D = features_SD.std(dim=0, correction=0)
@@ -78,9 +81,7 @@ def fit_linear(
     standard_SD = (features_SD - mean_D) / deviation_D
     zeros = standard_SD.new_zeros(num_classes, standard_SD.shape[1] + 1)
     l2, accuracy = float(strengths[len(strengths) // 2]), None
-    if held_out_S is not None and bool(held_out_S.any()) and len(strengths) > 1:
-        if bool(held_out_S.all()):
-            raise InputError("every sample is held out; nothing is left to train on")
+    if held_out_S is not None and held_out_S.any() and len(strengths) > 1:
         kept_SD, kept_S = standard_SD[~held_out_S], labels_S[~held_out_S]
         judged_SD, judged_S = standard_SD[held_out_S], labels_S[held_out_S]
         solution = zeros
@@ -106,11 +107,7 @@ def fit_linear(
 
 
 def _minimise(
-    standard_SD: Tensor,
-    labels_S: Tensor,
-    l2: float,
-    start: Tensor,
-    max_iterations: int,
+    standard_SD: Tensor, labels_S: Tensor, l2: float, start: Tensor, max_iterations: int
 ) -> tuple[Tensor, bool]:
     """Weight and bias (C, D + 1) at the minimum, and whether the tolerance was met."""
 

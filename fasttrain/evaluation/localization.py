@@ -1,8 +1,8 @@
 """Action localisation: a linear classifier on single frames of video, judged by frames and by segments.
 
 Reads Breakfast, GTEA, 50Salads and what is laid out like them (`datasets.py`). The classifier sees one frame
-at a time, so that what is measured is the features. Measures and their sources are in `metrics.py`, the
-classifier in `linear_probe.py`. Shape suffixes: T frames, S sampled frames, D channels, C classes.
+at a time, so that what is measured is the features. `metrics.py` holds the measures and names their sources.
+Shape suffixes: T frames, S sampled frames, D channels, C classes.
 """
 
 import argparse
@@ -19,21 +19,10 @@ from scipy.ndimage import uniform_filter1d
 from fasttrain.data.sampling import evenly_spaced
 from fasttrain.distributed import World
 from fasttrain.errors import check_options
-from fasttrain.evaluation import datasets, features, plots
+from fasttrain.evaluation import datasets, features, linear_probe, metrics, plots
 from fasttrain.evaluation.datasets import LabelledVideo, Labels
 from fasttrain.evaluation.features import Extracted
-from fasttrain.evaluation.linear_probe import MAX_ITERATIONS, LinearClassifier, fit_linear
-from fasttrain.evaluation.metrics import (
-    OVERLAPS,
-    TEMPORAL_IOU,
-    Segment,
-    detection_map,
-    edit_score,
-    frame_accuracy,
-    scored_segments,
-    segmental_f1,
-    segments,
-)
+from fasttrain.evaluation.linear_probe import LinearClassifier, fit_linear
 from fasttrain.evaluation.model import EvaluatedModel
 
 SHOWN_VIDEOS = 4
@@ -46,25 +35,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     features.add_arguments(parser)
     datasets.add_frame_arguments(parser)
     parser.add_argument(
-        "--stride", type=int, default=1,
-        help="encode every N-th frame; its prediction stands for the frames up to the next (default: 1)",
-    )  # fmt: skip
+        "--stride", type=int, default=1, help="encode every N-th frame (default: 1)", metavar="N"
+    )
     parser.add_argument(
-        "--smooth", type=int, default=1,
-        help="predict each frame from the mean probability of so many encoded frames about it (default: 1)",
-    )  # fmt: skip
+        "--smooth", type=int, default=1, help="average N encoded frames (default: 1)", metavar="N"
+    )
     parser.add_argument(
-        "--max-train-frames", type=int, default=200_000,
-        help="frames that the classifier is fitted to, evenly chosen (default: 200000)",
-    )  # fmt: skip
+        "--max-train-frames", type=int, default=200_000, help="evenly chosen (default: %(default)s)"
+    )
     parser.add_argument(
-        "--tiou", choices=tuple(TEMPORAL_IOU), default="thumos",
+        "--tiou", choices=tuple(metrics.TEMPORAL_IOU), default="thumos",
         help="temporal IoU of the mAP: thumos 0.1:0.7, activitynet 0.5:0.95 (default: thumos)",
     )  # fmt: skip
-    parser.add_argument(
-        "--max-iterations", type=int, default=MAX_ITERATIONS,
-        help=f"of L-BFGS (default: {MAX_ITERATIONS})",
-    )  # fmt: skip
+    linear_probe.add_arguments(parser)
 
 
 def run(
@@ -78,37 +61,37 @@ def run(
     extracted = features.extract(paths, arguments, model, output, world)
     if extracted is None:
         return None
-    train, train_unlike = _fit_to_frames(split.train, extracted)
-    test, test_unlike = _fit_to_frames(split.test, extracted)
-    unlike = train_unlike + test_unlike
+    unlike: list[str] = []
+    train, test = (_fit_to_frames(videos, extracted, unlike) for videos in (split.train, split.test))
     if unlike:
         print(f"videos that do not fit their labels: {len(unlike)} are skipped, such as {unlike[0]}")
-    trained = sorted(_occurring(train))
+    trained, tested = (
+        sorted({label for video in videos for label in np.unique(video.labels_T).tolist()})
+        for videos in (train, test)
+    )
     truth = {video.name: video.labels_T for video in test}
-    results: dict[str, dict[str, float]] = {}
-    classifiers: dict[str, dict[str, Any]] = {}
-    predicted: dict[str, dict[str, Labels]] = {}
-    for variant in model.variants:
+    results, classifiers = {}, {}
+    predicted: dict[str, dict[str, Labels]] = {variant: {} for variant in model.variants}
+    for variant, found in predicted.items():
         classifier = _fit(train, extracted, variant, trained, arguments, world.device)
         classifiers[variant] = classifier.describe()
-        predicted[variant], detections = {}, {}
+        detections = {}
         for name, labels_T in truth.items():
-            features_SD = extracted.load(name, variant).to(world.device)
+            logits_SC = classifier.scores(extracted.load(name, variant).to(world.device))
             # A class without training has no probability.
-            found_SC = np.zeros((len(features_SD), len(classes)))
-            found_SC[:, trained] = classifier.probabilities(features_SD).cpu().numpy()
-            probabilities_SC = smoothed(found_SC, arguments.smooth)
+            probabilities_SC = np.zeros((len(logits_SC), len(classes)))
+            probabilities_SC[:, trained] = logits_SC.softmax(dim=-1).cpu().numpy()
+            probabilities_SC = smoothed(probabilities_SC, arguments.smooth)
             probabilities_TC = probabilities_SC.repeat(arguments.stride, axis=0)[: len(labels_T)]
-            predicted[variant][name] = probabilities_TC.argmax(axis=1)
-            detections[name] = scored_segments(predicted[variant][name], probabilities_TC, background)
-        results[variant] = _figures(predicted[variant], detections, truth, background, arguments.tiou)
+            found[name] = probabilities_TC.argmax(axis=1)
+            detections[name] = metrics.scored_segments(found[name], probabilities_TC, background)
+        results[variant] = _figures(
+            found, detections, truth, background, metrics.TEMPORAL_IOU[arguments.tiou]
+        )
     shown = [test[index].name for index in evenly_spaced(len(test), SHOWN_VIDEOS)]
-    bars = [
-        (name, {"truth": truth[name], **{variant: found[name] for variant, found in predicted.items()}})
-        for name in shown
-    ]
+    rows = {"truth": truth, **predicted}
+    bars = [(name, {row: labels[name] for row, labels in rows.items()}) for name in shown]
     plots.segment_bars(bars, classes, output / "figures" / "segments.png", background)
-    untrained = _occurring(test) - set(trained)
     return {
         "data": {
             "classes": len(classes),
@@ -117,7 +100,7 @@ def run(
             "train_frames": sum(len(video.labels_T) for video in train),
             "test_videos": len(test),
             "test_frames": sum(len(video.labels_T) for video in test),
-            "classes_without_training": [classes[number] for number in sorted(untrained)],
+            "classes_without_training": [classes[number] for number in tested if number not in trained],
             "skipped": extracted.skipped + unlike,
         },
         "results": results,
@@ -125,8 +108,8 @@ def run(
         "per_video": {
             name: {
                 variant: {
-                    "accuracy": frame_accuracy([found[name]], [labels_T]),
-                    "edit": edit_score([found[name]], [labels_T], background),
+                    "accuracy": metrics.frame_accuracy([found[name]], [labels_T]),
+                    "edit": metrics.edit_score([found[name]], [labels_T], background),
                 }
                 for variant, found in predicted.items()
             }
@@ -136,41 +119,36 @@ def run(
 
 
 def _fit_to_frames(
-    listed: Sequence[LabelledVideo], extracted: Extracted
-) -> tuple[list[LabelledVideo], list[str]]:
-    """The videos with their labels cut to their frames, and those with quite another number of labels."""
-    fitting, unlike = [], []
+    listed: Sequence[LabelledVideo], extracted: Extracted, unlike: list[str]
+) -> list[LabelledVideo]:
+    """The videos with their labels cut to their frames; `unlike` gets those with too few or many labels."""
+    fitting = []
     for video in extracted.readable(listed):
         frames, labels = extracted.num_frames[video.name], len(video.labels_T)
         if abs(frames - labels) > MAX_DIFFERENCE * labels:
             unlike.append(f"{video.name}: {frames} frames, but {labels} labels; expected a label per frame")
         else:
             fitting.append(replace(video, labels_T=video.labels_T[:frames]))
-    return fitting, unlike
-
-
-def _occurring(videos: Sequence[LabelledVideo]) -> set[int]:
-    """The classes that some frame of the videos has."""
-    return {int(label) for video in videos for label in np.unique(video.labels_T)}
+    return fitting
 
 
 def _figures(
     predicted: Mapping[str, Labels],
-    detections: Mapping[str, Sequence[Segment]],
+    detections: Mapping[str, Sequence[metrics.Segment]],
     truth: Mapping[str, Labels],
     background: Sequence[int],
-    tiou: str,
+    thresholds: Sequence[float],
 ) -> dict[str, float]:
     """Of all test videos together, in percent."""
     found, true = list(predicted.values()), list(truth.values())
-    true_segments = {name: segments(labels_T, background) for name, labels_T in truth.items()}
-    precision = detection_map(detections, true_segments, TEMPORAL_IOU[tiou])
+    true_segments = {name: metrics.segments(labels_T, background) for name, labels_T in truth.items()}
+    precision = metrics.detection_map(detections, true_segments, thresholds)
     return {
-        "frame accuracy": frame_accuracy(found, true),
-        "edit": edit_score(found, true, background),
+        "frame accuracy": metrics.frame_accuracy(found, true),
+        "edit": metrics.edit_score(found, true, background),
         **{
-            f"F1@{round(100 * overlap)}": segmental_f1(found, true, overlap, background)
-            for overlap in OVERLAPS
+            f"F1@{100 * share:.0f}": metrics.segmental_f1(found, true, share, background)
+            for share in metrics.OVERLAPS
         },
         **{f"mAP@{threshold:g}": value for threshold, value in precision.items()},
         "mAP mean": float(np.mean(list(precision.values()))),

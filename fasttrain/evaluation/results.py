@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import platform
 from collections.abc import Mapping
 from importlib import metadata
@@ -30,7 +31,7 @@ def write_results(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON with the versions of what computed it; numbers that are not finite become null."""
     versions = {name: metadata.version(name) for name in PACKAGES}
     versions = {"python": platform.python_version(), "fasttrain": fasttrain.__version__, **versions}
-    text = json.dumps({**content, "versions": versions}, default=str)
+    text = json.dumps({**content, "versions": versions}, default=os.fspath)
     # JSON has no NaN and no infinity, though Python writes them.
     write_json(path, json.loads(text, parse_constant=lambda name: None))
 

@@ -1,6 +1,6 @@
 """Video retrieval: for every test video the nearest training videos, and recall at 1, 5 and 10.
 
-Reads UCF101, HMDB51 and the other layouts of `datasets.py`; the measure and its protocol are in `metrics.py`.
+Reads UCF101, HMDB51 and the other layouts of `datasets.py`; `metrics.py` holds the measure and its protocol.
 Shape suffixes: Q queries, G gallery videos, D channels, K neighbours.
 """
 
@@ -8,23 +8,20 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fasttrain.data.sampling import evenly_spaced
 from fasttrain.distributed import World
 from fasttrain.evaluation import plots
 from fasttrain.evaluation.datasets import VideoSplit
-from fasttrain.evaluation.features import add_split_arguments, extract_split, middle_frame
+from fasttrain.evaluation.features import add_split_arguments, class_numbers, extract_split, middle_frame
 from fasttrain.evaluation.metrics import RANKS, nearest, recall_at
 from fasttrain.evaluation.model import EvaluatedModel
 
 SHOWN_QUERIES = 4
 SHOWN_NEIGHBOURS = 5
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_split_arguments(parser)
+add_arguments = add_split_arguments
 
 
 def run(
@@ -35,11 +32,8 @@ def run(
     if found is None:
         return None
     split, extracted, data = found
-    labels_G = torch.tensor([video.label for video in split.train])
-    labels_Q = torch.tensor([video.label for video in split.test])
-    results: dict[str, dict[str, float]] = {}
-    per_class: dict[str, dict[str, float]] = {}
-    neighbours: dict[str, Tensor] = {}
+    labels_G, labels_Q = class_numbers(split.train), class_numbers(split.test)
+    results, per_class, neighbours = {}, {}, {}
     for variant in model.variants:
         queries_QD, gallery_GD = (extracted.stack(videos, variant) for videos in (split.test, split.train))
         _, neighbours[variant] = nearest(queries_QD, gallery_GD, max(RANKS))
@@ -61,9 +55,10 @@ def _draw(split: VideoSplit, neighbours: dict[str, Tensor], num_frames: int, out
         for variant, neighbours_QK in neighbours.items():
             found = [split.train[index] for index in neighbours_QK[number, :SHOWN_NEIGHBOURS].tolist()]
             pictures = [plots.framed(middle_frame(query.path, num_frames))]
-            for video in found:
-                picture = middle_frame(video.path, num_frames)
-                pictures.append(plots.framed(picture, video.label == query.label))
+            pictures += [
+                plots.framed(middle_frame(video.path, num_frames), video.label == query.label)
+                for video in found
+            ]
             names = ", ".join(split.classes[video.label] for video in found)
             sheet.append((f"{variant}: {split.classes[query.label]} finds {names}", pictures))
     plots.contact_sheet(sheet, output / "figures" / "retrieval.png", tile_width=128)
