@@ -4,7 +4,7 @@ A feature is the mean over a frame's tokens of the L2-normalised tokens; a video
 frames. The cache holds one safetensors file per video and variant (before, after the projection). Its name is
 a hash of all that the feature is a function of: the encoder and its weights, after it the projection's; which
 frames, how large; and what is in the file. A second evaluation of the same videos decodes and encodes
-nothing. An entry that is damaged is made again.
+nothing.
 
 Shape suffixes: V videos, T frames, H W pixels, N tokens, D channels.
 """
@@ -20,8 +20,7 @@ from threading import Lock
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import functional
 
@@ -86,11 +85,7 @@ class Extracted:
 
     def load(self, name: str, variant: str) -> Tensor:
         """Features (T, D) float32; T is 1 where frames are averaged."""
-        path = self.entries[name][variant]
-        found = _load(path)
-        if found is None:
-            raise InputError(f"features of {name} are not in {path.parent}; all processes must see it")
-        return found[0]
+        return load_file(self.entries[name][variant])["features"]
 
     def stack(self, videos: Sequence[LabelledVideo], variant: str) -> Tensor:
         """Features (V, D) of videos that have one each."""
@@ -169,11 +164,10 @@ def extract(
             for variant, description in descriptions.items():
                 key = hashlib.sha256(description.encode() + content).hexdigest()
                 entries[variant] = cache / key[:2] / f"{key}.safetensors"
-            cached = {variant: _load(entry) for variant, entry in entries.items()}
-            missing = {variant: entries[variant] for variant, entry in cached.items() if entry is None}
+            missing = {variant: entry for variant, entry in entries.items() if not entry.exists()}
             if missing:
                 return entries, _encode(videos[name], missing, arguments, model, world.device, encoding)
-            return entries, next(num_frames for _, num_frames in filter(None, cached.values()))
+            return entries, int(load_file(next(iter(entries.values())))["num_frames"])
         except OSError as error:
             return os_reason(error)
         except UnreadableFrameError as error:
@@ -198,15 +192,6 @@ def extract(
         num_frames={name: num_frames for name, (_, num_frames) in readable.items()},
         skipped=skipped,
     )
-
-
-def _load(path: Path) -> tuple[Tensor, int] | None:
-    """Features (T, D) float32 and the number of frames of the video; None where there is no whole entry."""
-    try:
-        entry = load(path.read_bytes())
-        return entry["features"], int(entry["num_frames"])
-    except (OSError, SafetensorError):
-        return None
 
 
 def _encode(
@@ -274,13 +259,12 @@ def _digest(path: StoredVideo, arguments: argparse.Namespace) -> bytes:
             for sample in range(_SAMPLES):
                 file.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
                 digest.update(file.read(_SAMPLE_BYTES))
-        return digest.digest()
-    index, video = _open(path)
-    frames = _choose(int(index.num_frames[video]), arguments)
-    digest.update(f"{index.num_frames[video]} frames".encode())
-    for frame in frames:
-        (data,) = index.read(video, [frame])
-        digest.update(f"{frame} {len(data)}\0".encode() + data.tobytes())
+    else:
+        index, video = path
+        digest.update(f"{index.num_frames[video]} frames".encode())
+        for frame in _choose(int(index.num_frames[video]), arguments):
+            (data,) = index.read(video, [frame])
+            digest.update(f"{frame} {len(data)}\0".encode() + data.tobytes())
     return digest.digest()
 
 

@@ -21,7 +21,6 @@ from matplotlib.patches import Patch
 from PIL import Image, ImageDraw, ImageOps
 
 from fasttrain.data.images import Frame
-from fasttrain.data.sampling import evenly_spaced
 from fasttrain.errors import InputError
 from fasttrain.loggers import read_records
 
@@ -90,18 +89,6 @@ def overlay_pose(frame_HWC: Frame, joints_2J: npt.ArrayLike) -> Frame:
     return np.asarray(image)
 
 
-def overlay_sheet(rows: Sequence[tuple[str, Frame, Labels]], path: Path) -> None:
-    """A contact sheet of label maps on their frames, one captioned row per (name, frames THWC, labels THW).
-
-    Shows six frames, evenly spaced over each row.
-    """
-    sheet = []
-    for name, frames_THWC, labels_THW in rows:
-        shown = evenly_spaced(len(frames_THWC), 6)
-        sheet.append((name, [overlay_masks(frames_THWC[t], labels_THW[t]) for t in shown]))
-    contact_sheet(sheet, path)
-
-
 def contact_sheet(rows: Sequence[tuple[str, Sequence[Frame]]], path: Path, tile_width: int = 240) -> None:
     """Rows of pictures, each row under its caption."""
     columns = max(len(pictures) for _, pictures in rows)
@@ -121,15 +108,18 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Frame]]], path: Path, tile_
     _save(figure, path)
 
 
-def write_video(frames: Sequence[Frame], path: Path) -> None:
-    """Encode frames of one size as H.264, 12 a second; odd sizes lose their last row or column."""
+def write_video(frames: Sequence[Frame], path: Path, rate: int = 12, **options: str) -> None:
+    """Encode frames of one size as H.264; odd sizes lose their last row or column.
+
+    rate: frames a second; options: of libx264.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    height, width = (size // 2 * 2 for size in frames[0].shape[:2])
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=12, options={"crf": "23"})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "23", **options})
+        stream.height, stream.width = (size // 2 * 2 for size in frames[0].shape[:2])
+        stream.pix_fmt = "yuv420p"
         for frame_HWC in frames:
-            picture = np.ascontiguousarray(frame_HWC[:height, :width])
+            picture = np.ascontiguousarray(frame_HWC[: stream.height, : stream.width])
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
 

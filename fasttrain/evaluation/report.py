@@ -40,24 +40,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write the page of all runs, each once; pictures are drawn beside it and carried inside.
+    """Write the page of all runs; pictures are drawn beside it and carried inside.
 
     Raises InputError where a run has neither a history nor evaluations.
     """
     output: Path = arguments.output
     if output.is_dir():
         raise InputError(f"--output {output} is a folder; give the name of the page")
-    runs = list({folder.resolve(): folder for folder in arguments.runs}.values())
-    names = plots.run_names(runs)
-    recorded = [folder for folder in runs if (folder / "metrics.jsonl").is_file()]
-    evaluations = []
-    for name, folder in zip(names, runs, strict=True):
+    recorded, evaluations = [], []
+    for name, folder in zip(plots.run_names(arguments.runs), arguments.runs, strict=True):
         paths = sorted(folder.glob("eval/*/*.json"))
-        if not paths and folder not in recorded:
+        evaluations += [(name, path, _read_evaluation(path)) for path in paths]
+        if (folder / "metrics.jsonl").is_file():
+            recorded.append(folder)
+        elif not paths:
             raise InputError(
                 f"{folder} holds neither metrics.jsonl nor eval/*/*.json; give the folder of a run"
             )
-        evaluations += [(name, path, _read_evaluation(path)) for path in paths]
     drawn = output.parent / f"{output.stem}_figures"
     sections = []
     if recorded:
@@ -74,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     for name, path, found in evaluations:
         task = " in ".join(dict.fromkeys((found.task, path.parent.name)))
         title = f"{name}: {task} ({found.model.backbone}, {found.model.weights})"
-        pictures = [path.parent / "figures" / Path(picture).name for picture in found.pictures]
+        pictures = [path.parent / "figures" / picture for picture in found.pictures]
         # Stills, then films.
         pictures.sort(key=lambda picture: picture.suffix, reverse=True)
         shown = "".join(_show(picture) for picture in pictures if picture.is_file())
@@ -88,7 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _read_evaluation(path: Path) -> Evaluation:
     try:
         return Evaluation.model_validate_json(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise InputError(
             f"{path} holds no figures of `fasttrain eval`; evaluate again or remove it"
         ) from error

@@ -38,8 +38,6 @@ def consistency_separability(
     What depends on features that are not finite is NaN. Raises InputError for fewer than 8 frames or a number
     of patches that is no square.
     """
-    if features_VTPD.ndim != 4 or 0 in features_VTPD.shape:
-        raise InputError(f"features have shape {tuple(features_VTPD.shape)}; expected (videos, frames, P, D)")
     return summarise([measure_video(video_TPD) for video_TPD in features_VTPD], patch_indices)
 
 
@@ -48,6 +46,7 @@ class VideoMeasures:
     """What the analysis keeps of one video, in host memory."""
 
     within: dict[str, Tensor]
+    """Intra-video distance, diameters and cycle accuracy."""
     middle_PD: Tensor
     """The middle frame, at which videos are compared."""
 
@@ -60,8 +59,14 @@ def measure_video(video_TPD: Tensor) -> VideoMeasures:
     if int(patches**0.5) ** 2 != patches or patches < 4:
         raise InputError(f"{patches} patches; the analysis needs a square grid of at least 2 x 2")
     video_TPD = video_TPD.detach().float()
-    within = {key: value.cpu() for key, value in _within_video(video_TPD).items()}
-    return VideoMeasures(within, video_TPD[len(video_TPD) // 2].cpu())
+    distance, radius_N = _frame_distance(video_TPD), _radii(video_TPD)
+    within = {"intra_original": distance}
+    for percentile in PERCENTILES:
+        diameter = 2 * torch.quantile(radius_N, percentile / 100)
+        within[f"intra_diameter_{percentile}"] = diameter
+        within[f"intra_normalized_{percentile}"] = distance / (diameter + 1e-8)
+    within["cycle_accuracy"] = _cycle_accuracy(video_TPD)
+    return VideoMeasures({key: value.cpu() for key, value in within.items()}, video_TPD[frames // 2].cpu())
 
 
 def summarise(
@@ -72,18 +77,6 @@ def summarise(
         key: torch.stack([video.within[key] for video in videos]).mean().item() for key in videos[0].within
     }
     return result | _between_videos(torch.stack([video.middle_PD for video in videos]), patch_indices)
-
-
-def _within_video(video_TPD: Tensor) -> dict[str, Tensor]:
-    """Intra-video distance, diameters and cycle accuracy of one video."""
-    distance = _frame_distance(video_TPD)
-    radius_N = _radii(video_TPD)
-    result = {"intra_original": distance}
-    for percentile in PERCENTILES:
-        diameter = 2 * torch.quantile(radius_N, percentile / 100)
-        result[f"intra_diameter_{percentile}"] = diameter
-        result[f"intra_normalized_{percentile}"] = distance / (diameter + 1e-8)
-    return result | {"cycle_accuracy": _cycle_accuracy(video_TPD)}
 
 
 def _frame_distance(video_TPD: Tensor) -> Tensor:
@@ -103,9 +96,10 @@ def _between_videos(middles_VPD: Tensor, patch_indices: Tensor | Sequence[int] |
     sampled_VSD = middles_VPD[:, torch.as_tensor(patch_indices)]
     distances = [
         (sampled_VSD[video + 1 :] - sampled_VSD[video]).norm(dim=-1).mean(-1)
-        for video in range(len(sampled_VSD) - 1)
+        for video in range(len(sampled_VSD))
     ]
-    distance = torch.cat(distances).mean().item() if distances else float("nan")
+    # NaN for one video.
+    distance = torch.cat(distances).mean().item()
     radius_N = _radii(middles_VPD)
     sampled_radius_N = _radii(sampled_VSD).sort().values
     result = {"inter_original": distance}

@@ -6,8 +6,6 @@ initialised ViT. Ends with a table and a picture; the same figures stand in demo
 Shape suffixes: V videos, T frames, H W pixels, h w grid, P = h * w tokens, D channels, C labels.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +15,10 @@ import torch
 from torch import Tensor
 
 from fasttrain.__main__ import train
+from fasttrain.data.sampling import evenly_spaced
 from fasttrain.evaluation import consistency_separability, propagate_labels, region_similarity
 from fasttrain.evaluation.frames import normalise
-from fasttrain.evaluation.plots import overlay_sheet
+from fasttrain.evaluation.plots import contact_sheet, overlay_masks
 from fasttrain.evaluation.results import print_table, with_difference
 from fasttrain.evaluation.sequences import hard_labels, soft_labels
 from fasttrain.files import write_json
@@ -29,6 +28,7 @@ from fasttrain.video_encoder import VideoEncoder, load_video_encoder
 
 TRAINING_SCENES = range(16)
 HELD_OUT_SCENES = range(100, 104)
+NUM_FRAMES = 24
 # The figures of the table: ▲ higher is better, ▼ lower is better.
 HEADINGS = {
     "J": "label propagation J, mean over held-out objects ▲",
@@ -48,22 +48,24 @@ def run(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     make_videos(Path(recipe.data.source))
     train(recipe)
-    scenes = [render_scene(seed, num_frames=24) for seed in HELD_OUT_SCENES]
+    scenes = [render_scene(seed, num_frames=NUM_FRAMES) for seed in HELD_OUT_SCENES]
     encoder = load_video_encoder(recipe.output)
     before, labels_before = measure(scenes, encoder, encoder.frozen)
     after, labels_after = measure(scenes, encoder, encoder)
     figures = {"before": before, "after": after}
     write_json(Path(recipe.output) / "demo.json", figures)
-    frames_THWC, truth_THW = scenes[0].frames_THWC, scenes[0].labels_THW.astype(int)
     picture = Path(recipe.output) / "figures" / "demo.png"
-    overlay_sheet(
-        [
-            ("truth", frames_THWC, truth_THW),
-            ("before: frozen backbone", frames_THWC, labels_before[0]),
-            ("after: with projection", frames_THWC, labels_after[0]),
-        ],
-        picture,
-    )
+    rows = {
+        "truth": scenes[0].labels_THW,
+        "before: frozen backbone": labels_before[0],
+        "after: with projection": labels_after[0],
+    }
+    shown = evenly_spaced(NUM_FRAMES, 6)
+    sheet = [
+        (name, [overlay_masks(scenes[0].frames_THWC[t], labels_THW[t]) for t in shown])
+        for name, labels_THW in rows.items()
+    ]
+    contact_sheet(sheet, picture)
     weights = recipe.backbone.weights
     note = "randomly initialised, not pretrained" if weights == "random" else f"weights {weights}"
     print_table(

@@ -4,13 +4,10 @@ Everything is a function of the seed. `write_scene` encodes a real H.264 file. S
 height, W width, C colours.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import av
 import numpy as np
 from numpy.typing import NDArray
 
@@ -51,18 +48,13 @@ def render_scene(
     return Scene(frames_THWC=frames, labels_THW=labels)
 
 
-def write_scene(scene: Scene, video: Path) -> None:
+def write_scene(scene: Scene, path: Path) -> None:
     """Encode the frames as H.264, 24 a second."""
-    video.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(video), "w") as container:
-        stream = container.add_stream("libx264", rate=24, options={"crf": "18", "g": "12"})
-        stream.height, stream.width = scene.frames_THWC.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        # One thread: the file is then the same on every machine with the same encoder.
-        stream.codec_context.thread_count = 1
-        for image in scene.frames_THWC:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode(None))
+    # Brings Matplotlib, which rendering alone does not need.
+    from fasttrain.evaluation.plots import write_video
+
+    # One thread: the file is then the same on every machine with the same encoder.
+    write_video(list(scene.frames_THWC), path, rate=24, crf="18", g="12", threads="1")
 
 
 Texture = Callable[[Array, Array], Array]

@@ -2,7 +2,6 @@
 
 import argparse
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -176,28 +175,6 @@ def test_changed_content_is_another_entry(
     assert not encoded
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda data: b"", lambda data: data[: len(data) // 2], lambda data: b"not a file of tensors"]
-)
-def test_a_damaged_entry_is_made_again(
-    damage: Callable[[bytes], bytes],
-    videos: dict[str, Path],
-    model: EvaluatedModel,
-    encoded: list[int],
-    tmp_path: Path,
-) -> None:
-    first, _, _ = run(videos, model, tmp_path / "out")
-    entry = entries(tmp_path / "out")[0]
-    whole = entry.read_bytes()
-    entry.write_bytes(damage(whole))
-    encoded.clear()
-    second, _, _ = run(videos, model, tmp_path / "out")
-    # Of one of the two videos.
-    assert sum(encoded) == 3
-    assert entry.read_bytes() == whole
-    assert_same(first, second)
-
-
 def test_unreadable_videos_are_named(
     videos: dict[str, Path], model: EvaluatedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -214,18 +191,6 @@ def test_unreadable_videos_are_named(
     assert "no such file" in skipped[0]
     assert "frame 2" in next(line for line in skipped if line.startswith("broken frame"))
     assert "4 of 6 videos cannot be read" in capsys.readouterr().out
-
-
-def test_a_cache_that_another_process_does_not_see(
-    videos: dict[str, Path], model: EvaluatedModel, tmp_path: Path
-) -> None:
-    given = {"cache": None, "batch_size": 2, "workers": 2, "image_size": 64, "precision": "fp32", **POOLED}
-    listed = {name: stored(path) for name, path in videos.items()}
-    found = extract(listed, argparse.Namespace(**given), model, tmp_path / "out", World.single())
-    assert found is not None
-    shutil.rmtree(tmp_path / "out" / "cache")
-    with pytest.raises(InputError, match="all processes must see it"):
-        found.load("file", "before")
 
 
 def test_a_cache_that_cannot_be_written(

@@ -8,9 +8,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from fasttrain.errors import InputError
-from fasttrain.evaluation import fit_linear, top_accuracy
-from fasttrain.evaluation.linear_probe import STRENGTHS
-from fasttrain.evaluation.metrics import hold_out
+from fasttrain.evaluation.linear_probe import STRENGTHS, fit_linear
+from fasttrain.evaluation.metrics import hold_out, top_accuracy
 
 
 def blobs(seed: int, count: int = 60, channels: int = 6, classes: int = 3) -> tuple[Tensor, Tensor]:

@@ -13,25 +13,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fasttrain.errors import InputError
-from fasttrain.evaluation import (
-    detection_map,
-    edit_score,
-    frame_accuracy,
-    knn_classify,
-    nearest,
-    recall_at,
-    segmental_f1,
-    top_accuracy,
-)
 from fasttrain.evaluation.localization import smoothed
 from fasttrain.evaluation.metrics import (
     MIN_TEMPERATURE,
     Segment,
     confusion,
+    detection_map,
+    edit_score,
+    frame_accuracy,
     hold_out,
+    knn_classify,
     levenshtein,
+    nearest,
+    recall_at,
     scored_segments,
+    segmental_f1,
     segments,
+    top_accuracy,
 )
 
 # --- retrieval ---
