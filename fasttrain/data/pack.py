@@ -7,11 +7,10 @@
 
 Any WebDataset reader takes the shards; training reads two byte ranges per pair. What could not be read is
 listed, with the reason, in DESTINATION/pack-IofN.json. A run may be stopped at any time (Ctrl-C, SIGTERM, a
-power cut): a file that has its name is whole, and the same command continues to the same bytes.
+power cut): no file is ever half written, and the same command continues to the same bytes.
 
-Several machines: each runs the same command on the same SOURCE with its own --shard I/N. They may write into
-one shared DESTINATION, which then is the packed set. Or each writes into a folder of its own: copy them all
-into one folder, or give training a text file with one such folder per line (data.source=parts.txt).
+Several machines: each runs the same command on the same SOURCE with its own --shard I/N, into one shared
+DESTINATION, or into a folder of its own: copy these into one then.
 
 Frames keep their order; of --frames K, the first and the last are kept. A JPEG that is small enough keeps its
 bytes. A frame folder's unreadable frames are left out, a video that cannot be decoded to its end is left out
@@ -27,23 +26,21 @@ import hashlib
 import io
 import itertools
 import json
-import math
 import os
 import threading
-import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import av
 import numpy as np
 import torch
 from PIL import ExifTags, Image
 
-from fasttrain.data.images import Bytes, Frame, UnreadableFrameError, check_encoded, decode_image
+from fasttrain.data.images import Bytes, Frame, UnreadableFrameError, decode_image, read_encoded
 from fasttrain.data.index import Skipped
 from fasttrain.data.map_ahead import map_ahead
 from fasttrain.data.nvdec import cut_clip, has_nvdec, nvdec_refusal, rgb_correction
@@ -58,14 +55,11 @@ from fasttrain.data.packed import (
     tar_header,
 )
 from fasttrain.data.sampling import evenly_spaced
-from fasttrain.data.sources import Found, Kind, find_source, packed_folders
+from fasttrain.data.sources import Found, Kind, find_source
 from fasttrain.data.video import VideoInfo, probe_video, stream_video_frames
-from fasttrain.errors import InputError
-from fasttrain.files import file_lock, io_errors_as_input_errors, open_atomically, os_reason, write_atomically
+from fasttrain.errors import InputError, check_options
+from fasttrain.files import file_lock, open_atomically, write_atomically
 from fasttrain.loggers import Progress, say
-
-if TYPE_CHECKING:
-    from fasttrain.data.dali import ClipDecoder
 
 # Frames that the GPU decodes at once; a clip of 1080p frames then takes 400 MB.
 GPU_FRAMES = 64
@@ -106,24 +100,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("destination", type=Path, nargs="?", help="folder for the shards")
     kinds = ("auto", "folders", "list", "videos")
     parser.add_argument("--kind", choices=kinds, default="auto", help="how to read the source (auto: look)")
-    default = PackOptions()
-    options = {
-        "frames": ("K", default.frames, _number(0), "frames kept of a video, evenly spaced; 0: all"),
-        "short-side": ("PIXELS", default.short_side, _number(16), "larger frames get this short side"),
-        "quality": ("Q", default.quality, _number(1, 100), "JPEG quality, 1 to 100"),
-        "shard-size": (
-            "MB",
-            default.shard_bytes >> 20,
-            _number(1),
-            "a shard ends with the video that fills it",
-        ),
-        "workers": ("N", 0, _number(0), "videos in work, each in memory as JPEG; 0: one per core"),
-        "shard": ("I/N", "1/1", _shard, "pack part I of N, from 1: N machines share the work"),
-    }
-    for name, (metavar, value, kind, meaning) in options.items():
-        parser.add_argument(
-            f"--{name}", metavar=metavar, default=value, type=kind, help=f"{meaning} ({value})"
-        )
+    for option, metavar, default, meaning in (
+        ("--frames", "K", PackOptions.frames, "frames kept of a video, evenly spaced; 0: all"),
+        ("--short-side", "PIXELS", PackOptions.short_side, "larger frames get this short side"),
+        ("--quality", "Q", PackOptions.quality, "JPEG quality, 1 to 100"),
+        ("--shard-size", "MB", PackOptions.shard_bytes >> 20, "a shard ends with the video that fills it"),
+        ("--workers", "N", 0, "videos in work, each in memory as JPEG; 0: one per core"),
+    ):
+        help = f"{meaning} ({default})"
+        parser.add_argument(option, metavar=metavar, default=default, type=int, help=help)
+    shard = "pack part I of N, from 1: N machines share the work (1/1)"
+    parser.add_argument("--shard", metavar="I/N", default="1/1", type=_shard, help=shard)
     parser.add_argument(
         "--decoder",
         choices=("auto", "cpu", "gpu"),
@@ -131,19 +118,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="who decodes videos: PyAV, or the GPU's NVDEC through DALI (auto: NVDEC where there is one)",
     )
     parser.add_argument("--check", action="store_true", help="verify the packed set SOURCE, every frame")
-
-
-def _number(low: int, high: float = math.inf) -> Callable[[str], int]:
-    """The type of an argument: a whole number within these bounds."""
-
-    def number(text: str) -> int:
-        value = int(text)
-        if not low <= value <= high:
-            bounds = f"at least {low}" if high == math.inf else f"{low} to {high}"
-            raise argparse.ArgumentTypeError(f"{value} is out of range; expected {bounds}")
-        return value
-
-    return number
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -155,33 +129,32 @@ def _shard(text: str) -> tuple[int, int]:
 
 def run(args: argparse.Namespace) -> None:
     """Pack or check, as the arguments say. Raises InputError."""
+    check_options(args, frames=0, short_side=16, quality=1, shard_size=1, workers=0)
+    if args.quality > 100:
+        raise InputError(f"--quality {args.quality}: expected at most 100")
     workers = args.workers or len(os.sched_getaffinity(0))
     if args.check:
         say(f"{args.source}: {check(args.source, workers=workers)} frames, each as it was packed")
         return
     if args.destination is None:
         raise InputError("pack needs a DESTINATION folder: fasttrain pack SOURCE DESTINATION")
+    has_gpu = torch.cuda.is_available() and has_nvdec()
+    if args.decoder == "gpu" and not has_gpu:
+        raise InputError(
+            "--decoder=gpu needs a GPU and a driver with NVDEC (libnvcuvid.so.1); use auto or cpu"
+        )
     options = PackOptions(
         frames=args.frames,
         short_side=args.short_side,
         quality=args.quality,
         shard_bytes=args.shard_size * 2**20,
-        decoder=_choose_decoder(args.decoder),
+        decoder="nvdec" if has_gpu and args.decoder != "cpu" else "pyav",
     )
     try:
         pack(args.source, args.destination, options, kind=args.kind, shard=args.shard, workers=workers)
     except KeyboardInterrupt:
         say(f"stopped; the same command continues from the last finished shard in {args.destination}")
         raise
-
-
-def _choose_decoder(choice: str) -> Literal["pyav", "nvdec"]:
-    available = torch.cuda.is_available() and has_nvdec()
-    if choice == "gpu" and not available:
-        raise InputError(
-            "--decoder=gpu needs a GPU and a driver with NVDEC (libnvcuvid.so.1); use auto or cpu"
-        )
-    return "nvdec" if choice != "cpu" and available else "pyav"
 
 
 def pack(
@@ -210,12 +183,11 @@ def pack(
             say(f"{destination} is already packed; `fasttrain pack --check {destination}` verifies it")
             return
     # Two processes would delete each other's unfinished files.
-    busy = f"another process is packing part {part.number} of {part.count} into {destination}"
-    lock = file_lock(
-        destination / f"pack-{part}.lock",
-        f"{busy}; wait for it, or give each machine a --shard I/N of its own",
+    refusal = (
+        f"another process is packing part {part.number} of {part.count} into {destination}; wait for it, or "
+        "give each machine a --shard I/N of its own"
     )
-    with lock, io_errors_as_input_errors(destination):
+    with file_lock(destination / f"pack-{part}.lock", refusal):
         for partial in destination.glob(f"*-{part}*.partial"):
             partial.unlink()
         _write_manifest(part, identity, complete=False, skipped=[])
@@ -228,14 +200,14 @@ def pack(
         # What is missing before any video is opened is reported by the first part.
         skipped = found.skipped if part.number == 1 else []
         skipped = [*skipped, *(bad for index in done for bad in index.skipped), *skipped_last]
+        if part.count == 1 and not done:
+            name, reason = skipped[0]
+            raise InputError(f"no video of {source} can be read; the first, {name}: {reason}")
         totals = {
             "shards": len(done),
             "total_frames": sum(len(index.frames) for index in done),
             "total_bytes": sum(index.num_bytes for index in done),
         }
-        if part.count == 1 and not done:
-            name, reason = skipped[0]
-            raise InputError(f"no video of {source} can be read; the first, {name}: {reason}")
         _write_manifest(part, {**identity, **totals}, complete=True, skipped=skipped)
     _say_some([f"could not be read: {name}: {reason}" for name, reason in skipped])
     listed = f", listed in {part.manifest_path}" if skipped else ""
@@ -247,7 +219,7 @@ def pack(
 
 def check(root: Path, *, workers: int = 1) -> int:
     """Verify all shards of a packed set; returns the number of frames. Raises InputError if it is damaged."""
-    shards = [path for part in finished_parts(packed_folders(root) or [root]) for path in part.shard_paths()]
+    shards = [path for part in finished_parts(root) for path in part.shard_paths()]
     frames, damage = 0, []
     with Progress("shards", len(shards)) as progress:
         for count, found in map_ahead(check_shard, shards, workers=workers):
@@ -267,16 +239,13 @@ def _digest(found: Found) -> str:
     """Of what a source shows without opening a video: names, the frames' names, the files' sizes."""
     digest = hashlib.sha256()
     for name in sorted(found.folders or found.videos):
-        details = found.folders[name][1] if found.folders else [str(_size(found.videos[name]))]
+        if found.folders:
+            _, details = found.folders[name]
+        else:
+            video = found.videos[name]
+            details = (str(video.stat().st_size if video.exists() else -1),)
         digest.update("\0".join([name, *details, ""]).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:32]
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
 
 
 def _check_begun(part: Part, identity: dict[str, Any]) -> None:
@@ -299,13 +268,11 @@ def _write_manifest(part: Part, content: dict[str, Any], *, complete: bool, skip
 
 def _shown(videos: Iterator[EncodedVideo], progress: Progress) -> Iterator[EncodedVideo]:
     frames = bad = 0
-    start = time.monotonic()
     for video in videos:
         yield video
         frames += len(video.frames)
         bad += len(video.skipped)
-        rate = frames / max(time.monotonic() - start, 1e-9)
-        progress.advance(status=f"{rate:.0f} frames/s, {bad} bad")
+        progress.advance(status=f"{frames} frames, {bad} bad")
 
 
 def _say_some(lines: Sequence[str]) -> None:
@@ -367,41 +334,37 @@ def _encode(name: str, found: Found, options: PackOptions) -> EncodedVideo:
     if found.folders:
         return _encode_folder(name, *found.folders[name], options)
     try:
-        video = probe_video(found.videos[name])
-        numbers = evenly_spaced(video.num_frames, options.frames or video.num_frames)
-        if options.decoder == "nvdec" and nvdec_refusal(video) is None:
-            try:
-                return _encode_frames(name, _NVDEC.frames(video, numbers, options.short_side), options)
-            # DALI has one exception for everything that it cannot decode; PyAV has the last word.
-            except RuntimeError:
-                warnings.warn("NVDEC does not decode all of these videos; PyAV does", stacklevel=1)
-        return _encode_frames(name, stream_video_frames(video, numbers), options)
+        return EncodedVideo(name, _encode_video(found.videos[name], options), [])
     except UnreadableFrameError as error:
         return EncodedVideo(name, [], [(name, str(error))])
 
 
-def _encode_frames(name: str, frames: Iterator[Frame], options: PackOptions) -> EncodedVideo:
-    return EncodedVideo(name, [encode_jpeg(frame, options) for frame in frames], [])
+def _encode_video(path: Path, options: PackOptions) -> list[bytes]:
+    video = probe_video(path)
+    numbers = evenly_spaced(video.num_frames, options.frames or video.num_frames)
+    if options.decoder == "nvdec" and nvdec_refusal(video) is None:
+        try:
+            return [encode_jpeg(frame, options) for frame in _nvdec_frames(video, numbers, options)]
+        # DALI has one exception for everything that it cannot decode; PyAV has the last word.
+        except RuntimeError:
+            warnings.warn("NVDEC does not decode all of these videos; PyAV does", stacklevel=1)
+    return [encode_jpeg(frame, options) for frame in stream_video_frames(video, numbers)]
 
 
 def _encode_folder(name: str, folder: Path, files: Sequence[str], options: PackOptions) -> EncodedVideo:
     """A frame that cannot be read is left out; the others move up."""
     video = EncodedVideo(name, [], [])
     for number in evenly_spaced(len(files), options.frames or len(files)):
-        file = files[number]
         try:
-            video.frames.append(_encode_file(folder / file, options))
-        except OSError as error:
-            video.skipped.append((f"{name}/{file}", os_reason(error)))
+            video.frames.append(_encode_file(folder / files[number], options))
         except UnreadableFrameError as error:
-            video.skipped.append((f"{name}/{file}", str(error)))
+            video.skipped.append((f"{name}/{files[number]}", str(error)))
     return video
 
 
 def _encode_file(path: Path, options: PackOptions) -> bytes:
     """A stored image as JPEG of the wanted size; a JPEG that fits already keeps its bytes."""
-    data = np.fromfile(path, dtype=np.uint8)
-    check_encoded(data)
+    data = read_encoded(path)
     check_jpeg(data)
     frame = decode_image(data)
     content = data.tobytes()
@@ -444,26 +407,21 @@ def encode_jpeg(frame: Frame, options: PackOptions) -> bytes:
     return buffer.getvalue()
 
 
-class _Nvdec(threading.local):
-    """NVDEC through DALI; each thread has a decoder of its own."""
-
-    @functools.cached_property
-    def _decoder(self) -> ClipDecoder:
-        # DALI is imported where there is a GPU to use it.
-        from fasttrain.data.dali import ClipDecoder
-
-        return ClipDecoder(torch.device("cuda", torch.cuda.current_device()))
-
-    def frames(self, video: VideoInfo, numbers: Sequence[int], short_side: int) -> Iterator[Frame]:
-        """stream_video_frames, made smaller on the GPU. Raises RuntimeError, UnreadableFrameError."""
-        short_side = min(short_side, video.width, video.height)
-        for start in range(0, len(numbers), GPU_FRAMES):
-            clip, numbers_there = cut_clip(video, numbers[start : start + GPU_FRAMES])
-            for frame in self._decoder.decode(clip, numbers_there, short_side):
-                turned = np.rot90(frame, video.quarter_turns)
-                if video.matrix != "bt601":
-                    turned = np.rint(turned @ rgb_correction(video.matrix).T).clip(0, 255).astype(np.uint8)
-                yield np.ascontiguousarray(turned)
+# Each thread has a decoder of its own.
+_THREAD = threading.local()
 
 
-_NVDEC = _Nvdec()
+def _nvdec_frames(video: VideoInfo, numbers: Sequence[int], options: PackOptions) -> Iterator[Frame]:
+    """stream_video_frames, made smaller on the GPU. Raises RuntimeError, UnreadableFrameError."""
+    # DALI is imported where there is a GPU to use it.
+    from fasttrain.data.dali import ClipDecoder
+
+    if not hasattr(_THREAD, "decoder"):
+        _THREAD.decoder = ClipDecoder(torch.device("cuda", torch.cuda.current_device()))
+    short_side = min(options.short_side, video.width, video.height)
+    for start in range(0, len(numbers), GPU_FRAMES):
+        clip, numbers_there = cut_clip(video, numbers[start : start + GPU_FRAMES])
+        for frame in _THREAD.decoder.decode(clip, numbers_there, short_side):
+            if video.matrix != "bt601":
+                frame = np.rint(frame @ rgb_correction(video.matrix).T).clip(0, 255).astype(np.uint8)
+            yield frame

@@ -1,7 +1,7 @@
 """The packed format and its reader: tar shards of JPEG frames, beside each an index of byte ranges.
 
-Written by pack.py, opened by sources.py. A set is one folder (or, by a list, several) with, for part i of n
-(one part for each machine that packed):
+Written by pack.py, opened by sources.py. A set is one folder with, for part i of n (one part for each machine
+that packed):
 
     pack-IofN.json            options, totals, what could not be read; `complete` when the part is done
     frames-IofN-000000.tar    NAME/000000.jpg, NAME/000001.jpg, ...: any WebDataset reader takes it
@@ -42,8 +42,8 @@ FRAME = np.dtype([("block", np.uint32), ("size", np.int32), ("crc", np.uint32)])
 # What the index of a shard holds as JSON, in this order.
 _PLAIN_VALUES = ("names", "skipped", "videos_done", "num_bytes")
 _MANIFEST = re.compile(r"pack-(\d+)of(\d+)\.json")
-# What differs between the manifests of one set: the results, and the decoder, for some machines have a GPU.
-_OWN_TO_A_PART = {"shards", "total_frames", "total_bytes", "complete", "skipped", "decoder"}
+# What all manifests of a set have alike. The decoders may differ, for some machines have a GPU.
+_SHARED = ("source", "frames", "short_side", "quality", "shard_bytes")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Part:
     def is_complete(self) -> bool:
         """Whether this part was packed to its end and all its shards are there."""
         manifest = self.read_manifest()
-        return manifest["complete"] and manifest["shards"] == len(self.shard_paths())
+        return bool(manifest["complete"]) and manifest["shards"] == len(self.shard_paths())
 
 
 @dataclass(frozen=True)
@@ -122,15 +122,15 @@ class ShardIndex:
         try:
             with np.load(path, allow_pickle=False) as content:
                 values = json.loads(content["told"].tobytes())
-                frames = np.empty(len(content["blocks"]), dtype=FRAME)
-                frames["block"], frames["size"] = content["blocks"], content["sizes"]
-                frames["crc"] = content["crcs"]
-                plain_values = {key: values[key] for key in _PLAIN_VALUES}
-                return cls(lengths=content["lengths"], frames=frames, **plain_values)
+                frames = [content[key] for key in ("blocks", "sizes", "crcs")]
+                return cls(
+                    lengths=content["lengths"],
+                    frames=np.rec.fromarrays(frames, dtype=FRAME),
+                    **{key: values[key] for key in _PLAIN_VALUES},
+                )
         except OSError as error:
             raise InputError(f"{path} cannot be read: {os_reason(error)}") from None
-        # The archive has checksums. NumPy and zipfile raise many kinds of errors for a damaged one, and
-        # what they say (that it needs a password, say) helps nobody.
+        # NumPy and zipfile raise errors of many kinds for a damaged archive, with misleading messages.
         except Exception:
             raise InputError(f"{path} is damaged; delete it and pack again") from None
 
@@ -145,49 +145,43 @@ def tar_header(video: str, frame: int, size: int) -> bytes:
 
 def is_packed(path: Path) -> bool:
     """Whether a path is a packed set, finished or not."""
-    # Path.is_dir raises an error for a line of a list that is too long for a name.
-    return os.path.isdir(path) and any(_parts_in(path))
+    return any(_parts_in(path))
 
 
-def finished_parts(folders: Sequence[Path]) -> list[Part]:
-    """The parts of the set in these folders. Raises InputError if one is missing or of another set."""
-    for folder in folders:
-        if not is_packed(folder):
-            raise InputError(
-                f"{folder} is not a packed set; expected what `fasttrain pack SOURCE {folder}` writes"
-            )
-    parts = sorted(
-        (part for folder in folders for part in _parts_in(folder)), key=lambda part: (part.number, part.count)
-    )
+def finished_parts(root: Path) -> list[Part]:
+    """The parts of a packed set. Raises InputError if one is missing, unfinished or of another set."""
+    parts = sorted(_parts_in(root), key=lambda part: (part.number, part.count))
+    if not parts:
+        raise InputError(f"{root} is not a packed set; expected what `fasttrain pack SOURCE {root}` writes")
     count = parts[0].count
     if [(part.number, part.count) for part in parts] != [(number, count) for number in range(1, count + 1)]:
-        found = ", ".join(f"{part.number}/{part.count} in {part.folder}" for part in parts)
+        found = ", ".join(f"{part.number}/{part.count}" for part in parts)
         raise InputError(
-            f"expected every part of one packed set, found {found}; pack what is missing with --shard I/N; a "
-            "text file with a folder per line joins parts in several folders"
+            f"expected every part of one packed set in {root}, found {found}; pack what is missing with "
+            "--shard I/N, and copy parts of several folders into one"
         )
-    first = {key: value for key, value in parts[0].read_manifest().items() if key not in _OWN_TO_A_PART}
+    first = parts[0].read_manifest()
     for part in parts:
         if not part.is_complete():
             raise InputError(
-                f"part {part.number} of {count} in {part.folder} is not finished, or a shard is missing; run "
+                f"part {part.number} of {count} in {root} is not finished, or a shard is missing; run "
                 f"`fasttrain pack` with --shard {part.number}/{count} again to continue it"
             )
         # Parts of another source or with other options would give videos twice, or not at all.
         manifest = part.read_manifest()
-        for key, value in first.items():
-            if manifest.get(key) != value:
+        for key in _SHARED:
+            if manifest[key] != first[key]:
                 raise InputError(
-                    f"{part.manifest_path} was packed with {key}={manifest.get(key)}, part 1 with "
-                    f"{key}={value}; pack all parts from the same files with the same options"
+                    f"{part.manifest_path} was packed with {key}={manifest[key]}, part 1 with "
+                    f"{key}={first[key]}; pack all parts from the same files with the same options"
                 )
     return parts
 
 
-def _parts_in(folder: Path) -> Iterator[Part]:
-    for path in folder.iterdir():
+def _parts_in(root: Path) -> Iterator[Part]:
+    for path in root.iterdir() if root.is_dir() else ():
         if match := _MANIFEST.fullmatch(path.name):
-            yield Part(folder, int(match[1]), int(match[2]))
+            yield Part(root, int(match[1]), int(match[2]))
 
 
 class PackedIndex(FrameIndex):
@@ -195,15 +189,14 @@ class PackedIndex(FrameIndex):
 
     storage: Storage = "images"
 
-    def __init__(self, *folders: Path) -> None:
-        parts = finished_parts(folders)
+    def __init__(self, root: Path) -> None:
+        parts = finished_parts(root)
         skipped = [(name, reason) for part in parts for name, reason in part.read_manifest()["skipped"]]
         paths = [path for part in parts for path in part.shard_paths()]
         shards = [ShardIndex.read(path) for path in paths]
         names = [name for shard in shards for name in shard.names]
         if not names:
-            place = ", ".join(map(str, folders))
-            raise InputError(f"the packed set {place} holds no video ({len(skipped)} could not be read)")
+            raise InputError(f"the packed set {root} holds no video ({len(skipped)} could not be read)")
         lengths = np.concatenate([shard.lengths for shard in shards]).astype(np.int64)
         by_name = np.array(sorted(range(len(names)), key=names.__getitem__))
         super().__init__([names[i] for i in by_name], lengths[by_name], skipped)

@@ -45,16 +45,14 @@ def open_source(source: str | Path, *, kind: Kind = "auto", world: World | None 
     folders: frame folders (jpg, jpeg, png) at any depth, frames in natural order of their names; list: a
     text file with a frame folder or a video file per line, absolute or relative to the list, a frame folder
     optionally followed by the number of frames to use (behind a video file, a number is a label and means
-    nothing); videos: a folder of video files at any depth, or one file; packed: what `fasttrain pack` wrote,
-    or a text file that lists the folders of its parts. `auto` looks which it is. The processes of `world`
-    share the work of looking into videos and get the same index. Raises InputError where the source is
-    missing, is not of the kind, or holds nothing that can be read.
+    nothing); videos: a folder of video files at any depth, or one file; packed: what `fasttrain pack` wrote.
+    `auto` looks which it is. The processes of `world` share the work of looking into videos and get the same
+    index. Raises InputError where the source is missing, is not of the kind, or holds nothing that can be
+    read.
     """
     path = Path(source).expanduser()
-    may_be_packed = kind in ("auto", "packed") or (kind == "list" and path.is_file())
-    packed = packed_folders(path) if may_be_packed else []
-    if packed or kind == "packed":
-        return PackedIndex(*(packed or [path]))
+    if kind == "packed" or (kind == "auto" and is_packed(path)):
+        return PackedIndex(path)
     found = find_source(path, kind=kind)
     if found.videos:
         index: FrameIndex = _probe_videos(path, found, world or World.single())
@@ -66,21 +64,6 @@ def open_source(source: str | Path, *, kind: Kind = "auto", world: World | None 
             f"nothing in {source} can be read ({len(index.skipped)} skipped{reasons}); {_WANTED}"
         )
     return index
-
-
-def packed_folders(path: Path) -> list[Path]:
-    """The folders of a packed set: itself, or those that a list names; none where it is something else."""
-    if path.is_dir():
-        return [path] if is_packed(path) else []
-    if not path.is_file() or path.suffix.lower() in VIDEO_SUFFIXES:
-        return []
-    try:
-        folders = (path.parent / name for name, _ in _list_entries(path))
-        # One look is enough: a list of 240,000 frame folders shall not be looked through twice.
-        first = next(folders, None)
-        return [first, *folders] if first and is_packed(first) else []
-    except InputError:
-        return []
 
 
 def find_source(path: Path, *, kind: Kind = "auto") -> Found:
