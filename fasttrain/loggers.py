@@ -57,13 +57,13 @@ class MetricsLog:
 
 
 def last_event(folder: Path) -> str | None:
-    """What the log of a run folder ended on, if its last line tells of an event."""
+    """The event that the log of a run folder ends with, if it ends with one."""
     records = read_records(folder / "metrics.jsonl")
     return records[-1].get("event") if records else None
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """What the whole lines of a log say."""
+    """The whole lines of a log."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         # The last line may have been cut off with its run.
@@ -73,15 +73,14 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def say(line: str, console: Console | None = None) -> None:
-    """Print a line as it is: brackets in a path are no markup, and nothing breaks it."""
+    """Print a line as it is: without markup, which brackets in a path would be, and without line breaks."""
     (console or Console()).print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class Progress:
     """How far a long piece of work is: a bar on a terminal, elsewhere a line a minute.
 
-    Use it as a context; `advance` counts what is done, `show` says how it goes. Silent unless `enabled`: of
-    several processes the main one shows its progress.
+    Use it as a context. Silent unless `enabled`: of several processes the main one shows its progress.
     """
 
     SECONDS_BETWEEN_LINES = 60.0
@@ -96,7 +95,7 @@ class Progress:
             TextColumn(f"[bold]{unit}"),
             MofNCompleteColumn(),
             BarColumn(bar_width=10),
-            # Gives way on a narrow terminal: the count and the time left stay whole.
+            # The first to be cut on a narrow terminal: the count and the time left stay whole.
             TextColumn("{task.fields[status]}", table_column=Column(ratio=1, no_wrap=True), markup=False),
             TextColumn("left"),
             self._remaining,

@@ -1,9 +1,4 @@
-"""Tokens -> losses: the head and Co-Settle's objective as one module, the only caller of the kernels.
-
-Shape suffixes: B samples, 3 views, N tokens, D channels.
-"""
-
-from __future__ import annotations
+"""Tokens -> losses: the head and Co-Settle's objective as one module, the only caller of the kernels."""
 
 from torch import Tensor, nn
 
@@ -23,12 +18,10 @@ class CosettleObjective(nn.Module):
         self.recipe = recipe
 
     def forward(self, frozen_B3ND: Tensor, grid: tuple[int, int], diagnostics: bool) -> CosettleLoss:
-        """Losses of the frozen tokens of frame 1, frame 2 and frame 1 with asymmetric positions.
+        """Losses of the frozen tokens (B, 3, N, D) of frame 1, frame 2 and frame 1 with asymmetric positions.
 
-        Args:
-            frozen_B3ND: (B, 3, N, D) frozen tokens, any floating dtype.
-            grid: (h, w) with h * w = N.
-            diagnostics: also form the two diagnostics, which need all of the N x N cycle.
+        grid: (h, w) with h * w = N; diagnostics: also form the two diagnostics, which need all of the N x N
+        cycle.
         """
         # What follows the last product is fused with the losses; bias, tanh and norm never reach memory.
         linear_B3ND, rest = self.projection.split(frozen_B3ND)

@@ -6,8 +6,6 @@
 thread; on a CPU the spans' own durations are taken.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,33 +25,27 @@ STEP = "step"
 _ON_DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
 _HOST = {"cpu_op", "user_annotation"}
 _LAUNCHES = {"cuda_runtime", "cuda_driver"}
-_WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize")
-# The host reads a number from the device: on a GPU each one waits for all work before it.
-_READS = "aten::_local_scalar_dense"
-_ALLOCATES = ("cudaMalloc", "cudaMallocAsync", "cudaFree", "cudaHostAlloc")
+# What to count within the steps. The host reads a number from the device by `_local_scalar_dense`: on a GPU
+# each one waits for all work before it.
+_COUNTED = {
+    "waits": {"cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize"},
+    "scalar_reads": {"aten::_local_scalar_dense"},
+    "allocations": {"cudaMalloc", "cudaMallocAsync", "cudaFree", "cudaHostAlloc"},
+}
 
-
-def span(name: str) -> record_function:
-    """Context that names what is inside for the profiler; next to free without one."""
-    return record_function(name)
+# A context that names what is inside for the profiler; next to free without one.
+span = record_function
 
 
 class StepProfiler:
-    """Records steps SKIPPED .. SKIPPED + RECORDED - 1 of a run. Call `step` after each; `close` writes.
-
-    Args:
-        folder: where trace.json and summary.json go.
-        device: cuda adds the device's own activities.
-    """
+    """Records steps SKIPPED .. SKIPPED + RECORDED - 1 of a run. Call `step` after each; `close` writes."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.folder, self._device = folder, device
         self._table = f"nothing recorded: a profile takes {SKIPPED + 1} steps"
-        activities = [ProfilerActivity.CPU]
-        if device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
+        on_gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
         self._profile = profile(
-            activities=activities,
+            activities=[ProfilerActivity.CPU, *on_gpu],
             schedule=schedule(wait=0, warmup=SKIPPED, active=RECORDED, repeat=1),
             on_trace_ready=self._write,
         )
@@ -62,7 +54,7 @@ class StepProfiler:
     def step(self) -> None:
         """A step is over: begin or end the recording where it is time."""
         if self._device.type == "cuda" and self._profile.step_num + 1 == SKIPPED:
-            # What was launched before shall not run during the recording.
+            # What was launched before must not run during the recording.
             torch.cuda.synchronize(self._device)
         self._profile.step()
 
@@ -98,7 +90,10 @@ def summarise(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
     )
     step_ranges = [each for each in ranges if each[2] == STEP]
     span_ranges = [each for each in ranges if each[2] in SPANS]
-    work = [event for event in complete if event.get("cat") in _ON_DEVICE]
+    steps = len(step_ranges)
+    work = sorted(
+        (event for event in complete if event.get("cat") in _ON_DEVICE), key=lambda event: event["ts"]
+    )
     if work:
         launched = {
             event["args"]["correlation"]: event["ts"]
@@ -106,38 +101,35 @@ def summarise(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
             if event.get("cat") in _LAUNCHES and "correlation" in event.get("args", {})
         }
         owned = [
-            (_range_at(span_ranges, launched.get(event.get("args", {}).get("correlation"))), event["dur"])
+            (_range_at(span_ranges, launched.get(event["args"].get("correlation"))), event["dur"])
             for event in work
         ]
         total = sum(duration for _, duration in owned)
     else:
         owned = [(name, end - start) for start, end, name in span_ranges]
         total = sum(end - start for start, end, _ in step_ranges)
-    steps = len(step_ranges)
     times = {name: sum(duration for owner, duration in owned if owner == name) for name in SPANS}
-
     # A loader's own threads may wait: the step's do not wait for them.
     threads = {event.get("tid") for event in complete if event.get("cat") in _HOST}
-
-    def per_step(names: tuple[str, ...]) -> float:
-        hits = [e for e in complete if e.get("name") in names and e.get("tid") in threads]
-        return sum(_range_at(step_ranges, event["ts"]) is not None for event in hits) / steps
-
+    within = [
+        event["name"]
+        for event in complete
+        if event.get("tid") in threads and _range_at(step_ranges, event["ts"]) is not None
+    ]
     summary: dict[str, Any] = {
         "device": "cuda" if work else "cpu",
         "steps": steps,
         "step_ms": (step_ranges[-1][1] - step_ranges[0][0]) / steps / 1e3,
         "parts": {name: {"ms": time / steps / 1e3, "share": time / total} for name, time in times.items()},
         "outside_ms": (total - sum(times.values())) / steps / 1e3,
-        "waits": per_step(_WAITS),
-        "scalar_reads": per_step((_READS,)),
-        "allocations": per_step(_ALLOCATES),
+        **{count: sum(name in names for name in within) / steps for count, names in _COUNTED.items()},
     }
     if work:
-        first = reach = min(event["ts"] for event in work)
+        first = reach = work[0]["ts"]
         busy = 0.0
-        for start, end in sorted((event["ts"], event["ts"] + event["dur"]) for event in work):
-            busy += max(0.0, end - max(start, reach))
+        for event in work:
+            end = event["ts"] + event["dur"]
+            busy += max(0.0, end - max(event["ts"], reach))
             reach = max(reach, end)
         summary["busy_share"] = busy / (reach - first)
     return summary
@@ -150,16 +142,18 @@ def _range_at(ranges: list[tuple[float, float, str]], time: float | None) -> str
 
 def summary_table(summary: dict[str, Any]) -> str:
     """The summary as lines for a terminal."""
-    of = "GPU time" if summary["device"] == "cuda" else "host time"
-    lines = [f"{summary['step_ms']:.2f} ms a step, mean of {summary['steps']}; {of} by span:"]
-    lines += [
-        f"  {name:<14}{row['ms']:>10.3f} ms{row['share']:>8.1%}" for name, row in summary["parts"].items()
+    lines = [
+        f"{summary['step_ms']:.2f} ms a step, mean of {summary['steps']}; "
+        f"{'GPU' if summary['device'] == 'cuda' else 'host'} time by span:"
     ]
-    lines += [
-        f"  {'outside':<14}{summary['outside_ms']:>10.3f} ms",
+    rows = {**summary["parts"], "outside": {"ms": summary["outside_ms"]}}
+    for name, row in rows.items():
+        share = f"{row['share']:>8.1%}" if "share" in row else ""
+        lines.append(f"  {name:<14}{row['ms']:>10.3f} ms{share}")
+    lines.append(
         f"a step: {summary['waits']:g} waits for the device, "
-        f"{summary['scalar_reads']:g} numbers read from it, {summary['allocations']:g} allocations",
-    ]
+        f"{summary['scalar_reads']:g} numbers read from it, {summary['allocations']:g} allocations"
+    )
     if "busy_share" in summary:
         lines.append(f"GPU busy {summary['busy_share']:.1%} of the time")
     return "\n".join(lines)

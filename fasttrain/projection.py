@@ -1,7 +1,7 @@
 """The projection head g, the only part that is trained: parameters, files, import of published checkpoints.
 
-Stands between the frozen tokens of `backbones` and the losses of `objective`. A trained projection is one
-safetensors file whose metadata says which encoder it belongs to (`video_encoder` reads it).
+A trained projection is one safetensors file. Its metadata names the encoder that it belongs to
+(`video_encoder` reads it).
 """
 
 import re
@@ -33,12 +33,9 @@ class Projection(nn.Module):
 
     All layers are D to D. Tokens (..., D) come out as (..., D), before L2 normalisation.
 
-    Args:
-        dim: D, the encoder's width.
-        head: linear | mlp2 | mlp3.
-        init: how the weights start, in which the published models differ (`Backbone.projection_init`):
-            trunc_normal (std 0.02, zero bias) | xavier_uniform (zero bias) | default (of `nn.Linear`).
-        seed: the parameters are a function of it; the global generator is not touched.
+    init: how the weights start, in which the published models differ (`Backbone.projection_init`):
+    trunc_normal (std 0.02, zero bias) | xavier_uniform (zero bias) | default (of `nn.Linear`).
+    The parameters are a function of `seed`; the global generator is not touched.
     """
 
     def __init__(
@@ -86,9 +83,6 @@ class Projection(nn.Module):
             tokens = linear(tokens).tanh()
         return tokens
 
-    def extra_repr(self) -> str:
-        return f"{self.dim}, head={self.head!r}"
-
     def save(self, path: str | Path, metadata: dict[str, str] | None = None) -> None:
         """Write the parameters as safetensors, atomically: `path` is the old file or the whole new one.
 
@@ -105,9 +99,8 @@ class Projection(nn.Module):
         """
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = dict(file.metadata() or {})
-                names = file.keys()
-                state = {name: file.get_tensor(name) for name in names}
+                metadata = file.metadata() or {}
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise InputError(
                 f"projection {path} cannot be read ({error}); give one that training wrote"
@@ -140,7 +133,7 @@ class Projection(nn.Module):
 
 
 def _own_name(published: str) -> str:
-    # A single layer is called `linear`, those of an MLP `linear1`, `linear2`, `linear3`.
+    """A single layer is called `linear`, those of an MLP `linear1`, `linear2`, `linear3`."""
     name = re.sub(r"^linear(\d?)\.", lambda match: f"linears.{int(match[1] or 1) - 1}.", published)
     return name.replace("layer_norm1.", "norm.")
 

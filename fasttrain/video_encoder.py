@@ -1,7 +1,7 @@
-"""Using the result: the frozen backbone and its trained projection as one video encoder.
+"""The frozen backbone and its trained projection as one video encoder.
 
-`projection_metadata` is what `trainer` writes into `projection.safetensors`, `load_video_encoder` reads it
-back from a run folder. Shape suffixes: B videos, T frames, H and W pixels, N patch tokens, D channels.
+Training writes `projection_metadata` into `projection.safetensors`, and `load_video_encoder` reads it from
+the run folder. Shape suffixes: B videos, T frames, H and W pixels, N patch tokens, D channels.
 """
 
 import json
@@ -32,7 +32,7 @@ class VideoEncoder(nn.Module):
         return self.encoder.grid(height, width)
 
     def frozen(self, frames: Tensor) -> Tensor:
-        """The backbone's own tokens (B, T, N, D), before the projection: the baseline of every comparison."""
+        """The backbone's own tokens (B, T, N, D), before the projection."""
         if frames.ndim != 5 or frames.shape[2] != 3:
             raise InputError(f"frames of shape {tuple(frames.shape)}: expected (B, T, 3, H, W)")
         return self.encoder.tokens(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
@@ -40,8 +40,7 @@ class VideoEncoder(nn.Module):
     def forward(self, frames: Tensor, *, normalize: bool = False) -> Tensor:
         """Projected tokens (B, T, N, D) of ImageNet-normalised frames (B, T, 3, H, W), row by row.
 
-        normalize: divide every token by its L2 norm, p = g(z) / ||g(z)||, which is what the losses and the
-        label propagation compare. Off, it is the head's output g(z).
+        normalize: divide every token by its L2 norm, as the losses and the label propagation do.
         """
         tokens_BTND = self.projection(self.frozen(frames))
         return F.normalize(tokens_BTND, dim=-1) if normalize else tokens_BTND
@@ -76,7 +75,7 @@ def load_video_encoder(
     if not path.is_file():
         raise InputError(
             f"run {run}: no {PROJECTION_FILE} there; give the output folder of a training run (with several "
-            f"backbones, output/NAME)"
+            "backbones, output/NAME)"
         )
     projection = Projection.load(path)
     if "backbone" not in projection.metadata:

@@ -1,7 +1,7 @@
 """Train recipes/quickstart.yaml on synthetic video and show, on clips that it never saw, what that bought.
 
 Nothing is downloaded: scenes with known masks are rendered and encoded as H.264, the backbone is a randomly
-initialised ViT. Ends with a table and a picture; the same figures stand in demo.json of the run folder.
+initialised ViT. It ends with a table and a picture; demo.json in the run folder has the same figures.
 
 Shape suffixes: V videos, T frames, H W pixels, h w grid, P = h * w tokens, D channels, C labels.
 """
@@ -29,6 +29,7 @@ from fasttrain.video_encoder import VideoEncoder, load_video_encoder
 TRAINING_SCENES = range(16)
 HELD_OUT_SCENES = range(100, 104)
 NUM_FRAMES = 24
+SHOWN_FRAMES = evenly_spaced(NUM_FRAMES, 6)
 # The figures of the table: ▲ higher is better, ▼ lower is better.
 HEADINGS = {
     "J": "label propagation J, mean over held-out objects ▲",
@@ -60,20 +61,16 @@ def run(arguments: argparse.Namespace) -> None:
         "before: frozen backbone": labels_before[0],
         "after: with projection": labels_after[0],
     }
-    shown = evenly_spaced(NUM_FRAMES, 6)
     sheet = [
-        (name, [overlay_masks(scenes[0].frames_THWC[t], labels_THW[t]) for t in shown])
+        (name, [overlay_masks(scenes[0].frames_THWC[t], labels_THW[t]) for t in SHOWN_FRAMES])
         for name, labels_THW in rows.items()
     ]
     contact_sheet(sheet, picture)
     weights = recipe.backbone.weights
     note = "randomly initialised, not pretrained" if weights == "random" else f"weights {weights}"
-    print_table(
-        f"{recipe.backbone.name} ViT, {note}; {len(scenes)} held-out synthetic videos",
-        with_difference(
-            {variant: {HEADINGS[key]: one[key] for key in HEADINGS} for variant, one in figures.items()}
-        ),
-    )
+    title = f"{recipe.backbone.name} ViT, {note}; {len(scenes)} held-out synthetic videos"
+    shown = {variant: {HEADINGS[key]: one[key] for key in HEADINGS} for variant, one in figures.items()}
+    print_table(title, with_difference(shown))
     print(f"picture: {picture}")
     print(f"run: {recipe.output}  (load_video_encoder({recipe.output!r}))")
 

@@ -1,7 +1,5 @@
 """Say what this machine has, what it lacks, and what each missing thing costs."""
 
-from __future__ import annotations
-
 import argparse
 import importlib.metadata
 import importlib.util
@@ -9,6 +7,7 @@ import os
 import platform
 import shutil
 import sysconfig
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,14 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     findings = examine()
-    table = Table(title="fasttrain doctor", show_lines=False)
+    table = Table(title="fasttrain doctor")
     for column in ("", "part", "found", "what it costs that it is missing"):
         table.add_column(column, overflow="fold")
     for name, found, cost, required in findings:
         missing = "[red]missing[/]" if required else "[yellow]absent[/]"
         table.add_row("[green]ok[/]" if found else missing, name, found or "-", "" if found else cost)
     Console().print(table)
-    lacking = [finding.name for finding in findings if finding.required and not finding.found]
+    lacking = [name for name, found, _, required in findings if required and not found]
     if lacking:
         raise InputError(
             f"cannot train without {', '.join(lacking)}; install the project again: make install"
@@ -84,11 +83,9 @@ def examine() -> list[Finding]:
 def _version(*distributions: str) -> str | None:
     """The version of the first that is installed, with its name where several are asked for."""
     for name in distributions:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        return version if len(distributions) == 1 else f"{name} {version}"
+            return version if len(distributions) == 1 else f"{name} {version}"
     return None
 
 
@@ -105,7 +102,7 @@ def _gpu() -> str | None:
 def _nvdec() -> str | None:
     if importlib.util.find_spec("av") is None:
         return None
-    # The module that holds the rule of NVDEC imports PyAV.
+    # Imports PyAV.
     from fasttrain.data.nvdec import has_nvdec
 
     return "libnvcuvid.so.1" if has_nvdec() else None

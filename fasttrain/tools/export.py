@@ -4,17 +4,15 @@ It needs torch alone: `torch.export.load("encoder.pt2").module()(frames)` maps I
 (T, 3, H, W) to projected tokens (T, N, D). T is free, H and W are fixed by --size.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from fasttrain.errors import InputError
 from fasttrain.files import open_atomically
+from fasttrain.loggers import say
 from fasttrain.video_encoder import VideoEncoder, load_video_encoder
 
 
@@ -22,19 +20,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="output folder of a training run")
     parser.add_argument("file", help="what to write, such as encoder.pt2")
     parser.add_argument(
-        "--size",
-        type=int,
-        nargs=2,
-        metavar=("H", "W"),
+        "--size", type=int, nargs=2, metavar=("H", "W"),
         help="frame size in pixels, multiples of the patch size; default: the training crop",
-    )
+    )  # fmt: skip
     parser.add_argument("--weights", help="where the backbone's weights lie now, if they moved")
 
 
 def run(arguments: argparse.Namespace) -> None:
     path = export(arguments.run, arguments.file, size=arguments.size, weights=arguments.weights)
-    megabytes = path.stat().st_size / 1e6
-    Console().print(f"wrote {path} ({megabytes:.1f} MB)", highlight=False, markup=False)
+    say(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
 class _PerFrame(nn.Module):
@@ -54,15 +48,14 @@ def export(
 ) -> Path:
     """Export the encoder of the run folder `run` to `file`, atomically.
 
-    Raises:
-        InputError: `run` holds no projection, `size` does not fit the patches, or `file` is no .pt2.
+    Raises InputError where `run` holds no projection, `size` does not fit the patches, or `file` is no .pt2.
     """
     path = Path(file)
     if path.suffix != ".pt2":
         raise InputError(f"cannot export to {str(path)!r}; expected a file name that ends in .pt2")
     encoder = load_video_encoder(run, weights=weights)
     height, width = size or (encoder.encoder.image_size,) * 2
-    # Made ahead of the tracing, the resized positions are a constant of the program.
+    # Resized before the tracing, the positions are a constant of the program.
     encoder.encoder.positions(encoder.grid(height, width))
     # Two frames: torch.export takes a size of one for a constant.
     frames = torch.zeros(2, 3, height, width)
@@ -70,7 +63,7 @@ def export(
         program = torch.export.export(
             _PerFrame(encoder), (frames,), dynamic_shapes=({0: torch.export.Dim("frames")},)
         )
-    # Given a name, torch tells a folder that cannot be written in an error of its own kind.
+    # Given a path, torch would raise an error of its own kind for a folder that cannot be written.
     with open_atomically(path) as opened:
         torch.export.save(program, opened)
     return path

@@ -4,8 +4,6 @@ The project's recipes name recipes/schema.json in their first line. For a recipe
 schema beside it (`fasttrain schema > schema.json`) and begin it as they do.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 
