@@ -62,17 +62,18 @@ def compiled_at(channels: int, dtype: torch.dtype, architecture: int, only: str 
     device = {"device": "meta"}
     tokens = torch.empty(128, 3, 196, channels, dtype=dtype, **device)
     head = epilogue.HeadParameters(*(torch.empty(channels, **device) for _ in range(3)), 1e-5, True)
-    cells, scalar = epilogue.Cells((14, 14), (2, 2)), torch.empty((), **device)
+    scalar = torch.empty((), **device)
     pooled_dtype = epilogue.pooled_dtype(dtype)
     pooled, many = (torch.empty(128, 3, m, channels, dtype=pooled_dtype, **device) for m in (49, 324))
     statistics = torch.empty(epilogue.statistics_shape(tokens, True), **device)
 
     def forward(head: epilogue.HeadParameters | None) -> None:
-        epilogue.launch_forward(tokens, tokens, head, cells, kl=True, pool=True, statistics=True)
+        given = epilogue.Epilogue(tokens, tokens, head, (14, 14), (2, 2), kl=True)
+        epilogue.launch_forward(given, pool=True, statistics=True)
 
     def backward(head: epilogue.HeadParameters | None) -> None:
-        gradients = (statistics, scalar, scalar, pooled, 1.0)
-        epilogue.launch_backward(tokens, tokens, head, cells, *gradients, kl=True)
+        given = epilogue.Epilogue(tokens, tokens, head, (14, 14), (2, 2), kl=True)
+        epilogue.launch_backward(given, statistics, scalar, scalar, pooled, 1.0)
 
     cases = {
         "head forward": lambda: forward(head),

@@ -1,12 +1,10 @@
 """Transition probabilities between two sets of tokens: A = softmax(query key^T / tau) over keys.
 
-The result is M x K numbers by definition; the logits never are. Each program owns a block of queries: one
-pass over the keys keeps the running maximum and sum (Dao et al., FlashAttention, arXiv 2205.14135), a second
-writes A in fp32.
+Only A itself is stored. Each program owns a block of queries: one pass over the keys keeps the running
+maximum and sum (Dao et al., FlashAttention, arXiv 2205.14135), a second writes A in fp32. In the backward,
+torch computes
 
     dlogits = A (dA - sum_k A dA),   dquery = dlogits key / tau,   dkey = dlogits^T query / tau
-
-The backward's row sums and products are matrix operations that cuBLAS does best.
 
 Source: arXiv 2603.26597, section 3. Shape suffixes: B samples, M queries, K keys, D channels.
 """
@@ -95,7 +93,7 @@ _affinity.register_autograd(_differentiate, setup_context=_save)
 def affinity_softmax(
     query: Tensor, key: Tensor, temperature: float = 0.03, backend: Backend = "auto"
 ) -> Tensor:
-    """softmax(query key^T / temperature) over keys (arXiv 2603.26597, section 3), as float32 at least.
+    """softmax(query key^T / temperature) over keys (arXiv 2603.26597, section 3).
 
     Args:
         query: (B, M, D) tokens, as they are to be compared: normalise them first for a cosine.
@@ -104,7 +102,7 @@ def affinity_softmax(
         backend: `auto` (Triton on CUDA tensors where Triton is installed, else eager), `triton` or `eager`.
 
     Returns:
-        (B, M, K), rows summing to one.
+        (B, M, K), rows summing to one, in float32 or float64.
 
     Raises:
         ValueError: an argument does not fit; the message names it, its value and what is expected.
@@ -113,7 +111,6 @@ def affinity_softmax(
     if key.dtype != query.dtype:
         raise ValueError(f"key must have the dtype of query, {query.dtype}, got {key.dtype}")
     check_number("temperature", temperature)
-    if use_triton(backend, query=query, key=key):
-        affinity: Tensor = _affinity(query, key, temperature)
-        return affinity
-    return reference.affinity_softmax(query, key, temperature)
+    softmax = _affinity if use_triton(backend, query=query, key=key) else reference.affinity_softmax
+    affinity: Tensor = softmax(query, key, temperature)
+    return affinity

@@ -22,13 +22,20 @@ from torch import Tensor
 from . import reference
 from .checks import check_choice, check_grid, check_number, check_tensors
 from .cycle import grad_scale, launch_cycle
-from .epilogue import Cells, HeadParameters, launch_backward, launch_forward, pooled_dtype, statistics_shape
+from .epilogue import (
+    Epilogue,
+    HeadParameters,
+    launch_backward,
+    launch_forward,
+    pooled_dtype,
+    statistics_shape,
+)
 from .reference import CosettleLoss, Regularizer
 from .runtime import Backend, differentiate, needs_grad, operator, use_triton
 
 
 class _Arguments(NamedTuple):
-    """What the operators forward and backward share, in the order of their schemas."""
+    """What the operators forward and backward share, in the order of `_SCHEMA`."""
 
     inputs: Tensor
     frozen: Tensor
@@ -44,12 +51,12 @@ class _Arguments(NamedTuple):
     kl: bool
 
     @property
-    def head(self) -> HeadParameters | None:
-        return None if self.bias is None else HeadParameters._make(self[2:7])
-
-    @property
-    def cells(self) -> Cells:
-        return Cells((self.height, self.width), (self.window, self.window))
+    def epilogue(self) -> Epilogue:
+        head = None
+        if self.bias is not None and self.norm_weight is not None and self.norm_bias is not None:
+            head = HeadParameters(self.bias, self.norm_weight, self.norm_bias, self.norm_eps, self.tanh)
+        grid, window = (self.height, self.width), (self.window, self.window)
+        return Epilogue(self.inputs, self.frozen, head, grid, window, self.kl)
 
 
 _SCHEMA = (
@@ -59,38 +66,33 @@ _SCHEMA = (
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Cycle and separability, 0-d; accuracy and similarity (2,); what the backward needs.
-
-    That is the pooled tokens' scaled gradient and the tokens' statistics. What is not asked for is empty.
-    """
+    """Cycle and separability, 0-d; accuracy and similarity (2,); the scaled gradient of the pooled tokens and
+    the tokens' statistics, for the backward. What is not asked for is empty."""
     *shared, diagnostics, grad = arguments
     given = _Arguments(*shared)
-    separability, pooled_BTMD, statistics_BTNS = launch_forward(
-        given.inputs, given.frozen, given.head, given.cells, kl=given.kl, pool=True, statistics=grad
-    )
-    grad_dtype = pooled_BTMD.dtype if grad else None
+    separability, pooled_BTMD, statistics_BTNS = launch_forward(given.epilogue, pool=True, statistics=grad)
     figures_4BM, grad_pooled = launch_cycle(
-        pooled_BTMD, given.temperature, grad_dtype=grad_dtype, diagnostics=diagnostics
+        pooled_BTMD,
+        given.temperature,
+        grad_dtype=pooled_BTMD.dtype if grad else None,
+        diagnostics=diagnostics,
     )
+    measures = figures_4BM.new_empty(0)
     if diagnostics:
         _, accuracy, squares, returns = figures_4BM.mean((1, 2))
         measures = torch.stack([accuracy, returns * torch.rsqrt(squares)])
-    else:
-        measures = figures_4BM.new_empty(0)
     return figures_4BM[0].mean(), separability, measures, grad_pooled, statistics_BTNS
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     *shared, diagnostics, grad = arguments
-    given = _Arguments(*shared)
-    samples, views, _, channels = given.inputs.shape
-    pooled = (samples, views, given.cells.whole, channels) if grad else (0,)
-    statistics = statistics_shape(given.inputs, grad)
-    shapes = ((), (), (2 if diagnostics else 0,), pooled, statistics)
-    dtypes = (torch.float32, torch.float32, torch.float32, pooled_dtype(given.inputs.dtype), torch.float32)
-    return tuple(
-        given.inputs.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)
-    )
+    given = _Arguments(*shared).epilogue
+    inputs = given.inputs_BTND
+    samples, views, _, channels = inputs.shape
+    pooled = (samples, views, given.whole_cells, channels) if grad else (0,)
+    shapes = ((), (), (2 if diagnostics else 0,), pooled, statistics_shape(inputs, grad))
+    dtypes = (torch.float32, torch.float32, torch.float32, pooled_dtype(inputs.dtype), torch.float32)
+    return tuple(inputs.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
 
 
 def _backward(
@@ -99,17 +101,9 @@ def _backward(
     """Gradients of the inputs (B, T, N, D) and of the head's parameters (3, D), zeros without a head."""
     given = _Arguments(*arguments)
     samples, _, tokens, channels = grad_pooled.shape
+    scale = 1.0 / (grad_scale(tokens) * given.temperature * samples * tokens)
     grad_inputs, grad_parameters = launch_backward(
-        given.inputs,
-        given.frozen,
-        given.head,
-        given.cells,
-        statistics,
-        grad_separability,
-        grad_cycle,
-        grad_pooled,
-        pooled_scale=1.0 / (grad_scale(tokens) * given.temperature * samples * tokens),
-        kl=given.kl,
+        given.epilogue, statistics, grad_separability, grad_cycle, grad_pooled, scale
     )
     if grad_parameters is None:
         grad_parameters = statistics.new_zeros((3, channels))
@@ -134,20 +128,27 @@ _cosettle_backward = operator(
 )
 
 
-def _gradients(*arguments: Any) -> tuple[Tensor | None, ...]:
+def _save(
+    arguments: tuple[Any, ...], outputs: tuple[Tensor, ...]
+) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
+    inputs, frozen, bias, norm_weight, norm_bias, *options, _diagnostics, _grad = arguments
+    _cycle, _separability, _measures, grad_pooled, statistics = outputs
+    return (grad_pooled, statistics, inputs, frozen, bias, norm_weight, norm_bias), tuple(options)
+
+
+def _gradients(
+    grad_cycle: Tensor, grad_separability: Tensor, grad_pooled: Tensor, statistics: Tensor, *arguments: Any
+) -> tuple[Tensor | None, ...]:
     """Those of the inputs, the frozen tokens, and the head's parameters in their own dtypes."""
-    grad_inputs, grad_parameters = _cosettle_backward(*arguments)
-    parameters = _Arguments(*arguments[4:])[2:5]
-    of_head = zip(parameters, grad_parameters, strict=True)
+    given = _Arguments(*arguments)
+    grad_inputs, grad_parameters = _cosettle_backward(
+        grad_cycle, grad_separability, grad_pooled, statistics, *arguments
+    )
+    of_head = zip((given.bias, given.norm_weight, given.norm_bias), grad_parameters, strict=True)
     return grad_inputs, None, *(None if old is None else grad.to(old.dtype) for old, grad in of_head)
 
 
-differentiate(
-    _cosettle,
-    _gradients,
-    losses=2,
-    save=lambda inputs, output: ((*output[3:], *inputs[:5]), inputs[5:-2]),
-)
+differentiate(_cosettle, _gradients, losses=2, save=_save)
 
 
 def _objective(
@@ -164,9 +165,8 @@ def _objective(
     tanh: bool = False,
 ) -> CosettleLoss:
     """The objective of the first of the `tensors`, after a head's epilogue where its parameters follow."""
-    shapes = {name: (tensor, "D") for name, tensor in tensors.items()}
-    (name, inputs), *_ = tensors.items()
-    check_tensors(frozen=(frozen, "B3ND"), **{**shapes, name: (inputs, "B3ND")})
+    shapes = {name: "D" if name in HeadParameters._fields else "B3ND" for name in tensors}
+    check_tensors(frozen=(frozen, "B3ND"), **{name: (tensors[name], shapes[name]) for name in tensors})
     check_grid(grid, window, frozen.shape[2])
     check_number("temperature", temperature)
     check_number("lambda_reg", lambda_reg, zero=True)
@@ -178,14 +178,7 @@ def _objective(
             bias, norm_weight, norm_bias = head
             inputs = reference.head_epilogue(inputs, bias, norm_weight, norm_bias, norm_eps, tanh)
         return reference.cosettle_loss(
-            frozen,
-            inputs,
-            grid=grid,
-            temperature=temperature,
-            window=window,
-            lambda_reg=lambda_reg,
-            regularizer=regularizer,
-            diagnostics=diagnostics,
+            frozen, inputs, grid, temperature, window, lambda_reg, regularizer, diagnostics
         )
     parameters = head or (None, None, None)
     options = (norm_eps, tanh, *grid, window, temperature, regularizer == "kl")
@@ -214,11 +207,11 @@ def cosettle_loss(
     Args:
         frozen: (B, 3, N, D) frozen tokens: frame 1, frame 2, frame 1 with asymmetric positions; float16,
             bfloat16 or float32, on the eager backend float64 too; any strides.
-        projected: (B, 3, N, D) the head's output for them, before L2 normalisation; alone gets gradients.
-            Its dtype may differ from that of `frozen`; arithmetic is float32 at least.
+        projected: (B, 3, N, D) the head's output for them, before L2 normalisation; the only one that gets
+            gradients. Its dtype may differ from that of `frozen`; arithmetic is float32 at least.
         grid: (h, w) with h * w == N.
         temperature: of the transition probabilities, above 0.
-        window: side of the average pooling ahead of the cycle, in cells; 1 is none.
+        window: side of the average pooling before the cycle, in cells; 1 means none.
         lambda_reg: weight of the separability term.
         regularizer: `kl` or `mse`.
         backend: `auto` (Triton on CUDA tensors where Triton is installed, else eager), `triton` or `eager`.
@@ -254,7 +247,7 @@ def cosettle_head_loss(
         linear: (B, 3, N, D) the product of the head's last linear layer, before its bias.
         bias: (D,) of that layer. norm_weight, norm_bias: (D,) of the layer norm. All four get gradients.
         norm_eps: of the layer norm.
-        tanh: whether a tanh stands between them; without it the head is layer_norm(linear + bias).
+        tanh: whether the head has a tanh; without it the head is layer_norm(linear + bias).
 
     The other arguments, the result and the errors are those of `cosettle_loss`.
     """

@@ -28,6 +28,7 @@ Shape suffixes: B samples, T views, M tokens of a view, D channels; inside the k
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -164,19 +165,18 @@ def grad_scale(tokens: int) -> float:
 def launch_cycle(
     walk_B3MD: Tensor, temperature: float, *, grad_dtype: torch.dtype | None, diagnostics: bool
 ) -> tuple[Tensor, Tensor]:
-    """A number per row of C in fp32, and the gradient, of contiguous views.
+    """Figures (4, B, M) of each row of C in fp32, and the gradient (B, 3, M, D), of contiguous views.
 
-    The numbers (4, B, M): cross-entropy; with diagnostics also 1 where the arg-max is the diagonal, the sum
-    of the squares, the diagonal. The gradient (B, 3, M, D) is that of the mean cross-entropy, times
-    grad_scale(M) x tau x B x M; empty without `grad_dtype`.
+    The figures: cross-entropy; with diagnostics also 1 where the arg-max is the diagonal, the sum of the
+    squares, the diagonal. The gradient is that of the mean cross-entropy, times grad_scale(M) x tau x B x M;
+    empty without `grad_dtype`.
     """
     samples, _, tokens, channels = walk_B3MD.shape
     figures_4BM = walk_B3MD.new_empty((4, samples, tokens), dtype=torch.float32)
     grad_B3MD = walk_B3MD.new_empty(walk_B3MD.shape if grad_dtype else (0,), dtype=grad_dtype)
     scale = grad_scale(tokens)
     if tokens > MAX_FUSED_TOKENS:
-        grad_or_none = grad_B3MD if grad_dtype else None
-        launch_streaming(walk_B3MD, temperature, figures_4BM, grad_or_none, scale, diagnostics)
+        launch_streaming(walk_B3MD, temperature, figures_4BM, grad_B3MD, scale, diagnostics)
         return figures_4BM, grad_B3MD
     block = max(triton.next_power_of_2(tokens), 16)
     half = walk_B3MD.element_size() == 2
@@ -228,12 +228,12 @@ _cycle_three_views_backward = operator(
 )
 
 
-differentiate(
-    _cycle_three_views,
-    lambda *arguments: (_cycle_three_views_backward(*arguments),),
-    losses=1,
-    save=lambda inputs, output: (output, (inputs[0].dtype,)),
-)
+def _save(inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Any]]:
+    walk, _temperature, _grad = inputs
+    return output, (walk.dtype,)
+
+
+differentiate(_cycle_three_views, lambda *given: (_cycle_three_views_backward(*given),), losses=1, save=_save)
 
 
 def cycle_consistency_loss(
@@ -262,5 +262,5 @@ def cycle_consistency_loss(
     if walk.shape[1] == 3:
         loss: Tensor = _cycle_three_views(walk, temperature, needs_grad(walk))[0]
         return loss
-    steps = [affinity_softmax(here, there, temperature, backend) for here, there in pairwise(walk.unbind(1))]
+    steps = [affinity_softmax(*step, temperature, backend) for step in pairwise(walk.unbind(1))]
     return reference.cycle_loss_of(reference.return_probability(steps))

@@ -1,7 +1,7 @@
 """Cycle consistency of a walk over three views of any size, in memory linear in their number of tokens M.
 
 The maths of cycle.py, in tiles of 64 x 64 logits (fp32: 32 x 32) that each kernel recomputes from the
-tokens. What goes from one kernel to the next is one number a token:
+tokens. The kernels hand on one number a token:
 
     1. back normaliser   L'_j = log sum_i exp(p2_j . p3_i / tau)
     2. return            L_i  = log sum_j exp(p1_i . p2_j / tau),  C_ii = sum_j exp(s_ij - L_i + t_ij - L'_j)
@@ -230,11 +230,11 @@ def launch_streaming(
     walk_B3MD: Tensor,
     temperature: float,
     figures_4BM: Tensor,
-    grad_B3MD: Tensor | None,
+    grad_B3MD: Tensor,
     grad_scale: float,
     diagnostics: bool,
 ) -> None:
-    """Fill the figures and, where there is one, the gradient of `cycle.launch_cycle`."""
+    """Fill the figures and, unless it is empty, the gradient of `cycle.launch_cycle`."""
     samples, _, tokens, channels = walk_B3MD.shape
     loss_BM, correct_BM, squares_BM, return_BM = figures_4BM.unbind()
     there_BM, back_BM, through_BM = figures_4BM.new_empty((3, samples, tokens)).unbind()
@@ -248,7 +248,7 @@ def launch_streaming(
         _return_kernel[launch](
             walk_B3MD, back_BM, there_BM, return_BM, loss_BM, *sizes, EPS=CYCLE_EPS, **tile
         )
-        if grad_B3MD is not None:
+        if grad_B3MD.numel():
             rows = (walk_B3MD, there_BM, back_BM, return_BM, through_BM)
             _through_kernel[launch](*rows, *sizes, EPS=CYCLE_EPS, **tile)
             slice_channels = min(max(triton.next_power_of_2(channels), 16), 128 if half else 64)

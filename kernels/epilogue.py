@@ -70,18 +70,23 @@ class HeadParameters(NamedTuple):
 STATISTICS = 6
 
 
-class Cells(NamedTuple):
-    """How the grid is cut: cells of `window` tokens (rows, columns), with partial ones at the far edges."""
+class Epilogue(NamedTuple):
+    """What both directions start from. The grid is cut into cells of `window` tokens (rows, columns), with
+    partial ones at the far edges; `kl` or else mse."""
 
+    inputs_BTND: Tensor
+    frozen_BTND: Tensor
+    head: HeadParameters | None
     grid: tuple[int, int]
     window: tuple[int, int]
+    kl: bool
 
     @property
-    def total(self) -> int:
+    def cells(self) -> int:
         return int(triton.cdiv(self.grid[0], self.window[0]) * triton.cdiv(self.grid[1], self.window[1]))
 
     @property
-    def whole(self) -> int:
+    def whole_cells(self) -> int:
         return (self.grid[0] // self.window[0]) * (self.grid[1] // self.window[1])
 
 
@@ -311,105 +316,82 @@ def statistics_shape(inputs_BTND: Tensor, wanted: bool) -> tuple[int, ...]:
     return (*inputs_BTND.shape[:3], STATISTICS) if wanted else (0,)
 
 
-def launch_forward(
-    inputs_BTND: Tensor,
-    frozen_BTND: Tensor,
-    head: HeadParameters | None,
-    cells: Cells,
-    *,
-    kl: bool,
-    pool: bool,
-    statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def launch_forward(given: Epilogue, *, pool: bool, statistics: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The separability loss, 0-d; pooled tokens (B, T, M, D), empty without `pool`; what `launch_backward`
     needs, empty without `statistics`."""
-    inputs_BTND, frozen_BTND = unit_stride(inputs_BTND), unit_stride(frozen_BTND)
-    samples, views, tokens, channels = inputs_BTND.shape
-    tensors, strides, constants = _shared(
-        inputs_BTND, frozen_BTND, head, cells, kl, pool, channels_per_warp=1024
-    )
-    terms_BTN = inputs_BTND.new_empty((samples, views, tokens), dtype=torch.float32)
-    statistics_BTNS = inputs_BTND.new_empty(statistics_shape(inputs_BTND, statistics), dtype=torch.float32)
-    pooled_shape = (samples, views, cells.whole, channels) if pool else (0,)
-    pooled_BTMD = inputs_BTND.new_empty(pooled_shape, dtype=pooled_dtype(inputs_BTND.dtype))
-    with on_device(inputs_BTND):
-        _forward_kernel[(cells.total * samples * views,)](
-            *tensors, terms_BTN, statistics_BTNS, pooled_BTMD, *strides, views, *cells.grid, cells.whole,
-            head.norm_eps if head else 0.0, _term_scale(inputs_BTND, kl),
+    inputs = given.inputs_BTND
+    samples, views, tokens, channels = inputs.shape
+    tensors, strides, constants = _shared_arguments(given, pool, channels_per_warp=1024)
+    terms_BTN = inputs.new_empty((samples, views, tokens), dtype=torch.float32)
+    statistics_BTNS = inputs.new_empty(statistics_shape(inputs, statistics), dtype=torch.float32)
+    pooled_shape = (samples, views, given.whole_cells, channels) if pool else (0,)
+    pooled_BTMD = inputs.new_empty(pooled_shape, dtype=pooled_dtype(inputs.dtype))
+    with on_device(inputs):
+        _forward_kernel[(given.cells * samples * views,)](
+            *tensors, terms_BTN, statistics_BTNS, pooled_BTMD, *strides, views, *given.grid,
+            given.whole_cells, given.head.norm_eps if given.head else 0.0, _term_scale(given),
             STATISTICS=STATISTICS if statistics else 0, **constants,
         )  # fmt: skip
     return terms_BTN.sum(), pooled_BTMD, statistics_BTNS
 
 
 def launch_backward(
-    inputs_BTND: Tensor,
-    frozen_BTND: Tensor,
-    head: HeadParameters | None,
-    cells: Cells,
+    given: Epilogue,
     statistics_BTNS: Tensor,
     grad_separability: Tensor,
     grad_cycle: Tensor | None = None,
     grad_pooled_BTMD: Tensor | None = None,
     pooled_scale: float = 0.0,
-    *,
-    kl: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of the inputs (B, T, N, D) and, with a head, of its parameters (3, D) in fp32.
 
     `grad_separability` and `grad_cycle` are 0-d and read on the device: the gradient of the pooled tokens is
     grad_pooled x grad_cycle x pooled_scale.
     """
-    inputs_BTND, frozen_BTND = unit_stride(inputs_BTND), unit_stride(frozen_BTND)
-    samples, views, _, channels = inputs_BTND.shape
+    inputs, head = given.inputs_BTND, given.head
+    samples, views, _, channels = inputs.shape
     pool = grad_pooled_BTMD is not None
-    channels_per_warp = 768 if head else 1024
-    tensors, strides, constants = _shared(inputs_BTND, frozen_BTND, head, cells, kl, pool, channels_per_warp)
-    programs = cells.total * samples * views
+    tensors, strides, constants = _shared_arguments(given, pool, channels_per_warp=768 if head else 1024)
+    programs = given.cells * samples * views
     if head:
         # As many as run at once: each writes its sums for the parameters.
         threads = 32 * constants["num_warps"]
         registers = min(255, 64 + 8 * constants["BLOCK"] * constants["CHUNKS"] // threads)
-        at_once = max(1, 65536 // (threads * registers)) * multiprocessors(inputs_BTND.device)
+        at_once = max(1, 65536 // (threads * registers)) * multiprocessors(inputs.device)
         programs = min(programs, at_once)
-    grad_BTND = torch.empty_like(inputs_BTND, memory_format=torch.contiguous_format)
-    partial_P3D = inputs_BTND.new_empty((programs, 3, channels), dtype=torch.float32) if head else None
-    with on_device(inputs_BTND):
+    grad_BTND = torch.empty_like(inputs, memory_format=torch.contiguous_format)
+    partial_P3D = inputs.new_empty((programs, 3, channels), dtype=torch.float32) if head else None
+    unused = tensors[0]
+    with on_device(inputs):
         _backward_kernel[(programs,)](
             *tensors, statistics_BTNS, grad_separability, grad_cycle if pool else grad_separability,
-            grad_pooled_BTMD if pool else inputs_BTND, grad_BTND,
-            inputs_BTND if partial_P3D is None else partial_P3D, *strides,
-            samples, views, *cells.grid, cells.whole, _term_scale(inputs_BTND, kl), pooled_scale,
+            grad_pooled_BTMD if pool else unused, grad_BTND, partial_P3D if head else unused, *strides,
+            samples, views, *given.grid, given.whole_cells, _term_scale(given), pooled_scale,
             STATISTICS=STATISTICS, **constants,
         )  # fmt: skip
     return grad_BTND, None if partial_P3D is None else partial_P3D.sum(0)
 
 
-def _term_scale(inputs_BTND: Tensor, kl: bool) -> float:
-    """What turns the sum of the separability terms into the loss."""
-    return 1.0 / (inputs_BTND.shape[0] if kl else inputs_BTND.numel())
+def _term_scale(given: Epilogue) -> float:
+    """The factor from the sum of the separability terms to the loss."""
+    return 1.0 / (given.inputs_BTND.shape[0] if given.kl else given.inputs_BTND.numel())
 
 
-def _shared(
-    inputs_BTND: Tensor,
-    frozen_BTND: Tensor,
-    head: HeadParameters | None,
-    cells: Cells,
-    kl: bool,
-    pool: bool,
-    channels_per_warp: int,
+def _shared_arguments(
+    given: Epilogue, pool: bool, channels_per_warp: int
 ) -> tuple[list[Tensor], tuple[int, ...], dict[str, Any]]:
     """What both kernels take: their first tensors, the strides, and the compile-time constants."""
-    channels = inputs_BTND.shape[-1]
-    block, chunks = row_blocks(channels)
-    parameters = [parameter.contiguous() for parameter in head[:3]] if head else [inputs_BTND] * 3
+    inputs, frozen, head = unit_stride(given.inputs_BTND), unit_stride(given.frozen_BTND), given.head
+    block, chunks = row_blocks(inputs.shape[-1])
+    parameters = [parameter.contiguous() for parameter in head[:3]] if head else [inputs] * 3
     constants = {
-        "D": channels, "WINDOW_H": cells.window[0], "WINDOW_W": cells.window[1],
-        "HEAD": head is not None, "TANH": head is not None and head.tanh, "KL": kl, "POOL": pool,
-        "HALF": inputs_BTND.dtype != torch.float32, "UNIT": LOG2_E, "BLOCK": block, "CHUNKS": chunks,
+        "D": inputs.shape[-1], "WINDOW_H": given.window[0], "WINDOW_W": given.window[1],
+        "HEAD": head is not None, "TANH": head is not None and head.tanh, "KL": given.kl, "POOL": pool,
+        "HALF": inputs.dtype != torch.float32, "UNIT": LOG2_E, "BLOCK": block, "CHUNKS": chunks,
         # As many as keep a row in registers without spilling.
         "num_warps": triton.next_power_of_2(triton.cdiv(block * chunks, channels_per_warp)),
         # Triton 3.10 turns multiply-and-add off unless asked for it.
         "enable_fp_fusion": True,
     }  # fmt: skip
-    strides = (*inputs_BTND.stride()[:3], *frozen_BTND.stride()[:3])
-    return [inputs_BTND, frozen_BTND, *parameters], strides, constants
+    strides = (*inputs.stride()[:3], *frozen.stride()[:3])
+    return [inputs, frozen, *parameters], strides, constants

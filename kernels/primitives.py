@@ -1,6 +1,6 @@
 """Functions that several kernels share: scalars, one token's row in registers, tiles of logits.
 
-Parameters in capitals are compile-time constants. Under Triton's interpreter these are plain functions.
+Parameters in capitals are compile-time constants.
 
 A row is one token's D channels as a tuple of CHUNKS blocks of BLOCK fp32 numbers, 0 beyond D: Triton's blocks
 are powers of two, and three of them fit a ViT's 384, 768 or 1536 channels exactly, where one would leave a
@@ -47,7 +47,7 @@ def tile_options(tokens: Tensor) -> dict[str, Any]:
 
 
 # Compiled, scalar functions are single instructions of the GPU where Triton's own spend four more on denormal
-# numbers. They are exact to a few units in the last place of fp32, `tanh` in half precision to its own.
+# numbers. They are exact to a few units in the last place of fp32, `_tanh_half` to half precision.
 if INTERPRETED:
 
     def exp2(x):
@@ -70,25 +70,23 @@ if INTERPRETED:
 else:
 
     @jit
+    def _instruction(x, ASM: tl.constexpr):
+        return tl.inline_asm_elementwise(ASM, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+    @jit
     def exp2(x):
         """2^x, relative error 2^-22; results below 2^-126 are 0."""
-        return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+        return _instruction(x, "ex2.approx.ftz.f32 $0, $1;")
 
     @jit
     def reciprocal(x):
         """1 / x, within one unit in the last place; results below 2^-126 are 0."""
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+        return _instruction(x, "rcp.approx.ftz.f32 $0, $1;")
 
     @jit
     def _tanh_half(x):
-        # Relative error 2^-11: a quarter of bfloat16's rounding, and float16's.
-        return tl.inline_asm_elementwise(
-            "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+        """Relative error 2^-11: a quarter of bfloat16's rounding, and float16's."""
+        return _instruction(x, "tanh.approx.f32 $0, $1;")
 
     @jit
     def _add_two(left, right, other_left, other_right):

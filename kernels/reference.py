@@ -1,18 +1,17 @@
-"""The eager truth: the Co-Settle objective in plain PyTorch, each part on its own.
+"""The eager reference: the Co-Settle objective in plain PyTorch, each part on its own.
 
-The CPU path of `cosettle_loss`, the yardstick of every kernel's test and the baseline of the benchmarks all
-call these functions. They run in any floating dtype: float64 and float32 as they are, half precision with
-float32 arithmetic inside. Nothing here waits for the GPU.
+It is the CPU path of `cosettle_loss`, and gives the expected values of every kernel's test. Half precision is
+computed in float32, wider dtypes as they are. Nothing here waits for the GPU.
 
 Source: Liu et al., "From Static to Dynamic: Exploring Self-supervised Image-to-Video Representation Transfer
-Learning", CVPR 2026, arXiv 2603.26597, section 3. The walk there and back is that of Jabri et al.,
-"Space-Time Correspondence as a Contrastive Random Walk", NeurIPS 2020.
+Learning", CVPR 2026, arXiv 2603.26597, section 3.
 
 Shape suffixes: B samples, T views, N tokens of the h x w grid, M tokens after pooling, D channels.
 """
 
 from __future__ import annotations
 
+from functools import reduce
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -27,10 +26,9 @@ CYCLE_EPS = 1e-6
 
 
 class CosettleLoss(NamedTuple):
-    """The result of `cosettle_loss`: 0-d tensors, the first three with gradient.
+    """0-d tensors, the first three with gradient: `loss` = `cycle` + lambda_reg x `separability`.
 
-    `loss` = `cycle` + lambda_reg x `separability`. `cycle_accuracy` and `identity_similarity` are detached,
-    and None unless diagnostics were asked for.
+    The diagnostics `cycle_accuracy` and `identity_similarity` are detached, or None if not asked for.
     """
 
     loss: Tensor
@@ -51,10 +49,7 @@ def unit(tokens_BTND: Tensor) -> Tensor:
 
 
 def pool_tokens(tokens_BTND: Tensor, grid: tuple[int, int], window: int) -> Tensor:
-    """Average over window x window cells of the grid: (B, T, h * w, D) -> (B, T, M, D).
-
-    M = (h // window) * (w // window). Rows and columns beyond the last whole window are left out.
-    """
+    """Average over the whole window x window cells of the grid: (B, T, h * w, D) -> (B, T, M, D)."""
     if window == 1:
         return tokens_BTND
     height, width = grid[0] // window, grid[1] // window
@@ -70,8 +65,7 @@ def affinity_softmax(query_BMD: Tensor, key_BKD: Tensor, temperature: float) -> 
 
 def cycle_affinities(walk_BTMD: Tensor, temperature: float) -> list[Tensor]:
     """The T - 1 transition matrices (B, M, M) of a walk through the views in order."""
-    views = walk_BTMD.unbind(1)
-    return [affinity_softmax(here, there, temperature) for here, there in pairwise(views)]
+    return [affinity_softmax(*step, temperature) for step in pairwise(walk_BTMD.unbind(1))]
 
 
 def return_probability(affinities: list[Tensor]) -> Tensor:
@@ -79,17 +73,15 @@ def return_probability(affinities: list[Tensor]) -> Tensor:
 
     C_ii = sum_j (A_1 ... A_{K-1})_ij (A_K)_ji: the last product is never formed.
     """
+    if len(affinities) == 1:
+        return affinities[0].diagonal(dim1=-2, dim2=-1)
     *there, back = affinities
-    if not there:
-        return back.diagonal(dim1=-2, dim2=-1)
-    forward = there[0]
-    for step in there[1:]:
-        forward = forward @ step
+    forward = reduce(torch.matmul, there)
     return (forward * back.transpose(-1, -2)).sum(-1)
 
 
 def cycle_loss_of(return_BM: Tensor) -> Tensor:
-    """Mean cross-entropy of the logits log(C_i + 1e-6) against target i, from C's diagonal alone.
+    """Mean cross-entropy of the logits log(C_i + 1e-6) against target i, from C's diagonal (B, M) alone.
 
     C's rows sum to one, so the softmax's denominator is the constant 1 + M x 1e-6.
     """
@@ -105,13 +97,11 @@ def cycle_consistency_loss(walk_BTMD: Tensor, temperature: float) -> Tensor:
 def cycle_diagnostics(affinities: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Cycle accuracy and identity similarity, 0-d each; needs the whole of C = A_1 ... A_K.
 
-    Accuracy is the share of rows of C whose arg-max is the diagonal; similarity the cosine between all of C
-    and all of the identity, taken over the batch at once. Neither has gradients.
+    Accuracy is the share of rows of C whose arg-max is the diagonal; similarity is the cosine between all of
+    C and all of the identity, taken over the batch at once. Neither has gradients.
     """
-    # Detached, not under no_grad: torch.export.save refuses such a block where nothing uses what it gives.
-    cycle_BMM = affinities[0].detach()
-    for step in affinities[1:]:
-        cycle_BMM = cycle_BMM @ step.detach()
+    # Detached, not under no_grad: torch.export.save refuses such a block where its result is not used.
+    cycle_BMM = reduce(torch.matmul, [step.detach() for step in affinities])
     start = torch.arange(cycle_BMM.shape[-1], device=cycle_BMM.device)
     accuracy = (cycle_BMM.argmax(-1) == start).to(cycle_BMM.dtype).mean()
     diagonal = cycle_BMM.diagonal(dim1=-2, dim2=-1)
@@ -120,7 +110,7 @@ def cycle_diagnostics(affinities: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def separability_loss(frozen_BTND: Tensor, projected_BTND: Tensor, regularizer: Regularizer) -> Tensor:
-    """How far the projected tokens' directions moved from the frozen ones, both L2-normalised, a 0-d tensor.
+    """How far the projected tokens moved from the frozen ones, both L2-normalised, a 0-d tensor.
 
     `kl`: KL(softmax(frozen) || softmax(projected)) over channels, summed over views, tokens and channels,
     divided by B. `mse`: the mean squared difference.
@@ -134,10 +124,7 @@ def separability_loss(frozen_BTND: Tensor, projected_BTND: Tensor, regularizer: 
 def head_epilogue(
     linear_BTND: Tensor, bias_D: Tensor, norm_weight_D: Tensor, norm_bias_D: Tensor, eps: float, tanh: bool
 ) -> Tensor:
-    """What follows the head's last matrix product: layer_norm(tanh(linear + bias)), any leading shape.
-
-    Without `tanh`, layer_norm(linear + bias).
-    """
+    """What follows the head's last matrix product: layer_norm(tanh(linear + bias)), `tanh` or not."""
     hidden = at_least_float32(linear_BTND) + bias_D
     if tanh:
         hidden = hidden.tanh()
@@ -148,7 +135,6 @@ def head_epilogue(
 def cosettle_loss(
     frozen_BTND: Tensor,
     projected_BTND: Tensor,
-    *,
     grid: tuple[int, int],
     temperature: float,
     window: int,

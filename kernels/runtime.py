@@ -1,7 +1,7 @@
-"""Where the kernels run: the one import of Triton, the choice of the backend, launch helpers.
+"""Where the kernels run: the one import of Triton, the choice of the backend, operators, launch helpers.
 
-Every module takes `jit`, `tl` and `triton` from here, so that the package imports on a machine without
-Triton; there the kernels are plain functions that nobody calls.
+Every module takes `jit`, `tl` and `triton` from here, so that the package can be imported without Triton;
+the kernels are then plain functions that nobody calls.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ else:
 
 Backend = Literal["auto", "triton", "eager"]
 
-TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
 # Operators live under the package's own import name: a copy of this folder inside another project registers
 # its own, and never collides with an installed fasttrain_kernels.
 NAMESPACE = (__package__ or "fasttrain_kernels").replace(".", "_")
@@ -49,10 +47,10 @@ def inline(function: Callable[..., Any]) -> Any:
 
 
 def use_triton(backend: str, **tensors: Tensor) -> bool:
-    """Whether the Triton kernels take these tensors.
+    """Whether the Triton kernels are to take these tensors.
 
     Raises:
-        ValueError: `backend` is no backend, or it is `triton` and the kernels cannot take one of the tensors.
+        ValueError: `backend` is unknown, or it is `triton` and the kernels cannot take one of the tensors.
     """
     check_choice("backend", backend, Backend)
     obstacle = _obstacle(tensors)
@@ -66,12 +64,12 @@ def _obstacle(tensors: dict[str, Tensor]) -> str | None:
     if triton is None:
         return "backend 'triton' needs the package triton: pip install triton, or use 'eager'"
     for name, tensor in tensors.items():
-        if tensor.dtype not in TRITON_DTYPES:
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             return f"{name} must be float16, bfloat16 or float32 for backend 'triton', got {tensor.dtype}"
         if not INTERPRETED and not _is_supported(tensor.device):
             expected = "an NVIDIA GPU of compute capability 8.0 or newer"
             return f"{name} must be on {expected} for backend 'triton', got {tensor.device}: use 'eager'"
-        # Operators drop a tangent without a word. (torch.compile knows no forward-mode differentiation.)
+        # Operators drop a tangent silently. (torch.compile does not support forward-mode differentiation.)
         if not torch.compiler.is_compiling() and unpack_dual(tensor).tangent is not None:
             return f"{name} must have no forward-mode tangent for backend 'triton': use 'eager'"
     return None
@@ -88,8 +86,7 @@ def operator(
 ) -> CustomOpDef:
     """Register a launcher as the torch operator NAMESPACE::name, opaque to torch.compile and torch.export.
 
-    `fake` gives the outputs' shapes and dtypes from tensors without data; the schema is read from the
-    annotations unless given. A second registration under the same name, as a reload makes, replaces it.
+    `fake` gives the outputs' shapes and dtypes; the schema is read from the annotations unless given.
     """
     op = torch.library.custom_op(f"{NAMESPACE}::{name}", launcher, mutates_args=(), schema=schema)
     op.register_fake(fake)
@@ -103,11 +100,11 @@ def differentiate(
     losses: int,
     save: Callable[[tuple[Any, ...], tuple[Tensor, ...]], tuple[tuple[Any, ...], tuple[Any, ...]]],
 ) -> None:
-    """Register the gradient of an operator whose first outputs are losses, the others what `backward` needs.
+    """Register the gradient of an operator whose first outputs are losses and whose last input is `grad`.
 
-    The operator's last input says whether gradients are wanted. `save` chooses from its inputs and outputs
-    the tensors, and what else, that `backward` gets behind the losses' gradients. That returns the first
-    inputs' gradients; an operator without one of its own makes a second derivative an error.
+    `save` turns its inputs and outputs into the tensors and the constants that `backward` gets after the
+    losses' gradients. `backward` returns the gradients of the first inputs; it should be an operator without
+    a gradient of its own, so that a second derivative is an error.
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -115,15 +112,14 @@ def differentiate(
         ctx.inputs, ctx.kept = len(inputs), inputs[-1]
         ctx.save_for_backward(*tensors)
         ctx.mark_non_differentiable(*output[losses:])
-        # Or every backward would fill zeros of their size, for nothing.
+        # Otherwise every backward would fill zeros of their size, for nothing.
         ctx.set_materialize_grads(False)
 
     def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if not ctx.kept:
             raise RuntimeError(
-                f"{NAMESPACE} kept nothing for its backward, for no input required a gradient where it was "
-                "called (inside torch.vmap none does) or exported: use backend 'eager', or export with "
-                "inputs that do"
+                f"{NAMESPACE} kept nothing for its backward: no input required a gradient when it was called "
+                "(in torch.vmap none does) or exported; use backend 'eager', or export with inputs that do"
             )
         given = [grad for grad in grads if grad is not None]
         if not given:
@@ -135,9 +131,9 @@ def differentiate(
     forward.register_autograd(gradients, setup_context=setup_context)
 
 
-def needs_grad(*tensors: Tensor | None) -> bool:
+def needs_grad(*tensors: Tensor) -> bool:
     """Whether autograd will ask for the gradient of any of them."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def unit_stride(tensor: Tensor) -> Tensor:

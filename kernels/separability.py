@@ -1,4 +1,4 @@
-"""Semantic separability alone: how far the projected tokens' directions moved from the frozen ones.
+"""Semantic separability alone: how far the projected tokens moved from the frozen ones in direction.
 
     kl:  (1 / B) sum over views and tokens of KL(softmax(z / ||z||) || softmax(g / ||g||)) over channels
     mse: mean over everything of (z / ||z|| - g / ||g||)^2
@@ -10,30 +10,36 @@ Source: arXiv 2603.26597, section 3. Shape suffixes: B samples, T views, N token
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import reference
 from .checks import check_choice, check_tensors
-from .epilogue import Cells, launch_backward, launch_forward, statistics_shape
+from .epilogue import Epilogue, launch_backward, launch_forward, statistics_shape
 from .reference import Regularizer
 from .runtime import Backend, differentiate, needs_grad, operator, use_triton
 
 
-def _cells(projected: Tensor) -> Cells:
+def _epilogue(projected: Tensor, frozen: Tensor, kl: bool) -> Epilogue:
     """Four tokens to a program, as they come: without pooling the grid does not matter."""
-    return Cells((1, projected.shape[2]), (1, 4))
+    return Epilogue(projected, frozen, None, grid=(1, projected.shape[2]), window=(1, 4), kl=kl)
 
 
 def _forward(projected: Tensor, frozen: Tensor, kl: bool, grad: bool) -> tuple[Tensor, Tensor]:
-    """The loss, 0-d, and what the backward needs, empty without `grad`."""
-    options = {"kl": kl, "pool": False, "statistics": grad}
-    loss, _, statistics = launch_forward(projected, frozen, None, _cells(projected), **options)
+    """The loss, 0-d, and the statistics for the backward, empty without `grad`."""
+    loss, _, statistics = launch_forward(_epilogue(projected, frozen, kl), pool=False, statistics=grad)
     return loss, statistics
 
 
 def _backward(grad: Tensor, statistics: Tensor, projected: Tensor, frozen: Tensor, kl: bool) -> Tensor:
-    return launch_backward(projected, frozen, None, _cells(projected), statistics, grad, kl=kl)[0]
+    return launch_backward(_epilogue(projected, frozen, kl), statistics, grad)[0]
+
+
+def _save(inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[bool]]:
+    projected, frozen, kl, _ = inputs
+    return (output[1], projected, frozen), (kl,)
 
 
 _separability = operator(
@@ -49,14 +55,7 @@ _separability_backward = operator(
     _backward,
     fake=lambda grad, statistics, projected, frozen, kl: projected.new_empty(projected.shape),
 )
-
-
-differentiate(
-    _separability,
-    lambda *arguments: (_separability_backward(*arguments),),
-    losses=1,
-    save=lambda inputs, output: ((output[1], *inputs[:2]), (inputs[2],)),
-)
+differentiate(_separability, lambda *given: (_separability_backward(*given),), losses=1, save=_save)
 
 
 def separability_loss(
@@ -75,9 +74,8 @@ def separability_loss(
     """
     check_tensors(frozen=(frozen, "BTND"), projected=(projected, "BTND"))
     check_choice("regularizer", regularizer, Regularizer)
-    if use_triton(backend, frozen=frozen, projected=projected):
-        grad = needs_grad(projected)
-        value: Tensor = _separability(projected, frozen.detach(), regularizer == "kl", grad)[0]
-        return value
-    units = reference.unit(frozen.detach()), reference.unit(projected)
-    return reference.separability_loss(*units, regularizer)
+    frozen = frozen.detach()
+    if not use_triton(backend, frozen=frozen, projected=projected):
+        return reference.separability_loss(reference.unit(frozen), reference.unit(projected), regularizer)
+    loss: Tensor = _separability(projected, frozen, regularizer == "kl", needs_grad(projected))[0]
+    return loss
