@@ -7,7 +7,6 @@ Shape suffixes: B images, C colours, H and W pixels, N patch tokens on an h x w 
 tokens, L tokens in all, S cells on a side of the encoder's own square grid, D channels.
 """
 
-import difflib
 import math
 import re
 import textwrap
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from fasttrain.errors import InputError
 from fasttrain.projection import Init
-from fasttrain.weights import Layout, StateDict, hash_state_dict, load_encoder_weights, seeded
+from fasttrain.weights import StateDict, hash_state_dict, load_encoder_weights, seeded
 
 Axis = Literal["row", "column"]
 Resize = Literal["plain", "offset", "antialias"]
@@ -35,7 +34,8 @@ Resize = Literal["plain", "offset", "antialias"]
 class Family:
     """What sets one family apart, after its authors' code (as republished in github.com/yafeng19/Co-Settle).
 
-    layout: of the published checkpoint.
+    container, prefix: the entry of a published checkpoint that holds the state dict, if there is one, and the
+        prefix of the encoder's keys in it.
     vit: arguments to timm's VisionTransformer beyond the sizes.
     layer_norm_eps: of every LayerNorm.
     sincos: positions start as fixed sines and cosines, not as a draw; the axis that the first half of the
@@ -47,7 +47,8 @@ class Family:
     projection_init: how the published code initialises the head for this family.
     """
 
-    layout: Layout
+    container: str
+    prefix: str = ""
     vit: dict[str, Any] = field(default_factory=dict)
     layer_norm_eps: float = 1e-6
     sincos: Axis | None = None
@@ -58,28 +59,25 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "mae": Family(Layout(("model",)), sincos="column", projection_init="xavier_uniform"),
-    "ijepa": Family(Layout(("encoder",)), {"class_token": False}, sincos="column", norm_plain=False),
+    "mae": Family("model", sincos="column", projection_init="xavier_uniform"),
+    "ijepa": Family("encoder", vit={"class_token": False}, sincos="column", norm_plain=False),
     "clip": Family(
-        Layout(("state_dict",), "visual."),
-        {"pre_norm": True, "act_layer": QuickGELU},
+        "state_dict",
+        "visual.",
+        vit={"pre_norm": True, "act_layer": QuickGELU},
         layer_norm_eps=1e-5,
         resize="antialias",
         projection_init="default",
     ),
-    "blip": Family(Layout(("model",), "visual_encoder."), resize="antialias", resize_once="plain"),
-    "mocov3": Family(
-        Layout(("state_dict",), "momentum_encoder."), sincos="row", projection_init="xavier_uniform"
-    ),
-    "ibot": Family(Layout(("state_dict", "teacher"), "backbone.")),
-    "dino": Family(Layout(("teacher",), "backbone.")),
-    "dinov2": Family(
-        Layout(("teacher",), "backbone."), {"reg_tokens": 4, "init_values": 1.0}, resize="antialias"
-    ),
+    "blip": Family("model", "visual_encoder.", resize="antialias", resize_once="plain"),
+    "mocov3": Family("state_dict", "momentum_encoder.", sincos="row", projection_init="xavier_uniform"),
+    "ibot": Family("state_dict", "backbone."),
+    "dino": Family("teacher", "backbone."),
+    "dinov2": Family("teacher", "backbone.", vit={"reg_tokens": 4, "init_values": 1.0}, resize="antialias"),
 }
 
 # A ViT named after a timm model: timm's own construction and its way of resizing positions.
-_TIMM = Family(Layout(("state_dict",)), resize="antialias")
+_TIMM = Family("state_dict", resize="antialias")
 
 
 def load_backbone(
@@ -109,10 +107,8 @@ def load_backbone(
     """
     family = FAMILIES.get(name, _TIMM)
     if name not in FAMILIES and not timm.is_model(name):
-        known = [*FAMILIES, *timm.list_models("*vit*")]
-        close = ", ".join(difflib.get_close_matches(name, known, n=3)) or "none"
         raise InputError(
-            f"backbone {name!r}: expected one of {', '.join(FAMILIES)}, or a timm ViT (close to it: {close})"
+            f"backbone {name!r}: expected one of {', '.join(FAMILIES)}, or the name of a timm ViT"
         )
     sizes = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
     given = {size: value for size, value in sizes.items() if value is not None}
@@ -121,7 +117,7 @@ def load_backbone(
         if weights == "random":
             vit = build(img_size=image_size, **given)
         else:
-            state = load_encoder_weights(weights, family.layout)
+            state = load_encoder_weights(weights, family.container, family.prefix)
             vit = build(**((_sizes(state) if name in FAMILIES else {}) | given))
             _fill(vit, state, f"weights {weights} do not fit {name}")
     return Backbone(vit, family, name=name, weights=weights, image_size=image_size)
@@ -152,8 +148,7 @@ def _build_family(family: Family, *, embed_dim: int = 768, num_heads: int | None
 def _build_timm(name: str, **sizes: Any) -> Any:
     try:
         vit = timm.create_model(name, num_classes=0, dynamic_img_size=True, **sizes)
-    # Networks of other kinds take other arguments; sizes that do not go together fail timm's assertions; a
-    # name may end in a tag that timm does not have.
+    # Other networks take other arguments, contradictory sizes fail assertions, and a tag may be unknown.
     except (TypeError, AssertionError, RuntimeError) as error:
         raise InputError(f"backbone {name} is not a plain timm ViT of these sizes ({error})") from error
     if not isinstance(vit, VisionTransformer) or vit.pos_embed is None:
@@ -168,18 +163,12 @@ def _build_timm(name: str, **sizes: Any) -> Any:
 
 def _sizes(state: StateDict) -> dict[str, Any]:
     """The sizes that a checkpoint shows; what it lacks is left to `_fill` to report."""
-    sizes: dict[str, Any] = {}
+    sizes: dict[str, Any] = {"reg_tokens": state["reg_token"].shape[1] if "reg_token" in state else 0}
     blocks = [int(match[1]) for key in state if (match := re.match(r"blocks\.(\d+)\.", key))]
     if blocks:
         sizes["depth"] = max(blocks) + 1
-    projection = state.get("patch_embed.proj.weight")
-    if projection is not None and projection.ndim == 4:
-        sizes["embed_dim"], sizes["patch_size"] = projection.shape[0], projection.shape[-1]
-        hidden = state.get("blocks.0.mlp.fc1.weight")
-        if hidden is not None:
-            # timm takes the ratio and truncates; the half keeps rounding from losing a unit.
-            sizes["mlp_ratio"] = (hidden.shape[0] + 0.5) / projection.shape[0]
-    sizes["reg_tokens"] = state["reg_token"].shape[1] if "reg_token" in state else 0
+    if "patch_embed.proj.weight" in state:
+        sizes["embed_dim"], *_, sizes["patch_size"] = state["patch_embed.proj.weight"].shape
     return sizes
 
 
@@ -249,8 +238,8 @@ def _split_positions(vit: Any, name: str) -> tuple[Tensor, Tensor]:
 class Backbone(nn.Module):
     """A frozen ViT that gives the patch tokens after its final norm, without class and register tokens.
 
-    Cast and move it as a whole (`.to(device, dtype)`). Positions are resized in float32 on the CPU, whatever
-    the dtype of the rest, and then cast, so every device sees the same ones.
+    Cast and move it as a whole (`.to(device, dtype)`). Positions are resized in float32 on the CPU and then
+    cast, so that every device sees the same ones.
 
     Attributes: name and weights (as asked for), weights_hash (SHA-256 of the parameters as loaded, in
     float32, whatever the file format), embed_dim, patch_size, image_size, projection_init.
@@ -276,12 +265,11 @@ class Backbone(nn.Module):
 
         side = self.grid(image_size, image_size)[0]
         prefix_PD, checkpoint_SSD = _split_positions(vit, name)
-        # Out of reach of `.to`: what is resized later starts from these float32 values.
+        # Not a buffer: positions are resized from these float32 values, whatever `.to` was called with.
         self._positions_SSD = resize_positions(
             checkpoint_SSD, (side, side), family.resize_once or family.resize
         )
-        # Resized maps by grid, enlarged ones by ratio.
-        self._maps: dict[tuple[int, int] | float, Tensor] = {}
+        self._resized: dict[tuple[tuple[int, int], Resize], Tensor] = {}
         self.register_buffer("prefix_PD", prefix_PD, persistent=False)
         self.register_buffer("positions_ND", self._positions_SSD.flatten(0, 1), persistent=False)
         self.requires_grad_(False).eval()
@@ -291,15 +279,14 @@ class Backbone(nn.Module):
         return super().train(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Backbone":
-        # Moved or cast: cached maps follow at their next use.
-        self._maps.clear()
+        # Moved or cast: resized positions follow at their next use.
+        self._resized.clear()
         return super()._apply(fn, recurse)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Patches (h, w) of an image of height x width pixels, which must be multiples of the patch size.
 
-        The families differ beyond that (DINOv2 refuses, DINO drops the rest of the image), and tokens that
-        cover only a part of the image would shift every label map; so it is an InputError.
+        Any other size is an InputError: tokens that cover only a part of the image would shift label maps.
         """
         patch = self.patch_size
         if height < patch or width < patch or height % patch or width % patch:
@@ -313,10 +300,14 @@ class Backbone(nn.Module):
         """Position embedding of the patches of a grid (h, w), resized as the family's authors do: (N, D)."""
         if grid == self._positions_SSD.shape[:2]:
             return self.positions_ND
-        if grid not in self._maps:
-            resized = resize_positions(self._positions_SSD, grid, self._resize)
-            self._maps[grid] = resized.flatten(0, 1).to(self.positions_ND)
-        return self._maps[grid]
+        return self._resized_to(grid, self._resize).flatten(0, 1)
+
+    def _resized_to(self, grid: tuple[int, int], how: Resize) -> Tensor:
+        """Positions (h, w, D) of a grid, kept for the next call."""
+        if (grid, how) not in self._resized:
+            resized_hwD = resize_positions(self._positions_SSD, grid, how)
+            self._resized[grid, how] = resized_hwD.to(self.positions_ND)
+        return self._resized[grid, how]
 
     def asymmetric_range(self, ratio: float = 10.0) -> int:
         """Number of offsets per axis that `asymmetric_positions` takes: 0 <= i < asymmetric_range(ratio)."""
@@ -327,7 +318,7 @@ class Backbone(nn.Module):
         """Positions (N, D) of the training grid, cut at `offset` (row, column) from an enlarged map.
 
         As `interpolate_and_crop_pos_embed` of the published models: S x S positions are resized bicubically
-        to int((1 + ratio) S) squared and cropped back to S x S. The map is made once; a step slices it.
+        to int((1 + ratio) S) squared, in every family without antialiasing, and cropped back to S x S.
         """
         count = self.asymmetric_range(ratio)
         if not all(0 <= start < count for start in offset):
@@ -335,13 +326,9 @@ class Backbone(nn.Module):
                 f"offset {offset} of the asymmetric positions: expected two numbers in [0, {count})"
             )
         side = self._positions_SSD.shape[0]
-        if ratio not in self._maps:
-            large = side + count - 1
-            # Enlarged by size and without antialiasing in every family.
-            enlarged = resize_positions(self._positions_SSD, (large, large), "plain")
-            self._maps[ratio] = enlarged.to(self.positions_ND)
+        large_SSD = self._resized_to((side + count - 1, side + count - 1), "plain")
         row, column = offset
-        return self._maps[ratio][row : row + side, column : column + side].reshape(side * side, -1)
+        return large_SSD[row : row + side, column : column + side].reshape(side * side, -1)
 
     def tokens(self, images: Tensor, positions: Tensor | None = None) -> Tensor:
         """Patch tokens (B, N, D) of ImageNet-normalised images (B, 3, H, W), row by row.
@@ -349,10 +336,6 @@ class Backbone(nn.Module):
         positions: (N, D), in place of the encoder's own; class and register tokens keep theirs.
         """
         grid = self.grid(images.shape[-2], images.shape[-1])
-        if positions is not None and positions.shape[0] != grid[0] * grid[1]:
-            raise InputError(
-                f"positions for {positions.shape[0]} patches, but the images have {grid[0]} x {grid[1]}"
-            )
         added_ND = self.positions(grid) if positions is None else positions
         tokens_BND = self._blocks(self._patches(images) + added_ND)
         return tokens_BND if positions is None and not self._norm_plain else self.norm(tokens_BND)
@@ -363,8 +346,7 @@ class Backbone(nn.Module):
         """Tokens (B, 3, N, D), contiguous, of frame 1, frame 2 and frame 1 at other positions.
 
         frames: (2, B, 3, H, W), ImageNet-normalised, of the training size; positions: (N, D), asymmetric.
-        One batch of 3 B goes through the blocks, and frame 1 is cut into patches once. Nothing here waits for
-        the device.
+        One batch of 3 B passes the blocks, frame 1 is cut into patches once; nothing waits for the device.
         """
         own_ND = self.positions(self.grid(frames.shape[-2], frames.shape[-1]))
         first_BND, second_BND = self._patches(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).unbind(0)

@@ -1,7 +1,6 @@
-"""Checkpoints: atomic, strict, resumable.
+"""Checkpoints: `checkpoints/step_00000500.pt` holds tensors, numbers and text only.
 
-`checkpoints/step_00000500.pt` holds tensors, numbers and text only, so that `torch.load(weights_only=True)`
-reads it. A file appears under its name only when it is whole.
+`torch.load(weights_only=True)` reads it. A file appears under its name only when it is whole.
 """
 
 from __future__ import annotations
@@ -46,14 +45,10 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def load_checkpoint(folder: Path, step: int) -> dict[str, Any]:
-    """Read the checkpoint of `step` onto the CPU.
-
-    Raises:
-        InputError: the file is damaged; the line says how to go on from the one before.
-    """
+    """Read the checkpoint of `step` onto the CPU; InputError if it is damaged."""
     path = folder / f"step_{step:08d}.pt"
     try:
-        # torch reads damaged numbers without a word, though the archive holds their checksums.
+        # torch does not compare damaged numbers with the checksums that the archive holds.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:
@@ -63,6 +58,6 @@ def load_checkpoint(folder: Path, step: int) -> dict[str, Any]:
     except Exception as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"checkpoint {str(path)!r} cannot be read ({first_line}); delete it to go on from the one before"
+            f"checkpoint {str(path)!r} cannot be read ({first_line}); delete it to resume from the one before"
         ) from error
     return state

@@ -1,7 +1,6 @@
-"""One process or many: the only place that touches torch.distributed.
+"""One process or many: the only user of torch.distributed.
 
-`torchrun` starts the processes and names them in the environment; without it a run is a world of one and no
-process group exists.
+`torchrun` describes each process in the environment; without it a run is a world of one, without a group.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ Key = TypeVar("Key", str, int)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# How long processes wait for one another: shares of a first look or an evaluation end far apart; NCCL gives
-# up after ten minutes, gloo after thirty. When one dies, torchrun ends the others of its node at once.
-PATIENCE = timedelta(hours=2)
+# How long processes wait for one another. The default of NCCL, ten minutes, is too short: shards of an
+# evaluation end far apart. When one process dies, torchrun ends the others of its node at once.
+TIMEOUT = timedelta(hours=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +51,11 @@ class World:
         if self.size == 1:
             return module
         device_ids = [self.device] if self.device.type == "cuda" else None
-        # Small head, one bucket: views spare the copy into it.
         return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
 
     def no_sync(self, module: nn.Module) -> AbstractContextManager[None]:
         """Context in which a wrapped module does not average its gradients (accumulation)."""
-        if isinstance(module, DistributedDataParallel):
-            return module.no_sync()
-        return nullcontext()
+        return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
 
     def shard(self, items: Sequence[Item]) -> list[Item]:
         """This process's share of `items`: every `size`-th."""
@@ -101,9 +97,7 @@ class World:
         values = self.gather(value)
         for rank, other in enumerate(values):
             if other != values[0]:
-                raise InputError(
-                    f"{what}: process {rank} sees something else than process 0; all must see the same files"
-                )
+                raise InputError(f"{what}: processes 0 and {rank} differ; all must see the same files")
 
     def barrier(self) -> None:
         """Wait until every process is here."""
@@ -113,18 +107,16 @@ class World:
 
 @contextmanager
 def start(device: Literal["auto", "cuda", "cpu"] = "auto") -> Iterator[World]:
-    """Join the run that torchrun started, NCCL on GPUs and gloo on CPUs; leave it at the end.
+    """Join the run that torchrun started, with NCCL on GPUs and gloo on CPUs; leave it at the end.
 
-    Raises:
-        InputError: `cuda` was asked for and is not there, or more processes than GPUs were started on a node.
+    Raises InputError without a GPU where `cuda` was asked for, and with fewer GPUs on a node than processes.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     own_device = _own_device(device, local_rank)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1:
-        backend = "nccl" if own_device.type == "cuda" else "gloo"
-        device_id = own_device if own_device.type == "cuda" else None
-        dist.init_process_group(backend, device_id=device_id, timeout=PATIENCE)
+        backend, device_id = ("nccl", own_device) if own_device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, device_id=device_id, timeout=TIMEOUT)
     try:
         yield World(
             rank=int(os.environ.get("RANK", "0")),
@@ -146,8 +138,8 @@ def _own_device(device: str, local_rank: int) -> torch.device:
         raise InputError("device: 'cuda' was asked for, but torch sees no GPU; use device=cpu")
     if local_rank >= torch.cuda.device_count():
         raise InputError(
-            f"process {local_rank} of this node has no GPU of its own; expected at most "
-            f"{torch.cuda.device_count()} processes: torchrun --nproc-per-node={torch.cuda.device_count()}"
+            f"process {local_rank} of this node has no GPU of its own; start at most as many processes as "
+            f"there are GPUs: torchrun --nproc-per-node={torch.cuda.device_count()}"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)

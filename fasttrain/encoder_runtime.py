@@ -1,7 +1,6 @@
-"""How the frozen encoder is run: FP8, attention kernel, compilation. One switch per recipe key.
+"""How the frozen encoder is run: FP8, attention kernel, compilation, as the recipe's `encoder` section says.
 
-`backbones` says what the encoder computes; this says how fast. A `BackboneTrainer` owns one `EncoderRuntime`.
-Every switch changes rounding at most, and each can be turned off (`encoder` section of the recipe).
+`backbones` says what the encoder computes; a switch here changes its speed, and the numbers by rounding only.
 
 Shape suffixes: B samples, N tokens, D channels; of a linear layer R rows, K inputs, O outputs.
 """
@@ -27,13 +26,13 @@ ATTENTION = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-# What a core's caches hold: larger batches ran slower on a CPU (benchmarks/results/step-cpu.json).
+# Samples that a core's caches hold: larger batches ran slower on a CPU (benchmarks/results/step-cpu.json).
 CPU_CHUNK = 4
-# Up to here PyTorch's fused attention loses to plain products on a CPU in half precision (3.8 against 6.2 ms
-# for 12 x 3 heads of 197 tokens); beyond, the matrix of all pairs no longer stays in the caches.
+# Up to this number of tokens plain products are faster than PyTorch's fused attention on a CPU
+# in half precision (3.8 against 6.2 ms for 12 x 3 heads of 197 tokens).
 CPU_PLAIN_TOKENS = 256
 MAX_PROGRAMS = 64
-# Graphs are recorded by cuda_graph.py, over more than the encoder.
+# Without Inductor's graphs: cuda_graph.py records more than the encoder.
 COMPILE_MODES = {"default": None, "max-autotune": "max-autotune-no-cudagraphs"}
 
 FLOAT8 = torch.float8_e4m3fn
@@ -41,10 +40,9 @@ LARGEST = torch.finfo(FLOAT8).max
 
 
 class EncoderRuntime:
-    """The three views of frame pairs through a frozen encoder, as the recipe wants them computed.
+    """The three views of frame pairs through a frozen encoder, computed as the recipe says.
 
-    `encoder` is moved to the device and cast, or quantised, in place. `compiled` tells whether the first call
-    will be long.
+    `encoder` is moved to the device and cast, or quantised, in place. If `compiled`, the first call is slow.
     """
 
     def __init__(
@@ -54,7 +52,6 @@ class EncoderRuntime:
         self._dtype = dtype
         self._autocasts = not recipe.cast_weights and dtype != torch.float32
         if recipe.precision == "fp8":
-            # A CPU computes it too, slowly: for tests.
             if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
                 raise InputError(
                     f"encoder.precision: 'fp8' needs compute capability 8.9 or more, "
@@ -75,10 +72,7 @@ class EncoderRuntime:
 
     @torch.no_grad()
     def three_views(self, frames: Tensor, positions: Tensor) -> Tensor:
-        """Tokens (B, 3, N, D) of frame 1, frame 2 and frame 1 at other positions; never waits for the GPU.
-
-        frames: (2, B, 3, H, W), ImageNet-normalised, of the training size; positions: (N, D), asymmetric.
-        """
+        """`Backbone.three_views` in the recipe's precision; never waits for the GPU."""
         inputs = frames.to(self.encoder.positions_ND.dtype)
         with torch.autocast(frames.device.type, self._dtype) if self._autocasts else nullcontext():
             if not self._chunk or self._chunk >= inputs.shape[1]:
@@ -92,10 +86,10 @@ class EncoderRuntime:
 
 
 def _attending(views: Views, kernel: SDPBackend) -> Views:
-    """`views` with one attention kernel, chosen inside of what is compiled.
+    """`views` with one attention kernel, chosen inside of the compiled function.
 
-    PyTorch does not look at a choice that is made outside when it looks for a compiled program: an encoder
-    would get the program, and with it the attention kernel, of another encoder of the same shapes.
+    PyTorch ignores a choice made outside when it looks for a compiled program: an encoder would get the
+    program, and with it the attention kernel, of another encoder of the same shapes.
     """
 
     def attend(frames: Tensor, positions: Tensor) -> Tensor:
@@ -107,19 +101,16 @@ def _attending(views: Views, kernel: SDPBackend) -> Views:
 
 def _attend_plainly(encoder: Backbone) -> None:
     """Attention as two products and a softmax, where the training images have few tokens."""
-    rows, columns = encoder.grid(encoder.image_size, encoder.image_size)
-    if rows * columns + len(encoder.prefix_PD) > CPU_PLAIN_TOKENS:
-        return
-    for module in encoder.blocks.modules():
-        # timm's name for whether an attention layer calls PyTorch's fused one.
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False
+    if len(encoder.positions_ND) + len(encoder.prefix_PD) <= CPU_PLAIN_TOKENS:
+        for module in encoder.blocks.modules():
+            # timm's name for whether an attention layer calls PyTorch's fused one.
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = False
 
 
 def compile_fixed(function: Views, mode: str | None) -> Views:
     """torch.compile for fixed shapes; PyTorch keeps the code from run to run (TORCHINDUCTOR_CACHE_DIR)."""
-    # Every kind of encoder in a process is a program of its own; past PyTorch's limit of eight they would
-    # silently run uncompiled.
+    # Each kind of encoder in a process is a program; beyond PyTorch's limit of eight they run uncompiled.
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, MAX_PROGRAMS)
     return torch.compile(function, dynamic=False, mode=mode)
@@ -127,12 +118,10 @@ def compile_fixed(function: Views, mode: str | None) -> Views:
 
 # --- FP8 -----------------------------------------------------------------------------------------------
 #
-# Matrix products in e4m3, for chips that have them: Ada, Hopper and later. Weights are quantised once, one
-# scale per output channel; activations at every call, one scale per token. A value x becomes round(x / s)
-# with s = max|x| / 448, so each product is off by a few percent of its norm, at random, which a sum over
-# hundreds of channels and a LayerNorm largely average out (docs/scaling.md says what is left in the
-# tokens and in the loss). The products accumulate in float32 and come out in bfloat16. Only the linear layers
-# of the blocks change; attention, norms and the patch embedding stay.
+# Matrix products of the blocks' linear layers in e4m3, for chips that have them: Ada, Hopper and later.
+# Weights are quantised once, with one scale per output channel; activations at every call, one per token. A
+# value x becomes round(x / s) with s = max|x| / 448. The random error of a few percent per product largely
+# averages out (docs/scaling.md). The products accumulate in float32 and come out in bfloat16.
 
 
 def quantize_rows(values_RK: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,8 +136,7 @@ def quantize_rows(values_RK: Tensor) -> tuple[Tensor, Tensor]:
 class Float8Linear(nn.Module):
     """A frozen `nn.Linear` whose product runs in FP8; takes and gives the dtype of its input.
 
-    Attributes: weight_OK (e4m3), scale_1O (float32), bias_O (bfloat16 or None). Cast the module after this
-    and its weights are no longer FP8: quantise last.
+    Quantise last: a later cast of the module would cast its e4m3 weights too.
     """
 
     weight_OK: Tensor
@@ -175,7 +163,7 @@ class Float8Linear(nn.Module):
                 use_fast_accum=True,
             )
         else:
-            # The same with scales by row came to CPUs after PyTorch 2.11.
+            # PyTorch 2.11 has no scales by row on CPUs.
             out_RO = quantised_RK.float() @ self.weight_OK.float().t() * scale_R1 * self.scale_1O
             out_RO = (out_RO if self.bias_O is None else out_RO + self.bias_O).bfloat16()
         return out_RO.unflatten(0, tokens.shape[:-1]).to(tokens.dtype)

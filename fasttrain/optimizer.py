@@ -21,8 +21,7 @@ APEX = {"apex_fused_adam": "FusedAdam", "apex_fused_lamb": "FusedLAMB"}
 def build_optimizer(recipe: OptimizerRecipe, module: nn.Module) -> torch.optim.Optimizer:
     """The optimiser of all trainable parameters of `module`. The learning rate starts at 0.
 
-    Raises:
-        InputError: an Apex optimiser was asked for, and NVIDIA Apex or the GPU is absent.
+    Raises InputError if an Apex optimiser was asked for, and NVIDIA Apex or the GPU is absent.
     """
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [

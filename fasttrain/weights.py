@@ -1,32 +1,24 @@
 """Where weights come from: a local file, the Hugging Face Hub, timm, or a seed.
 
 `backbones` and `projection` read every checkpoint through this file, as one state dict in timm's names, and
-draw their random weights with `seeded`. Nothing here knows a model; a published layout is a `Layout`: where
-in the file the state dict lies, and the prefix of the encoder's keys in it.
+draw their random weights with `seeded`.
 """
 
 import argparse
-import difflib
 import hashlib
 import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path, PosixPath
+from pathlib import Path, PosixPath, PurePosixPath
 from typing import Any
 
 import huggingface_hub
 import numpy as np
 import timm
 import torch
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -74,34 +66,21 @@ _TIMM_NAMES = [
 ]
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a family publishes its checkpoints.
-
-    containers: entries under which the state dict may lie, first match wins; else it is the file itself.
-    prefix: if any key starts with it, only those keys are the encoder's, without it.
-    """
-
-    containers: tuple[str, ...] = ()
-    prefix: str = ""
-
-
-def load_encoder_weights(weights: str, layout: Layout) -> StateDict:
+def load_encoder_weights(weights: str, container: str, prefix: str) -> StateDict:
     """The encoder's tensors at `weights`, float32 on the CPU, in the names of timm's VisionTransformer.
 
-    `weights` is one of `SOURCES` but `random`. The paper's release (the encoder under `model`, with
-    `adapter.adapter.*` beside it) loads for every family. Raises InputError where the weights cannot be had
-    or hold no state dict.
+    `weights` is one of `SOURCES` but `random`. The state dict is the checkpoint's entry `container` or, as in
+    the paper's release of every family, `model`, else the checkpoint itself. If any of its keys starts with
+    `prefix`, only those keys are the encoder's. Raises InputError where the weights cannot be had or hold no
+    state dict.
     """
     if weights.startswith("timm://"):
         checkpoint: Any = _load_timm(weights)
     else:
         checkpoint = read_checkpoint(find_file(weights))
-    state = find_state_dict(checkpoint, weights, (*layout.containers, "model"))
-    if any(key.startswith(layout.prefix) for key in state):
-        state = {
-            key.removeprefix(layout.prefix): t for key, t in state.items() if key.startswith(layout.prefix)
-        }
+    state = find_state_dict(checkpoint, weights, (container, "model"))
+    if any(key.startswith(prefix) for key in state):
+        state = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
     tensors = {_timm_name(key): t.float() for key, t in state.items() if not _NOT_ENCODER.match(key)}
     for embedding in {"cls_token", "pos_embed"} & tensors.keys():
         # CLIP's have no batch axis.
@@ -149,19 +128,18 @@ def _download(weights: str) -> Path:
         raise InputError(f"weights {weights}: expected hf://owner/repo/path or hf://owner/repo@revision/path")
     repo, revision, path = match.groups()
     try:
-        try:
-            return Path(huggingface_hub.hf_hub_download(repo, path, revision=revision))
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError:
-            # The paper's release is named by folder, one checkpoint in each.
+        # The paper's release is named by folder, one checkpoint in each.
+        if not PurePosixPath(path).suffix:
             every = huggingface_hub.list_repo_files(repo, revision=revision)
-            files = [file for file in every if file.startswith(path + "/")]
+            files = [file for file in every if file == path or file.startswith(path + "/")]
             if len(files) != 1:
                 names = ", ".join(files[:5]) or "no files there"
-                raise InputError(f"weights {weights}: no such file in the repository ({names})") from None
-            return Path(huggingface_hub.hf_hub_download(repo, files[0], revision=revision))
-    # Offline, the client raises LocalEntryNotFoundError and, as the rest of the network's errors, OSError.
+                raise InputError(
+                    f"weights {weights}: expected the path of one file in the repository ({names})"
+                )
+            path = files[0]
+        return Path(huggingface_hub.hf_hub_download(repo, path, revision=revision))
+    # Without a network the client raises an OSError.
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         file = f"https://huggingface.co/{repo}/resolve/{revision or 'main'}/{path}"
         raise _without_the_hub(weights, file, error) from error
@@ -170,10 +148,7 @@ def _download(weights: str) -> Path:
 def _load_timm(weights: str) -> StateDict:
     name = weights.removeprefix("timm://")
     if not timm.is_model(name) or not timm.is_model_pretrained(name):
-        close = difflib.get_close_matches(name, timm.list_pretrained("*vit*"), n=3)
-        raise InputError(
-            f"weights {weights}: timm has no such pretrained model; close to it: {', '.join(close)}"
-        )
+        raise InputError(f"weights {weights}: timm has no such pretrained model")
     try:
         return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
     except (HfHubHTTPError, OSError) as error:
@@ -198,7 +173,10 @@ def read_checkpoint(path: Path) -> Any:
         if path.suffix == ".safetensors":
             return load_file(path)
         if _is_torchscript(path):
-            return _read_torchscript(path)
+            with warnings.catch_warnings():
+                # torch advises against making such archives; OpenAI's CLIP is published as one.
+                warnings.filterwarnings("ignore", message=".*torch.jit.load", category=FutureWarning)
+                return torch.jit.load(path, map_location="cpu").state_dict()
         with torch.serialization.safe_globals(_SAFE_GLOBALS):
             return torch.load(path, map_location="cpu", weights_only=True)
     # Damaged bytes, or text, lead the readers to errors of any kind.
@@ -217,13 +195,6 @@ def _is_torchscript(path: Path) -> bool:
         return False
     with zipfile.ZipFile(path) as archive:
         return any(Path(name).name == "constants.pkl" for name in archive.namelist())
-
-
-def _read_torchscript(path: Path) -> StateDict:
-    with warnings.catch_warnings():
-        # torch advises against making such archives; OpenAI's CLIP is published as one.
-        warnings.filterwarnings("ignore", message=".*torch.jit.load", category=FutureWarning)
-        return torch.jit.load(path, map_location="cpu").state_dict()
 
 
 def hash_state_dict(state: Mapping[str, Tensor]) -> str:

@@ -33,7 +33,7 @@ def test_what_fails_in_one_process_fails_in_all() -> None:
 
 def test_what_differs_between_processes_is_refused() -> None:
     OneOfTwo([1]).check_same([1], "the files")
-    with pytest.raises(InputError, match="the files: process 1 sees something else than process 0"):
+    with pytest.raises(InputError, match="the files: processes 0 and 1 differ"):
         OneOfTwo([2]).check_same([1], "the files")
 
 

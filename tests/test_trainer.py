@@ -307,7 +307,7 @@ class OneOfTwo(World):
 def test_what_another_process_does_not_see_is_refused(frames: Path, finished: Path, tmp_path: Path) -> None:
     """The source, a video of it, the checkpoints: each would part the processes without a word."""
     recipe = load_recipe(finished / "recipe.yaml")
-    other_end = "process 1 sees something else than process 0"
+    other_end = "processes 0 and 1 differ"
     for world, what in [
         (OneOfTwo(False, bool), "data.source"),
         (OneOfTwo("another fingerprint", str), "data.source"),
