@@ -71,7 +71,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "blip": Family("model", "visual_encoder.", resize="antialias", resize_once="plain"),
     "mocov3": Family("state_dict", "momentum_encoder.", sincos="row", projection_init="xavier_uniform"),
-    "ibot": Family("state_dict", "backbone."),
+    "ibot": Family("state_dict"),
     "dino": Family("teacher", "backbone."),
     "dinov2": Family("teacher", "backbone.", vit={"reg_tokens": 4, "init_values": 1.0}, resize="antialias"),
 }
