@@ -38,7 +38,7 @@ format: install
 
 # Installs nothing: PYTHON is an interpreter that has torch; parts that need more are reported and skipped.
 gpu-check:
-	$(PYTHON) -m benchmarks.gpu_check --out $(OUT)
+	sh benchmarks/gpu_check.sh $(PYTHON) $(OUT)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

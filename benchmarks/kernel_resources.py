@@ -3,7 +3,7 @@
     python -m benchmarks.kernel_resources     adds this Triton's table to results/kernels_compile.json
 
 Needs no GPU: every launcher runs on tensors without data, and Triton compiles what it would have launched.
-Registers and stack are ptxas's, from the binary.
+Registers and stack are ptxas's, from the binary. The table of kernels/README.md is D = 768, bf16, sm_90.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from benchmarks.measure import RESULTS, environment, write_results
+from benchmarks.measure import RESULTS, environment
+from fasttrain.files import write_json
 from fasttrain_kernels import affinity, cycle, epilogue, primitives
 
 ARCHITECTURES = (80, 90, 100)
-WIDTHS = (384, 768, 1024)
+# Channels and dtype; fp32 at the paper's width only.
+FORMS = ((384, torch.bfloat16), (768, torch.bfloat16), (1024, torch.bfloat16), (768, torch.float32))
+TENSOR_CORES = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma": "mma.sync"}
 
 
 @contextmanager
@@ -100,24 +103,19 @@ def resources(compiled: Any) -> dict[str, Any]:
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
-        raise RuntimeError(f"cuobjdump -res-usage printed no registers: {usage!r}")
+    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0]
     ptx = compiled.asm["ptx"]
-    tensor_cores = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma": "mma.sync"}
     return {
         "warps": compiled.metadata.num_warps,
-        "registers": int(found[1]),
-        "spill_bytes": int(found[2]),
+        "registers": int(registers),
+        "spill_bytes": int(stack),
         "shared_bytes": compiled.metadata.shared,
-        "tensor_cores": next((name for name, opcode in tensor_cores.items() if opcode in ptx), None),
+        "tensor_cores": next((name for name, opcode in TENSOR_CORES.items() if opcode in ptx), None),
     }
 
 
-def compile_table() -> list[dict[str, Any]]:
-    """One row per kernel, width, dtype and architecture; fp32 at the paper's width only."""
-    shapes = [(width, torch.bfloat16) for width in WIDTHS] + [(768, torch.float32)]
-    return [
+def main() -> None:
+    rows = [
         {
             "case": case,
             "kernel": kernel.metadata.name.strip("_"),
@@ -126,34 +124,16 @@ def compile_table() -> list[dict[str, Any]]:
             "architecture": f"sm_{architecture}",
             **resources(kernel),
         }
-        for (channels, dtype), architecture in product(shapes, ARCHITECTURES)
+        for (channels, dtype), architecture in product(FORMS, ARCHITECTURES)
         for case, kernels in compiled_at(channels, dtype, architecture).items()
         for kernel in kernels
     ]
-
-
-def markdown_table(rows: list[dict[str, Any]]) -> str:
-    """The table of kernels/README.md: D = 768, bf16, sm_90."""
-    lines = [
-        "| kernel | case | warps | registers | spilled bytes | shared bytes | tensor cores |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        if (row["channels"], row["dtype"], row["architecture"]) == (768, "bfloat16", "sm_90"):
-            figures = (row[name] for name in ("warps", "registers", "spill_bytes", "shared_bytes"))
-            cells = (f"`{row['kernel']}`", row["case"], *map(str, figures), row["tensor_cores"] or "-")
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def main() -> None:
     path = RESULTS / "kernels_compile.json"
     # Other versions' tables stay.
-    tables = json.loads(path.read_text(encoding="utf-8"))["triton"] if path.is_file() else {}
-    rows = compile_table()
+    tables = json.loads(path.read_text(encoding="utf-8"))["triton"]
     tables[triton.__version__] = {"environment": environment(), "kernels": rows}
-    write_results(path, {"triton": dict(sorted(tables.items()))})
-    print(markdown_table(rows), path, sep="\n")
+    write_json(path, {"triton": dict(sorted(tables.items()))})
+    print(path)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,20 @@
 """How fast a recipe trains here, part by part, beside the ceilings and the published implementation.
 
-    python -m benchmarks.step RECIPE [key=value ...]   write results/step-{cpu,cuda}.json
-    python -m benchmarks.step --short RECIPE           fewer rounds and cases
-    python -m benchmarks.step --plot FILE.json         draw the plot
+    python -m benchmarks.step [--short] RECIPE [key=value ...]     write results/step-{cpu,cuda}.json
 
-Weights are `random`: they do not matter here. On a CPU a small ViT stands in for the recipe's backbone
-(SMALL), and what counts are the ratios.
+Weights are `random`: they do not matter here. On a CPU the ratios count, and a smaller ViT is needed:
+
+    python -m benchmarks.step recipes/dino.yaml backbone.embed_dim=192 backbone.depth=4 \\
+        train.batch_size=16 encoder.compile=default
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import json
-import os
 import tempfile
 from collections.abc import Callable
+from contextlib import closing
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -34,34 +33,24 @@ from benchmarks.measure import (
     interleave,
     matrix_ceiling,
     parser,
-    plot_bars,
     speedup,
     synchronize,
-    with_changes,
 )
 from fasttrain import distributed
 from fasttrain.backbone_trainer import BackboneTrainer, backbone_recipes, backbone_settings
 from fasttrain.backbones import Backbone, load_backbone
 from fasttrain.distributed import World
-from fasttrain.recipe import Recipe, load_recipe
+from fasttrain.recipe import Recipe, load_recipe, to_dict
 
-SMALL = (
-    "backbone.name=dino",
-    "backbone.embed_dim=192",
-    "backbone.depth=4",
-    "train.batch_size=16",
-    # What `auto` means on a GPU.
-    "encoder.compile=default",
-)
-KINETICS_VIDEOS, KINETICS_EPOCHS = 240_000, 5
-SWITCHES: dict[str, dict[str, Any]] = {
-    "not compiled": {"compile": "none"},
-    "fp8": {"precision": "fp8"},
+Switches = dict[str, dict[str, Any]]
+SWITCHES: Switches = {"as it is": {}, "not compiled": {"compile": "none"}, "fp8": {"precision": "fp8"}}
+# Half a minute of compilation each on a GPU: left out of the short form.
+LONG_SWITCHES: Switches = {
     "three passes": {"batch_views": False},
     "weights cast at every step": {"cast_weights": False},
-}
-GPU_SWITCHES: dict[str, dict[str, Any]] = {
     "compiled, max-autotune": {"compile": "max-autotune"},
+}
+GPU_SWITCHES: Switches = {
     # Which of the two PyTorch takes by itself differs with its version and the chip.
     "not compiled, cuDNN attention": {"compile": "none", "attention": "cudnn"},
     "not compiled, flash attention": {"compile": "none", "attention": "flash"},
@@ -70,12 +59,11 @@ GPU_SWITCHES: dict[str, dict[str, Any]] = {
     "CUDA graph, fp8": {"cuda_graph": True, "precision": "fp8"},
 }
 # On a GPU all pairs go at once as it is.
-CPU_SWITCHES: dict[str, dict[str, Any]] = {
+CPU_SWITCHES: Switches = {
     "fused attention": {"attention": "flash"},
     "all pairs at once": {"chunk": 1_000_000},
 }
-# Half a minute of compilation each on a GPU: left out of the short form.
-LONG_ON_GPU = ("three passes", "weights cast at every step", "compiled, max-autotune")
+Step = Callable[[], Any]
 
 
 class Run:
@@ -84,12 +72,12 @@ class Run:
     def __init__(self, recipe: Recipe, world: World, results: Results, *, short: bool) -> None:
         self.recipe, self.world, self.results, self.short = recipe, world, results, short
         self.device, self.pairs = world.device, recipe.train.batch_size
+        self.on_gpu = self.device.type == "cuda"
         self.rounds = 3 if short else 7
-        self.calls = 10 if self.device.type == "cuda" else 1
 
     def frames(self, recipe: Recipe) -> Tensor:
         size = recipe.data.image_size
-        dtype = recipe.train.dtype if self.device.type == "cuda" else torch.float32
+        dtype = recipe.train.dtype if self.on_gpu else torch.float32
         # Drawn on the CPU: a recording that failed may leave the GPU's generator unusable.
         return torch.randn(2, recipe.train.batch_size, 3, size, size).to(self.device, dtype)
 
@@ -100,21 +88,27 @@ class Run:
         trainer.warm_up()
         return trainer
 
-    def stepper(self, recipe: Recipe) -> Callable[[], None]:
+    def stepper(self, recipe: Recipe) -> Step:
         """One training step on resident frames."""
         return partial(take_step, self.trainer(recipe), self.frames(recipe))
 
-    def time(self, makers: dict[str, Callable[[], Callable[[], Any]]]) -> dict[str, Timing]:
-        """Timings of the contenders that can be made and called, in turns."""
-        made = {name: self.results.attempt(name, partial(self._called_once, makers[name])) for name in makers}
-        contenders = {name: contender for name, contender in made.items() if contender is not None}
-        return interleave(contenders, rounds=self.rounds, calls=self.calls, device=self.device)
+    def baseline(self, dtype: torch.dtype | None = None, **options: Any) -> BaselineStep:
+        dtype = dtype or self.recipe.train.dtype
+        return BaselineStep(self.recipe, device=self.device, dtype=dtype, **options)
 
-    def _called_once(self, make: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
-        contender = make()
-        contender()
-        synchronize(self.device)
-        return contender
+    def time(self, makers: dict[str, Callable[[], Step]]) -> dict[str, Timing]:
+        """Timings, in turns, of the contenders that can be made and called."""
+
+        def called_once(make: Callable[[], Step]) -> Step:
+            contender = make()
+            contender()
+            synchronize()
+            return contender
+
+        made = {name: self.results.attempt(name, partial(called_once, make)) for name, make in makers.items()}
+        contenders = {name: contender for name, contender in made.items() if contender is not None}
+        calls = 10 if self.on_gpu else 1
+        return interleave(contenders, rounds=self.rounds, calls=calls)
 
 
 # Drawing the random weights of a ViT-B takes seconds, copying them does not.
@@ -129,30 +123,29 @@ def take_step(trainer: BackboneTrainer, frames: Tensor) -> None:
     trainer.update(1e-4)
 
 
+def with_changes(recipe: Recipe, section: str, **values: Any) -> Recipe:
+    """`recipe` with some values of one section changed."""
+    changed = dataclasses.replace(getattr(recipe, section), **values)
+    return dataclasses.replace(recipe, **{section: changed})
+
+
 def steps(run: Run) -> dict[str, Any]:
     """A training step on resident frames: ours, and the published implementation at equal precision."""
-    recipe, dtype = run.recipe, run.recipe.train.dtype
-
-    def baseline(dtype: torch.dtype, **options: Any) -> Callable[[], Any]:
-        return partial(BaselineStep(recipe, device=run.device, dtype=dtype, **options), run.frames(recipe))
-
-    makers: dict[str, Callable[[], Callable[[], Any]]] = {
+    recipe = run.recipe
+    makers: dict[str, Callable[[], Step]] = {
         "ours": lambda: run.stepper(recipe),
-        "ours, not compiled": lambda: run.stepper(with_changes(recipe, "encoder", compile="none")),
-        "baseline": lambda: baseline(dtype),
-        "baseline, fused attention": lambda: baseline(dtype, fused_attention=True),
+        "baseline": lambda: partial(run.baseline(), run.frames(recipe)),
+        "baseline, fused attention": lambda: partial(run.baseline(fused_attention=True), run.frames(recipe)),
     }
-    if run.device.type == "cuda":
-        makers["baseline, fp16"] = lambda: baseline(torch.float16)
+    if run.on_gpu:
+        makers["baseline, fp16"] = lambda: partial(run.baseline(torch.float16), run.frames(recipe))
     timings = run.time(makers)
     return {
-        "precision": recipe.train.precision,
         "timings": {name: timing.result(run.pairs) for name, timing in timings.items()},
         "speedup": {
-            f"{name} over {other}": speedup(timings[other], timings[name])
-            for name in timings
-            for other in timings
-            if name.startswith("ours") and other.startswith("baseline")
+            f"ours over {name}": speedup(timing, timings["ours"])
+            for name, timing in timings.items()
+            if name != "ours"
         },
     }
 
@@ -196,11 +189,9 @@ def encoder_flops(trainer: BackboneTrainer, frames: Tensor, positions: Tensor) -
 
 def switches(run: Run) -> dict[str, Any]:
     """Each switch of the encoder changed alone, against the recipe as it is."""
-    on_gpu = run.device.type == "cuda"
-    choices = {"as it is": {}, **SWITCHES, **(GPU_SWITCHES if on_gpu else CPU_SWITCHES)}
+    choices = {**SWITCHES, **({} if run.short else LONG_SWITCHES)}
+    choices |= GPU_SWITCHES if run.on_gpu else CPU_SWITCHES
     recipes = {name: with_changes(run.recipe, "encoder", **choice) for name, choice in choices.items()}
-    for name in LONG_ON_GPU if run.short and on_gpu else ():
-        del recipes[name]
     timings = run.time({name: partial(run.stepper, recipe) for name, recipe in recipes.items()})
     return {
         name: {**timing.result(run.pairs), "times_as_it_is": speedup(timings["as it is"], timing)}
@@ -210,57 +201,52 @@ def switches(run: Run) -> dict[str, Any]:
 
 def scaling(run: Run) -> dict[str, Any]:
     """A step over batch and resolution (tokens), one of each in the short form."""
-    batches = (256, 64, 32) if run.device.type == "cuda" else (8, 4, 32)
     count = 1 if run.short else 3
+    batches = (256, 64, 32) if run.on_gpu else (8, 4, 32)
+    changes = [("batch", "train", {"batch_size": pairs}) for pairs in batches[:count]]
+    changes += [("resolution", "data", {"image_size": size}) for size in (288, 384, 512)[:count]]
     rows: dict[str, list[dict[str, Any]]] = {"batch": [], "resolution": []}
-
-    def add(section: str, recipe: Recipe) -> None:
+    for name, section, values in changes:
+        recipe = with_changes(run.recipe, section, **values)
         pairs, size = recipe.train.batch_size, recipe.data.image_size
         tokens = (size // (recipe.backbone.patch_size or 16)) ** 2
         for timing in run.time({f"{pairs} pairs, {size} pixels": partial(run.stepper, recipe)}).values():
-            rows[section].append({"batch": pairs, "tokens": tokens, **timing.result(pairs)})
-
-    for batch in batches[:count]:
-        add("batch", with_changes(run.recipe, "train", batch_size=batch))
-    for size in (288, 384, 512)[:count]:
-        add("resolution", with_changes(run.recipe, "data", image_size=size))
+            rows[name].append({"batch": pairs, "tokens": tokens, **timing.result(pairs)})
     return rows
 
 
 def end_to_end(run: Run) -> dict[str, Any]:
-    """With data: ours from packed JPEG, the baseline through PIL (four frames), of the same videos."""
+    """With data: ours from packed JPEG, the baseline through PIL (four frames), of the same videos.
+
+    One after the other: the workers of one would load the machine, and fill their queues, in another's turn.
+    """
     # Needs DALI and PyAV.
     from benchmarks import loaders
 
-    count = 6 if run.short else 24
-    trainer = run.trainer(run.recipe)
-    baseline = BaselineStep(run.recipe, device=run.device, dtype=run.recipe.train.dtype)
-    resident = run.frames(run.recipe)
+    calls = 24 if run.on_gpu else 6
+    batches = run.rounds * calls + WARM_UPS
     with tempfile.TemporaryDirectory() as folder:
         sources = loaders.prepare(Path(folder), None, 8)
-        total = count * (run.rounds + WARM_UPS)
-        ours = loaders.our_pairs(run.recipe, sources["packed"], run.world, total)
-        published = loaders.Pairs(sources["frames"], loaders.published_pair, total * run.pairs)
-        theirs = loaders.workers(published, run.pairs, len(os.sched_getaffinity(0)), run.device)
-
-        def many(step: Callable[[], Any]) -> Callable[[], Any]:
-            return lambda: [step() for _ in range(count)]
-
-        contenders = {
-            "ours": many(lambda: take_step(trainer, next(ours).frames)),
-            "baseline": many(lambda: baseline(next(theirs).transpose(0, 1).contiguous())),
-            "ours, resident": many(lambda: take_step(trainer, resident)),
+        packed = with_changes(run.recipe, "data", source=sources["packed"], pairs_per_video=run.pairs)
+        resident, trainer, baseline = run.frames(run.recipe), run.trainer(run.recipe), run.baseline()
+        ours = loaders.our_batches(packed, run.world, batches)
+        published = loaders.published_pair
+        theirs = loaders.worker_batches(sources["frames"], published, run.pairs, batches, run.device)
+        contenders: dict[str, Step] = {
+            "ours": lambda: take_step(trainer, next(ours)),
+            "baseline": lambda: baseline(next(theirs).transpose(0, 1).contiguous()),
+            "ours, resident": lambda: take_step(trainer, resident),
         }
-        try:
-            timings = interleave(contenders, rounds=run.rounds, calls=1, device=run.device)
-        finally:
-            ours.close()
-    rows = {name: timing.result(run.pairs, calls=count) for name, timing in timings.items()}
+        with closing(ours), closing(theirs):
+            timings = {
+                name: interleave({name: step}, rounds=run.rounds, calls=calls)[name]
+                for name, step in contenders.items()
+            }
+    rows = {name: timing.result(run.pairs) for name, timing in timings.items()}
     return {
         "timings": rows,
         "speedup": {"ours over baseline": speedup(timings["baseline"], timings["ours"])},
         "data_overhead": rows["ours"]["ms"] / rows["ours, resident"]["ms"] - 1,
-        "kinetics400_hours": KINETICS_EPOCHS * KINETICS_VIDEOS / rows["ours"]["pairs_per_second"] / 3600,
     }
 
 
@@ -268,48 +254,20 @@ def end_to_end(run: Run) -> dict[str, Any]:
 SECTIONS = {f.__name__: f for f in (steps, parts, end_to_end, switches, scaling)}
 
 
-def read_recipe(path: str, overrides: list[str], *, small: bool) -> Recipe:
-    """The first backbone of a recipe with random weights, one pass a step; on a CPU the stand-in."""
-    fixed = ["backbone.weights=random", "train.accumulate=1"]
-    first = backbone_recipes(load_recipe(path, [*fixed, *(SMALL if small else ()), *overrides]))[0]
+def read_recipe(path: str, overrides: list[str]) -> Recipe:
+    """The first backbone of a recipe with random weights, one pass a step."""
+    first = backbone_recipes(load_recipe(path, ["train.accumulate=1", *overrides]))[0]
     return with_changes(first, "backbone", weights="random")
-
-
-def plot(path: Path) -> Path:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    backbone, grown = content["backbone"], content.get("scaling", {})
-    panels = {
-        "pairs/s on resident frames": content.get("steps", {}).get("timings", {}),
-        "pairs/s with data": content.get("end_to_end", {}).get("timings", {}),
-        "pairs/s with one switch of the encoder changed": content.get("switches", {}),
-        "pairs/s by pairs in a batch": {str(row["batch"]): row for row in grown.get("batch", ())},
-        "pairs/s by tokens of a frame": {str(row["tokens"]): row for row in grown.get("resolution", ())},
-    }
-    title = f"{content['precision']}, width {backbone['embed_dim'] or 768}, depth {backbone['depth'] or 12}"
-    return plot_bars(path, title, panels, "pairs_per_second")
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parser(__doc__)
-    options.add_argument("recipe", nargs="?", default="recipes/dinov2.yaml")
+    options.add_argument("recipe")
     options.add_argument("overrides", nargs="*", metavar="key=value")
     options.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     given = options.parse_args(arguments)
-    if given.plot:
-        print(plot(given.plot))
-        return
-    overrides = [*given.overrides, f"device={given.device}"]
-    recipe = read_recipe(given.recipe, overrides, small=given.device == "cpu")
-    results = Results(
-        "step",
-        given,
-        recipe=given.recipe,
-        precision=recipe.train.precision,
-        backbone=dataclasses.asdict(recipe.backbone),
-        batch_size=recipe.train.batch_size,
-        image_size=recipe.data.image_size,
-        threads=torch.get_num_threads(),
-    )
+    recipe = read_recipe(given.recipe, [*given.overrides, f"device={given.device}"])
+    results = Results("step", given, recipe=to_dict(recipe), threads=torch.get_num_threads())
     with distributed.start(recipe.device) as world:
         run = Run(recipe, world, results, short=given.short)
         for name in given.only:

@@ -20,7 +20,7 @@ TINY += ["train.precision=fp32", "encoder.compile=none"]
 def test_the_baseline_computes_the_same_losses(regularizer: str) -> None:
     """With the positions of our step, loss and diagnostics of the untrained head agree to rounding."""
     overrides = [*TINY, "device=cpu", f"objective.regularizer={regularizer}"]
-    recipe = benchmark.read_recipe(RECIPE, overrides, small=True)
+    recipe = benchmark.read_recipe(RECIPE, overrides)
     frames = torch.randn(2, 3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     ours = BackboneTrainer(recipe, World.single())
     baseline = BaselineStep(recipe, device=torch.device("cpu"), dtype=torch.float32)

@@ -9,9 +9,10 @@ pytest.importorskip("triton")
 
 from benchmarks import kernels as benchmark
 from benchmarks.measure import Results, parser
+from benchmarks.plot import plot
 
 
-def test_a_shape_is_measured_judged_and_plotted(
+def test_a_shape_is_measured_and_plotted(
     device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a contender that fails, which costs no other figures."""
@@ -21,7 +22,6 @@ def test_a_shape_is_measured_judged_and_plotted(
 
     monkeypatch.setattr(torch, "compile", lambda function: no_compiler)
     shape = benchmark.Shape(1, (2, 2), 16)
-    monkeypatch.setattr(benchmark, "PAPER", shape)
     options = parser(None).parse_args(["--out", str(tmp_path / "kernels.json")])
     results = Results("kernels", options, copy_bytes_per_second=1e9)
     results.record(
@@ -35,12 +35,7 @@ def test_a_shape_is_measured_judged_and_plotted(
         assert set(row[phase]) == {"fused", "eager"}
         assert row[f"{phase}_speedup"]["eager"] > 0
         assert row[f"{phase}_share_of_copy_bandwidth"] > 0
-    assert benchmark.plot(results.path).stat().st_size > 0
-
-    row |= {"graph": {"fused": {"ms": 0.5}}, "graph_speedup": {"eager": 5.0}}
-    row["peak_bytes"] = {"fused": 10, "eager": 100}
-    found = [line.rpartition(": ")[2].split(" (")[0] for line in benchmark.goals(results.content)]
-    assert found == ["met", "NOT MET", "met", "NOT MET"]
+    assert plot(results.path).stat().st_size > 0
 
 
 def test_the_floor_of_the_papers_shape_is_that_of_the_design() -> None:
