@@ -1,21 +1,19 @@
 """The objective module is head and loss; the fused way and the plain one are the same function."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import pytest
 import torch
 
 from fasttrain.objective import CosettleObjective
-from fasttrain.projection import Projection
+from fasttrain.projection import Head, Projection
 from fasttrain.recipe import ObjectiveRecipe
 from fasttrain_kernels import cosettle_loss
 
 
-@pytest.mark.parametrize("head", ["linear", "mlp2", "mlp3"])
+@pytest.mark.parametrize("head", get_args(Head))
 @pytest.mark.parametrize("regularizer", ["kl", "mse"])
-def test_equals_the_loss_of_the_heads_output(
-    head: Literal["linear", "mlp2", "mlp3"], regularizer: Literal["kl", "mse"]
-) -> None:
+def test_equals_the_loss_of_the_heads_output(head: Head, regularizer: Literal["kl", "mse"]) -> None:
     generator = torch.Generator().manual_seed(0)
     frozen = torch.randn(2, 3, 16, 24, generator=generator, dtype=torch.float64)
     projection = Projection(24, head=head).double()

@@ -62,11 +62,8 @@ def test_losses_and_gradients_of_the_published_code(shared: Path, family: str) -
         regularizer="kl",
         backend="eager",
     )
-    for value, name in [
-        (out.loss, "loss"),
-        (out.cycle, "cycle_loss"),
-        (out.separability, "separability_loss"),
-    ]:
+    found = {"loss": out.loss, "cycle_loss": out.cycle, "separability_loss": out.separability}
+    for name, value in found.items():
         assert value.item() == pytest.approx(float(golden[name]), rel=1e-5)
     out.loss.backward()
     for name, parameter in projection.named_parameters():
@@ -157,14 +154,12 @@ def test_files_that_are_no_projection(tmp_path: Path) -> None:
     projection.save(whole)
     state = projection.state_dict()
     (tmp_path / "truncated").write_bytes(whole.read_bytes()[:200])
-    (tmp_path / "text").write_text("projection")
     save_file(state, tmp_path / "no_metadata")
     save_file({"norm.weight": state["norm.weight"]}, tmp_path / "no_linear", {"head": "linear"})
     save_file(state, tmp_path / "other_head", {"head": "mlp2"})
     save_file({"x": torch.zeros(1)}, tmp_path / "other_model", {"head": "linear"})
     messages = {
         "truncated": "cannot be read",
-        "text": "cannot be read",
         "no_metadata": "no projection of fasttrain",
         "other_model": "no projection of fasttrain",
         "no_linear": "does not fit a linear head: .*linears.0.weight",
@@ -191,8 +186,5 @@ def test_releases_that_hold_no_projection(tmp_path: Path) -> None:
             Projection.from_cosettle(path)
     with pytest.raises(InputError, match="no such file"):
         Projection.from_cosettle(tmp_path / "nowhere.pth")
-
-
-def test_choices_are_listed() -> None:
     with pytest.raises(InputError, match="head 'mlp4': expected one of linear, mlp2, mlp3"):
         Projection(8, head="mlp4")

@@ -45,14 +45,11 @@ def write_weights(path: Path, shift: float = 0.0) -> str:
     return str(path)
 
 
-def test_settings_that_were_left_out_are_read_again(tmp_path: Path) -> None:
+def test_weights_may_have_moved_but_not_changed(tmp_path: Path) -> None:
+    # The sizes are read from the weights again.
     weights = write_weights(tmp_path / "dino.pth")
     run = write_run(tmp_path / "run", weights=weights, embed_dim=None, depth=None)
     assert load_video_encoder(str(run), "cpu").encoder.embed_dim == 32
-
-
-def test_weights_may_have_moved_but_not_changed(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", weights=write_weights(tmp_path / "dino.pth"))
     moved = tmp_path / "moved.pth"
     (tmp_path / "dino.pth").rename(moved)
     with pytest.raises(InputError, match=r"dino\.pth: no such file"):
@@ -63,13 +60,10 @@ def test_weights_may_have_moved_but_not_changed(tmp_path: Path) -> None:
         load_video_encoder(run, weights=str(moved))
 
 
-def test_a_projection_without_a_backbone(tmp_path: Path) -> None:
-    Projection(32).save(tmp_path / PROJECTION_FILE)
-    with pytest.raises(InputError, match=r"projection\.safetensors: its metadata names no backbone"):
-        load_video_encoder(tmp_path)
-
-
 def test_folders_without_a_run(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(InputError, match=f"run {folder}: no projection.safetensors"):
             load_video_encoder(folder)
+    Projection(32).save(tmp_path / PROJECTION_FILE)
+    with pytest.raises(InputError, match=r"projection\.safetensors: its metadata names no backbone"):
+        load_video_encoder(tmp_path)
