@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fasttrain.data.dali import GpuStage, HostStage
 from fasttrain.data.images import UnreadableFrameError
-from fasttrain.data.index import ClipIndex, FrameIndex, Storage, StoredFrames, VideoIndex
+from fasttrain.data.index import ClipIndex, FrameIndex, StoredFrames, VideoIndex
 from fasttrain.data.map_ahead import map_ahead
 from fasttrain.data.nvdec import has_nvdec, nvdec_refusal
 from fasttrain.data.sampling import Ints, PairSampling, SampleParameters
@@ -30,12 +30,6 @@ from fasttrain.recipe import Recipe
 
 # So many in a row mean that nothing can be read: at half the samples bad this happens once in 4 billion.
 MAX_ATTEMPTS = 32
-# What is wrong with a frame that could be read and made the stage raise.
-UNDECODABLE: dict[Storage, str] = {
-    "images": "cannot be decoded, the file is damaged",
-    "frames": "cannot be cropped",
-    "clips": "NVDEC does not decode it; if the file is whole, use data.decoder=cpu",
-}
 
 
 @dataclass(frozen=True)
@@ -97,35 +91,31 @@ class PairLoader:
                 f"a global batch of {self.global_batch} pairs is larger than the data ({self.num_samples} "
                 f"samples of {len(index)} videos); lower train.batch_size or raise data.pairs_per_video"
             )
+        self.index = index_for_decoder(index, recipe.data.decoder, world.device)
         self.num_batches = num_steps * self.accumulate
         cores = len(os.sched_getaffinity(0))
-        self._num_threads = recipe.data.num_threads or max(1, cores // world.local_size)
+        threads = recipe.data.num_threads or max(1, cores // world.local_size)
         # While one batch is trained on, `prefetch` others are being decoded.
         self._depth = max(1, min(recipe.data.prefetch + 1, self.num_batches))
-        self.index = _as_decoded(index, recipe, world.device)
-        threads = {"num_threads": self._num_threads, "depth": self._depth}
         self._stage: HostStage | GpuStage = (
-            GpuStage(recipe, self.index, world.device, **threads)
+            GpuStage(recipe, self.index, world.device, num_threads=threads, depth=self._depth)
             if world.device.type == "cuda"
-            else HostStage(recipe, self.index, **threads)
+            else HostStage(recipe, self.index, num_threads=threads, depth=self._depth)
         )
         # The rows of a batch are shared out over the threads.
-        self._parts = np.array_split(np.arange(self.batch_size), min(self._num_threads, self.batch_size))
+        self._parts = np.array_split(np.arange(self.batch_size), min(threads, self.batch_size))
         self._reading = map_ahead(
             self._read_part,
             ((number, rows) for number in range(self.num_batches) for rows in self._parts),
-            workers=self._num_threads,
+            workers=threads,
             depth=self._depth * len(self._parts),
         )
 
     def __iter__(self) -> Iterator[FramePairs]:
         decoding: deque[list[_Sample]] = deque()
         for _ in range(self.num_batches):
-            while len(decoding) < self._depth:
-                parts = islice(self._reading, len(self._parts))
+            while len(decoding) < self._depth and (parts := list(islice(self._reading, len(self._parts)))):
                 batch = [sample for part in parts for sample in part]
-                if not batch:
-                    break
                 self._submit(batch)
                 decoding.append(batch)
             frames = self._collect(decoding)
@@ -147,17 +137,13 @@ class PairLoader:
         self._reading.close()
         self._stage.close()
 
-    def _positions(self, number: int) -> Ints:
-        """Positions (batch_size,) in the stream of this rank's micro-batch of this number."""
+    def _read_part(self, part: tuple[int, Ints]) -> list[_Sample]:
+        """Some rows of this rank's micro-batch of a number."""
+        number, rows = part
         step, micro = divmod(number, self.accumulate)
         start = (self.first_step + step) * self.global_batch
         start += (micro * self.world.size + self.world.rank) * self.batch_size
-        return np.arange(start, start + self.batch_size)
-
-    def _read_part(self, part: tuple[int, Ints]) -> list[_Sample]:
-        """Some rows of the micro-batch of a number."""
-        number, rows = part
-        epochs, wanted = self.sampling.order(self._positions(number)[rows], self.num_samples)
+        epochs, wanted = self.sampling.order(start + rows, self.num_samples)
         parameters = self.sampling.draw(self.index.num_frames, epochs, wanted)
         one = [slice(i, i + 1) for i in range(len(rows))]
         samples = [_Sample(epochs[i], wanted[i], parameters[i]) for i in one]
@@ -210,11 +196,14 @@ class PairLoader:
             # Another that does not decode raises again when its turn comes.
             with suppress(RuntimeError):
                 self._stage.collect()
+        reason = "cannot be decoded, the file is damaged"
+        if self.index.storage == "clips":
+            reason = "NVDEC does not decode it; if the file is whole, use data.decoder=cpu"
         found = False
         for sample in decoding[0]:
             while (frame := self._undecodable_frame(sample)) is not None:
                 found = True
-                self._replace(sample, frame, UNDECODABLE[self.index.storage])
+                self._replace(sample, frame, reason)
                 self._read(sample)
         if not found:
             raise error
@@ -224,9 +213,8 @@ class PairLoader:
     def _undecodable_frame(self, sample: _Sample) -> int | None:
         """The frame that the stage cannot decode, if any."""
         # A clip holds both frames; images are tried one by one, so that the right one is named.
-        pairs = (
-            [sample.pair] if self.index.storage == "clips" else [[stored, stored] for stored in sample.pair]
-        )
+        clips = self.index.storage == "clips"
+        pairs = [sample.pair] if clips else [[stored, stored] for stored in sample.pair]
         for frame, pair in zip(sample.parameters["frames"][0], pairs, strict=False):
             self._stage.submit([pair], sample.parameters)
             try:
@@ -240,17 +228,14 @@ def _parameters(batch: list[_Sample]) -> SampleParameters:
     return np.concatenate([sample.parameters for sample in batch])
 
 
-def _as_decoded(index: FrameIndex, recipe: Recipe, device: torch.device) -> FrameIndex:
-    """The index as the decoder of the recipe reads it."""
-    if recipe.data.decoder != "mixed":
+def index_for_decoder(index: FrameIndex, decoder: str, device: torch.device) -> FrameIndex:
+    """The index as data.decoder reads it. Raises InputError where the device or the data are not for it."""
+    if decoder != "mixed":
         return index
     if device.type != "cuda":
         raise InputError("data.decoder=mixed needs a GPU; use auto or cpu here")
-    return read_by_nvdec(index) if isinstance(index, VideoIndex) else index
-
-
-def read_by_nvdec(index: VideoIndex) -> ClipIndex:
-    """The same videos as clips. Raises InputError where the driver lacks NVDEC, or a video is not for it."""
+    if not isinstance(index, VideoIndex):
+        return index
     if not has_nvdec():
         raise InputError(
             "data.decoder=mixed needs NVDEC for videos, and this driver comes without it "

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +18,7 @@ from fasttrain.data.images import IMAGE_SUFFIXES, UnreadableFrameError
 from fasttrain.data.index import FolderIndex, FrameFolders, FrameIndex, Skipped, VideoIndex
 from fasttrain.data.packed import PackedIndex, is_packed
 from fasttrain.data.video import VIDEO_SUFFIXES, VideoInfo, probe_video
-from fasttrain.data.video_cache import FileState, VideoCache, file_state
+from fasttrain.data.video_cache import FileState, file_state, read_cache, write_cache
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.files import os_reason, read_lines
@@ -88,13 +88,13 @@ def _find_in_folder(root: Path, kind: Kind) -> Found:
     # Videos of one length mostly share their file names: kept once, they cost nothing.
     known_files: dict[tuple[str, ...], tuple[str, ...]] = {}
 
-    def enter(folder: Path, ancestors: frozenset[tuple[int, int]]) -> None:
-        name = root.resolve().name if folder == root else folder.relative_to(root).as_posix()
+    def enter(folder: Path, name: str, ancestors: frozenset[tuple[int, int]]) -> None:
+        shown = name or root.resolve().name
         try:
             status = folder.stat()
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+            entries = _entries(folder)
         except OSError as error:
-            found.skipped.append((name, os_reason(error)))
+            found.skipped.append((shown, os_reason(error)))
             return
         identity = (status.st_dev, status.st_ino)
         # A link to a folder above would be followed for ever.
@@ -102,17 +102,15 @@ def _find_in_folder(root: Path, kind: Kind) -> Found:
             return
         files = _frame_files(entries)
         if files and kind != "videos":
-            found.folders[name] = folder, known_files.setdefault(files, files)
+            found.folders[shown] = folder, known_files.setdefault(files, files)
         for entry in entries:
-            path = Path(entry.path)
-            if entry.name.startswith("."):
-                continue
+            path = f"{name}/{entry.name}" if name else entry.name
             if entry.is_dir():
-                enter(path, ancestors | {identity})
-            elif kind != "folders" and path.suffix.lower() in VIDEO_SUFFIXES:
-                found.videos[path.relative_to(root).as_posix()] = path
+                enter(Path(entry.path), path, ancestors | {identity})
+            elif kind != "folders" and _suffix(entry.name) in VIDEO_SUFFIXES:
+                found.videos[path] = Path(entry.path)
 
-    enter(root, frozenset())
+    enter(root, "", frozenset())
     if found.folders and found.videos:
         raise InputError(
             f"{root} holds both images and video files; choose with data.kind=folders or data.kind=videos"
@@ -120,17 +118,21 @@ def _find_in_folder(root: Path, kind: Kind) -> Found:
     return found
 
 
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    """What is in a folder, in the order of the names, without hidden files. Raises OSError."""
+    with os.scandir(folder) as entries:
+        return sorted((one for one in entries if not one.name.startswith(".")), key=lambda one: one.name)
+
+
 def _frame_files(entries: Iterable[os.DirEntry[str]]) -> tuple[str, ...]:
-    """The image files among a folder's entries, in the order of their numbers; hidden ones left out."""
-    names = [
-        entry.name
-        for entry in entries
-        if os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES and not entry.name.startswith(".")
-    ]
-    # Names of one length sort as they are; frame10 after frame9 takes a look at the numbers.
-    if len({len(name) for name in names}) == 1:
-        return tuple(sorted(names))
-    return tuple(sorted(names, key=_natural_key))
+    """The image files among a folder's entries, in the order of their numbers."""
+    names = [entry.name for entry in entries if _suffix(entry.name) in IMAGE_SUFFIXES]
+    # Names of one length are in order; frame10 after frame9 takes a look at the numbers.
+    return tuple(names if len({len(name) for name in names}) == 1 else sorted(names, key=_natural_key))
 
 
 def _natural_key(name: str) -> list[str | int]:
@@ -161,7 +163,7 @@ def _read_list(path: Path) -> Found:
             reason = "listed before"
         elif os.path.isdir(entry):
             try:
-                files = _frame_files(os.scandir(entry))
+                files = _frame_files(_entries(entry))
             except OSError as error:
                 files, reason = (), os_reason(error)
             if not files:
@@ -183,13 +185,14 @@ def _read_list(path: Path) -> Found:
 
 def _probe_videos(path: Path, found: Found, world: World) -> VideoIndex:
     """Look into every file not known from before, in parallel; what cannot be read is skipped and named."""
-    cache = VideoCache(path)
+    known = read_cache(path)
 
     def probe(name: str) -> tuple[FileState, VideoInfo] | str:
         video = found.videos[name]
         try:
             state = file_state(video)
-            return state, cache.find(name, video, state) or probe_video(video)
+            before, info = known.get(name, (None, None))
+            return state, (replace(info, path=video) if info and before == state else probe_video(video))
         except OSError as error:
             return os_reason(error)
         except UnreadableFrameError as error:
@@ -200,7 +203,8 @@ def _probe_videos(path: Path, found: Found, world: World) -> VideoIndex:
         probed = dict(zip(mine, pool.map(probe, mine), strict=True))
     probed = world.merge(probed)
     readable = {name: one for name, one in probed.items() if not isinstance(one, str)}
-    if world.is_main:
-        cache.write(readable)
+    changed = any(known.get(name, (None,))[0] != state for name, (state, _) in readable.items())
+    if world.is_main and changed:
+        write_cache(path, readable)
     bad = [(name, reason) for name, reason in probed.items() if isinstance(reason, str)]
     return VideoIndex({name: info for name, (_, info) in readable.items()}, found.skipped + bad)

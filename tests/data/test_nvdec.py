@@ -7,11 +7,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from synthetic import encode_video, picture, remux
 from test_video import REAL, sequential
 
 from fasttrain.data import open_source
-from fasttrain.data.loader import read_by_nvdec
+from fasttrain.data.loader import index_for_decoder
 from fasttrain.data.nvdec import cut_clip, has_nvdec, nvdec_refusal
 from fasttrain.data.video import VideoInfo, probe_video, to_rgb
 from fasttrain.errors import InputError
@@ -78,7 +79,7 @@ def test_what_a_file_says_decides(
 def test_mixed_needs_nvdec(tmp_path: Path) -> None:
     encode_video(tmp_path / "x.mp4", [picture(0, t) for t in range(3)])
     with pytest.raises(InputError, match=r"data\.decoder=mixed needs NVDEC"):
-        read_by_nvdec(open_source(tmp_path))
+        index_for_decoder(open_source(tmp_path), "mixed", torch.device("cuda"))
 
 
 def test_mixed_names_the_video_that_nvdec_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +88,7 @@ def test_mixed_names_the_video_that_nvdec_refuses(tmp_path: Path, monkeypatch: p
     with pytest.raises(
         InputError, match=r"small\.mp4 is not for NVDEC, the host decodes small frames as fast"
     ):
-        read_by_nvdec(open_source(tmp_path))
+        index_for_decoder(open_source(tmp_path), "mixed", torch.device("cuda"))
 
 
 def check_clips(path: Path, pairs: list[tuple[int, int]]) -> None:

@@ -12,7 +12,7 @@ from synthetic import encode_video, picture
 from fasttrain.data import open_source
 from fasttrain.data import sources as module
 from fasttrain.data.video import VideoInfo, probe_video
-from fasttrain.data.video_cache import VideoCache, file_state
+from fasttrain.data.video_cache import cache_path, file_state, read_cache
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_a_file_that_changed_is_looked_into_again(folder: Path, looked_into: lis
 @pytest.mark.parametrize("damage", ["cut", "no gzip", "other layout"])
 def test_a_damaged_cache_is_made_again(folder: Path, looked_into: list[str], damage: str) -> None:
     first = open_source(folder)
-    path = VideoCache(folder).path
+    path = cache_path(folder)
     data = path.read_bytes()
     if damage == "cut":
         path.write_bytes(data[: len(data) // 2])
@@ -88,7 +88,7 @@ def test_a_damaged_cache_is_made_again(folder: Path, looked_into: list[str], dam
     looked_into.clear()
     assert open_source(folder).fingerprint() == first.fingerprint()
     assert len(looked_into) == 4
-    assert len(VideoCache(folder)._known) == 3
+    assert len(read_cache(folder)) == 3
 
 
 def test_sources_do_not_share_names(folder: Path, tmp_path: Path) -> None:
