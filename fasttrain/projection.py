@@ -53,10 +53,10 @@ class Projection(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         out = self._last_linear(self._hidden(tokens))
-        return self.norm(out.tanh() if self._final_tanh else out)
+        return self.norm(out.tanh() if self.head == "linear" else out)
 
     def split(self, tokens: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """The product of the last linear layer, without its bias, and what a fused kernel needs to go on.
+        """The product of the last linear layer without its bias, and the further arguments of the kernel.
 
         `forward(tokens)` is norm(tanh(product + bias)), without the tanh where `rest["tanh"]` is false.
         """
@@ -65,17 +65,13 @@ class Projection(nn.Module):
             "norm_weight": self.norm.weight,
             "norm_bias": self.norm.bias,
             "norm_eps": self.norm.eps,
-            "tanh": self._final_tanh,
+            "tanh": self.head == "linear",
         }
         return functional.linear(self._hidden(tokens), self._last_linear.weight), rest
 
     @property
     def _last_linear(self) -> nn.Linear:
         return cast(nn.Linear, self.linears[-1])
-
-    @property
-    def _final_tanh(self) -> bool:
-        return self.head == "linear"
 
     def _hidden(self, tokens: Tensor) -> Tensor:
         """The input of the last linear layer, (..., D): the tokens themselves for the linear head."""

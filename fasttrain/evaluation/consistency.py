@@ -75,7 +75,7 @@ def run(
     if reasons:
         print(f"videos passed over: {len(reasons)}, such as {reasons[0]}")
     results = {variant: summarise(list(videos.values())) for variant, videos in measured.items()}
-    if set(results) == {"before", "after"} and counted > 1:
+    if plots.has_trade_off(results):
         point = (model.encoder.name, results["before"], results["after"])
         plots.trade_off([point], output / "figures" / "trade_off.png")
     return {"data": {"videos": counted, "skipped": reasons}, "results": results}

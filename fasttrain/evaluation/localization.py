@@ -164,27 +164,26 @@ def _fit(
     device: torch.device,
 ) -> LinearClassifier:
     """A classifier of single frames; its L2 is chosen on the last fifth of the training videos."""
-    sampled = [video.labels_T[:: arguments.stride] for video in train]
+    sampled = [torch.from_numpy(video.labels_T[:: arguments.stride]) for video in train]
     lengths = [len(labels_S) for labels_S in sampled]
-    is_chosen_S = np.zeros(sum(lengths), dtype=bool)
-    is_chosen_S[evenly_spaced(sum(lengths), arguments.max_train_frames)] = True
+    chosen_S = torch.zeros(sum(lengths), dtype=torch.bool)
+    chosen_S[evenly_spaced(len(chosen_S), arguments.max_train_frames)] = True
     # By video: the features of all frames need not fit in memory.
-    chosen = np.split(is_chosen_S, np.cumsum(lengths)[:-1])
     features_SD = torch.cat(
         [
-            extracted.load(video.name, variant)[: len(own_S)][torch.from_numpy(own_S)]
-            for video, own_S in zip(train, chosen, strict=True)
+            extracted.load(video.name, variant)[: len(own_S)][own_S]
+            for video, own_S in zip(train, chosen_S.split(lengths), strict=True)
         ]
     )
-    labels_S = np.searchsorted(trained, np.concatenate(sampled)[is_chosen_S])
+    labels_S = torch.searchsorted(torch.tensor(trained), torch.cat(sampled)[chosen_S])
     # Of two videos one is held out; of one, none.
     held_out_from = len(train) - max(int(len(train) * HELD_OUT), int(len(train) > 1))
-    held_out_S = np.repeat(np.arange(len(train)) >= held_out_from, lengths)[is_chosen_S]
+    is_held_out = torch.arange(len(train)) >= held_out_from
     return fit_linear(
         features_SD.to(device),
-        torch.from_numpy(labels_S).to(device),
+        labels_S.to(device),
         num_classes=len(trained),
-        held_out_S=torch.from_numpy(held_out_S).to(device),
+        held_out_S=is_held_out.repeat_interleave(torch.tensor(lengths))[chosen_S].to(device),
         max_iterations=arguments.max_iterations,
     )
 

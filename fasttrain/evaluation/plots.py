@@ -1,7 +1,7 @@
 """Pictures: masks, poses and arrows on frames, short videos, nearest videos, curves and charts.
 
-Draws only what it is given; knows nothing of models. Frames are uint8 RGB. Shape suffixes: T frames,
-H height, W width, C colours or classes, J joints, M matches.
+Nothing here knows models. Frames are uint8 RGB. Shape suffixes: T frames, H height, W width, C colours or
+classes, J joints, M matches.
 """
 
 import math
@@ -63,13 +63,11 @@ def write_label_map(labels_HW: Labels, path: Path) -> None:
 def overlay_masks(frame_HWC: Frame, labels_HW: Labels) -> Frame:
     """The frame with every object tinted in its palette colour and outlined."""
     labels_HW = np.asarray(labels_HW).astype(np.uint8)
-    colors_HWC = voc_palette()[labels_HW]
-    inside_HW1 = (labels_HW > 0)[..., None]
-    mixed_HWC = frame_HWC * 0.5 + colors_HWC * 0.5
+    mixed_HWC = frame_HWC * 0.5 + voc_palette()[labels_HW] * 0.5
     edge_HW = np.zeros(labels_HW.shape, dtype=bool)
     edge_HW[:, 1:] |= labels_HW[:, 1:] != labels_HW[:, :-1]
     edge_HW[1:] |= labels_HW[1:] != labels_HW[:-1]
-    tinted_HWC = np.where(inside_HW1, mixed_HWC, frame_HWC)
+    tinted_HWC = np.where(labels_HW[..., None] > 0, mixed_HWC, frame_HWC)
     return np.where(edge_HW[..., None], 255, tinted_HWC).astype(np.uint8)
 
 
@@ -78,14 +76,12 @@ def overlay_pose(frame_HWC: Frame, joints_2J: npt.ArrayLike) -> Frame:
     joints_J2 = np.asarray(joints_2J, dtype=float).T
     image = Image.fromarray(frame_HWC)
     draw = ImageDraw.Draw(image)
-    palette = voc_palette()
     size = max(2, round(min(image.size) / 80))
-    for limb, (start, end) in enumerate(LIMBS):
+    for (start, end), color in zip(LIMBS, voc_palette()[1:], strict=False):
         if joints_J2[start, 0] >= 0 and joints_J2[end, 0] >= 0:
-            ends = [*joints_J2[start], *joints_J2[end]]
-            draw.line(ends, fill=tuple(palette[limb + 1].tolist()), width=size)
-    for x, y in joints_J2[joints_J2[:, 0] >= 0]:
-        draw.ellipse((x - size, y - size, x + size, y + size), fill=_BACKGROUND, outline=_INK)
+            draw.line([*joints_J2[start], *joints_J2[end]], fill=tuple(color.tolist()), width=size)
+    for joint in joints_J2[joints_J2[:, 0] >= 0]:
+        draw.circle(tuple(joint), size, fill=_BACKGROUND, outline=_INK)
     return np.asarray(image)
 
 
@@ -135,7 +131,7 @@ def correspondence_arrows(rows: Sequence[tuple[str, Frame, Frame, Matches]], pat
         image = Image.fromarray(np.concatenate([first_HWC, second_HWC], axis=1))
         draw = ImageDraw.Draw(image)
         height, width = first_HWC.shape[:2]
-        for x, y, x_there, y_there in np.asarray(matches_M4, dtype=float):
+        for x, y, x_there, y_there in matches_M4.tolist():
             start, end = (x * width, y * height), (width + x_there * width, y_there * height)
             color = (round(255 * x), round(255 * y), round(255 * (1 - x)))
             draw.line([start, end], fill=color, width=max(1, width // 320))
@@ -189,13 +185,13 @@ def trade_off(points: Sequence[tuple[str, Figures, Figures]], path: Path) -> Non
     figure = Figure(figsize=(6.4, 4.8), layout="constrained")
     axes = figure.add_subplot()
     for number, (name, before, after) in enumerate(points):
-        color = f"C{number % 10}"
+        color = f"C{number}"
         (x, y), (x_after, y_after) = np.array(
-            [[one[key] for key in _TRADE_OFF] for one in (before, after)], dtype=float
+            [[figures[key] for key in _TRADE_OFF] for figures in (before, after)], dtype=float
         )
         axes.annotate("", (x_after, y_after), (x, y), arrowprops={"arrowstyle": "->", "color": color})
-        axes.scatter([x], [y], facecolors="none", edgecolors=color)
-        axes.scatter([x_after], [y_after], color=color, label=name)
+        axes.scatter(x, y, facecolors="none", edgecolors=color)
+        axes.scatter(x_after, y_after, color=color, label=name)
     axes.set_xlabel("intra-video distance / 95 % diameter (consistent: left)")
     axes.set_ylabel("inter-video distance / 95 % diameter (separable: up)")
     axes.set_title("Before (ring) and after (dot) the projection")
@@ -205,9 +201,9 @@ def trade_off(points: Sequence[tuple[str, Figures, Figures]], path: Path) -> Non
 
 
 def has_trade_off(results: Mapping[str, Figures]) -> bool:
-    """Whether both sides have numbers to draw: one video alone has no distance to others."""
-    sides = [results.get(variant, {}) for variant in ("before", "after")]
-    return all(figures.get(key) is not None for figures in sides for key in _TRADE_OFF)
+    """Whether both variants have numbers to draw: one video alone has no distance to others."""
+    found = [results.get(variant, {}).get(key) for variant in ("before", "after") for key in _TRADE_OFF]
+    return all(value is not None and math.isfinite(value) for value in found)
 
 
 def confusion_maps(counts: Mapping[str, Any], classes: Sequence[str], path: Path) -> None:

@@ -3,9 +3,8 @@
 import argparse
 import base64
 import html
+import json
 from pathlib import Path
-
-from pydantic import BaseModel
 
 from fasttrain.errors import InputError
 from fasttrain.evaluation import plots
@@ -16,20 +15,6 @@ STYLE = (
     "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.2rem .8rem;border-bottom:1px solid #ddd}"
     "td+td,th+th{text-align:right}img,video{max-width:100%}"
 )
-
-
-class Model(BaseModel):
-    backbone: str
-    weights: str
-
-
-class Evaluation(BaseModel):
-    """What the page shows of the JSON file that `eval` writes."""
-
-    task: str
-    model: Model
-    pictures: list[str]
-    results: dict[str, dict[str, float | None]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
     recorded, evaluations = [], []
     for name, folder in zip(plots.run_names(arguments.runs), arguments.runs, strict=True):
         paths = sorted(folder.glob("eval/*/*.json"))
-        evaluations += [(name, path, _read_evaluation(path)) for path in paths]
+        evaluations += [(name, path, json.loads(path.read_bytes())) for path in paths]
         if (folder / "metrics.jsonl").is_file():
             recorded.append(folder)
         elif not paths:
@@ -63,34 +48,25 @@ def run(arguments: argparse.Namespace) -> None:
         plots.learning_curves(recorded, drawn / "learning.png")
         sections.append(("Learning curves", _show(drawn / "learning.png")))
     points = [
-        (name, found.results["before"], found.results["after"])
+        (name, found["results"]["before"], found["results"]["after"])
         for name, _, found in evaluations
-        if found.task == "consistency" and plots.has_trade_off(found.results)
+        if found["task"] == "consistency" and plots.has_trade_off(found["results"])
     ]
     if points:
         plots.trade_off(points, drawn / "trade_off.png")
         sections.append(("Trade-off", _show(drawn / "trade_off.png")))
     for name, path, found in evaluations:
-        task = " in ".join(dict.fromkeys((found.task, path.parent.name)))
-        title = f"{name}: {task} ({found.model.backbone}, {found.model.weights})"
-        pictures = [path.parent / "figures" / picture for picture in found.pictures]
+        task = " in ".join(dict.fromkeys((found["task"], path.parent.name)))
+        title = f"{name}: {task} ({found['model']['backbone']}, {found['model']['weights']})"
+        pictures = [path.parent / "figures" / picture for picture in found["pictures"]]
         # Stills, then films.
         pictures.sort(key=lambda picture: picture.suffix, reverse=True)
         shown = "".join(_show(picture) for picture in pictures if picture.is_file())
-        sections.append((title, _table(found.results) + shown))
+        sections.append((title, _table(found["results"]) + shown))
     body = "".join(f"<h2>{html.escape(title)}</h2>{content}" for title, content in sections)
     head = f'<!doctype html><meta charset="utf-8"><title>fasttrain</title><style>{STYLE}</style>'
     write_atomically(output, f"{head}<h1>fasttrain</h1>{body}\n".encode())
     print(f"written to {output}")
-
-
-def _read_evaluation(path: Path) -> Evaluation:
-    try:
-        return Evaluation.model_validate_json(path.read_bytes())
-    except ValueError as error:
-        raise InputError(
-            f"{path} holds no figures of `fasttrain eval`; evaluate again or remove it"
-        ) from error
 
 
 def _show(path: Path) -> str:
