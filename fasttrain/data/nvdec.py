@@ -1,8 +1,7 @@
 """NVDEC, the GPU's video decoder, through DALI: which videos it decodes correctly, its clips and colours.
 
-It serves `pack`, where one decoder serves 64 frames, and training where the recipe asks for it
-(`data.decoder=mixed`). DALI gets a small Matroska file with the packets that the wanted frames take, so that
-NVDEC decodes a dozen pictures instead of the whole video.
+DALI gets a small Matroska file with the packets that the wanted frames take, so that NVDEC decodes a dozen
+pictures instead of the whole video.
 """
 
 from __future__ import annotations
@@ -10,8 +9,8 @@ from __future__ import annotations
 import ctypes
 import io
 import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from functools import cache
 
 import av
 import numpy as np
@@ -76,8 +75,7 @@ def cut_clip(video: VideoInfo, frames: Sequence[int]) -> tuple[Bytes, list[int]]
 
     Nothing is decoded. The file is (n,) uint8. Raises UnreadableFrameError.
     """
-    if video.times is None:
-        raise UnreadableFrameError("its container has no time stamps to seek by", frames[0])
+    assert video.times is not None
     packets: dict[int, av.Packet] = {}
     targets = [int(video.times[frame]) for frame in frames]
     buffer = io.BytesIO()
@@ -107,28 +105,19 @@ def _packets_between(
     container: av.container.InputContainer, stream: av.VideoStream, start: int, target: int
 ) -> dict[int, av.Packet]:
     """By time and in decoding order: from the key frame shown at `start` to the packet of `target`."""
-    container.seek(start, stream=stream)
-    packets = _collect_packets(container.demux(stream), start, target)
-    if packets is None:
-        # A stream without an index (MPEG-TS) is sought by guesses, and one may land too late.
-        with open_video(Path(container.name)) as again:
-            packets = _collect_packets(again.demux(video_stream(again)), start, target)
-    if packets is None:
-        raise UnreadableFrameError("its packets changed since it was indexed")
-    return packets
-
-
-def _collect_packets(demuxed: Iterator[av.Packet], start: int, target: int) -> dict[int, av.Packet] | None:
-    packets: dict[int, av.Packet] = {}
-    for packet in demuxed:
-        time = packet.pts
-        # What comes before the key frame, or is shown before it, is needed by nothing after it.
-        if time is None or time < start or not (packets or time == start):
-            continue
-        packets[time] = packet
-        if time == target:
-            return packets
-    return None
+    # A stream without an index (MPEG-TS) is sought by guesses, and one may land too late.
+    for position in (start, 0):
+        container.seek(position, stream=stream)
+        packets: dict[int, av.Packet] = {}
+        for packet in container.demux(stream):
+            time = packet.pts
+            # What comes before the key frame, or is shown before it, is needed by nothing after it.
+            if time is None or time < start or not (packets or time == start):
+                continue
+            packets[time] = packet
+            if time == target:
+                return packets
+    raise UnreadableFrameError("its packets changed since it was indexed")
 
 
 def _referred_to(stream: av.VideoStream, packets: dict[int, av.Packet]) -> set[int]:
@@ -155,13 +144,14 @@ def _decoding_times(shown: Sequence[int]) -> list[int]:
 # --- colours: DALI takes every stream for BT.601 ---
 
 # Share of red and blue in luma, by matrix (ITU-R BT.601-7, BT.709-6, BT.2020-2).
-LUMA: dict[Matrix, tuple[float, float]] = {
+_LUMA: dict[Matrix, tuple[float, float]] = {
     "bt601": (0.299, 0.114),
     "bt709": (0.2126, 0.0722),
     "bt2020": (0.2627, 0.0593),
 }
 
 
+@cache
 def rgb_correction(matrix: Matrix) -> npt.NDArray[np.float64]:
     """(3, 3): RGB that was decoded by BT.601 -> RGB by the stream's own matrix."""
     return _ycc_to_rgb(matrix) @ np.linalg.inv(_ycc_to_rgb("bt601"))
@@ -169,12 +159,7 @@ def rgb_correction(matrix: Matrix) -> npt.NDArray[np.float64]:
 
 def _ycc_to_rgb(matrix: Matrix) -> npt.NDArray[np.float64]:
     """(3, 3): Y in 0..1 and Cb, Cr in -1/2..1/2 -> RGB in 0..1."""
-    red, blue = LUMA[matrix]
+    red, blue = _LUMA[matrix]
+    cr, cb = 2 * (1 - red), 2 * (1 - blue)
     green = 1 - red - blue
-    return np.array(
-        [
-            [1, 0, 2 * (1 - red)],
-            [1, -2 * (1 - blue) * blue / green, -2 * (1 - red) * red / green],
-            [1, 2 * (1 - blue), 0],
-        ]
-    )
+    return np.array([[1, 0, cr], [1, -cb * blue / green, -cr * red / green], [1, cb, 0]])
