@@ -129,7 +129,7 @@ class Trainer:
         for i in range(passes):
             with span("data"):
                 pairs = next(self.batches)
-            self._new_bad_samples += map(str, pairs.bad_samples)
+            self._new_bad_samples += pairs.bad_samples
             # A replacement is one more sample that was seen.
             self._new_samples += len(pairs.samples) + len(pairs.bad_samples)
             for backbone in self.backbones:

@@ -30,7 +30,7 @@ from nvidia.dali import math as dali_math
 from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 from torch import Tensor
 
-from fasttrain.data.images import IMAGENET_MEAN, IMAGENET_STD, Bytes, Frame, crop_resize
+from fasttrain.data.images import IMAGENET_MEAN, IMAGENET_STD, Bytes, Frame
 from fasttrain.data.index import ClipIndex, FrameIndex, Storage, StoredFrames
 from fasttrain.data.nvdec import rgb_correction
 from fasttrain.data.sampling import SampleParameters, pixel_box
@@ -144,9 +144,13 @@ class HostStage:
         return out
 
     def _finish(self, frame_HW3: Frame, parameters: np.void, out_3SS: Tensor) -> None:
-        box = pixel_box(parameters["box"], *frame_HW3.shape[:2])
-        crop_3SS = crop_resize(frame_HW3, box, self._size)
-        crop_3SS = crop_3SS.flip(-1) if parameters["flip"] else crop_3SS
+        top, left, bottom, right = pixel_box(parameters["box"], *frame_HW3.shape[:2])
+        crop_HW3 = torch.from_numpy(np.ascontiguousarray(frame_HW3[top:bottom, left:right]))
+        # The uint8 kernel gives what Pillow gives, four times faster.
+        crop_13SS = torch.nn.functional.interpolate(
+            crop_HW3.permute(2, 0, 1)[None], size=(self._size, self._size), mode="bicubic", antialias=True
+        )
+        crop_3SS = crop_13SS[0].flip(-1) if parameters["flip"] else crop_13SS[0]
         torch.addcmul(self._offset, crop_3SS, self._scale, out=out_3SS)
 
     def close(self) -> None:

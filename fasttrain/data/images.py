@@ -1,4 +1,4 @@
-"""Single images on the host: is the file whole, decode it, crop and resize it.
+"""Single images on the host: read a file, decode it.
 
 Leaf of fasttrain.data. Training decodes with DALI (dali.py); `decode_image` serves evaluation and pack.
 """
@@ -10,9 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from fasttrain.files import os_reason
 
@@ -36,20 +34,14 @@ class UnreadableFrameError(Exception):
 
 
 def read_encoded(path: str | Path, frame: int = 0) -> Bytes:
-    """An image file as it is, (n,). Raises UnreadableFrameError where it is missing, empty or cut off."""
+    """An image file as it is, (n,). Raises UnreadableFrameError where it is missing, empty or cut off.
+
+    Some decoders turn a truncated file into garbage without an error.
+    """
     try:
         data = np.fromfile(path, dtype=np.uint8)
     except OSError as error:
         raise UnreadableFrameError(os_reason(error), frame) from error
-    check_encoded(data, frame)
-    return data
-
-
-def check_encoded(data: Bytes, frame: int = 0) -> None:
-    """Raise UnreadableFrameError for an encoded image (n,) that is empty or was cut off.
-
-    Some decoders make garbage of a truncated file without an error.
-    """
     if not len(data):
         raise UnreadableFrameError("the file is empty", frame)
     head, tail = data[:8].tobytes(), data[-8:].tobytes()
@@ -60,11 +52,11 @@ def check_encoded(data: Bytes, frame: int = 0) -> None:
             raise UnreadableFrameError("truncated JPEG, it has no end-of-image marker", frame)
     if head == _PNG_START and tail != _PNG_END and _PNG_END not in data.tobytes():
         raise UnreadableFrameError("truncated PNG, it has no end chunk", frame)
+    return data
 
 
 def decode_image(data: Bytes) -> Frame:
     """An encoded image (n,) -> RGB (H, W, 3) uint8, upright by its EXIF tag. Raises UnreadableFrameError."""
-    check_encoded(data)
     try:
         with Image.open(io.BytesIO(data.tobytes())) as image:
             upright = ImageOps.exif_transpose(image)
@@ -79,14 +71,3 @@ def decode_image(data: Bytes) -> Frame:
     # For odd bytes Pillow's plugins raise SyntaxError, NotImplementedError, TypeError, struct.error, ...
     except Exception as error:
         raise UnreadableFrameError(f"cannot be decoded: {error}") from error
-
-
-def crop_resize(frame_HW3: Frame, box: tuple[int, int, int, int], size: int) -> Tensor:
-    """The crop top, left, bottom, right of a frame -> (3, size, size) uint8: antialiased bicubic, one step.
-
-    PyTorch's uint8 kernel gives what Pillow gives, four times faster.
-    """
-    top, left, bottom, right = box
-    crop_HW3 = np.ascontiguousarray(frame_HW3[top:bottom, left:right])
-    crop_13HW = torch.from_numpy(crop_HW3).permute(2, 0, 1)[None]
-    return torch.nn.functional.interpolate(crop_13HW, size=(size, size), mode="bicubic", antialias=True)[0]

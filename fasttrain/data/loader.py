@@ -33,25 +33,12 @@ MAX_ATTEMPTS = 32
 
 
 @dataclass(frozen=True)
-class BadSample:
-    """A sample that could not be read, and the video whose pair took its place."""
-
-    name: str
-    frame: int
-    reason: str
-    replaced_by: str
-
-    def __str__(self) -> str:
-        return f"{self.name}, frame {self.frame}: {self.reason}; replaced by a pair of {self.replaced_by}"
-
-
-@dataclass(frozen=True)
 class FramePairs:
     """A micro-batch of B pairs."""
 
     frames: Tensor  # (2, B, 3, S, S) on the device, normalised by the ImageNet mean and std
     samples: Ints  # (B,) sample ids, of the replacements where there were any
-    bad_samples: list[BadSample]  # what had to be replaced
+    bad_samples: list[str]  # what could not be read, why, and the video whose pair took its place
 
 
 @dataclass
@@ -62,7 +49,7 @@ class _Sample:
     wanted: Ints  # (1,) its id in the stream
     parameters: SampleParameters  # (1,) of what stands in for it, if it cannot be read
     pair: StoredFrames = ()
-    bad: list[BadSample] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)
 
 
 class PairLoader:
@@ -83,7 +70,7 @@ class PairLoader:
     ) -> None:
         self.recipe, self.world, self.first_step = recipe, world, first_step
         self.sampling = PairSampling(recipe.data, recipe.seed)
-        self.num_samples = self.sampling.num_samples(len(index))
+        self.num_samples = len(index) * recipe.data.pairs_per_video
         self.batch_size, self.accumulate = recipe.train.batch_size, recipe.train.accumulate
         self.global_batch = self.accumulate * world.size * self.batch_size
         if self.global_batch > self.num_samples:
@@ -173,7 +160,7 @@ class PairLoader:
             )
         sample.parameters = self.sampling.draw(self.index.num_frames, sample.epoch, sample.wanted, attempt)
         replaced_by = self.index.names[sample.parameters["video"][0]]
-        sample.bad.append(BadSample(name, frame, reason, replaced_by))
+        sample.bad.append(f"{name}, frame {frame}: {reason}; replaced by a pair of {replaced_by}")
 
     def _submit(self, batch: list[_Sample]) -> None:
         self._stage.submit([sample.pair for sample in batch], _parameters(batch))

@@ -42,10 +42,6 @@ class PairSampling:
     def __init__(self, data: DataRecipe, seed: int) -> None:
         self.data, self.seed = data, seed
 
-    def num_samples(self, num_videos: int) -> int:
-        """Samples of one epoch."""
-        return num_videos * self.data.pairs_per_video
-
     def order(self, positions: npt.ArrayLike, num_samples: int) -> tuple[Ints, Ints]:
         """Epoch and sample id at positions (B,) of the endless training stream.
 
@@ -65,7 +61,7 @@ class PairSampling:
         """
         uniforms = _uniforms(self.seed, epochs, samples, attempt)
         if attempt:
-            samples = _below(uniforms[:, _SUBSTITUTE], self.num_samples(len(num_frames)))
+            samples = _below(uniforms[:, _SUBSTITUTE], len(num_frames) * self.data.pairs_per_video)
         drawn = np.empty(len(samples), PARAMETERS)
         drawn["sample"] = samples
         drawn["video"] = samples // self.data.pairs_per_video
