@@ -64,25 +64,25 @@ def compiled_at(channels: int, dtype: torch.dtype, architecture: int, only: str 
     """
     device = {"device": "meta"}
     tokens = torch.empty(128, 3, 196, channels, dtype=dtype, **device)
-    head = epilogue.HeadParameters(*(torch.empty(channels, **device) for _ in range(3)), 1e-5, True)
+    parameter, grid = torch.empty(channels, **device), (14, 14, 2, 2)
+    with_head = epilogue.Epilogue(tokens, tokens, parameter, parameter, parameter, 1e-5, True, *grid, kl=True)
+    without_head = epilogue.Epilogue(tokens, tokens, None, None, None, 0.0, False, *grid, kl=True)
     scalar = torch.empty((), **device)
     pooled_dtype = epilogue.pooled_dtype(dtype)
     pooled, many = (torch.empty(128, 3, m, channels, dtype=pooled_dtype, **device) for m in (49, 324))
     statistics = torch.empty(epilogue.statistics_shape(tokens, True), **device)
 
-    def forward(head: epilogue.HeadParameters | None) -> None:
-        given = epilogue.Epilogue(tokens, tokens, head, (14, 14), (2, 2), kl=True)
+    def forward(given: epilogue.Epilogue) -> None:
         epilogue.launch_forward(given, pool=True, statistics=True)
 
-    def backward(head: epilogue.HeadParameters | None) -> None:
-        given = epilogue.Epilogue(tokens, tokens, head, (14, 14), (2, 2), kl=True)
+    def backward(given: epilogue.Epilogue) -> None:
         epilogue.launch_backward(given, statistics, scalar, scalar, pooled, 1.0)
 
     cases = {
-        "head forward": lambda: forward(head),
-        "head backward": lambda: backward(head),
-        "tokens forward": lambda: forward(None),
-        "tokens backward": lambda: backward(None),
+        "head forward": lambda: forward(with_head),
+        "head backward": lambda: backward(with_head),
+        "tokens forward": lambda: forward(without_head),
+        "tokens backward": lambda: backward(without_head),
         "cycle": lambda: cycle.launch_cycle(pooled, 0.03, grad_dtype=pooled_dtype, diagnostics=False),
         "cycle diagnostics": lambda: cycle.launch_cycle(pooled, 0.03, grad_dtype=None, diagnostics=True),
         "affinity": lambda: affinity.launch_affinity(many[:, 0], many[:, 1], 0.03),

@@ -14,7 +14,7 @@ channels.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,88 +22,54 @@ from torch import Tensor
 from . import reference
 from .checks import check_choice, check_grid, check_number, check_tensors
 from .cycle import grad_scale, launch_cycle
-from .epilogue import (
-    Epilogue,
-    HeadParameters,
-    launch_backward,
-    launch_forward,
-    pooled_dtype,
-    statistics_shape,
-)
+from .epilogue import Epilogue, launch_backward, launch_forward, pooled_dtype, statistics_shape
 from .reference import CosettleLoss, Regularizer
 from .runtime import Backend, differentiate, needs_grad, operator, use_triton
 
-
-class _Arguments(NamedTuple):
-    """What the operators forward and backward share, in the order of `_SCHEMA`."""
-
-    inputs: Tensor
-    frozen: Tensor
-    bias: Tensor | None
-    norm_weight: Tensor | None
-    norm_bias: Tensor | None
-    norm_eps: float
-    tanh: bool
-    height: int
-    width: int
-    window: int
-    temperature: float
-    kl: bool
-
-    @property
-    def epilogue(self) -> Epilogue:
-        head = None
-        if self.bias is not None and self.norm_weight is not None and self.norm_bias is not None:
-            head = HeadParameters(self.bias, self.norm_weight, self.norm_bias, self.norm_eps, self.tanh)
-        grid, window = (self.height, self.width), (self.window, self.window)
-        return Epilogue(self.inputs, self.frozen, head, grid, window, self.kl)
-
-
+# The fields of `Epilogue`, and what only the cycle needs.
 _SCHEMA = (
     "Tensor inputs, Tensor frozen, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, "
-    "bool tanh, int height, int width, int window, float temperature, bool kl"
+    "bool tanh, int height, int width, int window_height, int window_width, bool kl, float temperature"
 )
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Cycle and separability, 0-d; accuracy and similarity (2,); the scaled gradient of the pooled tokens and
     the tokens' statistics, for the backward. What is not asked for is empty."""
-    *shared, diagnostics, grad = arguments
-    given = _Arguments(*shared)
-    separability, pooled_BTMD, statistics_BTNS = launch_forward(given.epilogue, pool=True, statistics=grad)
+    *epilogue, temperature, diagnostics, grad = arguments
+    separability, pooled_BTMD, statistics = launch_forward(Epilogue(*epilogue), pool=True, statistics=grad)
+    grad_dtype = pooled_BTMD.dtype if grad else None
     figures_4BM, grad_pooled = launch_cycle(
-        pooled_BTMD,
-        given.temperature,
-        grad_dtype=pooled_BTMD.dtype if grad else None,
-        diagnostics=diagnostics,
+        pooled_BTMD, temperature, grad_dtype=grad_dtype, diagnostics=diagnostics
     )
     measures = figures_4BM.new_empty(0)
     if diagnostics:
         _, accuracy, squares, returns = figures_4BM.mean((1, 2))
         measures = torch.stack([accuracy, returns * torch.rsqrt(squares)])
-    return figures_4BM[0].mean(), separability, measures, grad_pooled, statistics_BTNS
+    return figures_4BM[0].mean(), separability, measures, grad_pooled, statistics
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    *shared, diagnostics, grad = arguments
-    given = _Arguments(*shared).epilogue
-    inputs = given.inputs_BTND
-    samples, views, _, channels = inputs.shape
+    *epilogue, _temperature, diagnostics, grad = arguments
+    given = Epilogue(*epilogue)
+    samples, views, _, channels = given.inputs.shape
     pooled = (samples, views, given.whole_cells, channels) if grad else (0,)
-    shapes = ((), (), (2 if diagnostics else 0,), pooled, statistics_shape(inputs, grad))
-    dtypes = (torch.float32, torch.float32, torch.float32, pooled_dtype(inputs.dtype), torch.float32)
-    return tuple(inputs.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+    shapes = ((), (), (2 if diagnostics else 0,), pooled, statistics_shape(given.inputs, grad))
+    dtypes = (torch.float32, torch.float32, torch.float32, pooled_dtype(given.inputs.dtype), torch.float32)
+    return tuple(
+        given.inputs.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)
+    )
 
 
 def _backward(
     grad_cycle: Tensor, grad_separability: Tensor, grad_pooled: Tensor, statistics: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the inputs (B, T, N, D) and of the head's parameters (3, D), zeros without a head."""
-    given = _Arguments(*arguments)
+    *epilogue, temperature = arguments
     samples, _, tokens, channels = grad_pooled.shape
-    scale = 1.0 / (grad_scale(tokens) * given.temperature * samples * tokens)
+    scale = 1.0 / (grad_scale(tokens) * temperature * samples * tokens)
     grad_inputs, grad_parameters = launch_backward(
-        given.epilogue, statistics, grad_separability, grad_cycle, grad_pooled, scale
+        Epilogue(*epilogue), statistics, grad_separability, grad_cycle, grad_pooled, scale
     )
     if grad_parameters is None:
         grad_parameters = statistics.new_zeros((3, channels))
@@ -140,12 +106,12 @@ def _gradients(
     grad_cycle: Tensor, grad_separability: Tensor, grad_pooled: Tensor, statistics: Tensor, *arguments: Any
 ) -> tuple[Tensor | None, ...]:
     """Those of the inputs, the frozen tokens, and the head's parameters in their own dtypes."""
-    given = _Arguments(*arguments)
+    *epilogue, _temperature = arguments
     grad_inputs, grad_parameters = _cosettle_backward(
         grad_cycle, grad_separability, grad_pooled, statistics, *arguments
     )
-    of_head = zip((given.bias, given.norm_weight, given.norm_bias), grad_parameters, strict=True)
-    return grad_inputs, None, *(None if old is None else grad.to(old.dtype) for old, grad in of_head)
+    of_head = zip(Epilogue(*epilogue).head, grad_parameters, strict=False)
+    return grad_inputs, None, *(grad.to(parameter.dtype) for parameter, grad in of_head)
 
 
 differentiate(_cosettle, _gradients, losses=2, save=_save)
@@ -165,7 +131,7 @@ def _objective(
     tanh: bool = False,
 ) -> CosettleLoss:
     """The objective of the first of the `tensors`, after a head's epilogue where its parameters follow."""
-    shapes = {name: "D" if name in HeadParameters._fields else "B3ND" for name in tensors}
+    shapes = {name: "D" if name in ("bias", "norm_weight", "norm_bias") else "B3ND" for name in tensors}
     check_tensors(frozen=(frozen, "B3ND"), **{name: (tensors[name], shapes[name]) for name in tensors})
     check_grid(grid, window, frozen.shape[2])
     check_number("temperature", temperature)
@@ -181,7 +147,7 @@ def _objective(
             frozen, inputs, grid, temperature, window, lambda_reg, regularizer, diagnostics
         )
     parameters = head or (None, None, None)
-    options = (norm_eps, tanh, *grid, window, temperature, regularizer == "kl")
+    options = (norm_eps, tanh, *grid, window, window, regularizer == "kl", temperature)
     cycle, separability, measures, _, _ = _cosettle(
         inputs, frozen.detach(), *parameters, *options, diagnostics, needs_grad(*tensors.values())
     )

@@ -8,12 +8,11 @@ Per token, with x the input, z the frozen token and E the layer norm's epsilon:
     mse: sum_d (p_d - y_d)^2
     pooled = mean of p over the cells of one window
 
-The KL divergence in this form is a difference of small numbers, where the textbook's form subtracts two
-numbers near log D. In fp32 it keeps about one digit more: of 768 channels and a divergence of 4e-4, 3e-5 and
-3e-7 a token the relative errors were 1e-5, 5e-5 and 1e-2, the textbook's 5e-5, 4e-4 and 1e-1 (interpreter).
+The textbook's form of the KL divergence subtracts two numbers near log D. This one keeps a digit more in
+fp32: for a divergence of 3e-5 over 768 channels the relative error was 5e-5 instead of 4e-4 (interpreter).
 
-Backward, from the gradients s of each separability term and G of the pooled tokens, a row at a time
-recomputed from x and z; the six sums over channels that this would take again are kept, 24 bytes a token:
+Backward, from the gradients s of each separability term and G of the pooled tokens. Rows are recomputed from
+x and z; six sums over channels are kept, 24 bytes a token:
 
     dp = s (softmax(p) - q)  or  2 s (p - y),  plus  G / window^2
     dv = (dp - p (p . dp)) / ||v||                           (dp / 1e-12 for a token below the norm's floor)
@@ -33,37 +32,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .primitives import (
-    LOG2_E,
-    add_rows,
-    append,
-    dot_rows,
-    exp2,
-    inverse_norm,
-    load_row,
-    log1p,
-    multiply_add_rows,
-    multiply_rows,
-    row_blocks,
-    scale_row,
-    store_row,
-    sum_chunks,
-    sum_two,
-    tanh,
-    zero_row,
-)
+from .primitives import LOG2_E, exp2, log1p, sum_two, tanh
 from .runtime import inline, jit, multiprocessors, on_device, tl, triton, unit_stride
-
-
-class HeadParameters(NamedTuple):
-    """Bias of the last linear layer, weight and bias of the layer norm, (D,) each; whether it has a tanh."""
-
-    bias: Tensor
-    norm_weight: Tensor
-    norm_bias: Tensor
-    norm_eps: float
-    tanh: bool
-
 
 # Per token, for the backward: mean and 1 / (standard deviation) of the layer norm; 1 / ||v||, 1 / ||z||; the
 # sum of exp(y) and the mean of exp(p - y) - 1.
@@ -71,23 +41,147 @@ STATISTICS = 6
 
 
 class Epilogue(NamedTuple):
-    """What both directions start from. The grid is cut into cells of `window` tokens (rows, columns), with
-    partial ones at the far edges; `kl` or else mse."""
+    """What both directions start from: tokens (B, T, N, D), a head's parameters (D,) or None, and options.
 
-    inputs_BTND: Tensor
-    frozen_BTND: Tensor
-    head: HeadParameters | None
-    grid: tuple[int, int]
-    window: tuple[int, int]
+    The grid is cut into cells, one window of tokens each, with partial cells at the far edges.
+    """
+
+    inputs: Tensor
+    frozen: Tensor
+    bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    norm_eps: float
+    tanh: bool
+    height: int
+    width: int
+    window_height: int
+    window_width: int
     kl: bool
 
     @property
+    def head(self) -> list[Tensor]:
+        """Bias, layer norm weight and bias, or nothing without a head."""
+        parameters = (self.bias, self.norm_weight, self.norm_bias)
+        return [parameter for parameter in parameters if parameter is not None]
+
+    @property
     def cells(self) -> int:
-        return int(triton.cdiv(self.grid[0], self.window[0]) * triton.cdiv(self.grid[1], self.window[1]))
+        return int(triton.cdiv(self.height, self.window_height) * triton.cdiv(self.width, self.window_width))
 
     @property
     def whole_cells(self) -> int:
-        return (self.grid[0] // self.window[0]) * (self.grid[1] // self.window[1])
+        return (self.height // self.window_height) * (self.width // self.window_width)
+
+
+# --- rows: one token's D channels as a tuple of CHUNKS blocks of BLOCK fp32 numbers, 0 beyond D -----------
+#
+# Triton's blocks are powers of two. Three of them fit a ViT's 384, 768 or 1536 channels exactly, where one
+# would leave a quarter of the lanes idle.
+
+
+def row_blocks(channels: int) -> tuple[int, int]:
+    """BLOCK and CHUNKS of the shortest cover of `channels`: one power of two, or three of at least 128."""
+    whole = triton.next_power_of_2(channels)
+    third = whole // 4
+    return (third, 3) if third >= 128 and 3 * third >= channels else (max(whole, 32), 1)
+
+
+@inline
+def append(row, block):
+    """The row with one block more."""
+    last = (block,)
+    return row + last
+
+
+@inline
+def load_row(row_ptr, exists, D, BLOCK, CHUNKS):
+    """The row at a pointer, as fp32; zeros where it does not exist."""
+    limit = tl.where(exists, D, 0)
+    row = ()
+    for c in tl.static_range(CHUNKS):
+        columns = c * BLOCK + tl.arange(0, BLOCK)
+        row = append(row, tl.load(row_ptr + columns, mask=columns < limit, other=0.0).to(tl.float32))
+    return row
+
+
+@inline
+def store_row(row_ptr, row, exists, D, BLOCK):
+    limit = tl.where(exists, D, 0)
+    for c in tl.static_range(len(row)):
+        columns = c * BLOCK + tl.arange(0, BLOCK)
+        tl.store(row_ptr + columns, row[c].to(row_ptr.dtype.element_ty), mask=columns < limit)
+
+
+@inline
+def zero_row(BLOCK, CHUNKS):
+    row = ()
+    for _ in tl.static_range(CHUNKS):
+        row = append(row, tl.zeros([BLOCK], dtype=tl.float32))
+    return row
+
+
+@inline
+def sum_chunks(row):
+    """One block, the sum of the row's."""
+    total = row[0]
+    for c in tl.static_range(1, len(row)):
+        total += row[c]
+    return total
+
+
+@inline
+def scale_row(row, factor):
+    """row * factor, a number."""
+    scaled = ()
+    for c in tl.static_range(len(row)):
+        scaled = append(scaled, row[c] * factor)
+    return scaled
+
+
+@inline
+def add_rows(left, right, factor):
+    """left + right * factor, a number."""
+    total = ()
+    for c in tl.static_range(len(left)):
+        total = append(total, left[c] + right[c] * factor)
+    return total
+
+
+@inline
+def multiply_rows(left, right):
+    """left * right, channel by channel."""
+    product = ()
+    for c in tl.static_range(len(left)):
+        product = append(product, left[c] * right[c])
+    return product
+
+
+@inline
+def dot_rows(left, right):
+    total = left[0] * right[0]
+    for c in tl.static_range(1, len(left)):
+        total += left[c] * right[c]
+    return tl.sum(total, 0)
+
+
+@inline
+def multiply_add_rows(row, factor, addend):
+    """row * factor + addend, channel by channel."""
+    total = ()
+    for c in tl.static_range(len(row)):
+        total = append(total, row[c] * factor[c] + addend[c])
+    return total
+
+
+@inline
+def inverse_norm(row):
+    """1 / max(||row||, 1e-12), the factor of torch.nn.functional.normalize."""
+    norm = tl.sqrt(dot_rows(row, row))
+    return 1.0 / tl.where(norm > 1e-12, norm, 1e-12)
+
+
+# --- the kernels ------------------------------------------------------------------------------------------
 
 
 @inline
@@ -319,7 +413,7 @@ def statistics_shape(inputs_BTND: Tensor, wanted: bool) -> tuple[int, ...]:
 def launch_forward(given: Epilogue, *, pool: bool, statistics: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The separability loss, 0-d; pooled tokens (B, T, M, D), empty without `pool`; what `launch_backward`
     needs, empty without `statistics`."""
-    inputs = given.inputs_BTND
+    inputs = given.inputs
     samples, views, tokens, channels = inputs.shape
     tensors, strides, constants = _shared_arguments(given, pool, channels_per_warp=1024)
     terms_BTN = inputs.new_empty((samples, views, tokens), dtype=torch.float32)
@@ -328,8 +422,8 @@ def launch_forward(given: Epilogue, *, pool: bool, statistics: bool) -> tuple[Te
     pooled_BTMD = inputs.new_empty(pooled_shape, dtype=pooled_dtype(inputs.dtype))
     with on_device(inputs):
         _forward_kernel[(given.cells * samples * views,)](
-            *tensors, terms_BTN, statistics_BTNS, pooled_BTMD, *strides, views, *given.grid,
-            given.whole_cells, given.head.norm_eps if given.head else 0.0, _term_scale(given),
+            *tensors, terms_BTN, statistics_BTNS, pooled_BTMD, *strides, views, given.height, given.width,
+            given.whole_cells, given.norm_eps, _term_scale(given),
             STATISTICS=STATISTICS if statistics else 0, **constants,
         )  # fmt: skip
     return terms_BTN.sum(), pooled_BTMD, statistics_BTNS
@@ -348,7 +442,7 @@ def launch_backward(
     `grad_separability` and `grad_cycle` are 0-d and read on the device: the gradient of the pooled tokens is
     grad_pooled x grad_cycle x pooled_scale.
     """
-    inputs, head = given.inputs_BTND, given.head
+    inputs, head = given.inputs, given.head
     samples, views, _, channels = inputs.shape
     pool = grad_pooled_BTMD is not None
     tensors, strides, constants = _shared_arguments(given, pool, channels_per_warp=768 if head else 1024)
@@ -366,7 +460,7 @@ def launch_backward(
         _backward_kernel[(programs,)](
             *tensors, statistics_BTNS, grad_separability, grad_cycle if pool else grad_separability,
             grad_pooled_BTMD if pool else unused, grad_BTND, partial_P3D if head else unused, *strides,
-            samples, views, *given.grid, given.whole_cells, _term_scale(given), pooled_scale,
+            samples, views, given.height, given.width, given.whole_cells, _term_scale(given), pooled_scale,
             STATISTICS=STATISTICS, **constants,
         )  # fmt: skip
     return grad_BTND, None if partial_P3D is None else partial_P3D.sum(0)
@@ -374,19 +468,19 @@ def launch_backward(
 
 def _term_scale(given: Epilogue) -> float:
     """The factor from the sum of the separability terms to the loss."""
-    return 1.0 / (given.inputs_BTND.shape[0] if given.kl else given.inputs_BTND.numel())
+    return 1.0 / (given.inputs.shape[0] if given.kl else given.inputs.numel())
 
 
 def _shared_arguments(
     given: Epilogue, pool: bool, channels_per_warp: int
 ) -> tuple[list[Tensor], tuple[int, ...], dict[str, Any]]:
     """What both kernels take: their first tensors, the strides, and the compile-time constants."""
-    inputs, frozen, head = unit_stride(given.inputs_BTND), unit_stride(given.frozen_BTND), given.head
+    inputs, frozen = unit_stride(given.inputs), unit_stride(given.frozen)
     block, chunks = row_blocks(inputs.shape[-1])
-    parameters = [parameter.contiguous() for parameter in head[:3]] if head else [inputs] * 3
+    parameters = [parameter.contiguous() for parameter in given.head] or [inputs] * 3
     constants = {
-        "D": inputs.shape[-1], "WINDOW_H": given.window[0], "WINDOW_W": given.window[1],
-        "HEAD": head is not None, "TANH": head is not None and head.tanh, "KL": given.kl, "POOL": pool,
+        "D": inputs.shape[-1], "WINDOW_H": given.window_height, "WINDOW_W": given.window_width,
+        "HEAD": bool(given.head), "TANH": given.tanh, "KL": given.kl, "POOL": pool,
         "HALF": inputs.dtype != torch.float32, "UNIT": LOG2_E, "BLOCK": block, "CHUNKS": chunks,
         # As many as keep a row in registers without spilling.
         "num_warps": triton.next_power_of_2(triton.cdiv(block * chunks, channels_per_warp)),

@@ -24,7 +24,10 @@ from .runtime import Backend, differentiate, needs_grad, operator, use_triton
 
 def _epilogue(projected: Tensor, frozen: Tensor, kl: bool) -> Epilogue:
     """Four tokens to a program, as they come: without pooling the grid does not matter."""
-    return Epilogue(projected, frozen, None, grid=(1, projected.shape[2]), window=(1, 4), kl=kl)
+    return Epilogue(
+        projected, frozen, bias=None, norm_weight=None, norm_bias=None, norm_eps=0.0, tanh=False,
+        height=1, width=projected.shape[2], window_height=1, window_width=4, kl=kl,
+    )  # fmt: skip
 
 
 def _forward(projected: Tensor, frozen: Tensor, kl: bool, grad: bool) -> tuple[Tensor, Tensor]:

@@ -136,7 +136,7 @@ def test_any_number_of_samples_can_be_launched(launches: list[tuple[int, ...]]) 
     for tokens in (49, 70):
         walk = torch.empty(100_000, 3, tokens, 8, device="meta")
         cycle.launch_cycle(walk, 0.1, grad_dtype=torch.float32, diagnostics=True)
-    given = epilogue.Epilogue(walk, walk, None, grid=(7, 10), window=(1, 1), kl=True)
+    given = epilogue.Epilogue(walk, walk, None, None, None, 0.0, False, 7, 10, 1, 1, kl=True)
     epilogue.launch_forward(given, pool=True, statistics=True)
     assert len(launches) == 9
     assert all(side <= 65_535 for grid in launches for side in grid[1:])

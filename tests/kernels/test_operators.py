@@ -171,7 +171,7 @@ def test_operators_pass_opcheck(device: str) -> None:
     for operator, arguments in [
         (
             operators.cosettle,
-            (tokens(1, 3, 4, 16), frozen, *parameters, 1e-5, True, 2, 2, 2, 0.1, True, True, True),
+            (tokens(1, 3, 4, 16), frozen, *parameters, 1e-5, True, 2, 2, 2, 2, True, 0.1, True, True),
         ),
         (operators.separability, (tokens(1, 3, 4, 16), frozen, True, True)),
         (operators.affinity_softmax, (tokens(1, 3, 16), tokens(1, 4, 16), 0.1)),
@@ -179,7 +179,7 @@ def test_operators_pass_opcheck(device: str) -> None:
         # Without gradient and diagnostics the outputs for them are empty.
         (
             operators.cosettle,
-            (frozen, frozen, None, None, None, 0.0, False, 2, 2, 2, 0.1, False, False, False),
+            (frozen, frozen, None, None, None, 0.0, False, 2, 2, 2, 2, False, 0.1, False, False),
         ),
         (operators.separability, (frozen, frozen, False, False)),
         (operators.cycle_three_views, (frozen.bfloat16(), 0.1, False)),
