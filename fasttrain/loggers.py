@@ -1,4 +1,4 @@
-"""Where a run says how it goes: metrics.jsonl, TensorBoard, the terminal."""
+"""How a run is going: metrics.jsonl, TensorBoard, the terminal."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class Progress:
         self._bar.stop()
 
     def advance(self, count: int = 1, status: str | None = None) -> None:
-        """`count` more are done; `status` is shown beside them from now on."""
+        """`count` more are done; from now on `status` is shown beside the bar."""
         self._bar.advance(self._task, count)
         if status is not None:
             self._bar.update(self._task, status=status)
@@ -124,7 +124,7 @@ class Progress:
             self._print()
 
     def show(self, status: str) -> None:
-        """Show `status` at once, where there is no terminal as a line."""
+        """Show `status` at once: in the bar, or as a line where there is no terminal."""
         self._bar.update(self._task, status=status)
         self._print()
 

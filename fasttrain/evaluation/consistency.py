@@ -44,10 +44,9 @@ def run(
     """Figures of all videos together, on the main process."""
     check_options(arguments, num_frames=MIN_FRAMES, num_videos=1, image_size=1)
     index = open_source(arguments.root)
-    chosen = evenly_spaced(len(index), arguments.num_videos)
-    measured: dict[str, dict[int, VideoMeasures]] = {variant: {} for variant in model.variants}
+    measured: dict[int, dict[str, VideoMeasures]] = {}
     skipped: dict[int, str] = {}
-    for video in world.shard(chosen):
+    for video in world.shard(evenly_spaced(len(index), arguments.num_videos)):
         try:
             frames_T3HW = _read_frames(index, video, arguments.num_frames, arguments.image_size)
         except UnreadableFrameError as error:
@@ -55,6 +54,7 @@ def run(
             continue
         # One frame at a time, which bounds the memory.
         tokens = [model.tokens(frame_3HW[None].to(world.device)) for frame_3HW in frames_T3HW]
+        measured[video] = {}
         for variant in model.variants:
             tokens_TND = torch.cat([found[variant] for found in tokens])
             if not tokens_TND.isfinite().all():
@@ -62,23 +62,22 @@ def run(
                     f"features of {index.names[video]} {variant} the projection are not all finite; look at "
                     "the frames and at the weights"
                 )
-            measured[variant][video] = measure_video(tokens_TND)
-    skipped = world.merge(skipped)
-    measured = {variant: world.merge(videos) for variant, videos in measured.items()}
+            measured[video][variant] = measure_video(tokens_TND)
+    measured, skipped = world.merge(measured), world.merge(skipped)
     if not world.is_main:
         return None
-    reasons = [f"{name}: {reason}" for name, reason in index.skipped]
-    reasons += skipped.values()
-    counted = len(chosen) - len(skipped)
-    if not counted:
+    reasons = [*(f"{name}: {reason}" for name, reason in index.skipped), *skipped.values()]
+    if not measured:
         raise InputError(f"no video of {arguments.root} can be measured; {'; '.join(reasons[:3])}")
     if reasons:
         print(f"videos passed over: {len(reasons)}, such as {reasons[0]}")
-    results = {variant: summarise(list(videos.values())) for variant, videos in measured.items()}
+    results = {
+        variant: summarise([found[variant] for found in measured.values()]) for variant in model.variants
+    }
     if plots.has_trade_off(results):
         point = (model.encoder.name, results["before"], results["after"])
         plots.trade_off([point], output / "figures" / "trade_off.png")
-    return {"data": {"videos": counted, "skipped": reasons}, "results": results}
+    return {"data": {"videos": len(measured), "skipped": reasons}, "results": results}
 
 
 def _read_frames(index: FrameIndex, video: int, num_frames: int, image_size: int) -> Tensor:

@@ -74,7 +74,7 @@ def add_split_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Extracted:
-    """What `extract` put into the cache; loaded when asked for, since a data set may not fit in memory."""
+    """What `extract` put into the cache; `load` reads it, since a data set may not fit in memory."""
 
     entries: Mapping[str, Mapping[str, Path]]
     """The files of the cache by video and variant."""
@@ -102,7 +102,7 @@ class Extracted:
 
 
 def class_numbers(videos: Sequence[LabelledVideo]) -> Tensor:
-    """(V,) int64, of videos that have one each."""
+    """(V,) int64: the classes of videos that have one each."""
     return torch.tensor([video.label for video in videos])
 
 
@@ -111,7 +111,7 @@ def extract_split(
 ) -> tuple[VideoSplit, Extracted, dict[str, Any]] | None:
     """The split without the videos that cannot be read, the features, and facts for the JSON.
 
-    On the main process; None on the others. Raises InputError as `read_split` does, and where no training or
+    None on all processes but the main one. Raises InputError as `read_split` does, and where no training or
     no test video can be read.
     """
     split = read_split(arguments)
@@ -144,11 +144,11 @@ def extract(
     output: Path,
     world: World,
 ) -> Extracted | None:
-    """Features of all videos, those that are not in the cache computed.
+    """Features of all videos; those that the cache lacks are computed.
 
-    One feature a video where `arguments` has `num_frames`, else one for every `stride`-th frame. Every
-    process extracts its share; the main one gets everything, the others None. Raises InputError where the
-    sizes do not fit the encoder.
+    One feature for each video where `arguments` has `num_frames`, else one for every `stride`-th frame. Every
+    process extracts its share; the main process gets everything, the others None. Raises InputError where
+    `--image-size` does not fit the encoder.
     """
     check_options(arguments, num_frames=1, stride=1, batch_size=1, workers=0)
     model.encoder.grid(arguments.image_size, arguments.image_size)
@@ -202,7 +202,10 @@ def _encode(
     device: torch.device,
     encoding: Lock,
 ) -> int:
-    """Decode a video, encode it when it is its turn, write the entries; returns its number of frames."""
+    """Decode and encode a video, write its entries and return its number of frames.
+
+    Threads decode at the same time and encode one after another, under the lock `encoding`.
+    """
     index, video = _open(path)
     num_frames = int(index.num_frames[video])
     frames = stream_frames(index, video, _choose(num_frames, arguments))
@@ -239,7 +242,7 @@ def _describe(model: EvaluatedModel, arguments: argparse.Namespace, variant: str
 
 
 def _choose(length: int, arguments: argparse.Namespace) -> list[int]:
-    """The frames that go into the features of a video of so many."""
+    """The frames that go into the features of a video of `length` frames."""
     if "num_frames" in arguments:
         return evenly_spaced(length, arguments.num_frames)
     return list(range(0, length, arguments.stride))
@@ -269,12 +272,12 @@ def _digest(path: StoredVideo, arguments: argparse.Namespace) -> bytes:
 
 
 def _open(path: StoredVideo) -> tuple[FrameIndex, int]:
-    """The index that holds a video, and its number there. Raises UnreadableFrameError."""
+    """The index that holds a video, and its number in it. Raises UnreadableFrameError."""
     return path if isinstance(path, tuple) else (VideoIndex({path.name: probe_video(path)}, []), 0)
 
 
 def middle_frame(path: StoredVideo, num_frames: int) -> Frame:
-    """The one in the middle of the frames that a video's feature is made of, (H, W, 3) uint8."""
+    """The middle one of the frames that a video's feature is made of, (H, W, 3) uint8."""
     index, video = _open(path)
     frames = evenly_spaced(int(index.num_frames[video]), num_frames)
     return index.read_frame(video, frames[len(frames) // 2])

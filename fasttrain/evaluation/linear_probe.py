@@ -25,7 +25,7 @@ from fasttrain.errors import InputError
 STRENGTHS = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 MAX_ITERATIONS = 1000
 _MIN_DEVIATION = 1e-8
-# Weaker strengths are the slow ones: the sweep ends after so many in a row that do no better.
+# The sweep ends after this many strengths in a row that do no better: the weaker, the slower.
 _PATIENCE = 3
 
 

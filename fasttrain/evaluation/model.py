@@ -80,5 +80,5 @@ def load_model(arguments: argparse.Namespace, device: torch.device) -> Evaluated
         if not arguments.baseline_only:
             variants = ("after",) if arguments.projection_only else ("before", "after")
     elif arguments.projection_only:
-        raise InputError("--projection-only, but there is no projection; give --run or --projection")
+        raise InputError("--projection-only needs a projection; give --run or --projection")
     return EvaluatedModel(encoder=encoder.to(device), projection=projection, variants=variants)

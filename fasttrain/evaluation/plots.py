@@ -39,7 +39,7 @@ _TRADE_OFF = ("intra_normalized_95", "inter_normalized_95")
 _BACKGROUND = (255, 255, 255)
 _INK = (30, 30, 30)
 _RIGHT, _WRONG = (42, 157, 74), (200, 64, 47)
-# Beyond so many classes their names would run into each other.
+# The names of more classes would run into each other.
 _MAX_NAMES = 40
 
 # A name may hold a dollar sign.

@@ -48,7 +48,7 @@ def run(
 
 
 def _draw(split: VideoSplit, neighbours: dict[str, Tensor], num_frames: int, output: Path) -> None:
-    """A few queries, evenly chosen, with the videos that lie nearest for each variant."""
+    """A few queries, evenly chosen, with the nearest videos for each variant."""
     sheet = []
     for number in evenly_spaced(len(split.test), SHOWN_QUERIES):
         query = split.test[number]

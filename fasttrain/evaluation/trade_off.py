@@ -1,4 +1,4 @@
-"""The paper's trade-off: how close a video's own frames lie, how far apart videos lie, and what it rests on.
+"""The paper's trade-off: how close the frames of a video are, and how far apart videos are.
 
 Every definition follows the analysis of the authors' code (yafeng19/Co-Settle, cal_metric.py): frames are
 matched patch by patch within a video (intra), videos are compared at their middle frames (inter), and both
@@ -35,8 +35,8 @@ def consistency_separability(
     `patch_indices` are the patches at which videos are compared, by default eight drawn once with seed 42.
     Keys: `{intra,inter}_{original,normalized_90,normalized_95,normalized_100,diameter_90,diameter_95,
     diameter_100}`, `effective_rank`, `cycle_accuracy`. Inter-video distances of one video alone are NaN.
-    What depends on features that are not finite is NaN. Raises InputError for fewer than 8 frames or a number
-    of patches that is no square.
+    What depends on features that are not finite is NaN. Raises InputError for fewer than 8 frames and where P
+    is not a square.
     """
     return summarise([measure_video(video_TPD) for video_TPD in features_VTPD], patch_indices)
 

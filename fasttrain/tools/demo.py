@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def make_videos(folder: Path) -> None:
-    """Render and encode the training clips that are not there yet."""
+    """Render and encode the training clips that do not exist yet."""
     for seed in TRAINING_SCENES:
         path = folder / f"scene_{seed:03d}.mp4"
         if not path.exists():

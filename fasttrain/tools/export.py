@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size", type=int, nargs=2, metavar=("H", "W"),
         help="frame size in pixels, multiples of the patch size; default: the training crop",
     )  # fmt: skip
-    parser.add_argument("--weights", help="where the backbone's weights lie now, if they moved")
+    parser.add_argument("--weights", help="where the backbone's weights are now, if they moved")
 
 
 def run(arguments: argparse.Namespace) -> None:
