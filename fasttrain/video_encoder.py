@@ -67,7 +67,7 @@ def load_video_encoder(
 ) -> VideoEncoder:
     """The video encoder that training left in the folder `run`, in float32 on `device` (default: the CPU).
 
-    weights: where the backbone's weights are now, if they have moved; their hash must be that of the training.
+    weights: where the backbone's weights are now, if they moved; their hash must be that of the training.
     Raises InputError where the folder holds no projection, or the weights cannot be read or differ.
     """
     path = Path(run) / PROJECTION_FILE

@@ -38,10 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stride", type=int, default=1, help="encode every N-th frame (default: 1)", metavar="N"
     )
     parser.add_argument(
-        "--smooth", type=int, default=1, help="average N encoded frames (default: 1)", metavar="N"
+        "--smooth",
+        type=int,
+        default=1,
+        help="average the scores of N encoded frames (default: 1)",
+        metavar="N",
     )
     parser.add_argument(
-        "--max-train-frames", type=int, default=200_000, help="evenly chosen (default: %(default)s)"
+        "--max-train-frames", type=int, default=200_000, help="to fit, evenly chosen (default: %(default)s)"
     )
     parser.add_argument(
         "--tiou", choices=tuple(metrics.TEMPORAL_IOU), default="thumos",
