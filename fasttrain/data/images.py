@@ -1,7 +1,4 @@
-"""Single images on the host: read a file, decode it.
-
-Leaf of fasttrain.data. Training decodes with DALI (dali.py); `decode_image` serves evaluation and pack.
-"""
+"""Single images on the host. Training decodes with DALI; `decode_image` serves evaluation and pack."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""The index of a source: V videos, how long they are, and their frames as they are stored.
-
-Made by sources.py; read by the loader, by evaluation and by pack. A frame is (number of the video, number of
-the frame), whatever it is stored in. No DALI here.
-"""
+"""The index of a source: V videos, how long they are, and their frames as they are stored."""
 
 from __future__ import annotations
 

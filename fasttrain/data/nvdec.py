@@ -21,8 +21,7 @@ from fasttrain.data.images import Bytes, UnreadableFrameError
 from fasttrain.data.video import Matrix, VideoInfo, open_video, video_stream
 from fasttrain.files import os_reason
 
-# By codec: pixel formats, and the longest side. Not AV1: it has packets that show a frame decoded before,
-# DALI 2.4 counts decoded frames, and all that follow are off.
+# By codec: pixel formats, and the longest side. Not AV1: DALI 2.4 counts its repeated frames wrong.
 _CODECS = {
     "h264": ({"yuv420p", "yuvj420p"}, 4096),
     "hevc": ({"yuv420p", "yuvj420p", "yuv420p10le"}, 8192),
@@ -30,7 +29,7 @@ _CODECS = {
     "vp9": ({"yuv420p", "yuv420p10le"}, 8192),
 }
 _MIN_SIDE = 144
-# A core of the host decodes smaller frames as fast as they are cut and handed over.
+# The host decodes smaller frames as fast.
 _MIN_PIXELS = 640 * 360
 
 # A slice of an H.264 picture that others refer to: nal_ref_idc is not 0 (H.264, 7.4.1).

@@ -209,7 +209,8 @@ def pack(
             "total_bytes": sum(index.num_bytes for index in done),
         }
         _write_manifest(part, {**identity, **totals}, complete=True, skipped=skipped)
-    _say_some([f"could not be read: {name}: {reason}" for name, reason in skipped])
+    for name, reason in skipped[:MAX_NAMED]:
+        say(f"could not be read: {name}: {reason}")
     listed = f", listed in {part.manifest_path}" if skipped else ""
     say(
         f"{totals['total_frames']} frames in {len(done)} shards, {totals['total_bytes'] / 2**20:.1f} MB; "
@@ -226,7 +227,8 @@ def check(root: Path, *, workers: int = 1) -> int:
             frames += count
             damage += found
             progress.advance(status=f"{len(damage)} damaged")
-    _say_some(damage)
+    for line in damage[:MAX_NAMED]:
+        say(line)
     if damage:
         raise InputError(
             f"{root} is damaged in {len(damage)} places, the first: {damage[0]}; delete the shards named and "
@@ -253,10 +255,9 @@ def _check_begun(part: Part, identity: dict[str, Any]) -> None:
     manifest = part.read_manifest()
     for key, value in identity.items():
         if manifest.get(key) != value:
-            hint = ", which stands for the names of its files and their sizes" if key == "source" else ""
             raise InputError(
-                f"{part.folder} was begun with {key}={manifest.get(key)}, now it is {value}{hint}; "
-                "use the same source and options, or another folder"
+                f"{part.folder} was begun with {key}={manifest.get(key)}, now it is {value}; use the same source "
+                "(names and sizes of its files) and options, or another folder"
             )
 
 
@@ -273,13 +274,6 @@ def _shown(videos: Iterator[EncodedVideo], progress: Progress) -> Iterator[Encod
         frames += len(video.frames)
         bad += len(video.skipped)
         progress.advance(status=f"{frames} frames, {bad} bad")
-
-
-def _say_some(lines: Sequence[str]) -> None:
-    for line in lines[:MAX_NAMED]:
-        say(line)
-    if len(lines) > MAX_NAMED:
-        say(f"and {len(lines) - MAX_NAMED} more")
 
 
 # --- writing shards ---

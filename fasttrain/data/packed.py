@@ -9,8 +9,8 @@ that packed):
 
 The index beside a shard is written after it, so a shard that has one is whole.
 
-Frames are read by `pread`. A memory map would save a copy of 20 KB, but where a shard is cut off or its disk
-fails, touching the map is SIGBUS, which ends the process, while `pread` gives an error like any other.
+Frames are read by `pread`: where a shard is cut off or its disk fails, touching a memory map is SIGBUS, which
+ends the process.
 """
 
 from __future__ import annotations
@@ -169,12 +169,11 @@ def finished_parts(root: Path) -> list[Part]:
             )
         # Parts of another source or with other options would give videos twice, or not at all.
         manifest = part.read_manifest()
-        for key in _SHARED:
-            if manifest[key] != first[key]:
-                raise InputError(
-                    f"{part.manifest_path} was packed with {key}={manifest[key]}, part 1 with "
-                    f"{key}={first[key]}; pack all parts from the same files with the same options"
-                )
+        if differing := [key for key in _SHARED if manifest[key] != first[key]]:
+            raise InputError(
+                f"{part.manifest_path} and that of part 1 differ in {', '.join(differing)}; pack all parts "
+                "from the same files with the same options"
+            )
     return parts
 
 
@@ -192,28 +191,28 @@ class PackedIndex(FrameIndex):
     def __init__(self, root: Path) -> None:
         parts = finished_parts(root)
         skipped = [(name, reason) for part in parts for name, reason in part.read_manifest()["skipped"]]
-        paths = [path for part in parts for path in part.shard_paths()]
-        shards = [ShardIndex.read(path) for path in paths]
-        names = [name for shard in shards for name in shard.names]
-        if not names:
+        # Of each video its name, its shard and, as views of the shard's index, the byte ranges of its frames.
+        videos: list[tuple[str, io.FileIO, npt.NDArray[np.void]]] = []
+        for path in [path for part in parts for path in part.shard_paths()]:
+            shard = ShardIndex.read(path)
+            file = _open_shard(path, shard.num_bytes)
+            ends = np.cumsum(shard.lengths).tolist()
+            frames = [shard.frames[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+            videos += [(name, file, ranges) for name, ranges in zip(shard.names, frames, strict=True)]
+        if not videos:
             raise InputError(f"the packed set {root} holds no video ({len(skipped)} could not be read)")
-        lengths = np.concatenate([shard.lengths for shard in shards]).astype(np.int64)
-        by_name = np.array(sorted(range(len(names)), key=names.__getitem__))
-        super().__init__([names[i] for i in by_name], lengths[by_name], skipped)
-        # Frame k of video v is entry _first[v] + k of these, in shard _shard[v]: 12 bytes a frame.
-        self._frames = np.concatenate([shard.frames for shard in shards])
-        self._first = (np.cumsum(lengths) - lengths)[by_name]
-        self._shard = np.repeat(np.arange(len(shards)), [len(shard.names) for shard in shards])[by_name]
-        self._files = [_open_shard(path, shard.num_bytes) for path, shard in zip(paths, shards, strict=True)]
+        videos.sort(key=lambda video: video[0])
+        super().__init__([name for name, _, _ in videos], (len(frames) for *_, frames in videos), skipped)
+        self._videos = [(file, frames) for _, file, frames in videos]
 
     def read(self, video: int, frames: Sequence[int]) -> list[Bytes]:
         """The JPEG bytes of frames: the disk is asked for these ranges and no others."""
-        file = self._files[self._shard[video]]
-        ranges = self._frames[self._first[video] + np.asarray(frames)].tolist()
-        for block, size, _ in ranges:
+        file, ranges = self._videos[video]
+        wanted = ranges[np.asarray(frames)].tolist()
+        for block, size, _ in wanted:
             # The disk works on all of them before the first is waited for.
             os.posix_fadvise(file.fileno(), block * TAR_BLOCK, size, os.POSIX_FADV_WILLNEED)
-        return [_read_frame(file, int(frame), *found) for frame, found in zip(frames, ranges, strict=True)]
+        return [_read_frame(file, int(frame), *found) for frame, found in zip(frames, wanted, strict=True)]
 
 
 def _read_frame(file: io.FileIO, frame: int, block: int, size: int, crc: int) -> Bytes:

@@ -1,8 +1,8 @@
 """Which pair of frames and which crop a sample is: pure functions of (seed, epoch, sample).
 
-Nothing here has state and nothing reads a frame. The random numbers come from Philox, a counter-based
-generator (Salmon et al., SC 2011): its key is (seed, epoch), its counter is (sample, attempt). So what is
-drawn for a sample does not depend on the order, the rank, the number of threads or earlier samples.
+The random numbers come from Philox, a counter-based generator (Salmon et al., SC 2011), with the key (seed,
+epoch) and the counter (sample, attempt). So a sample does not depend on the order, the rank, the number of
+threads or earlier samples.
 
 Legend: B samples, n frames of a video, V videos.
 """
@@ -37,7 +37,7 @@ _FRAMES, _CROP, _FLIP, _SUBSTITUTE, _COUNT = slice(0, 2), slice(2, 6), 6, 7, 8
 
 
 class PairSampling:
-    """The rule by which samples are drawn (Co-Settle, section 3)."""
+    """How samples are drawn (Co-Settle, section 3)."""
 
     def __init__(self, data: DataRecipe, seed: int) -> None:
         self.data, self.seed = data, seed
@@ -74,9 +74,8 @@ class PairSampling:
 def draw_pair(num_frames: npt.ArrayLike, uniforms: npt.ArrayLike, *, gap: float) -> Ints:
     """Two frame numbers (B, 2), 0-based, of videos with num_frames (B,), from uniforms (B, 2) in [0, 1).
 
-    With distance = int(gap n): frame 1 is uniform on [1, n - distance) and frame 2 = frame 1 + distance (that
-    frame 0 is never frame 1 is the published code's choice). Where n <= 4 or distance < 1, the two are drawn
-    independently from all n frames.
+    With distance = int(gap n): frame 1 is uniform on [1, n - distance), as in the published code, and frame 2
+    = frame 1 + distance. Where n <= 4 or distance < 1, the two are drawn independently from all n frames.
     """
     n = np.asarray(num_frames, dtype=np.int64)
     u = np.asarray(uniforms, dtype=np.float64)
@@ -93,8 +92,7 @@ def draw_crop(uniforms: npt.ArrayLike, *, area: tuple[float, float], ratio: tupl
     """Boxes (B, 4) top, left, bottom, right on the unit square, from uniforms (B, 4) in [0, 1).
 
     One draw of area and log-uniform ratio (width / height), each side cut to the frame, at a uniform offset:
-    the rule of the published code (its util/video/image_utils.py, after BYOL). torchvision's own
-    RandomResizedCrop draws again instead of cutting.
+    the rule of the published code (util/video/image_utils.py); torchvision draws again instead of cutting.
     """
     u = np.asarray(uniforms, dtype=np.float64)
     areas = area[0] + (area[1] - area[0]) * u[:, 0]
@@ -106,10 +104,7 @@ def draw_crop(uniforms: npt.ArrayLike, *, area: tuple[float, float], ratio: tupl
 
 
 def pixel_box(box: Floats, height: int, width: int) -> tuple[int, int, int, int]:
-    """A box (4,) on the unit square -> top, left, bottom, right in whole pixels of a frame, never empty.
-
-    Whole pixels are what torchvision crops; they move an edge by half a pixel at most.
-    """
+    """A box (4,) on the unit square -> top, left, bottom, right in whole pixels of a frame, never empty."""
     top, left = int(box[0] * height + 0.5), int(box[1] * width + 0.5)
     bottom, right = int(box[2] * height + 0.5), int(box[3] * width + 0.5)
     top, left = min(top, height - 1), min(left, width - 1)
@@ -123,7 +118,6 @@ def evenly_spaced(length: int, count: int) -> list[int]:
 
 def _below(uniforms: Floats, bounds: Ints | int) -> Ints:
     """Integers uniform on [0, bound), from uniforms in [0, 1)."""
-    # Even the largest number below one, times a bound below 2^53, is rounded to less than the bound.
     return (uniforms * bounds).astype(np.int64)
 
 

@@ -27,17 +27,13 @@ PacketTimes = list[int | None]
 Matrix = Literal["bt601", "bt709", "bt2020"]
 
 VIDEO_SUFFIXES = frozenset(
-    {
-        ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts",
-        ".wmv", ".flv", ".3gp", ".ogv",
-    }
-)  # fmt: skip
+    ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .m2ts .wmv .flv .3gp .ogv".split()  # noqa: SIM905
+)
 
 # ffmpeg's numbers of the matrices (AVColorSpace); all others are close to BT.601 or rare.
 _MATRICES: dict[int, Matrix] = {1: "bt709", 9: "bt2020", 10: "bt2020"}
 
-# Containers whose times are ffmpeg's guesses: AVI has none, and MPEG-PS not for every frame. They are wrong
-# where there are B-frames, or after a seek.
+# Containers whose times ffmpeg guesses, wrongly with B-frames and after a seek.
 _GUESSED_TIMES = frozenset({"avi", "mpeg"})
 
 # PyAV reads titles in odd encodings from version 19 on; before, it raises unless told otherwise.
@@ -45,10 +41,9 @@ _ANY_ENCODING: dict[str, Any] = (
     {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 )
 
-# Filters that walk the length-prefixed NAL units of a stream: they find a damaged one without decoding.
+# Filters that find a damaged unit of a stream without decoding it.
 _STRUCTURE_FILTERS = {"h264": "h264_mp4toannexb", "hevc": "hevc_mp4toannexb"}
-# An H.264 picture that resets the decoder. ffmpeg also marks mere recovery points as key frames; a decoder
-# that starts there may miss references.
+# An H.264 picture that resets the decoder: ffmpeg also marks mere recovery points as key frames.
 _IDR = re.compile(rb"\x00\x00\x01[\x05\x25\x45\x65]")
 
 
