@@ -5,23 +5,24 @@ within Euclidean grid distance < `radius`); frames before the first stand in as 
 largest affinities / temperature go through a softmax and weigh the labels of their keys. The protocol is that
 of Jabri et al., "Space-Time Correspondence as a Contrastive Random Walk" (NeurIPS 2020, ajabri/videowalk).
 
-The search is exact: `key_search.py`, and on a CPU `cpu_key_search.py`. Copies of the first frame are not
-searched again but counted.
-
-Shape suffixes: T frames, H W grid, N = H * W tokens (lines across the short side, one after another), D
-channels, C classes, F remembered frames, Q queries of a strip, k neighbours, X any of D and C.
+Shape suffixes: T frames, H W grid, N = H * W tokens, D channels, C classes, F remembered frames (the first at
+slot 0), Q queries of a strip, K keys of a strip, k nearest keys, M candidates for these, X any of D and C.
 """
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from fasttrain.errors import InputError
-from fasttrain.evaluation.cpu_key_search import CpuKeySearch
-from fasttrain.evaluation.key_search import KeySearch, Strip, full_precision, squared_distance, strips
 
 # The protocol's, with DAVIS' number of keys: frames, grid cells, keys, and what divides the affinities.
 CONTEXT, RADIUS, TOPK, TEMPERATURE = 20, 20.0, 7, 0.7
+# Affinities held at once: 256 MiB on a GPU, which takes few large products; 32 MiB on a CPU, near its caches.
+GPU_AFFINITIES, CPU_AFFINITIES = 2**26, 2**23
 
 
 def propagate_labels(
@@ -35,21 +36,28 @@ def propagate_labels(
     """Soft labels of every frame, (T, H, W, C) float32 on the features' device; frame 0 as given.
 
     `features_THWD` need not be normalised. `radius` is in cells, exclusive; `temperature` divides the cosine
-    affinity. Raises InputError for shapes or settings that cannot be propagated, and for features that are
-    not finite.
+    affinity. Call it outside autocast: rounded affinities choose other keys. Raises InputError for shapes or
+    settings that cannot be propagated, and for features that are not finite.
     """
     if features_THWD.ndim != 4 or 0 in features_THWD.shape:
         raise InputError(
             f"features have shape {tuple(features_THWD.shape)}; expected a non-empty (T, H, W, D)"
         )
+    grid = features_THWD.shape[1:3]
+    if first_labels_HWC.ndim != 3 or first_labels_HWC.shape[:2] != grid:
+        found = tuple(first_labels_HWC.shape)
+        raise InputError(f"first labels have shape {found}; expected {tuple(grid)} + (classes,)")
+    first_labels_HWC = first_labels_HWC.to(features_THWD.device, torch.float32)
     propagator = Propagator(features_THWD[0], first_labels_HWC, context, radius, topk, temperature)
-    labels_THWC = torch.empty(
-        (len(features_THWD), *first_labels_HWC.shape), dtype=torch.float32, device=features_THWD.device
-    )
-    labels_THWC[0] = first_labels_HWC
-    for frame in range(1, len(features_THWD)):
-        labels_THWC[frame] = propagator.step(features_THWD[frame])
-    return labels_THWC
+    return torch.stack([first_labels_HWC, *map(propagator.step, features_THWD[1:])])
+
+
+class _Strip(NamedTuple):
+    """Queries across the short side of the grid and the wider strip of keys that their discs reach."""
+
+    queries: slice
+    keys: slice
+    is_far_QN: Tensor
 
 
 class Propagator:
@@ -66,77 +74,74 @@ class Propagator:
         temperature: float,
     ) -> None:
         check_settings(context, radius, topk, temperature)
-        _check_shapes(first_features_HWD, first_labels_HWC)
         height, width, _ = first_features_HWD.shape
-        tokens, device = height * width, first_features_HWD.device
-        self.grid, self.short = (height, width), min(height, width)
-        self.context, self.radius, self.temperature = context, radius, temperature
-        self.frames_seen = 1
-        self.strips = list(strips(max(height, width), self.short, radius, context, device))
-        # Slot 0 holds the first frame, the others the last frames in turn.
-        self.labels_FNC = torch.empty((context + 1, tokens, first_labels_HWC.shape[-1]), device=device)
-        self.labels_FNC[0] = self._long_side_first(first_labels_HWC)
-        first_ND = self._unit(first_features_HWD)
-        with full_precision(device):
-            kind = CpuKeySearch if device.type == "cpu" else KeySearch
-            self.search = kind(first_ND, slots=context + 1, topk=topk)
+        self.context, self.topk, self.temperature = context, topk, temperature
+        self.is_wide, self.steps = height < width, 0
+        # Slot 0 holds the first frame, the others the last frames in turn, at first copies of the first.
+        self.unit_FND = self._unit(first_features_HWD).repeat(context + 1, 1, 1)
+        self.labels_FNC = self._tokens(first_labels_HWC.float()).repeat(context + 1, 1, 1)
+        device = first_features_HWD.device
+        self.strips = list(_strips(max(height, width), min(height, width), radius, context, device))
 
     @torch.no_grad()
     def step(self, features_HWD: Tensor) -> Tensor:
         """Soft labels (H, W, C) float32 of the next frame from its features (H, W, D)."""
-        expected = (*self.grid, self.search.unit_FND.shape[-1])
-        if features_HWD.shape != expected:
-            raise InputError(f"features of shape {tuple(features_HWD.shape)}; the first frame's: {expected}")
         unit_ND = self._unit(features_HWD)
-        labels_NC = torch.empty_like(self.labels_FNC[0])
-        flat_MC = self.labels_FNC.flatten(0, 1)
-        slot = 1 + (self.frames_seen - 1) % self.context
-        with full_precision(unit_ND.device):
-            for strip in self.strips:
-                source_Qk, weight_Qk = self._attend(unit_ND[strip.queries], strip)
-                labels_NC[strip.queries] = torch.einsum("qk,qkc->qc", weight_Qk, flat_MC[source_Qk])
-            self.search.remember(slot, unit_ND)
-        self.labels_FNC[slot] = labels_NC
-        self.frames_seen += 1
-        height, width = self.grid
-        if height < width:
-            return labels_NC.view(width, height, -1).transpose(0, 1).contiguous()
-        return labels_NC.view(height, width, -1)
+        labels_NC = torch.cat([self._attend(unit_ND[strip.queries], strip) for strip in self.strips])
+        slot = 1 + self.steps % self.context
+        self.unit_FND[slot], self.labels_FNC[slot] = unit_ND, labels_NC
+        self.steps += 1
+        height, width, _ = features_HWD.shape
+        if self.is_wide:
+            return labels_NC.unflatten(0, (width, height)).transpose(0, 1).contiguous()
+        return labels_NC.unflatten(0, (height, width))
 
-    def _long_side_first(self, values_HWX: Tensor) -> Tensor:
-        """(N, X): the order of tokens in which strips across the short side are whole slices."""
-        height, width = self.grid
-        return (values_HWX.transpose(0, 1) if height < width else values_HWX).flatten(0, 1)
+    def _tokens(self, values_HWX: Tensor) -> Tensor:
+        """(N, X): lines across the short side one after another, so that strips of lines are slices."""
+        return (values_HWX.transpose(0, 1) if self.is_wide else values_HWX).flatten(0, 1)
 
     def _unit(self, features_HWD: Tensor) -> Tensor:
-        unit_ND = functional.normalize(self._long_side_first(features_HWD).float(), dim=-1)
+        """Unit vectors (N, D) float32. Raises InputError for features that are not finite."""
+        unit_ND = functional.normalize(self._tokens(features_HWD).float(), dim=-1)
         if not unit_ND.isfinite().all():
             raise InputError("features are not all finite; look at the frame and at the encoder's weights")
         return unit_ND
 
-    def _attend(self, query_QD: Tensor, strip: Strip) -> tuple[Tensor, Tensor]:
-        """The k sources of each query, flat indices (slot of their frame * N + token), and their weights."""
-        recent = min(self.frames_seen - 1, self.context)
-        affinity_Qk, source_Qk = self.search.largest(query_QD, strip, recent)
-        multiplicity_Qk = torch.ones_like(source_Qk)
-        copies = self.context - recent
-        if copies:
-            multiplicity_Qk += copies * self._near_first(strip, source_Qk)
-        return source_Qk, _weights(affinity_Qk, multiplicity_Qk, self.search.topk, self.temperature)
+    def _attend(self, query_QD: Tensor, strip: _Strip) -> Tensor:
+        """The labels (Q, C) of the k keys that each query is most like, weighed by their affinity.
 
-    def _near_first(self, strip: Strip, source_Qk: Tensor) -> Tensor:
-        """Whether each source is a token of the first frame whose copies its query also attends to."""
-        query_Q1 = torch.arange(strip.queries.start, strip.queries.stop, device=source_Qk.device)[:, None]
-        near_Qk = squared_distance(query_Q1, source_Qk, self.short) < self.radius**2
-        return near_Qk & (source_Qk < self.labels_FNC.shape[1])
+        The k largest affinities of a query are at the k cells whose best frame is largest, so that one number
+        a cell is sorted.
+        """
+        (frames, tokens, _), keys, is_far_QN = self.unit_FND.shape, strip.keys, strip.is_far_QN
+        first_QN = query_QD @ self.unit_FND[0].T
+        recent_FQK = query_QD @ self.unit_FND[1:, keys].transpose(1, 2)
+        recent_QK = recent_FQK.amax(0).masked_fill_(is_far_QN[:, keys], -torch.inf)
+        best_QN = first_QN.clone()
+        best_QN[:, keys] = torch.maximum(first_QN[:, keys], recent_QK)
+        cell_Qk = best_QN.topk(min(self.topk, tokens)).indices
+        key_Qk = (cell_Qk - keys.start).clamp(0, recent_QK.shape[1] - 1)
+        recent_FQk = recent_FQK.gather(2, key_Qk.expand(frames - 1, -1, -1))
+        recent_FQk.masked_fill_(is_far_QN.gather(1, cell_Qk), -torch.inf)
+        affinity_FQk = torch.cat([first_QN.gather(1, cell_Qk)[None], recent_FQk])
+        source_FQk = cell_Qk + tokens * torch.arange(frames, device=cell_Qk.device)[:, None, None]
+        affinity_QM, source_QM = (values.transpose(0, 1).flatten(1) for values in (affinity_FQk, source_FQk))
+        affinity_Qk, index_Qk = affinity_QM.topk(min(self.topk, affinity_QM.shape[1]))
+        labels_QkC = self.labels_FNC.flatten(0, 1)[source_QM.gather(1, index_Qk)]
+        return torch.einsum("qk,qkc->qc", (affinity_Qk / self.temperature).softmax(-1), labels_QkC)
 
 
-def _weights(affinity_Qk: Tensor, multiplicity_Qk: Tensor, topk: int, temperature: float) -> Tensor:
-    """Softmax over the first `topk` of the affinities, largest first, each repeated `multiplicity` times."""
-    before_Qk = multiplicity_Qk.cumsum(-1) - multiplicity_Qk
-    taken_Qk = torch.minimum((topk - before_Qk).clamp(min=0), multiplicity_Qk)
-    weight_Qk = taken_Qk * ((affinity_Qk - affinity_Qk[:, :1]) / temperature).exp()
-    return weight_Qk / weight_Qk.sum(-1, keepdim=True)
+def _strips(long: int, short: int, radius: float, context: int, device: torch.device) -> Iterator[_Strip]:
+    """Strips that cover the grid, each with the keys within `radius` of any of its queries."""
+    affinities = GPU_AFFINITIES if device.type == "cuda" else CPU_AFFINITIES
+    lines = max(1, affinities // ((context + 1) * long * short**2))
+    reach = math.ceil(min(radius, long + short))
+    cell_N2 = torch.cartesian_prod(torch.arange(long), torch.arange(short)).float().to(device)
+    for start in range(0, long, lines):
+        stop = min(start + lines, long)
+        queries = slice(start * short, stop * short)
+        keys = slice(max(0, start - reach) * short, min(long, stop + reach) * short)
+        yield _Strip(queries, keys, torch.cdist(cell_N2[queries], cell_N2) >= radius)
 
 
 def check_settings(context: int, radius: float, topk: int, temperature: float) -> None:
@@ -148,11 +153,3 @@ def check_settings(context: int, radius: float, topk: int, temperature: float) -
         raise InputError(f"radius is {radius}; expected a number of at least 0")
     if not temperature > 0:
         raise InputError(f"temperature is {temperature}; expected a number above 0")
-
-
-def _check_shapes(features: Tensor, labels: Tensor) -> None:
-    if features.ndim != 3 or 0 in features.shape:
-        raise InputError(f"features have shape {tuple(features.shape)}; expected a non-empty (H, W, D)")
-    if labels.ndim != 3 or labels.shape[:2] != features.shape[:2]:
-        grid = tuple(features.shape[:2])
-        raise InputError(f"first labels have shape {tuple(labels.shape)}; expected {grid} + (classes,)")
