@@ -112,7 +112,7 @@ def test_positions_are_resized_in_float32_and_then_cast(first_use_before_cast: b
         assert torch.equal(cast, full.to(torch.bfloat16))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["ijepa", "clip", "dinov2"])
 def test_three_views_trace_into_one_graph(family: str) -> None:
     encoder = load_backbone(family, **(TINY | {"depth": 1}))
     frames, positions = random_images(2, 1, 3, 64, 64), encoder.asymmetric_positions(offset=(0, 1))
