@@ -169,6 +169,9 @@ def _sizes(state: StateDict) -> dict[str, Any]:
         sizes["depth"] = max(blocks) + 1
     if "patch_embed.proj.weight" in state:
         sizes["embed_dim"], *_, sizes["patch_size"] = state["patch_embed.proj.weight"].shape
+        if "blocks.0.mlp.fc1.weight" in state:
+            # 48 / 11 in I-JEPA's ViT-g. timm truncates the product; the half keeps rounding harmless.
+            sizes["mlp_ratio"] = (len(state["blocks.0.mlp.fc1.weight"]) + 0.5) / sizes["embed_dim"]
     return sizes
 
 
