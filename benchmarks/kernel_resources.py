@@ -66,23 +66,16 @@ def compiled_at(channels: int, dtype: torch.dtype, architecture: int, only: str 
     tokens = torch.empty(128, 3, 196, channels, dtype=dtype, **device)
     parameter, grid = torch.empty(channels, **device), (14, 14, 2, 2)
     with_head = epilogue.Epilogue(tokens, tokens, parameter, parameter, parameter, 1e-5, True, *grid, kl=True)
-    without_head = epilogue.Epilogue(tokens, tokens, None, None, None, 0.0, False, *grid, kl=True)
-    scalar = torch.empty((), **device)
+    bare = epilogue.Epilogue(tokens, tokens, None, None, None, 0.0, False, *grid, kl=True)
     pooled_dtype = epilogue.pooled_dtype(dtype)
     pooled, many = (torch.empty(128, 3, m, channels, dtype=pooled_dtype, **device) for m in (49, 324))
     statistics = torch.empty(epilogue.statistics_shape(tokens, True), **device)
-
-    def forward(given: epilogue.Epilogue) -> None:
-        epilogue.launch_forward(given, pool=True, statistics=True)
-
-    def backward(given: epilogue.Epilogue) -> None:
-        epilogue.launch_backward(given, statistics, scalar, scalar, pooled, 1.0)
-
+    gradients = (statistics, torch.empty((), **device), torch.empty((), **device), pooled, 1.0)
     cases = {
-        "head forward": lambda: forward(with_head),
-        "head backward": lambda: backward(with_head),
-        "tokens forward": lambda: forward(without_head),
-        "tokens backward": lambda: backward(without_head),
+        "head forward": lambda: epilogue.launch_forward(with_head, pool=True, statistics=True),
+        "head backward": lambda: epilogue.launch_backward(with_head, *gradients),
+        "tokens forward": lambda: epilogue.launch_forward(bare, pool=True, statistics=True),
+        "tokens backward": lambda: epilogue.launch_backward(bare, *gradients),
         "cycle": lambda: cycle.launch_cycle(pooled, 0.03, grad_dtype=pooled_dtype, diagnostics=False),
         "cycle diagnostics": lambda: cycle.launch_cycle(pooled, 0.03, grad_dtype=None, diagnostics=True),
         "affinity": lambda: affinity.launch_affinity(many[:, 0], many[:, 1], 0.03),

@@ -3,8 +3,7 @@
     python -m benchmarks.loaders [--short] [--source FRAME_FOLDERS]     write results/loaders-{cpu,cuda}.json
 
 Every contender runs in a process of its own. CPU seconds are those of the process and its workers. Without
---source, synthetic scenes are rendered. Ours also runs with other settings (SWEEP; on a GPU also GPU_SWEEP).
-What a training step loses to waiting for data is measured in step.py.
+--source, synthetic scenes are rendered. step.py measures what a training step loses to waiting for data.
 """
 
 from __future__ import annotations
@@ -42,16 +41,12 @@ GAP, AREA, RATIO = 0.15, (0.5, 1.0), (3 / 4, 4 / 3)
 # What every other loader is compared with.
 BASELINE = "PIL, four frames (published)"
 OURS, OUR_VIDEO = "ours, packed", "ours, video"
+# Ours with other settings, on a GPU. What the JPEG engine's share leaves, the GPU's CUDA cores decode.
 SWEEP: dict[str, dict[str, Any]] = {
-    **{f"prefetch {batches}": {"prefetch": batches} for batches in (3, 4)},
-    **{f"threads {threads}": {"num_threads": threads} for threads in (1, 4, 8)},
+    **{f"JPEG engine {n:.0%}": {"decoder": "mixed", "jpeg_engine_load": n} for n in (0.65, 0.9, 1.0)},
+    **{f"prefetch {n}": {"prefetch": n} for n in (3, 4)},
+    **{f"threads {n}": {"num_threads": n} for n in (1, 4, 8)},
 }
-# Shares of the JPEG engine; the GPU's CUDA cores decode the rest.
-GPU_SWEEP: dict[str, dict[str, Any]] = {
-    f"JPEG engine {load:.0%}": {"decoder": "mixed", "jpeg_engine_load": load} for load in (0.65, 0.9, 1.0)
-}
-# Seconds after which a contender that has not answered hangs.
-PATIENCE = 300.0
 
 
 def our_batches(recipe: Recipe, world: World, batches: int) -> Generator[Tensor, None, None]:
@@ -152,7 +147,7 @@ def contenders(setting: dict[str, Any], batches: int = 0) -> dict[str, Callable[
         return partial(worker_batches, setting[kind], load, batch, batches, device)
 
     found = {OURS: ours("packed"), BASELINE: theirs("frames", published_pair)}
-    for name, data in {**(GPU_SWEEP if on_gpu else {}), **SWEEP}.items():
+    for name, data in SWEEP.items() if on_gpu else ():
         found[f"{OURS}, {name}"] = ours("packed", **data)
     for name, load in (("torchcodec", torchcodec_pair), ("decord", decord_pair)):
         if importlib.util.find_spec(name):
@@ -218,16 +213,12 @@ def main(arguments: list[str] | None = None) -> None:
     }
     source = "/".join(given.source.parts[-2:]) if given.source else "synthetic scenes"
     results = Results("loaders", given, frame=f"{WIDTH} x {HEIGHT} JPEG", source=source, setting=setting)
-    rows: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         setting = {**setting, **prepare(Path(folder), given.source, 4 if given.short else 16)}
         for name in contenders(setting):
-            seconds = min(PATIENCE, max(1.0, results.deadline - time.monotonic()))
-            row = results.attempt(name, partial(in_own_process, measure, name, setting, seconds=seconds))
-            if row:
-                rows[name] = row
-                results.write("loaders", rows)
-                print(f"{name}: {row['pairs_per_second']:.0f} pairs/s", flush=True)
+            left = results.deadline - time.monotonic()
+            run = partial(in_own_process, measure, name, setting, seconds=left)
+            results.record(name, run, group="loaders")
     results.finish()
 
 

@@ -11,7 +11,6 @@ import argparse
 import concurrent.futures
 import datetime
 import gc
-import math
 import multiprocessing
 import os
 import platform
@@ -125,9 +124,8 @@ def in_own_process(function: Callable[..., Any], *arguments: Any, seconds: float
 
 def matrix_ceiling(dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s of one large matrix product of random numbers, the median."""
-    side = 8192 if device.type == "cuda" else 1536
+    side, calls = (8192, 10) if device.type == "cuda" else (1536, 1)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    calls = 10 if device.type == "cuda" else 1
     timing = interleave({"": lambda: a @ b}, rounds=5, calls=calls)[""]
     return 2 * side**3 / statistics.median(timing.wall)
 
@@ -172,7 +170,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     options.add_argument("--out", type=Path, help="JSON file (results/NAME-DEVICE.json)")
     options.add_argument("--short", action="store_true", help="fewer rounds and cases")
-    options.add_argument("--limit", type=float, default=math.inf, help="seconds after which nothing is begun")
+    options.add_argument("--limit", type=float, default=1e5, help="seconds after which nothing is begun")
     options.add_argument("--device", choices=("cpu", "cuda"), default=default)
     return options
 
@@ -200,6 +198,8 @@ class Results:
             self.skipped[name] = f"needs {error.name}, which is not installed"
         except torch.OutOfMemoryError:
             self.skipped[name] = "out of memory"
+        except concurrent.futures.TimeoutError:
+            self.skipped[name] = "out of time"
         except InputError as error:
             self.skipped[name] = str(error)
         # Whatever it is, the other figures are good without this one.
@@ -211,15 +211,14 @@ class Results:
             torch.cuda.empty_cache()
         return None
 
-    def record(self, section: str, measure: Callable[[], dict[str, Any]]) -> None:
-        """Measure a section and write the file."""
-        self.write(section, self.attempt(section, measure))
-        print(f"{section}: {self.skipped.get(section, 'done')}", flush=True)
-
-    def write(self, section: str, figures: Any) -> None:
+    def record(self, name: str, measure: Callable[[], Any], group: str | None = None) -> None:
+        """Keep what `measure` returns under its name, in a group if one is given, and write the file."""
+        figures = self.attempt(name, measure)
         if figures is not None:
-            self.content[section] = figures
+            section = self.content.setdefault(group, {}) if group else self.content
+            section[name] = figures
         write_json(self.path, self.content)
+        print(f"{name}: {self.skipped.get(name, 'done')}", flush=True)
 
     def finish(self) -> None:
         """Name the file. Raises SystemExit where something failed."""

@@ -20,10 +20,9 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -50,8 +49,7 @@ FRAMES_AT_ONCE, PIXELS_AT_ONCE = 2, 100
 SEQUENCES, FRAMES, HEIGHT, WIDTH = 30, 67, 480, 854
 
 
-@dataclass(frozen=True, kw_only=True)
-class Case:
+class Case(NamedTuple):
     """A sequence of features, of 480 x 880 frames unless named otherwise."""
 
     name: str
@@ -62,10 +60,10 @@ class Case:
 
 # The quickest first: time may run out.
 CASES = (
-    Case(name="patch 16, 320 x 320", grid=(20, 20)),
-    Case(name="patch 16"),
-    Case(name="patch 8", grid=(60, 110)),
-    Case(name="patch 16, width 768", channels=768),
+    Case("patch 16, 320 x 320", grid=(20, 20)),
+    Case("patch 16"),
+    Case("patch 16, width 768", channels=768),
+    Case("patch 8", grid=(60, 110)),
 )
 
 
@@ -129,7 +127,7 @@ def make_sequence(case: Case) -> tuple[Tensor, Tensor]:
 def measure_time(case: Case, device: torch.device, rounds: int) -> dict[str, Any]:
     """Both on the last two frames of a sequence, in turns, and how far their labels agree."""
     start = CONTEXT + 1
-    features_THWD, first_HWC = make_sequence(replace(case, frames=start + FRAMES_AT_ONCE))
+    features_THWD, first_HWC = make_sequence(case._replace(frames=start + FRAMES_AT_ONCE))
     script = ResearchScript(features_THWD, device)
     features_THWD = features_THWD.to(device)
     stream = Propagator(features_THWD[0], first_HWC.to(device), *SETTINGS)
@@ -185,49 +183,46 @@ def measure_case(case: Case, device: torch.device, rounds: int) -> dict[str, Any
     run = in_own_process if device.type == "cpu" else lambda function, *arguments: function(*arguments)
     ours, script = (run(peak_megabytes, case, contender, device) for contender in ("ours", "script"))
     memory = {"ours_mb": ours, "script_mb": script, "script_over_ours": script / ours}
-    return {"case": asdict(case), "time": time, "memory": memory}
+    return {"case": case._asdict(), "time": time, "memory": memory}
 
 
 def measure_davis(backbone: str, frames: int, device: str) -> dict[str, Any]:
     """Seconds of `fasttrain eval davis` for the whole data set, by four sequences, of which one is drawn."""
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:
-        root, head = Path(folder) / "davis", Path(folder) / "projection.safetensors"
-        write_davis(root, {"one": 1, "five": 5}, frames)
+        head = Path(folder) / "projection.safetensors"
         Projection(load_backbone(backbone, weights="random").embed_dim).save(head)
+        encoder = ["--backbone", backbone, "--projection", str(head), "--device", device]
         # What both pay alike, such as loading and warming up, does not count.
-        for subset, pictures in (("one", 1), ("five", 2)):
-            output = Path(folder) / subset
-            options = {"root": root, "subset": subset, "output": output, "pictures": pictures}
-            options |= {"backbone": backbone, "projection": head, "device": device}
-            words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-            command = [sys.executable, "-m", "fasttrain", "eval", "davis", *words]
+        for count, pictures in ((1, 1), (5, 2)):
+            root = Path(folder) / f"davis{count}"
+            write_davis(root, count, frames)
+            output = ["--root", str(root), "--output", str(root), "--pictures", str(pictures)]
+            command = [sys.executable, "-m", "fasttrain", "eval", "davis", *output, *encoder]
             subprocess.run(command, check=True, capture_output=True)
-            seconds[subset] = json.loads((output / "davis.json").read_text(encoding="utf-8"))["seconds"]
-    data_set = SEQUENCES * FRAMES / frames * (seconds["five"] - seconds["one"]) / 4
+            seconds[count] = json.loads((root / "davis.json").read_text(encoding="utf-8"))["seconds"]
+    data_set = SEQUENCES * FRAMES / frames * (seconds[5] - seconds[1]) / 4
     return {"backbone": backbone, "frames": frames, "seconds": seconds, "data_set_seconds": data_set}
 
 
-def write_davis(root: Path, subsets: dict[str, int], frames: int) -> None:
-    """Subsets of so many sequences, all the same: eight rendered frames, back and forth."""
+def write_davis(root: Path, count: int, frames: int) -> None:
+    """Sequences in the data set's own layout, all the same: eight rendered frames over and over."""
     # Needs PyAV.
     from fasttrain.tools.synthetic import render_scene
 
     scene = render_scene(0, num_frames=8, height=HEIGHT, width=WIDTH)
-    order = [*range(8), *range(6, 0, -1)]
-    names = [f"pan{number}" for number in range(max(subsets.values()))]
-    for name in names:
-        images, labels = (root / kind / "480p" / name for kind in ("JPEGImages", "Annotations"))
-        images.mkdir(parents=True)
-        labels.mkdir(parents=True)
-        for number in range(frames):
-            index = order[number % len(order)]
-            Image.fromarray(scene.frames_THWC[index]).save(images / f"{number:05d}.jpg", quality=95)
-            Image.fromarray(scene.labels_THW[index]).save(labels / f"{number:05d}.png")
-    lists = root / "ImageSets" / "2017"
-    lists.mkdir(parents=True)
-    for subset, count in subsets.items():
-        (lists / f"{subset}.txt").write_text("\n".join(names[:count]), encoding="utf-8")
+    names = [f"pan{number}" for number in range(count)]
+    for kind, maps_T, suffix in (
+        ("JPEGImages", scene.frames_THWC, ".jpg"),
+        ("Annotations", scene.labels_THW, ".png"),
+    ):
+        for path in (root / kind / "480p" / name for name in names):
+            path.mkdir(parents=True)
+            for number in range(frames):
+                Image.fromarray(maps_T[number % 8]).save(path / f"{number:05d}{suffix}", quality=95)
+    subset = root / "ImageSets" / "2017" / "val.txt"
+    subset.parent.mkdir(parents=True)
+    subset.write_text("\n".join(names), encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -239,14 +234,9 @@ def main(arguments: list[str] | None = None) -> None:
     rounds = 2 if given.short else 5
     # On the larger grids the script takes a CPU minutes.
     small = given.short and device.type == "cpu"
-    cases: list[dict[str, Any]] = []
     for case in CASES[:1] if small else CASES:
-        case = replace(case, frames=24 if given.short else case.frames)
-        found = results.attempt(case.name, partial(measure_case, case, device, rounds))
-        if found:
-            cases.append(found)
-            results.write("cases", cases)
-            print(f"{case.name}: {found['time']['speedup']['wall']:.1f}x the script's speed", flush=True)
+        case = case._replace(frames=24 if given.short else case.frames)
+        results.record(case.name, partial(measure_case, case, device, rounds), group="cases")
     frames = (4 if small else 20) if given.short else FRAMES
     results.record("davis", partial(measure_davis, given.backbone, frames, given.device))
     results.finish()

@@ -64,13 +64,14 @@ def test_what_fails_costs_no_other_figure(tmp_path: Path) -> None:
     results.record("good", lambda: {"ms": 1.0})
     results.record("absent", lambda: fail(ModuleNotFoundError("no av", name="av")))
     results.record("refused", lambda: fail(InputError("fp8 needs Ada")))
-    results.record("large", lambda: fail(torch.OutOfMemoryError()))
+    results.record("large", lambda: fail(torch.OutOfMemoryError()), group="cases")
+    results.record("small", lambda: {"ms": 2.0}, group="cases")
     results.finish()
     results.record("bad", lambda: fail(RuntimeError("no\nand why")))
     results.deadline = 0
     results.record("late", lambda: {"ms": 1.0})
     content = json.loads(results.path.read_text())
-    assert content["good"] == {"ms": 1.0}
+    assert (content["good"], content["cases"]) == ({"ms": 1.0}, {"small": {"ms": 2.0}})
     assert content["skipped"] == {
         "absent": "needs av, which is not installed",
         "refused": "fp8 needs Ada",
