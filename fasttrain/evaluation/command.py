@@ -70,19 +70,23 @@ def run(arguments: argparse.Namespace) -> None:
     if found is None:
         return
     results = with_difference(found["results"])
+    encoder, projection = evaluated.encoder, evaluated.projection
     about = {
         "task": arguments.task,
         "settings": vars(arguments),
-        "model": evaluated.describe(),
+        "model": {
+            "backbone": encoder.name,
+            "weights": encoder.weights,
+            "weights_hash": encoder.weights_hash,
+            "head": projection.head if projection else None,
+        },
         # The folder may also hold those of an earlier evaluation, of other sequences.
         "pictures": [name for name, written in _pictures(output).items() if written != earlier.get(name)],
         "seconds": time.perf_counter() - begun,
     }
     path = output / f"{arguments.task}.json"
     write_results(path, {**about, **found, "results": results})
-    print_table(
-        f"{arguments.task}: {meaning}\n{evaluated.encoder.name}, {evaluated.encoder.weights}", results
-    )
+    print_table(f"{arguments.task}: {meaning}\n{encoder.name}, {encoder.weights}", results)
     print(f"written to {path}")
 
 

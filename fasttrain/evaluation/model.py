@@ -6,7 +6,6 @@ Shape suffixes: B frames, H W pixels, N tokens, D channels.
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,15 +33,6 @@ class EvaluatedModel:
         if self.projection is not None:
             tokens_BND["after"] = self.projection(frozen_BND).float()
         return {variant: tokens_BND[variant] for variant in self.variants}
-
-    def describe(self) -> dict[str, Any]:
-        """What the results say of it."""
-        return {
-            "backbone": self.encoder.name,
-            "weights": self.encoder.weights,
-            "weights_hash": self.encoder.weights_hash,
-            "head": self.projection.head if self.projection else None,
-        }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
