@@ -51,17 +51,18 @@ def write_folders(root: Path, lengths: list[int], suffix: str = ".jpg") -> Path:
 
 
 def encode_video(path: Path, frames: list[np.ndarray], codec: str = "libx264", **options: Any) -> Path:
-    """Write RGB frames to a video file. options: pix_fmt, times (in 1/1000 s), and the encoder's own."""
-    pix_fmt, times = options.pop("pix_fmt", "yuv420p"), options.pop("times", None)
+    """Write RGB frames to a video file. options: pix_fmt, time_base, times (in it), and the encoder's own."""
+    options = {"pix_fmt": "yuv420p", "time_base": Fraction(1, 1000), "times": None} | options
+    pix_fmt, time_base, times = (options.pop(key) for key in ("pix_fmt", "time_base", "times"))
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25, options={k: str(v) for k, v in options.items()})
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = pix_fmt
-        stream.codec_context.time_base = Fraction(1, 1000)
+        stream.codec_context.time_base = time_base
         for number, frame in enumerate(frames):
             image = av.VideoFrame.from_ndarray(frame, format="rgb24")
             image.pts = times[number] if times else 40 * number
-            image.time_base = Fraction(1, 1000)
+            image.time_base = time_base
             container.mux(stream.encode(image))
         container.mux(stream.encode(None))
     return path

@@ -256,8 +256,8 @@ def _check_begun(part: Part, identity: dict[str, Any]) -> None:
     for key, value in identity.items():
         if manifest.get(key) != value:
             raise InputError(
-                f"{part.folder} was begun with {key}={manifest.get(key)}, now it is {value}; use the same source "
-                "(names and sizes of its files) and options, or another folder"
+                f"{part.folder} was begun with {key}={manifest.get(key)}, now it is {value}; use the same "
+                "source (names and sizes of its files) and options, or another folder"
             )
 
 
