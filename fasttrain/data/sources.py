@@ -147,11 +147,10 @@ def _list_entries(path: Path) -> Iterator[tuple[str, int | None]]:
         parts = line.rsplit(maxsplit=1)
         counts = len(parts) == 2 and parts[1].isdecimal() and not os.path.exists(path.parent / line)
         name, limit = (parts[0], int(parts[1])) if counts else (line, None)
-        # A comment; but names of HMDB51 begin with #.
-        if line.startswith("#") and not os.path.exists(path.parent / name):
-            continue
-        # ./video and video/ are the same as video.
-        yield Path(name).as_posix(), limit
+        # Names of HMDB51 begin with #, comments with a space behind it.
+        if not line.startswith("# "):
+            # ./video and video/ are the same as video.
+            yield Path(name).as_posix(), limit
 
 
 def _read_list(path: Path) -> Found:

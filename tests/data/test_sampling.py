@@ -116,9 +116,7 @@ def test_pixel_boxes_are_near_and_never_empty(box: tuple[float, ...], height: in
     assert 0 <= left < right <= width
     for pixel, edge, extent in zip((top, left, bottom, right), box, (height, width) * 2, strict=True):
         assert abs(pixel - edge * extent) <= (0.5 if extent > 2 else 1)
-
-
-def test_a_box_thinner_than_a_pixel_is_one() -> None:
+    # Thinner than a pixel.
     assert pixel_box(np.array([0.31, 0.96, 0.32, 0.97]), 10, 10) == (3, 9, 4, 10)
 
 
@@ -136,16 +134,12 @@ def test_the_stream_is_one_permutation_after_the_other(
     epochs, ids = sampling.order(np.arange(0, samples * 3), samples)
     for epoch in range(3):
         assert sorted(ids[epochs == epoch]) == list(range(samples))
+    if samples == 40:
+        assert not np.array_equal(ids[:40], ids[40:80])
     whole = sampling.order(np.arange(0, 300), samples)
     part = sampling.order(np.arange(start, start + length), samples)
     np.testing.assert_array_equal(whole[0][start : start + length], part[0])
     np.testing.assert_array_equal(whole[1][start : start + length], part[1])
-
-
-def test_order_depends_on_seed_and_epoch() -> None:
-    orders = [make_sampling(seed=seed).order(np.arange(200), 100)[1] for seed in (0, 1)]
-    assert not np.array_equal(orders[0], orders[1])
-    assert not np.array_equal(orders[0][:100], orders[0][100:])
 
 
 def test_a_draw_is_a_function_of_seed_epoch_sample_and_attempt_alone() -> None:

@@ -57,55 +57,39 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
 
 
 def test_a_list_of_folders_is_relative_to_the_list(tmp_path: Path) -> None:
-    root = write_folders(tmp_path / "frames", [5, 4])
-    spaced = tmp_path / "with space 7"
-    spaced.mkdir()
-    Image.fromarray(picture(0, 0)).save(spaced / "0.jpg")
-    listing = tmp_path / "train.txt"
-    listing.write_text(
-        f"# a comment\nframes/class_0/video_0 3\n\n{root / 'class_1/video_1'}\nwith space 7\n"
-        "frames/class_1/video_1 9\nframes/nowhere\nframes\n"
-    )
-    index = open_source(listing)
-    assert index.names == sorted([str(root / "class_1/video_1"), "frames/class_0/video_0", "with space 7"])
-    lengths = dict(zip(index.names, index.num_frames.tolist(), strict=True))
-    assert lengths == {str(root / "class_1/video_1"): 4, "frames/class_0/video_0": 3, "with space 7": 1}
-    assert index.skipped == [
-        ("frames/class_1/video_1", "the list says 9 frames, the folder holds 4"),
-        ("frames/nowhere", "does not exist"),
-        ("frames", "no jpg, jpeg or png in it"),
-    ]
-
-
-def test_a_list_written_by_many_hands(tmp_path: Path) -> None:
-    """A byte order mark, Windows' line ends, two spellings of a path, a label where a length belongs."""
-    write_folders(tmp_path, [5, 4, 3])
-    listing = tmp_path / "train.txt"
-    listing.write_bytes(
-        b"\xef\xbb\xbfclass_0/video_0\r\nclass_1/video_1/\r\n./class_1/video_1 2\r\nclass_0/video_2 0\r\n"
-    )
-    index = open_source(listing)
-    assert index.names == ["class_0/video_0", "class_1/video_1"]
-    assert index.num_frames.tolist() == [5, 4]
-    assert index.skipped == [
-        ("class_1/video_1", "listed before"),
-        ("class_0/video_2", "the list says 0 frames, the folder holds 3"),
-    ]
-
-
-def test_a_list_of_odd_names(tmp_path: Path) -> None:
-    """HMDB51 has names with #; titles of videos hold marks that Python, but no file, ends a line at."""
-    names = ["#20 Rhythm clap", "line\u2028mark", "next\x85line"]
+    """A byte order mark, Windows' line ends, spaces, numbers of frames, and what is not there."""
+    root = write_folders(tmp_path / "frames", [5, 4, 3])
+    # HMDB51 has names with #; titles of videos hold marks that Python, but no file, ends a line at.
+    names = ["with space 7", "#20 Rhythm clap", "line\u2028mark", "next\x85line"]
     for name in names:
         (tmp_path / name).mkdir()
         Image.fromarray(picture(0, 0)).save(tmp_path / name / "0.jpg")
-    listing = tmp_path / "train.txt"
     too_long = "x" * 300
-    lines = [f"{too_long} 3", "# comment", f"# {too_long}", "#20 Rhythm clap 1", *names[1:]]
-    listing.write_text("\n".join(lines), encoding="utf-8")
+    lines = [
+        "# a comment",
+        "frames/class_0/video_0 3",
+        "",
+        str(root / "class_1/video_1"),
+        "./frames/class_0/video_0/",
+        "frames/class_1/video_1 9",
+        "frames/class_0/video_2 0",
+        "frames",
+        f"{too_long} 3",
+        *names,
+    ]
+    listing = tmp_path / "train.txt"
+    listing.write_bytes("\r\n".join(lines).encode("utf-8-sig"))
     index = open_source(listing)
-    assert index.names == sorted(names)
-    assert index.skipped == [(too_long, "does not exist")]
+    lengths = dict(zip(index.names, index.num_frames.tolist(), strict=True))
+    expected = {str(root / "class_1/video_1"): 4, "frames/class_0/video_0": 3, **dict.fromkeys(names, 1)}
+    assert list(lengths.items()) == sorted(expected.items())
+    assert index.skipped == [
+        ("frames/class_0/video_0", "listed before"),
+        ("frames/class_1/video_1", "the list says 9 frames, the folder holds 4"),
+        ("frames/class_0/video_2", "the list says 0 frames, the folder holds 3"),
+        ("frames", "no jpg, jpeg or png in it"),
+        (too_long, "does not exist"),
+    ]
 
 
 def test_a_folder_of_videos_names_what_it_skips(tmp_path: Path) -> None:
