@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from fasttrain.data.images import Frame
 from fasttrain.errors import InputError
+from fasttrain.files import open_atomically
 from fasttrain.loggers import read_records
 
 Labels = npt.NDArray[Any]
@@ -109,8 +110,7 @@ def write_video(frames: Sequence[Frame], path: Path, rate: int = 12, **options: 
 
     rate: frames a second; options: of libx264.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
+    with open_atomically(path) as file, av.open(file, "w", format=path.suffix[1:]) as container:
         stream = container.add_stream("libx264", rate=rate, options={"crf": "23", **options})
         stream.height, stream.width = (size // 2 * 2 for size in frames[0].shape[:2])
         stream.pix_fmt = "yuv420p"

@@ -80,9 +80,7 @@ def make_videos(folder: Path) -> None:
     for seed in TRAINING_SCENES:
         path = folder / f"scene_{seed:03d}.mp4"
         if not path.exists():
-            partial = path.with_suffix(".partial.mp4")
-            write_scene(render_scene(seed), partial)
-            partial.replace(path)
+            write_scene(render_scene(seed), path)
 
 
 @torch.inference_mode()

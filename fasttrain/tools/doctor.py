@@ -61,6 +61,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def examine() -> list[Finding]:
     """All findings, in the order in which a training run needs them."""
+    # Only NVIDIA's Apex has this compiled extension; PyPI's project of that name is another.
+    apex = _version("apex") if importlib.util.find_spec("amp_C") else None
     return [
         Finding("Python", platform.python_version(), required=True),
         Finding("CPU cores", str(len(os.sched_getaffinity(0)))),
@@ -75,7 +77,7 @@ def examine() -> list[Finding]:
         Finding("timm", _version("timm"), "no backbone can be built", required=True),
         Finding("Matplotlib", _version("matplotlib"), EVAL_COST),
         Finding("SciPy", _version("scipy"), EVAL_COST),
-        Finding("NVIDIA Apex", _apex(), APEX_COST),
+        Finding("NVIDIA Apex", apex, APEX_COST),
         Finding("TensorBoard", _version("tensorboard"), TENSORBOARD_COST),
     ]
 
@@ -114,8 +116,3 @@ def _compiler() -> str | None:
         return None
     named = os.environ.get("CC")
     return next(filter(None, map(shutil.which, [named] if named else ["gcc", "clang"])), None)
-
-
-def _apex() -> str | None:
-    """NVIDIA's Apex, recognised by its compiled extension: PyPI's project of that name has none."""
-    return _version("apex") if importlib.util.find_spec("amp_C") else None
