@@ -25,19 +25,16 @@ from fasttrain.recipe import Recipe
 class BaselineStep:
     """One published training step: `step(frames)` with frames (2, B, 3, S, S) on the device."""
 
-    def __init__(
-        self, recipe: Recipe, *, device: torch.device, dtype: torch.dtype, fused_attention: bool = False
-    ) -> None:
-        self.objective = recipe.objective
-        self.device, self.dtype, self.size = device, dtype, recipe.data.image_size
+    def __init__(self, recipe: Recipe, device: torch.device, fused_attention: bool = False) -> None:
+        self.objective, self.dtype, self.size = recipe.objective, recipe.train.dtype, recipe.data.image_size
+        self.device = device
         self.encoder = load_backbone(**backbone_settings(recipe)).to(device)
         for block in self.encoder.blocks:
             block.attn.fused_attn = fused_attention
-        self.head = Projection(self.encoder.embed_dim, head=recipe.projection.head, seed=recipe.seed).to(
-            device
-        )
+        head = Projection(self.encoder.embed_dim, head=recipe.projection.head, seed=recipe.seed)
+        self.head = head.to(device)
         self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=1e-4, betas=recipe.optimizer.betas)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
 
     def __call__(self, frames: Tensor, positions: Tensor | None = None) -> tuple[float, float, float]:
         """Takes the step; returns (loss, cycle accuracy, identity similarity), for which the host waits.

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Results, copy_ceiling, interleave, parser, speedup
+from benchmarks.measure import Results, copy_ceiling, interleave, parser, peak_bytes, speedup
 from fasttrain.cuda_graph import CapturedCall
 from fasttrain.projection import Projection
 from fasttrain_kernels import cosettle_head_loss
@@ -94,13 +94,7 @@ def prepare(name: str, shape: Shape, frozen: Tensor) -> tuple[Contender, int | N
     """A contender after its first steps, and the memory of the GPU that one takes beyond its inputs."""
     contender = Contender(name, shape, frozen.device)
     contender.step(frozen)
-    if not frozen.is_cuda:
-        return contender, None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    contender.step(frozen)
-    return contender, torch.cuda.max_memory_allocated() - before
+    return contender, peak_bytes(partial(contender.step, frozen), frozen.device) if frozen.is_cuda else None
 
 
 def measure_shape(

@@ -1,4 +1,4 @@
-"""Frame-pair loaders on the same files: ours, the published implementation, torchcodec and decord.
+"""Frame-pair loaders on the same files: ours, the published implementation and torchcodec.
 
     python -m benchmarks.loaders [--short] [--source FRAME_FOLDERS]     write results/loaders-{cpu,cuda}.json
 
@@ -100,14 +100,6 @@ def torchcodec_pair(path: str) -> Tensor:
     return augment(list(decoder.get_frames_at(draw_pair(len(decoder))).data))
 
 
-def decord_pair(path: str) -> Tensor:
-    import decord
-
-    reader = decord.VideoReader(path, num_threads=1)
-    frames = torch.from_numpy(reader.get_batch(draw_pair(len(reader))).asnumpy())
-    return augment(list(frames.permute(0, 3, 1, 2)))
-
-
 def draw_pair(length: int) -> list[int]:
     gap = int(GAP * length)
     first = random.randrange(1, length - gap)
@@ -149,9 +141,8 @@ def contenders(setting: dict[str, Any], batches: int = 0) -> dict[str, Callable[
     found = {OURS: ours("packed"), BASELINE: theirs("frames", published_pair)}
     for name, data in SWEEP.items() if on_gpu else ():
         found[f"{OURS}, {name}"] = ours("packed", **data)
-    for name, load in (("torchcodec", torchcodec_pair), ("decord", decord_pair)):
-        if importlib.util.find_spec(name):
-            found[f"{name}, two frames"] = theirs("videos", load)
+    if importlib.util.find_spec("torchcodec"):
+        found["torchcodec, two frames"] = theirs("videos", torchcodec_pair)
     return {**found, OUR_VIDEO: ours("videos")}
 
 

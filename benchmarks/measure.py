@@ -34,8 +34,14 @@ from fasttrain.files import write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = (
-    *("torch", "triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "timm"),
-    *("av", "numpy", "torchcodec", "decord"),
+    "torch",
+    "triton",
+    "nvidia-dali-cuda120",
+    "nvidia-dali-cuda130",
+    "timm",
+    "av",
+    "numpy",
+    "torchcodec",
 )
 WARM_UPS = 2
 
@@ -120,6 +126,25 @@ def in_own_process(function: Callable[..., Any], *arguments: Any, seconds: float
             for process in multiprocessing.active_children():
                 process.kill()
             raise
+
+
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
+    """Memory of `call` at its peak beyond what was held: of the GPU, or of a process that is fresh."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+
+    def resident(field: str) -> int:
+        # The peak that getrusage gives is inherited from the process that started this one.
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return 1024 * int(status.partition(f"{field}:")[2].split()[0])
+
+    before = resident("VmRSS")
+    call()
+    return resident("VmHWM") - before
 
 
 def matrix_ceiling(dtype: torch.dtype, device: torch.device) -> float:

@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.measure import WARM_UPS, Results, in_own_process, interleave, parser, speedup
+from benchmarks.measure import WARM_UPS, Results, in_own_process, interleave, parser, peak_bytes, speedup
 from fasttrain.backbones import load_backbone
 from fasttrain.evaluation.propagation import (
     CONTEXT,
@@ -150,40 +150,27 @@ def measure_time(case: Case, device: torch.device, rounds: int) -> dict[str, Any
     }
 
 
-def peak_megabytes(case: Case, contender: str, device: torch.device) -> float:
-    """Memory beyond the features at the peak: of the GPU, or of this process, which must then be fresh."""
-    on_gpu = device.type == "cuda"
+def measure_memory(case: Case, contender: str, device: torch.device) -> float:
+    """Peak MB of a contender beyond the features."""
     features_THWD, first_HWC = make_sequence(case)
     if contender == "ours":
         # The stream holds as much after context + 1 frames as ever after.
         features_THWD = features_THWD[: CONTEXT + 3].to(device)
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated() if on_gpu else process_bytes("VmRSS")
-    if contender == "ours":
-        propagate_labels(features_THWD, first_HWC)
-    else:
-        labels_THWC = torch.zeros(case.frames, *first_HWC.shape)
-        ResearchScript(features_THWD, device).step(labels_THWC, case.frames - FRAMES_AT_ONCE)
-    peak = torch.cuda.max_memory_allocated() if on_gpu else process_bytes("VmHWM")
-    return (peak - before) / 2**20
-
-
-def process_bytes(field: str) -> int:
-    """A size of this process from the kernel: VmRSS, resident now; VmHWM, resident at the peak."""
-    # The peak that getrusage gives is inherited from the process that started this one.
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return 1024 * int(status.partition(f"{field}:")[2].split()[0])
+        return peak_bytes(lambda: propagate_labels(features_THWD, first_HWC), device) / 2**20
+    labels_THWC = torch.zeros(case.frames, *first_HWC.shape)
+    last = case.frames - FRAMES_AT_ONCE
+    return peak_bytes(lambda: ResearchScript(features_THWD, device).step(labels_THWC, last), device) / 2**20
 
 
 def measure_case(case: Case, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Times of both contenders, their peak memory in MB, and how many times less ours is."""
-    time = measure_time(case, device, rounds)
-    # A GPU's allocator knows the peak of any stretch; a process has one peak.
-    run = in_own_process if device.type == "cpu" else lambda function, *arguments: function(*arguments)
-    ours, script = (run(peak_megabytes, case, contender, device) for contender in ("ours", "script"))
-    memory = {"ours_mb": ours, "script_mb": script, "script_over_ours": script / ours}
-    return {"case": case._asdict(), "time": time, "memory": memory}
+    """Times of both contenders, their peak memory, and how many times less ours is."""
+    memory = {}
+    for name in ("ours", "script"):
+        # A process has one peak; of a GPU, which takes seconds to start in another, any stretch has one.
+        apart = in_own_process if device.type == "cpu" else lambda function, *arguments: function(*arguments)
+        memory[f"{name}_mb"] = apart(measure_memory, case, name, device)
+    memory["script_over_ours"] = memory["script_mb"] / memory["ours_mb"]
+    return {"case": case._asdict(), "time": measure_time(case, device, rounds), "memory": memory}
 
 
 def measure_davis(backbone: str, frames: int, device: str) -> dict[str, Any]:

@@ -92,10 +92,6 @@ class Run:
         """One training step on resident frames."""
         return partial(take_step, self.trainer(recipe), self.frames(recipe))
 
-    def baseline(self, dtype: torch.dtype | None = None, **options: Any) -> BaselineStep:
-        dtype = dtype or self.recipe.train.dtype
-        return BaselineStep(self.recipe, device=self.device, dtype=dtype, **options)
-
     def time(self, makers: dict[str, Callable[[], Step]]) -> dict[str, Timing]:
         """Timings, in turns, of the contenders that can be made and called."""
 
@@ -131,14 +127,15 @@ def with_changes(recipe: Recipe, section: str, **values: Any) -> Recipe:
 
 def steps(run: Run) -> dict[str, Any]:
     """A training step on resident frames: ours, and the published implementation at equal precision."""
-    recipe = run.recipe
+    recipe, frames = run.recipe, run.frames(run.recipe)
     makers: dict[str, Callable[[], Step]] = {
         "ours": lambda: run.stepper(recipe),
-        "baseline": lambda: partial(run.baseline(), run.frames(recipe)),
-        "baseline, fused attention": lambda: partial(run.baseline(fused_attention=True), run.frames(recipe)),
+        "baseline": lambda: partial(BaselineStep(recipe, run.device), frames),
+        "baseline, fused attention": lambda: partial(BaselineStep(recipe, run.device, True), frames),
     }
     if run.on_gpu:
-        makers["baseline, fp16"] = lambda: partial(run.baseline(torch.float16), run.frames(recipe))
+        fp16 = with_changes(recipe, "train", precision="fp16")
+        makers["baseline, fp16"] = lambda: partial(BaselineStep(fp16, run.device), frames)
     timings = run.time(makers)
     return {
         "timings": {name: timing.result(run.pairs) for name, timing in timings.items()},
@@ -228,7 +225,8 @@ def end_to_end(run: Run) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         sources = loaders.prepare(Path(folder), None, 8)
         packed = with_changes(run.recipe, "data", source=sources["packed"], pairs_per_video=run.pairs)
-        resident, trainer, baseline = run.frames(run.recipe), run.trainer(run.recipe), run.baseline()
+        resident, trainer = run.frames(run.recipe), run.trainer(run.recipe)
+        baseline = BaselineStep(run.recipe, run.device)
         ours = loaders.our_batches(packed, run.world, batches)
         published = loaders.published_pair
         theirs = loaders.worker_batches(sources["frames"], published, run.pairs, batches, run.device)

@@ -23,7 +23,7 @@ def test_the_baseline_computes_the_same_losses(regularizer: str) -> None:
     recipe = benchmark.read_recipe(RECIPE, overrides)
     frames = torch.randn(2, 3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     ours = BackboneTrainer(recipe, World.single())
-    baseline = BaselineStep(recipe, device=torch.device("cpu"), dtype=torch.float32)
+    baseline = BaselineStep(recipe, torch.device("cpu"))
     baseline.head.load_state_dict(ours.projection.state_dict())
     loss, accuracy, similarity = baseline(frames, ours.asymmetric_positions(7))
     ours.forward_backward(frames, 7, last=True, diagnostics=True)
