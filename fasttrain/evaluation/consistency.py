@@ -31,9 +31,7 @@ FOLLOWED = ("cycle_accuracy", "effective_rank", "intra_normalized_95", "inter_no
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--num-frames", type=int, default=40, help="evenly spaced over each video (default: 40)"
-    )
+    parser.add_argument("--num-frames", type=int, default=40, help="evenly spaced, of a video (default: 40)")
     parser.add_argument("--num-videos", type=int, default=1000, help="at most, evenly chosen (default: 1000)")
     parser.add_argument("--image-size", type=int, default=224, help="side of the middle crop (default: 224)")
 

@@ -67,9 +67,7 @@ def add_split_arguments(parser: argparse.ArgumentParser) -> None:
     """For `extract_split`."""
     add_video_arguments(parser)
     add_arguments(parser)
-    parser.add_argument(
-        "--num-frames", type=int, default=16, help="evenly spaced over each video (default: 16)"
-    )
+    parser.add_argument("--num-frames", type=int, default=16, help="evenly spaced, of a video (default: 16)")
 
 
 @dataclass(frozen=True)

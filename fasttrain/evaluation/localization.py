@@ -34,16 +34,8 @@ MAX_DIFFERENCE = 0.1
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     features.add_arguments(parser)
     datasets.add_frame_arguments(parser)
-    parser.add_argument(
-        "--stride", type=int, default=1, help="encode every N-th frame (default: 1)", metavar="N"
-    )
-    parser.add_argument(
-        "--smooth",
-        type=int,
-        default=1,
-        help="average the scores of N encoded frames (default: 1)",
-        metavar="N",
-    )
+    parser.add_argument("--stride", type=int, default=1, help="encode one of so many frames (default: 1)")
+    parser.add_argument("--smooth", type=int, default=1, help="encoded frames to average (default: 1)")
     parser.add_argument(
         "--max-train-frames", type=int, default=200_000, help="to fit, evenly chosen (default: %(default)s)"
     )

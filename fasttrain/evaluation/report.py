@@ -19,9 +19,7 @@ STYLE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a training run")
-    parser.add_argument(
-        "--output", type=Path, default=Path("report.html"), help="page (default: report.html)"
-    )
+    parser.add_argument("--output", type=Path, default="report.html", help="page (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> None:
