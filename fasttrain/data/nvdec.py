@@ -32,7 +32,7 @@ _MIN_SIDE = 144
 # The host decodes smaller frames as fast.
 _MIN_PIXELS = 640 * 360
 
-# A slice of an H.264 picture that others refer to: nal_ref_idc is not 0 (H.264, 7.4.1).
+# A slice of an H.264 picture that others refer to (nal_ref_idc is not 0).
 _REFERENCE = re.compile(rb"\x00\x00\x01[\x21\x22\x25\x41\x42\x45\x61\x62\x65]")
 
 
@@ -89,7 +89,8 @@ def cut_clip(video: VideoInfo, frames: Sequence[int]) -> tuple[Bytes, list[int]]
                 needed = _referred_to(stream, packets) | set(targets)
                 packets = {time: packet for time, packet in packets.items() if time in needed}
             out = clip.add_stream_from_template(stream)
-            for packet, dts in zip(packets.values(), _decoding_times(list(packets)), strict=True):
+            # Decoding times may be missing or wrong: these ascend, and end before any frame is shown.
+            for dts, packet in enumerate(packets.values(), start=min(packets) - len(packets)):
                 packet.dts = dts
                 packet.stream = out
                 clip.mux(packet)
@@ -128,16 +129,6 @@ def _referred_to(stream: av.VideoStream, packets: dict[int, av.Packet]) -> set[i
         # A copy, for the filter takes the packet's contents away.
         if any(_REFERENCE.search(bytes(unit)) for unit in start_codes.filter(av.Packet(bytes(packet))))
     }
-
-
-def _decoding_times(shown: Sequence[int]) -> list[int]:
-    """Decoding times of packets that are shown at these times: ascending, none later than it is shown.
-
-    Those of the file may be missing or, after a seek, wrong; no muxer takes either.
-    """
-    ordered = sorted(shown)
-    delay = max(early - late for early, late in zip(ordered, shown, strict=True))
-    return [time - delay for time in ordered]
 
 
 # --- colours: DALI takes every stream for BT.601 ---

@@ -41,8 +41,6 @@ _ANY_ENCODING: dict[str, Any] = (
     {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 )
 
-# Filters that find a damaged unit of a stream without decoding it.
-_STRUCTURE_FILTERS = {"h264": "h264_mp4toannexb", "hevc": "hevc_mp4toannexb"}
 # An H.264 picture that resets the decoder: ffmpeg also marks mere recovery points as key frames.
 _IDR = re.compile(rb"\x00\x00\x01[\x05\x25\x45\x65]")
 
@@ -70,8 +68,7 @@ class VideoInfo:
     key_times: Sequence[int]
     """Presentation times of the key frames, ascending."""
     reset_times: Sequence[int]
-    """Those of the key frames that reset the decoder, so that nothing before them is needed; an edit list may
-    keep some of them, but not what follows, from being shown."""
+    """Those of the key frames, shown or not, that reset the decoder: nothing before them is needed."""
     num_frames: int
     miscounted: bool
     """Whether a packet hides its frame (VP8) or shows one decoded before (VP9): DALI's count is then off."""
@@ -235,9 +232,9 @@ def _packet_times(
 ) -> tuple[PacketTimes, PacketTimes, PacketTimes, bool]:
     """Times of the packets that show a frame, of key frames and of decoder resets, in file order; and
     `miscounted`."""
-    name = _STRUCTURE_FILTERS.get(stream.codec_context.name)
-    structure = BitStreamFilterContext(name, stream) if name else None
     codec, miscounted = stream.codec_context.codec.canonical_name, False
+    # This filter finds a damaged unit of a stream without decoding it.
+    structure = BitStreamFilterContext(f"{codec}_mp4toannexb", stream) if codec in ("h264", "hevc") else None
     times: PacketTimes = []
     key_times: PacketTimes = []
     reset_times: PacketTimes = []
@@ -267,7 +264,7 @@ def _packet_times(
                 raise UnreadableFrameError(
                     f"packet {len(times) - 1} is damaged: {os_reason(error)}"
                 ) from error
-            if name == "h264_mp4toannexb":
+            if codec == "h264":
                 resets = resets and any(_IDR.search(bytes(unit)) for unit in units)
         if resets:
             reset_times.append(time)
