@@ -153,6 +153,9 @@ def measure(name: str, setting: dict[str, Any]) -> dict[str, float]:
     # The loader works ahead: the last round must not be a rest that is all there already.
     batches = contenders(setting, WARM_UPS + rounds * calls + 16)[name]()
     timing = interleave({name: lambda: next(batches)}, rounds=rounds, calls=calls)[name]
+    for _ in batches:
+        # Workers that are stopped in the middle of a batch may abort.
+        pass
     found = timing.result(batch)
     return {**found, "pairs_per_cpu_second": 1e3 * batch / found["cpu_ms"]}
 
