@@ -10,10 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fasttrain.errors import InputError
-from fasttrain.optimizer import (
-    build_optimizer,
-    learning_rate_factor,
-)
+from fasttrain.optimizer import build_optimizer, learning_rate_factor
 from fasttrain.recipe import OptimizerRecipe, TrainRecipe
 
 
@@ -32,11 +29,7 @@ def test_weight_decay_acts_on_matrices_only() -> None:
         assert torch.equal(after[name], before[name])
 
 
-@given(
-    total=st.integers(2, 5000),
-    epochs=st.floats(1.5, 100),
-    warmup=st.floats(0, 1),
-)
+@given(total=st.integers(2, 5000), epochs=st.floats(1.5, 100), warmup=st.floats(0, 1))
 def test_schedule_rises_from_zero_to_one_and_falls_to_zero(total: int, epochs: float, warmup: float) -> None:
     recipe = TrainRecipe(epochs=epochs, warmup_epochs=warmup)
     factors = [learning_rate_factor(recipe, step, total) for step in range(total + 1)]
