@@ -77,15 +77,12 @@ class Graph:
 
 
 def decode_images(*, device: str, engine_load: float = 0.0) -> Any:
-    """The decoder node for JPEG and PNG: upright by the EXIF tag, bit for bit Pillow's on the host.
-
-    On a GPU (`mixed`) the JPEG engine takes the share `engine_load`. Smooth chroma upsampling makes it agree
-    with the host.
-    """
+    """The decoder node for JPEG and PNG: upright by the EXIF tag, bit for bit Pillow's on the host."""
     return fn.decoders.image(
         _bytes_input(),
         device=device,
         output_type=DALIImageType.RGB,
+        # Makes the GPU agree with the host.
         jpeg_fancy_upsampling=True,
         hw_decoder_load=engine_load,
         affine=False,
@@ -93,11 +90,9 @@ def decode_images(*, device: str, engine_load: float = 0.0) -> Any:
 
 
 def decode_clips(*, device: str) -> Any:
-    """The decoder node for videos: of each clip the frames of the input `numbers`, (F, H, W, 3).
-
-    A number past the end must raise; DALI's own choice is a black frame.
-    """
+    """The decoder node for videos: of each clip the frames of the input `numbers`, (F, H, W, 3)."""
     numbers = _input("numbers", ndim=1, dtype=DALIDataType.INT32)
+    # `none`: a number past the end raises, instead of giving a black frame.
     return fn.decoders.video(_bytes_input(), frames=numbers, device=device, pad_mode="none", affine=False)
 
 

@@ -28,7 +28,7 @@ from fasttrain.distributed import World
 from fasttrain.errors import InputError, LocalInputError
 from fasttrain.recipe import Recipe
 
-# So many in a row mean that nothing can be read: at half the samples bad this happens once in 4 billion.
+# So many bad samples in a row mean that nothing can be read.
 MAX_ATTEMPTS = 32
 
 
@@ -57,12 +57,11 @@ class PairLoader:
 
     With G = accumulate * world.size * batch_size, step s takes the positions [s G, (s + 1) G) of the stream,
     its micro-batch m on rank r the slice of batch_size from s G + (m world.size + r) batch_size. Batches go
-    across the borders of epochs; nothing is dropped, nothing is taken twice, and any split of the same G
-    sees the same samples in the same step.
+    across the borders of epochs, and any split of the same G sees the same samples in the same step.
 
-    frames are fp32 on a CPU and of train.precision on a GPU. They are the caller's own: no later batch writes
-    to them. Raises InputError where a global batch is larger than the data, or the data are not for the
-    decoder asked for; while iterating, where MAX_ATTEMPTS samples in a row cannot be read.
+    frames are fp32 on a CPU and of train.precision on a GPU; no later batch writes to them. Raises InputError
+    where a global batch is larger than the data, or the data are not for the decoder asked for; while
+    iterating, where MAX_ATTEMPTS samples in a row cannot be read.
     """
 
     def __init__(

@@ -168,8 +168,7 @@ def pack(
 ) -> None:
     """Write one part of a packed set, or what is missing of it. Raises InputError.
 
-    The bytes follow from the source and the options alone: neither the number of workers nor where an
-    earlier run was stopped shows in them.
+    The bytes follow from the source and the options alone.
     """
     found = find_source(source, kind=kind)
     part = Part(destination, *shard)
@@ -371,13 +370,11 @@ def _encode_file(path: Path, options: PackOptions) -> bytes:
 def check_jpeg(data: Bytes) -> None:
     """Raise UnreadableFrameError for a JPEG (n,) whose coded data ffmpeg finds damaged; others pass.
 
-    Pillow and DALI decode such a picture to garbage and say nothing. A picture that is no JPEG, or of a kind
-    that ffmpeg does not know, passes. Damage that happens to be valid code passes too: of 240 DAVIS frames
-    with 512 bytes set to zero, 199 were found.
+    Pillow and DALI decode such a picture to garbage without an error. Of 240 DAVIS frames with 512 bytes set
+    to zero, 199 were found; the others are valid code.
     """
     if data[:2].tobytes() != b"\xff\xd8":
         return
-    # It is one of video, which PyAV 17 does not say.
     decoder: Any = av.CodecContext.create("mjpeg", "r")
     decoder.options = {"err_detect": "explode"}
     decoder.thread_count = 1
@@ -385,6 +382,7 @@ def check_jpeg(data: Bytes) -> None:
         decoder.decode(av.Packet(data.tobytes()))
     except av.InvalidDataError:
         raise UnreadableFrameError("damaged JPEG: its coded data is not valid") from None
+    # A kind of JPEG that ffmpeg does not know.
     except av.FFmpegError:
         return
 
