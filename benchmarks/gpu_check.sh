@@ -34,7 +34,7 @@ step() {
     esac
     last=$(tail -n 1 "$out/gpu-check.log")
     case "$outcome $last" in
-    failed*"No module named"*) outcome=skipped ;;
+    failed*"No module named"* | failed*"is not installed"*) outcome=skipped ;;
     failed* | out*) code=1 ;;
     esac
     echo "$outcome: $* ($last)" | tee -a "$out/gpu-check.txt"
