@@ -149,7 +149,7 @@ class HostStage:
         torch.addcmul(self._offset, crop_3SS, self._scale, out=out_3SS)
 
     def close(self) -> None:
-        """Let go of threads and memory."""
+        """Stop the threads."""
         self._pool.shutdown()
 
 
@@ -211,8 +211,8 @@ class GpuStage:
             device=device,
         )
         self._waiting: deque[tuple[Sequence[Bytes], SampleParameters]] = deque()
-        # A buffer that is let go of belongs to DALI's own stream at once, even if the copy from it still
-        # waits behind a training step. So each is kept until the event behind its copy has come.
+        # DALI reuses a freed buffer at once, even if the copy from it still waits behind a training step. So
+        # each is kept until its copy is done.
         self._in_flight: deque[tuple[torch.cuda.Event, object]] = deque()
         self._limit = depth + 1
 
@@ -260,7 +260,7 @@ class GpuStage:
         frames.copy_((corrected - self._mean) / self._std)
 
     def close(self) -> None:
-        """Let go of memory, once the device has read it."""
+        """Free the buffers, once the device has read them."""
         if self._in_flight:
             self._in_flight[-1][0].synchronize()
         self._in_flight.clear()

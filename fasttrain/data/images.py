@@ -23,7 +23,7 @@ _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
 class UnreadableFrameError(Exception):
-    """A frame that cannot be had: its message is the reason, `frame` its number in the video."""
+    """A frame that cannot be read: the message is the reason, `frame` its number in the video."""
 
     def __init__(self, reason: str, frame: int = 0) -> None:
         super().__init__(reason)

@@ -119,12 +119,12 @@ class PairLoader:
         return samples, [self.index.names[i] for i in samples // self.recipe.data.pairs_per_video]
 
     def close(self) -> None:
-        """Stop the threads and let go of the pipeline."""
+        """Stop the threads and free the pipeline."""
         self._reading.close()
         self._stage.close()
 
     def _read_part(self, part: tuple[int, Ints]) -> list[_Sample]:
-        """Some rows of this rank's micro-batch of a number."""
+        """Read some rows of this rank's micro-batch with this number."""
         number, rows = part
         step, micro = divmod(number, self.accumulate)
         start = (self.first_step + step) * self.global_batch
@@ -215,7 +215,7 @@ def _parameters(batch: list[_Sample]) -> SampleParameters:
 
 
 def index_for_decoder(index: FrameIndex, decoder: str, device: torch.device) -> FrameIndex:
-    """The index as data.decoder reads it. Raises InputError where the device or the data are not for it."""
+    """The index for data.decoder. Raises InputError where the device or the data do not suit the decoder."""
     if decoder != "mixed":
         return index
     if device.type != "cuda":

@@ -105,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--short-side", "PIXELS", PackOptions.short_side, "larger frames get this short side"),
         ("--quality", "Q", PackOptions.quality, "JPEG quality, 1 to 100"),
         ("--shard-size", "MB", PackOptions.shard_bytes >> 20, "a shard ends with the video that fills it"),
-        ("--workers", "N", 0, "videos in work, each in memory as JPEG; 0: one per core"),
+        ("--workers", "N", 0, "videos encoded at once, each in memory as JPEG; 0: one per core"),
     ):
         help = f"{meaning} ({default})"
         parser.add_argument(option, metavar=metavar, default=default, type=int, help=help)
@@ -115,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--decoder",
         choices=("auto", "cpu", "gpu"),
         default="auto",
-        help="who decodes videos: PyAV, or the GPU's NVDEC through DALI (auto: NVDEC where there is one)",
+        help="decode videos with PyAV, or with the GPU's NVDEC through DALI (auto: NVDEC where there is one)",
     )
     parser.add_argument("--check", action="store_true", help="verify the packed set SOURCE, every frame")
 

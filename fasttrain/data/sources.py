@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -131,7 +131,7 @@ def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
 def _frame_files(entries: Iterable[os.DirEntry[str]]) -> tuple[str, ...]:
     """The image files among a folder's entries, in the order of their numbers."""
     names = [entry.name for entry in entries if _suffix(entry.name) in IMAGE_SUFFIXES]
-    # Names of one length are in order; frame10 after frame9 takes a look at the numbers.
+    # Names of one length are in order; frame9 before frame10 needs the numbers.
     return tuple(names if len({len(name) for name in names}) == 1 else sorted(names, key=_natural_key))
 
 
@@ -140,46 +140,46 @@ def _natural_key(name: str) -> list[str | int]:
     return [int(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
-def _list_entries(path: Path) -> Iterator[tuple[str, int | None]]:
-    """Of each line its path, and the number of frames if it ends in one. A path may hold spaces."""
+def _read_list(path: Path) -> Found:
+    """What a text file lists. A path may hold spaces, and a number may follow it."""
+    found = Found({}, {}, [])
     for line in read_lines(path, "a video file, or a text file that lists videos or folders"):
+        # Names of HMDB51 begin with #, comments with a space behind it.
+        if line.startswith("# "):
+            continue
         # Unlike Path's, os.path's take a line that is too long for a name as one that is not there.
         parts = line.rsplit(maxsplit=1)
         counts = len(parts) == 2 and parts[1].isdecimal() and not os.path.exists(path.parent / line)
         name, limit = (parts[0], int(parts[1])) if counts else (line, None)
-        # Names of HMDB51 begin with #, comments with a space behind it.
-        if not line.startswith("# "):
-            # ./video and video/ are the same as video.
-            yield Path(name).as_posix(), limit
-
-
-def _read_list(path: Path) -> Found:
-    found = Found({}, {}, [])
-    for name, limit in _list_entries(path):
-        entry = path.parent / name
-        reason = None
-        if name in found.folders or name in found.videos:
-            reason = "listed before"
-        elif os.path.isdir(entry):
-            try:
-                files = _frame_files(_entries(entry))
-            except OSError as error:
-                files, reason = (), os_reason(error)
-            if not files:
-                reason = reason or "no jpg, jpeg or png in it"
-            elif limit is not None and not 0 < limit <= len(files):
-                reason = f"the list says {limit} frames, the folder holds {len(files)}"
-            else:
-                found.folders[name] = entry, files[:limit]
-        elif os.path.exists(entry):
-            found.videos[name] = entry
-        else:
-            reason = "does not exist"
+        # ./video and video/ are the same as video.
+        name = Path(name).as_posix()
+        reason = _add(found, name, path.parent / name, limit)
         if reason:
             found.skipped.append((name, reason))
     if found.folders and found.videos:
         raise InputError(f"{path} lists both frame folders and video files; put them into two lists")
     return found
+
+
+def _add(found: Found, name: str, path: Path, limit: int | None) -> str | None:
+    """Add what a list names, of a frame folder the first `limit` frames; returns why it is left out."""
+    if name in found.folders or name in found.videos:
+        return "listed before"
+    if not os.path.exists(path):
+        return "does not exist"
+    if not os.path.isdir(path):
+        found.videos[name] = path
+        return None
+    try:
+        files = _frame_files(_entries(path))
+    except OSError as error:
+        return os_reason(error)
+    if not files:
+        return "no jpg, jpeg or png in it"
+    if limit is not None and not 0 < limit <= len(files):
+        return f"the list says {limit} frames, the folder holds {len(files)}"
+    found.folders[name] = path, files[:limit]
+    return None
 
 
 def _probe_videos(path: Path, found: Found, world: World) -> VideoIndex:

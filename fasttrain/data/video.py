@@ -36,7 +36,7 @@ _MATRICES: dict[int, Matrix] = {1: "bt709", 9: "bt2020", 10: "bt2020"}
 # Containers whose times ffmpeg guesses, wrongly with B-frames and after a seek.
 _GUESSED_TIMES = frozenset({"avi", "mpeg"})
 
-# PyAV reads titles in odd encodings from version 19 on; before, it raises unless told otherwise.
+# PyAV reads titles in odd encodings from version 19 on; before, it raises without this option.
 _ANY_ENCODING: dict[str, Any] = (
     {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 )
@@ -121,7 +121,7 @@ def probe_video(path: Path) -> VideoInfo:
 def read_video_frames(video: VideoInfo, frames: Sequence[int]) -> list[Frame]:
     """The frames of these numbers, each (H, W, 3) uint8 RGB. Decodes from the key frame before each.
 
-    Raises UnreadableFrameError, with the number of the frame that could not be had.
+    Raises UnreadableFrameError, with the number of the frame that cannot be read.
     """
     wanted = sorted(set(frames))
     found = dict(zip(wanted, stream_video_frames(video, wanted), strict=True))
