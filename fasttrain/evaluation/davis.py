@@ -7,7 +7,6 @@ T frames, H W pixels, h w grid, C objects and background, O objects.
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +134,7 @@ def score(masks_THW: LabelMap, truth_THW: LabelMap) -> dict[str, dict[str, dict[
     measured_TO2 = np.array(list(map_ahead(measure, range(1, len(truth_THW) - 1))))
     return {
         str(number): {
-            name: asdict(statistics(measured_TO2[:, number - 1, column])) for column, name in enumerate("JF")
+            name: statistics(measured_TO2[:, number - 1, column]) for column, name in enumerate("JF")
         }
         for number in objects
     }

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -25,15 +26,6 @@ CONTOUR_TOLERANCE = 0.008
 Mask = npt.NDArray[np.bool_]
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """A measure over an object's frames: mean, share of frames above 0.5, loss from first to last quarter."""
-
-    mean: float
-    recall: float
-    decay: float
-
-
 def region_similarity(mask: npt.ArrayLike | Tensor, truth: npt.ArrayLike | Tensor) -> float:
     """J of one object in one frame: intersection over union of two (H, W) masks; 1 where both are empty.
 
@@ -51,7 +43,7 @@ def boundary_accuracy(mask: npt.ArrayLike | Tensor, truth: npt.ArrayLike | Tenso
     pixels. Both masks empty gives 1, one of them 0. Raises InputError where the shapes differ.
     """
     mask_HW, truth_HW = _pair(mask, truth)
-    contour_M2, truth_contour_M2 = np.argwhere(contour(mask_HW)), np.argwhere(contour(truth_HW))
+    contour_M2, truth_contour_M2 = _contour(mask_HW), _contour(truth_HW)
     if not len(contour_M2) or not len(truth_contour_M2):
         return float(len(contour_M2) == len(truth_contour_M2))
     reach = math.ceil(CONTOUR_TOLERANCE * math.hypot(*mask_HW.shape))
@@ -60,29 +52,29 @@ def boundary_accuracy(mask: npt.ArrayLike | Tensor, truth: npt.ArrayLike | Tenso
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def statistics(values: npt.ArrayLike) -> Statistics:
-    """Mean, recall and decay of one measure of one object over frames 2..n-1 of its sequence.
+def statistics(values: npt.ArrayLike) -> dict[str, float]:
+    """`mean`, `recall` (share above 0.5) and `decay` of one measure of one object over the frames 2..n-1.
 
     Decay is the mean of the first of four bins of frames less that of the last; neighbouring bins share their
-    border frame, as in the toolkit. NaN for no frames at all.
+    border frame, as in the toolkit.
     """
     values_T = np.asarray(values, dtype=np.float64)
-    if not len(values_T):
-        return Statistics(math.nan, math.nan, math.nan)
     edges = np.round(np.linspace(1, len(values_T), 5) + 1e-10).astype(int) - 1
     first, last = values_T[edges[0] : edges[1] + 1], values_T[edges[3] : edges[4] + 1]
-    return Statistics(
-        float(values_T.mean()), float((values_T > 0.5).mean()), float(first.mean() - last.mean())
-    )
+    return {
+        "mean": float(values_T.mean()),
+        "recall": float((values_T > 0.5).mean()),
+        "decay": float(first.mean() - last.mean()),
+    }
 
 
-def contour(mask_HW: Mask) -> Mask:
-    """Pixels that differ from their right, lower or lower right neighbour, as far as they have one."""
+def _contour(mask_HW: Mask) -> npt.NDArray[np.int64]:
+    """Positions (M, 2) of the pixels that differ from their right, lower or lower right neighbour."""
     edge_HW = np.zeros_like(mask_HW)
     edge_HW[:, :-1] |= mask_HW[:, :-1] ^ mask_HW[:, 1:]
     edge_HW[:-1] |= mask_HW[:-1] ^ mask_HW[1:]
     edge_HW[:-1, :-1] |= mask_HW[:-1, :-1] ^ mask_HW[1:, 1:]
-    return edge_HW
+    return np.argwhere(edge_HW)
 
 
 def _share_within(reach: int, points_M2: npt.NDArray[np.int64], others_M2: npt.NDArray[np.int64]) -> float:
@@ -91,10 +83,7 @@ def _share_within(reach: int, points_M2: npt.NDArray[np.int64], others_M2: npt.N
 
 
 def _pair(mask: npt.ArrayLike | Tensor, truth: npt.ArrayLike | Tensor) -> tuple[Mask, Mask]:
-    mask_HW, truth_HW = (
-        np.asarray(array.cpu() if isinstance(array, Tensor) else array).astype(bool)
-        for array in (mask, truth)
-    )
+    mask_HW, truth_HW = np.asarray(mask).astype(bool), np.asarray(truth).astype(bool)
     if mask_HW.ndim != 2 or mask_HW.shape != truth_HW.shape:
         raise InputError(
             f"mask of shape {mask_HW.shape} against truth of shape {truth_HW.shape}; expected (H, W)"
@@ -166,25 +155,15 @@ def pck(
 ) -> npt.NDArray[np.float64]:
     """Mean over the joints of the percentage of correct keypoints, one number per threshold.
 
-    `predictions` and `truths` hold one (2, joints, T) array of pixel x, y per video. See `pck_per_joint`.
-    """
-    return mean_over_joints(pck_per_joint(predictions, truths, thresholds))
-
-
-def pck_per_joint(
-    predictions: Sequence[npt.ArrayLike | Tensor],
-    truths: Sequence[npt.ArrayLike | Tensor],
-    thresholds: Sequence[float] = THRESHOLDS,
-) -> npt.NDArray[np.float64]:
-    """(thresholds, joints) percentages; NaN for a joint that was never found.
-
-    A keypoint is correct within `threshold` times 0.6 of the diagonal of the box of the true joints of its
-    frame. The first frame is given and does not count. A joint predicted at a negative x was not found: it
-    counts neither as right nor as wrong, nor in the box. Raises InputError where lists or shapes differ.
+    `predictions` and `truths` hold one (2, joints, T) array of pixel x, y per video. A keypoint is correct
+    within `threshold` times 0.6 of the diagonal of the box of the true joints of its frame. The first frame
+    is given and does not count. A joint predicted at a negative x was not found: it counts neither as right
+    nor as wrong, nor in the box. Raises InputError where lists or shapes differ.
     """
     if len(predictions) != len(truths) or not truths:
         raise InputError(f"{len(predictions)} predicted poses for {len(truths)} true ones; expected as many")
-    return percentages(count_correct(p, t, thresholds) for p, t in zip(predictions, truths, strict=True))
+    counts = (count_correct(p, t, thresholds) for p, t in zip(predictions, truths, strict=True))
+    return mean_over_joints(percentages(counts))
 
 
 def count_correct(
@@ -192,14 +171,22 @@ def count_correct(
     truth: npt.ArrayLike | Tensor,
     thresholds: Sequence[float] = THRESHOLDS,
 ) -> tuple[Counts, Counts]:
-    """Correct keypoints (thresholds, joints) and found ones (joints,) of one video; see `pck_per_joint`."""
+    """Correct keypoints (thresholds, joints) and found ones (joints,) of one video; see `pck`."""
     prediction_2JT, truth_2JT = np.asarray(prediction, dtype=float), np.asarray(truth, dtype=float)
     if prediction_2JT.shape != truth_2JT.shape or prediction_2JT.ndim != 3 or len(prediction_2JT) != 2:
         shapes = f"{prediction_2JT.shape} against {truth_2JT.shape}"
         raise InputError(f"poses of shape {shapes}; expected (2, joints, frames) in both")
-    distance_JT = _relative_distances(prediction_2JT, truth_2JT)
-    correct = np.stack([(distance_JT <= threshold).sum(1) for threshold in thresholds])
-    return correct, (~np.isnan(distance_JT)).sum(1)
+    found_JT = prediction_2JT[0] >= 0
+    lowest_2T = np.where(found_JT, truth_2JT, np.inf).min(1)
+    highest_2T = np.where(found_JT, truth_2JT, -np.inf).max(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        size_T = PERSON_SHARE * np.linalg.norm(highest_2T - lowest_2T, axis=0)
+        distance_JT = np.linalg.norm(prediction_2JT - truth_2JT, axis=0) / size_T
+    # A joint that is found alone is wrong, whatever the threshold: its box is a point.
+    distance_JT[:, size_T == 0] = np.inf
+    distance_JT[~found_JT] = np.inf
+    correct = np.stack([(distance_JT[:, 1:] <= threshold).sum(1) for threshold in thresholds])
+    return correct, found_JT[:, 1:].sum(1)
 
 
 def percentages(counts: Iterable[tuple[Counts, Counts]]) -> npt.NDArray[np.float64]:
@@ -215,24 +202,7 @@ def mean_over_joints(percent: npt.NDArray[np.float64]) -> npt.NDArray[np.float64
     return percent[:, known_J].mean(axis=1) if known_J.any() else np.full(len(percent), np.nan)
 
 
-def _relative_distances(prediction_2JT: Coordinates, truth_2JT: Coordinates) -> Coordinates:
-    """(J, T - 1) distances in person sizes, NaN where the joint was not found.
-
-    Infinite where the box is a point, as where no other joint was found: wrong, whatever the threshold.
-    """
-    found_JT = prediction_2JT[0] >= 0
-    lowest_2T = np.where(found_JT, truth_2JT, np.inf).min(1)
-    highest_2T = np.where(found_JT, truth_2JT, -np.inf).max(1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        size_T = PERSON_SHARE * np.linalg.norm(highest_2T - lowest_2T, axis=0)
-        distance_JT = np.linalg.norm(prediction_2JT - truth_2JT, axis=0) / size_T
-    distance_JT[:, size_T == 0] = np.inf
-    return np.where(found_JT, distance_JT, np.nan)[:, 1:]
-
-
-# --- retrieval -------------------------------------------------------------
-#
-# Video retrieval: the nearest training videos of every test video, and recall at k.
+# --- Video retrieval: recall at k -------------------------------------------------------------------------
 #
 # The protocol of self-supervised video retrieval on UCF101 and HMDB51 (Büchler et al., ECCV 2018; Xu et al.,
 # "Self-Supervised Spatiotemporal Learning via Video Clip Order Prediction", CVPR 2019): test videos are the
@@ -272,9 +242,7 @@ def recall_at(
     return {k: 100 * hits_QK[:, :k].any(dim=1).double().mean().item() for k in ranks}
 
 
-# --- probe -----------------------------------------------------------------
-#
-# Classification of videos by frozen features: weighted k-NN, top-k accuracy, what to hold out.
+# --- Classification of videos: weighted k-NN, top-k accuracy, what to hold out ----------------------------
 #
 # The k-NN is that of DINO (Caron et al., ICCV 2021, eval_knn.py; after Wu et al., CVPR 2018): cosine
 # similarity s, each of the k nearest votes exp(s / 0.07) for its class.
@@ -301,8 +269,6 @@ def knn_classify(
     No vote is -inf: DINO ranks classes without a vote behind the others in no particular order; here they are
     never predicted.
     """
-    if not temperature >= MIN_TEMPERATURE:
-        raise InputError(f"temperature {temperature} of the votes: expected at least {MIN_TEMPERATURE}")
     fitting = [k for k in neighbours if k <= len(train_ND)] or [len(train_ND)]
     similarity_SK, index_SK = nearest(test_SD, train_ND, max(fitting))
     weight_SK = (similarity_SK.double() / temperature).exp()
@@ -320,11 +286,9 @@ def top_accuracy(scores_SC: Tensor, labels_S: Tensor, k: int) -> float:
 
     Of equal scores the lower class comes first; a score of -inf is never among them.
     """
-    own_S1 = scores_SC.gather(1, labels_S[:, None])
-    lower_SC = torch.arange(scores_SC.shape[1], device=labels_S.device) < labels_S[:, None]
-    ahead_SC = (scores_SC > own_S1) | ((scores_SC == own_S1) & lower_SC)
-    right_S = (ahead_SC.sum(dim=1) < k) & (own_S1[:, 0] > -torch.inf)
-    return 100 * right_S.double().mean().item()
+    ranked = scores_SC.sort(dim=1, descending=True, stable=True)
+    right_SC = (ranked.indices == labels_S[:, None]) & (ranked.values > -torch.inf)
+    return 100 * right_SC[:, :k].any(dim=1).double().mean().item()
 
 
 def hold_out(labels_N: Tensor, share: float = 0.2) -> Tensor:
@@ -341,14 +305,12 @@ def hold_out(labels_N: Tensor, share: float = 0.2) -> Tensor:
     return held_out_N
 
 
-# --- localization ----------------------------------------------------------
+# --- Actions in time: frame accuracy, segmental F1, edit score, mAP over temporal IoU ---------------------
 #
-# Temporal action localisation: frame accuracy, segmental F1, edit score, mAP over temporal IoU.
-#
-# Frame accuracy, F1@10/25/50 and edit score are those of action segmentation as MS-TCN computes
-# them (Abu Farha and Gall, CVPR 2019, eval.py; after Lea et al., CVPR 2017). The average precision is that of
-# ActivityNet (Caba Heilbron et al., CVPR 2015, eval_detection.py). All are in percent. A segment is
-# a longest run of frames with one label; segments of background labels count in none but the frame accuracy.
+# Frame accuracy, F1@10/25/50 and edit score are those of action segmentation as MS-TCN computes them (Abu
+# Farha and Gall, CVPR 2019, eval.py; after Lea et al., CVPR 2017). The average precision is that of
+# ActivityNet (Caba Heilbron et al., CVPR 2015, eval_detection.py). All are in percent. A segment is a longest
+# run of frames with one label; segments of background labels count in none but the frame accuracy.
 #
 # Shape suffixes: T frames, P predicted segments, Y true segments, C classes.
 
@@ -375,9 +337,8 @@ class Segment:
 
 def segments(labels_T: Labels, background: Collection[int] = ()) -> list[Segment]:
     """The runs of equal labels in order, background left out."""
-    borders = np.flatnonzero(np.diff(labels_T)) + 1
-    starts, ends = [0, *borders.tolist()], [*borders.tolist(), len(labels_T)]
-    runs = (Segment(int(labels_T[start]), start, end) for start, end in zip(starts, ends, strict=True))
+    edges = [0, *(np.flatnonzero(np.diff(labels_T)) + 1).tolist(), len(labels_T)]
+    runs = (Segment(int(labels_T[start]), start, end) for start, end in pairwise(edges))
     return [run for run in runs if run.label not in background]
 
 
@@ -393,7 +354,6 @@ def scored_segments(
 
 def frame_accuracy(predicted: Sequence[Labels], truth: Sequence[Labels]) -> float:
     """Share of all frames of all videos with the right label, background included."""
-    _check_pairs(predicted, truth)
     right = sum(int((p == y).sum()) for p, y in zip(predicted, truth, strict=True))
     return 100 * right / sum(map(len, truth))
 
@@ -407,7 +367,6 @@ def segmental_f1(
     one of highest IoU reaches `overlap` and is not taken yet; otherwise it is a false positive. True segments
     that nothing took are false negatives. 0 where there is no segment at all.
     """
-    _check_pairs(predicted, truth)
     hits = guesses = actual = 0
     for p, y in zip(predicted, truth, strict=True):
         guessed, true = segments(p, background), segments(y, background)
@@ -430,7 +389,6 @@ def edit_score(
 
     A video without a segment in either counts as 100.
     """
-    _check_pairs(predicted, truth)
     scores = []
     for pair in zip(predicted, truth, strict=True):
         guessed, true = ([one.label for one in segments(labels_T, background)] for labels_T in pair)
@@ -502,9 +460,3 @@ def _average_precision(
 def _iou(one: Segment, other: Segment) -> float:
     shared = min(one.end, other.end) - max(one.start, other.start)
     return max(0, shared) / (max(one.end, other.end) - min(one.start, other.start))
-
-
-def _check_pairs(predicted: Sequence[Labels], truth: Sequence[Labels]) -> None:
-    for number, (p, y) in enumerate(zip(predicted, truth, strict=True)):
-        if np.shape(p) != np.shape(y):
-            raise InputError(f"video {number}: {np.shape(p)} predicted labels, {np.shape(y)} true ones")

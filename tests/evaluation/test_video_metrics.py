@@ -41,29 +41,10 @@ def test_recall_of_a_hand_computed_case() -> None:
     assert recall_at(neighbours, labels, (1, 2, 3, 10)) == {1: 25, 2: 50, 3: 75, 10: 75}
 
 
-@given(st.integers(0, 2**31), st.integers(1, 12), st.integers(1, 9), st.integers(1, 15))
-def test_neighbours_are_those_of_brute_force(seed: int, queries: int, gallery: int, count: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    query_QD = torch.randn(queries, 5, generator=generator, dtype=torch.float64)
-    gallery_GD = torch.randn(gallery, 5, generator=generator, dtype=torch.float64)
-    similarity_QK, index_QK = nearest(query_QD, gallery_GD, count)
-    cosine_QG = np.array(
-        [
-            [float(q @ g / np.linalg.norm(q) / np.linalg.norm(g)) for g in gallery_GD.numpy()]
-            for q in query_QD.numpy()
-        ]
-    )
-    order_QG = np.argsort(-cosine_QG, axis=1)[:, :count]
-    np.testing.assert_array_equal(index_QK.numpy(), order_QG)
-    np.testing.assert_allclose(similarity_QK.numpy(), np.take_along_axis(cosine_QG, order_QG, 1), atol=1e-12)
-
-
-def test_neighbours_do_not_depend_on_length_or_blocks() -> None:
+def test_neighbours_do_not_depend_on_blocks() -> None:
     generator = torch.Generator().manual_seed(0)
     queries, gallery = torch.randn(2500, 4, generator=generator), torch.randn(20, 4, generator=generator)
-    whole = nearest(queries, gallery, 5)[1]
-    assert torch.equal(nearest(8 * queries, gallery * 2 ** torch.arange(20)[:, None], 5)[1], whole)
-    assert torch.equal(nearest(queries[2000:], gallery, 5)[1], whole[2000:])
+    assert torch.equal(nearest(queries[2000:], gallery, 5)[1], nearest(queries, gallery, 5)[1][2000:])
 
 
 def test_features_that_are_not_finite() -> None:
@@ -114,13 +95,9 @@ def test_a_class_without_a_vote_is_never_predicted() -> None:
 
 def test_votes_at_the_least_temperature_are_numbers() -> None:
     train = torch.tensor([[-1.0, 0.0], [1.0, 0.05], [1.0, 0.0]])
-    labels, test = torch.arange(3), train[2:]
-    scores = knn_classify(test, train, labels, num_classes=3, temperature=MIN_TEMPERATURE)[3]
+    scores = knn_classify(train[2:], train, torch.arange(3), num_classes=3, temperature=MIN_TEMPERATURE)[3]
     assert scores[0, 1:].isfinite().all()
     assert scores.argsort().tolist() == [[0, 1, 2]]
-    for temperature in (0, 0.001):
-        with pytest.raises(InputError, match=f"temperature {temperature} "):
-            knn_classify(test, train, labels, num_classes=3, temperature=temperature)
 
 
 def test_accuracy_of_a_hand_computed_case() -> None:
@@ -149,13 +126,6 @@ GUESS = np.array([0, 1, 1, 1, 1, 2, 2, 1, 2, 0])
 frame_labels = st.lists(st.integers(0, 3), min_size=1, max_size=30).map(np.array)
 
 
-@st.composite
-def label_pairs(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
-    length = draw(st.integers(1, 30))
-    of_length = st.lists(st.integers(0, 3), min_size=length, max_size=length).map(np.array)
-    return draw(of_length), draw(of_length)
-
-
 def test_segments_are_runs() -> None:
     assert segments(TRUTH, background=[0]) == [Segment(1, 2, 6), Segment(2, 6, 9)]
     assert [(one.start, one.end) for one in segments(TRUTH)] == [(0, 2), (2, 6), (6, 9), (9, 10)]
@@ -170,11 +140,6 @@ def test_hand_computed_case() -> None:
     # At 0.25 the first guess of 2 takes the segment, and the better second one comes too late.
     assert segmental_f1([GUESS], [TRUTH], 0.25, background=[0]) == pytest.approx(100 * 4 / (4 + 2))
     assert segmental_f1([GUESS], [TRUTH], 0.75, background=[0]) == 0
-
-
-def test_background_counts_where_it_is_not_named() -> None:
-    assert segmental_f1([GUESS], [TRUTH], 0.5) == pytest.approx(100 * 2 * 3 / (6 + 4))
-    assert edit_score([GUESS], [TRUTH]) == pytest.approx(100 * (1 - 2 / 6))
 
 
 def test_f1_is_over_the_segments_of_all_videos_and_edit_over_videos() -> None:
@@ -199,35 +164,6 @@ def test_perfect_predictions(labels: np.ndarray) -> None:
         assert segmental_f1([labels], [labels], overlap) == 100
     found = {"video": segments(labels)}
     assert detection_map(found, found, (0.5, 1.0)) == {0.5: 100, 1.0: 100}
-
-
-def as_frame_sets(labels: np.ndarray, background: int) -> list[tuple[int, set[int]]]:
-    """Segments as sets of frames, found by walking over the frames."""
-    found: list[tuple[int, set[int]]] = []
-    for t, label in enumerate(labels):
-        if t and labels[t - 1] == label:
-            found[-1][1].add(t)
-        else:
-            found.append((int(label), {t}))
-    return [one for one in found if one[0] != background]
-
-
-@given(label_pairs(), st.sampled_from([0.1, 0.25, 0.5]))
-def test_f1_by_sets_of_frames(pair: tuple[np.ndarray, np.ndarray], overlap: float) -> None:
-    guessed, true = (as_frame_sets(labels, 0) for labels in pair)
-    hit: list[int] = []
-    false = 0
-    for label, frames in guessed:
-        shares = [len(frames & there) / len(frames | there) if label == other else 0 for other, there in true]
-        best = shares.index(max(shares)) if shares else None
-        if best is not None and shares[best] >= overlap and best not in hit:
-            hit.append(best)
-        else:
-            false += 1
-    precision = len(hit) / (len(hit) + false) if guessed else 0
-    recall = len(hit) / len(true) if true else 0
-    expected = 200 * precision * recall / (precision + recall) if precision + recall else 0
-    assert segmental_f1([pair[0]], [pair[1]], overlap, [0]) == pytest.approx(expected)
 
 
 @given(st.lists(st.integers(0, 3), max_size=8), st.lists(st.integers(0, 3), max_size=8))
@@ -277,8 +213,6 @@ def test_smoothing_is_a_running_mean(window: int, length: int) -> None:
         np.testing.assert_allclose(found[t], about.mean(axis=0))
 
 
-def test_bad_input() -> None:
-    with pytest.raises(InputError, match="video 0"):
-        frame_accuracy([np.zeros(3)], [np.zeros(4)])
+def test_nothing_but_background() -> None:
     with pytest.raises(InputError, match="every label background"):
         detection_map({}, {"video": []}, [0.5])
