@@ -122,10 +122,11 @@ def read_split(arguments: argparse.Namespace) -> VideoSplit:
     there (all of them even with `allow_missing`).
     """
     layout = _find_layout(arguments)
-    classes, train, test = _READERS[layout](arguments)
-    if not train or not test:
-        raise InputError(f"the {'test' if train else 'training'} list is empty; it must name a video")
-    shared = {entry.name for entry in train} & {entry.name for entry in test}
+    classes, *lists = _READERS[layout](arguments)
+    train_names, test_names = ({entry.name for entry in entries} for entries in lists)
+    if not train_names or not test_names:
+        raise InputError(f"the {'test' if train_names else 'training'} list is empty; it must name a video")
+    shared = train_names & test_names
     if shared:
         raise InputError(
             f"{min(shared)} is in both lists ({len(shared)} such videos); a test video must not be trained on"
@@ -133,11 +134,10 @@ def read_split(arguments: argparse.Namespace) -> VideoSplit:
     numbers = {label: number for number, label in enumerate(classes)}
     root = arguments.videos or arguments.root
     by_end = _videos_by_end(root)
-    missing: list[str] = []
-
-    def locate(entries: Sequence[_Entry]) -> list[LabelledVideo]:
-        found = []
-        for entry in {entry.name: entry for entry in entries}.values():
+    found: list[list[LabelledVideo]] = [[], []]
+    missing = []
+    for videos, entries in zip(found, lists, strict=True):
+        for entry in entries:
             unknown = set(entry.labels) - set(numbers)
             if unknown:
                 raise InputError(f"{entry.name} is of class {min(unknown)!r}; expected one of {len(classes)}")
@@ -146,28 +146,24 @@ def read_split(arguments: argparse.Namespace) -> VideoSplit:
                 missing.append(entry.name)
             else:
                 labels_T = np.array([numbers[label] for label in entry.labels])
-                found.append(LabelledVideo(entry.name, path, labels_T))
-        return found
-
-    split = VideoSplit(
-        layout=layout, classes=classes, train=locate(train), test=locate(test), missing=missing
-    )
-    if missing and not (arguments.allow_missing and split.train and split.test):
+                videos.append(LabelledVideo(entry.name, path, labels_T))
+    if missing and not (arguments.allow_missing and all(found)):
         raise InputError(
             f"{len(missing)} listed videos are not under {root}, or more than once, such as "
             f"{', '.join(missing[:3])}; give their folder with --videos"
             + ("" if layout == "frames" else "; or skip them with --allow-missing")
         )
-    return split
+    return VideoSplit(layout=layout, classes=classes, train=found[0], test=found[1], missing=missing)
 
 
 def background_numbers(classes: Sequence[str], wanted: Sequence[str] | None) -> list[int]:
     """Numbers of the background labels; None means `background` where there is one."""
-    names = [name for name in ("background",) if name in classes] if wanted is None else wanted
-    for name in names:
+    if wanted is None:
+        wanted = ["background"] if "background" in classes else []
+    for name in wanted:
         if name not in classes:
             raise InputError(f"--background {name}: not in mapping.txt, which has {', '.join(classes)}")
-    return [classes.index(name) for name in names]
+    return [classes.index(name) for name in wanted]
 
 
 # --- the lists ---
@@ -231,7 +227,8 @@ def _parse(path: Path, rows: Iterable[Row], parse: Callable[[Row], Parsed], expe
             parsed.append(parse(row))
         except InputError:
             raise
-        except (LookupError, ValueError, TypeError, AttributeError) as error:
+        # TypeError: the fields that a short row of a CSV lacks are None.
+        except (LookupError, ValueError, TypeError) as error:
             raise InputError(f"{path}: {row!r}; expected {expected}") from error
     return parsed
 
@@ -244,20 +241,18 @@ def _read_both(
     expected: str,
 ) -> tuple[list[_Entry], list[_Entry]]:
     """The training and the test list, those that were given or else the published ones of these names."""
-
-    def read(given: Path | None, name: str) -> list[_Entry]:
-        path = given or _find_list(arguments, name)
-        return _parse(path, load(path), parse, expected)
-
-    return read(arguments.train_list, names[0]), read(arguments.test_list, names[1])
+    train = arguments.train_list or _find_list(arguments, names[0])
+    test = arguments.test_list or _find_list(arguments, names[1])
+    return _parse(train, load(train), parse, expected), _parse(test, load(test), parse, expected)
 
 
 def _read_ucf(arguments: argparse.Namespace) -> _Lists:
     """`1 Archery`; `Archery/v_Archery_g08_c01.avi 1`, without the number in test lists."""
 
     def parse(line: str) -> _Entry:
-        label, name = line.split()[0].split("/")
-        return _Entry(f"{label}/{name}", [label], name)
+        name = line.split()[0]
+        label, _ = name.split("/")
+        return _Entry(name, [label])
 
     classes = [line.split()[-1] for line in read_lines(_find_list(arguments, "classInd.txt"))]
     names = f"trainlist{arguments.split:02d}.txt", f"testlist{arguments.split:02d}.txt"
@@ -271,15 +266,14 @@ def _read_hmdb(arguments: argparse.Namespace) -> _Lists:
             "hmdb51 has a list for each class; with --train-list and --test-list, --dataset list"
         )
     ending = f"_test_split{arguments.split}.txt"
-    folder = _find_list(arguments, f"*{ending}").parent
     classes: list[str] = []
     marked: dict[str, list[_Entry]] = {"0": [], "1": [], "2": []}
 
     def parse(line: str) -> None:
         video, mark = line.rsplit(maxsplit=1)
-        marked[mark].append(_Entry(f"{classes[-1]}/{video}", classes[-1:], video))
+        marked[mark].append(_Entry(f"{classes[-1]}/{video}", classes[-1:]))
 
-    for path in sorted(folder.glob(f"*{ending}")):
+    for path in sorted(_find_list(arguments, f"*{ending}").parent.glob(f"*{ending}")):
         classes.append(path.name.removesuffix(ending))
         _parse(path, read_lines(path), parse, "a video and 0, 1 or 2")
     return classes, marked["1"], marked["2"]
@@ -288,16 +282,13 @@ def _read_hmdb(arguments: argparse.Namespace) -> _Lists:
 def _read_kinetics(arguments: argparse.Namespace) -> _Lists:
     """label,youtube_id,time_start,time_end,split, with a header line."""
 
-    def load(path: Path) -> Iterable[dict[str, str]]:
-        return csv.DictReader(read_lines(path))
-
     def parse(row: dict[str, str]) -> _Entry:
         start, end = int(row["time_start"]), int(row["time_end"])
         file = f"{row['youtube_id']}_{start:06d}_{end:06d}.mp4"
         return _Entry(f"{row['label']}/{file}", [row["label"]], file)
 
-    expected = "the columns label, youtube_id, time_start, time_end"
-    train, test = _read_both(arguments, ("train.csv", "val.csv"), load, parse, expected)
+    names, expected = ("train.csv", "val.csv"), "the columns label, youtube_id, time_start, time_end"
+    train, test = _read_both(arguments, names, lambda path: csv.DictReader(read_lines(path)), parse, expected)
     return sorted({entry.labels[0] for entry in train}), train, test
 
 
@@ -311,7 +302,7 @@ def _read_ssv2(arguments: argparse.Namespace) -> _Lists:
             raise InputError(f"{path} cannot be read ({error})") from error
 
     def parse(row: dict[str, str]) -> _Entry:
-        return _Entry(f"{row['id']}.webm", [row["template"].replace("[", "").replace("]", "")])
+        return _Entry(f"{row['id']}.webm", [re.sub(r"[\[\]]", "", row["template"])])
 
     path = _find_list(arguments, "labels.json")
     numbers = load(path)
@@ -347,8 +338,7 @@ def _read_frames(arguments: argparse.Namespace) -> _Lists:
         return int(number), name
 
     def parse(line: str) -> _Entry:
-        # Some have a path before the name.
-        name = Path(line).name.removesuffix(".txt")
+        name = line.removesuffix(".txt")
         labels = read_lines(arguments.root / f"groundTruth/{name}.txt")
         return _Entry(name, labels, _breakfast_path(name))
 
