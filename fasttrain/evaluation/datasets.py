@@ -80,11 +80,9 @@ class VideoSplit:
 
 def add_video_arguments(parser: argparse.ArgumentParser) -> None:
     """For videos with a label."""
+    layouts = ("auto", "ucf101", "hmdb51", "kinetics", "ssv2", "list")
     parser.add_argument(
-        "--dataset",
-        choices=("auto", *_SIGNS, "list"),
-        default="auto",
-        help="layout of the lists (default: look)",
+        "--dataset", choices=layouts, default="auto", help="layout of the lists (default: look)"
     )
     parser.add_argument(
         "--split", type=int, choices=(1, 2, 3), default=1, help="of UCF101 or HMDB51 (default: 1)"
@@ -122,7 +120,8 @@ def read_split(arguments: argparse.Namespace) -> VideoSplit:
     there (all of them even with `allow_missing`).
     """
     layout = _find_layout(arguments)
-    classes, *lists = _READERS[layout](arguments)
+    read, _ = _LAYOUTS[layout]
+    classes, *lists = read(arguments)
     train_names, test_names = ({entry.name for entry in entries} for entries in lists)
     if not train_names or not test_names:
         raise InputError(f"the {'test' if train_names else 'training'} list is empty; it must name a video")
@@ -178,14 +177,6 @@ class _Entry(NamedTuple):
     alias: str = ""
 
 
-# By layout: a list that no other has.
-_SIGNS = {
-    "ucf101": "classInd.txt",
-    "hmdb51": "*_test_split1.txt",
-    "kinetics": "train.csv",
-    "ssv2": "labels.json",
-}
-
 # The classes in the order of their numbers, the training list and the test list.
 _Lists = tuple[list[str], list[_Entry], list[_Entry]]
 
@@ -195,11 +186,11 @@ def _find_layout(arguments: argparse.Namespace) -> str:
         return str(arguments.dataset)
     if arguments.train_list and arguments.test_list:
         return {".csv": "kinetics", ".json": "ssv2"}.get(arguments.train_list.suffix.lower(), "list")
-    found = [name for name, sign in _SIGNS.items() if _find_lists(arguments.root, sign)]
+    found = [name for name, (_, sign) in _LAYOUTS.items() if sign and _find_lists(arguments.root, sign)]
     if len(found) != 1:
         raise InputError(
-            f"{arguments.root} holds {'the lists of ' + ' and '.join(found) if found else 'no lists'} that "
-            "are known; choose with --dataset, or give --train-list and --test-list"
+            f"{arguments.root} holds the lists of {' and '.join(found) or 'no layout that is known'}; choose "
+            "with --dataset, or give --train-list and --test-list"
         )
     return found[0]
 
@@ -304,16 +295,14 @@ def _read_ssv2(arguments: argparse.Namespace) -> _Lists:
     def parse(row: dict[str, str]) -> _Entry:
         return _Entry(f"{row['id']}.webm", [re.sub(r"[\[\]]", "", row["template"])])
 
-    path = _find_list(arguments, "labels.json")
-    numbers = load(path)
-    classes = _parse(path, numbers, lambda template: (int(numbers[template]), template), "a number for each")
+    numbers = load(_find_list(arguments, "labels.json"))
     expected = "objects with id and template"
     lists = _read_both(arguments, ("train.json", "validation.json"), load, parse, expected)
-    return [name for _, name in sorted(classes)], *lists
+    return sorted(numbers, key=lambda template: int(numbers[template])), *lists
 
 
 def _read_plain(arguments: argparse.Namespace) -> _Lists:
-    """`path label` per line. `# ` begins a comment; names of HMDB51 begin with # and a digit."""
+    """`path label` per line. `# ` begins a comment; names in HMDB51 begin with # and a digit."""
     if not (arguments.train_list and arguments.test_list):
         raise InputError("--dataset list needs both --train-list and --test-list: `path label` per line")
 
@@ -355,13 +344,14 @@ def _breakfast_path(name: str) -> str:
     return re.sub(r"/stereo0([12])/(.+)", lambda match: f"/stereo/{match[2]}_ch{int(match[1]) - 1}", path)
 
 
-_READERS: dict[str, Callable[[argparse.Namespace], _Lists]] = {
-    "ucf101": _read_ucf,
-    "hmdb51": _read_hmdb,
-    "kinetics": _read_kinetics,
-    "ssv2": _read_ssv2,
-    "list": _read_plain,
-    "frames": _read_frames,
+# How each layout is read, and a list that no other has.
+_LAYOUTS: dict[str, tuple[Callable[[argparse.Namespace], _Lists], str | None]] = {
+    "ucf101": (_read_ucf, "classInd.txt"),
+    "hmdb51": (_read_hmdb, "*_test_split1.txt"),
+    "kinetics": (_read_kinetics, "train.csv"),
+    "ssv2": (_read_ssv2, "labels.json"),
+    "list": (_read_plain, None),
+    "frames": (_read_frames, None),
 }
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from fasttrain.data.map_ahead import map_ahead
 from fasttrain.distributed import World
-from fasttrain.errors import InputError
+from fasttrain.errors import InputError, check_options
 from fasttrain.evaluation import sequences
 from fasttrain.evaluation.frames import read_label_map
 from fasttrain.evaluation.metrics import boundary_accuracy, region_similarity, statistics
@@ -39,12 +39,8 @@ def run(
     arguments: argparse.Namespace, model: EvaluatedModel, output: Path, world: World
 ) -> dict[str, Any] | None:
     """Figures of all sequences, on the main process."""
-    for name in ("height", "width"):
-        if getattr(arguments, name) < 1:
-            raise InputError(f"--{name} {getattr(arguments, name)}: expected a number above 0")
+    check_options(arguments, height=1, width=1)
     found = find_sequences(arguments.root, arguments.year, arguments.subset)
-    for sequence in found:
-        read_objects(sequence.annotations[:1], arguments.year)
     evaluated = sequences.evaluate_all(found, evaluate_sequence, arguments, model, output, world)
     if evaluated is None:
         return None
@@ -93,15 +89,12 @@ def read_objects(annotations: Sequence[Path], year: str) -> LabelMap:
 
 def note_late_objects(sequence: VideoSequence, truth_THW: LabelMap) -> list[str]:
     """A note on each object that the first frame does not show."""
-    notes = []
-    for number in sorted(set(np.unique(truth_THW)) - set(np.unique(truth_THW[0])) - {0}):
-        path = sequence.annotations[int((truth_THW == number).any((1, 2)).argmax())]
-        treated = "scored as missed" if number < truth_THW[0].max() else "not scored"
-        notes.append(
-            f"sequence {sequence.name}: object {number} appears late, in {path.name}; it cannot be "
-            f"propagated and is {treated}, as in the official toolkit"
-        )
-    return notes
+    first = set(np.unique(truth_THW[0]))
+    return [
+        f"sequence {sequence.name}: object {number} is not in the first frame; it is not propagated and "
+        f"is {'scored as missed' if number < max(first) else 'not scored'}, as in the official toolkit"
+        for number in sorted(set(np.unique(truth_THW)) - first)
+    ]
 
 
 def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation) -> dict[str, Any]:
@@ -114,12 +107,12 @@ def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation) -> dict[s
     truth_THW[truth_THW > count] = 0
     size = evaluation.size(options.height, options.width)
     first_hwC = soft_labels(truth_THW[0], evaluation.model.encoder.grid(*size), classes=count + 1)
-    found = sequences.propagate(sequence.frames, size, first_hwC, evaluation)
+    propagated, matches_M4 = sequences.propagate(sequence.frames, size, first_hwC, evaluation)
     masks = {
         variant: [truth_THW[0], *(hard_labels(labels, truth_THW.shape[1:]) for labels in labels_ThwC[1:])]
-        for variant, labels_ThwC in found.labels_ThwC.items()
+        for variant, labels_ThwC in propagated.items()
     }
-    sequences.save_masks(sequence, masks, list(truth_THW), found.matches_M4, evaluation)
+    sequences.save_masks(sequence, masks, list(truth_THW), matches_M4, evaluation)
     return {"notes": notes} | {variant: score(np.stack(maps), truth_THW) for variant, maps in masks.items()}
 
 

@@ -7,8 +7,6 @@ joints, H W pixels, h w grid, N = h * w cells, C top cells, S side of a Gaussian
 """
 
 import argparse
-import math
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from scipy.io import loadmat, savemat
-from scipy.io.matlab import MatReadError
 from torch import Tensor
 
 from fasttrain.distributed import World
-from fasttrain.errors import InputError
-from fasttrain.evaluation import plots, sequences
+from fasttrain.errors import InputError, check_options
+from fasttrain.evaluation import metrics, plots, sequences
 from fasttrain.evaluation.frames import read_image
-from fasttrain.evaluation.metrics import (
-    THRESHOLDS,
-    Coordinates,
-    count_correct,
-    mean_over_joints,
-    percentages,
-)
 from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.propagation import TOPK
 from fasttrain.evaluation.sequences import Evaluation, VideoSequence
@@ -38,6 +28,8 @@ JOINTS = (
     *("neck", "belly", "face", "right shoulder", "left shoulder", "right hip", "left hip", "right elbow"),
     *("left elbow", "right knee", "left knee", "right wrist", "left wrist", "right ankle", "left ankle"),
 )
+MEASURES = tuple(f"PCK@{threshold}" for threshold in metrics.THRESHOLDS)
+Coordinates = npt.NDArray[np.float64]
 POSES, FRAMES = "joint_positions", "Rename_Images"
 TEST = "2"
 
@@ -56,29 +48,28 @@ def run(
     arguments: argparse.Namespace, model: EvaluatedModel, output: Path, world: World
 ) -> dict[str, Any] | None:
     """Figures of all clips, on the main process."""
-    for name in ("size", "sigma"):
-        if not 0 < getattr(arguments, name) < math.inf:
-            raise InputError(f"--{name} {getattr(arguments, name)}: expected a number above 0")
+    check_options(arguments, size=1, sigma=0.1)
     found = find_sequences(arguments.root, arguments.split, arguments.list)
     evaluated = sequences.evaluate_all(found, evaluate_sequence, arguments, model, output, world)
     if evaluated is None:
         return None
     counts, data = evaluated
     percent = {
-        variant: percentages(result[variant] for result in counts.values()) for variant in model.variants
+        variant: metrics.percentages(result[variant] for result in counts.values())
+        for variant in model.variants
     }
     return {
         "data": {**data, "joints": len(JOINTS)},
         "results": {variant: summarise(of_variant) for variant, of_variant in percent.items()},
         "per_joint": {
             variant: {
-                joint: dict(zip(map(measure_name, THRESHOLDS), of_variant[:, number].tolist(), strict=True))
+                joint: dict(zip(MEASURES, of_variant[:, number].tolist(), strict=True))
                 for number, joint in enumerate(JOINTS)
             }
             for variant, of_variant in percent.items()
         },
         "per_sequence": {
-            name: {variant: summarise(percentages([count])) for variant, count in result.items()}
+            name: {variant: summarise(metrics.percentages([count])) for variant, count in result.items()}
             for name, result in counts.items()
         },
     }
@@ -86,14 +77,9 @@ def run(
 
 def find_sequences(root: Path, split: int, listed: Path | None) -> list[VideoSequence]:
     """The test clips of a split or list. Raises InputError, naming the path, where the layout is another."""
-    sequences.require((root / POSES, root / FRAMES, *([listed] if listed else [])), "JHMDB")
+    sequences.require((root / POSES, root / FRAMES), "JHMDB")
     clips = clips_of_list(listed) if listed else clips_of_split(root / "splits", split)
-    actions: dict[str, str] = {}
-    for action, name in clips:
-        # Figures go by a clip's name.
-        if actions.setdefault(name, action) != action:
-            raise InputError(f"clip {name} is listed in {actions[name]} and in {action}; list one of them")
-    return [_find_sequence(root, action, name) for name, action in actions.items()]
+    return [_find_sequence(root, action, name) for action, name in dict.fromkeys(clips)]
 
 
 def clips_of_split(folder: Path, split: int) -> list[tuple[str, str]]:
@@ -102,19 +88,16 @@ def clips_of_split(folder: Path, split: int) -> list[tuple[str, str]]:
     clips = []
     for path in sequences.numbered(folder, suffix):
         for line in sequences.read_list(path):
-            name, *part = line.rsplit(maxsplit=1)
-            if not part or not part[0].isdecimal():
-                raise InputError(f"list {path}: {line!r}; expected CLIP.avi and a number")
-            if part == [TEST]:
-                clips.append((path.name.removesuffix(suffix), name.removesuffix(".avi")))
+            name, _, mark = line.rpartition(" ")
+            if mark == TEST:
+                clips.append((path.name.removesuffix(suffix), name.strip().removesuffix(".avi")))
     if not clips:
         raise InputError(f"{folder} holds no CLASS{suffix} with test clips (CLIP.avi {TEST}); give --list")
     return clips
 
 
 def clips_of_list(path: Path) -> list[tuple[str, str]]:
-    """Class and name of each clip, from CLASS/CLIP or from the paths of its poses and frames, wherever those
-    once lay."""
+    """Class and name of each clip, from CLASS/CLIP or from the end of its path, wherever that once was."""
     clips = []
     for line in sequences.read_list(path):
         entry = Path(line.split()[0])
@@ -140,20 +123,13 @@ def read_poses(path: Path) -> Coordinates:
     """(2, J, T) pixels x, y counted from 0. Raises InputError for a file that does not hold such poses."""
     try:
         poses_2JT = np.asarray(loadmat(path)["pos_img"])
-    except KeyError as error:
-        raise InputError(f"annotation {path} holds no pos_img, unlike JHMDB's joint_positions.mat") from error
-    except (OSError, ValueError, TypeError, NotImplementedError, MatReadError, zlib.error) as error:
-        raise InputError(f"annotation {path} cannot be read ({error}); replace it") from error
-    if (
-        poses_2JT.ndim != 3
-        or poses_2JT.shape[:2] != (2, len(JOINTS))
-        or poses_2JT.shape[2] < 2
-        or not np.isfinite(poses_2JT).all()
-    ):
+    except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"annotation {path}: pos_img has shape {poses_2JT.shape}; expected finite numbers of shape "
-            f"(2, {len(JOINTS)}, frames), at least 2 frames"
-        )
+            f"annotation {path} has no pos_img that can be read ({error}); replace it"
+        ) from error
+    if poses_2JT.ndim != 3 or poses_2JT.shape[:2] != (2, len(JOINTS)) or poses_2JT.shape[2] < 2:
+        expected = f"(2, {len(JOINTS)}, frames), at least 2 frames"
+        raise InputError(f"annotation {path}: pos_img has shape {poses_2JT.shape}; expected {expected}")
     return poses_2JT.astype(np.float64) - 1
 
 
@@ -165,10 +141,9 @@ def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation) -> dict[s
     grid = evaluation.model.encoder.grid(*size)
     pixels_per_cell = np.array([width / grid[1], height / grid[0]])
     first_hwC = joint_maps(truth_2JT[..., 0] / pixels_per_cell[:, None], grid, evaluation.arguments.sigma)
-    found = sequences.propagate(frames, size, first_hwC, evaluation)
+    propagated, matches_M4 = sequences.propagate(frames, size, first_hwC, evaluation)
     poses = {
-        variant: poses_from_maps(labels_ThwC, pixels_per_cell)
-        for variant, labels_ThwC in found.labels_ThwC.items()
+        variant: poses_from_maps(labels_ThwC, pixels_per_cell) for variant, labels_ThwC in propagated.items()
     }
     action = frames[0].parent.parent.name
     for variant, pose_2JT in poses.items():
@@ -181,8 +156,8 @@ def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation) -> dict[s
             row: [plots.overlay_pose(picture, pose_2JT[..., t]) for t, picture in enumerate(pictures)]
             for row, pose_2JT in {"truth": truth_2JT, **poses}.items()
         }
-        sequences.draw(sequence.name, pictures, overlays, found.matches_M4, evaluation.output / "figures")
-    return {variant: count_correct(pose_2JT, truth_2JT) for variant, pose_2JT in poses.items()}
+        sequences.draw(sequence.name, pictures, overlays, matches_M4, evaluation.output / "figures")
+    return {variant: metrics.count_correct(pose_2JT, truth_2JT) for variant, pose_2JT in poses.items()}
 
 
 def joint_maps(joints_2J: npt.ArrayLike, grid: tuple[int, int], sigma: float = 0.5) -> Tensor:
@@ -192,57 +167,43 @@ def joint_maps(joints_2J: npt.ArrayLike, grid: tuple[int, int], sigma: float = 0
     sigma; a joint whose Gaussian lies outside the grid has an empty map. The background is 1 where no joint
     is. (Newell's drawing, as github ajabri/videowalk uses it, but rounded alike at all borders.)
     """
-    height, width = grid
-    joints_2J = np.asarray(joints_2J, dtype=np.float64)
-    maps_HWJ = np.zeros((height, width, joints_2J.shape[1]), dtype=np.float32)
-    offset_S = np.arange(int(np.ceil(6 * sigma + 1))) - (6 * sigma + 1) // 2
-    bell_SS = np.exp(-(offset_S[:, None] ** 2 + offset_S**2) / (2 * sigma**2))
-    for joint, (x, y) in enumerate(joints_2J.T):
-        left, top = math.floor(x - 3 * sigma), math.floor(y - 3 * sigma)
-        right, bottom = math.floor(x + 3 * sigma + 1), math.floor(y + 3 * sigma + 1)
-        if left >= width or top >= height or right < 0 or bottom < 0:
-            continue
-        rows, columns = slice(max(0, top), min(bottom, height)), slice(max(0, left), min(right, width))
-        maps_HWJ[rows, columns, joint] = bell_SS[
-            rows.start - top : rows.stop - top, columns.start - left : columns.stop - left
-        ]
-    maps = torch.from_numpy(maps_HWJ)
-    background = (maps.sum(-1, keepdim=True) == 0).float()
-    return torch.cat([background, maps], dim=-1)
+    middle = (6 * sigma + 1) // 2
+
+    def offsets(position_J: Coordinates, cells: int) -> Coordinates:
+        """(J, cells) distances from the peak along one side, infinite beyond 3 sigma."""
+        first_J1 = np.floor(position_J - 3 * sigma)[:, None]
+        end_J1 = np.floor(position_J + 3 * sigma + 1)[:, None]
+        cell = np.arange(cells)
+        return np.where((first_J1 <= cell) & (cell < end_J1), cell - first_J1 - middle, np.inf)
+
+    x_J, y_J = np.asarray(joints_2J, dtype=np.float64)
+    x_J1w, y_Jh1 = offsets(x_J, grid[1])[:, None], offsets(y_J, grid[0])[..., None]
+    maps_Jhw = torch.from_numpy(np.exp(-(y_Jh1**2 + x_J1w**2) / (2 * sigma**2))).float()
+    background_1hw = (maps_Jhw.sum(0, keepdim=True) == 0).float()
+    return torch.cat([background_1hw, maps_Jhw]).movedim(0, -1).contiguous()
 
 
-def joints_from_maps(maps_HWJ: Tensor, cells: int = 5) -> Tensor:
-    """(2, J) x, y in cells of the joints of (h, w, 1 + J) maps: the mean of the top `cells`, by weight.
+def poses_from_maps(maps_ThwC: Tensor, pixels_per_cell: Coordinates, cells: int = 5) -> Coordinates:
+    """(2, J, T) pixels x, y counted from 0: the mean of the top `cells`, by weight.
 
     A joint whose map is zero everywhere is not found: -1, -1.
     """
-    height, width, channels = maps_HWJ.shape
-    maps_NJ = maps_HWJ[..., 1:].reshape(height * width, channels - 1)
-    weight_CJ, cell_CJ = maps_NJ.topk(min(cells, len(maps_NJ)), dim=0)
-    total_J = weight_CJ.sum(0)
-    x_J = (cell_CJ % width * weight_CJ).sum(0) / total_J
-    y_J = (cell_CJ // width * weight_CJ).sum(0) / total_J
-    joints_2J = torch.stack([x_J, y_J])
-    joints_2J[:, maps_NJ.sum(0) == 0] = -1
-    return joints_2J
-
-
-def poses_from_maps(maps_ThwC: Tensor, pixels_per_cell: Coordinates) -> Coordinates:
-    """(2, J, T) pixels x, y counted from 0, -1 where a joint was not found."""
-    cells_2JT = (
-        torch.stack([joints_from_maps(maps_hwC) for maps_hwC in maps_ThwC.cpu()], dim=-1).double().numpy()
+    width = maps_ThwC.shape[2]
+    maps_TNJ = maps_ThwC[..., 1:].flatten(1, 2).cpu()
+    weight_TCJ, cell_TCJ = maps_TNJ.topk(min(cells, maps_TNJ.shape[1]), dim=1)
+    x_TJ, y_TJ = (
+        (position_TCJ * weight_TCJ).sum(1) / weight_TCJ.sum(1)
+        for position_TCJ in (cell_TCJ % width, cell_TCJ // width)
     )
-    return np.where(cells_2JT < 0, -1, cells_2JT * pixels_per_cell[:, None, None])
-
-
-def measure_name(threshold: float) -> str:
-    return f"PCK@{threshold}"
+    cells_2JT = torch.stack([x_TJ.T, y_TJ.T]).double().numpy()
+    is_found_JT = (maps_TNJ.sum(1) != 0).T.numpy()
+    return np.where(is_found_JT, cells_2JT * pixels_per_cell[:, None, None], -1)
 
 
 def summarise(percent: Coordinates) -> dict[str, float]:
     """Mean over the joints at each threshold, and each joint at the smallest."""
-    means = dict(zip(map(measure_name, THRESHOLDS), mean_over_joints(percent).tolist(), strict=True))
-    smallest = measure_name(THRESHOLDS[0])
-    return means | {
-        f"{smallest} {joint}": float(value) for joint, value in zip(JOINTS, percent[0], strict=True)
+    means = zip(MEASURES, metrics.mean_over_joints(percent).tolist(), strict=True)
+    smallest = {
+        f"{MEASURES[0]} {joint}": float(value) for joint, value in zip(JOINTS, percent[0], strict=True)
     }
+    return {**dict(means), **smallest}

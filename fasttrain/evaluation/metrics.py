@@ -85,9 +85,7 @@ def _share_within(reach: int, points_M2: npt.NDArray[np.int64], others_M2: npt.N
 def _pair(mask: npt.ArrayLike | Tensor, truth: npt.ArrayLike | Tensor) -> tuple[Mask, Mask]:
     mask_HW, truth_HW = np.asarray(mask).astype(bool), np.asarray(truth).astype(bool)
     if mask_HW.ndim != 2 or mask_HW.shape != truth_HW.shape:
-        raise InputError(
-            f"mask of shape {mask_HW.shape} against truth of shape {truth_HW.shape}; expected (H, W)"
-        )
+        raise InputError(f"masks of shapes {mask_HW.shape} and {truth_HW.shape}; expected the same (H, W)")
     return mask_HW, truth_HW
 
 
@@ -144,7 +142,6 @@ THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
 # Size of a person: this share of the diagonal of the box around the joints.
 PERSON_SHARE = 0.6
 
-Coordinates = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 
 
@@ -174,8 +171,8 @@ def count_correct(
     """Correct keypoints (thresholds, joints) and found ones (joints,) of one video; see `pck`."""
     prediction_2JT, truth_2JT = np.asarray(prediction, dtype=float), np.asarray(truth, dtype=float)
     if prediction_2JT.shape != truth_2JT.shape or prediction_2JT.ndim != 3 or len(prediction_2JT) != 2:
-        shapes = f"{prediction_2JT.shape} against {truth_2JT.shape}"
-        raise InputError(f"poses of shape {shapes}; expected (2, joints, frames) in both")
+        shapes = f"{prediction_2JT.shape} and {truth_2JT.shape}"
+        raise InputError(f"poses of shapes {shapes}; expected the same (2, joints, frames)")
     found_JT = prediction_2JT[0] >= 0
     lowest_2T = np.where(found_JT, truth_2JT, np.inf).min(1)
     highest_2T = np.where(found_JT, truth_2JT, -np.inf).max(1)
@@ -315,7 +312,6 @@ def hold_out(labels_N: Tensor, share: float = 0.2) -> Tensor:
 # Shape suffixes: T frames, P predicted segments, Y true segments, C classes.
 
 Labels = npt.NDArray[np.integer]
-Probabilities = npt.NDArray[np.floating]
 
 OVERLAPS = (0.10, 0.25, 0.50)
 # The thresholds of THUMOS14 and of ActivityNet.
@@ -343,7 +339,7 @@ def segments(labels_T: Labels, background: Collection[int] = ()) -> list[Segment
 
 
 def scored_segments(
-    labels_T: Labels, probabilities_TC: Probabilities, background: Collection[int] = ()
+    labels_T: Labels, probabilities_TC: npt.NDArray[np.floating], background: Collection[int] = ()
 ) -> list[Segment]:
     """The segments of predicted labels, each with the mean probability of its label over its frames."""
     return [

@@ -39,14 +39,12 @@ def propagate_labels(
     affinity. Call it outside autocast: rounded affinities choose other keys. Raises InputError for shapes or
     settings that cannot be propagated, and for features that are not finite.
     """
-    if features_THWD.ndim != 4 or 0 in features_THWD.shape:
+    shape, labels_shape = tuple(features_THWD.shape), tuple(first_labels_HWC.shape)
+    if len(shape) != 4 or 0 in shape or len(labels_shape) != 3 or labels_shape[:2] != shape[1:3]:
         raise InputError(
-            f"features have shape {tuple(features_THWD.shape)}; expected a non-empty (T, H, W, D)"
+            f"features have shape {shape}, first labels {labels_shape}; expected a non-empty (T, H, W, D) "
+            "and (H, W, classes)"
         )
-    grid = features_THWD.shape[1:3]
-    if first_labels_HWC.ndim != 3 or first_labels_HWC.shape[:2] != grid:
-        found = tuple(first_labels_HWC.shape)
-        raise InputError(f"first labels have shape {found}; expected {tuple(grid)} + (classes,)")
     first_labels_HWC = first_labels_HWC.to(features_THWD.device, torch.float32)
     propagator = Propagator(features_THWD[0], first_labels_HWC, context, radius, topk, temperature)
     return torch.stack([first_labels_HWC, *map(propagator.step, features_THWD[1:])])
@@ -146,10 +144,8 @@ def _strips(long: int, short: int, radius: float, context: int, device: torch.de
 
 def check_settings(context: int, radius: float, topk: int, temperature: float) -> None:
     """Raises InputError for settings that nothing can be propagated with."""
-    for name, value in (("context", context), ("topk", topk)):
-        if value < 1:
-            raise InputError(f"{name} is {value}; expected an integer of at least 1")
-    if not radius >= 0:
-        raise InputError(f"radius is {radius}; expected a number of at least 0")
-    if not temperature > 0:
-        raise InputError(f"temperature is {temperature}; expected a number above 0")
+    if not (context >= 1 and topk >= 1 and radius >= 0 and temperature > 0):
+        raise InputError(
+            f"context {context}, topk {topk}, radius {radius}, temperature {temperature}: context and topk "
+            "must be at least 1, radius at least 0, temperature above 0"
+        )

@@ -34,6 +34,8 @@ PICTURE_HEIGHT = 480
 ARROWS = 48
 
 LabelMap = npt.NDArray[np.uint8]
+# As `find_matches` finds them and `plots.correspondence_arrows` draws them.
+Matches = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -59,15 +61,6 @@ class Evaluation:
     def size(self, height: int, width: int) -> tuple[int, int]:
         """The nearest size of frames that the encoder takes."""
         return fit_to_patches((height, width), self.model.encoder.patch_size)
-
-
-@dataclass(frozen=True)
-class Propagated:
-    """What one pass over a sequence gives, per variant: soft labels, on the device, and matched cells."""
-
-    labels_ThwC: dict[str, Tensor]
-    matches_M4: dict[str, npt.NDArray[np.float64]]
-    """From the first frame to the middle one, as `plots.correspondence_arrows` takes them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, topk: int) -> None:
@@ -97,18 +90,12 @@ def evaluate_all(
 ) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """What `evaluate` returns of every sequence, by name, and facts for the JSON; on the main process.
 
-    The `notes` of the sequences are printed, and end up among the facts. Raises InputError, on the process
-    that met it, for a sequence that cannot be evaluated, and on all for settings that nothing can be
-    propagated with.
+    The `notes` of the sequences are printed and end up among the facts. Raises InputError for settings that
+    nothing can be propagated with and for a sequence that cannot be evaluated.
     """
     check_settings(arguments.context, arguments.radius, arguments.topk, arguments.temperature)
-    evaluation = Evaluation(
-        arguments=arguments,
-        model=model,
-        output=output,
-        device=world.device,
-        drawn={sequences[i].name for i in evenly_spaced(len(sequences), max(0, arguments.pictures))},
-    )
+    drawn = {sequences[i].name for i in evenly_spaced(len(sequences), max(0, arguments.pictures))}
+    evaluation = Evaluation(arguments=arguments, model=model, output=output, device=world.device, drawn=drawn)
     share, mine = world.shard(sequences), {}
     with Progress("sequences", len(share), enabled=world.is_main) as progress:
         try:
@@ -129,36 +116,35 @@ def evaluate_all(
 
 def propagate(
     frames: Sequence[Path], size: tuple[int, int], first_labels_hwC: Tensor, evaluation: Evaluation
-) -> Propagated:
-    """Soft labels of every frame, each encoded at `size` once and forgotten after `context` frames.
+) -> tuple[dict[str, Tensor], dict[str, Matches]]:
+    """Per variant the soft labels (T, h, w, C) of every frame, and matches of the first frame and the middle.
 
-    Raises InputError for a frame that cannot be read and for settings that cannot be propagated.
+    Every frame is encoded at `size` once. Raises InputError for a frame that cannot be read.
     """
     model, options = evaluation.model, evaluation.arguments
     settings = options.context, options.radius, options.topk, options.temperature
     first_labels_hwC = first_labels_hwC.to(evaluation.device)
-    middle = len(frames) // 2
     propagators: dict[str, Propagator] = {}
-    labels: dict[str, list[Tensor]] = {}
-    firsts: dict[str, Tensor] = {}
-    matches: dict[str, npt.NDArray[np.float64]] = {}
+    labels = {variant: [first_labels_hwC] for variant in model.variants}
+    matched: dict[str, list[Tensor]] = {variant: [] for variant in model.variants}
     pixels = map_ahead(lambda path: resize(read_image(path), size), frames)
     for number, frame_3HW in enumerate(pixels):
         for variant, tokens_1ND in model.tokens(frame_3HW[None].to(evaluation.device)).items():
             tokens_hwD = tokens_1ND[0].unflatten(0, model.encoder.grid(*size))
             if number == 0:
                 propagators[variant] = Propagator(tokens_hwD, first_labels_hwC, *settings)
-                labels[variant], firsts[variant] = [first_labels_hwC], tokens_hwD
             else:
                 labels[variant].append(propagators[variant].step(tokens_hwD))
-            if number == middle:
-                matches[variant] = find_matches(firsts[variant], tokens_hwD, first_labels_hwC)
-    return Propagated({variant: torch.stack(maps) for variant, maps in labels.items()}, matches)
+            if number in (0, len(frames) // 2):
+                matched[variant].append(tokens_hwD)
+    matches = {
+        variant: find_matches(first_hwD, middle_hwD, first_labels_hwC)
+        for variant, (first_hwD, middle_hwD) in matched.items()
+    }
+    return {variant: torch.stack(maps) for variant, maps in labels.items()}, matches
 
 
-def find_matches(
-    first_hwD: Tensor, second_hwD: Tensor, labels_hwC: Tensor, count: int = ARROWS
-) -> npt.NDArray[np.float64]:
+def find_matches(first_hwD: Tensor, second_hwD: Tensor, labels_hwC: Tensor, count: int = ARROWS) -> Matches:
     """(M, 4) centres of labelled cells of the first frame and of the most similar cells of the second.
 
     x, y in the first frame and x, y in the second, as shares of width and height; at most `count` cells,
@@ -166,20 +152,12 @@ def find_matches(
     """
     height, width = first_hwD.shape[:2]
     labelled_M = labels_hwC.flatten(0, 1).argmax(-1).nonzero().flatten()
-    chosen_M = labelled_M[
-        torch.tensor(evenly_spaced(len(labelled_M), count), device=labelled_M.device).long()
-    ]
+    chosen_M = labelled_M[evenly_spaced(len(labelled_M), count)]
     query_MD = functional.normalize(first_hwD.flatten(0, 1)[chosen_M].float(), dim=-1)
     found_M = (query_MD @ functional.normalize(second_hwD.flatten(0, 1).float(), dim=-1).T).argmax(-1)
-    columns = [
-        column
-        for cells in (chosen_M, found_M)
-        for column in (
-            (cells % width + 0.5) / width,
-            (cells.div(width, rounding_mode="floor") + 0.5) / height,
-        )
-    ]
-    return torch.stack(columns, dim=1).cpu().double().numpy()
+    cells_M2 = torch.stack([chosen_M, found_M], dim=1)
+    x_M2, y_M2 = (cells_M2 % width + 0.5) / width, (cells_M2 // width + 0.5) / height
+    return torch.stack([x_M2, y_M2], dim=-1).flatten(1).cpu().double().numpy()
 
 
 def soft_labels(labels_HW: LabelMap, grid: tuple[int, int], classes: int) -> Tensor:
@@ -201,7 +179,7 @@ def save_masks(
     sequence: VideoSequence,
     masks: dict[str, list[LabelMap]],
     truth: Sequence[LabelMap],
-    matches_M4: dict[str, npt.NDArray[np.float64]],
+    matches_M4: dict[str, Matches],
     evaluation: Evaluation,
 ) -> None:
     """Masks per variant as palette PNGs, named as the annotations are; pictures, where they are wanted."""
@@ -228,7 +206,7 @@ def draw(
     name: str,
     frames: list[Frame],
     overlays: dict[str, list[Frame]],
-    matches_M4: dict[str, npt.NDArray[np.float64]],
+    matches_M4: dict[str, Matches],
     folder: Path,
 ) -> None:
     """A contact sheet with a row per kind of overlay, a short film of the predicted ones, and the arrows."""
@@ -248,17 +226,13 @@ def draw(
 
 def shrink(frame_HWC: Frame) -> Frame:
     """The frame at PICTURE_HEIGHT at most."""
-    height, width = frame_HWC.shape[:2]
-    if height <= PICTURE_HEIGHT:
-        return frame_HWC
-    size = (max(1, round(width * PICTURE_HEIGHT / height)), PICTURE_HEIGHT)
-    return np.asarray(Image.fromarray(frame_HWC).resize(size, Image.Resampling.BILINEAR))
+    picture = Image.fromarray(frame_HWC)
+    picture.thumbnail((picture.width, PICTURE_HEIGHT), Image.Resampling.BILINEAR, reducing_gap=None)
+    return np.asarray(picture)
 
 
 def resize_labels(labels_HW: LabelMap, size: tuple[int, ...]) -> LabelMap:
     """A label map at another height and width, from the nearest pixels."""
-    if labels_HW.shape == tuple(size):
-        return labels_HW
     resized = Image.fromarray(labels_HW).resize((size[1], size[0]), Image.Resampling.NEAREST)
     return np.asarray(resized)
 
@@ -266,21 +240,20 @@ def resize_labels(labels_HW: LabelMap, size: tuple[int, ...]) -> LabelMap:
 def find_pairs(name: str, frames: Path, annotations: Path, fewest: int) -> VideoSequence:
     """The JPEG frames of a folder and the annotation `STEM.png` of each.
 
-    Raises InputError for too few, and for a frame or an annotation that is missing.
+    Raises InputError for too few frames, and for a frame or an annotation without the other.
     """
-    images = numbered(frames, ".jpg")
+    images, masks = numbered(frames, ".jpg"), numbered(annotations, ".png")
     if len(images) < fewest:
         raise InputError(
             f"sequence {name} has {len(images)} frames; expected at least {fewest}, replace or unlist it"
         )
-    wanted = [annotations / f"{image.stem}.png" for image in images]
-    missing = [path for path in wanted if not path.is_file()]
-    if missing:
-        raise InputError(f"sequence {name}: annotation {missing[0]} is missing ({len(missing)} in all)")
-    surplus = sorted(set(numbered(annotations, ".png")) - set(wanted))
-    if surplus:
-        raise InputError(f"sequence {name}: frame {surplus[0].stem} is annotated, but its image is missing")
-    return VideoSequence(name, images, wanted)
+    single = {path.stem for path in images} ^ {path.stem for path in masks}
+    if single:
+        raise InputError(
+            f"sequence {name}: {min(single)} lacks its image or its annotation ({len(single)} such frames); "
+            f"look into {frames} and {annotations}"
+        )
+    return VideoSequence(name, images, masks)
 
 
 def read_list(path: Path) -> list[str]:
@@ -292,10 +265,11 @@ def read_list(path: Path) -> list[str]:
 
 
 def numbered(folder: Path, suffix: str) -> list[Path]:
-    """A folder's files of a kind in order. Copies made on a Mac have a hidden `._NAME` beside every NAME."""
-    paths = (path for path in folder.glob(f"*{suffix}") if not path.name.startswith("."))
-    # By number: frame 10 comes after frame 9 where names have no leading zeros, too.
-    return sorted(paths, key=lambda path: (len(path.stem), path.stem))
+    """A folder's files of a kind, by number: frame 10 comes after frame 9 without leading zeros, too.
+
+    Copies made on a Mac have a hidden `._NAME` beside every NAME, which is left out.
+    """
+    return sorted(folder.glob(f"[!.]*{suffix}"), key=lambda path: (len(path.stem), path.stem))
 
 
 def require(paths: Iterable[Path], data_set: str) -> None:

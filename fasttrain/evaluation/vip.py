@@ -13,7 +13,7 @@ import numpy as np
 
 from fasttrain.data.map_ahead import map_ahead
 from fasttrain.distributed import World
-from fasttrain.errors import InputError
+from fasttrain.errors import InputError, check_options
 from fasttrain.evaluation import sequences
 from fasttrain.evaluation.frames import read_image, read_label_map
 from fasttrain.evaluation.metrics import class_iou, confusion
@@ -48,11 +48,8 @@ def run(
     arguments: argparse.Namespace, model: EvaluatedModel, output: Path, world: World
 ) -> dict[str, Any] | None:
     """Figures of all videos, on the main process."""
-    if arguments.long_side < SHORT_SIDE_STEP:
-        raise InputError(f"--long-side {arguments.long_side}: expected at least {SHORT_SIDE_STEP}")
+    check_options(arguments, long_side=SHORT_SIDE_STEP)
     found = find_sequences(arguments.root, arguments.subset, arguments.list)
-    for sequence in found:
-        read_parts(sequence.annotations[0])
     evaluated = sequences.evaluate_all(found, evaluate_sequence, arguments, model, output, world)
     if evaluated is None:
         return None
@@ -102,22 +99,19 @@ def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation) -> dict[s
     height, width, _ = read_image(sequence.frames[0]).shape
     size = evaluation.size(*encoded_size(height, width, evaluation.arguments.long_side))
     first_HW = np.where(truth[0] == VOID, 0, truth[0]).astype(np.uint8)
-    notes = []
-    if not first_HW.any():
-        notes.append(f"video {sequence.name}: no part is labelled in the first frame, so none is propagated")
     first_hwC = soft_labels(
         resize_labels(first_HW, size), evaluation.model.encoder.grid(*size), classes=len(CLASSES)
     )
-    found = sequences.propagate(sequence.frames, size, first_hwC, evaluation)
+    propagated, matches_M4 = sequences.propagate(sequence.frames, size, first_hwC, evaluation)
     masks = {
         variant: [
             resize_labels(hard_labels(labels_hwC, size), truth_HW.shape)
             for labels_hwC, truth_HW in zip(labels_ThwC, truth, strict=True)
         ]
-        for variant, labels_ThwC in found.labels_ThwC.items()
+        for variant, labels_ThwC in propagated.items()
     }
-    sequences.save_masks(sequence, masks, truth, found.matches_M4, evaluation)
-    return {"notes": notes} | {
+    sequences.save_masks(sequence, masks, truth, matches_M4, evaluation)
+    return {
         variant: np.sum([confusion(*pair, len(CLASSES)) for pair in zip(maps, truth, strict=True)], axis=0)
         for variant, maps in masks.items()
     }

@@ -158,7 +158,7 @@ def test_bad_lists(train: str, test: str, part: str, tmp_path: Path) -> None:
 
 
 def test_wrong_layouts(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds no lists that are known; choose with --dataset"):
+    with pytest.raises(InputError, match="holds the lists of no layout that is known; choose with --dataset"):
         read(tmp_path)
     for layout, part in (
         ("ucf101", "classInd.txt"),
@@ -201,7 +201,6 @@ KINETICS = "label,youtube_id,time_start,time_end,split"
             {"labels.json": '{"A": "0"}', "train.json": '[{"id": "1"}]', "validation.json": "[]"},
             "expected objects with id and template",
         ),
-        ({"labels.json": '{"A": "first"}'}, "'A'; expected a number"),
         ({"labels.json": '{"A": '}, "labels.json cannot be read"),
     ],
 )

@@ -141,14 +141,13 @@ def test_on_a_gpu() -> None:
 @pytest.mark.parametrize(
     ("features", "first", "options", "message"),
     [
-        ((3, 4, 8), (4, 4, 2), {}, "features have shape"),
-        ((3, 4, 4, 0), (4, 4, 2), {}, "features have shape"),
-        ((3, 4, 4, 8), (4, 5, 2), {}, "first labels have shape"),
-        ((3, 4, 4, 8), (4, 4, 2), {"context": 0}, "context is 0"),
-        ((3, 4, 4, 8), (4, 4, 2), {"topk": 0}, "topk is 0"),
-        ((3, 4, 4, 8), (4, 4, 2), {"radius": -1.0}, "radius is -1"),
-        ((3, 4, 4, 8), (4, 4, 2), {"radius": float("nan")}, "radius is nan"),
-        ((3, 4, 4, 8), (4, 4, 2), {"temperature": 0.0}, "temperature is 0"),
+        ((3, 4, 8), (4, 4, 2), {}, r"features have shape \(3, 4, 8\)"),
+        ((3, 4, 4, 0), (4, 4, 2), {}, r"features have shape \(3, 4, 4, 0\)"),
+        ((3, 4, 4, 8), (4, 5, 2), {}, r"first labels \(4, 5, 2\)"),
+        ((3, 4, 4, 8), (4, 4, 2), {"context": 0}, "context 0, .* must be at least 1"),
+        ((3, 4, 4, 8), (4, 4, 2), {"topk": 0}, "topk 0, .* must be at least 1"),
+        ((3, 4, 4, 8), (4, 4, 2), {"radius": float("nan")}, "radius nan, .* radius at least 0"),
+        ((3, 4, 4, 8), (4, 4, 2), {"temperature": 0.0}, "temperature 0.0: .* above 0"),
     ],
 )
 def test_bad_input(features: tuple, first: tuple, options: dict, message: str) -> None:
