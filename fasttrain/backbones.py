@@ -34,7 +34,7 @@ Resize = Literal["plain", "offset", "antialias"]
 class Family:
     """What sets one family apart, after its authors' code (as republished in github.com/yafeng19/Co-Settle).
 
-    container, prefix: the entry of a published checkpoint that holds the state dict, if there is one, and the
+    containers, prefix: the entries of published checkpoints that may hold the state dict, and the
         prefix of the encoder's keys in it.
     vit: arguments to timm's VisionTransformer beyond the sizes.
     layer_norm_eps: of every LayerNorm.
@@ -47,7 +47,7 @@ class Family:
     projection_init: how the published code initialises the head for this family.
     """
 
-    container: str
+    containers: tuple[str, ...]
     prefix: str = ""
     vit: dict[str, Any] = field(default_factory=dict)
     layer_norm_eps: float = 1e-6
@@ -59,25 +59,27 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "mae": Family("model", sincos="column", projection_init="xavier_uniform"),
-    "ijepa": Family("encoder", vit={"class_token": False}, sincos="column", norm_plain=False),
+    "mae": Family(("model",), sincos="column", projection_init="xavier_uniform"),
+    "ijepa": Family(("encoder",), vit={"class_token": False}, sincos="column", norm_plain=False),
     "clip": Family(
-        "state_dict",
+        ("state_dict",),
         "visual.",
         vit={"pre_norm": True, "act_layer": QuickGELU},
         layer_norm_eps=1e-5,
         resize="antialias",
         projection_init="default",
     ),
-    "blip": Family("model", "visual_encoder.", resize="antialias", resize_once="plain"),
-    "mocov3": Family("state_dict", "momentum_encoder.", sincos="row", projection_init="xavier_uniform"),
-    "ibot": Family("state_dict"),
-    "dino": Family("teacher", "backbone."),
-    "dinov2": Family("teacher", "backbone.", vit={"reg_tokens": 4, "init_values": 1.0}, resize="antialias"),
+    "blip": Family(("model",), "visual_encoder.", resize="antialias", resize_once="plain"),
+    "mocov3": Family(("state_dict",), "momentum_encoder.", sincos="row", projection_init="xavier_uniform"),
+    "ibot": Family(("state_dict", "teacher"), "backbone."),
+    "dino": Family(("teacher",), "backbone."),
+    "dinov2": Family(
+        ("teacher",), "backbone.", vit={"reg_tokens": 4, "init_values": 1.0}, resize="antialias"
+    ),
 }
 
 # A ViT named after a timm model: timm's own construction and its way of resizing positions.
-_TIMM = Family("state_dict", resize="antialias")
+_TIMM = Family(("state_dict",), resize="antialias")
 
 
 def load_backbone(
@@ -117,7 +119,7 @@ def load_backbone(
         if weights == "random":
             vit = build(img_size=image_size, **given)
         else:
-            state = load_encoder_weights(weights, family.container, family.prefix)
+            state = load_encoder_weights(weights, family.containers, family.prefix)
             vit = build(**((_sizes(state) if name in FAMILIES else {}) | given))
             _fill(vit, state, f"weights {weights} do not fit {name}")
     return Backbone(vit, family, name=name, weights=weights, image_size=image_size)

@@ -66,10 +66,10 @@ _TIMM_NAMES = [
 ]
 
 
-def load_encoder_weights(weights: str, container: str, prefix: str) -> StateDict:
+def load_encoder_weights(weights: str, containers: tuple[str, ...], prefix: str) -> StateDict:
     """The encoder's tensors at `weights`, float32 on the CPU, in the names of timm's VisionTransformer.
 
-    `weights` is one of `SOURCES` but `random`. The state dict is the checkpoint's entry `container` or, as in
+    `weights` is one of `SOURCES` but `random`. The state dict is the first of the checkpoint's `containers` or, as in
     the paper's release of every family, `model`, else the checkpoint itself. If any of its keys starts with
     `prefix`, only those keys are the encoder's. Raises InputError where the weights cannot be had or hold no
     state dict.
@@ -78,7 +78,7 @@ def load_encoder_weights(weights: str, container: str, prefix: str) -> StateDict
         checkpoint: Any = _load_timm(weights)
     else:
         checkpoint = read_checkpoint(find_file(weights))
-    state = find_state_dict(checkpoint, weights, (container, "model"))
+    state = find_state_dict(checkpoint, weights, (*containers, "model"))
     if any(key.startswith(prefix) for key in state):
         state = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
     tensors = {_timm_name(key): t.float() for key, t in state.items() if not _NOT_ENCODER.match(key)}

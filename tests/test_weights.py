@@ -86,6 +86,11 @@ def in_block_chunks(state: dict[str, Tensor]) -> dict[str, Any]:
     return {"teacher": {f"backbone.{re.sub('^blocks.', 'blocks.0.', k)}": t for k, t in state.items()}}
 
 
+def of_the_teacher(state: dict[str, Tensor]) -> dict[str, Any]:
+    student = {f"module.backbone.{k}": t + 1 for k, t in state.items()}
+    return {"student": student, "teacher": {f"backbone.{k}": t for k, t in state.items()}}
+
+
 def beside_the_online_encoder(state: dict[str, Tensor]) -> dict[str, Any]:
     momentum = {f"module.momentum_encoder.{k}": t for k, t in state.items()}
     return {"state_dict": momentum | {f"module.base_encoder.{k}": t + 1 for k, t in state.items()}}
@@ -102,6 +107,7 @@ def with_other_parts(state: dict[str, Tensor]) -> dict[str, Any]:
     [
         ("dinov2", {"init_values": 1.0}, in_block_chunks),
         ("mocov3", {}, beside_the_online_encoder),
+        ("ibot", {}, of_the_teacher),
         ("mae", {}, with_other_parts),
     ],
 )
