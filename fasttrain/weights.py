@@ -69,10 +69,10 @@ _TIMM_NAMES = [
 def load_encoder_weights(weights: str, containers: tuple[str, ...], prefix: str) -> StateDict:
     """The encoder's tensors at `weights`, float32 on the CPU, in the names of timm's VisionTransformer.
 
-    `weights` is one of `SOURCES` but `random`. The state dict is the first of the checkpoint's `containers` or, as in
-    the paper's release of every family, `model`, else the checkpoint itself. If any of its keys starts with
-    `prefix`, only those keys are the encoder's. Raises InputError where the weights cannot be had or hold no
-    state dict.
+    `weights` is one of `SOURCES` but `random`. The state dict is the first entry of the checkpoint that is
+    named in `containers` or, as in the paper's release of every family, `model`; else the checkpoint itself.
+    If any of its keys starts with `prefix`, only those keys are the encoder's. Raises InputError where the
+    weights cannot be had or hold no state dict.
     """
     if weights.startswith("timm://"):
         checkpoint: Any = _load_timm(weights)
