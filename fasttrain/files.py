@@ -65,28 +65,16 @@ def file_lock(path: Path, refusal: str) -> Iterator[None]:
     Raises:
         InputError: `refusal`, where another process holds it.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
-    with io_errors_as_input_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise InputError(refusal) from None
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(refusal) from None
     try:
         yield
     finally:
         lock.release()
-
-
-@contextmanager
-def io_errors_as_input_errors(folder: Path) -> Iterator[None]:
-    """A full disk or a folder that may not be written is an InputError: one line for the user."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"{folder} cannot be written: {os_reason(error)}; the same command continues from there"
-        ) from None
 
 
 def read_lines(path: Path, expected: str = "a text file in UTF-8") -> list[str]:

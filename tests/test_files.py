@@ -1,6 +1,5 @@
 """Files of a user's folder: whole or not at all, one process at a time, lines as files end them."""
 
-import errno
 import os
 import subprocess
 import sys
@@ -11,7 +10,6 @@ import pytest
 from fasttrain.errors import InputError
 from fasttrain.files import (
     file_lock,
-    io_errors_as_input_errors,
     open_atomically,
     read_lines,
     write_atomically,
@@ -48,17 +46,6 @@ def test_a_lock_is_held_by_one_process_and_freed_by_its_death(tmp_path: Path) ->
             pass
         holder.communicate("")
     with file_lock(path, "taken"):
-        pass
-
-
-def test_an_error_of_the_system_is_one_line(tmp_path: Path) -> None:
-    with (
-        pytest.raises(InputError, match=f"{tmp_path} cannot be written: no space left on device"),
-        io_errors_as_input_errors(tmp_path),
-    ):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot be written"), file_lock(tmp_path / "file" / "lock", "taken"):
         pass
 
 

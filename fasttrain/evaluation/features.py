@@ -12,7 +12,7 @@ Shape suffixes: V videos, T frames, H W pixels, N tokens, D channels.
 import argparse
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -40,7 +40,7 @@ from fasttrain.evaluation.datasets import (
 )
 from fasttrain.evaluation.frames import centre_crop, stream_frames
 from fasttrain.evaluation.model import EvaluatedModel
-from fasttrain.files import io_errors_as_input_errors, os_reason, write_atomically
+from fasttrain.files import os_reason, write_atomically
 from fasttrain.loggers import Progress
 from fasttrain.weights import hash_state_dict
 
@@ -163,13 +163,17 @@ def extract(
                 key = hashlib.sha256(description.encode() + content).hexdigest()
                 entries[variant] = cache / key[:2] / f"{key}.safetensors"
             missing = {variant: entry for variant, entry in entries.items() if not entry.exists()}
-            if missing:
-                return entries, _encode(videos[name], missing, arguments, model, world.device, encoding)
-            return entries, int(load_file(next(iter(entries.values())))["num_frames"])
+            if not missing:
+                return entries, int(load_file(next(iter(entries.values())))["num_frames"])
+            features, num_frames = _encode(videos[name], missing, arguments, model, world.device, encoding)
         except OSError as error:
             return os_reason(error)
         except UnreadableFrameError as error:
             return f"frame {error.frame}: {error}" if error.frame else str(error)
+        for variant, entry in missing.items():
+            content = {"features": features[variant], "num_frames": torch.tensor(num_frames)}
+            write_atomically(entry, save(content))
+        return entries, num_frames
 
     names = world.shard(sorted(videos))
     found = map_ahead(extract_one, names, workers=arguments.workers or min(16, os.cpu_count() or 1))
@@ -194,20 +198,20 @@ def extract(
 
 def _encode(
     path: StoredVideo,
-    entries: Mapping[str, Path],
+    variants: Iterable[str],
     arguments: argparse.Namespace,
     model: EvaluatedModel,
     device: torch.device,
     encoding: Lock,
-) -> int:
-    """Decode and encode a video, write its entries and return its number of frames.
+) -> tuple[dict[str, Tensor], int]:
+    """Decode and encode a video: its features (T, D) by variant and its number of frames.
 
     Threads decode at the same time and encode one after another, under the lock `encoding`.
     """
     index, video = _open(path)
     num_frames = int(index.num_frames[video])
     frames = stream_frames(index, video, _choose(num_frames, arguments))
-    pooled: dict[str, list[Tensor]] = {variant: [] for variant in entries}
+    pooled: dict[str, list[Tensor]] = {variant: [] for variant in variants}
     # A long video has more frames than fit in memory.
     while crops := [
         centre_crop(frame, arguments.image_size) for frame in islice(frames, arguments.batch_size)
@@ -217,14 +221,12 @@ def _encode(
                 tokens_BND = model.tokens(torch.stack(crops).to(device))
             for variant, parts in pooled.items():
                 parts.append(functional.normalize(tokens_BND[variant], dim=-1).mean(dim=1).cpu())
-    for variant, entry in entries.items():
-        features_TD = torch.cat(pooled[variant])
-        if "num_frames" in arguments:
-            features_TD = features_TD.mean(dim=0, keepdim=True)
-        content = save({"features": features_TD, "num_frames": torch.tensor(num_frames)})
-        with io_errors_as_input_errors(entry.parent):
-            write_atomically(entry, content)
-    return num_frames
+    features = {variant: torch.cat(parts) for variant, parts in pooled.items()}
+    if "num_frames" in arguments:
+        features = {
+            variant: features_TD.mean(dim=0, keepdim=True) for variant, features_TD in features.items()
+        }
+    return features, num_frames
 
 
 def _describe(model: EvaluatedModel, arguments: argparse.Namespace, variant: str) -> str:
