@@ -171,8 +171,8 @@ def extract(
         except UnreadableFrameError as error:
             return f"frame {error.frame}: {error}" if error.frame else str(error)
         for variant, entry in missing.items():
-            content = {"features": features[variant], "num_frames": torch.tensor(num_frames)}
-            write_atomically(entry, save(content))
+            tensors = {"features": features[variant], "num_frames": torch.tensor(num_frames)}
+            write_atomically(entry, save(tensors))
         return entries, num_frames
 
     names = world.shard(sorted(videos))
