@@ -204,9 +204,7 @@ def _find_list(arguments: argparse.Namespace, name: str) -> Path:
     """The published list of this name."""
     found = _find_lists(arguments.root, name)
     if not found:
-        raise InputError(
-            f"no {name} in {arguments.root} or a folder of it; --root must hold the published lists"
-        )
+        raise InputError(f"no {name} in {arguments.root} or a folder of it; --root must hold the lists")
     return found[0]
 
 
@@ -253,9 +251,7 @@ def _read_ucf(arguments: argparse.Namespace) -> _Lists:
 def _read_hmdb(arguments: argparse.Namespace) -> _Lists:
     """One file per class, `NAME.avi MARK`; 1: training, 2: test, 0: in neither."""
     if arguments.train_list or arguments.test_list:
-        raise InputError(
-            "hmdb51 has a list for each class; with --train-list and --test-list, --dataset list"
-        )
+        raise InputError("hmdb51 has a list for each class; --train-list and --test-list are for others")
     ending = f"_test_split{arguments.split}.txt"
     classes: list[str] = []
     marked: dict[str, list[_Entry]] = {"0": [], "1": [], "2": []}

@@ -144,15 +144,15 @@ def propagate(
     return {variant: torch.stack(maps) for variant, maps in labels.items()}, matches
 
 
-def find_matches(first_hwD: Tensor, second_hwD: Tensor, labels_hwC: Tensor, count: int = ARROWS) -> Matches:
+def find_matches(first_hwD: Tensor, second_hwD: Tensor, labels_hwC: Tensor) -> Matches:
     """(M, 4) centres of labelled cells of the first frame and of the most similar cells of the second.
 
-    x, y in the first frame and x, y in the second, as shares of width and height; at most `count` cells,
+    x, y in the first frame and x, y in the second, as shares of width and height; at most ARROWS cells,
     evenly over those whose likeliest label is not the background.
     """
     height, width = first_hwD.shape[:2]
     labelled_M = labels_hwC.flatten(0, 1).argmax(-1).nonzero().flatten()
-    chosen_M = labelled_M[evenly_spaced(len(labelled_M), count)]
+    chosen_M = labelled_M[evenly_spaced(len(labelled_M), ARROWS)]
     query_MD = functional.normalize(first_hwD.flatten(0, 1)[chosen_M].float(), dim=-1)
     found_M = (query_MD @ functional.normalize(second_hwD.flatten(0, 1).float(), dim=-1).T).argmax(-1)
     cells_M2 = torch.stack([chosen_M, found_M], dim=1)

@@ -1,7 +1,6 @@
 """Lists of the published data sets: each is read, and what is wrong with one is a clear line."""
 
 import argparse
-import codecs
 from pathlib import Path
 from typing import Any
 
@@ -63,21 +62,11 @@ def test_ucf101_classes_are_in_the_order_of_their_numbers(tmp_path: Path) -> Non
     assert [(video.path.name, video.label) for video in split.test] == [("a2.mp4", 1), ("b2.mp4", 0)]
 
 
-def test_hmdb51_marks(tmp_path: Path) -> None:
-    touch(tmp_path, "run/x 1.avi", "run/y.avi")
-    (tmp_path / "run_test_split1.txt").write_text("x 1.avi 1 \ny.avi 2 \nz.avi 0 \n")
-    split = read(tmp_path)
-    assert [video.name for video in split.train] == ["run/x 1.avi"]
-    assert [video.name for video in split.test] == ["run/y.avi"]
-
-
 def test_lists_that_are_given_are_read_by_their_suffix(tmp_path: Path) -> None:
     roots = {name: LAYOUTS[name](tmp_path / name) for name in ("kinetics", "ssv2")}
     csv, labels = roots["kinetics"] / "annotations", roots["ssv2"] / "labels"
     split = read(roots["kinetics"], train_list=csv / "train.csv", test_list=csv / "val.csv")
     assert split.layout == "kinetics"
-    # As editors on Windows write it.
-    (labels / "train.json").write_bytes(codecs.BOM_UTF8 + (labels / "train.json").read_bytes())
     split = read(roots["ssv2"], train_list=labels / "train.json", test_list=labels / "validation.json")
     assert split.layout == "ssv2"
     given = lists(tmp_path, "a.mp4 x\n", "b.mp4 x\n")
@@ -87,29 +76,20 @@ def test_lists_that_are_given_are_read_by_their_suffix(tmp_path: Path) -> None:
         read(tmp_path, **given, dataset="hmdb51")
 
 
-def test_numbered_classes_are_in_the_order_of_numbers(tmp_path: Path) -> None:
-    split = read(tmp_path, **lists(tmp_path, "a.mp4 10\nb.mp4 9\n", "c.mp4 9\n"))
-    assert split.classes == ["9", "10"]
-
-
-def test_a_list_may_name_absolute_paths(tmp_path: Path) -> None:
-    given = lists(tmp_path, f"{tmp_path}/a.mp4 x\n", f"{tmp_path}/b.mp4 x\n")
-    (tmp_path / "empty").mkdir()
-    assert read(tmp_path / "empty", **given).train[0].path == tmp_path / "a.mp4"
-
-
-def test_a_list_may_name_videos_that_begin_like_a_comment(tmp_path: Path) -> None:
-    """HMDB51 has such names."""
+def test_plain_lists(tmp_path: Path) -> None:
+    """Numbered classes in the order of numbers, comments, absolute paths, names with # as HMDB51 has them."""
     touch(tmp_path, "#20 Rhythm clap.avi")
-    given = lists(tmp_path, "# a.mp4 x\n#20 Rhythm clap.avi x\n", "b.mp4 x\n")
-    assert [video.name for video in read(tmp_path, **given).train] == ["#20 Rhythm clap.avi"]
+    given = lists(tmp_path, f"# a.mp4 9\n#20 Rhythm clap.avi 10\n{tmp_path}/a.mp4 9\n", "b.mp4 9\n")
+    split = read(tmp_path, **given)
+    assert split.classes == ["9", "10"]
+    assert [video.path for video in split.train] == [tmp_path / "#20 Rhythm clap.avi", tmp_path / "a.mp4"]
 
 
 def test_kinetics_as_its_archives_unpack(tmp_path: Path) -> None:
-    """Without folders of classes; the lists with the mark that some editors put before a text."""
+    """Without folders of classes."""
     for which, video in (("train", "a"), ("val", "b")):
-        lines = f"\ufefflabel,youtube_id,time_start,time_end,split\nclay pottery,{video},1,11,{which}\n"
-        (tmp_path / f"{which}.csv").write_text(lines, encoding="utf-8")
+        lines = f"label,youtube_id,time_start,time_end,split\nclay pottery,{video},1,11,{which}\n"
+        (tmp_path / f"{which}.csv").write_text(lines)
         touch(tmp_path, f"{which}/{video}_000001_000011.mp4")
     split = read(tmp_path)
     assert split.train[0].path == tmp_path / "train/a_000001_000011.mp4"
@@ -160,13 +140,7 @@ def test_bad_lists(train: str, test: str, part: str, tmp_path: Path) -> None:
 def test_wrong_layouts(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds the lists of no layout that is known; choose with --dataset"):
         read(tmp_path)
-    for layout, part in (
-        ("ucf101", "classInd.txt"),
-        ("hmdb51", "_test_split1.txt"),
-        ("kinetics", "train.csv"),
-        ("ssv2", "labels.json"),
-        ("list", "--train-list and --test-list"),
-    ):
+    for layout, part in (("ucf101", "classInd.txt"), ("list", "--train-list and --test-list")):
         with pytest.raises(InputError, match=part):
             read(tmp_path, dataset=layout)
     with pytest.raises(InputError, match=r"nowhere.txt cannot be read"):
