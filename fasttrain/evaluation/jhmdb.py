@@ -163,7 +163,7 @@ def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation) -> dict[s
 def joint_maps(joints_2J: npt.ArrayLike, grid: tuple[int, int], sigma: float = 0.5) -> Tensor:
     """(h, w, 1 + J) float32: for each joint a Gaussian of peak 1 about its cell, behind the background.
 
-    `joints_2J` holds x, y in cells. The peak stands on the nearest cell and the Gaussian is cut off at 3
+    `joints_2J` holds x, y in cells. The peak is at the nearest cell and the Gaussian is cut off at 3
     sigma; a joint whose Gaussian lies outside the grid has an empty map. The background is 1 where no joint
     is. (Newell's drawing, as github ajabri/videowalk uses it, but rounded alike at all borders.)
     """

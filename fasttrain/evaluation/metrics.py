@@ -103,7 +103,7 @@ def mean_iou(
     """Mean over the classes of the intersection over union of all (H, W) label maps together, 0..1.
 
     A class that occurs in no map is left out of the mean; true labels outside 0..num_classes-1 are not
-    counted. Raises InputError where lists or shapes differ or a prediction is no class.
+    counted. Raises InputError where lists or shapes differ or a prediction is not a class.
     """
     if len(predictions) != len(truths):
         raise InputError(f"{len(predictions)} predictions for {len(truths)} truths; expected as many")
@@ -247,7 +247,7 @@ def recall_at(
 # Shape suffixes: S test videos, N training videos, D channels, C classes, K neighbours.
 
 TEMPERATURE = 0.07
-# exp(1 / temperature), the vote of a video like the query, is no number in float64 below 0.0014.
+# exp(1 / temperature), the vote of a video like the query, overflows float64 below 0.0014.
 MIN_TEMPERATURE = 0.0015
 NEIGHBOURS = (10, 20, 100, 200)
 

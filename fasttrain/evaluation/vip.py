@@ -78,7 +78,7 @@ def find_sequences(root: Path, subset: str, listed: Path | None) -> list[VideoSe
 
 
 def read_parts(path: Path) -> LabelMap:
-    """(H, W) classes of one frame; 255 is not scored. Raises InputError for a label that is no class."""
+    """(H, W) classes of one frame; 255 is not scored. Raises InputError for a label that is not a class."""
     labels_HW = read_label_map(path)
     largest = int(labels_HW[labels_HW != VOID].max(initial=0))
     if largest >= len(CLASSES):
