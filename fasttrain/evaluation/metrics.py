@@ -83,7 +83,10 @@ def _share_within(reach: int, points_M2: npt.NDArray[np.int64], others_M2: npt.N
 
 
 def _pair(mask: npt.ArrayLike | Tensor, truth: npt.ArrayLike | Tensor) -> tuple[Mask, Mask]:
-    mask_HW, truth_HW = np.asarray(mask).astype(bool), np.asarray(truth).astype(bool)
+    mask_HW, truth_HW = (
+        np.asarray(array.cpu() if isinstance(array, Tensor) else array).astype(bool)
+        for array in (mask, truth)
+    )
     if mask_HW.ndim != 2 or mask_HW.shape != truth_HW.shape:
         raise InputError(f"masks of shapes {mask_HW.shape} and {truth_HW.shape}; expected the same (H, W)")
     return mask_HW, truth_HW
