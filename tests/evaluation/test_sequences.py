@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -458,3 +459,15 @@ def test_an_output_that_cannot_be_made_is_said_before_the_work(
     (tmp_path / "file").touch()
     words = command("davis", roots["davis"], tmp_path / "file" / "folder")
     assert_one_line(words, "not a directory; give another path", capsys)
+
+
+def test_joint_maps_carry_joints() -> None:
+    joints = np.array([[3.0, 0.0, 9.7, 40.0], [2.0, 0.0, 5.2, 3.0]])
+    maps = joint_maps(joints, (8, 12))
+    assert maps.shape == (8, 12, 5)
+    # In the corner a quarter of the Gaussian is left: weights 1, e^-2, e^-2 and e^-4.
+    corner = math.exp(-2) / (1 + math.exp(-2))
+    # The last joint's Gaussian lies outside the grid.
+    expected = [[3.0, corner, 10.0, -1], [2.0, corner, 5.0, -1]]
+    np.testing.assert_allclose(poses_from_maps(maps[None], np.ones(2))[..., 0], expected, atol=1e-6)
+    assert torch.equal(maps[..., 0] == 1, maps[..., 1:].sum(-1) == 0)
