@@ -23,7 +23,7 @@ from fasttrain.backbones import load_backbone
 from fasttrain.data import FrameIndex, PairLoader
 from fasttrain.data.sampling import PairSampling
 from fasttrain.distributed import World
-from fasttrain.evaluation.plots import write_label_map
+from fasttrain.evaluation.frames import write_label_map
 from fasttrain.projection import Projection
 from fasttrain.recipe import Recipe, TrainRecipe, recipe_from_dict
 from fasttrain.tools.synthetic import Scene, render_scene, write_scene

@@ -1,11 +1,13 @@
-"""Frames as the encoders take them: read, resized or cropped, normalised with the ImageNet mean and std.
+"""Frames: as the encoders take them (read, resized or cropped, normalised), label maps, and short videos.
 
 Shape suffixes: H W pixels, C colours, S side of a crop.
 """
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import av
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -17,6 +19,7 @@ from fasttrain.data.images import IMAGENET_MEAN, IMAGENET_STD, Frame, Unreadable
 from fasttrain.data.index import FrameIndex, VideoIndex
 from fasttrain.data.video import stream_video_frames
 from fasttrain.errors import InputError
+from fasttrain.files import open_atomically
 
 
 def read_image(path: Path) -> Frame:
@@ -43,6 +46,20 @@ def read_label_map(path: Path) -> npt.NDArray[np.uint8]:
         if (channels_HWC == channels_HWC[..., :1]).all():
             return channels_HWC[..., 0]
     raise InputError(f"annotation {path} has mode {image.mode}; expected a palette or grey PNG")
+
+
+def write_label_map(labels_HW: npt.NDArray[Any], path: Path) -> None:
+    """Write a label map (0..255) as palette PNG, the format of the DAVIS and VIP annotations."""
+    image = Image.fromarray(np.asarray(labels_HW).astype(np.uint8), mode="P")
+    image.putpalette(voc_palette().tobytes())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+def voc_palette() -> npt.NDArray[np.uint8]:
+    """(256, 3) colours of label maps, as PASCAL VOC and DAVIS define them: its bits, reversed."""
+    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, count=9, bitorder="little")
+    return np.packbits(bits.reshape(256, 3, 3), axis=1)[:, 0]
 
 
 def stream_frames(index: FrameIndex, video: int, frames: Sequence[int]) -> Iterator[Frame]:
@@ -79,3 +96,18 @@ def normalise(frames_3HW: Tensor) -> Tensor:
     mean = torch.tensor(IMAGENET_MEAN, device=frames_3HW.device)[:, None, None]
     std = torch.tensor(IMAGENET_STD, device=frames_3HW.device)[:, None, None]
     return (frames_3HW.float() / 255 - mean) / std
+
+
+def write_video(frames: Sequence[Frame], path: Path, rate: int = 12, **options: str) -> None:
+    """Encode frames of one size as H.264; odd sizes lose their last row or column.
+
+    rate: frames a second; options: of libx264.
+    """
+    with open_atomically(path) as file, av.open(file, "w", format=path.suffix[1:]) as container:
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "23", **options})
+        stream.height, stream.width = (size // 2 * 2 for size in frames[0].shape[:2])
+        stream.pix_fmt = "yuv420p"
+        for frame_HWC in frames:
+            picture = np.ascontiguousarray(frame_HWC[: stream.height, : stream.width])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())

@@ -1,4 +1,4 @@
-"""Pictures: masks, poses and arrows on frames, short videos, nearest videos, curves and charts.
+"""Pictures: masks, poses and arrows on frames, nearest videos, curves and charts.
 
 Nothing here knows models. Frames are uint8 RGB. Shape suffixes: T frames, H height, W width, C colours or
 classes, J joints, M matches.
@@ -10,7 +10,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import numpy.typing as npt
 from matplotlib import colormaps, rcParams
@@ -22,7 +21,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from fasttrain.data.images import Frame
 from fasttrain.errors import InputError
-from fasttrain.files import open_atomically
+from fasttrain.evaluation.frames import voc_palette
 from fasttrain.loggers import read_records
 
 Labels = npt.NDArray[Any]
@@ -45,20 +44,6 @@ _MAX_NAMES = 40
 
 # A name may hold a dollar sign.
 rcParams["text.parse_math"] = False
-
-
-def voc_palette() -> npt.NDArray[np.uint8]:
-    """(256, 3) colours of label maps, as PASCAL VOC and DAVIS define them: its bits, reversed."""
-    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, count=9, bitorder="little")
-    return np.packbits(bits.reshape(256, 3, 3), axis=1)[:, 0]
-
-
-def write_label_map(labels_HW: Labels, path: Path) -> None:
-    """Write a label map (0..255) as palette PNG, the format of the DAVIS and VIP annotations."""
-    image = Image.fromarray(np.asarray(labels_HW).astype(np.uint8), mode="P")
-    image.putpalette(voc_palette().tobytes())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
 
 
 def overlay_masks(frame_HWC: Frame, labels_HW: Labels) -> Frame:
@@ -103,21 +88,6 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Frame]]], path: Path, tile_
             if picture is not None:
                 axes.imshow(picture)
     _save(figure, path)
-
-
-def write_video(frames: Sequence[Frame], path: Path, rate: int = 12, **options: str) -> None:
-    """Encode frames of one size as H.264; odd sizes lose their last row or column.
-
-    rate: frames a second; options: of libx264.
-    """
-    with open_atomically(path) as file, av.open(file, "w", format=path.suffix[1:]) as container:
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "23", **options})
-        stream.height, stream.width = (size // 2 * 2 for size in frames[0].shape[:2])
-        stream.pix_fmt = "yuv420p"
-        for frame_HWC in frames:
-            picture = np.ascontiguousarray(frame_HWC[: stream.height, : stream.width])
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
 
 
 def correspondence_arrows(rows: Sequence[tuple[str, Frame, Frame, Matches]], path: Path) -> None:

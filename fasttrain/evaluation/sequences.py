@@ -22,7 +22,14 @@ from fasttrain.data.sampling import evenly_spaced
 from fasttrain.distributed import World
 from fasttrain.errors import InputError, LocalInputError
 from fasttrain.evaluation import plots
-from fasttrain.evaluation.frames import Frame, fit_to_patches, read_image, resize
+from fasttrain.evaluation.frames import (
+    Frame,
+    fit_to_patches,
+    read_image,
+    resize,
+    write_label_map,
+    write_video,
+)
 from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.propagation import CONTEXT, RADIUS, TEMPERATURE, Propagator, check_settings
 from fasttrain.files import read_lines
@@ -186,7 +193,7 @@ def save_masks(
     for variant, maps in masks.items():
         folder = evaluation.output / "masks" / variant / sequence.name
         paths = [folder / path.name for path in sequence.annotations]
-        list(map_ahead(lambda one: plots.write_label_map(*one), zip(maps, paths, strict=True)))
+        list(map_ahead(lambda one: write_label_map(*one), zip(maps, paths, strict=True)))
     if sequence.name not in evaluation.drawn:
         return
     frames = list(map_ahead(lambda path: shrink(read_image(path)), sequence.frames))
@@ -215,7 +222,7 @@ def draw(
     plots.contact_sheet(sheet, folder / f"{name}.png")
     predicted = [pictures for row, pictures in overlays.items() if row != "truth"]
     film = [np.concatenate(side_by_side, axis=1) for side_by_side in zip(*predicted, strict=True)]
-    plots.write_video(film, folder / f"{name}.mp4")
+    write_video(film, folder / f"{name}.mp4")
     middle = len(frames) // 2
     arrows = [
         (f"{variant}: frame 1 to frame {middle + 1}", frames[0], frames[middle], matches)

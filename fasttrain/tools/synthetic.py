@@ -51,7 +51,7 @@ def render_scene(
 def write_scene(scene: Scene, path: Path) -> None:
     """Encode the frames as H.264, 24 a second."""
     # Brings Matplotlib, which rendering alone does not need.
-    from fasttrain.evaluation.plots import write_video
+    from fasttrain.evaluation.frames import write_video
 
     # One thread: the file is then the same on every machine with the same encoder.
     write_video(list(scene.frames_THWC), path, rate=24, crf="18", g="12", threads="1")

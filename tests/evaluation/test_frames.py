@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 
 from fasttrain.errors import InputError
-from fasttrain.evaluation.frames import read_label_map
-from fasttrain.evaluation.plots import write_label_map
+from fasttrain.evaluation.frames import read_label_map, write_label_map
 
 
 def test_a_damaged_annotation_is_a_clear_line(tmp_path: Path) -> None:

@@ -33,10 +33,9 @@ from torch.nn import functional
 
 from fasttrain.__main__ import main
 from fasttrain.evaluation import boundary_accuracy, mean_iou, pck, region_similarity
-from fasttrain.evaluation.frames import read_label_map
+from fasttrain.evaluation.frames import read_label_map, write_label_map
 from fasttrain.evaluation.jhmdb import joint_maps, poses_from_maps
 from fasttrain.evaluation.model import EvaluatedModel
-from fasttrain.evaluation.plots import write_label_map
 from fasttrain.evaluation.sequences import Evaluation, find_matches, find_pairs, propagate
 from fasttrain.evaluation.vip import encoded_size
 
