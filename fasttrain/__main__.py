@@ -17,7 +17,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fasttrain.errors import InputError, LocalInputError
 from fasttrain.files import os_reason
@@ -87,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from fasttrain.recipe import keys_table
+
     parser.add_argument("recipe", help="a YAML file, such as recipes/dinov2.yaml")
     parser.add_argument(
         "overrides",
@@ -99,20 +101,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="record a few steps: output/profile gets a Chrome trace and a summary of the time by span",
     )
-    parser.add_argument("--keys", action=PrintKeys, help="print every recipe key as a table and leave")
-
-
-class PrintKeys(argparse.Action):
-    """Like `--version`, needs no recipe beside it; reads the recipe's module only when it is asked."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
-        super().__init__(option_strings, dest, nargs=0, help=help)
-
-    def __call__(self, parser: argparse.ArgumentParser, *unused: Any) -> None:
-        from fasttrain.recipe import keys_table
-
-        print(keys_table())
-        parser.exit()
+    parser.add_argument(
+        "--keys", action="version", version=keys_table(), help="print every recipe key as a table and leave"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -126,20 +117,16 @@ def train(recipe: Recipe, *, profile: bool = False) -> None:
     from fasttrain import distributed
     from fasttrain.trainer import Trainer
 
-    # Imported only where the recipe validates: it brings Matplotlib.
-    validate = None
-    if recipe.eval.every:
-        validate = importlib.import_module("fasttrain.evaluation.consistency").validate
     with distributed.start(recipe.device) as world:
-        trainer = Trainer(recipe, world, validate=validate, profile=profile)
+        trainer = Trainer(recipe, world, profile=profile)
         if trainer.train() and world.is_main:
             try:
                 from fasttrain.evaluation.plots import learning_curves
             except InputError as error:
                 print(f"no learning curves: {error}")
                 return
-            for folder in (backbone.folder for backbone in trainer.backbones):
-                learning_curves([folder], folder / "figures" / "learning.png")
+            for backbone in trainer.backbones:
+                learning_curves([backbone.folder], backbone.folder / "figures" / "learning.png")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ and keeps its traceback.
 """
 
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 
 class InputError(ValueError):
@@ -24,13 +22,3 @@ def check_options(arguments: Namespace, **least: float) -> None:
         # Of several numbers each must be; NaN is below everything.
         if not (min(given) if isinstance(given, list) else given) >= minimum:
             raise InputError(f"--{name.replace('_', '-')} {given}: expected at least {minimum}")
-
-
-@contextmanager
-def needs_extra(*extras: str) -> Iterator[None]:
-    """Around imports of packages that only these extras of the installation bring."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        commands = " or ".join(f"pip install 'fasttrain[{extra}]'" for extra in extras)
-        raise InputError(f"the package {error.name} is not installed; {commands}") from error

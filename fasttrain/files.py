@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -58,23 +58,19 @@ def open_atomically(path: Path, *, fsync: bool = False) -> Iterator[BinaryIO]:
             os.close(folder)
 
 
-@contextmanager
-def file_lock(path: Path, refusal: str) -> Iterator[None]:
-    """Hold the lock file `path`, which is made here and stays. It is free as soon as its process is dead.
+def file_lock(path: Path, refusal: str) -> AbstractContextManager[object]:
+    """Take the lock file `path`, which is made here and stays; the context that is returned frees it.
+
+    A lock is also free as soon as its process is dead.
 
     Raises:
         InputError: `refusal`, where another process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        return FileLock(path).acquire(timeout=0)
     except Timeout:
         raise InputError(refusal) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def read_lines(path: Path, expected: str = "a text file in UTF-8") -> list[str]:

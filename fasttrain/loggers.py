@@ -20,19 +20,17 @@ NON_FINITE = "non-finite loss"
 
 
 class MetricsLog:
-    """`metrics.jsonl` and TensorBoard events of one run folder; does nothing unless `enabled`.
+    """`metrics.jsonl` and TensorBoard events of one run folder.
 
     Lines after `first_step`, which a run that was cut off wrote after its last checkpoint, are removed.
     """
 
-    def __init__(self, folder: Path, *, first_step: int, tensorboard: bool, enabled: bool = True) -> None:
-        self._file, self._writer = None, None
-        if not enabled:
-            return
+    def __init__(self, folder: Path, *, first_step: int, tensorboard: bool) -> None:
         path = folder / "metrics.jsonl"
         kept = [record for record in read_records(path) if record["step"] <= first_step]
         write_atomically(path, "".join(f"{json.dumps(record)}\n" for record in kept).encode())
         self._file = path.open("a", encoding="utf-8")
+        self._writer = None
         if tensorboard:
             # Imported late: it costs a second that a run without it need not pay.
             from torch.utils.tensorboard import SummaryWriter
@@ -42,18 +40,17 @@ class MetricsLog:
 
     def write(self, step: int, record: dict[str, Any]) -> None:
         """Append one line; numbers go to TensorBoard as well."""
-        if self._file is not None:
-            self._file.write(json.dumps({"step": step, **record}) + "\n")
-            self._file.flush()
+        self._file.write(json.dumps({"step": step, **record}) + "\n")
+        self._file.flush()
         if self._writer is not None:
             for name, value in record.items():
                 if isinstance(value, int | float):
                     self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        for opened in (self._file, self._writer):
-            if opened is not None:
-                opened.close()
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 def last_event(folder: Path) -> str | None:

@@ -16,8 +16,6 @@ import math
 import operator
 import os
 import re
-import types
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import field, is_dataclass
@@ -290,7 +288,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     package = Path(__file__).parent
     # Where it lies in an installed package, and in a checkout.
     candidates = (Path(path), package / path, package.parent / path)
-    tree = _read_tree(next((file for file in candidates if file.is_file()), candidates[0]), seen=())
+    tree = _read_tree(next((file for file in candidates if file.is_file()), candidates[0]))
     for override in overrides:
         tree = _override(tree, override)
     return recipe_from_dict(tree)
@@ -302,7 +300,7 @@ def recipe_from_dict(tree: Mapping[str, Any]) -> Recipe:
         # Of JSON, pydantic's strict mode takes mappings as sections and lists as tuples. A date is a string.
         return _RECIPE.validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
-        raise InputError(_first_fault(error)) from None
+        raise InputError(_first_error(error)) from None
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -330,20 +328,14 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     ]
 
 
-def describe_keys() -> list[tuple[str, str, str, str]]:
-    """(dotted path, type, default, meaning) of every key, in the order of the dataclasses."""
-    return [
-        (path, _type_name(key.annotation), json.dumps(key.default), key.description or "")
-        for path, key in _keys(Recipe)
-    ]
-
-
 def keys_table() -> str:
     """Every recipe key with type, default and meaning, as a Markdown table; the README holds it too."""
-    rows = [
-        f"| `{path}` | {kind} | `{default}` | {meaning} |" for path, kind, default, meaning in describe_keys()
-    ]
-    return "\n".join(("| key | type | default | meaning |", "|---|---|---|---|", *rows))
+    lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    for path, key in _keys(Recipe):
+        schema = TypeAdapter(key.rebuild_annotation()).json_schema()
+        kinds = schema.get("enum") or [kind["type"] for kind in schema.get("anyOf", [schema])]
+        lines.append(f"| `{path}` | {' / '.join(kinds)} | `{json.dumps(key.default)}` | {key.description} |")
+    return "\n".join(lines)
 
 
 def json_schema() -> dict[str, Any]:
@@ -353,7 +345,7 @@ def json_schema() -> dict[str, Any]:
     return schema | {"properties": {"base": base} | schema["properties"]}
 
 
-def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _read_tree(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader underneath
     except OSError as error:
@@ -365,19 +357,15 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise InputError(f"recipe {str(path)!r} holds a {type(tree).__name__}; expected `key: value` lines")
     base = tree.pop("base", None)
-    if base is None:
-        return tree
-    base_path = (path.parent / str(base)).resolve()
-    if base_path in seen:
-        raise InputError(f"recipe {str(path)!r} names {base!r} as its base, which leads back to itself")
-    return _merge(_read_tree(base_path, (*seen, path.resolve())), tree)
+    return tree if base is None else _merge(_read_tree(path.parent / str(base)), tree)
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
+    """`below` with the keys of `above`, which win; sections are merged key by key."""
+    merged = below | above
     for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        if isinstance(value, dict) and isinstance(below.get(key), dict):
+            merged[key] = _merge(below[key], value)
     return merged
 
 
@@ -391,42 +379,32 @@ def _override(tree: dict[str, Any], argument: str) -> dict[str, Any]:
     if not any(path == key and known.annotation is str for path, known in _keys(Recipe)):
         with suppress(yaml.YAMLError, ValueError):
             value = yaml.load(text, Loader=_Loader)  # a SafeLoader underneath
-    if key == "backbones" and isinstance(value, list) and all(isinstance(name, str) for name in value):
-        value = _pick_backbones(tree.get(key) or [], value)
+    if key == "backbones" and isinstance(value, list):
+        # A name, as in `backbones=[mae, dino]`, picks the recipe's own entry.
+        entries = {entry.get("name"): entry for entry in tree.get(key) or [] if isinstance(entry, dict)}
+        value = [entries.get(entry, entry) if isinstance(entry, str) else entry for entry in value]
     for name in reversed(key.split(".")):
         value = {name: value}
     return _merge(tree, value)
 
 
-def _pick_backbones(entries: list[Any], names: list[str]) -> list[Any]:
-    """`backbones=[mae, dino]`: these of the recipe's own entries."""
-    by_name = {entry.get("name"): entry for entry in entries if isinstance(entry, dict)}
-    unknown = [name for name in names if name not in by_name]
-    if unknown:
-        listed = ", ".join(map(str, by_name)) or "none"
-        raise InputError(
-            f"backbones: {unknown[0]!r} is not in the recipe's list ({listed}); name some of these, or give "
-            f"whole entries: backbones=[{{name: mae, weights: PATH}}]"
+def _first_error(error: ValidationError) -> str:
+    """One line about the first error that pydantic found: its key, what was expected, what was given."""
+    first = error.errors(include_url=False)[0]
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])[1:]
+    if first["type"] == "unexpected_keyword_argument":
+        # The nearest known key, first of all one of the same name in another section.
+        name = path.rpartition(".")[2]
+        nearest = max(
+            (known for known, _ in _keys(Recipe)),
+            key=lambda known: (
+                known.endswith(f".{name}"),
+                difflib.SequenceMatcher(None, path, known).ratio(),
+            ),
         )
-    return [by_name[name] for name in names]
-
-
-def _first_fault(error: ValidationError) -> str:
-    """One line about the first fault that pydantic found: its key, what was expected, what was given."""
-    fault = error.errors(include_url=False)[0]
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"])[1:]
-    if fault["type"] == "unexpected_keyword_argument":
-        return f"unknown recipe key {path!r}; {_nearest(path)}"
-    expected = fault["msg"]
-    for pydantics, ours in (
-        ("^Value error, ", ""),
-        ("^Field required", "expected one more value"),
-        ("^Input should be an object", "expected a section of keys"),
-        ("^Input should be (?=greater|less)", "expected a number "),
-        ("^Input should be", "expected"),
-    ):
-        expected = re.sub(pydantics, ours, expected)
-    return f"{path}: {expected}, got {fault['input']!r}"
+        return f"unknown recipe key {path!r}; did you mean {nearest!r}?"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{path}: {message[0].lower()}{message[1:]}, got {first['input']!r}"
 
 
 def _keys(section: Any, path: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -446,26 +424,3 @@ def _decisive(recipe: Recipe) -> dict[str, Any]:
         for path, key in _keys(Recipe)
         if MAY_CHANGE not in key.metadata
     }
-
-
-def _type_name(hint: Any) -> str:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Annotated:
-        return _type_name(arguments[0])
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(_type_name, arguments))
-    if origin is Literal:
-        return " / ".join(arguments)
-    if origin is tuple and arguments[-1] is Ellipsis:
-        return "list of `backbone` sections"
-    if origin is tuple:
-        return f"list of {len(arguments)} {_type_name(arguments[0])}"
-    return "null" if hint is type(None) else str(hint.__name__)
-
-
-def _nearest(dotted: str) -> str:
-    known = [path for path, _ in _keys(Recipe)]
-    leaf = dotted.rsplit(".", 1)[-1]
-    same_leaf = [path for path in known if path.rsplit(".", 1)[-1] == leaf]
-    close = same_leaf or difflib.get_close_matches(dotted, known, n=1, cutoff=0)
-    return f"did you mean {close[0]!r}?"

@@ -12,17 +12,15 @@ from __future__ import annotations
 import importlib.util
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from fasttrain.backbone_trainer import BackboneTrainer, backbone_recipes
-from fasttrain.backbones import Backbone
 from fasttrain.checkpoint import drop_checkpoints, load_checkpoint, saved_steps
 from fasttrain.data import FrameIndex, FramePairs, PairLoader, open_source
 from fasttrain.distributed import World
@@ -31,11 +29,7 @@ from fasttrain.files import file_lock, write_atomically, write_json
 from fasttrain.loggers import NON_FINITE, MetricsLog, Progress, last_event, say
 from fasttrain.optimizer import learning_rate_factor
 from fasttrain.profiling import STEP, StepProfiler, span
-from fasttrain.projection import Projection
 from fasttrain.recipe import Recipe, differences, load_recipe, recipe_hash, to_yaml
-
-# Figures before and after the projection.
-Validate = Callable[[Backbone, Projection, FrameIndex, torch.device, Recipe], dict[str, float]]
 
 # The share of bad samples is taken of at least so many, or the first bad one would stop a run.
 MIN_SEEN = 1000
@@ -45,24 +39,27 @@ class Trainer:
     """One run of this process of `world`. `step` is the number of the current step, 0 before the first.
 
     Args:
-        validate: measures a projection every `eval.every` steps.
         profile: record some steps into `output/profile` and print where their time went.
 
     Raises:
         InputError: the recipe, its data, its weights or its folder are not fit to train.
     """
 
-    # Set by `_opened`, while the loop runs.
+    # Set by `_opened`, while the loop runs. Only the main process has logs and a profiler.
     loader: PairLoader
     batches: Iterator[FramePairs]
     logs: dict[str, MetricsLog]
     progress: Progress
     profiler: StepProfiler | None
+    _last_report: tuple[int, float]
 
-    def __init__(
-        self, recipe: Recipe, world: World, *, validate: Validate | None = None, profile: bool = False
-    ) -> None:
-        self.recipe, self.world, self.validate = recipe, world, validate
+    def __init__(self, recipe: Recipe, world: World, *, profile: bool = False) -> None:
+        self.recipe, self.world = recipe, world
+        if recipe.eval.every:
+            # Only where it is used: it brings Matplotlib, and may be missing.
+            from fasttrain.evaluation.consistency import validate
+
+            self.validate = validate
         self.console = Console(quiet=not world.is_main)
         recipes = backbone_recipes(recipe)
         for backbone_recipe in recipes:
@@ -78,17 +75,15 @@ class Trainer:
         self.facts = {"global_batch": self.global_batch, "data": self.index.fingerprint()}
         # A file that only some processes can read would give them other samples, without a word.
         world.check_same(self.facts["data"], f"data.source: {recipe.data.source}")
-        self.backbones = self._build_backbones(recipes)
-        # Counts over all processes up to the last report; a resumed run adds to those of its checkpoint.
-        self.bad_samples = self.samples = 0
+        self.backbones = [BackboneTrainer(one, world) for one in recipes]
+        # Of all processes up to the last report; a resumed run adds to those of its checkpoint.
+        self.bad_samples = 0
         self.step = self._resume()
         # Of this process, since the last report.
-        self._new_samples = 0
         self._new_bad_samples: list[str] = []
         self._profile = profile and world.is_main
-        self._last_report = self.step, time.perf_counter()
         # Whether a signal came to this process; whether it had come to any at the last report.
-        self._stop_requested = self._any_stop_requested = False
+        self._stop_requested = self._stopping = False
 
     def train(self) -> dict[str, dict[str, Any]]:
         """Train to the end; returns the last readings by backbone, nothing where all steps were done before.
@@ -102,7 +97,7 @@ class Trainer:
             return {}
         results: dict[str, dict[str, Any]] = {}
         with self._opened():
-            while self.step < self.total_steps:
+            while self.step < self.total_steps and not self._stopping:
                 self.step += 1
                 reports = self._is_report_due()
                 with span(STEP):
@@ -112,15 +107,12 @@ class Trainer:
                     self.profiler.step()
                 if reports:
                     results = self._report()
-                if self.step == self.total_steps:
-                    # Ahead of the last checkpoint, with which a run counts as trained.
-                    self._write_results(results)
                 # A head that a non-finite loss spoilt is never written: before every save is a report.
-                if self._any_stop_requested or self._is_due(self.recipe.train.save_every):
+                if self._stopping or self._is_due(self.recipe.train.save_every):
                     self._save()
-                if self._any_stop_requested and self.step < self.total_steps:
-                    self.say(f"stopped after step {self.step}; the same command continues from there")
-                    raise KeyboardInterrupt
+        if self.step < self.total_steps:
+            self.say(f"stopped after step {self.step}; the same command continues from there")
+            raise KeyboardInterrupt
         return results
 
     def train_step(self, *, diagnostics: bool) -> None:
@@ -130,8 +122,6 @@ class Trainer:
             with span("data"):
                 pairs = next(self.batches)
             self._new_bad_samples += pairs.bad_samples
-            # A replacement is one more sample that was seen.
-            self._new_samples += len(pairs.samples) + len(pairs.bad_samples)
             for backbone in self.backbones:
                 backbone.forward_backward(
                     pairs.frames, self.step - 1, last=i == passes - 1, diagnostics=diagnostics
@@ -149,10 +139,9 @@ class Trainer:
     def _is_report_due(self) -> bool:
         """Whether this step's readings are taken."""
         train = self.recipe.train
-        validates = self.validate is not None and self._is_due(self.recipe.eval.every)
         # Several processes get their signal at different times: they stop at a report that all take.
         stops = self._stop_requested and self.world.size == 1
-        return self._is_due(train.log_every) or self._is_due(train.save_every) or validates or stops
+        return stops or any(map(self._is_due, (train.log_every, train.save_every, self.recipe.eval.every)))
 
     def request_stop(self, signal_number: int, frame: FrameType | None) -> None:
         """Signal handler: finish the step, write a checkpoint, leave."""
@@ -171,7 +160,12 @@ class Trainer:
         last_step, last_time = self._last_report
         rate = (self.step - last_step) * self.global_batch / (now - last_time)
         self._last_report = self.step, now
-        bad_samples = self._exchange()
+        shares, stops = zip(*self.world.gather((self._new_bad_samples, self._stop_requested)), strict=True)
+        self._new_bad_samples, self._stopping = [], any(stops)
+        bad_samples = [line for share in shares for line in share]
+        self.bad_samples += len(bad_samples)
+        for line in bad_samples:
+            self.say(f"replaced a sample that cannot be read: {line}")
         common = {
             "epoch": self.step / self.steps_per_epoch,
             "lr": self._lr(),
@@ -186,12 +180,12 @@ class Trainer:
                 self._drop_non_finite(backbone, bad_step)
                 continue
             record: dict[str, Any] = {**values, **common}
-            if self.validate and self._is_due(self.recipe.eval.every) and self.world.is_main:
-                head, device = backbone.projection, self.world.device
-                record |= self.validate(backbone.encoder, head, self.index, device, self.recipe)
-            self.logs[backbone.name].write(
-                self.step, record | ({"faults": bad_samples} if bad_samples else {})
-            )
+            if self.world.is_main:
+                if self._is_due(self.recipe.eval.every):
+                    head, device = backbone.projection, self.world.device
+                    record |= self.validate(backbone.encoder, head, self.index, device, self.recipe)
+                faults = {"faults": bad_samples} if bad_samples else {}
+                self.logs[backbone.name].write(self.step, record | faults)
             self.progress.show(
                 f"{backbone.name}  {rate:.1f} pairs/s  "
                 f"loss {record['loss']:.4f}  cycle {record['cycle']:.4f}  "
@@ -200,30 +194,23 @@ class Trainer:
             )
             records[backbone.name] = record
         if bad_samples:
-            # After they were written down; all processes come to the same answer.
+            # After they were written down; all processes come to the same answer. Each was replaced.
+            seen = self.step * self.global_batch + self.bad_samples
             limit = self.recipe.data.max_bad_fraction
-            check_bad_fraction(self.bad_samples, self.samples, limit, bad_samples[-1])
+            check_bad_fraction(self.bad_samples, seen, limit, bad_samples[-1])
+        if self.world.is_main and self.step == self.total_steps:
+            # Ahead of the last checkpoint, with which a run counts as trained.
+            for backbone in self.backbones:
+                record = {"backbone": backbone.name, **records[backbone.name]}
+                write_json(backbone.folder / "train.json", record)
         return records
-
-    def _exchange(self) -> list[str]:
-        """Add up counts and stop requests over all processes; print and return the new bad samples."""
-        bad, seen, stops = zip(
-            *self.world.gather((self._new_bad_samples, self._new_samples, self._stop_requested)), strict=True
-        )
-        self._new_bad_samples, self._new_samples = [], 0
-        bad_samples = [line for share in bad for line in share]
-        self.bad_samples += len(bad_samples)
-        self.samples += sum(seen)
-        self._any_stop_requested = any(stops)
-        for line in bad_samples:
-            self.say(f"replaced a sample that cannot be read: {line}")
-        return bad_samples
 
     def _drop_non_finite(self, backbone: BackboneTrainer, bad_step: int) -> None:
         """Name step and samples; a run of several backbones continues without this one."""
         ids, names = self.loader.samples_of_step(bad_step)
-        event = {"event": NON_FINITE, "samples": [int(i) for i in ids], "names": names}
-        self.logs[backbone.name].write(bad_step + 1, event)
+        if self.world.is_main:
+            event = {"event": NON_FINITE, "samples": [int(i) for i in ids], "names": names}
+            self.logs[backbone.name].write(bad_step + 1, event)
         shown = ", ".join(f"{i} ({name})" for i, name in list(zip(ids, names, strict=True))[:8])
         line = (
             f"{backbone.name}: the loss is not finite in step {bad_step + 1}; look at its samples {shown} "
@@ -237,19 +224,13 @@ class Trainer:
 
     def _save(self) -> None:
         if self.world.is_main:
-            facts = self.facts | {"bad_samples": self.bad_samples, "samples": self.samples}
+            facts = self.facts | {"bad_samples": self.bad_samples}
             for backbone in self.backbones:
                 backbone.save(self.step, facts)
             # Only now: the backbones must have a checkpoint in common at any moment.
             for backbone in self.backbones:
                 drop_checkpoints(backbone.folder / "checkpoints", self.step, keep=self.recipe.train.keep)
         self.world.barrier()
-
-    def _write_results(self, results: dict[str, dict[str, Any]]) -> None:
-        if self.world.is_main:
-            for backbone in self.backbones:
-                record = {"backbone": backbone.name, **results[backbone.name]}
-                write_json(backbone.folder / "train.json", record)
 
     # --- set-up ----------------------------------------------------------------------------------------
 
@@ -268,20 +249,6 @@ class Trainer:
                 f"identical"
             )
         return index
-
-    def _build_backbones(self, recipes: list[Recipe]) -> list[BackboneTrainer]:
-        """One for each backbone; of several, one that cannot be built is reported and left out."""
-        trainers = []
-        for recipe in recipes:
-            try:
-                trainers.append(BackboneTrainer(recipe, self.world))
-            except InputError as error:
-                if len(recipes) == 1:
-                    raise
-                self.say(f"dropped {recipe.backbone.name}: {error}")
-        if not trainers:
-            raise InputError("none of the recipe's backbones could be built; see the lines above")
-        return trainers
 
     def _resume(self) -> int:
         """Load the newest checkpoint that all backbones have; returns the steps that are done.
@@ -316,15 +283,14 @@ class Trainer:
                         f"the batch, data and weights that it began with, or another folder with output=DIR"
                     )
             backbone.load_state(state)
-            # Checkpoints of earlier versions lack them.
-            self.bad_samples, self.samples = state.get("bad_samples", 0), state.get("samples", 0)
+            # Checkpoints of earlier versions lack it.
+            self.bad_samples = state.get("bad_samples", 0)
         self.say(f"resuming after step {step} of {self.total_steps}")
         return step
 
     @contextmanager
     def _opened(self) -> Iterator[None]:
         """Loader, run folders, logs and signal handlers while the loop runs; compiled and warmed up."""
-        is_main = self.world.is_main
         with ExitStack() as stack:
             self.loader = PairLoader(
                 index=self.index,
@@ -339,17 +305,13 @@ class Trainer:
             if tensorboard and importlib.util.find_spec("tensorboard") is None:
                 self.say("no TensorBoard events: TensorBoard is not installed; see metrics.jsonl instead")
                 tensorboard = False
-            for backbone in self.backbones:
-                if is_main:
-                    # Two runs in one folder would take each other's half-written files.
-                    refusal = f"output: another run writes {backbone.folder}; wait for it, or use output=DIR"
-                    stack.enter_context(file_lock(backbone.folder / "run.lock", refusal))
-                    write_atomically(backbone.folder / "recipe.yaml", to_yaml(backbone.recipe).encode())
-                log = MetricsLog(
-                    backbone.folder, first_step=self.step, tensorboard=tensorboard, enabled=is_main
-                )
-                stack.callback(log.close)
-                self.logs[backbone.name] = log
+            for backbone in self.backbones if self.world.is_main else ():
+                # Two runs in one folder would take each other's half-written files.
+                refusal = f"output: another run writes {backbone.folder}; wait for it, or use output=DIR"
+                stack.enter_context(file_lock(backbone.folder / "run.lock", refusal))
+                write_atomically(backbone.folder / "recipe.yaml", to_yaml(backbone.recipe).encode())
+                log = MetricsLog(backbone.folder, first_step=self.step, tensorboard=tensorboard)
+                self.logs[backbone.name] = stack.enter_context(closing(log))
             for number in (signal.SIGINT, signal.SIGTERM):
                 stack.callback(signal.signal, number, signal.signal(number, self.request_stop))
             for backbone in self.backbones:
@@ -361,7 +323,13 @@ class Trainer:
                 self.profiler = StepProfiler(Path(self.recipe.output) / "profile", self.world.device)
                 stack.callback(lambda profiler: self.say(profiler.close()), self.profiler)
             self.progress = stack.enter_context(
-                Progress("step", self.total_steps, done=self.step, enabled=is_main, console=self.console)
+                Progress(
+                    "step",
+                    self.total_steps,
+                    done=self.step,
+                    enabled=self.world.is_main,
+                    console=self.console,
+                )
             )
             self.batches = iter(self.loader)
             self._start = time.perf_counter()

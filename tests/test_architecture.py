@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = (
     "tools",
     "__main__",
-    "evaluation",
     "trainer",
+    "evaluation",
     "data",
     "backbone_trainer",
     "video_encoder",

@@ -6,12 +6,14 @@ and runs an encoder before and after its projection; `command.py` is `python -m 
 
 from importlib import import_module
 
-from fasttrain.errors import needs_extra
+from fasttrain.errors import InputError
 
-# Without the extra this is one clear line; the modules below would fail to import the packages.
-with needs_extra("eval"):
+# The modules below need what the extra `eval` of the installation brings.
+try:
     import_module("matplotlib")
     import_module("scipy")
+except ModuleNotFoundError as error:
+    raise InputError(f"the package {error.name} is not installed; pip install 'fasttrain[eval]'") from error
 
 from fasttrain.evaluation.metrics import boundary_accuracy, mean_iou, pck, region_similarity
 from fasttrain.evaluation.propagation import propagate_labels
