@@ -207,11 +207,7 @@ class BackboneTrainer:
 
 def backbone_settings(recipe: Recipe) -> dict[str, Any]:
     """The arguments of `load_backbone` for a recipe of one backbone."""
-    return {
-        **dataclasses.asdict(recipe.backbone),
-        "image_size": recipe.data.image_size,
-        "seed": recipe.seed,
-    }
+    return {**dataclasses.asdict(recipe.backbone), "image_size": recipe.data.image_size, "seed": recipe.seed}
 
 
 def backbone_recipes(recipe: Recipe) -> list[Recipe]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,6 @@ from fasttrain.errors import InputError
 
 Key = TypeVar("Key", str, int)
 Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 # How long processes wait for one another. The default of NCCL, ten minutes, is too short: shards of an
 # evaluation end far apart. When one process dies, torchrun ends the others of its node at once.
@@ -80,7 +79,7 @@ class World:
         """The entries of all processes together, in the order of their keys."""
         return dict(sorted(entry for share in self.gather(values) for entry in share.items()))
 
-    def run_on_all(self, function: Callable[[], Result]) -> Result:
+    def run_on_all(self, function: Callable[[], Any]) -> Any:
         """`function()` in every process; an InputError in one is raised in all, so that none waits."""
         result, reason = None, None
         try:
@@ -90,7 +89,7 @@ class World:
         reasons = [reason for reason in self.gather(reason) if reason is not None]
         if reasons:
             raise InputError(reasons[0])
-        return cast(Result, result)
+        return result
 
     def check_same(self, value: Any, what: str) -> None:
         """InputError in every process where `value` is not the same in all of them."""
@@ -130,11 +129,10 @@ def start(device: Literal["auto", "cuda", "cpu"] = "auto") -> Iterator[World]:
 
 
 def _own_device(device: str, local_rank: int) -> torch.device:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
+    available = torch.cuda.is_available()
+    if device == "cpu" or (device == "auto" and not available):
         return torch.device("cpu")
-    if not torch.cuda.is_available():
+    if not available:
         raise InputError("device: 'cuda' was asked for, but torch sees no GPU; use device=cpu")
     if local_rank >= torch.cuda.device_count():
         raise InputError(

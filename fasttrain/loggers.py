@@ -85,8 +85,8 @@ class Progress:
     def __init__(
         self, unit: str, total: int, *, done: int = 0, enabled: bool = True, console: Console | None = None
     ) -> None:
-        self._unit, self._enabled = unit, enabled
-        self._console = console or Console()
+        self._unit = unit
+        self._console = console or Console(quiet=not enabled)
         self._remaining = TimeRemainingColumn()
         self._bar = rich_progress.Progress(
             TextColumn(f"[bold]{unit}"),
@@ -98,7 +98,7 @@ class Progress:
             self._remaining,
             console=self._console,
             expand=True,
-            disable=not (enabled and self._console.is_terminal),
+            disable=self._console.quiet or not self._console.is_terminal,
             # Videos may take half a minute each.
             speed_estimate_period=600,
         )
@@ -127,7 +127,7 @@ class Progress:
 
     def _print(self) -> None:
         self._last_line = time.monotonic()
-        if self._enabled and not self._console.is_terminal:
+        if not self._console.is_terminal:
             task = self._bar.tasks[0]
             count = f"{self._unit} {task.completed:.0f}/{task.total:.0f}"
             say(f"{count}  {task.fields['status']}  left {self._remaining.render(task)}", self._console)

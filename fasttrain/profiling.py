@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
@@ -91,17 +92,17 @@ def summarise(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
     step_ranges = [each for each in ranges if each[2] == STEP]
     span_ranges = [each for each in ranges if each[2] in SPANS]
     steps = len(step_ranges)
-    work = sorted(
-        (event for event in complete if event.get("cat") in _ON_DEVICE), key=lambda event: event["ts"]
-    )
+    work = [event for event in complete if event.get("cat") in _ON_DEVICE]
+    # Of every piece of work its span, if any, and how long it took.
+    owned: list[tuple[str | None, float]]
     if work:
         launched = {
-            event["args"]["correlation"]: event["ts"]
+            event["args"].get("correlation"): event["ts"]
             for event in complete
-            if event.get("cat") in _LAUNCHES and "correlation" in event.get("args", {})
+            if event.get("cat") in _LAUNCHES
         }
         owned = [
-            (_range_at(span_ranges, launched.get(event["args"].get("correlation"))), event["dur"])
+            (_range_at(span_ranges, launched.get(event["args"]["correlation"])), event["dur"])
             for event in work
         ]
         total = sum(duration for _, duration in owned)
@@ -125,13 +126,11 @@ def summarise(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
         **{count: sum(name in names for name in within) / steps for count, names in _COUNTED.items()},
     }
     if work:
-        first = reach = work[0]["ts"]
-        busy = 0.0
-        for event in work:
-            end = event["ts"] + event["dur"]
-            busy += max(0.0, end - max(event["ts"], reach))
-            reach = max(reach, end)
-        summary["busy_share"] = busy / (reach - first)
+        starts, ends = np.array(sorted((event["ts"], event["ts"] + event["dur"]) for event in work)).T
+        reach = np.maximum.accumulate(ends)
+        # Between the end of all work so far and the start of the next.
+        idle = np.maximum(0, starts[1:] - reach[:-1]).sum()
+        summary["busy_share"] = float(1 - idle / (reach[-1] - starts[0]))
     return summary
 
 

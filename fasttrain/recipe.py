@@ -9,7 +9,6 @@ the README's table and the JSON schema of the editors are made from it.
 from __future__ import annotations
 
 import difflib
-import functools
 import hashlib
 import json
 import math
@@ -18,7 +17,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import field, is_dataclass
+from dataclasses import asdict, field, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -315,7 +314,9 @@ def to_yaml(recipe: Recipe) -> str:
 
 def recipe_hash(recipe: Recipe) -> str:
     """Hash of all keys that decide what a run computes. Runs of equal hash may resume each other."""
-    return hashlib.sha256(json.dumps(_decisive(recipe), sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(_decisive(recipe), sort_keys=True, default=asdict).encode()).hexdigest()[
+        :16
+    ]
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
@@ -418,9 +419,8 @@ def _keys(section: Any, path: str = "") -> Iterator[tuple[str, FieldInfo]]:
 
 def _decisive(recipe: Recipe) -> dict[str, Any]:
     """The values that decide what a run computes, by dotted path."""
-    tree = to_dict(recipe)
     return {
-        path: functools.reduce(operator.getitem, path.split("."), tree)
+        path: operator.attrgetter(path)(recipe)
         for path, key in _keys(Recipe)
         if MAY_CHANGE not in key.metadata
     }

@@ -323,13 +323,7 @@ class Trainer:
                 self.profiler = StepProfiler(Path(self.recipe.output) / "profile", self.world.device)
                 stack.callback(lambda profiler: self.say(profiler.close()), self.profiler)
             self.progress = stack.enter_context(
-                Progress(
-                    "step",
-                    self.total_steps,
-                    done=self.step,
-                    enabled=self.world.is_main,
-                    console=self.console,
-                )
+                Progress("step", self.total_steps, done=self.step, console=self.console)
             )
             self.batches = iter(self.loader)
             self._start = time.perf_counter()
@@ -340,8 +334,6 @@ class Trainer:
 def check_run_folder(recipe: Recipe) -> None:
     """Refuse a folder that holds another recipe's run, or any run where the recipe says `resume: never`."""
     folder = Path(recipe.output)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output: {str(folder)!r} is a file; expected a folder: output=DIR")
     path = folder / "recipe.yaml"
     if not path.exists():
         return

@@ -3,10 +3,9 @@
 The data sets have the layouts of the published ones. Everything is a function of its arguments.
 """
 
-import csv
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from fractions import Fraction
 from functools import lru_cache
@@ -100,14 +99,6 @@ def encoded(image: Image.Image, form: str = "JPEG", **options) -> bytes:
     return buffer.getvalue()
 
 
-def whole_jpeg() -> bytes:
-    return encoded(Image.fromarray(picture(3, 0)), quality=95)
-
-
-def whole_png() -> bytes:
-    return encoded(Image.fromarray(picture(3, 0)), "PNG")
-
-
 def with_thumbnail(jpeg: bytes) -> bytes:
     """With a small whole JPEG in its header, as cameras write it."""
     small = encoded(Image.fromarray(picture(3, 0)).resize((16, 12)))
@@ -115,41 +106,19 @@ def with_thumbnail(jpeg: bytes) -> bytes:
     return jpeg[:2] + segment + jpeg[2:]
 
 
-BROKEN_FRAMES: dict[str, tuple[Callable[[], bytes], str, str]] = {
-    "truncated jpeg": (lambda: whole_jpeg()[:-200], ".jpg", "truncated JPEG"),
-    "jpeg cut in its header": (lambda: whole_jpeg()[:30], ".jpg", "truncated JPEG"),
-    "truncated jpeg with a thumbnail": (
-        lambda: with_thumbnail(whole_jpeg())[:-200],
-        ".jpg",
-        "truncated JPEG",
-    ),
-    "empty file": (lambda: b"", ".jpg", "empty"),
-    "no image at all": (lambda: b"<html>404 not found</html>", ".jpg", "cannot be decoded"),
-    "jpeg with a broken header": (
-        lambda: whole_jpeg()[:4] + b"\0" * 300 + whole_jpeg()[304:],
-        ".jpg",
-        "cannot be decoded",
-    ),
-    "truncated png": (lambda: whole_png()[:-200], ".png", "truncated PNG"),
-    "png with a broken chunk": (
-        lambda: whole_png()[:60] + b"\0" * 40 + whole_png()[100:],
-        ".png",
-        "cannot be decoded",
-    ),
+JPEG = encoded(Image.fromarray(picture(3, 0)), quality=95)
+PNG = encoded(Image.fromarray(picture(3, 0)), "PNG")
+# By case: the file, its type, and words of the reason that is given.
+BROKEN_FRAMES: dict[str, tuple[bytes, str, str]] = {
+    "truncated jpeg": (JPEG[:-200], ".jpg", "truncated JPEG"),
+    "jpeg cut in its header": (JPEG[:30], ".jpg", "truncated JPEG"),
+    "truncated jpeg with a thumbnail": (with_thumbnail(JPEG)[:-200], ".jpg", "truncated JPEG"),
+    "empty file": (b"", ".jpg", "empty"),
+    "no image at all": (b"<html>404 not found</html>", ".jpg", "cannot be decoded"),
+    "jpeg with a broken header": (JPEG[:4] + b"\0" * 300 + JPEG[304:], ".jpg", "cannot be decoded"),
+    "truncated png": (PNG[:-200], ".png", "truncated PNG"),
+    "png with a broken chunk": (PNG[:60] + b"\0" * 40 + PNG[100:], ".png", "cannot be decoded"),
 }
-
-
-def deep_png(frame: np.ndarray) -> bytes:
-    """16 bits in each colour, which Pillow cannot write."""
-    height, width = frame.shape[:2]
-    encoder = av.CodecContext.create("png", "w")
-    encoder.width, encoder.height, encoder.pix_fmt = width, height, "rgb48be"
-    encoder.time_base = Fraction(1, 25)
-    image = av.VideoFrame(width, height, "rgb48be")
-    rows = np.zeros((height, image.planes[0].line_size), dtype=np.uint8)
-    rows[:, : 6 * width] = (frame.astype(">u2") * 257).astype(">u2").view(np.uint8).reshape(height, -1)
-    image.planes[0].update(rows.tobytes())
-    return b"".join(bytes(packet) for packet in [*encoder.encode(image), *encoder.encode(None)])
 
 
 def odd_frames() -> dict[str, list[bytes]]:
@@ -167,7 +136,6 @@ def odd_frames() -> dict[str, list[bytes]]:
         "mixed_sizes": [encoded(frame.resize((40 + 9 * t, 70 - 5 * t))) for t, frame in enumerate(frames)],
         "tiny": [encoded(frame.resize((3, 2))) for frame in frames],
         "png16": [encoded(Image.fromarray(grey), "PNG") for grey in grey16],
-        "png48": [deep_png(np.asarray(frame)) for frame in frames],
         "palette": [encoded(frame.convert("P"), "PNG") for frame in frames],
         "alpha": [encoded(frame.convert("RGBA"), "PNG") for frame in frames],
         "grey_alpha": [encoded(frame.convert("LA"), "PNG") for frame in frames],
@@ -230,6 +198,11 @@ SMALL = {
 }
 
 
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
 def make_scene(seed: int, frames: int = FRAMES) -> Scene:
     return render_scene(seed, num_frames=frames, height=64, width=96)
 
@@ -244,11 +217,10 @@ def write_frames(scene: Scene, folder: Path, name: str = "{:05d}.jpg", first: in
 def write_davis(root: Path, year: str = "2017") -> Path:
     for seed, name in enumerate(NAMES):
         scene = make_scene(seed)
-        write_frames(scene, root / "JPEGImages/480p" / name, "{:05d}.jpg")
+        write_frames(scene, root / "JPEGImages/480p" / name)
         for number, labels in enumerate(scene.labels_THW):
             write_label_map(labels, root / "Annotations/480p" / name / f"{number:05d}.png")
-    (root / "ImageSets" / year).mkdir(parents=True)
-    (root / "ImageSets" / year / "val.txt").write_text("\n".join(NAMES) + "\n")
+    write_lines(root / "ImageSets" / year / "val.txt", NAMES)
     return root
 
 
@@ -261,8 +233,7 @@ def write_vip(root: Path) -> Path:
             # Any parts will do: the objects as hair and as pants.
             parts = np.array([0, 2, 8], dtype=np.uint8)[labels]
             write_label_map(parts, base / "Annotations/Category_ids" / name / f"{number:012d}.png")
-    (base / "lists").mkdir()
-    (base / "lists/val_videos.txt").write_text("\n".join(NAMES) + "\n")
+    write_lines(base / "lists/val_videos.txt", NAMES)
     return root
 
 
@@ -275,22 +246,20 @@ def pose(labels_THW: np.ndarray) -> np.ndarray:
 
 
 def write_jhmdb(root: Path) -> Path:
-    (root / "splits").mkdir(parents=True)
     for seed, name in enumerate(NAMES):
         scene = make_scene(seed)
         write_frames(scene, root / "Rename_Images/wave" / name, "{:05d}.png", first=1)
         folder = root / "joint_positions/wave" / name
         folder.mkdir(parents=True)
         savemat(folder / "joint_positions.mat", {"pos_img": pose(scene.labels_THW)})
-    lines = [f"{name}.avi 2" for name in NAMES]
-    (root / "splits/wave_test_split1.txt").write_text("\n".join([*lines, "other.avi 1"]) + "\n")
+    write_lines(root / "splits/wave_test_split1.txt", [*(f"{name}.avi 2" for name in NAMES), "other.avi 1"])
     return root
 
 
 def write_videos(root: Path, frames: int = 9) -> Path:
     """Frame folders, as training reads them."""
     for seed, name in enumerate(NAMES):
-        write_frames(make_scene(seed, frames), root / name, "{:05d}.jpg")
+        write_frames(make_scene(seed, frames), root / name)
     return root
 
 
@@ -334,86 +303,76 @@ def clips(label: int) -> list[Scene]:
     return [Scene(frames_THWC=scene.frames_THWC[part], labels_THW=scene.labels_THW[part]) for part in parts]
 
 
+def labelled_clips() -> Iterator[tuple[int, str, int, str, Scene]]:
+    """Label, its name, number in the class, `train` or `test`, and the clip."""
+    for label, name in enumerate(CLASSES):
+        for number, scene in enumerate(clips(label)):
+            yield label, name, number, "train" if number < TRAIN else "test", scene
+
+
 def ucf101(root: Path) -> Path:
     """Video files; lists in ucfTrainTestlist."""
-    lists = root / "ucfTrainTestlist"
-    lists.mkdir(parents=True)
-    train, test = [], []
-    for label, name in enumerate(CLASSES):
-        for i, scene in enumerate(clips(label)):
-            video = f"{name}/v_{name}_g{i:02d}_c01.avi"
-            write_scene(scene, root / "UCF-101" / video)
-            (train if i < TRAIN else test).append(video + (f" {label + 1}" if i < TRAIN else ""))
-    (lists / "classInd.txt").write_text("".join(f"{i + 1} {name}\n" for i, name in enumerate(CLASSES)))
-    (lists / "trainlist01.txt").write_text("\n".join(train) + "\n")
-    (lists / "testlist01.txt").write_text("\n".join(test) + "\n")
+    lists: dict[str, list[str]] = {"train": [], "test": []}
+    for label, name, number, half, scene in labelled_clips():
+        video = f"{name}/v_{name}_g{number:02d}_c01.avi"
+        write_scene(scene, root / "UCF-101" / video)
+        lists[half].append(f"{video} {label + 1}" if half == "train" else video)
+    folder = root / "ucfTrainTestlist"
+    write_lines(folder / "classInd.txt", [f"{label + 1} {name}" for label, name in enumerate(CLASSES)])
+    write_lines(folder / "trainlist01.txt", lists["train"])
+    write_lines(folder / "testlist01.txt", lists["test"])
     return root
 
 
 def hmdb51(root: Path) -> Path:
     """Frame folders that stand in for video files; a video of mark 0 that does not exist."""
-    lists = root / "testTrainMulti_7030_splits"
-    lists.mkdir(parents=True)
-    for label, name in enumerate(CLASSES):
-        lines = ["unused_0.avi 0 "]
-        for i, scene in enumerate(clips(label)):
-            write_frames(scene, root / "hmdb51_org" / name / f"#{i} {name.lower()}_np1_{i}")
-            lines.append(f"#{i} {name.lower()}_np1_{i}.avi {1 if i < TRAIN else 2} ")
-        (lists / f"{name}_test_split1.txt").write_text("\n".join(lines) + "\n")
+    lists = {name: ["unused_0.avi 0 "] for name in CLASSES}
+    for _, name, number, half, scene in labelled_clips():
+        video = f"#{number} {name.lower()}_np1_{number}"
+        write_frames(scene, root / "hmdb51_org" / name / video)
+        lists[name].append(f"{video}.avi {1 if half == 'train' else 2} ")
+    for name, lines in lists.items():
+        write_lines(root / "testTrainMulti_7030_splits" / f"{name}_test_split1.txt", lines)
     return root
 
 
 def kinetics(root: Path) -> Path:
     """CSV lists, class folders named after labels with spaces."""
-    (root / "annotations").mkdir(parents=True)
-    rows: dict[str, list[dict[str, object]]] = {"train": [], "val": []}
-    for label, name in enumerate(CLASSES):
-        for i, scene in enumerate(clips(label)):
-            which = "train" if i < TRAIN else "val"
-            row = {
-                "youtube_id": f"id_-{label}{i}",
-                "time_start": 7 * i,
-                "time_end": 7 * i + 10,
-                "split": which,
-            }
-            rows[which].append({"label": f"doing {name}", **row})
-            path = root / which / f"doing {name}" / f"id_-{label}{i}_{7 * i:06d}_{7 * i + 10:06d}.mp4"
-            write_scene(scene, path)
-    for which, listed in rows.items():
-        with (root / "annotations" / f"{which}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, ["label", "youtube_id", "time_start", "time_end", "split"])
-            writer.writeheader()
-            writer.writerows(listed)
+    header = "label,youtube_id,time_start,time_end,split"
+    lists = {"train": [header], "val": [header]}
+    for label, name, number, half, scene in labelled_clips():
+        half = "train" if half == "train" else "val"
+        video, start, end = f"id_-{label}{number}", 7 * number, 7 * number + 10
+        lists[half].append(f"doing {name},{video},{start},{end},{half}")
+        write_scene(scene, root / half / f"doing {name}" / f"{video}_{start:06d}_{end:06d}.mp4")
+    for half, lines in lists.items():
+        write_lines(root / "annotations" / f"{half}.csv", lines)
     return root
 
 
 def ssv2(root: Path) -> Path:
     """JSON lists with templates; videos by number."""
-    (root / "labels").mkdir(parents=True)
-    rows: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
-    for label, name in enumerate(CLASSES):
-        for i, scene in enumerate(clips(label)):
-            number = f"{label}0{i}"
-            row = {"id": number, "label": f"{name} a ball", "template": f"{name} [something]"}
-            rows["train" if i < TRAIN else "validation"].append(row)
-            write_frames(scene, root / "20bn-something-something-v2" / number)
-    labels = {f"{name} something": str(number) for number, name in enumerate(CLASSES)}
-    (root / "labels" / "labels.json").write_text(json.dumps(labels))
-    for which, listed in rows.items():
-        (root / "labels" / f"{which}.json").write_text(json.dumps(listed))
+    lists: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
+    for label, name, number, half, scene in labelled_clips():
+        video = f"{label}0{number}"
+        row = {"id": video, "label": f"{name} a ball", "template": f"{name} [something]"}
+        lists["train" if half == "train" else "validation"].append(row)
+        write_frames(scene, root / "20bn-something-something-v2" / video)
+    labels = {f"{name} something": str(label) for label, name in enumerate(CLASSES)}
+    for name, content in {"labels": labels, **lists}.items():
+        write_lines(root / "labels" / f"{name}.json", [json.dumps(content)])
     return root
 
 
 def plain(root: Path) -> Path:
     """`path label` per line, paths with spaces."""
-    root.mkdir(parents=True)
-    lines: dict[str, list[str]] = {"train": ["# a comment"], "test": []}
-    for label in range(len(CLASSES)):
-        for i, scene in enumerate(clips(label)):
-            write_scene(scene, root / "some videos" / f"{label} {i}.mp4")
-            lines["train" if i < TRAIN else "test"].append(f"some videos/{label} {i}.mp4 {label}")
-    for which, listed in lines.items():
-        (root / f"{which}.txt").write_text("\n".join(listed) + "\n")
+    lists: dict[str, list[str]] = {"train": ["# a comment"], "test": []}
+    for label, _, number, half, scene in labelled_clips():
+        video = f"some videos/{label} {number}.mp4"
+        write_scene(scene, root / video)
+        lists[half].append(f"{video} {label}")
+    for half, lines in lists.items():
+        write_lines(root / f"{half}.txt", lines)
     return root
 
 
@@ -429,9 +388,7 @@ LAYOUTS: dict[str, Callable[[Path], Path]] = {
 def segmentation(root: Path, *, as_breakfast: bool = False) -> Path:
     """Videos made of actions (one scene each) and background, in the layout of MS-TCN."""
     names = ["background", "cut", "stir", "pour"]
-    for folder in ("groundTruth", "splits"):
-        (root / folder).mkdir(parents=True)
-    (root / "mapping.txt").write_text("".join(f"{i} {name}\n" for i, name in enumerate(names)))
+    write_lines(root / "mapping.txt", [f"{label} {name}" for label, name in enumerate(names)])
     scenes = [
         render_scene(40 + i, num_frames=40, height=64, width=64, num_objects=1) for i in range(len(names))
     ]
@@ -443,11 +400,11 @@ def segmentation(root: Path, *, as_breakfast: bool = False) -> Path:
         frames = [scenes[label].frames_THWC[(7 * number + t) % 40] for t, label in enumerate(labels)]
         # The last annotation is one frame short, as published ones are.
         written = labels[: len(labels) - (number == 4)]
-        (root / "groundTruth" / f"{name}.txt").write_text("".join(f"{names[label]}\n" for label in written))
+        write_lines(root / "groundTruth" / f"{name}.txt", [names[label] for label in written])
         parts = name.split("_", 2) if as_breakfast else ["videos", name]
         scene = Scene(frames_THWC=np.stack(frames), labels_THW=np.zeros((len(frames), 64, 64), np.uint8))
         write_scene(scene, root.joinpath(*parts).with_suffix(".avi"))
-        listed.append(f"{name}.txt\n")
-    (root / "splits" / "train.split1.bundle").write_text("".join(listed[:3]))
-    (root / "splits" / "test.split1.bundle").write_text("".join(listed[3:]))
+        listed.append(f"{name}.txt")
+    write_lines(root / "splits" / "train.split1.bundle", listed[:3])
+    write_lines(root / "splits" / "test.split1.bundle", listed[3:])
     return root

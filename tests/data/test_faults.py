@@ -62,10 +62,10 @@ def check_books(folder: Path, output: str) -> list[str]:
 @pytest.mark.slow
 def test_two_ranks_over_frame_folders_with_every_fault(tmp_path: Path) -> None:
     root = write_folders(tmp_path / "frames", [8] * 4)
-    for case, (make, suffix, _) in BROKEN_FRAMES.items():
+    for case, (content, suffix, _) in BROKEN_FRAMES.items():
         (root / case).mkdir()
         for frame in range(8):
-            (root / case / f"{frame}{suffix}").write_bytes(make())
+            (root / case / f"{frame}{suffix}").write_bytes(content)
     for case, stored in odd_frames().items():
         (root / case).mkdir()
         for frame, data in enumerate(stored):

@@ -202,12 +202,12 @@ def check_replaced(index: FrameIndex, found: list[str], name: str, words: str) -
 
 @pytest.mark.parametrize("case", BROKEN_FRAMES)
 def test_a_broken_frame_is_replaced_and_named(tmp_path: Path, case: str) -> None:
-    make, suffix, words = BROKEN_FRAMES[case]
+    content, suffix, words = BROKEN_FRAMES[case]
     root = write_folders(tmp_path, [8] * GOOD)
     bad = root / "bad"
     bad.mkdir()
     for frame in range(8):
-        (bad / f"{frame}{suffix}").write_bytes(make())
+        (bad / f"{frame}{suffix}").write_bytes(content)
     index = open_source(root)
     first, second = run_ranks(index)
     check_replaced(index, bad_samples([*first, *second]), "bad", words)
