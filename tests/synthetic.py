@@ -6,7 +6,6 @@ The data sets have the layouts of the published ones. Everything is a function o
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -149,18 +148,11 @@ def odd_frames() -> dict[str, list[bytes]]:
 
 def make_recipe(seed: int = 0, **changes: Any) -> Recipe:
     """A small recipe on the CPU; `changes` are keys of its sections `data` and `train`."""
-    small = {
-        "image_size": 32,
-        "num_threads": 2,
-        "max_bad_fraction": 0.5,
-        "batch_size": 2,
-        "precision": "fp32",
-    }
-    sections: dict[str, dict[str, Any]] = {"data": {}, "train": {}}
-    train_keys = {key.name for key in fields(TrainRecipe)}
-    for key, value in (small | changes).items():
-        sections["train" if key in train_keys else "data"][key] = value
-    return recipe_from_dict({"seed": seed, **sections})
+    data: dict[str, Any] = {"image_size": 32, "num_threads": 2, "max_bad_fraction": 0.5}
+    train: dict[str, Any] = {"batch_size": 2, "precision": "fp32"}
+    for key, value in changes.items():
+        (train if key in TrainRecipe.__dataclass_fields__ else data)[key] = value
+    return recipe_from_dict({"seed": seed, "data": data, "train": train})
 
 
 def make_sampling(**changes: Any) -> PairSampling:
