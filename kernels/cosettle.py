@@ -36,9 +36,9 @@ _SCHEMA = (
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Cycle and separability, 0-d; accuracy and similarity (2,); the scaled gradient of the pooled tokens and
     the tokens' statistics, for the backward. What is not asked for is empty."""
-    *epilogue, temperature, diagnostics, grad = arguments
-    separability, pooled_BTMD, statistics = launch_forward(Epilogue(*epilogue), pool=True, statistics=grad)
-    grad_dtype = pooled_BTMD.dtype if grad else None
+    *epilogue, temperature, diagnostics, keep = arguments
+    separability, pooled_BTMD, statistics = launch_forward(Epilogue(*epilogue), pool=True, statistics=keep)
+    grad_dtype = pooled_BTMD.dtype if keep else None
     figures_4BM, grad_pooled = launch_cycle(
         pooled_BTMD, temperature, grad_dtype=grad_dtype, diagnostics=diagnostics
     )
@@ -50,11 +50,11 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    *epilogue, _temperature, diagnostics, grad = arguments
+    *epilogue, _temperature, diagnostics, keep = arguments
     given = Epilogue(*epilogue)
     samples, views, _, channels = given.inputs.shape
-    pooled = (samples, views, given.whole_cells, channels) if grad else (0,)
-    shapes = ((), (), (2 if diagnostics else 0,), pooled, statistics_shape(given.inputs, grad))
+    pooled = (samples, views, given.whole_cells, channels) if keep else (0,)
+    shapes = ((), (), (2 if diagnostics else 0,), pooled, statistics_shape(given.inputs, keep))
     dtypes = (torch.float32, torch.float32, torch.float32, pooled_dtype(given.inputs.dtype), torch.float32)
     return tuple(
         given.inputs.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)
@@ -80,7 +80,7 @@ _cosettle = operator(
     "cosettle",
     _forward,
     fake=_forward_fake,
-    schema=f"({_SCHEMA}, bool diagnostics, bool grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_SCHEMA}, bool diagnostics, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 _cosettle_backward = operator(
     "cosettle_backward",
@@ -97,7 +97,7 @@ _cosettle_backward = operator(
 def _save(
     arguments: tuple[Any, ...], outputs: tuple[Tensor, ...]
 ) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
-    inputs, frozen, bias, norm_weight, norm_bias, *options, _diagnostics, _grad = arguments
+    inputs, frozen, bias, norm_weight, norm_bias, *options, _diagnostics, _keep = arguments
     _cycle, _separability, _measures, grad_pooled, statistics = outputs
     return (grad_pooled, statistics, inputs, frozen, bias, norm_weight, norm_bias), tuple(options)
 
@@ -146,11 +146,23 @@ def _objective(
         return reference.cosettle_loss(
             frozen, inputs, grid, temperature, window, lambda_reg, regularizer, diagnostics
         )
-    parameters = head or (None, None, None)
-    options = (norm_eps, tanh, *grid, window, window, regularizer == "kl", temperature)
-    cycle, separability, measures, _, _ = _cosettle(
-        inputs, frozen.detach(), *parameters, *options, diagnostics, needs_grad(*tensors.values())
+    height, width = grid
+    epilogue = Epilogue(
+        inputs=inputs,
+        frozen=frozen.detach(),
+        bias=tensors.get("bias"),
+        norm_weight=tensors.get("norm_weight"),
+        norm_bias=tensors.get("norm_bias"),
+        norm_eps=norm_eps,
+        tanh=tanh,
+        height=height,
+        width=width,
+        window_height=window,
+        window_width=window,
+        kl=regularizer == "kl",
     )
+    keep = needs_grad(*tensors.values())
+    cycle, separability, measures, _, _ = _cosettle(*epilogue, temperature, diagnostics, keep)
     loss = torch.add(cycle, separability, alpha=lambda_reg)
     accuracy, similarity = measures.unbind() if diagnostics else (None, None)
     return CosettleLoss(loss, cycle, separability, accuracy, similarity)

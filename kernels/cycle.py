@@ -199,11 +199,11 @@ def launch_cycle(
     return figures_4BM, grad_B3MD
 
 
-def _three_views(walk: Tensor, temperature: float, grad: bool) -> tuple[Tensor, Tensor]:
-    """The loss, 0-d, and its gradient for the walk, both in fp32; the latter empty without `grad`."""
+def _three_views(walk: Tensor, temperature: float, keep: bool) -> tuple[Tensor, Tensor]:
+    """The loss, 0-d, and its gradient for the walk, both in fp32; the latter empty without `keep`."""
     rows = walk.shape[0] * walk.shape[2]
     figures_4BM, grad_walk = launch_cycle(
-        walk.contiguous(), temperature, grad_dtype=torch.float32 if grad else None, diagnostics=False
+        walk.contiguous(), temperature, grad_dtype=torch.float32 if keep else None, diagnostics=False
     )
     return figures_4BM[0].mean(), grad_walk.div_(grad_scale(walk.shape[2]) * temperature * rows)
 
@@ -216,9 +216,9 @@ def _scaled_gradient(grad: Tensor, loss: Tensor, grad_walk: Tensor, dtype: torch
 _cycle_three_views = operator(
     "cycle_three_views",
     _three_views,
-    fake=lambda walk, temperature, grad: (
+    fake=lambda walk, temperature, keep: (
         walk.new_empty((), dtype=torch.float32),
-        walk.new_empty(walk.shape, dtype=torch.float32) if grad else walk.new_empty(0),
+        walk.new_empty(walk.shape, dtype=torch.float32) if keep else walk.new_empty(0),
     ),
 )
 _cycle_three_views_backward = operator(

@@ -100,7 +100,8 @@ def differentiate(
     losses: int,
     save: Callable[[tuple[Any, ...], tuple[Tensor, ...]], tuple[tuple[Any, ...], tuple[Any, ...]]],
 ) -> None:
-    """Register the gradient of an operator whose first outputs are losses and whose last input is `grad`.
+    """Register the gradient of an operator whose first outputs are losses and whose last input, `keep`,
+    says whether there will be a backward.
 
     `save` turns its inputs and outputs into the tensors and the constants that `backward` gets after the
     losses' gradients. `backward` returns the gradients of the first inputs; it should be an operator without

@@ -30,9 +30,9 @@ def _epilogue(projected: Tensor, frozen: Tensor, kl: bool) -> Epilogue:
     )  # fmt: skip
 
 
-def _forward(projected: Tensor, frozen: Tensor, kl: bool, grad: bool) -> tuple[Tensor, Tensor]:
-    """The loss, 0-d, and the statistics for the backward, empty without `grad`."""
-    loss, _, statistics = launch_forward(_epilogue(projected, frozen, kl), pool=False, statistics=grad)
+def _forward(projected: Tensor, frozen: Tensor, kl: bool, keep: bool) -> tuple[Tensor, Tensor]:
+    """The loss, 0-d, and the statistics for the backward, empty without `keep`."""
+    loss, _, statistics = launch_forward(_epilogue(projected, frozen, kl), pool=False, statistics=keep)
     return loss, statistics
 
 
@@ -48,9 +48,9 @@ def _save(inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[tuple[Te
 _separability = operator(
     "separability",
     _forward,
-    fake=lambda projected, frozen, kl, grad: (
+    fake=lambda projected, frozen, kl, keep: (
         projected.new_empty((), dtype=torch.float32),
-        projected.new_empty(statistics_shape(projected, grad), dtype=torch.float32),
+        projected.new_empty(statistics_shape(projected, keep), dtype=torch.float32),
     ),
 )
 _separability_backward = operator(

@@ -110,6 +110,15 @@ def test_a_gpu_that_is_not_there_is_said(capsys: pytest.CaptureFixture[str]) -> 
             ],
             "the package scipy is not installed; pip install 'fasttrain[eval]'",
         ),
+        (
+            [
+                "-c",
+                "import sys; sys.modules['nvidia.dali'] = None; "
+                "from fasttrain.__main__ import main; sys.exit(main(['recipes/dino.yaml']))",
+            ],
+            "DALI is not installed, which training needs; pip install 'fasttrain[cuda12]' or "
+            "'fasttrain[cuda13]'",
+        ),
     ],
 )
 def test_bad_input_in_a_process_of_its_own(program: list[str], message: str) -> None:

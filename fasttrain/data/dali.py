@@ -25,16 +25,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from nvidia.dali import Pipeline, fn
-from nvidia.dali import math as dali_math
-from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 from torch import Tensor
 
 from fasttrain.data.images import IMAGENET_MEAN, IMAGENET_STD, Bytes, Frame
 from fasttrain.data.index import ClipIndex, FrameIndex, Storage, StoredFrames
 from fasttrain.data.nvdec import rgb_correction
 from fasttrain.data.sampling import SampleParameters, pixel_box
+from fasttrain.errors import InputError
 from fasttrain.recipe import Recipe
+
+try:
+    from nvidia.dali import Pipeline, fn
+    from nvidia.dali import math as dali_math
+    from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
+except ModuleNotFoundError as error:
+    extras = "pip install 'fasttrain[cuda12]' or 'fasttrain[cuda13]'"
+    raise InputError(f"DALI is not installed, which training needs; {extras}") from error
 
 
 class Graph:

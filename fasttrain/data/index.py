@@ -19,7 +19,7 @@ from fasttrain.data.video import VideoInfo, read_video_frames
 # How frames are stored. images: encoded JPEG or PNG (n,); frames: RGB (H, W, 3); clips: a Matroska file
 # (n,) for the GPU's decoder and the numbers of the frames in it.
 Storage = Literal["images", "frames", "clips"]
-# A pair of frames, or any number of them.
+# The frames asked for, one item each; of a clip the file and the numbers instead.
 StoredFrames = Sequence[npt.NDArray[Any]]
 Skipped = list[tuple[str, str]]
 # By name: the folder and the file names of its frames.

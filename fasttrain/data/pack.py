@@ -32,6 +32,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -138,10 +139,10 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.destination is None:
         raise InputError("pack needs a DESTINATION folder: fasttrain pack SOURCE DESTINATION")
-    has_gpu = torch.cuda.is_available() and has_nvdec()
+    has_gpu = torch.cuda.is_available() and has_nvdec() and find_spec("nvidia.dali") is not None
     if args.decoder == "gpu" and not has_gpu:
         raise InputError(
-            "--decoder=gpu needs a GPU and a driver with NVDEC (libnvcuvid.so.1); use auto or cpu"
+            "--decoder=gpu needs a GPU, a driver with NVDEC (libnvcuvid.so.1) and DALI; use auto or cpu"
         )
     options = PackOptions(
         frames=args.frames,

@@ -76,14 +76,14 @@ def find_source(path: Path, *, kind: Kind = "auto") -> Found:
     if kind == "videos" or (kind == "auto" and is_video):
         return Found({}, {path.name: path}, [])
     if kind == "folders" or is_video:
-        raise InputError(f"{path} is a file, but data.kind={kind}; {_WANTED}")
+        raise InputError(f"{path} is a file, but the kind is {kind}; {_WANTED}")
     return _read_list(path)
 
 
 def _find_in_folder(root: Path, kind: Kind) -> Found:
     """All frame folders and video files under a root, by their path relative to it."""
     if kind == "list":
-        raise InputError(f"{root} is a folder, but data.kind=list; expected a text file")
+        raise InputError(f"{root} is a folder, but the kind is list; expected a text file")
     found = Found({}, {}, [])
     # Videos of one length mostly share their file names: kept once, they cost nothing.
     known_files: dict[tuple[str, ...], tuple[str, ...]] = {}
@@ -113,7 +113,8 @@ def _find_in_folder(root: Path, kind: Kind) -> Found:
     enter(root, "", frozenset())
     if found.folders and found.videos:
         raise InputError(
-            f"{root} holds both images and video files; choose with data.kind=folders or data.kind=videos"
+            f"{root} holds both images and video files; choose folders or videos (data.kind in training, "
+            f"--kind in pack)"
         )
     return found
 

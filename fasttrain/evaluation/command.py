@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from fasttrain import distributed
+from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.evaluation import (
     classification,
@@ -49,23 +50,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
         of_task.add_argument("--root", type=Path, required=True, help="the data set")
         model.add_arguments(of_task)
-        of_task.add_argument("--output", type=Path, help="folder for figures (default: eval/TASK in RUN)")
+        of_task.add_argument("--output", type=Path, help="folder for the results (default: eval/TASK in RUN)")
         task.add_arguments(of_task)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Raises InputError for a data set or an encoder that cannot be had."""
-    if not arguments.root.exists():
-        raise InputError(f"--root {arguments.root} does not exist; give the folder of the data set")
     task, meaning = TASKS[arguments.task]
     output = arguments.output or (arguments.run or Path()) / "eval" / arguments.task
     begun, earlier = time.perf_counter(), _pictures(output)
     with distributed.start(arguments.device) as world:
-        evaluated = model.load_model(arguments, world.device)
-        # Before the work of hours, not after it.
-        output.mkdir(parents=True, exist_ok=True)
-        if not os.access(output, os.W_OK):
-            raise InputError(f"{output} cannot be written to; give another --output")
+        evaluated = world.run_on_all(lambda: _prepare(arguments, output, world))
         found = task.run(arguments, evaluated, output, world)
     if found is None:
         return
@@ -88,6 +83,17 @@ def run(arguments: argparse.Namespace) -> None:
     write_results(path, {**about, **found, "results": results})
     print_table(f"{arguments.task}: {meaning}\n{encoder.name}, {encoder.weights}", results)
     print(f"written to {path}")
+
+
+def _prepare(arguments: argparse.Namespace, output: Path, world: World) -> model.EvaluatedModel:
+    """What may fail before the work of hours: the paths and the encoder."""
+    if not arguments.root.exists():
+        raise InputError(f"--root {arguments.root} does not exist; give the folder of the data set")
+    evaluated = model.load_model(arguments, world.device)
+    output.mkdir(parents=True, exist_ok=True)
+    if not os.access(output, os.W_OK):
+        raise InputError(f"{output} cannot be written to; give another --output")
+    return evaluated
 
 
 def _pictures(output: Path) -> dict[str, int]:
