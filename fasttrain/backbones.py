@@ -279,6 +279,11 @@ class Backbone(nn.Module):
         self.register_buffer("positions_ND", self._positions_SSD.flatten(0, 1), persistent=False)
         self.requires_grad_(False).eval()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What `.to` cast it to, and what its images must be."""
+        return self.positions_ND.dtype
+
     def train(self, mode: bool = True) -> "Backbone":
         """Frozen: stays in evaluation mode."""
         return super().train(False)

@@ -2,7 +2,7 @@
 
 `backbones` says what the encoder computes; a switch here changes its speed, and the numbers by rounding only.
 
-Shape suffixes: B samples, N tokens, D channels; of a linear layer R rows, K inputs, O outputs.
+Shape suffixes: B pairs, N tokens, D channels; of a linear layer R rows, K inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from fasttrain.errors import InputError
 from fasttrain.recipe import EncoderRecipe
 
 # Frames (2, B, 3, H, W) and asymmetric positions (N, D) -> tokens (B, 3, N, D).
-Views = Callable[[Tensor, Tensor], Tensor]
+ThreeViews = Callable[[Tensor, Tensor], Tensor]
 ATTENTION = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-# Samples that a core's caches hold: larger batches ran slower on a CPU (benchmarks/results/step-cpu.json).
+# Pairs whose three views fit a core's caches: larger batches ran slower on a CPU (benchmarks/results/step-cpu.json).
 CPU_CHUNK = 4
 # Up to this number of tokens plain products are faster than PyTorch's fused attention on a CPU
 # in half precision (3.8 against 6.2 ms for 12 x 3 heads of 197 tokens).
@@ -62,22 +62,22 @@ class EncoderRuntime:
         if mode == "auto":
             mode = "default" if device.type == "cuda" else "none"
         self.compiled = mode != "none"
-        views: Views = encoder.three_views if recipe.batch_views else self._views_apart
+        encode: ThreeViews = encoder.three_views if recipe.batch_views else self._views_apart
         self._chunk = recipe.chunk or (CPU_CHUNK if device.type == "cpu" else 0)
         if recipe.attention == "auto" and device.type == "cpu" and dtype != torch.float32:
             _attend_plainly(encoder)
         if recipe.attention != "auto":
-            views = _attending(views, ATTENTION[recipe.attention])
-        self._views = compile_fixed(views, COMPILE_MODES[mode]) if self.compiled else views
+            encode = _attending(encode, ATTENTION[recipe.attention])
+        self._encode = compile_fixed(encode, COMPILE_MODES[mode]) if self.compiled else encode
 
     @torch.no_grad()
     def three_views(self, frames: Tensor, positions: Tensor) -> Tensor:
         """`Backbone.three_views` in the recipe's precision; never waits for the GPU."""
-        inputs = frames.to(self.encoder.positions_ND.dtype)
+        inputs = frames.to(self.encoder.dtype)
         with torch.autocast(frames.device.type, self._dtype) if self._autocasts else nullcontext():
             if not self._chunk or self._chunk >= inputs.shape[1]:
-                return self._views(inputs, positions).to(self._dtype)
-            parts = [self._views(part, positions) for part in inputs.split(self._chunk, dim=1)]
+                return self._encode(inputs, positions).to(self._dtype)
+            parts = [self._encode(part, positions) for part in inputs.split(self._chunk, dim=1)]
             return torch.cat(parts).to(self._dtype)
 
     def _views_apart(self, frames: Tensor, positions: Tensor) -> Tensor:
@@ -85,8 +85,8 @@ class EncoderRuntime:
         return torch.stack((first_BND, second_BND, self.encoder.tokens(frames[0], positions)), 1)
 
 
-def _attending(views: Views, kernel: SDPBackend) -> Views:
-    """`views` with one attention kernel, chosen inside of the compiled function.
+def _attending(encode: ThreeViews, kernel: SDPBackend) -> ThreeViews:
+    """`encode` with one attention kernel, chosen inside of the compiled function.
 
     PyTorch ignores a choice made outside when it looks for a compiled program: an encoder would get the
     program, and with it the attention kernel, of another encoder of the same shapes.
@@ -94,7 +94,7 @@ def _attending(views: Views, kernel: SDPBackend) -> Views:
 
     def attend(frames: Tensor, positions: Tensor) -> Tensor:
         with sdpa_kernel(kernel):
-            return views(frames, positions)
+            return encode(frames, positions)
 
     return attend
 
@@ -108,7 +108,7 @@ def _attend_plainly(encoder: Backbone) -> None:
                 module.fused_attn = False
 
 
-def compile_fixed(function: Views, mode: str | None) -> Views:
+def compile_fixed(function: ThreeViews, mode: str | None) -> ThreeViews:
     """torch.compile for fixed shapes; PyTorch keeps the code from run to run (TORCHINDUCTOR_CACHE_DIR)."""
     # Each kind of encoder in a process is a program; beyond PyTorch's limit of eight they run uncompiled.
     limit = torch._dynamo.config.recompile_limit

@@ -106,7 +106,7 @@ def validate(
         except UnreadableFrameError:
             continue
         # The encoder that trains may have been cast.
-        tokens_TND = encoder.tokens(frames_T3HW.to(device, encoder.positions_ND.dtype)).float()
+        tokens_TND = encoder.tokens(frames_T3HW.to(device, encoder.dtype)).float()
         measured["before"].append(measure_video(tokens_TND))
         measured["after"].append(measure_video(projection(tokens_TND).float()))
     figures = {variant: summarise(videos) for variant, videos in measured.items() if videos}
