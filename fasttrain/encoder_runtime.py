@@ -26,7 +26,7 @@ ATTENTION = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-# Pairs whose three views fit a core's caches: larger batches ran slower on a CPU (benchmarks/results/step-cpu.json).
+# Pairs whose three views fit a core's caches: larger batches ran slower (benchmarks/results/step-cpu.json).
 CPU_CHUNK = 4
 # Up to this number of tokens plain products are faster than PyTorch's fused attention on a CPU
 # in half precision (3.8 against 6.2 ms for 12 x 3 heads of 197 tokens).
