@@ -7,7 +7,7 @@ thread; on a CPU the spans' own durations are taken.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,41 +38,37 @@ _COUNTED = {
 span = record_function
 
 
-class StepProfiler:
-    """Records steps SKIPPED .. SKIPPED + RECORDED - 1 of a run. Call `step` after each; `close` writes."""
+class StepProfiler(profile):
+    """Records steps SKIPPED .. SKIPPED + RECORDED - 1 of a run, or those of them that it has.
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
-        self.folder, self._device = folder, device
-        self._table = f"nothing recorded: a profile takes {SKIPPED + 1} steps"
-        on_gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
-        self._profile = profile(
-            activities=[ProfilerActivity.CPU, *on_gpu],
+    Use it as a context, and call `step` after each step. Where it recorded any, it writes its two files and
+    passes the summary as a table to `say`.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, say: Callable[[str], None]) -> None:
+        self.folder, self.say, self._on_gpu = folder, say, device.type == "cuda"
+        super().__init__(
+            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_gpu else [])],
             schedule=schedule(wait=0, warmup=SKIPPED, active=RECORDED, repeat=1),
-            on_trace_ready=self._write,
+            on_trace_ready=lambda _: self._write(),
         )
-        self._profile.start()
 
     def step(self) -> None:
         """A step is over: begin or end the recording where it is time."""
-        if self._device.type == "cuda" and self._profile.step_num + 1 == SKIPPED:
+        if self._on_gpu and self.step_num + 1 == SKIPPED:
             # What was launched before must not run during the recording.
-            torch.cuda.synchronize(self._device)
-        self._profile.step()
+            torch.cuda.synchronize()
+        super().step()
 
-    def close(self) -> str:
-        """The summary as a table, or that the run was too short for one."""
-        self._profile.stop()
-        return self._table
-
-    def _write(self, recorded: profile) -> None:
-        if recorded.step_num <= SKIPPED:
+    def _write(self) -> None:
+        if self.step_num <= SKIPPED:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "trace.json"
-        recorded.export_chrome_trace(str(path))
+        self.export_chrome_trace(str(path))
         summary = summarise(json.loads(path.read_text(encoding="utf-8"))["traceEvents"])
         write_json(self.folder / "summary.json", summary)
-        self._table = summary_table(summary)
+        self.say(summary_table(summary))
 
 
 def summarise(events: Iterable[dict[str, Any]]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -61,6 +62,7 @@ class Trainer:
 
             self.validate = validate
         self.console = Console(quiet=not world.is_main)
+        self.say = partial(say, console=self.console)
         recipes = backbone_recipes(recipe)
         for backbone_recipe in recipes:
             check_run_folder(backbone_recipe)
@@ -146,10 +148,6 @@ class Trainer:
     def request_stop(self, signal_number: int, frame: FrameType | None) -> None:
         """Signal handler: finish the step, write a checkpoint, leave."""
         self._stop_requested = True
-
-    def say(self, line: str) -> None:
-        """One line on the main process's terminal."""
-        say(line, self.console)
 
     # --- readings and files ----------------------------------------------------------------------------
 
@@ -320,8 +318,8 @@ class Trainer:
                     self.say(f"{backbone.name}: warmed up in {seconds:.1f} s")
             self.profiler = None
             if self._profile:
-                self.profiler = StepProfiler(Path(self.recipe.output) / "profile", self.world.device)
-                stack.callback(lambda profiler: self.say(profiler.close()), self.profiler)
+                folder = Path(self.recipe.output) / "profile"
+                self.profiler = stack.enter_context(StepProfiler(folder, self.world.device, self.say))
             self.progress = stack.enter_context(
                 Progress("step", self.total_steps, done=self.step, console=self.console)
             )
