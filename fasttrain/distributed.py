@@ -49,8 +49,7 @@ class World:
         """`module` with its gradients averaged over the processes at the end of each backward pass."""
         if self.size == 1:
             return module
-        device_ids = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True)
+        return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
     def no_sync(self, module: nn.Module) -> AbstractContextManager[None]:
         """Context in which a wrapped module does not average its gradients (accumulation)."""

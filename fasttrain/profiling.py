@@ -141,10 +141,9 @@ def summary_table(summary: dict[str, Any]) -> str:
         f"{summary['step_ms']:.2f} ms a step, mean of {summary['steps']}; "
         f"{'GPU' if summary['device'] == 'cuda' else 'host'} time by span:"
     ]
-    rows = {**summary["parts"], "outside": {"ms": summary["outside_ms"]}}
-    for name, row in rows.items():
-        share = f"{row['share']:>8.1%}" if "share" in row else ""
-        lines.append(f"  {name:<14}{row['ms']:>10.3f} ms{share}")
+    rows = {name: part["ms"] for name, part in summary["parts"].items()} | {"outside": summary["outside_ms"]}
+    total = sum(rows.values())
+    lines += [f"  {name:<14}{ms:>10.3f} ms{ms / total:>8.1%}" for name, ms in rows.items()]
     lines.append(
         f"a step: {summary['waits']:g} waits for the device, "
         f"{summary['scalar_reads']:g} numbers read from it, {summary['allocations']:g} allocations"

@@ -8,16 +8,16 @@ the README's table and the JSON schema of the editors are made from it.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
-import operator
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, field, is_dataclass
+from difflib import SequenceMatcher
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -398,10 +398,7 @@ def _first_error(error: ValidationError) -> str:
         name = path.rpartition(".")[2]
         nearest = max(
             (known for known, _ in _keys(Recipe)),
-            key=lambda known: (
-                known.endswith(f".{name}"),
-                difflib.SequenceMatcher(None, path, known).ratio(),
-            ),
+            key=lambda known: (known.endswith(f".{name}"), SequenceMatcher(None, path, known).ratio()),
         )
         return f"unknown recipe key {path!r}; did you mean {nearest!r}?"
     message = first["msg"].removeprefix("Value error, ")
@@ -419,8 +416,4 @@ def _keys(section: Any, path: str = "") -> Iterator[tuple[str, FieldInfo]]:
 
 def _decisive(recipe: Recipe) -> dict[str, Any]:
     """The values that decide what a run computes, by dotted path."""
-    return {
-        path: operator.attrgetter(path)(recipe)
-        for path, key in _keys(Recipe)
-        if MAY_CHANGE not in key.metadata
-    }
+    return {path: attrgetter(path)(recipe) for path, key in _keys(Recipe) if MAY_CHANGE not in key.metadata}

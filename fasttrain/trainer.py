@@ -242,10 +242,7 @@ class Trainer:
             self.say(f"skipped {name}: {reason}")
         single = int((index.num_frames == 1).sum())
         if single:
-            self.say(
-                f"{single} of {len(index)} videos have a single frame; both views of their pairs will be "
-                f"identical"
-            )
+            self.say(f"{single} of {len(index)} videos have a single frame, which is then both views")
         return index
 
     def _resume(self) -> int:

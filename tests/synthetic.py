@@ -143,7 +143,18 @@ def odd_frames() -> dict[str, list[bytes]]:
     }
 
 
-# --- recipes and loaders ---
+# --- recipes, loaders and processes ---
+
+
+class OneOfTwo(World):
+    """A process whose partner has `other` to say where this one has a value of a type."""
+
+    def __init__(self, other: Any, instead_of: type = object) -> None:
+        super().__init__(**vars(World.single()))
+        vars(self).update(other=other, instead_of=instead_of)
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, self.other if isinstance(value, self.instead_of) else value]
 
 
 def make_recipe(seed: int = 0, **changes: Any) -> Recipe:

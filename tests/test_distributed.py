@@ -1,23 +1,12 @@
 """How processes join a run."""
 
 import dataclasses
-from typing import Any
 
 import pytest
+from synthetic import OneOfTwo
 
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
-
-
-class OneOfTwo(World):
-    """A process whose partner has `other` to say."""
-
-    def __init__(self, other: Any) -> None:
-        super().__init__(**vars(World.single()))
-        vars(self)["other"] = other
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value, self.other]
 
 
 def fail() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from synthetic import write_folders
+from synthetic import OneOfTwo, write_folders
 
 from fasttrain.checkpoint import load_checkpoint, save_checkpoint
 from fasttrain.distributed import World
@@ -64,6 +64,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def with_mae(single: Recipe) -> Recipe:
+    """The recipe of two backbones: the given one and a second."""
+    other = dataclasses.replace(single.backbone, name="mae")
+    return dataclasses.replace(single, backbones=(single.backbone, other))
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
@@ -168,10 +174,7 @@ def test_a_run_whose_last_save_fails_is_finished_by_the_next(
     write: int, frames: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk is full at each file that two backbones, which keep one checkpoint, write after step 4."""
-    single = tiny(frames, tmp_path, train={"keep": 1})
-    both = dataclasses.replace(
-        single, backbones=(single.backbone, dataclasses.replace(single.backbone, name="mae"))
-    )
+    both = with_mae(tiny(frames, tmp_path, train={"keep": 1}))
     replace = os.replace
     written: list[Path] = []
 
@@ -211,12 +214,6 @@ def test_a_signal_ends_with_a_checkpoint_and_resumes_to_the_same_bits(
         assert_same_bits(finished, tmp_path / str(step))
 
 
-def test_a_finished_run_stays_as_it_is(finished: Path) -> None:
-    before = (finished / "projection.safetensors").read_bytes()
-    assert run(load_recipe(finished / "recipe.yaml")) == {}
-    assert (finished / "projection.safetensors").read_bytes() == before
-
-
 def test_processes_and_accumulated_passes_take_the_same_steps(
     frames: Path, finished: Path, tmp_path: Path
 ) -> None:
@@ -242,11 +239,10 @@ def test_processes_and_accumulated_passes_take_the_same_steps(
 def test_all_backbones_from_one_stream_equal_single_runs(
     frames: Path, finished: Path, tmp_path: Path
 ) -> None:
-    single = tiny(frames, tmp_path / "single")
-    other = dataclasses.replace(single.backbone, name="mae")
-    run(dataclasses.replace(single, output=str(tmp_path / "all"), backbones=(single.backbone, other)))
+    together = with_mae(tiny(frames, tmp_path / "all"))
+    run(together)
     assert_same_bits(finished, tmp_path / "all" / "dino")
-    run(dataclasses.replace(single, backbone=other))
+    run(tiny(frames, tmp_path / "single", backbone={"name": "mae"}))
     assert_same_bits(tmp_path / "single", tmp_path / "all" / "mae")
 
 
@@ -254,9 +250,7 @@ def test_a_backbone_of_non_finite_loss_is_dropped_and_stays_dropped(
     frames: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The other goes on, also when the run is stopped and taken up again, to the weights of its own run."""
-    single = tiny(frames, tmp_path)
-    other = dataclasses.replace(single.backbone, name="mae")
-    together = dataclasses.replace(single, backbones=(single.backbone, other))
+    together = with_mae(tiny(frames, tmp_path))
     trainer = Trainer(together, World.single())
     trainer.backbones[1].projection.norm.bias.data.fill_(torch.nan)
     trainer.request_stop(signal.SIGTERM, None)
@@ -273,11 +267,10 @@ def test_a_backbone_of_non_finite_loss_is_dropped_and_stays_dropped(
 def test_a_backbone_added_to_a_trained_run_is_refused(frames: Path, tmp_path: Path) -> None:
     """It would start from nothing, and with it those that are trained."""
     single = tiny(frames, tmp_path)
-    other = dataclasses.replace(single.backbone, name="mae")
     run(dataclasses.replace(single, backbones=(single.backbone,)))
     before = weights(tmp_path / "dino")
     with pytest.raises(InputError, match=r"share no checkpoint \(last steps: dino: 4, mae: none\)"):
-        run(dataclasses.replace(single, backbones=(single.backbone, other)))
+        run(with_mae(single))
     assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path / "dino").items())
 
 
@@ -285,17 +278,6 @@ def test_the_number_of_steps_follows_from_the_epochs(frames: Path, tmp_path: Pat
     recipe = tiny(frames, tmp_path, train={"steps": None, "epochs": 2.5, "batch_size": 2})
     # 15 pairs; the last global batch that would not be full is left out.
     assert Trainer(recipe, World.single()).total_steps == 7
-
-
-class OneOfTwo(World):
-    """A process whose partner sees what it sees, but for one thing."""
-
-    def __init__(self, other: Any, instead_of: type) -> None:
-        super().__init__(**vars(World.single()))
-        vars(self).update(other=other, instead_of=instead_of)
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value, self.other if isinstance(value, self.instead_of) else value]
 
 
 def test_what_another_process_does_not_see_is_refused(frames: Path, finished: Path, tmp_path: Path) -> None:
@@ -356,14 +338,16 @@ def test_a_non_finite_loss_names_step_and_samples(frames: Path, tmp_path: Path) 
     assert not (tmp_path / "checkpoints" / "step_00000003.pt").exists()
 
 
-def test_the_encoder_stays_frozen(frames: Path, tmp_path: Path) -> None:
+def test_the_encoder_stays_frozen_and_a_finished_run_as_it_is(frames: Path, tmp_path: Path) -> None:
     trainer = Trainer(tiny(frames, tmp_path), World.single())
     encoder = trainer.backbones[0].encoder
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     trainer.train()
-    assert not any(parameter.requires_grad for parameter in encoder.parameters())
     for name, value in encoder.state_dict().items():
         assert torch.equal(value, before[name]), name
+    written = (tmp_path / "projection.safetensors").stat()
+    assert run(load_recipe(tmp_path / "recipe.yaml")) == {}
+    assert (tmp_path / "projection.safetensors").stat() == written
 
 
 @pytest.mark.parametrize(
