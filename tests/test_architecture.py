@@ -88,7 +88,6 @@ def test_a_package_has_one_user(package: str) -> None:
         path.name
         for path in modules("fasttrain")
         if any(f"{module}.".startswith(f"{package}.") for module in imports(path))
-        or f"{package}." in path.read_text()
     }
     assert users == {ONLY_USER[package]}
 
