@@ -1,7 +1,6 @@
 """The table of a trace: on synthetic events with known answers, and on a real recording."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +71,7 @@ def test_host_time_is_taken_without_a_device() -> None:
 
 @pytest.mark.parametrize(
     ("count", "recorded"),
-    [(SKIPPED, 0), (SKIPPED + 2, 2), (SKIPPED + RECORDED + 2, RECORDED)],
+    [(SKIPPED + 2, 2), (SKIPPED + RECORDED + 2, RECORDED)],
 )
 def test_a_recording_of_what_steps_there_are(count: int, recorded: int, tmp_path: Path) -> None:
     lines: list[str] = []
@@ -81,9 +80,6 @@ def test_a_recording_of_what_steps_there_are(count: int, recorded: int, tmp_path
             with span(STEP), span("encoder"):
                 (torch.ones(128, 128) @ torch.ones(128, 128)).sum().item()
             profiler.step()
-    if not recorded:
-        assert lines == os.listdir(tmp_path) == []
-        return
     assert {path.name for path in (tmp_path / "profile").iterdir()} == {"trace.json", "summary.json"}
     summary = json.loads((tmp_path / "profile" / "summary.json").read_text())
     assert (summary["steps"], summary["scalar_reads"]) == (recorded, 1)

