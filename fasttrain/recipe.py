@@ -348,13 +348,12 @@ def json_schema() -> dict[str, Any]:
 
 def _read_tree(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader underneath
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}  # a SafeLoader underneath
     except OSError as error:
         raise InputError(f"cannot read recipe {str(path)!r}: {error.strerror}; give a YAML file") from None
     # Text in another encoding, a 30th of February, a number of thousands of digits are ValueErrors.
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from None
-    tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise InputError(f"recipe {str(path)!r} holds a {type(tree).__name__}; expected `key: value` lines")
     base = tree.pop("base", None)

@@ -126,19 +126,15 @@ def odd_frames() -> dict[str, list[bytes]]:
     turned = Image.Exif()
     turned[0x0112] = 6
     grey16 = [np.asarray(frame.convert("L")).astype(np.uint16) * 257 for frame in frames]
+    modes = [("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG"), ("RGBA", "PNG"), ("LA", "PNG"), ("1", "PNG")]
     return {
-        "grey": [encoded(frame.convert("L")) for frame in frames],
-        "cmyk": [encoded(frame.convert("CMYK")) for frame in frames],
+        **{f"{mode} {form}": [encoded(one.convert(mode), form) for one in frames] for mode, form in modes},
         "turned": [encoded(frame, exif=turned) for frame in frames],
         "thumbnail and a tail": [with_thumbnail(encoded(frame)) + bytes(999) for frame in frames],
         "progressive": [encoded(frame, progressive=True) for frame in frames],
         "mixed_sizes": [encoded(frame.resize((40 + 9 * t, 70 - 5 * t))) for t, frame in enumerate(frames)],
         "tiny": [encoded(frame.resize((3, 2))) for frame in frames],
         "png16": [encoded(Image.fromarray(grey), "PNG") for grey in grey16],
-        "palette": [encoded(frame.convert("P"), "PNG") for frame in frames],
-        "alpha": [encoded(frame.convert("RGBA"), "PNG") for frame in frames],
-        "grey_alpha": [encoded(frame.convert("LA"), "PNG") for frame in frames],
-        "one_bit": [encoded(frame.convert("1"), "PNG") for frame in frames],
         "one_frame": [encoded(frames[0])],
     }
 

@@ -362,15 +362,12 @@ def test_a_second_run_in_the_folder_is_refused(frames: Path, finished: Path, tmp
     assert_same_bits(finished, tmp_path)
 
 
-def test_another_recipes_folder_is_refused(frames: Path, finished: Path) -> None:
-    with pytest.raises(InputError, match=r"another recipe's run .*optimizer\.lr"):
-        run(tiny(frames, finished, optimizer={"lr": 0.2}))
-    with pytest.raises(InputError, match="resume=auto"):
-        run(dataclasses.replace(tiny(frames, finished), resume="never"))
-
-
-def test_another_batch_other_data_or_weights_are_refused_on_resume(frames: Path, tmp_path: Path) -> None:
+def test_another_recipe_batch_data_or_weights_are_refused_on_resume(frames: Path, tmp_path: Path) -> None:
     run(tiny(frames, tmp_path))
+    with pytest.raises(InputError, match="resume=auto"):
+        run(dataclasses.replace(tiny(frames, tmp_path), resume="never"))
+    with pytest.raises(InputError, match=r"another recipe's run .*optimizer\.lr"):
+        run(tiny(frames, tmp_path, optimizer={"lr": 0.2}))
     with pytest.raises(InputError, match=r"global_batch 4, this one has 3; .* that it began with"):
         run(tiny(frames, tmp_path, train={"batch_size": 3}))
     state = load_checkpoint(tmp_path / "checkpoints", 4)
