@@ -69,7 +69,7 @@ class BackboneTrainer:
     """One frozen backbone, its trained head, optimiser, loss scale and meters."""
 
     def __init__(self, recipe: Recipe, world: World, encoder: Backbone | None = None) -> None:
-        """`encoder`: the recipe's backbone as `load_backbone` gives it, where that is at hand; taken over."""
+        """`encoder`: the recipe's backbone, if it has been loaded already; it is moved and cast in place."""
         self.recipe, self.world = recipe, world
         self.name = recipe.backbone.name
         self.folder = Path(recipe.output)

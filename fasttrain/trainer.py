@@ -3,7 +3,7 @@
 A `Trainer` feeds one stream of frame pairs to one `BackboneTrainer` (a backbone with its head) or to many.
 What a run computes is a function of recipe, data and seed: every random number follows from (seed, step).
 
-The way of a frame pair: `PairLoader` -> `Trainer.train_step` -> `BackboneTrainer.forward_backward` ->
+The path of a frame pair: `PairLoader` -> `Trainer.train_step` -> `BackboneTrainer.forward_backward` ->
 `EncoderRuntime.three_views`, the frozen tokens -> `CosettleObjective`, the head and its losses.
 """
 
@@ -75,7 +75,7 @@ class Trainer:
         self.peak_lr = recipe.optimizer.lr * self.global_batch / 256
         # What a resumed run must find unchanged, beside the recipe.
         self.facts = {"global_batch": self.global_batch, "data": self.index.fingerprint()}
-        # A file that only some processes can read would give them other samples, without a word.
+        # A file that only some processes can read would silently give them different samples.
         world.check_same(self.facts["data"], f"data.source: {recipe.data.source}")
         self.backbones = [BackboneTrainer(one, world) for one in recipes]
         # Of all processes up to the last report; a resumed run adds to those of its checkpoint.
@@ -152,7 +152,7 @@ class Trainer:
     # --- readings and files ----------------------------------------------------------------------------
 
     def _report(self) -> dict[str, dict[str, Any]]:
-        """Read all meters (here alone the host waits), write them down, stop on a non-finite loss."""
+        """Read all meters and write them down. Only here does the host wait for the device."""
         readings = [(backbone, *backbone.meter.read(self.world)) for backbone in self.backbones]
         now = time.perf_counter()
         last_step, last_time = self._last_report
@@ -225,7 +225,7 @@ class Trainer:
             facts = self.facts | {"bad_samples": self.bad_samples}
             for backbone in self.backbones:
                 backbone.save(self.step, facts)
-            # Only now: the backbones must have a checkpoint in common at any moment.
+            # Only now: the backbones must always have a checkpoint in common.
             for backbone in self.backbones:
                 drop_checkpoints(backbone.folder / "checkpoints", self.step, keep=self.recipe.train.keep)
         self.world.barrier()
@@ -254,9 +254,9 @@ class Trainer:
         if len(dropped) < len(self.backbones):
             for backbone in dropped:
                 self.backbones.remove(backbone)
-                self.say(f"dropped {backbone.name}: its loss was not finite when this run was here before")
+                self.say(f"dropped {backbone.name}: its loss was not finite in an earlier part of this run")
         saved = {backbone.name: saved_steps(backbone.folder / "checkpoints") for backbone in self.backbones}
-        # The main process alone writes: processes that do not see its folder would start elsewhere.
+        # Only the main process writes. Processes that do not see its folder would start at another step.
         self.world.check_same(saved, f"output: the checkpoints in {self.recipe.output}")
         common = set.intersection(*(set(steps) for steps in saved.values()))
         if not common:

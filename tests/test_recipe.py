@@ -69,7 +69,7 @@ def test_every_printed_float_reads_back(value: float) -> None:
 
 
 def test_overrides_win_over_the_file_and_the_file_over_its_base(tmp_path: Path) -> None:
-    """A section as value changes the keys that it names; a path that looks like a date or number is a path."""
+    """A section as value changes the keys that it names; a path may look like a date or a number."""
     (tmp_path / "base.yaml").write_text("seed: 1\ntrain: {epochs: 2, batch_size: 3}\noutput: 2024-02-28\n")
     path = write(tmp_path, "base: base.yaml\ntrain: {epochs: 4}\n")
     recipe = load_recipe(path, ["data.source=2024-02-30", "train={batch_size: 7}"])
@@ -166,7 +166,7 @@ def test_the_hash_ignores_what_may_change_on_resume_and_nothing_else() -> None:
     )
     assert recipe_hash(moved) == recipe_hash(recipe)
     assert differences(recipe, moved) == []
-    # Run folders of earlier versions go on.
+    # Run folders of earlier versions can still be resumed.
     assert recipe_hash(recipe) == "bad2f017d8177d1d"
     other = dataclasses.replace(recipe, train=TrainRecipe(epochs=6.0), backbone=BackboneRecipe(name="mae"))
     assert recipe_hash(other) != recipe_hash(recipe)

@@ -150,7 +150,9 @@ def test_the_head_moves_and_the_resolved_recipe_reruns_to_the_same_bits(
 
 
 @pytest.mark.parametrize("step", [2, 3, 4])
-def test_resume_goes_on_to_the_same_bits(step: int, frames: Path, finished: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_with_the_same_bits(
+    step: int, frames: Path, finished: Path, tmp_path: Path
+) -> None:
     """A run that dies in the middle of an epoch, before or after its checkpoint at step 2."""
     crash_and_resume(tiny(frames, tmp_path), step)
     assert_same_bits(finished, tmp_path)
@@ -243,7 +245,7 @@ def test_all_backbones_from_one_stream_equal_single_runs(
 def test_a_backbone_of_non_finite_loss_is_dropped_and_stays_dropped(
     frames: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The other goes on, also when the run is stopped and taken up again, to the weights of its own run."""
+    """The other reaches the weights of its own run, also when the run is stopped and resumed."""
     together = with_mae(tiny(frames, tmp_path))
     trainer = Trainer(together, World.single())
     trainer.backbones[1].projection.norm.bias.data.fill_(torch.nan)
