@@ -75,9 +75,7 @@ class BackboneTrainer:
         self.folder = Path(recipe.output)
         self.dtype = recipe.train.dtype
         self.backbone_settings = backbone_settings(recipe)
-        if encoder is None:
-            encoder = world.run_on_all(lambda: load_backbone(**self.backbone_settings))
-        self.encoder = encoder
+        self.encoder: Backbone = encoder or world.run_on_all(lambda: load_backbone(**self.backbone_settings))
         # What a resumed run must find unchanged: a file of weights may be another under the same name.
         self.facts = {"weights_hash": self.encoder.weights_hash}
         self.grid = self.encoder.grid(recipe.data.image_size, recipe.data.image_size)

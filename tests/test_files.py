@@ -8,12 +8,7 @@ from pathlib import Path
 import pytest
 
 from fasttrain.errors import InputError
-from fasttrain.files import (
-    file_lock,
-    open_atomically,
-    read_lines,
-    write_atomically,
-)
+from fasttrain.files import file_lock, open_atomically, read_lines, write_atomically
 
 
 @pytest.mark.parametrize("fsync", [False, True])
