@@ -44,9 +44,14 @@ usage: fasttrain RECIPE [key=value ...]
 Turn a frozen image encoder into a video encoder.
 
 commands:"""
-# Errors of the system that are the user's to mend: no room, and paths that may not or cannot be written.
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-BAD_PATH = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
+# Errors of the system that are the user's to mend, and how.
+ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room and run the same command again"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR), "give another path"),
+    **dict.fromkeys((errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG), "give another path"),
+    **dict.fromkeys((errno.EIO, errno.ESTALE), "see whether the disk is whole and mounted"),
+    errno.EMFILE: "raise the limit of open files with ulimit -n",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,9 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"fasttrain: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in NO_ROOM | BAD_PATH:
+        if error.errno not in ADVICE:
             raise
-        advice = "make room and run the same command again" if error.errno in NO_ROOM else "give another path"
+        advice = ADVICE[error.errno]
         print(f"fasttrain: {error.filename or 'the results'}: {os_reason(error)}; {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -240,8 +240,8 @@ def _read_ucf(arguments: argparse.Namespace) -> _Lists:
 
     def parse(line: str) -> _Entry:
         name = line.split()[0]
-        label, _ = name.split("/")
-        return _Entry(name, [label])
+        label, file = name.split("/")
+        return _Entry(name, [label], file)
 
     classes = [line.split()[-1] for line in read_lines(_find_list(arguments, "classInd.txt"))]
     names = f"trainlist{arguments.split:02d}.txt", f"testlist{arguments.split:02d}.txt"
@@ -258,7 +258,7 @@ def _read_hmdb(arguments: argparse.Namespace) -> _Lists:
 
     def parse(line: str) -> None:
         video, mark = line.rsplit(maxsplit=1)
-        marked[mark].append(_Entry(f"{classes[-1]}/{video}", classes[-1:]))
+        marked[mark].append(_Entry(f"{classes[-1]}/{video}", classes[-1:], video))
 
     for path in sorted(_find_list(arguments, f"*{ending}").parent.glob(f"*{ending}")):
         classes.append(path.name.removesuffix(ending))

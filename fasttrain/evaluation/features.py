@@ -20,6 +20,7 @@ from threading import Lock
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import functional
@@ -83,7 +84,7 @@ class Extracted:
 
     def load(self, name: str, variant: str) -> Tensor:
         """Features (T, D) float32; T is 1 where frames are averaged."""
-        return load_file(self.entries[name][variant])["features"]
+        return _load(self.entries[name][variant])["features"]
 
     def stack(self, videos: Sequence[LabelledVideo], variant: str) -> Tensor:
         """Features (V, D) of videos that have one each."""
@@ -164,7 +165,7 @@ def extract(
                 entries[variant] = cache / key[:2] / f"{key}.safetensors"
             missing = {variant: entry for variant, entry in entries.items() if not entry.exists()}
             if not missing:
-                return entries, int(load_file(next(iter(entries.values())))["num_frames"])
+                return entries, int(_load(next(iter(entries.values())))["num_frames"])
             features, num_frames = _encode(videos[name], missing, arguments, model, world.device, encoding)
         except OSError as error:
             return os_reason(error)
@@ -227,6 +228,13 @@ def _encode(
             variant: features_TD.mean(dim=0, keepdim=True) for variant, features_TD in features.items()
         }
     return features, num_frames
+
+
+def _load(entry: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(entry)
+    except SafetensorError as error:
+        raise InputError(f"cached features {entry} are damaged ({error}); delete the file") from error
 
 
 def _describe(model: EvaluatedModel, arguments: argparse.Namespace, variant: str) -> str:

@@ -125,7 +125,7 @@ def read_poses(path: Path) -> Coordinates:
         poses_2JT = np.asarray(loadmat(path)["pos_img"])
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"annotation {path} has no pos_img that can be read ({error}); replace it"
+            f"annotation {path} is missing or has no pos_img that can be read ({error}); replace it"
         ) from error
     if poses_2JT.ndim != 3 or poses_2JT.shape[:2] != (2, len(JOINTS)) or poses_2JT.shape[2] < 2:
         expected = f"(2, {len(JOINTS)}, frames), at least 2 frames"

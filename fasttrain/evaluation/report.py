@@ -5,6 +5,7 @@ import base64
 import html
 import json
 from pathlib import Path
+from typing import Any
 
 from fasttrain.errors import InputError
 from fasttrain.evaluation import plots
@@ -33,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     recorded, evaluations = [], []
     for name, folder in zip(plots.run_names(arguments.runs), arguments.runs, strict=True):
         paths = sorted(folder.glob("eval/*/*.json"))
-        evaluations += [(name, path, json.loads(path.read_bytes())) for path in paths]
+        evaluations += [(name, path, _read(path)) for path in paths]
         if (folder / "metrics.jsonl").is_file():
             recorded.append(folder)
         elif not paths:
@@ -65,6 +66,15 @@ def run(arguments: argparse.Namespace) -> None:
     head = f'<!doctype html><meta charset="utf-8"><title>fasttrain</title><style>{STYLE}</style>'
     write_atomically(output, f"{head}<h1>fasttrain</h1>{body}\n".encode())
     print(f"written to {output}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The JSON that `fasttrain eval` wrote."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_bytes())
+        return {key: found[key] for key in ("task", "model", "pictures", "results")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} holds no results of `fasttrain eval` ({error!r}); remove it") from error
 
 
 def _show(path: Path) -> str:

@@ -51,6 +51,16 @@ def test_every_layout_is_found_and_read(layout: str, tmp_path: Path) -> None:
     assert [video.name for video in named.train] == [video.name for video in split.train]
 
 
+@pytest.mark.parametrize("layout", ["ucf101", "hmdb51"])
+def test_frames_without_folders_of_classes(layout: str, tmp_path: Path) -> None:
+    root, flat = LAYOUTS[layout](tmp_path / layout), tmp_path / "jpegs_256"
+    split = read(root)
+    for video in (*split.train, *split.test):
+        touch(flat / Path(video.name).stem, "00000.jpg")
+    found = read(root, videos=flat)
+    assert [video.name for video in found.train] == [video.name for video in split.train]
+
+
 def test_ucf101_classes_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     root = tmp_path
     touch(root, "videos/B/b1.mp4", "videos/A/a1.mp4", "videos/A/a2.mp4", "videos/B/b2.mp4")

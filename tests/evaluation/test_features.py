@@ -13,6 +13,7 @@ from torch.nn import functional
 from fasttrain.backbones import load_backbone
 from fasttrain.data.sources import open_source
 from fasttrain.distributed import World
+from fasttrain.errors import InputError
 from fasttrain.evaluation.features import Extracted, extract
 from fasttrain.evaluation.frames import centre_crop
 from fasttrain.evaluation.model import EvaluatedModel
@@ -105,6 +106,10 @@ def test_a_hit_encodes_nothing_and_changed_content_is_no_hit(
     for name in videos:
         assert not torch.equal(first.load(name, "before"), changed.load(name, "before"))
     hook.remove()
+    entry = next(iter(changed.entries["folder"].values()))
+    entry.write_bytes(b"")
+    with pytest.raises(InputError, match=f"cached features {entry} are damaged"):
+        run(moved, model, tmp_path / "out")
 
 
 def test_entries_are_as_many_as_what_features_are_a_function_of(

@@ -108,4 +108,8 @@ def test_what_makes_no_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     (tmp_path / "nothing").mkdir()
     assert report(page, tmp_path / "nothing") == 2
     assert "holds neither metrics.jsonl nor eval" in capsys.readouterr().err
+    (run / "eval" / "davis").mkdir(parents=True)
+    (run / "eval" / "davis" / "davis.json").write_text('{"task":')
+    assert report(page, run) == 2
+    assert "davis.json holds no results of `fasttrain eval`" in capsys.readouterr().err
     assert not page.exists()
