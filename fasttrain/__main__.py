@@ -130,8 +130,8 @@ def train(recipe: Recipe, *, profile: bool = False) -> None:
             except InputError as error:
                 print(f"no learning curves: {error}")
                 return
-            for backbone in trainer.backbones:
-                learning_curves([backbone.folder], backbone.folder / "figures" / "learning.png")
+            for folder in (one.folder for one in trainer.backbone_trainers):
+                learning_curves([folder], folder / "figures" / "learning.png")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from fasttrain.optimizer import build_optimizer
 from fasttrain.profiling import RECORDED_PASS, span
 from fasttrain.projection import Projection
 from fasttrain.recipe import Recipe, to_dict
-from fasttrain.video_encoder import projection_metadata
+from fasttrain.video_encoder import PROJECTION_FILE, projection_metadata
 
 
 class Meter:
@@ -197,7 +197,7 @@ class BackboneTrainer:
         metadata = projection_metadata(
             self.backbone_settings, self.encoder, self.projection, to_dict(self.recipe)
         )
-        self.projection.save(self.folder / "projection.safetensors", metadata)
+        self.projection.save(self.folder / PROJECTION_FILE, metadata)
         # Last: a run that is cut off in between takes the steps again, and with them the projection.
         state = {"step": step, **facts, **self.facts, **self.state()}
         save_checkpoint(self.folder / "checkpoints", step, state)

@@ -32,7 +32,7 @@ def open_atomically(path: Path, *, fsync: bool = False) -> Iterator[BinaryIO]:
 
     Any number of processes may write the same path at once: the last one wins.
 
-    fsync: what the file holds is on the disk before it gets its name.
+    fsync: the file and its name are on the disk when this returns, before anything that is written later.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not the process's number: those of two containers may be the same.
@@ -50,6 +50,12 @@ def open_atomically(path: Path, *, fsync: bool = False) -> Iterator[BinaryIO]:
         raise
     finally:
         partial.unlink(missing_ok=True)
+    if fsync:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def file_lock(path: Path, refusal: str) -> AbstractContextManager[object]:

@@ -35,7 +35,8 @@ CONFIG = ConfigDict(
     extra="forbid", strict=True, validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
 )
 
-# Marks a key that may change when a run is resumed: it does not alter what the run computes.
+# Marks a key that may change when a run is resumed: it does not alter what is computed, or the trainer
+# compares its effect (`Trainer.facts`).
 MAY_CHANGE = "may change on resume"
 
 Positive = Annotated[float, Field(gt=0)]
@@ -70,7 +71,7 @@ class EncoderRecipe:
     compile: Annotated[Literal["auto", "none", "default", "max-autotune"], MAY_CHANGE] = "auto"
     """torch.compile: not at all, usual, or with a search for the fastest kernels; `auto`: usual on GPUs."""
     cuda_graph: Annotated[bool, MAY_CHANGE] = False
-    """Replay the passes (with several processes or fp16: the encoder alone) as CUDA graphs."""
+    """Replay each pass as one CUDA graph; with several processes or fp16, the encoder only."""
     attention: Annotated[Literal["auto", "cudnn", "flash", "efficient", "math"], MAY_CHANGE] = "auto"
     """Kernel of the scaled-dot-product attention; `auto`: PyTorch's choice, on a CPU the faster one."""
     batch_views: Annotated[bool, MAY_CHANGE] = True
@@ -98,7 +99,7 @@ class ObjectiveRecipe:
     regularizer: Literal["kl", "mse"] = "kl"
     """The separability term: KL over channels, or the mean squared difference of normalised tokens."""
     asymmetric_ratio: NonNegative = 10.0
-    """How far the position embedding is enlarged before the crop that view 3 gets; 0 turns it off."""
+    """Frame 1's second view takes its positions from a map enlarged (1 + ratio) times; 0 turns it off."""
     backend: Annotated[Literal["auto", "triton", "eager"], MAY_CHANGE] = "auto"
     """Who computes the losses: Triton kernels, eager PyTorch, or the faster one present."""
 
@@ -159,7 +160,7 @@ class TrainRecipe:
     epochs: Positive = 5.0
     """Passes over the data; also the unit of the learning-rate schedule."""
     steps: Count | None = None
-    """Optimiser steps; set, it replaces the number that follows from epochs, the schedule keeps its shape."""
+    """Optimiser steps; null means as many as `epochs` takes. The schedule is stretched over them."""
     warmup_epochs: NonNegative = 1.0
     """Part of `epochs` in which the learning rate rises from 0; a cosine to 0 follows."""
     batch_size: Annotated[Count, MAY_CHANGE] = 128
@@ -382,7 +383,11 @@ def _override(tree: dict[str, Any], argument: str) -> dict[str, Any]:
     if key == "backbones" and isinstance(value, list):
         # A name, as in `backbones=[mae, dino]`, picks the recipe's own entry.
         entries = {entry.get("name"): entry for entry in tree.get(key) or [] if isinstance(entry, dict)}
-        value = [entries.get(entry, entry) if isinstance(entry, str) else entry for entry in value]
+        for name in value:
+            if isinstance(name, str) and name not in entries:
+                listed = ", ".join(map(str, entries)) or "none"
+                raise InputError(f"backbones: {name!r} is not in the recipe's list ({listed})")
+        value = [entries[entry] if isinstance(entry, str) else entry for entry in value]
     for name in reversed(key.split(".")):
         value = {name: value}
     return _merge(tree, value)

@@ -52,6 +52,7 @@ class Trainer:
     logs: dict[str, MetricsLog]
     progress: Progress
     profiler: StepProfiler | None
+    _start: float
     _last_report: tuple[int, float]
 
     def __init__(self, recipe: Recipe, world: World, *, profile: bool = False) -> None:
@@ -77,7 +78,7 @@ class Trainer:
         self.facts = {"global_batch": self.global_batch, "data": self.index.fingerprint()}
         # A file that only some processes can read would silently give them different samples.
         world.check_same(self.facts["data"], f"data.source: {recipe.data.source}")
-        self.backbones = [BackboneTrainer(one, world) for one in recipes]
+        self.backbone_trainers = [BackboneTrainer(one, world) for one in recipes]
         # Of all processes up to the last report; a resumed run adds to those of its checkpoint.
         self.bad_samples = 0
         self.step = self._resume()
@@ -112,6 +113,8 @@ class Trainer:
                 # A head that a non-finite loss spoilt is never written: before every save is a report.
                 if self._stopping or self._is_due(self.recipe.train.save_every):
                     self._save()
+                if reports:
+                    self._last_report = self.step, time.perf_counter()
         if self.step < self.total_steps:
             self.say(f"stopped after step {self.step}; the same command continues from there")
             raise KeyboardInterrupt
@@ -124,12 +127,12 @@ class Trainer:
             with span("data"):
                 pairs = next(self.batches)
             self._new_bad_samples += pairs.bad_samples
-            for backbone in self.backbones:
-                backbone.forward_backward(
+            for trainer in self.backbone_trainers:
+                trainer.forward_backward(
                     pairs.frames, self.step - 1, last=i == passes - 1, diagnostics=diagnostics
                 )
-        for backbone in self.backbones:
-            backbone.update(self._lr())
+        for trainer in self.backbone_trainers:
+            trainer.update(self._lr())
 
     def _lr(self) -> float:
         return self.peak_lr * learning_rate_factor(self.recipe.train, self.step - 1, self.total_steps)
@@ -153,11 +156,10 @@ class Trainer:
 
     def _report(self) -> dict[str, dict[str, Any]]:
         """Read all meters and write them down. Only here does the host wait for the device."""
-        readings = [(backbone, *backbone.meter.read(self.world)) for backbone in self.backbones]
+        readings = [(trainer, *trainer.meter.read(self.world)) for trainer in self.backbone_trainers]
         now = time.perf_counter()
         last_step, last_time = self._last_report
         rate = (self.step - last_step) * self.global_batch / (now - last_time)
-        self._last_report = self.step, now
         shares, stops = zip(*self.world.gather((self._new_bad_samples, self._stop_requested)), strict=True)
         self._new_bad_samples, self._stopping = [], any(stops)
         bad_samples = [line for share in shares for line in share]
@@ -173,24 +175,24 @@ class Trainer:
             "bad_files": len(self.index.skipped),
         }
         records: dict[str, dict[str, Any]] = {}
-        for backbone, values, bad_step in readings:
+        for trainer, values, bad_step in readings:
             if bad_step is not None:
-                self._drop_non_finite(backbone, bad_step)
+                self._drop_non_finite(trainer, bad_step)
                 continue
             record: dict[str, Any] = {**values, **common}
             if self.world.is_main:
                 if self._is_due(self.recipe.eval.every):
-                    head, device = backbone.projection, self.world.device
-                    record |= self.validate(backbone.encoder, head, self.index, device, self.recipe)
+                    head, device = trainer.projection, self.world.device
+                    record |= self.validate(trainer.encoder, head, self.index, device, self.recipe)
                 faults = {"faults": bad_samples} if bad_samples else {}
-                self.logs[backbone.name].write(self.step, record | faults)
+                self.logs[trainer.name].write(self.step, record | faults)
             self.progress.show(
-                f"{backbone.name}  {rate:.1f} pairs/s  "
+                f"{trainer.name}  {rate:.1f} pairs/s  "
                 f"loss {record['loss']:.4f}  cycle {record['cycle']:.4f}  "
                 f"separability {record['separability']:.4f}  accuracy {record['cycle_accuracy']:.3f}  "
                 f"lr {record['lr']:.2e}"
             )
-            records[backbone.name] = record
+            records[trainer.name] = record
         if bad_samples:
             # After they were written down; all processes come to the same answer. Each was replaced.
             seen = self.step * self.global_batch + self.bad_samples
@@ -198,36 +200,36 @@ class Trainer:
             check_bad_fraction(self.bad_samples, seen, limit, bad_samples[-1])
         if self.world.is_main and self.step == self.total_steps:
             # Ahead of the last checkpoint, with which a run counts as trained.
-            for backbone in self.backbones:
-                record = {"backbone": backbone.name, **records[backbone.name]}
-                write_json(backbone.folder / "train.json", record)
+            for trainer in self.backbone_trainers:
+                record = {"backbone": trainer.name, **records[trainer.name]}
+                write_json(trainer.folder / "train.json", record)
         return records
 
-    def _drop_non_finite(self, backbone: BackboneTrainer, bad_step: int) -> None:
+    def _drop_non_finite(self, trainer: BackboneTrainer, bad_step: int) -> None:
         """Name step and samples; a run of several backbones continues without this one."""
         ids, names = self.loader.samples_of_step(bad_step)
         if self.world.is_main:
             event = {"event": NON_FINITE, "samples": [int(i) for i in ids], "names": names}
-            self.logs[backbone.name].write(bad_step + 1, event)
+            self.logs[trainer.name].write(bad_step + 1, event)
         shown = ", ".join(f"{i} ({name})" for i, name in list(zip(ids, names, strict=True))[:8])
         line = (
-            f"{backbone.name}: the loss is not finite in step {bad_step + 1}; look at its samples {shown} "
+            f"{trainer.name}: the loss is not finite in step {bad_step + 1}; look at its samples {shown} "
             f"(metrics.jsonl has all, the lines above name replacements), lower optimizer.lr, or use "
             f"train.precision=fp32"
         )
-        self.backbones.remove(backbone)
-        if not self.backbones:
+        self.backbone_trainers.remove(trainer)
+        if not self.backbone_trainers:
             raise InputError(line)
         self.say(f"dropped {line}")
 
     def _save(self) -> None:
         if self.world.is_main:
             facts = self.facts | {"bad_samples": self.bad_samples}
-            for backbone in self.backbones:
-                backbone.save(self.step, facts)
+            for trainer in self.backbone_trainers:
+                trainer.save(self.step, facts)
             # Only now: the backbones must always have a checkpoint in common.
-            for backbone in self.backbones:
-                drop_checkpoints(backbone.folder / "checkpoints", self.step, keep=self.recipe.train.keep)
+            for trainer in self.backbone_trainers:
+                drop_checkpoints(trainer.folder / "checkpoints", self.step, keep=self.recipe.train.keep)
         self.world.barrier()
 
     # --- set-up ----------------------------------------------------------------------------------------
@@ -250,12 +252,14 @@ class Trainer:
 
         Of several backbones, one that was dropped stays dropped: the others have continued without it.
         """
-        dropped = [backbone for backbone in self.backbones if last_event(backbone.folder) == NON_FINITE]
-        if len(dropped) < len(self.backbones):
-            for backbone in dropped:
-                self.backbones.remove(backbone)
-                self.say(f"dropped {backbone.name}: its loss was not finite in an earlier part of this run")
-        saved = {backbone.name: saved_steps(backbone.folder / "checkpoints") for backbone in self.backbones}
+        dropped = [trainer for trainer in self.backbone_trainers if last_event(trainer.folder) == NON_FINITE]
+        if len(dropped) < len(self.backbone_trainers):
+            for trainer in dropped:
+                self.backbone_trainers.remove(trainer)
+                self.say(f"dropped {trainer.name}: its loss was not finite in an earlier part of this run")
+        saved = {
+            trainer.name: saved_steps(trainer.folder / "checkpoints") for trainer in self.backbone_trainers
+        }
         # Only the main process writes. Processes that do not see its folder would start at another step.
         self.world.check_same(saved, f"output: the checkpoints in {self.recipe.output}")
         common = set.intersection(*(set(steps) for steps in saved.values()))
@@ -268,16 +272,16 @@ class Trainer:
                 )
             return 0
         step = max(common)
-        for backbone in self.backbones:
-            state = load_checkpoint(backbone.folder / "checkpoints", step)
-            for key, value in (self.facts | backbone.facts).items():
+        for trainer in self.backbone_trainers:
+            state = load_checkpoint(trainer.folder / "checkpoints", step)
+            for key, value in (self.facts | trainer.facts).items():
                 # Checkpoints of earlier versions lack the hash of the weights.
                 if state.get(key, value) != value:
                     raise InputError(
-                        f"{backbone.folder}: its run had {key} {state[key]!r}, this one has {value!r}; give "
+                        f"{trainer.folder}: its run had {key} {state[key]!r}, this one has {value!r}; give "
                         f"the batch, data and weights that it began with, or another folder with output=DIR"
                     )
-            backbone.load_state(state)
+            trainer.load_state(state)
             # Checkpoints of earlier versions lack it.
             self.bad_samples = state.get("bad_samples", 0)
         self.say(f"resuming after step {step} of {self.total_steps}")
@@ -300,19 +304,19 @@ class Trainer:
             if tensorboard and importlib.util.find_spec("tensorboard") is None:
                 self.say("no TensorBoard events: TensorBoard is not installed; see metrics.jsonl instead")
                 tensorboard = False
-            for backbone in self.backbones if self.world.is_main else ():
+            for trainer in self.backbone_trainers if self.world.is_main else ():
                 # Two runs in one folder would take each other's half-written files.
-                refusal = f"output: another run writes {backbone.folder}; wait for it, or use output=DIR"
-                stack.enter_context(file_lock(backbone.folder / "run.lock", refusal))
-                write_atomically(backbone.folder / "recipe.yaml", to_yaml(backbone.recipe).encode())
-                log = MetricsLog(backbone.folder, first_step=self.step, tensorboard=tensorboard)
-                self.logs[backbone.name] = stack.enter_context(closing(log))
+                refusal = f"output: another run writes {trainer.folder}; wait for it, or use output=DIR"
+                stack.enter_context(file_lock(trainer.folder / "run.lock", refusal))
+                write_atomically(trainer.folder / "recipe.yaml", to_yaml(trainer.recipe).encode())
+                log = MetricsLog(trainer.folder, first_step=self.step, tensorboard=tensorboard)
+                self.logs[trainer.name] = stack.enter_context(closing(log))
             for number in (signal.SIGINT, signal.SIGTERM):
                 stack.callback(signal.signal, number, signal.signal(number, self.request_stop))
-            for backbone in self.backbones:
-                seconds = backbone.warm_up()
+            for trainer in self.backbone_trainers:
+                seconds = trainer.warm_up()
                 if seconds:
-                    self.say(f"{backbone.name}: warmed up in {seconds:.1f} s")
+                    self.say(f"{trainer.name}: warmed up in {seconds:.1f} s")
             self.profiler = None
             if self._profile:
                 folder = Path(self.recipe.output) / "profile"
@@ -336,7 +340,12 @@ def check_run_folder(recipe: Recipe) -> None:
         raise InputError(
             f"output: {str(folder)!r} holds a run; continue it with resume=auto, or use output=DIR"
         )
-    there = load_recipe(path)
+    try:
+        there = load_recipe(path)
+    except InputError as error:
+        raise InputError(
+            f"output: {path} is not a recipe of this version ({error}); use output=DIR"
+        ) from None
     if recipe_hash(there) != recipe_hash(recipe):
         changed = "; ".join(differences(there, recipe)[:4])
         raise InputError(f"output: {str(folder)!r} holds another recipe's run ({changed}); use output=DIR")

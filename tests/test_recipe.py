@@ -117,7 +117,7 @@ def test_some_of_the_backbones_are_picked_by_name() -> None:
         ("train.epochs=1", ("train.warmup_epochs: expected fewer than train.epochs=1",)),
         ("train=3", ("train: input should be an object, got 3",)),
         ("train.epochs.x=3", ("train.epochs: input should be a valid number, got {'x': 3}",)),
-        ("backbones=[dyno]", ("backbones[0]: input should be an object, got 'dyno'",)),
+        ("backbones=[dyno]", ("backbones: 'dyno' is not in the recipe's list (none)",)),
         ("backbones=[{name: mae}, {name: mae}]", ("backbones", "'mae'", "listed twice")),
         ("backbones=[{nam: mae}]", ("'backbones[0].nam'", "'backbone.name'")),
         ("nonsense", ("'nonsense'", "key=value")),

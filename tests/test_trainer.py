@@ -224,7 +224,9 @@ def test_processes_and_accumulated_passes_take_the_same_steps(
         [*torchrun, "-m", "fasttrain", str(path)], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert_same_bits(tmp_path / "accumulated", tmp_path / "two")
-    start = Trainer(tiny(frames, tmp_path / "start"), World.single()).backbones[0].projection.state_dict()
+    start = (
+        Trainer(tiny(frames, tmp_path / "start"), World.single()).backbone_trainers[0].projection.state_dict()
+    )
     one, two = weights(finished), weights(tmp_path / "two")
     for name in one:
         way = (one[name] - start[name]).norm()
@@ -248,11 +250,11 @@ def test_a_backbone_of_non_finite_loss_is_dropped_and_stays_dropped(
     """The other reaches the weights of its own run, also when the run is stopped and resumed."""
     together = with_mae(tiny(frames, tmp_path))
     trainer = Trainer(together, World.single())
-    trainer.backbones[1].projection.norm.bias.data.fill_(torch.nan)
+    trainer.backbone_trainers[1].projection.norm.bias.data.fill_(torch.nan)
     trainer.request_stop(signal.SIGTERM, None)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert [one.name for one in trainer.backbones] == ["dino"]
+    assert [one.name for one in trainer.backbone_trainers] == ["dino"]
     assert "dropped mae: the loss is not finite in step 1" in capsys.readouterr().out
     assert list(run(together)) == ["dino"]
     assert "dropped mae: its loss was not finite" in capsys.readouterr().out
@@ -324,7 +326,7 @@ def test_a_non_finite_loss_names_step_and_samples(frames: Path, tmp_path: Path) 
 
 def test_the_encoder_stays_frozen_and_a_finished_run_as_it_is(frames: Path, tmp_path: Path) -> None:
     trainer = Trainer(tiny(frames, tmp_path), World.single())
-    encoder = trainer.backbones[0].encoder
+    encoder = trainer.backbone_trainers[0].encoder
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     trainer.train()
     for name, value in encoder.state_dict().items():
