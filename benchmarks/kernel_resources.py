@@ -26,7 +26,8 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.measure import RESULTS, environment
 from fasttrain.files import write_json
-from fasttrain_kernels import affinity, cycle, epilogue, primitives
+from fasttrain_kernels import affinity, cycle, primitives, separability
+from fasttrain_kernels.separability import Epilogue
 
 ARCHITECTURES = (80, 90, 100)
 # Channels and dtype; fp32 at the paper's width only.
@@ -65,17 +66,17 @@ def compiled_at(channels: int, dtype: torch.dtype, architecture: int, only: str 
     device = {"device": "meta"}
     tokens = torch.empty(128, 3, 196, channels, dtype=dtype, **device)
     parameter, grid = torch.empty(channels, **device), (14, 14, 2, 2)
-    with_head = epilogue.Epilogue(tokens, tokens, parameter, parameter, parameter, 1e-5, True, *grid, kl=True)
-    bare = epilogue.Epilogue(tokens, tokens, None, None, None, 0.0, False, *grid, kl=True)
-    pooled_dtype = epilogue.pooled_dtype(dtype)
+    with_head = Epilogue(tokens, tokens, parameter, parameter, parameter, 1e-5, True, *grid, kl=True)
+    bare = Epilogue(tokens, tokens, None, None, None, 0.0, False, *grid, kl=True)
+    pooled_dtype = separability.pooled_dtype(dtype)
     pooled, many = (torch.empty(128, 3, m, channels, dtype=pooled_dtype, **device) for m in (49, 324))
-    statistics = torch.empty(epilogue.statistics_shape(tokens, True), **device)
+    statistics = torch.empty(separability.statistics_shape(tokens, True), **device)
     gradients = (statistics, torch.empty((), **device), torch.empty((), **device), pooled, 1.0)
     cases = {
-        "head forward": lambda: epilogue.launch_forward(with_head, pool=True, statistics=True),
-        "head backward": lambda: epilogue.launch_backward(with_head, *gradients),
-        "tokens forward": lambda: epilogue.launch_forward(bare, pool=True, statistics=True),
-        "tokens backward": lambda: epilogue.launch_backward(bare, *gradients),
+        "head forward": lambda: separability.launch_forward(with_head, pool=True, statistics=True),
+        "head backward": lambda: separability.launch_backward(with_head, *gradients),
+        "tokens forward": lambda: separability.launch_forward(bare, pool=True, statistics=True),
+        "tokens backward": lambda: separability.launch_backward(bare, *gradients),
         "cycle": lambda: cycle.launch_cycle(pooled, 0.03, grad_dtype=pooled_dtype, diagnostics=False),
         "cycle diagnostics": lambda: cycle.launch_cycle(pooled, 0.03, grad_dtype=None, diagnostics=True),
         "affinity": lambda: affinity.launch_affinity(many[:, 0], many[:, 1], 0.03),

@@ -2,9 +2,9 @@
 
     loss = cycle + lambda_reg x separability
 
-On the Triton backend both are one operator of two launches and two sums: epilogue.py reads every token once
-and leaves the separability terms and the pooled tokens, cycle.py turns the pooled tokens into the cycle loss
-and its gradient. The backward is one launch more, that recomputes a token's row and writes its gradient.
+On the Triton backend both are one operator of two launches and two sums: separability.py reads every token
+once and leaves its terms and the pooled tokens, cycle.py turns the pooled tokens into the cycle loss and its
+gradient. The backward is one launch more, that recomputes a token's row and writes its gradient.
 Memory beyond the inputs: the pooled tokens and, kept for the backward, their gradient, a quarter of a token
 map each with 2 x 2 windows; and six numbers a token.
 
@@ -22,9 +22,9 @@ from torch import Tensor
 from . import reference
 from .checks import check_choice, check_grid, check_number, check_tensors
 from .cycle import grad_scale, launch_cycle
-from .epilogue import Epilogue, launch_backward, launch_forward, pooled_dtype, statistics_shape
 from .reference import CosettleLoss, Regularizer
 from .runtime import Backend, differentiate, needs_grad, operator, use_triton
+from .separability import Epilogue, launch_backward, launch_forward, pooled_dtype, statistics_shape
 
 # The fields of `Epilogue`, and what only the cycle needs.
 _SCHEMA = (

@@ -1,25 +1,520 @@
-"""Semantic separability alone: how far the projected tokens moved from the frozen ones in direction.
+"""Semantic separability, alone or fused with what surrounds it: the head's epilogue and the pooling.
 
-    kl:  (1 / B) sum over views and tokens of KL(softmax(z / ||z||) || softmax(g / ||g||)) over channels
-    mse: mean over everything of (z / ||z|| - g / ||g||)^2
+The loss is how far the projected tokens moved from the frozen ones in direction,
 
-The kernels are those of epilogue.py, without head and pooling: one pass forward, one backward.
+    kl:  (1 / B) sum over views and tokens of KL(softmax(z / ||z||) || softmax(v / ||v||)) over channels
+    mse: mean over everything of (z / ||z|| - v / ||v||)^2
 
-Source: arXiv 2603.26597, section 3. Shape suffixes: B samples, T views, N tokens, D channels.
+One pass over memory leads from the head's last matrix product to the terms of this loss and to the pooled
+tokens that the cycle takes (cosettle.py); `separability_loss` runs it without head and pooling. Per token,
+with x the input, z the frozen token and E the layer norm's epsilon:
+
+    v = layer_norm(tanh(x + bias); weight, shift, E)        with HEAD, tanh with TANH; else v = x
+    p = v / max(||v||, 1e-12),  y = z / max(||z||, 1e-12)
+    kl:  q = softmax(y);  KL(q || softmax(p)) = log(sum_d q_d exp(p_d - y_d)) - sum_d q_d (p_d - y_d)
+    mse: sum_d (p_d - y_d)^2
+    pooled = mean of p over the cells of one window
+
+The textbook's form of the KL divergence subtracts two numbers near log D. This one keeps a digit more in
+fp32: for a divergence of 3e-5 over 768 channels the relative error was 5e-5 instead of 4e-4 (interpreter).
+
+Backward, from the gradients s of each separability term and G of the pooled tokens. Rows are recomputed from
+x and z; six sums over channels are kept, 24 bytes a token:
+
+    dp = s (softmax(p) - q)  or  2 s (p - y),  plus  G / window^2
+    dv = (dp - p (p . dp)) / ||v||                           (dp / 1e-12 for a token below the norm's floor)
+    dx = dv, or through layer norm and tanh; the parameters' gradients are summed over tokens
+
+One warp holds one token at a time, so that reductions over channels are shuffles; two do beyond 1024
+channels, backward beyond 768.
+
+Source: arXiv 2603.26597, section 3. Shape suffixes: B samples, T views, N tokens, M whole windows, D
+channels; what has no suffix inside the kernels is one token's row.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import reference
 from .checks import check_choice, check_tensors
-from .epilogue import Epilogue, launch_backward, launch_forward, statistics_shape
+from .primitives import LOG2_E, exp2, log1p, sum_two, tanh
 from .reference import Regularizer
-from .runtime import Backend, differentiate, needs_grad, operator, use_triton
+from .runtime import (
+    Backend,
+    differentiate,
+    inline,
+    jit,
+    multiprocessors,
+    needs_grad,
+    on_device,
+    operator,
+    tl,
+    triton,
+    unit_stride,
+    use_triton,
+)
+
+# Per token, for the backward: mean and 1 / (standard deviation) of the layer norm; 1 / ||v||, 1 / ||z||; the
+# sum of exp(y) and the mean of exp(p - y) - 1.
+STATISTICS = 6
+
+
+class Epilogue(NamedTuple):
+    """What both directions start from: tokens (B, T, N, D), a head's parameters (D,) or None, and options.
+
+    The grid is cut into cells, one window of tokens each, with partial cells at the far edges.
+    """
+
+    inputs: Tensor
+    frozen: Tensor
+    bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    norm_eps: float
+    tanh: bool
+    height: int
+    width: int
+    window_height: int
+    window_width: int
+    kl: bool
+
+    @property
+    def head(self) -> list[Tensor]:
+        """Bias, layer norm weight and bias, or nothing without a head."""
+        parameters = (self.bias, self.norm_weight, self.norm_bias)
+        return [parameter for parameter in parameters if parameter is not None]
+
+    @property
+    def cells(self) -> int:
+        return int(triton.cdiv(self.height, self.window_height) * triton.cdiv(self.width, self.window_width))
+
+    @property
+    def whole_cells(self) -> int:
+        return (self.height // self.window_height) * (self.width // self.window_width)
+
+
+# --- rows: one token's D channels as a tuple of CHUNKS blocks of BLOCK fp32 numbers, 0 beyond D -----------
+#
+# Triton's blocks are powers of two. Three of them fit a ViT's 384, 768 or 1536 channels exactly, where one
+# would leave a quarter of the lanes idle.
+
+
+def row_blocks(channels: int) -> tuple[int, int]:
+    """BLOCK and CHUNKS of the shortest cover of `channels`: one power of two, or three of at least 128."""
+    whole = triton.next_power_of_2(channels)
+    third = whole // 4
+    return (third, 3) if third >= 128 and 3 * third >= channels else (max(whole, 32), 1)
+
+
+@inline
+def append(row, block):
+    """The row with one block more."""
+    last = (block,)
+    return row + last
+
+
+@inline
+def load_row(row_ptr, exists, D, BLOCK, CHUNKS):
+    """The row at a pointer, as fp32; zeros where it does not exist."""
+    limit = tl.where(exists, D, 0)
+    row = ()
+    for c in tl.static_range(CHUNKS):
+        columns = c * BLOCK + tl.arange(0, BLOCK)
+        row = append(row, tl.load(row_ptr + columns, mask=columns < limit, other=0.0).to(tl.float32))
+    return row
+
+
+@inline
+def store_row(row_ptr, row, exists, D, BLOCK):
+    limit = tl.where(exists, D, 0)
+    for c in tl.static_range(len(row)):
+        columns = c * BLOCK + tl.arange(0, BLOCK)
+        tl.store(row_ptr + columns, row[c].to(row_ptr.dtype.element_ty), mask=columns < limit)
+
+
+@inline
+def zero_row(BLOCK, CHUNKS):
+    row = ()
+    for _ in tl.static_range(CHUNKS):
+        row = append(row, tl.zeros([BLOCK], dtype=tl.float32))
+    return row
+
+
+@inline
+def sum_chunks(row):
+    """One block, the sum of the row's."""
+    total = row[0]
+    for c in tl.static_range(1, len(row)):
+        total += row[c]
+    return total
+
+
+@inline
+def scale_row(row, factor):
+    """row * factor, a number."""
+    scaled = ()
+    for c in tl.static_range(len(row)):
+        scaled = append(scaled, row[c] * factor)
+    return scaled
+
+
+@inline
+def add_rows(left, right, factor):
+    """left + right * factor, a number."""
+    total = ()
+    for c in tl.static_range(len(left)):
+        total = append(total, left[c] + right[c] * factor)
+    return total
+
+
+@inline
+def multiply_rows(left, right):
+    """left * right, channel by channel."""
+    product = ()
+    for c in tl.static_range(len(left)):
+        product = append(product, left[c] * right[c])
+    return product
+
+
+@inline
+def dot_rows(left, right):
+    total = left[0] * right[0]
+    for c in tl.static_range(1, len(left)):
+        total += left[c] * right[c]
+    return tl.sum(total, 0)
+
+
+@inline
+def multiply_add_rows(row, factor, addend):
+    """row * factor + addend, channel by channel."""
+    total = ()
+    for c in tl.static_range(len(row)):
+        total = append(total, row[c] * factor[c] + addend[c])
+    return total
+
+
+@inline
+def inverse_norm(row):
+    """1 / max(||row||, 1e-12), the factor of torch.nn.functional.normalize."""
+    norm = tl.sqrt(dot_rows(row, row))
+    return 1.0 / tl.where(norm > 1e-12, norm, 1e-12)
+
+
+# --- the kernels ------------------------------------------------------------------------------------------
+
+
+@inline
+def _token_of_cell(cell, slot, height, width, WINDOW_H, WINDOW_W):
+    """Index of a cell's token on the grid, and whether it exists: a cell at the far edges may be partial."""
+    cells_wide = tl.cdiv(width, WINDOW_W)
+    row = cell // cells_wide * WINDOW_H + slot // WINDOW_W
+    column = cell % cells_wide * WINDOW_W + slot % WINDOW_W
+    return (row * width + column).to(tl.int64), (row < height) & (column < width)
+
+
+@inline
+def _whole_cell(cell, height, width, WINDOW_H, WINDOW_W):
+    """Index of a cell among the whole ones, and whether it is one."""
+    cells_wide = tl.cdiv(width, WINDOW_W)
+    row = cell // cells_wide
+    column = cell % cells_wide
+    return row * (width // WINDOW_W) + column, (row < height // WINDOW_H) & (column < width // WINDOW_W)
+
+
+@inline
+def _hidden(values, bias, TANH, HALF):
+    """tanh(x + bias), or x + bias."""
+    hidden = ()
+    for c in tl.static_range(len(values)):
+        shifted = values[c] + bias[c]
+        hidden = append(hidden, tanh(shifted, HALF) if TANH else shifted)
+    return hidden
+
+
+@inline
+def _centred(row, mean, D, BLOCK):
+    """row - mean, 0 beyond the last channel."""
+    centred = ()
+    for c in tl.static_range(len(row)):
+        channel = c * BLOCK + tl.arange(0, BLOCK) < D
+        centred = append(centred, tl.where(channel, row[c] - mean, 0.0))
+    return centred
+
+
+@inline
+def _growth(frozen, difference, D, BLOCK):
+    """exp(y), 0 beyond the last channel, and exp(p - y) - 1."""
+    weight = ()
+    growth = ()
+    for c in tl.static_range(len(frozen)):
+        channel = c * BLOCK + tl.arange(0, BLOCK) < D
+        weight = append(weight, tl.where(channel, exp2(frozen[c]), 0.0))
+        growth = append(growth, exp2(difference[c]) - 1.0)
+    return weight, growth
+
+
+@jit
+def _forward_kernel(
+    input_ptr, frozen_ptr,  # [B, T, N, D], channels side by side
+    bias_ptr, norm_weight_ptr, norm_bias_ptr,  # [D]
+    terms_ptr,  # [B, T, N]
+    statistics_ptr,  # [B, T, N, STATISTICS]
+    pooled_ptr,  # [B, T, M, D]
+    input_stride_b, input_stride_t, input_stride_n, frozen_stride_b, frozen_stride_t, frozen_stride_n,
+    views, height, width, whole_cells, eps, term_scale,
+    D: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
+    HEAD: tl.constexpr, TANH: tl.constexpr, KL: tl.constexpr, POOL: tl.constexpr, HALF: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, STATISTICS: tl.constexpr,
+):  # fmt: skip
+    """One program per (cell, view of a sample): terms x term_scale, pooled tokens, and statistics if any."""
+    cells = tl.cdiv(height, WINDOW_H) * tl.cdiv(width, WINDOW_W)
+    cell = tl.program_id(0) % cells
+    view_of_sample = (tl.program_id(0) // cells).to(tl.int64)
+    view = view_of_sample % views
+    sample = view_of_sample // views
+    input_base = input_ptr + sample * input_stride_b + view * input_stride_t
+    frozen_base = frozen_ptr + sample * frozen_stride_b + view * frozen_stride_t
+    terms_base = terms_ptr + view_of_sample * height * width
+    pooled = zero_row(BLOCK, CHUNKS)
+
+    for slot in range(WINDOW_H * WINDOW_W):
+        token, exists = _token_of_cell(cell, slot, height, width, WINDOW_H, WINDOW_W)
+        values = load_row(input_base + token * input_stride_n, exists, D, BLOCK, CHUNKS)
+        frozen = load_row(frozen_base + token * frozen_stride_n, exists, D, BLOCK, CHUNKS)
+        if HEAD:
+            bias = load_row(bias_ptr, True, D, BLOCK, CHUNKS)
+            norm_weight = load_row(norm_weight_ptr, True, D, BLOCK, CHUNKS)
+            norm_bias = load_row(norm_bias_ptr, True, D, BLOCK, CHUNKS)
+            hidden = _hidden(values, bias, TANH, HALF)
+            mean = tl.sum(sum_chunks(hidden), 0) * (1.0 / D)
+            centred = _centred(hidden, mean, D, BLOCK)
+            inverse_std = 1.0 / tl.sqrt(dot_rows(centred, centred) * (1.0 / D) + eps)
+            standard = scale_row(centred, inverse_std)
+            values = multiply_add_rows(standard, norm_weight, norm_bias)
+        scale = inverse_norm(values)
+        frozen_scale = inverse_norm(frozen)
+        unit = scale_row(values, UNIT * scale)
+        frozen = scale_row(frozen, UNIT * frozen_scale)
+        difference = add_rows(unit, frozen, -1.0)
+        if KL:
+            weight, growth = _growth(frozen, difference, D, BLOCK)
+            total = tl.sum(sum_chunks(weight), 0)
+            mean_growth = dot_rows(weight, growth) / total
+            term = log1p(mean_growth) - dot_rows(weight, difference) / (UNIT * total)
+        else:
+            term = dot_rows(difference, difference) / (UNIT * UNIT)
+        tl.store(terms_base + token, term * term_scale, mask=exists)
+        if STATISTICS:
+            statistics = statistics_ptr + (view_of_sample * height * width + token) * STATISTICS
+            if HEAD:
+                tl.store(statistics, mean, mask=exists)
+                tl.store(statistics + 1, inverse_std, mask=exists)
+            tl.store(statistics + 2, scale, mask=exists)
+            tl.store(statistics + 3, frozen_scale, mask=exists)
+            if KL:
+                tl.store(statistics + 4, total, mask=exists)
+                tl.store(statistics + 5, mean_growth, mask=exists)
+        if POOL:
+            pooled = add_rows(pooled, unit, 1.0 / (UNIT * WINDOW_H * WINDOW_W))
+
+    if POOL:
+        whole_cell, is_whole = _whole_cell(cell, height, width, WINDOW_H, WINDOW_W)
+        pooled_row = pooled_ptr + (view_of_sample * whole_cells + whole_cell) * D
+        store_row(pooled_row, pooled, is_whole, D, BLOCK)
+
+
+@jit
+def _backward_kernel(
+    input_ptr, frozen_ptr,  # [B, T, N, D], channels side by side
+    bias_ptr, norm_weight_ptr, norm_bias_ptr,  # [D]
+    statistics_ptr,  # [B, T, N, STATISTICS]
+    grad_term_ptr, grad_cycle_ptr,  # []
+    grad_pooled_ptr,  # [B, T, M, D]
+    grad_input_ptr,  # [B, T, N, D]
+    grad_parameters_ptr,  # [programs, 3, D]: bias, layer norm weight, layer norm bias
+    input_stride_b, input_stride_t, input_stride_n, frozen_stride_b, frozen_stride_t, frozen_stride_n,
+    samples, views, height, width, whole_cells, term_scale, pooled_scale,
+    D: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
+    HEAD: tl.constexpr, TANH: tl.constexpr, KL: tl.constexpr, POOL: tl.constexpr, HALF: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, STATISTICS: tl.constexpr,
+):  # fmt: skip
+    """Each program takes every num_programs-th cell and keeps its sums for the parameters in registers."""
+    program = tl.program_id(0)
+    cells = tl.cdiv(height, WINDOW_H) * tl.cdiv(width, WINDOW_W)
+    grad_term = tl.load(grad_term_ptr).to(tl.float32) * term_scale
+    if POOL:
+        grad_cycle = tl.load(grad_cycle_ptr).to(tl.float32) * (pooled_scale / (WINDOW_H * WINDOW_W))
+    if HEAD:
+        grad_bias = zero_row(BLOCK, CHUNKS)
+        grad_norm_weight = zero_row(BLOCK, CHUNKS)
+        grad_norm_bias = zero_row(BLOCK, CHUNKS)
+
+    for work in range(program, samples * views * cells, tl.num_programs(0)):
+        cell = work % cells
+        view_of_sample = (work // cells).to(tl.int64)
+        view = view_of_sample % views
+        sample = view_of_sample // views
+        input_base = input_ptr + sample * input_stride_b + view * input_stride_t
+        frozen_base = frozen_ptr + sample * frozen_stride_b + view * frozen_stride_t
+        grad_base = grad_input_ptr + view_of_sample * height * width * D
+        if POOL:
+            whole_cell, is_whole = _whole_cell(cell, height, width, WINDOW_H, WINDOW_W)
+            pooled_row = grad_pooled_ptr + (view_of_sample * whole_cells + whole_cell) * D
+
+        for slot in range(WINDOW_H * WINDOW_W):
+            token, exists = _token_of_cell(cell, slot, height, width, WINDOW_H, WINDOW_W)
+            values = load_row(input_base + token * input_stride_n, exists, D, BLOCK, CHUNKS)
+            frozen = load_row(frozen_base + token * frozen_stride_n, exists, D, BLOCK, CHUNKS)
+            statistics = statistics_ptr + (view_of_sample * height * width + token) * STATISTICS
+            if HEAD:
+                bias = load_row(bias_ptr, True, D, BLOCK, CHUNKS)
+                norm_weight = load_row(norm_weight_ptr, True, D, BLOCK, CHUNKS)
+                norm_bias = load_row(norm_bias_ptr, True, D, BLOCK, CHUNKS)
+                mean = tl.load(statistics, mask=exists, other=0.0)
+                inverse_std = tl.load(statistics + 1, mask=exists, other=0.0)
+                hidden = _hidden(values, bias, TANH, HALF)
+                standard = scale_row(_centred(hidden, mean, D, BLOCK), inverse_std)
+                values = multiply_add_rows(standard, norm_weight, norm_bias)
+            # A token that does not exist has no gradient, but the head's bias would give it one.
+            scale = tl.load(statistics + 2, mask=exists, other=0.0)
+            unit = scale_row(values, UNIT * scale)
+            frozen_scale = tl.load(statistics + 3, mask=exists, other=0.0)
+            frozen = scale_row(frozen, UNIT * frozen_scale)
+            difference = add_rows(unit, frozen, -1.0)
+            if KL:
+                weight, growth = _growth(frozen, difference, D, BLOCK)
+                total = tl.load(statistics + 4, mask=exists, other=1.0)
+                mean_growth = tl.load(statistics + 5, mask=exists, other=0.0)
+                factor = grad_term / (total * (1.0 + mean_growth))
+                grad = ()
+                for c in tl.static_range(CHUNKS):
+                    grad = append(grad, weight[c] * (growth[c] * factor - mean_growth * factor))
+            else:
+                grad = scale_row(difference, 2.0 * grad_term / UNIT)
+            if POOL:
+                grad_pooled = load_row(pooled_row, is_whole, D, BLOCK, CHUNKS)
+                grad = add_rows(grad, grad_pooled, grad_cycle)
+
+            # A norm below its floor is a constant, so nothing flows through it.
+            along = tl.where(scale < 1e12, dot_rows(unit, grad) / (UNIT * UNIT), 0.0)
+            grad = scale_row(add_rows(grad, unit, -along), scale)
+            if HEAD:
+                grad_norm_bias = add_rows(grad_norm_bias, grad, 1.0)
+                grad_norm_weight = multiply_add_rows(grad, standard, grad_norm_weight)
+                grad = multiply_rows(grad, norm_weight)
+                grad_mean, along = sum_two(sum_chunks(grad), sum_chunks(multiply_rows(grad, standard)))
+                grad_mean *= inverse_std / D
+                along *= inverse_std / D
+                through = ()
+                for c in tl.static_range(CHUNKS):
+                    centred = grad[c] * inverse_std - grad_mean - standard[c] * along
+                    through = append(through, centred * (1.0 - hidden[c] * hidden[c]) if TANH else centred)
+                grad = through
+                grad_bias = add_rows(grad_bias, grad, 1.0)
+            store_row(grad_base + token * D, grad, exists, D, BLOCK)
+
+    if HEAD:
+        parameters_row = grad_parameters_ptr + program * 3 * D
+        store_row(parameters_row, grad_bias, True, D, BLOCK)
+        store_row(parameters_row + D, grad_norm_weight, True, D, BLOCK)
+        store_row(parameters_row + 2 * D, grad_norm_bias, True, D, BLOCK)
+
+
+def pooled_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Half precision is pooled into fp16: components are at most one, and fp16 has the finer grid there."""
+    return torch.float32 if dtype == torch.float32 else torch.float16
+
+
+def statistics_shape(inputs_BTND: Tensor, wanted: bool) -> tuple[int, ...]:
+    return (*inputs_BTND.shape[:3], STATISTICS) if wanted else (0,)
+
+
+def launch_forward(given: Epilogue, *, pool: bool, statistics: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The separability loss, 0-d; pooled tokens (B, T, M, D), empty without `pool`; what `launch_backward`
+    needs, empty without `statistics`."""
+    inputs = given.inputs
+    samples, views, tokens, channels = inputs.shape
+    tensors, strides, constants = _shared_arguments(given, pool, channels_per_warp=1024)
+    terms_BTN = inputs.new_empty((samples, views, tokens), dtype=torch.float32)
+    statistics_BTNS = inputs.new_empty(statistics_shape(inputs, statistics), dtype=torch.float32)
+    pooled_shape = (samples, views, given.whole_cells, channels) if pool else (0,)
+    pooled_BTMD = inputs.new_empty(pooled_shape, dtype=pooled_dtype(inputs.dtype))
+    with on_device(inputs):
+        _forward_kernel[(given.cells * samples * views,)](
+            *tensors, terms_BTN, statistics_BTNS, pooled_BTMD, *strides, views, given.height, given.width,
+            given.whole_cells, given.norm_eps, _term_scale(given),
+            STATISTICS=STATISTICS if statistics else 0, **constants,
+        )  # fmt: skip
+    return terms_BTN.sum(), pooled_BTMD, statistics_BTNS
+
+
+def launch_backward(
+    given: Epilogue,
+    statistics_BTNS: Tensor,
+    grad_separability: Tensor,
+    grad_cycle: Tensor | None = None,
+    grad_pooled_BTMD: Tensor | None = None,
+    pooled_scale: float = 0.0,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the inputs (B, T, N, D) and, with a head, of its parameters (3, D) in fp32.
+
+    `grad_separability` and `grad_cycle` are 0-d and read on the device: the gradient of the pooled tokens is
+    grad_pooled x grad_cycle x pooled_scale.
+    """
+    inputs, head = given.inputs, given.head
+    samples, views, _, channels = inputs.shape
+    pool = grad_pooled_BTMD is not None
+    tensors, strides, constants = _shared_arguments(given, pool, channels_per_warp=768 if head else 1024)
+    programs = given.cells * samples * views
+    if head:
+        # As many as run at once: each writes its sums for the parameters.
+        threads = 32 * constants["num_warps"]
+        registers = min(255, 64 + 8 * constants["BLOCK"] * constants["CHUNKS"] // threads)
+        at_once = max(1, 65536 // (threads * registers)) * multiprocessors(inputs.device)
+        programs = min(programs, at_once)
+    grad_BTND = torch.empty_like(inputs, memory_format=torch.contiguous_format)
+    partial_P3D = inputs.new_empty((programs, 3, channels), dtype=torch.float32) if head else None
+    unused = tensors[0]
+    with on_device(inputs):
+        _backward_kernel[(programs,)](
+            *tensors, statistics_BTNS, grad_separability, grad_cycle if pool else grad_separability,
+            grad_pooled_BTMD if pool else unused, grad_BTND, partial_P3D if head else unused, *strides,
+            samples, views, given.height, given.width, given.whole_cells, _term_scale(given), pooled_scale,
+            STATISTICS=STATISTICS, **constants,
+        )  # fmt: skip
+    return grad_BTND, None if partial_P3D is None else partial_P3D.sum(0)
+
+
+def _term_scale(given: Epilogue) -> float:
+    """The factor from the sum of the separability terms to the loss."""
+    return 1.0 / (given.inputs.shape[0] if given.kl else given.inputs.numel())
+
+
+def _shared_arguments(
+    given: Epilogue, pool: bool, channels_per_warp: int
+) -> tuple[list[Tensor], tuple[int, ...], dict[str, Any]]:
+    """What both kernels take: their first tensors, the strides, and the compile-time constants."""
+    inputs, frozen = unit_stride(given.inputs), unit_stride(given.frozen)
+    block, chunks = row_blocks(inputs.shape[-1])
+    parameters = [parameter.contiguous() for parameter in given.head] or [inputs] * 3
+    constants = {
+        "D": inputs.shape[-1], "WINDOW_H": given.window_height, "WINDOW_W": given.window_width,
+        "HEAD": bool(given.head), "TANH": given.tanh, "KL": given.kl, "POOL": pool,
+        "HALF": inputs.dtype != torch.float32, "UNIT": LOG2_E, "BLOCK": block, "CHUNKS": chunks,
+        # As many as keep a row in registers without spilling.
+        "num_warps": triton.next_power_of_2(triton.cdiv(block * chunks, channels_per_warp)),
+        # Triton 3.10 turns multiply-and-add off unless asked for it.
+        "enable_fp_fusion": True,
+    }  # fmt: skip
+    strides = (*inputs.stride()[:3], *frozen.stride()[:3])
+    return [inputs, frozen, *parameters], strides, constants
+
+
+# --- the loss alone -----------------------------------------------------------------------------------
 
 
 def _epilogue(projected: Tensor, frozen: Tensor, kl: bool) -> Epilogue:

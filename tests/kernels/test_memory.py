@@ -17,7 +17,7 @@ from fasttrain_kernels import (
     cosettle_loss,
     cycle,
     cycle_consistency_loss,
-    epilogue,
+    separability,
 )
 
 
@@ -66,7 +66,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, device: str) -> list[tuple[int, ..
     def run(kernel: Any, *arguments: Any, grid: tuple[int, ...], **options: Any) -> None:
         grids.append(grid)
 
-    monkeypatch.setattr(type(epilogue._forward_kernel), "run", run)
+    monkeypatch.setattr(type(separability._forward_kernel), "run", run)
     return grids
 
 
@@ -102,7 +102,7 @@ def test_peak_memory_at_the_papers_shape_is_a_fifth_of_eager(
 ) -> None:
     """Linear layer, loss and gradients in mixed precision, two samples: token maps scale with the batch."""
     # The partial sums of a real GPU's programs are large beside two samples, and do not grow with the batch.
-    monkeypatch.setattr(epilogue, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(separability, "multiprocessors", lambda device: 1)
     weight = torch.randn(768, 768, device=device, requires_grad=True)
     parameters = [torch.randn(768, device=device, requires_grad=True) for _ in range(3)]
     frozen = torch.randn(2, 3, 196, 768, device=device, dtype=torch.bfloat16)
@@ -132,7 +132,7 @@ def test_any_number_of_samples_can_be_launched(launches: list[tuple[int, ...]]) 
     for tokens in (49, 70):
         walk = torch.empty(100_000, 3, tokens, 8, device="meta")
         cycle.launch_cycle(walk, 0.1, grad_dtype=torch.float32, diagnostics=True)
-    given = epilogue.Epilogue(walk, walk, None, None, None, 0.0, False, 7, 10, 1, 1, kl=True)
-    epilogue.launch_forward(given, pool=True, statistics=True)
+    given = separability.Epilogue(walk, walk, None, None, None, 0.0, False, 7, 10, 1, 1, kl=True)
+    separability.launch_forward(given, pool=True, statistics=True)
     assert len(launches) == 9
     assert all(side <= 65_535 for grid in launches for side in grid[1:])
