@@ -70,9 +70,9 @@ class Trainer:
         self.index = self._open_source()
         train = recipe.train
         self.global_batch = train.batch_size * train.accumulate * world.size
-        samples = len(self.index) * recipe.data.pairs_per_video
-        self.steps_per_epoch = samples / self.global_batch
-        self.total_steps = train.steps or max(1, int(train.epochs * samples) // self.global_batch)
+        samples_per_epoch = len(self.index) * recipe.data.pairs_per_video
+        self.steps_per_epoch = samples_per_epoch / self.global_batch
+        self.total_steps = train.steps or max(1, int(train.epochs * samples_per_epoch) // self.global_batch)
         self.peak_lr = recipe.optimizer.lr * self.global_batch / 256
         # What a resumed run must find unchanged, beside the recipe.
         self.facts = {"global_batch": self.global_batch, "data": self.index.fingerprint()}
