@@ -28,8 +28,9 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode, RandomResizedCrop, functional
 
 from benchmarks.measure import WARM_UPS, Results, in_own_process, interleave, parser
-from fasttrain.data import PairLoader, open_source
 from fasttrain.data.images import IMAGENET_MEAN, IMAGENET_STD, Frame
+from fasttrain.data.loader import PairLoader
+from fasttrain.data.sources import open_source
 from fasttrain.distributed import World
 from fasttrain.recipe import Recipe, recipe_from_dict
 from fasttrain.tools.synthetic import render_scene

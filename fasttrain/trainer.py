@@ -23,7 +23,9 @@ from rich.console import Console
 
 from fasttrain.backbone_trainer import BackboneTrainer, backbone_recipes
 from fasttrain.checkpoint import drop_checkpoints, load_checkpoint, saved_steps
-from fasttrain.data import FrameIndex, FramePairs, PairLoader, open_source
+from fasttrain.data.index import FrameIndex
+from fasttrain.data.loader import FramePairs, PairLoader
+from fasttrain.data.sources import open_source
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.files import file_lock, write_atomically, write_json

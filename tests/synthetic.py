@@ -18,7 +18,8 @@ from PIL import Image
 from scipy.io import savemat
 
 from fasttrain.backbones import load_backbone
-from fasttrain.data import FrameIndex, PairLoader
+from fasttrain.data.index import FrameIndex
+from fasttrain.data.loader import PairLoader
 from fasttrain.data.sampling import PairSampling
 from fasttrain.distributed import World
 from fasttrain.evaluation.frames import write_label_map

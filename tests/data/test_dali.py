@@ -11,11 +11,11 @@ from nvidia.dali import Pipeline
 from synthetic import encode_video, make_loader, make_recipe, make_sampling, picture, write_folders
 from test_loader import levels, reference_pairs
 
-from fasttrain.data import FrameIndex, open_source
 from fasttrain.data.dali import GpuStage, pair_graph
-from fasttrain.data.index import ClipIndex, VideoIndex
+from fasttrain.data.index import ClipIndex, FrameIndex, VideoIndex
 from fasttrain.data.nvdec import has_nvdec, rgb_correction
 from fasttrain.data.sampling import SampleParameters
+from fasttrain.data.sources import open_source
 from fasttrain.errors import InputError
 
 SIZE = 40

@@ -19,10 +19,11 @@ from synthetic import (
     write_folders,
 )
 
-from fasttrain.data import FrameIndex, FramePairs, open_source
 from fasttrain.data.images import IMAGENET_MEAN, IMAGENET_STD
-from fasttrain.data.loader import MAX_ATTEMPTS
+from fasttrain.data.index import FrameIndex
+from fasttrain.data.loader import MAX_ATTEMPTS, FramePairs
 from fasttrain.data.sampling import Ints, PairSampling, pixel_box
+from fasttrain.data.sources import open_source
 from fasttrain.errors import InputError
 
 

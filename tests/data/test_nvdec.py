@@ -11,9 +11,9 @@ import torch
 from synthetic import encode_video, picture, remux
 from test_video import REAL, sequential
 
-from fasttrain.data import open_source
 from fasttrain.data.loader import index_for_decoder
 from fasttrain.data.nvdec import cut_clip, has_nvdec, nvdec_refusal
+from fasttrain.data.sources import open_source
 from fasttrain.data.video import VideoInfo, probe_video, to_rgb
 from fasttrain.errors import InputError
 

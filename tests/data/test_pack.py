@@ -19,12 +19,12 @@ from PIL import ExifTags, Image
 from synthetic import encode_video, make_loader, picture, write_folders
 
 from fasttrain.__main__ import main
-from fasttrain.data import open_source
 from fasttrain.data.dali import ClipDecoder
 from fasttrain.data.images import UnreadableFrameError
 from fasttrain.data.nvdec import cut_clip, has_nvdec
 from fasttrain.data.pack import PackOptions, check, pack
 from fasttrain.data.packed import PackedIndex
+from fasttrain.data.sources import open_source
 from fasttrain.data.video import probe_video, read_video_frames
 from fasttrain.errors import InputError
 from fasttrain.files import file_lock

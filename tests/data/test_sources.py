@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from synthetic import encode_video, picture, write_folders
 
-from fasttrain.data import FrameIndex, open_source
 from fasttrain.data.images import UnreadableFrameError
-from fasttrain.data.index import FolderIndex, VideoIndex
+from fasttrain.data.index import FolderIndex, FrameIndex, VideoIndex
+from fasttrain.data.sources import open_source
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
 

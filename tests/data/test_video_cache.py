@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from synthetic import encode_video, picture
 
-from fasttrain.data import open_source
 from fasttrain.data import sources as module
+from fasttrain.data.sources import open_source
 from fasttrain.data.video import VideoInfo, probe_video
 from fasttrain.data.video_cache import cache_path, file_state, read_cache
 
