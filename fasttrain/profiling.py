@@ -70,6 +70,12 @@ class StepProfiler(profile):
         write_json(self.folder / "summary.json", summary)
         self.say(summary_table(summary))
 
+    def __exit__(self, *error: object) -> None:
+        steps = self.step_num
+        super().__exit__(*error)
+        if steps <= SKIPPED:
+            self.say(f"nothing recorded: a profile takes more than {SKIPPED} steps")
+
 
 def summarise(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """A step's time by span, from a Chrome trace's events (times in microseconds).

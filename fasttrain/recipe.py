@@ -386,7 +386,10 @@ def _override(tree: dict[str, Any], argument: str) -> dict[str, Any]:
         for name in value:
             if isinstance(name, str) and name not in entries:
                 listed = ", ".join(map(str, entries)) or "none"
-                raise InputError(f"backbones: {name!r} is not in the recipe's list ({listed})")
+                raise InputError(
+                    f"backbones: {name!r} is not in the recipe's list ({listed}); name some of these, or "
+                    f"give whole entries: backbones=[{{name: mae, weights: PATH}}]"
+                )
         value = [entries[entry] if isinstance(entry, str) else entry for entry in value]
     for name in reversed(key.split(".")):
         value = {name: value}

@@ -18,7 +18,7 @@ import huggingface_hub
 import numpy as np
 import timm
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -127,22 +127,20 @@ def _download(weights: str) -> Path:
     if match is None:
         raise InputError(f"weights {weights}: expected hf://owner/repo/path or hf://owner/repo@revision/path")
     repo, revision, path = match.groups()
+    files = [path]
     try:
         # The paper's release is named by folder, one checkpoint in each.
         if not PurePosixPath(path).suffix:
             every = huggingface_hub.list_repo_files(repo, revision=revision)
             files = [file for file in every if file == path or file.startswith(path + "/")]
-            if len(files) != 1:
-                names = ", ".join(files[:5]) or "no files there"
-                raise InputError(
-                    f"weights {weights}: expected the path of one file in the repository ({names})"
-                )
-            path = files[0]
-        return Path(huggingface_hub.hf_hub_download(repo, path, revision=revision))
-    # Without a network the client raises an OSError.
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        if len(files) == 1:
+            return Path(huggingface_hub.hf_hub_download(repo, files[0], revision=revision))
+    # Without a network some of the client's functions raise errors of its HTTP library, whichever that is.
+    except Exception as error:
         file = f"https://huggingface.co/{repo}/resolve/{revision or 'main'}/{path}"
         raise _without_the_hub(weights, file, error) from error
+    names = ", ".join(files[:5]) or "no files there"
+    raise InputError(f"weights {weights}: expected the path of one file in the repository ({names})")
 
 
 def _load_timm(weights: str) -> StateDict:

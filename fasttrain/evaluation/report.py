@@ -39,7 +39,8 @@ def run(arguments: argparse.Namespace) -> None:
             recorded.append(folder)
         elif not paths:
             raise InputError(
-                f"{folder} holds neither metrics.jsonl nor eval/*/*.json; give the folder of a run"
+                f"{folder} holds neither metrics.jsonl nor eval/*/*.json; give the folder of a run (of "
+                f"several backbones: output/NAME)"
             )
     drawn = output.parent / f"{output.stem}_figures"
     sections = []
