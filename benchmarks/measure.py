@@ -213,7 +213,7 @@ class Results:
         self.content: dict[str, Any] = {"environment": environment(), **facts, "skipped": self.skipped}
 
     def attempt(self, name: str, measure: Callable[[], Any]) -> Any:
-        """What `measure` returns; None and a note in `skipped` where there is no time or it fails."""
+        """The result of `measure`. If it fails or time is up: None, and the reason under `skipped`."""
         if time.monotonic() > self.deadline:
             self.skipped[name] = "out of time"
             return None

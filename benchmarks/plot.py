@@ -54,7 +54,7 @@ def plot(path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    if not all(argument.endswith(".json") for argument in sys.argv[1:]) or not sys.argv[1:]:
+    if not sys.argv[1:] or not all(argument.endswith(".json") for argument in sys.argv[1:]):
         sys.exit("usage: python -m benchmarks.plot benchmarks/results/NAME-DEVICE.json ...")
     for argument in sys.argv[1:]:
         print(plot(Path(argument)))

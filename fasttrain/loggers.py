@@ -121,7 +121,7 @@ class Progress:
             self._print()
 
     def show(self, status: str) -> None:
-        """Show `status` at once: in the bar, or as a line where there is no terminal."""
+        """Show `status` now: in the bar on a terminal, elsewhere as a line."""
         self._bar.update(self._task, status=status)
         self._print()
 

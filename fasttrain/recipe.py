@@ -315,9 +315,8 @@ def to_yaml(recipe: Recipe) -> str:
 
 def recipe_hash(recipe: Recipe) -> str:
     """Hash of all keys that decide what a run computes. Runs of equal hash may resume each other."""
-    return hashlib.sha256(json.dumps(_decisive(recipe), sort_keys=True, default=asdict).encode()).hexdigest()[
-        :16
-    ]
+    decisive = json.dumps(_decisive(recipe), sort_keys=True, default=asdict)
+    return hashlib.sha256(decisive.encode()).hexdigest()[:16]
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:

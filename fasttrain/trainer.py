@@ -112,7 +112,7 @@ class Trainer:
                     self.profiler.step()
                 if reports:
                     results = self._report()
-                # A head that a non-finite loss spoilt is never written: before every save is a report.
+                # Every save follows a report, which removes a head that a non-finite loss has spoilt.
                 if self._stopping or self._is_due(self.recipe.train.save_every):
                     self._save()
                 if reports:

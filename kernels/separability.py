@@ -43,6 +43,20 @@ from . import reference
 from .checks import check_choice, check_tensors
 from .primitives import LOG2_E, exp2, log1p, sum_two, tanh
 from .reference import Regularizer
+from .rows import (
+    add_rows,
+    append,
+    dot_rows,
+    inverse_norm,
+    load_row,
+    multiply_add_rows,
+    multiply_rows,
+    row_blocks,
+    scale_row,
+    store_row,
+    sum_chunks,
+    zero_row,
+)
 from .runtime import (
     Backend,
     differentiate,
@@ -95,113 +109,6 @@ class Epilogue(NamedTuple):
     @property
     def whole_cells(self) -> int:
         return (self.height // self.window_height) * (self.width // self.window_width)
-
-
-# --- rows: one token's D channels as a tuple of CHUNKS blocks of BLOCK fp32 numbers, 0 beyond D -----------
-#
-# Triton's blocks are powers of two. Three of them fit a ViT's 384, 768 or 1536 channels exactly, where one
-# would leave a quarter of the lanes idle.
-
-
-def row_blocks(channels: int) -> tuple[int, int]:
-    """BLOCK and CHUNKS of the shortest cover of `channels`: one power of two, or three of at least 128."""
-    whole = triton.next_power_of_2(channels)
-    third = whole // 4
-    return (third, 3) if third >= 128 and 3 * third >= channels else (max(whole, 32), 1)
-
-
-@inline
-def append(row, block):
-    """The row with one block more."""
-    last = (block,)
-    return row + last
-
-
-@inline
-def load_row(row_ptr, exists, D, BLOCK, CHUNKS):
-    """The row at a pointer, as fp32; zeros where it does not exist."""
-    limit = tl.where(exists, D, 0)
-    row = ()
-    for c in tl.static_range(CHUNKS):
-        columns = c * BLOCK + tl.arange(0, BLOCK)
-        row = append(row, tl.load(row_ptr + columns, mask=columns < limit, other=0.0).to(tl.float32))
-    return row
-
-
-@inline
-def store_row(row_ptr, row, exists, D, BLOCK):
-    limit = tl.where(exists, D, 0)
-    for c in tl.static_range(len(row)):
-        columns = c * BLOCK + tl.arange(0, BLOCK)
-        tl.store(row_ptr + columns, row[c].to(row_ptr.dtype.element_ty), mask=columns < limit)
-
-
-@inline
-def zero_row(BLOCK, CHUNKS):
-    row = ()
-    for _ in tl.static_range(CHUNKS):
-        row = append(row, tl.zeros([BLOCK], dtype=tl.float32))
-    return row
-
-
-@inline
-def sum_chunks(row):
-    """One block, the sum of the row's."""
-    total = row[0]
-    for c in tl.static_range(1, len(row)):
-        total += row[c]
-    return total
-
-
-@inline
-def scale_row(row, factor):
-    """row * factor, a number."""
-    scaled = ()
-    for c in tl.static_range(len(row)):
-        scaled = append(scaled, row[c] * factor)
-    return scaled
-
-
-@inline
-def add_rows(left, right, factor):
-    """left + right * factor, a number."""
-    total = ()
-    for c in tl.static_range(len(left)):
-        total = append(total, left[c] + right[c] * factor)
-    return total
-
-
-@inline
-def multiply_rows(left, right):
-    """left * right, channel by channel."""
-    product = ()
-    for c in tl.static_range(len(left)):
-        product = append(product, left[c] * right[c])
-    return product
-
-
-@inline
-def dot_rows(left, right):
-    total = left[0] * right[0]
-    for c in tl.static_range(1, len(left)):
-        total += left[c] * right[c]
-    return tl.sum(total, 0)
-
-
-@inline
-def multiply_add_rows(row, factor, addend):
-    """row * factor + addend, channel by channel."""
-    total = ()
-    for c in tl.static_range(len(row)):
-        total = append(total, row[c] * factor[c] + addend[c])
-    return total
-
-
-@inline
-def inverse_norm(row):
-    """1 / max(||row||, 1e-12), the factor of torch.nn.functional.normalize."""
-    norm = tl.sqrt(dot_rows(row, row))
-    return 1.0 / tl.where(norm > 1e-12, norm, 1e-12)
 
 
 # --- the kernels ------------------------------------------------------------------------------------------

@@ -65,6 +65,6 @@ def decode_image(data: Bytes) -> Frame:
     # Pillow's own message holds a memory address, which would make every packed set differ.
     except UnidentifiedImageError as error:
         raise UnreadableFrameError("cannot be decoded: no image of a known kind") from error
-    # For odd bytes Pillow's plugins raise SyntaxError, NotImplementedError, TypeError, struct.error, ...
+    # Broad, because for odd bytes Pillow's plugins raise errors of any kind: SyntaxError, struct.error, ...
     except Exception as error:
         raise UnreadableFrameError(f"cannot be decoded: {error}") from error

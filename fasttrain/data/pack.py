@@ -139,7 +139,8 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.destination is None:
         raise InputError("pack needs a DESTINATION folder: fasttrain pack SOURCE DESTINATION")
-    has_gpu = torch.cuda.is_available() and has_nvdec() and find_spec("nvidia.dali") is not None
+    has_dali = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
+    has_gpu = torch.cuda.is_available() and has_nvdec() and has_dali
     if args.decoder == "gpu" and not has_gpu:
         raise InputError(
             "--decoder=gpu needs a GPU, a driver with NVDEC (libnvcuvid.so.1) and DALI; use auto or cpu"

@@ -27,7 +27,8 @@ PacketTimes = list[int | None]
 Matrix = Literal["bt601", "bt709", "bt2020"]
 
 VIDEO_SUFFIXES = frozenset(
-    ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .m2ts .wmv .flv .3gp .ogv".split()  # noqa: SIM905
+    {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg"}
+    | {".ts", ".m2ts", ".wmv", ".flv", ".3gp", ".ogv"}
 )
 
 # ffmpeg's numbers of the matrices (AVColorSpace); all others are close to BT.601 or rare.

@@ -80,7 +80,7 @@ class VideoSplit:
 
 def add_video_arguments(parser: argparse.ArgumentParser) -> None:
     """For videos with a label."""
-    layouts = ("auto", "ucf101", "hmdb51", "kinetics", "ssv2", "list")
+    layouts = ("auto", *(layout for layout in _LAYOUTS if layout != "frames"))
     parser.add_argument(
         "--dataset", choices=layouts, default="auto", help="layout of the lists (default: look)"
     )

@@ -359,7 +359,7 @@ def test_damage_after_the_start_is_an_unreadable_frame(
         pytest.param(
             ["frames", "out", "--decoder=gpu"],
             "--decoder=gpu needs a GPU",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU"),
         ),
         (["frames", "out", "--quality=101"], "--quality 101: expected at most 100"),
         (["frames", "out", "--frames=-1"], "--frames -1: expected at least 0"),
