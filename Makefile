@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= benchmarks/results
 
-.PHONY: install demo test test-slow check format gpu-check clean
+.PHONY: install demo test test-slow check format docs gpu-check clean
 
 install: $(VENV)/.installed
 
@@ -35,6 +35,10 @@ check: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The site, in build/site; a broken link or an undocumented parameter is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # Installs nothing: PYTHON is an interpreter that has torch; parts that need more are reported and skipped.
 gpu-check:
