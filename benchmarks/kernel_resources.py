@@ -3,7 +3,7 @@
     python -m benchmarks.kernel_resources     adds this Triton's table to results/kernels_compile.json
 
 Needs no GPU: every launcher runs on tensors without data, and Triton compiles what it would have launched.
-Registers and stack are ptxas's, from the binary. The table of kernels/README.md is D = 768, bf16, sm_90.
+Registers and stack are ptxas's, from the binary. The table in docs/benchmarks.md is D = 768, bf16, sm_90.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ gradients of all parameters: what a training step runs between the frozen tokens
 tokens are bf16, the head's parameters fp32 under autocast, as in training.
 
 `step` calls a contender from Python; `graph` replays the same from a CUDA graph, which is the GPU's own time.
-In training Python runs ahead while the encoder computes, so that the goals (kernels/README.md) are about
+In training Python runs ahead while the encoder computes, so that the goals (docs/benchmarks.md) are about
 `graph`.
 """
 
@@ -84,7 +84,7 @@ class Contender:
 
 
 def moved_bytes(shape: Shape, *, backward: bool) -> int:
-    """The floor: every tensor read and written once a launch, in passes over one map (kernels/README.md)."""
+    """The floor: every tensor read and written once a launch, in passes over one map (docs/benchmarks.md)."""
     pooled = 1 / shape.window**2
     maps = 9 + 4 * pooled if backward else 4 + 2 * pooled
     return int(maps * shape.map_bytes)
