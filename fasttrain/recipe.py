@@ -3,7 +3,7 @@
 `load_recipe(path, overrides)` reads a file (and the file it names under `base`), applies `key=value`
 overrides, and checks every key, type and range. An error names the dotted path and the nearest known key.
 The defaults are the paper's (Co-Settle, arXiv 2603.26597). The text beneath a field is its documentation;
-the README's table and the JSON schema of the editors are made from it.
+the table in docs/recipes.md and the JSON schema for editors are made from it.
 """
 
 from __future__ import annotations
@@ -330,7 +330,7 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
 
 def keys_table() -> str:
-    """Every recipe key with type, default and meaning, as a Markdown table; the README holds it too."""
+    """Every recipe key with type, default and meaning, as the Markdown table in docs/recipes.md."""
     lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for path, key in _keys(Recipe):
         schema = TypeAdapter(key.rebuild_annotation()).json_schema()

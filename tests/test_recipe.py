@@ -173,12 +173,13 @@ def test_the_hash_ignores_what_may_change_on_resume_and_nothing_else() -> None:
     assert differences(recipe, other) == ["backbone.name: 'dinov2' -> 'mae'", "train.epochs: 5.0 -> 6.0"]
 
 
-def test_the_readme_has_the_table_of_keys(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_recipes_page_has_the_table_of_keys(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["train", "--keys"])
     table = capsys.readouterr().out
     assert "| `train.steps` | integer / null | `null` | " in table
-    assert table in (RECIPES.parent / "README.md").read_text()
+    page = (RECIPES.parent / "docs/recipes.md").read_text()
+    assert f"<!-- keys: begin -->\n{table}<!-- keys: end -->\n" in page
 
 
 def test_the_schema_beside_the_recipes_is_current(capsys: pytest.CaptureFixture[str]) -> None:
