@@ -1,18 +1,25 @@
 """Turn a frozen image encoder into a video encoder (Co-Settle, arXiv 2603.26597)."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fasttrain.__main__ import train
+    from fasttrain.recipe import load_recipe
     from fasttrain.video_encoder import load_video_encoder
 
 __version__ = "0.2.0"
-__all__ = ["load_video_encoder"]
+__all__ = ["load_recipe", "load_video_encoder", "train"]
+
+# Imported on first use, so that `fasttrain --help` need not load torch and timm.
+_MODULES = {
+    "load_recipe": "fasttrain.recipe",
+    "load_video_encoder": "fasttrain.video_encoder",
+    "train": "fasttrain.__main__",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when asked for: the command line shall not wait for torch and timm to print its help.
-    if name == "load_video_encoder":
-        from fasttrain.video_encoder import load_video_encoder
-
-        return load_video_encoder
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

@@ -1,0 +1,188 @@
+"""README and docs: what they name exists, their commands parse, and their Python runs."""
+
+import argparse
+import importlib
+import os
+import re
+import shlex
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from fasttrain.__main__ import COMMANDS
+from fasttrain.recipe import keys_table, load_recipe
+from tests.synthetic import write_run, write_videos
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "kernels/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+KEYS = set(re.findall(r"^\| `([\w.]+)`", keys_table(), re.MULTILINE))
+SECTIONS = {key.split(".")[0] for key in KEYS if "." in key}
+# Options of programs that are not ours.
+FOREIGN_OPTIONS = {
+    *("--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--help", "--no-deps"),
+    *("--signal", "--requeue"),
+}
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def blocks(page: Path, language: str) -> Iterator[str]:
+    """The fenced code blocks of a page in one language, without those marked `<!-- not run -->`."""
+    for marker, body in re.findall(
+        rf"(<!-- not run -->\n+)?^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL
+    ):
+        if not (language == "python" and marker):
+            yield body
+
+
+def inline_code(page: Path) -> set[str]:
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return set(re.findall(r"`([^`\n]+)`", prose))
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words of every shell command on a page, in code blocks and in running text."""
+    for block in blocks(page, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            yield shlex.split(line, comments=True)
+    for code in inline_code(page):
+        if code.startswith(("fasttrain ", "python -m ", "torchrun ", "make ")):
+            yield shlex.split(code)
+
+
+@cache
+def parser_of(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=command)
+    importlib.import_module(COMMANDS[command][0]).add_arguments(parser)
+    return parser
+
+
+@cache
+def known_options() -> set[str]:
+    """Every option of every command, of the benchmarks and of the programs they are started with."""
+    sources = [*(ROOT / "fasttrain").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    own = {option for path in sources for option in re.findall(r'"(--[a-z][\w-]*)"', path.read_text())}
+    return own | FOREIGN_OPTIONS
+
+
+def words_of_fasttrain(words: list[str]) -> list[str] | None:
+    """What `fasttrain` is given, whether it is started by its name, by python -m or by torchrun."""
+    if words[0] == "fasttrain":
+        return words[1:]
+    if words[0] in ("python", "torchrun") and "-m" in words:
+        rest = [word for word in words[words.index("-m") + 1 :] if word != "--"]
+        return rest[1:] if rest[0] == "fasttrain" else None
+    return None
+
+
+@every_page
+def test_commands_exist_and_parse(page: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for words in filter(None, commands(page)):
+        if words[0] == "make":
+            assert {word for word in words[1:] if "=" not in word} <= targets, words
+        elif words[:2] == ["python", "-m"] and words[2].startswith("benchmarks."):
+            assert (ROOT / f"{words[2].replace('.', '/')}.py").is_file(), words
+        elif (given := words_of_fasttrain(words)) is not None:
+            check_fasttrain(given)
+
+
+def check_fasttrain(words: list[str]) -> None:
+    """Parse the words with the command's own parser; check the keys and the recipe that they name."""
+    if not words or words == ["RECIPE"] or words[0].startswith("COMMAND") or words == ["--help"]:
+        return
+    command = words.pop(0) if words[0] in COMMANDS else "train"
+    if not words and command in ("train", "eval", "pack", "report", "export"):
+        return  # The command is named, not shown in use.
+    if "--help" in words or "--keys" in words or words[:1] == ["..."]:
+        return
+    parser = parser_of(command)
+    try:
+        # An evaluation named in running text has none of its options.
+        if command == "eval" and len(words) == 1:
+            words += ["--root", "ROOT"]
+        parse = parser.parse_args if command == "eval" else parser.parse_intermixed_args
+        arguments = parse(words)
+    except SystemExit:
+        pytest.fail(f"fasttrain {command} {shlex.join(words)} does not parse")
+    if command in ("train", "demo"):
+        overrides = [word for word in arguments.overrides if word not in ("...", "[key=value", "...]")]
+        for override in overrides:
+            assert override.split("=")[0] in KEYS, f"{override}: not a recipe key"
+        if (ROOT / arguments.recipe).is_file():
+            placeholders = [word for word in overrides if not re.search(r"=[A-Z_]+$", word)]
+            load_recipe(ROOT / arguments.recipe, placeholders)
+        else:
+            assert arguments.recipe.isupper() or not arguments.recipe.startswith("recipes/"), arguments.recipe
+
+
+@every_page
+def test_options_and_keys_named_in_text_exist(page: Path) -> None:
+    for code in inline_code(page):
+        for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", code):
+            assert option in known_options(), code
+        if match := re.fullmatch(r"([a-z_]+)(\.[a-z_]+)(=.*)?", code):
+            section, key, _ = match.groups()
+            if section in SECTIONS and key not in (".py", ".yaml", ".json", ".pt"):
+                assert section + key in KEYS, code
+
+
+@every_page
+def test_files_and_links_exist(page: Path) -> None:
+    folders = "|".join(("fasttrain", "kernels", "recipes", "benchmarks", "tests", "docs", "examples"))
+    for code in inline_code(page):
+        if re.fullmatch(rf"(?:{folders})/[\w./-]*", code):
+            assert (ROOT / code).exists(), code
+        elif re.fullmatch(r"(?:fasttrain|fasttrain_kernels)(?:\.\w+)+", code) and "safetensors" not in code:
+            assert resolves(code), code
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+        if not re.match(r"\w+:", target):
+            assert (page.parent / target).exists(), target
+
+
+def resolves(dotted: str) -> bool:
+    """Whether a dotted name is a module, or an attribute of one."""
+    names = dotted.split(".")
+    for count in range(len(names), 0, -1):
+        try:
+            found = importlib.import_module(".".join(names[:count]))
+        except ModuleNotFoundError:
+            continue
+        for name in names[count:]:
+            if not hasattr(found, name):
+                return False
+            found = getattr(found, name)
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if any(blocks(page, "python"))],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
+def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The snippets of a page run one after another, beside the files that a user would have by then."""
+    if any("train(" in block for block in blocks(page, "python")):
+        pytest.importorskip("nvidia.dali")
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "runs/dinov2")
+    write_videos(tmp_path / "videos")
+    recipe = tmp_path / "recipes/dinov2.yaml"
+    recipe.parent.mkdir()
+    # A recipe of the same name, small enough for a test.
+    recipe.write_text(
+        "backbone: {name: dino, patch_size: 16, embed_dim: 32, depth: 1, num_heads: 2}\n"
+        "data: {image_size: 64}\n"
+        "train: {steps: 1, batch_size: 2, precision: fp32, tensorboard: false}\n"
+        "device: cpu\n"
+    )
+    namespace: dict[str, object] = {}
+    for block in blocks(page, "python"):
+        exec(compile(block, f"{page.name}", "exec"), namespace)  # noqa: S102
+    assert os.getcwd() == str(tmp_path)
