@@ -38,7 +38,7 @@ format: install
 
 # The site, in build/site; a broken link or an undocumented parameter is an error.
 docs: install
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 # Installs nothing: PYTHON is an interpreter that has torch; parts that need more are reported and skipped.
 gpu-check:
