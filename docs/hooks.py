@@ -1,4 +1,4 @@
-"""MkDocs hook: list every error message for bad input on the troubleshooting page, read from the source code."""
+"""MkDocs hook: list every error message for bad input, read from the source, on the troubleshooting page."""
 
 import ast
 import re
@@ -49,13 +49,14 @@ def messages(path: Path) -> Iterator[str]:
         if isinstance(node.value, ast.Constant)
     }
     for node in ast.walk(tree):
-        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
-            message = node.exc.args[0]
-            if getattr(node.exc.func, "id", None) in ERRORS and isinstance(
-                message, ast.JoinedStr | ast.Constant
-            ):
-                parts = message.values if isinstance(message, ast.JoinedStr) else [message]
-                yield "".join(_text(part, constants) for part in parts)
+        if not (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args):
+            continue
+        message = node.exc.args[0]
+        parts = message.values if isinstance(message, ast.JoinedStr) else [message]
+        if getattr(node.exc.func, "id", None) in ERRORS and isinstance(
+            message, ast.JoinedStr | ast.Constant
+        ):
+            yield "".join(_text(part, constants) for part in parts)
 
 
 def _text(part: ast.expr, constants: dict[str, Any]) -> str:
