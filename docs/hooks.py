@@ -53,9 +53,7 @@ def messages(path: Path) -> Iterator[str]:
             continue
         message = node.exc.args[0]
         parts = message.values if isinstance(message, ast.JoinedStr) else [message]
-        if getattr(node.exc.func, "id", None) in ERRORS and isinstance(
-            message, ast.JoinedStr | ast.Constant
-        ):
+        if getattr(node.exc.func, "id", None) in ERRORS and isinstance(message, ast.JoinedStr | ast.Constant):
             yield "".join(_text(part, constants) for part in parts)
 
 
