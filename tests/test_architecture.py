@@ -1,4 +1,4 @@
-"""Who may import whom: the rules of the README's architecture map."""
+"""Who may import whom: the rules in docs/architecture.md."""
 
 import ast
 import subprocess
