@@ -47,11 +47,12 @@ def inline_code(page: Path) -> set[str]:
 def commands(page: Path) -> Iterator[list[str]]:
     """The words of every shell command on a page, in code blocks and in running text."""
     for block in blocks(page, "bash"):
-        for line in block.replace("\\\n", " ").splitlines():
-            yield shlex.split(line, comments=True)
+        without_comments = re.sub(r"(^|\s)#.*", "", block.replace("\\\n", " "), flags=re.MULTILINE)
+        for line in re.split(r"\n|&&|[>|;]", without_comments):
+            yield shlex.split(line)
     for code in inline_code(page):
         if code.startswith(("fasttrain ", "python -m ", "torchrun ", "make ")):
-            yield shlex.split(code)
+            yield shlex.split(re.split(r"&&|[>|;]", code)[0])
 
 
 @cache
@@ -135,7 +136,10 @@ def test_options_and_keys_named_in_text_exist(page: Path) -> None:
 def test_files_and_links_exist(page: Path) -> None:
     folders = "|".join(("fasttrain", "kernels", "recipes", "benchmarks", "tests", "docs", "examples"))
     for code in inline_code(page):
-        if re.fullmatch(rf"(?:{folders})/[\w./-]*", code):
+        if written := re.fullmatch(r"benchmarks/results/(\w+)-(?:cpu|cuda)\.json", code):
+            # Not every benchmark has run on every kind of device.
+            assert (ROOT / f"benchmarks/{written[1]}.py").is_file(), code
+        elif re.fullmatch(rf"(?:{folders})/[\w./-]*", code):
             assert (ROOT / code).exists(), code
         elif re.fullmatch(r"(?:fasttrain|fasttrain_kernels)(?:\.\w+)+", code) and "safetensors" not in code:
             assert resolves(code), code
