@@ -1,7 +1,7 @@
-"""Fused kernels for temporal cycle consistency and semantic separability.
+"""Fused Triton kernels for the Co-Settle objective: temporal cycle consistency and semantic separability.
 
-Needs torch alone; with Triton and a CUDA device the fused kernels run, else the eager reference. See
-README.md.
+If Triton or a CUDA device is missing, an eager reference in plain PyTorch computes the same losses.
+See README.md.
 """
 
 from .affinity import affinity_softmax

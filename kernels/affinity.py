@@ -1,12 +1,14 @@
-"""Transition probabilities between two sets of tokens: A = softmax(query key^T / tau) over keys.
+"""Transition probabilities between two sets of tokens: A = softmax(query key^T / tau) over the keys.
 
-Only A itself is stored. Each program owns a block of queries: one pass over the keys keeps the running
-maximum and sum (Dao et al., FlashAttention, arXiv 2205.14135), a second writes A in fp32. In the backward,
-torch computes
+The kernel stores nothing but A. Each program computes the rows of one block of queries in two passes over the
+keys: the first accumulates the maximum and the sum of each row, as FlashAttention does (Dao et al., arXiv
+2205.14135), and the second writes A in fp32. The backward is plain PyTorch:
 
-    dlogits = A (dA - sum_k A dA),   dquery = dlogits key / tau,   dkey = dlogits^T query / tau
+    dlogits = A * (dA - sum_k A * dA),   dquery = dlogits key / tau,   dkey = dlogits^T query / tau
 
-Source: arXiv 2603.26597, section 3. Shape suffixes: B samples, M queries, K keys, D channels.
+Source: arXiv 2603.26597, section 3.
+
+Shape suffixes: B samples, M queries, K keys, D channels.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ def _affinity_kernel(
     queries, keys, scale,
     D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program per (block of queries, sample)."""
+    """Write A; one program per (block of queries, sample)."""
     sample, rows = own_block(tl.cdiv(queries, BLOCK), BLOCK)
     query_ptr += sample * queries * D
     key_ptr += sample * keys * D
@@ -52,7 +54,7 @@ def _affinity_kernel(
 
 
 def launch_affinity(query_BMD: Tensor, key_BKD: Tensor, temperature: float) -> Tensor:
-    """The transition probabilities (B, M, K) in fp32."""
+    """Compute A, (B, M, K) in fp32, with the Triton kernel."""
     query_BMD, key_BKD = query_BMD.contiguous(), key_BKD.contiguous()
     samples, queries, _ = query_BMD.shape
     keys = key_BKD.shape[1]
@@ -93,23 +95,29 @@ _affinity.register_autograd(_differentiate, setup_context=_save)
 def affinity_softmax(
     query: Tensor, key: Tensor, temperature: float = 0.03, backend: Backend = "auto"
 ) -> Tensor:
-    """softmax(query key^T / temperature) over keys (arXiv 2603.26597, section 3).
+    """Compute the transition probabilities softmax(query key^T / temperature) over the keys.
+
+    Source: arXiv 2603.26597, section 3. The tokens are compared by their dot products: normalise them first
+    if you want cosine similarities.
 
     Args:
-        query: (B, M, D) tokens, as they are to be compared: normalise them first for a cosine.
-        key: (B, K, D) tokens of the same dtype. Both get gradients.
-        temperature: above 0.
-        backend: `auto` (Triton on CUDA tensors where Triton is installed, else eager), `triton` or `eager`.
+        query: (B, M, D) tokens in float16, bfloat16, float32 or (eager only) float64.
+        key: (B, K, D) tokens of the same dtype and on the same device.
+        temperature: Divisor of the logits, greater than 0.
+        backend: `"auto"` uses Triton if it is installed and supports the tensors, and eager PyTorch
+            otherwise; `"triton"` and `"eager"` select one of the two.
 
     Returns:
-        (B, M, K), rows summing to one, in float32 or float64.
+        The probabilities (B, M, K) in float32, or float64 for float64 tokens. Each row sums to one. The
+        result is differentiable with respect to `query` and `key`.
 
     Raises:
-        ValueError: an argument does not fit; the message names it, its value and what is expected.
+        ValueError: If an argument has an invalid shape, dtype, device or value, or if `backend="triton"` does
+            not support the tensors.
     """
     check_tensors(query=(query, "BMD"), key=(key, "BKD"))
     if key.dtype != query.dtype:
-        raise ValueError(f"key must have the dtype of query, {query.dtype}, got {key.dtype}")
+        raise ValueError(f"key must have the same dtype as query ({query.dtype}), got {key.dtype}")
     check_number("temperature", temperature)
     softmax = _affinity if use_triton(backend, query=query, key=key) else reference.affinity_softmax
     affinity: Tensor = softmax(query, key, temperature)

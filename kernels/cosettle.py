@@ -1,15 +1,18 @@
-"""The whole objective: `cosettle_loss` from projected tokens, `cosettle_head_loss` from the linear layer.
+"""The complete objective: `cosettle_loss` of projected tokens, `cosettle_head_loss` with the head fused in.
 
-    loss = cycle + lambda_reg x separability
+    loss = cycle + lambda_reg * separability
 
-On the Triton backend both are one operator of two launches and two sums: separability.py reads every token
-once and leaves its terms and the pooled tokens, cycle.py turns the pooled tokens into the cycle loss and its
-gradient. The backward is one launch more, that recomputes a token's row and writes its gradient.
-Memory beyond the inputs: the pooled tokens and, kept for the backward, their gradient, a quarter of a token
-map each with 2 x 2 windows; and six numbers a token.
+On the Triton backend both functions call the same operator. Its first kernel (separability.py) reads every
+token once and writes the separability terms and the pooled tokens. Its second kernel (cycle.py) computes the
+cycle loss of the pooled tokens together with its gradient. The backward is a single kernel, which recomputes
+each projected token and writes its gradient.
 
-Source: arXiv 2603.26597, section 3. Shape suffixes: B samples, T = 3 views, N tokens, M pooled tokens, D
-channels.
+Besides its inputs, the operator stores the pooled tokens, their gradient for the backward, and six numbers
+per token. With 2 x 2 windows, pooled tokens take a quarter of the memory of the tokens.
+
+Source: arXiv 2603.26597, section 3.
+
+Shape suffixes: B samples, T = 3 views, N tokens, M pooled tokens, D channels.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from .reference import CosettleLoss, Regularizer
 from .runtime import Backend, differentiate, needs_grad, operator, use_triton
 from .separability import Epilogue, launch_backward, launch_forward, pooled_dtype, statistics_shape
 
-# The fields of `Epilogue`, and what only the cycle needs.
+# The fields of `Epilogue`, followed by the temperature of the cycle.
 _SCHEMA = (
     "Tensor inputs, Tensor frozen, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, "
     "bool tanh, int height, int width, int window_height, int window_width, bool kl, float temperature"
@@ -34,19 +37,23 @@ _SCHEMA = (
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Cycle and separability, 0-d; accuracy and similarity (2,); the scaled gradient of the pooled tokens and
-    the tokens' statistics, for the backward. What is not asked for is empty."""
+    """Compute the losses and save what the backward needs.
+
+    Returns the cycle loss and the separability loss (0-d), cycle accuracy and identity similarity (2,), the
+    scaled gradient of the pooled tokens (B, T, M, D), and the statistics of each token. Results that were not
+    requested are empty.
+    """
     *epilogue, temperature, diagnostics, keep = arguments
     separability, pooled_BTMD, statistics = launch_forward(Epilogue(*epilogue), pool=True, statistics=keep)
     grad_dtype = pooled_BTMD.dtype if keep else None
-    figures_4BM, grad_pooled = launch_cycle(
+    metrics_4BM, grad_pooled = launch_cycle(
         pooled_BTMD, temperature, grad_dtype=grad_dtype, diagnostics=diagnostics
     )
-    measures = figures_4BM.new_empty(0)
+    diagnostic_values = metrics_4BM.new_empty(0)
     if diagnostics:
-        _, accuracy, squares, returns = figures_4BM.mean((1, 2))
-        measures = torch.stack([accuracy, returns * torch.rsqrt(squares)])
-    return figures_4BM[0].mean(), separability, measures, grad_pooled, statistics
+        _, accuracy, squares, returns = metrics_4BM.mean((1, 2))
+        diagnostic_values = torch.stack([accuracy, returns * torch.rsqrt(squares)])
+    return metrics_4BM[0].mean(), separability, diagnostic_values, grad_pooled, statistics
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -64,7 +71,7 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 def _backward(
     grad_cycle: Tensor, grad_separability: Tensor, grad_pooled: Tensor, statistics: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the inputs (B, T, N, D) and of the head's parameters (3, D), zeros without a head."""
+    """Compute the gradients of the inputs (B, T, N, D) and of the head's parameters (3, D), or zeros."""
     *epilogue, temperature = arguments
     samples, _, tokens, channels = grad_pooled.shape
     scale = 1.0 / (grad_scale(tokens) * temperature * samples * tokens)
@@ -97,15 +104,15 @@ _cosettle_backward = operator(
 def _save(
     arguments: tuple[Any, ...], outputs: tuple[Tensor, ...]
 ) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
-    inputs, frozen, bias, norm_weight, norm_bias, *options, _diagnostics, _keep = arguments
-    _cycle, _separability, _measures, grad_pooled, statistics = outputs
+    inputs, frozen, bias, norm_weight, norm_bias, *options, _, _keep = arguments
+    _cycle, _separability, _diagnostics, grad_pooled, statistics = outputs
     return (grad_pooled, statistics, inputs, frozen, bias, norm_weight, norm_bias), tuple(options)
 
 
 def _gradients(
     grad_cycle: Tensor, grad_separability: Tensor, grad_pooled: Tensor, statistics: Tensor, *arguments: Any
 ) -> tuple[Tensor | None, ...]:
-    """Those of the inputs, the frozen tokens, and the head's parameters in their own dtypes."""
+    """Compute the gradients of the inputs and of the head's parameters; that of the frozen tokens is None."""
     *epilogue, _temperature = arguments
     grad_inputs, grad_parameters = _cosettle_backward(
         grad_cycle, grad_separability, grad_pooled, statistics, *arguments
@@ -130,7 +137,7 @@ def _objective(
     norm_eps: float = 0.0,
     tanh: bool = False,
 ) -> CosettleLoss:
-    """The objective of the first of the `tensors`, after a head's epilogue where its parameters follow."""
+    """Compute the objective of `tensors`: projected tokens, or a linear product and the head's parameters."""
     shapes = {name: "D" if name in ("bias", "norm_weight", "norm_bias") else "B3ND" for name in tensors}
     check_tensors(frozen=(frozen, "B3ND"), **{name: (tensors[name], shapes[name]) for name in tensors})
     check_grid(grid, window, frozen.shape[2])
@@ -162,9 +169,9 @@ def _objective(
         kl=regularizer == "kl",
     )
     keep = needs_grad(*tensors.values())
-    cycle, separability, measures, _, _ = _cosettle(*epilogue, temperature, diagnostics, keep)
+    cycle, separability, diagnostic_values, _, _ = _cosettle(*epilogue, temperature, diagnostics, keep)
     loss = torch.add(cycle, separability, alpha=lambda_reg)
-    accuracy, similarity = measures.unbind() if diagnostics else (None, None)
+    accuracy, similarity = diagnostic_values.unbind() if diagnostics else (None, None)
     return CosettleLoss(loss, cycle, separability, accuracy, similarity)
 
 
@@ -180,23 +187,34 @@ def cosettle_loss(
     *,
     diagnostics: bool = True,
 ) -> CosettleLoss:
-    """The Co-Settle objective (arXiv 2603.26597, section 3): cycle consistency plus semantic separability.
+    """Compute the Co-Settle objective: cycle consistency plus weighted semantic separability.
+
+    Source: arXiv 2603.26597, section 3. The views are frame 1, frame 2, and frame 1 with asymmetric
+    positions. Gradients flow into `projected` only.
 
     Args:
-        frozen: (B, 3, N, D) frozen tokens: frame 1, frame 2, frame 1 with asymmetric positions; float16,
-            bfloat16 or float32, on the eager backend float64 too; any strides.
-        projected: (B, 3, N, D) the head's output for them, before L2 normalisation; the only one that gets
-            gradients. Its dtype may differ from that of `frozen`; arithmetic is float32 at least.
-        grid: (h, w) with h * w == N.
-        temperature: of the transition probabilities, above 0.
-        window: side of the average pooling before the cycle, in cells; 1 means none.
-        lambda_reg: weight of the separability term.
-        regularizer: `kl` or `mse`.
-        backend: `auto` (Triton on CUDA tensors where Triton is installed, else eager), `triton` or `eager`.
-        diagnostics: whether to form cycle accuracy and identity similarity, which need the whole of C.
+        frozen: (B, 3, N, D) tokens of the frozen encoder, in float16, bfloat16, float32 or (eager only)
+            float64. Any strides are supported.
+        projected: (B, 3, N, D) output of the projection for the same tokens, before L2 normalisation. Its
+            dtype may differ from that of `frozen`.
+        grid: Height and width of the token grid, with h * w = N.
+        temperature: Temperature of the transition probabilities, greater than 0.
+        window: Side of the square windows over which the projected tokens are averaged before the cycle, in
+            tokens. 1 disables pooling.
+        lambda_reg: Weight of the separability term, at least 0.
+        regularizer: Form of the separability term: `"kl"` (Kullback-Leibler divergence) or `"mse"` (mean
+            squared difference).
+        backend: `"auto"` uses Triton if it is installed and supports the tensors, and eager PyTorch
+            otherwise; `"triton"` and `"eager"` select one of the two.
+        diagnostics: Whether to compute cycle accuracy and identity similarity, which need the complete cycle
+            matrix.
+
+    Returns:
+        A `CosettleLoss` of 0-d tensors, in float32 or (for float64 tokens) float64.
 
     Raises:
-        ValueError: an argument does not fit; the message names it, its value and what is expected.
+        ValueError: If an argument has an invalid shape, dtype, device or value, or if `backend="triton"` does
+            not support the tensors.
     """
     options = (grid, temperature, window, lambda_reg, regularizer, backend, diagnostics)
     return _objective(frozen, {"projected": projected}, *options)
@@ -219,15 +237,34 @@ def cosettle_head_loss(
     tanh: bool = True,
     diagnostics: bool = True,
 ) -> CosettleLoss:
-    """`cosettle_loss` of layer_norm(tanh(linear + bias)), without that ever being in memory.
+    """Compute `cosettle_loss` of layer_norm(tanh(linear + bias)) without storing these projected tokens.
+
+    Gradients flow into `linear`, `bias`, `norm_weight` and `norm_bias`.
 
     Args:
-        linear: (B, 3, N, D) the product of the head's last linear layer, before its bias.
-        bias: (D,) of that layer. norm_weight, norm_bias: (D,) of the layer norm. All four get gradients.
-        norm_eps: of the layer norm.
-        tanh: whether the head has a tanh; without it the head is layer_norm(linear + bias).
+        frozen: (B, 3, N, D) tokens of the frozen encoder, as in `cosettle_loss`.
+        linear: (B, 3, N, D) output of the head's last linear layer, before its bias is added.
+        bias: (D,) bias of the linear layer.
+        norm_weight: (D,) weight of the layer norm.
+        norm_bias: (D,) bias of the layer norm.
+        grid: Height and width of the token grid, with h * w = N.
+        temperature: Temperature of the transition probabilities, greater than 0.
+        window: Side of the pooling windows in tokens; 1 disables pooling.
+        lambda_reg: Weight of the separability term, at least 0.
+        regularizer: Form of the separability term, `"kl"` or `"mse"`.
+        backend: `"auto"` uses Triton if it is installed and supports the tensors, and eager PyTorch
+            otherwise; `"triton"` and `"eager"` select one of the two.
+        norm_eps: Epsilon of the layer norm, at least 0.
+        tanh: Whether to apply tanh. Without it, the projected tokens are layer_norm(linear + bias).
+        diagnostics: Whether to compute cycle accuracy and identity similarity, which need the complete cycle
+            matrix.
 
-    The other arguments, the result and the errors are those of `cosettle_loss`.
+    Returns:
+        A `CosettleLoss` of 0-d tensors, in float32 or (for float64 tokens) float64.
+
+    Raises:
+        ValueError: If an argument has an invalid shape, dtype, device or value, or if `backend="triton"` does
+            not support the tensors.
     """
     tensors = {"linear": linear, "bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
     options = (grid, temperature, window, lambda_reg, regularizer, backend, diagnostics)

@@ -1,28 +1,34 @@
-"""Cycle consistency of a walk through any number of views, and its fused kernel for three views.
+"""Cycle consistency of a walk through any number of views, with a fused kernel for three views.
 
     A_k = softmax(p_k p_{k+1}^T / tau),  C = A_1 A_2 ... A_{T-1}
-    loss = mean over cells i of  log(1 + M e) - log(C_ii + e),  e = 1e-6        since C's rows sum to one
+    loss = mean over tokens i of  log(1 + M e) - log(C_ii + e),  e = 1e-6
 
-Three views, the walk of Co-Settle, are one launch for up to 64 tokens and the streaming kernels of
-cycle_streaming.py beyond: no M x M matrix is ever in memory. With A and A' the steps there and back:
+This is the cross-entropy of the logits log(C_i + e) against target i, whose normaliser is constant because
+the rows of C sum to one.
+
+For three views, as in Co-Settle, the loss needs only the diagonal of C. With A = A_1 and A' = A_2,
 
     C_ii = sum_j A_ij A'_ji
 
-The loss is a scalar, so its gradient is formed while A and A' are at hand. With w_ij = A_ij A'_ji / (C_ii +
-e), the probability that a walk from i back to i went through j, and W_j = sum_i w_ij:
+The gradient is computed in the forward pass, while A and A' are still in registers. Let w_ij = A_ij A'_ji /
+(C_ii + e), which is (up to e) the probability that a walk from i back to i passes through j, and
+W_j = sum_i w_ij. Then
 
     dloss / d(p1_i . p2_j) = (A_ij C_ii / (C_ii + e) - w_ij) / (tau B M)
     dloss / d(p2_j . p3_i) = (A'_ji W_j - w_ij) / (tau B M)
 
-Both brackets are bounded by M, whatever the temperature, so half precision holds them. C itself is formed for
-the diagnostics alone. Other walks chain the transition matrices of affinity.py with matrix products, and keep
-M x M numbers per step; the last product is a sum, since only C's diagonal counts.
+Both numerators are bounded by M at any temperature, so half precision can represent them. A single kernel
+handles up to 64 tokens, and the kernels of cycle_streaming.py handle more; neither stores an M x M matrix.
+The diagnostics compute all of C.
 
-Source: arXiv 2603.26597, section 3; walks there and back through a clip: Jabri et al., "Space-Time
+Other walks multiply the transition matrices of affinity.py and store M x M numbers per step. Instead of the
+last product, only its diagonal is computed.
+
+Source: arXiv 2603.26597, section 3. Walks there and back through a clip are from Jabri et al., "Space-Time
 Correspondence as a Contrastive Random Walk", NeurIPS 2020.
 
-Shape suffixes: B samples, T views, M tokens of a view, D channels; inside the kernel I tokens of frame 1
-(either time), J tokens of frame 2, K channels of one step.
+Shape suffixes: B samples, T views, M tokens of a view, D channels. Inside the kernel: I tokens of the first
+or third view, J tokens of the second view, K channels of one step of the loop.
 """
 
 from __future__ import annotations
@@ -57,7 +63,7 @@ MAX_FUSED_TOKENS = 64
 
 @inline
 def softmax(logits, exists, AXIS):
-    """Softmax over what exists along an axis; the rest gets 0."""
+    """Softmax along AXIS over the entries that exist; the others are set to 0."""
     logits = tl.where(tl.expand_dims(exists, 1 - AXIS), logits, float("-inf"))
     weights = tl.exp(logits - tl.expand_dims(tl.max(logits, AXIS), AXIS))
     return weights / tl.expand_dims(tl.sum(weights, AXIS), AXIS)
@@ -65,7 +71,10 @@ def softmax(logits, exists, AXIS):
 
 @inline
 def row_is_correct(cycle_IJ, BLOCK):
-    """Per row 1 where the first of its largest entries is the diagonal, else 0; masked entries must be -1."""
+    """1 for each row whose arg-max is the diagonal, else 0. Masked entries must be -1.
+
+    Of several equal maxima, the first is the arg-max.
+    """
     row = tl.arange(0, BLOCK)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     diagonal = tl.sum(tl.where(row == column, cycle_IJ, 0.0), 1)[:, None]
@@ -76,14 +85,17 @@ def row_is_correct(cycle_IJ, BLOCK):
 @jit
 def _cycle_kernel(
     walk_ptr,  # [B, 3, M, D]
-    figures_ptr,  # [4, B, M]: cross-entropy, whether the arg-max is the diagonal, sum of squares, diagonal
+    metrics_ptr,  # [4, B, M]: cross-entropy, whether the arg-max is the diagonal, sum of squares, diagonal
     grad_ptr,  # [B, 3, M, D], scaled by SCALE
     tokens, inverse_temperature,
     D: tl.constexpr, EPS: tl.constexpr, SCALE: tl.constexpr, GRAD: tl.constexpr, DIAGNOSTICS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, D_PER_PROGRAM: tl.constexpr, PARTS: tl.constexpr,
     VIEW_BY_VIEW: tl.constexpr,
 ):  # fmt: skip
-    """One program per (slice of channels, sample): forms A and A', and the gradient of its own channels."""
+    """Compute A and A', the metrics, and the gradient of a slice of channels.
+
+    One program per (slice of channels, sample).
+    """
     part = tl.program_id(0) % PARTS
     sample = (tl.program_id(0) // PARTS).to(tl.int64)
     row = tl.arange(0, BLOCK_M)
@@ -108,19 +120,19 @@ def _cycle_kernel(
     return_I = tl.sum(there_IJ * back_IJ, 1)
 
     if part == 0:
-        # A number a row, averaged afterwards: Triton 3.6 fails for sm_100 where they are summed here.
-        figures = figures_ptr + sample * tokens + row
+        # The average over rows is taken later: Triton 3.6 fails to compile a sum over rows here for sm_100.
+        metrics = metrics_ptr + sample * tokens + row
         stride = tl.num_programs(0) // PARTS * tokens
-        tl.store(figures, tl.log(1.0 + tokens * EPS) - tl.log(return_I + EPS), mask=exists)
+        tl.store(metrics, tl.log(1.0 + tokens * EPS) - tl.log(return_I + EPS), mask=exists)
         if DIAGNOSTICS:
-            tl.store(figures + 3 * stride, return_I, mask=exists)
-            # Rows beyond the last token hold a softmax of zeros; columns beyond it must never be the arg-max.
+            tl.store(metrics + 3 * stride, return_I, mask=exists)
+            # Rows beyond the last token hold the softmax of zeros; columns beyond it must not be the arg-max.
             zero_II = tl.zeros([BLOCK_M, BLOCK_M], dtype=tl.float32)
             cycle_II = dot(there_IJ, tl.trans(back_IJ), zero_II)
             cycle_II = tl.where(exists[None, :], cycle_II, 0.0)
-            tl.store(figures + 2 * stride, tl.sum(cycle_II * cycle_II, 1), mask=exists)
+            tl.store(metrics + 2 * stride, tl.sum(cycle_II * cycle_II, 1), mask=exists)
             correct_I = row_is_correct(tl.where(exists[None, :], cycle_II, -1.0), BLOCK_M)
-            tl.store(figures + stride, correct_I, mask=exists)
+            tl.store(metrics + stride, correct_I, mask=exists)
 
     if GRAD:
         through_IJ = there_IJ * back_IJ / (return_I + EPS)[:, None]
@@ -130,8 +142,8 @@ def _cycle_kernel(
         back = back_IJ.to(walk_ptr.dtype.element_ty)
         grad_base = grad_ptr + sample * 3 * tokens * D
         element = grad_ptr.dtype.element_ty
-        # One view at a time leaves the registers to the operands of three tf32 products; the second first,
-        # which takes the most.
+        # For float32, process one view at a time to leave registers for the operands of the three tf32
+        # products. The second view, which needs the most registers, comes first.
         for view in tl.static_range(3 if VIEW_BY_VIEW else 1):
             for start in range(part * D_PER_PROGRAM, min(D, (part + 1) * D_PER_PROGRAM), BLOCK_D):
                 offsets = row[:, None] * D + start + step[None, :]
@@ -154,10 +166,11 @@ def _cycle_kernel(
 
 
 def grad_scale(tokens: int) -> float:
-    """Gradients leave the cycle kernels as this many times (tau B M) their value.
+    """Scale of the gradients that the cycle kernels store, relative to tau B M times the true gradient.
 
-    The largest is at most 4 M times a token's component, so that fp16 holds it for components up to one, and
-    keeps as much as can be of the small ones.
+    tau B M times the true gradient is at most 4 M times the largest component of a token. With this scale, it
+    is at most 16384 for components up to one, so fp16 can represent it and loses as few small numbers as
+    possible.
     """
     return 4096.0 / triton.next_power_of_2(tokens)
 
@@ -165,51 +178,56 @@ def grad_scale(tokens: int) -> float:
 def launch_cycle(
     walk_B3MD: Tensor, temperature: float, *, grad_dtype: torch.dtype | None, diagnostics: bool
 ) -> tuple[Tensor, Tensor]:
-    """Figures (4, B, M) of each row of C in fp32, and the gradient (B, 3, M, D), of contiguous views.
+    """Run the cycle kernels on three contiguous views.
 
-    The figures: cross-entropy; with diagnostics also 1 where the arg-max is the diagonal, the sum of the
-    squares, the diagonal. The gradient is that of the mean cross-entropy, times grad_scale(M) x tau x B x M;
+    Returns metrics (4, B, M) of each row of C in fp32, and the gradient (B, 3, M, D). The metrics are the
+    cross-entropy and, with `diagnostics`, whether the arg-max is the diagonal (1 or 0), the sum of squares,
+    and the diagonal. The gradient is that of the mean cross-entropy multiplied by grad_scale(M) tau B M, or
     empty without `grad_dtype`.
     """
     samples, _, tokens, channels = walk_B3MD.shape
-    figures_4BM = walk_B3MD.new_empty((4, samples, tokens), dtype=torch.float32)
+    metrics_4BM = walk_B3MD.new_empty((4, samples, tokens), dtype=torch.float32)
     grad_B3MD = walk_B3MD.new_empty(walk_B3MD.shape if grad_dtype else (0,), dtype=grad_dtype)
     scale = grad_scale(tokens)
     if tokens > MAX_FUSED_TOKENS:
-        launch_streaming(walk_B3MD, temperature, figures_4BM, grad_B3MD, scale, diagnostics)
-        return figures_4BM, grad_B3MD
+        launch_streaming(walk_B3MD, temperature, metrics_4BM, grad_B3MD, scale, diagnostics)
+        return metrics_4BM, grad_B3MD
     block = max(triton.next_power_of_2(tokens), 16)
     half = walk_B3MD.element_size() == 2
     block_channels = min(max(triton.next_power_of_2(channels), 16), 64 if half else 16)
-    # Diagnostics are a launch of their own: together with the gradient they would not fit into registers.
+    # Diagnostics get a separate launch, since registers cannot hold them together with the gradient.
     launches = [(True, False)] if grad_dtype else []
     if diagnostics or not grad_dtype:
         launches.append((False, diagnostics))
     with on_device(walk_B3MD):
-        for grad, measures in launches:
-            # Two programs a sample hide each other's loads: a batch of 128 leaves one to a multiprocessor.
+        for grad, with_diagnostics in launches:
+            # At a batch of 128, one program per sample would leave each multiprocessor with a single program.
+            # Two programs hide each other's loads.
             parts = 2 if grad and channels > block_channels else 1
             _cycle_kernel[(parts * samples,)](
-                walk_B3MD, figures_4BM, grad_B3MD, tokens, 1.0 / temperature,
-                D=channels, EPS=CYCLE_EPS, SCALE=scale, GRAD=grad, DIAGNOSTICS=measures,
+                walk_B3MD, metrics_4BM, grad_B3MD, tokens, 1.0 / temperature,
+                D=channels, EPS=CYCLE_EPS, SCALE=scale, GRAD=grad, DIAGNOSTICS=with_diagnostics,
                 BLOCK_M=block, BLOCK_D=block_channels, PARTS=parts, VIEW_BY_VIEW=not half,
                 D_PER_PROGRAM=block_channels * triton.cdiv(channels, parts * block_channels),
                 num_warps=4 if half else 8, num_stages=3 if half else 2, enable_fp_fusion=True,
             )  # fmt: skip
-    return figures_4BM, grad_B3MD
+    return metrics_4BM, grad_B3MD
 
 
 def _three_views(walk: Tensor, temperature: float, keep: bool) -> tuple[Tensor, Tensor]:
-    """The loss, 0-d, and its gradient for the walk, both in fp32; the latter empty without `keep`."""
+    """Compute the loss (0-d) and, with `keep`, its gradient with respect to the walk, both in fp32."""
     rows = walk.shape[0] * walk.shape[2]
-    figures_4BM, grad_walk = launch_cycle(
+    metrics_4BM, grad_walk = launch_cycle(
         walk.contiguous(), temperature, grad_dtype=torch.float32 if keep else None, diagnostics=False
     )
-    return figures_4BM[0].mean(), grad_walk.div_(grad_scale(walk.shape[2]) * temperature * rows)
+    return metrics_4BM[0].mean(), grad_walk.div_(grad_scale(walk.shape[2]) * temperature * rows)
 
 
 def _scaled_gradient(grad: Tensor, loss: Tensor, grad_walk: Tensor, dtype: torch.dtype) -> Tensor:
-    """The walk's gradient. The loss, which depends on the walk, makes a second derivative an error."""
+    """Multiply the walk's gradient by that of the loss.
+
+    The unused argument `loss` depends on the walk, which makes a second derivative an error.
+    """
     return (grad * grad_walk).to(dtype)
 
 
@@ -239,21 +257,32 @@ differentiate(_cycle_three_views, lambda *given: (_cycle_three_views_backward(*g
 def cycle_consistency_loss(
     walk: Tensor, temperature: float = 0.03, there_and_back: bool = False, backend: Backend = "auto"
 ) -> Tensor:
-    """Cross-entropy of a random walk through the views that is to end in the cell of its start, a 0-d tensor.
+    """Compute the cross-entropy of a random walk through the views that should end where it began.
+
+    With the transition probabilities A_k = softmax(p_k p_{k+1}^T / temperature) from the tokens of view k to
+    those of view k + 1 and C = A_1 ... A_{T-1}, the loss is the mean over tokens i of
+    log(1 + M e) - log(C_ii + e), where e = 1e-6 (arXiv 2603.26597, section 3).
 
     Args:
-        walk: (B, T, M, D) tokens of T >= 2 views in the order of the walk, normalised and pooled as they are
-            to be compared. Co-Settle walks frame 1, frame 2, frame 1 with asymmetric positions.
-        temperature: of the transition probabilities, above 0.
-        there_and_back: walk on from the last view through the others back to the first, 2 T - 2 steps in all.
-        backend: `auto` (Triton on CUDA tensors where Triton is installed, else eager), `triton` or `eager`.
+        walk: (B, T, M, D) tokens of T >= 2 views in the order of the walk, in float16, bfloat16, float32 or
+            (eager only) float64. Normalise and pool the tokens first. The walk of Co-Settle visits frame 1,
+            frame 2, and frame 1 with asymmetric positions.
+        temperature: Temperature of the transition probabilities, greater than 0.
+        there_and_back: Whether to continue from the last view through the others back to the first, which
+            makes 2 T - 2 steps in total.
+        backend: `"auto"` uses Triton if it is installed and supports the tensors, and eager PyTorch
+            otherwise; `"triton"` and `"eager"` select one of the two.
+
+    Returns:
+        The mean over tokens and samples as a 0-d tensor, in float32 or (for float64 tokens) float64.
 
     Raises:
-        ValueError: an argument does not fit; the message names it, its value and what is expected.
+        ValueError: If an argument has an invalid shape, dtype, device or value, or if `backend="triton"` does
+            not support the tensors.
     """
     check_tensors(walk=(walk, "BTMD"))
     if walk.shape[1] < 2:
-        raise ValueError(f"walk must hold 2 views or more in dimension 1, got the shape {tuple(walk.shape)}")
+        raise ValueError(f"walk must have at least 2 views in dimension 1, got shape {tuple(walk.shape)}")
     check_number("temperature", temperature)
     if there_and_back:
         walk = torch.cat([walk, walk[:, :-1].flip(1)], dim=1)

@@ -1,19 +1,21 @@
-"""Cycle consistency of a walk over three views of any size, in memory linear in their number of tokens M.
+"""Cycle consistency of a walk through three views, in memory linear in the number of tokens M.
 
-The maths of cycle.py, in tiles of 64 x 64 logits (fp32: 32 x 32) that each kernel recomputes from the
-tokens. The kernels hand on one number a token:
+These kernels compute the formulas of cycle.py in tiles of 64 x 64 logits (32 x 32 in fp32). Each kernel
+recomputes the logits from the tokens and stores only a few numbers per token for the next:
 
-    1. back normaliser   L'_j = log sum_i exp(p2_j . p3_i / tau)
-    2. return            L_i  = log sum_j exp(p1_i . p2_j / tau),  C_ii = sum_j exp(s_ij - L_i + t_ij - L'_j)
+    1. back normaliser   L'_j = log sum_i exp(t_ij)
+    2. return            L_i  = log sum_j exp(s_ij),  C_ii = sum_j exp(s_ij - L_i + t_ij - L'_j)
     3. through           W_j  = sum_i w_ij
-    4. gradient of p1 and p3, a sum over j;  5. of p2, a sum over i;  6. diagnostics, tiles of C itself
+    4. gradient of p1 and p3, as a sum over j
+    5. gradient of p2, as a sum over i
+    6. diagnostics, from tiles of C
 
-with s and t the logits there and back. Step 2 keeps a running maximum, as FlashAttention does (Dao et al.,
-2022, arXiv 2205.14135).
+Here s_ij = p1_i . p2_j / tau and t_ij = p2_j . p3_i / tau. Steps 1 and 2 keep a running maximum, as
+FlashAttention does (Dao et al., 2022, arXiv 2205.14135).
 
-Shape suffixes: B samples, M tokens of a view, D channels; inside the kernels I tokens of frame 1 (either
-time), J tokens of frame 2, K channels of one step, O channels of the gradient. Logarithms are to base 2
-there.
+Shape suffixes: B samples, M tokens of a view, D channels. Inside the kernels: I tokens of the first or third
+view, J tokens of the second view, E tokens of the third view where a walk ends, K channels of one step of the
+loop, O channels of the gradient. Logarithms in the kernels are to base 2.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ def _views(walk_ptr, sample, tokens, D):
 def _transitions(
     first_ptr, second_ptr, third_ptr, there_ptr, back_ptr, rows, columns, tokens, scale, D, BLOCK, BLOCK_K
 ):
-    """Tiles of A_ij and A'_ji, both [I, J], from the normalisers; 0 beyond the last token."""
+    """Compute tiles of A_ij and A'_ji, both [I, J], from the normalisers; 0 beyond the last token."""
     exists = (rows < tokens)[:, None] & (columns < tokens)[None, :]
     normaliser_I = tl.load(there_ptr + rows, mask=rows < tokens, other=0.0)
     there_IJ = logits_tile(first_ptr, second_ptr, rows, columns, tokens, tokens, scale, D, BLOCK, BLOCK_K)
@@ -55,7 +57,7 @@ def _back_normaliser_kernel(
     tokens, scale,
     D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Step 1, one program per (block of j, sample)."""
+    """Step 1; one program per (block of j, sample)."""
     sample, columns = own_block(tl.cdiv(tokens, BLOCK), BLOCK)
     second_ptr = walk_ptr + (sample * 3 + 1) * tokens * D
     third_ptr = second_ptr + tokens * D
@@ -78,7 +80,7 @@ def _return_kernel(
     tokens, scale,
     EPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Step 2, one program per (block of i, sample)."""
+    """Step 2; one program per (block of i, sample)."""
     sample, rows = own_block(tl.cdiv(tokens, BLOCK), BLOCK)
     first_ptr, second_ptr, third_ptr = _views(walk_ptr, sample, tokens, D)
     largest_I = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
@@ -112,7 +114,7 @@ def _through_kernel(
     tokens, scale,
     EPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Step 3, one program per (block of j, sample)."""
+    """Step 3; one program per (block of j, sample)."""
     sample, columns = own_block(tl.cdiv(tokens, BLOCK), BLOCK)
     first_ptr, second_ptr, third_ptr = _views(walk_ptr, sample, tokens, D)
     there_ptr += sample * tokens
@@ -138,7 +140,7 @@ def _gradient_kernel(
     EPS: tl.constexpr, GRAD_SCALE: tl.constexpr, OF_SECOND: tl.constexpr,
     D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """Steps 4 and 5, one program per (block of the view's tokens, slice of channels, sample)."""
+    """Step 4, or step 5 with OF_SECOND; one program per (block of tokens, slice of channels, sample)."""
     sample, own = own_block(tl.cdiv(tokens, BLOCK), BLOCK)
     first_ptr, second_ptr, third_ptr = _views(walk_ptr, sample, tokens, D)
     there_ptr += sample * tokens
@@ -188,11 +190,11 @@ def _diagnostics_kernel(
     tokens, scale,
     D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Step 6, one program per (block of i, sample): whether the arg-max is the diagonal, sum of squares."""
+    """Step 6: accuracy and sum of squares of each row; one program per (block of i, sample)."""
     sample, rows = own_block(tl.cdiv(tokens, BLOCK), BLOCK)
     first_ptr, second_ptr, third_ptr = _views(walk_ptr, sample, tokens, D)
     normaliser_I = tl.load(there_ptr + sample * tokens + rows, mask=rows < tokens, other=0.0)
-    # The diagonal comes from these tiles, not from step 2: other rounding would decide between equal entries.
+    # Take the diagonal from these tiles: step 2 rounds it differently, which would break ties arbitrarily.
     diagonal_I = tl.zeros([BLOCK], dtype=tl.float32)
     before_I = tl.full([BLOCK], -1.0, dtype=tl.float32)
     after_I = tl.full([BLOCK], -1.0, dtype=tl.float32)
@@ -229,17 +231,17 @@ def _diagnostics_kernel(
 def launch_streaming(
     walk_B3MD: Tensor,
     temperature: float,
-    figures_4BM: Tensor,
+    metrics_4BM: Tensor,
     grad_B3MD: Tensor,
     grad_scale: float,
     diagnostics: bool,
 ) -> None:
-    """Fill the figures and, unless it is empty, the gradient of `cycle.launch_cycle`."""
+    """Compute the results of `cycle.launch_cycle` in place; an empty gradient is not computed."""
     samples, _, tokens, channels = walk_B3MD.shape
-    loss_BM, correct_BM, squares_BM, return_BM = figures_4BM.unbind()
-    there_BM, back_BM, through_BM = figures_4BM.new_empty((3, samples, tokens)).unbind()
+    loss_BM, correct_BM, squares_BM, return_BM = metrics_4BM.unbind()
+    there_BM, back_BM, through_BM = metrics_4BM.new_empty((3, samples, tokens)).unbind()
     tile, half = tile_options(walk_B3MD), walk_B3MD.element_size() == 2
-    # Narrow steps leave the registers to a kernel's own sums.
+    # Fewer channels per step of the loop leave more registers for the sums of a kernel.
     narrow = {**tile, "BLOCK_K": min(tile["BLOCK_K"], 32)}
     launch = (triton.cdiv(tokens, tile["BLOCK"]) * samples,)
     sizes = (tokens, LOG2_E / temperature)

@@ -1,8 +1,8 @@
-"""Functions that several kernels share: scalars, dot products, tiles of logits.
+"""Functions shared by several kernels: scalar functions, dot products, tiles of logits.
 
 Parameters in capitals are compile-time constants.
 
-Shape suffixes: Q queries and K keys of a tile; D channels.
+Shape suffixes: Q queries and K keys of a tile, D channels.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from torch import Tensor
 
 from .runtime import INTERPRETED, compute_capability, inline, jit, tl, triton
 
-# log2(e). Kernels hold what they will exponentiate times this, so that exp is one exp2 and nothing else.
+# log2(e). Kernels scale logits by this factor in advance, so that exp becomes a single exp2.
 LOG2_E = 1.4426950408889634
 
 
 def tile_options(tokens: Tensor) -> dict[str, Any]:
-    """The launch options of a kernel that streams over tiles of these tokens' logits.
+    """Choose the launch options of a kernel that computes tiles of the logits of `tokens`.
 
-    As large as registers allow: three products of tf32 take three times the operands, and before Hopper
-    tensor cores read them all from registers.
+    Tiles are as large as the registers allow. Those of float32 are smaller, because three tf32 products need
+    three times the operands. GPUs before Hopper also need smaller tiles, because their tensor cores read all
+    operands from registers.
     """
     half = tokens.element_size() == 2
     wide = half and compute_capability(tokens.device) >= (9, 0)
@@ -35,8 +36,9 @@ def tile_options(tokens: Tensor) -> dict[str, Any]:
     }
 
 
-# Compiled, scalar functions are single instructions of the GPU where Triton's own spend four more on denormal
-# numbers. They are exact to a few units in the last place of fp32, `_tanh_half` to half precision.
+# When compiled, each of these scalar functions is a single GPU instruction, where the equivalent in Triton
+# needs four more to handle denormal numbers. They are accurate to a few units in the last place of fp32,
+# `_tanh_half` to half precision.
 if INTERPRETED:
 
     def exp2(x):
@@ -49,11 +51,11 @@ if INTERPRETED:
         return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
 
     def sum_two(left, right):
-        # The interpreter takes a reduction of tuples number by number.
+        # The interpreter reduces tuples one element at a time, which is slow.
         return tl.sum(left, 0), tl.sum(right, 0)
 
     def dot(left, right, addend):
-        # The interpreter would multiply bfloat16's bit patterns.
+        # The interpreter would multiply the bit patterns of bfloat16 numbers instead of their values.
         return tl.dot(left.to(tl.float32), right.to(tl.float32), addend)
 
 else:
@@ -64,17 +66,17 @@ else:
 
     @jit
     def exp2(x):
-        """2^x, relative error 2^-22; results below 2^-126 are 0."""
+        """2^x with a relative error of 2^-22. Results below 2^-126 are 0."""
         return _instruction(x, "ex2.approx.ftz.f32 $0, $1;")
 
     @jit
     def reciprocal(x):
-        """1 / x, within one unit in the last place; results below 2^-126 are 0."""
+        """1 / x to within one unit in the last place. Results below 2^-126 are 0."""
         return _instruction(x, "rcp.approx.ftz.f32 $0, $1;")
 
     @jit
     def _tanh_half(x):
-        """Relative error 2^-11: a quarter of bfloat16's rounding, and float16's."""
+        """tanh(x) with a relative error of 2^-11, like rounding to float16 (bfloat16: 2^-9)."""
         return _instruction(x, "tanh.approx.f32 $0, $1;")
 
     @jit
@@ -83,20 +85,20 @@ else:
 
     @jit
     def sum_two(left, right):
-        """The sums of two blocks, which warps exchange together."""
+        """Sum two blocks in one reduction, so that warps exchange both partial sums at once."""
         return tl.reduce((left, right), 0, _add_two)
 
     @jit
     def dot(left, right, addend):
-        """left @ right + addend on tensor cores, in fp32; fp32 operands as three products of tf32."""
+        """left @ right + addend on tensor cores, summed in fp32; three tf32 products for fp32 operands."""
         return tl.dot(left, right, addend, input_precision="tf32x3")
 
 
 @inline
 def tanh(x, HALF):
-    """Hyperbolic tangent; with HALF to half precision.
+    """tanh(x), accurate to half precision with HALF and to fp32 precision without.
 
-    In full precision: the Taylor series below 1/4 (relative remainder 1e-8), exponentials above.
+    In fp32, use the Taylor series for |x| < 1/4 (relative remainder 1e-8) and exponentials otherwise.
     """
     if HALF:
         return _tanh_half(x)
@@ -109,7 +111,7 @@ def tanh(x, HALF):
 
 @inline
 def log1p(x):
-    """log(1 + x) = 2 artanh(x / (2 + x)), as a series for |x| < 1/4 (remainder 3e-9); else the logarithm."""
+    """log(1 + x): the series of 2 artanh(x / (2 + x)) if |x| < 1/4 (remainder 3e-9), else the logarithm."""
     ratio = x / (2.0 + x)
     square = ratio * ratio
     series = 2.0 * ratio * (1.0 + square * (1 / 3 + square * (1 / 5 + square * (1 / 7))))
@@ -118,14 +120,14 @@ def log1p(x):
 
 @inline
 def load_tokens(tokens_ptr, rows, channels, tokens, D):
-    """Some channels of some tokens of one view, 0 where there are none."""
+    """Load the given channels of the given tokens of one view; 0 beyond the last token or channel."""
     mask = (rows < tokens)[:, None] & (channels < D)[None, :]
     return tl.load(tokens_ptr + rows[:, None] * D + channels[None, :], mask=mask, other=0.0)
 
 
 @inline
 def logits_tile(query_ptr, key_ptr, rows, columns, queries, keys, scale, D, BLOCK, BLOCK_K):
-    """scale x query key^T, (BLOCK, BLOCK) in fp32, accumulated over BLOCK_K channels at a time."""
+    """Compute scale * query key^T, (BLOCK, BLOCK) in fp32, over BLOCK_K channels at a time."""
     logits_QK = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
     for start in range(0, D, BLOCK_K):
         channels = start + tl.arange(0, BLOCK_K)
@@ -137,9 +139,10 @@ def logits_tile(query_ptr, key_ptr, rows, columns, queries, keys, scale, D, BLOC
 
 @inline
 def own_block(blocks, BLOCK):
-    """Sample of a program and the tokens of its block: the blocks of a sample run side by side.
+    """Return the sample of this program and the tokens of its block.
 
-    Along one axis of the launch, for the others end at 65,535.
+    All (block, sample) pairs are on the first axis of the grid, since the other axes are limited to 65,535
+    programs. Blocks of the same sample have consecutive program ids.
     """
     program = tl.program_id(0)
     return (program // blocks).to(tl.int64), program % blocks * BLOCK + tl.arange(0, BLOCK)

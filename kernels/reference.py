@@ -1,7 +1,8 @@
-"""The eager reference: the Co-Settle objective in plain PyTorch, each part on its own.
+"""The eager reference: the Co-Settle objective in plain PyTorch.
 
-It is the CPU path of `cosettle_loss`, and gives the expected values of every kernel's test. Half precision is
-computed in float32, wider dtypes as they are. Nothing here waits for the GPU.
+The public functions use it on CPUs and wherever else Triton cannot run, and the tests of the kernels take
+their expected values from it. float16 and bfloat16 inputs are computed in float32, others in their own dtype.
+No function synchronises with the GPU.
 
 Source: Liu et al., "From Static to Dynamic: Exploring Self-supervised Image-to-Video Representation Transfer
 Learning", CVPR 2026, arXiv 2603.26597, section 3.
@@ -21,14 +22,22 @@ from torch.nn import functional
 
 Regularizer = Literal["kl", "mse"]
 
-# Added to the return probabilities before the logarithm, as the published code does.
+# Added to the return probabilities before the logarithm, as in the published implementation.
 CYCLE_EPS = 1e-6
 
 
 class CosettleLoss(NamedTuple):
-    """0-d tensors, the first three with gradient: `loss` = `cycle` + lambda_reg x `separability`.
+    """Losses and diagnostics of the Co-Settle objective, all 0-d tensors.
 
-    The diagnostics `cycle_accuracy` and `identity_similarity` are detached, or None if not asked for.
+    The losses are differentiable. The diagnostics are detached, or None with `diagnostics=False`.
+
+    Attributes:
+        loss: cycle + lambda_reg * separability.
+        cycle: Cycle consistency loss.
+        separability: Semantic separability loss.
+        cycle_accuracy: Share of rows of the cycle matrix whose arg-max is the diagonal.
+        identity_similarity: Cosine similarity between the cycle matrix and the identity, over the whole
+            batch.
     """
 
     loss: Tensor
@@ -39,17 +48,20 @@ class CosettleLoss(NamedTuple):
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """Half precision as float32, anything wider as it is."""
+    """Convert float16 and bfloat16 to float32; return wider dtypes unchanged."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 def unit(tokens_BTND: Tensor) -> Tensor:
-    """The tokens L2-normalised; a zero token stays zero."""
+    """L2-normalise the tokens; a zero token stays zero."""
     return functional.normalize(at_least_float32(tokens_BTND), dim=-1, eps=1e-12)
 
 
 def pool_tokens(tokens_BTND: Tensor, grid: tuple[int, int], window: int) -> Tensor:
-    """Average over the whole window x window cells of the grid: (B, T, h * w, D) -> (B, T, M, D)."""
+    """Average the tokens over windows: (B, T, h * w, D) -> (B, T, M, D).
+
+    Rows and columns at the far edges that do not fill a window are dropped.
+    """
     if window == 1:
         return tokens_BTND
     height, width = grid[0] // window, grid[1] // window
@@ -58,20 +70,20 @@ def pool_tokens(tokens_BTND: Tensor, grid: tuple[int, int], window: int) -> Tens
 
 
 def affinity_softmax(query_BMD: Tensor, key_BKD: Tensor, temperature: float) -> Tensor:
-    """softmax(query key^T / temperature) over keys: (..., M, D), (..., K, D) -> (..., M, K)."""
+    """Compute softmax(query key^T / temperature) over the keys: (..., M, D), (..., K, D) -> (..., M, K)."""
     query, key = at_least_float32(query_BMD), at_least_float32(key_BKD)
     return torch.softmax(query @ key.transpose(-1, -2) / temperature, dim=-1)
 
 
 def cycle_affinities(walk_BTMD: Tensor, temperature: float) -> list[Tensor]:
-    """The T - 1 transition matrices (B, M, M) of a walk through the views in order."""
+    """Compute the T - 1 transition matrices (B, M, M) of a walk through the views in order."""
     return [affinity_softmax(*step, temperature) for step in pairwise(walk_BTMD.unbind(1))]
 
 
 def return_probability(affinities: list[Tensor]) -> Tensor:
-    """The diagonal of the chained product A_1 ... A_K: the chance to end in the cell of the start, (B, M).
+    """Compute the diagonal (B, M) of C = A_1 ... A_K, the probabilities that a walk ends where it began.
 
-    C_ii = sum_j (A_1 ... A_{K-1})_ij (A_K)_ji: the last product is never formed.
+    C_ii = sum_j (A_1 ... A_{K-1})_ij (A_K)_ji, so the last matrix product is not needed.
     """
     if len(affinities) == 1:
         return affinities[0].diagonal(dim1=-2, dim2=-1)
@@ -81,26 +93,26 @@ def return_probability(affinities: list[Tensor]) -> Tensor:
 
 
 def cycle_loss_of(return_BM: Tensor) -> Tensor:
-    """Mean cross-entropy of the logits log(C_i + 1e-6) against target i, from C's diagonal (B, M) alone.
+    """Compute the mean cross-entropy of the logits log(C_i + 1e-6) against target i from C's diagonal (B, M).
 
-    C's rows sum to one, so the softmax's denominator is the constant 1 + M x 1e-6.
+    The rows of C sum to one, so the denominator of the softmax is the constant 1 + M * 1e-6.
     """
     denominator = 1.0 + return_BM.shape[-1] * CYCLE_EPS
     return -torch.log((return_BM + CYCLE_EPS) / denominator).mean()
 
 
 def cycle_consistency_loss(walk_BTMD: Tensor, temperature: float) -> Tensor:
-    """Cycle consistency of a walk through T >= 2 views in the order given, a 0-d tensor."""
+    """Compute the cycle consistency loss (0-d) of a walk through T >= 2 views in the given order."""
     return cycle_loss_of(return_probability(cycle_affinities(walk_BTMD, temperature)))
 
 
 def cycle_diagnostics(affinities: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Cycle accuracy and identity similarity, 0-d each; needs the whole of C = A_1 ... A_K.
+    """Compute cycle accuracy and identity similarity (0-d, without gradients) from C = A_1 ... A_K.
 
-    Accuracy is the share of rows of C whose arg-max is the diagonal; similarity is the cosine between all of
-    C and all of the identity, taken over the batch at once. Neither has gradients.
+    Cycle accuracy is the share of rows of C whose arg-max is the diagonal. Identity similarity is the cosine
+    similarity between C and the identity, both flattened over the whole batch.
     """
-    # Detached, not under no_grad: torch.export.save refuses such a block where its result is not used.
+    # Detach instead of torch.no_grad: torch.export.save rejects a no_grad block whose result is unused.
     cycle_BMM = reduce(torch.matmul, [step.detach() for step in affinities])
     start = torch.arange(cycle_BMM.shape[-1], device=cycle_BMM.device)
     accuracy = (cycle_BMM.argmax(-1) == start).to(cycle_BMM.dtype).mean()
@@ -110,10 +122,10 @@ def cycle_diagnostics(affinities: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def separability_loss(frozen_BTND: Tensor, projected_BTND: Tensor, regularizer: Regularizer) -> Tensor:
-    """How far the projected tokens moved from the frozen ones, both L2-normalised, a 0-d tensor.
+    """Compute the separability loss (0-d) of L2-normalised tokens.
 
-    `kl`: KL(softmax(frozen) || softmax(projected)) over channels, summed over views, tokens and channels,
-    divided by B. `mse`: the mean squared difference.
+    "kl" is KL(softmax(frozen) || softmax(projected)) over channels, summed over views, tokens and channels,
+    and divided by B. "mse" is the mean squared difference.
     """
     if regularizer == "mse":
         return functional.mse_loss(projected_BTND, frozen_BTND)
@@ -124,7 +136,7 @@ def separability_loss(frozen_BTND: Tensor, projected_BTND: Tensor, regularizer: 
 def head_epilogue(
     linear_BTND: Tensor, bias_D: Tensor, norm_weight_D: Tensor, norm_bias_D: Tensor, eps: float, tanh: bool
 ) -> Tensor:
-    """What follows the head's last matrix product: layer_norm(tanh(linear + bias)), `tanh` or not."""
+    """Compute the rest of the head after its last matrix product: layer_norm(tanh(linear + bias))."""
     hidden = at_least_float32(linear_BTND) + bias_D
     if tanh:
         hidden = hidden.tanh()
@@ -142,7 +154,7 @@ def cosettle_loss(
     regularizer: Regularizer,
     diagnostics: bool,
 ) -> CosettleLoss:
-    """The whole objective; arguments as in `fasttrain_kernels.cosettle_loss`, which checks them first."""
+    """Compute the complete objective; see `fasttrain_kernels.cosettle_loss`, which checks the arguments."""
     frozen, projected = unit(frozen_BTND.detach()), unit(projected_BTND)
     separability = separability_loss(frozen, projected, regularizer)
     affinities = cycle_affinities(pool_tokens(projected, grid, window), temperature)

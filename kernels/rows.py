@@ -1,7 +1,7 @@
-"""Arithmetic on rows: one token's D channels as a tuple of CHUNKS blocks of BLOCK fp32 numbers, 0 beyond D.
+"""Arithmetic on rows: the D channels of one token, as a tuple of CHUNKS blocks of BLOCK fp32 numbers.
 
-Triton's blocks are powers of two. Three of them fit a ViT's 384, 768 or 1536 channels exactly, where one
-would leave a quarter of the lanes idle.
+Entries beyond D are 0. The size of a block in Triton must be a power of two. Three blocks fit the 384, 768 or
+1536 channels of a ViT exactly, whereas a single block would leave a quarter of its lanes idle.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from .runtime import inline, tl, triton
 
 
 def row_blocks(channels: int) -> tuple[int, int]:
-    """BLOCK and CHUNKS of the shortest cover of `channels`: one power of two, or three of at least 128."""
+    """Choose BLOCK and CHUNKS with the least padding: one power of two, or three powers of at least 128."""
     whole = triton.next_power_of_2(channels)
     third = whole // 4
     return (third, 3) if third >= 128 and 3 * third >= channels else (max(whole, 32), 1)
@@ -18,14 +18,14 @@ def row_blocks(channels: int) -> tuple[int, int]:
 
 @inline
 def append(row, block):
-    """The row with one block more."""
+    """Append a block to a row."""
     last = (block,)
     return row + last
 
 
 @inline
 def load_row(row_ptr, exists, D, BLOCK, CHUNKS):
-    """The row at a pointer, as fp32; zeros where it does not exist."""
+    """Load a row as fp32, or zeros if it does not exist."""
     limit = tl.where(exists, D, 0)
     row = ()
     for c in tl.static_range(CHUNKS):
@@ -52,7 +52,7 @@ def zero_row(BLOCK, CHUNKS):
 
 @inline
 def sum_chunks(row):
-    """One block, the sum of the row's."""
+    """Add the blocks of a row, which gives a single block."""
     total = row[0]
     for c in tl.static_range(1, len(row)):
         total += row[c]
@@ -61,7 +61,7 @@ def sum_chunks(row):
 
 @inline
 def scale_row(row, factor):
-    """row * factor, a number."""
+    """row * factor, where factor is a scalar."""
     scaled = ()
     for c in tl.static_range(len(row)):
         scaled = append(scaled, row[c] * factor)
@@ -70,7 +70,7 @@ def scale_row(row, factor):
 
 @inline
 def add_rows(left, right, factor):
-    """left + right * factor, a number."""
+    """left + right * factor, where factor is a scalar."""
     total = ()
     for c in tl.static_range(len(left)):
         total = append(total, left[c] + right[c] * factor)
@@ -79,7 +79,7 @@ def add_rows(left, right, factor):
 
 @inline
 def multiply_rows(left, right):
-    """left * right, channel by channel."""
+    """left * right, elementwise."""
     product = ()
     for c in tl.static_range(len(left)):
         product = append(product, left[c] * right[c])
@@ -96,7 +96,7 @@ def dot_rows(left, right):
 
 @inline
 def multiply_add_rows(row, factor, addend):
-    """row * factor + addend, channel by channel."""
+    """row * factor + addend, elementwise."""
     total = ()
     for c in tl.static_range(len(row)):
         total = append(total, row[c] * factor[c] + addend[c])
@@ -105,6 +105,6 @@ def multiply_add_rows(row, factor, addend):
 
 @inline
 def inverse_norm(row):
-    """1 / max(||row||, 1e-12), the factor of torch.nn.functional.normalize."""
+    """1 / max(||row||, 1e-12), as in torch.nn.functional.normalize."""
     norm = tl.sqrt(dot_rows(row, row))
     return 1.0 / tl.where(norm > 1e-12, norm, 1e-12)

@@ -1,7 +1,7 @@
-"""Where the kernels run: the one import of Triton, the choice of the backend, operators, launch helpers.
+"""The import of Triton, the choice of the backend, the registration of operators, and launch helpers.
 
-Every module takes `jit`, `tl` and `triton` from here, so that the package can be imported without Triton;
-the kernels are then plain functions that nobody calls.
+All modules import `jit`, `tl` and `triton` from here, so that the package can be imported without Triton. The
+kernels are then plain Python functions, which are never called.
 """
 
 from __future__ import annotations
@@ -28,29 +28,30 @@ else:
 
 Backend = Literal["auto", "triton", "eager"]
 
-# Operators live under the package's own import name: a copy of this folder inside another project registers
-# its own, and never collides with an installed fasttrain_kernels.
+# Operators are registered under the import name of the package, so that a copy of this folder in another
+# project does not collide with an installed fasttrain_kernels.
 NAMESPACE = (__package__ or "fasttrain_kernels").replace(".", "_")
 
-# True where TRITON_INTERPRET=1 was set when the kernels were imported: they then run on CPU tensors.
+# True if TRITON_INTERPRET=1 was set when the package was imported. The kernels then run on CPU tensors.
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 
 
 def jit(kernel: Callable[..., Any]) -> Any:
-    """`triton.jit` where Triton is installed, else the function itself."""
+    """Apply `triton.jit`, or return the function unchanged if Triton is not installed."""
     return kernel if triton is None else triton.jit(kernel)
 
 
 def inline(function: Callable[..., Any]) -> Any:
-    """`jit` for what kernels call; under the interpreter a plain function, which it enters much faster."""
+    """Apply `jit` to a function that kernels call, except under the interpreter, where it would be slow."""
     return function if INTERPRETED else jit(function)
 
 
 def use_triton(backend: str, **tensors: Tensor) -> bool:
-    """Whether the Triton kernels are to take these tensors.
+    """Decide whether to use the Triton kernels for these tensors.
 
     Raises:
-        ValueError: `backend` is unknown, or it is `triton` and the kernels cannot take one of the tensors.
+        ValueError: If `backend` is unknown, or if it is "triton" and the kernels do not support one of the
+            tensors.
     """
     check_choice("backend", backend, Backend)
     obstacle = _obstacle(tensors)
@@ -60,33 +61,37 @@ def use_triton(backend: str, **tensors: Tensor) -> bool:
 
 
 def _obstacle(tensors: dict[str, Tensor]) -> str | None:
-    """Why the Triton kernels cannot take these tensors, or None."""
+    """Return why the Triton kernels do not support these tensors, or None if they do."""
     if triton is None:
-        return "backend 'triton' needs the package triton: pip install triton, or use 'eager'"
+        return "backend='triton' needs the package triton. Run 'pip install triton', or pass backend='eager'."
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            return f"{name} must be float16, bfloat16 or float32 for backend 'triton', got {tensor.dtype}"
+            return f"{name} must be float16, bfloat16 or float32 for backend='triton', got {tensor.dtype}"
         if not INTERPRETED and not _is_supported(tensor.device):
-            expected = "an NVIDIA GPU of compute capability 8.0 or newer"
-            return f"{name} must be on {expected} for backend 'triton', got {tensor.device}: use 'eager'"
-        # Operators drop a tangent silently. (torch.compile does not support forward-mode differentiation.)
+            expected = "an NVIDIA GPU of compute capability 8.0 or higher for backend='triton'"
+            return f"{name} must be on {expected}, got {tensor.device}. Move it, or pass backend='eager'."
+        # Operators would silently drop the tangent. (torch.compile does not support forward-mode anyway.)
         if not torch.compiler.is_compiling() and unpack_dual(tensor).tangent is not None:
-            return f"{name} must have no forward-mode tangent for backend 'triton': use 'eager'"
+            return (
+                f"{name} has a forward-mode tangent, but backend='triton' does not support forward-mode "
+                "differentiation. Pass backend='eager'."
+            )
     return None
 
 
 @torch.compiler.assume_constant_result
 def _is_supported(device: torch.device) -> bool:
-    """Whether the device is an NVIDIA GPU from Ampere on; torch.compile asks once, while it traces."""
+    """Whether the device is an NVIDIA GPU, Ampere or newer; torch.compile treats the answer as constant."""
     return device.type == "cuda" and torch.version.hip is None and compute_capability(device) >= (8, 0)
 
 
 def operator(
     name: str, launcher: Callable[..., Any], *, fake: Callable[..., Any], schema: str | None = None
 ) -> CustomOpDef:
-    """Register a launcher as the torch operator NAMESPACE::name, opaque to torch.compile and torch.export.
+    """Register a launcher as the operator NAMESPACE::name, opaque to torch.compile and torch.export.
 
-    `fake` gives the outputs' shapes and dtypes; the schema is read from the annotations unless given.
+    `fake` returns empty outputs of the right shapes and dtypes. Without `schema`, the annotations of
+    `launcher` define the schema.
     """
     op = torch.library.custom_op(f"{NAMESPACE}::{name}", launcher, mutates_args=(), schema=schema)
     op.register_fake(fake)
@@ -100,12 +105,14 @@ def differentiate(
     losses: int,
     save: Callable[[tuple[Any, ...], tuple[Tensor, ...]], tuple[tuple[Any, ...], tuple[Any, ...]]],
 ) -> None:
-    """Register the gradient of an operator whose first outputs are losses and whose last input, `keep`,
-    says whether there will be a backward.
+    """Register the gradient of an operator that returns losses.
 
-    `save` turns its inputs and outputs into the tensors and the constants that `backward` gets after the
-    losses' gradients. `backward` returns the gradients of the first inputs; it should be an operator without
-    a gradient of its own, so that a second derivative is an error.
+    The first `losses` outputs of `forward` must be the losses, and its last input (`keep` in the schemas)
+    whether a gradient will be needed.
+
+    `save` maps the inputs and outputs of `forward` to tensors and constants. `backward` receives the
+    gradients of the losses followed by these, and returns the gradients of the first inputs. It should call
+    an operator that has no gradient, so that a second derivative is an error.
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -113,32 +120,33 @@ def differentiate(
         ctx.inputs, ctx.kept = len(inputs), inputs[-1]
         ctx.save_for_backward(*tensors)
         ctx.mark_non_differentiable(*output[losses:])
-        # Otherwise every backward would fill zeros of their size, for nothing.
+        # Otherwise autograd would allocate zeros as the gradients of the other outputs.
         ctx.set_materialize_grads(False)
 
     def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if not ctx.kept:
             raise RuntimeError(
-                f"{NAMESPACE} kept nothing for its backward: no input required a gradient when it was called "
-                "(in torch.vmap none does) or exported; use backend 'eager', or export with inputs that do"
+                f"{NAMESPACE} saved nothing for the backward pass, because no input required gradients when "
+                "it was called or exported. (Under torch.vmap, no input does.) Pass backend='eager', or "
+                "export with inputs that require gradients."
             )
         given = [grad for grad in grads if grad is not None]
         if not given:
             return (None,) * ctx.inputs
         of_losses = [torch.zeros_like(given[0]) if grad is None else grad for grad in grads[:losses]]
-        found = backward(*of_losses, *ctx.saved_tensors, *ctx.constants)
-        return (*found, *(None,) * (ctx.inputs - len(found)))
+        of_inputs = backward(*of_losses, *ctx.saved_tensors, *ctx.constants)
+        return (*of_inputs, *(None,) * (ctx.inputs - len(of_inputs)))
 
     forward.register_autograd(gradients, setup_context=setup_context)
 
 
 def needs_grad(*tensors: Tensor) -> bool:
-    """Whether autograd will ask for the gradient of any of them."""
+    """Whether autograd may need the gradient of any of the tensors."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def unit_stride(tensor: Tensor) -> Tensor:
-    """The tensor itself where its channels lie side by side, else a contiguous copy."""
+    """Return the tensor itself if its channels are contiguous, else a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -148,10 +156,10 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def compute_capability(device: torch.device) -> tuple[int, int]:
-    """The GPU's generation: (8, 0) Ampere, (9, 0) Hopper, (10, 0) Blackwell; (9, 0) for other devices."""
+    """Compute capability of a GPU, for example (8, 0) for an A100; (9, 0) for other devices."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 def on_device(tensor: Tensor) -> torch.cuda.device:
-    """Context in which kernels launch on the tensor's GPU; does nothing for CPU tensors."""
+    """Context manager that selects the tensor's GPU for kernel launches; does nothing for CPU tensors."""
     return torch.cuda.device(tensor.device if tensor.is_cuda else -1)

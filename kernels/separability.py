@@ -1,35 +1,41 @@
-"""Semantic separability, alone or fused with what surrounds it: the head's epilogue and the pooling.
+"""Semantic separability, optionally fused with the end of the head and with pooling.
 
-The loss is how far the projected tokens moved from the frozen ones in direction,
+The loss measures how much the direction of the projected tokens v differs from that of the frozen tokens z:
 
     kl:  (1 / B) sum over views and tokens of KL(softmax(z / ||z||) || softmax(v / ||v||)) over channels
-    mse: mean over everything of (z / ||z|| - v / ||v||)^2
+    mse: mean over all elements of (z / ||z|| - v / ||v||)^2
 
-One pass over memory leads from the head's last matrix product to the terms of this loss and to the pooled
-tokens that the cycle takes (cosettle.py); `separability_loss` runs it without head and pooling. Per token,
-with x the input, z the frozen token and E the layer norm's epsilon:
+A single pass over memory computes this loss and the pooled tokens for the cycle from the output of the head's
+last matrix product (see cosettle.py). `separability_loss` uses the same kernels without head and pooling. For
+an input token x, a frozen token z, and the epsilon E of the layer norm:
 
-    v = layer_norm(tanh(x + bias); weight, shift, E)        with HEAD, tanh with TANH; else v = x
+    v = layer_norm(tanh(x + bias); weight, shift, E)        with HEAD (tanh only with TANH), else v = x
     p = v / max(||v||, 1e-12),  y = z / max(||z||, 1e-12)
     kl:  q = softmax(y);  KL(q || softmax(p)) = log(sum_d q_d exp(p_d - y_d)) - sum_d q_d (p_d - y_d)
     mse: sum_d (p_d - y_d)^2
-    pooled = mean of p over the cells of one window
+    pooled = mean of p over the tokens of one window
 
-The textbook's form of the KL divergence subtracts two numbers near log D. This one keeps a digit more in
-fp32: for a divergence of 3e-5 over 768 channels the relative error was 5e-5 instead of 4e-4 (interpreter).
+The textbook form of the KL divergence subtracts two numbers close to log D. The form above is more accurate
+in fp32: for a divergence of 3e-5 over 768 channels, its relative error was 5e-5 instead of 4e-4 (in Triton's
+interpreter).
 
-Backward, from the gradients s of each separability term and G of the pooled tokens. Rows are recomputed from
-x and z; six sums over channels are kept, 24 bytes a token:
+The backward starts from the gradient s of each separability term and the gradient G of the pooled tokens. It
+recomputes the rows from x and z, with the help of six sums over channels that the forward stores (24 bytes
+per token):
 
     dp = s (softmax(p) - q)  or  2 s (p - y),  plus  G / window^2
-    dv = (dp - p (p . dp)) / ||v||                           (dp / 1e-12 for a token below the norm's floor)
-    dx = dv, or through layer norm and tanh; the parameters' gradients are summed over tokens
+    dv = (dp - p (p . dp)) / ||v||                           (dp / 1e-12 if ||v|| is below 1e-12)
+    dx = dv, or dv propagated through layer norm and tanh
 
-One warp holds one token at a time, so that reductions over channels are shuffles; two do beyond 1024
-channels, backward beyond 768.
+The gradients of the head's parameters are summed over all tokens.
 
-Source: arXiv 2603.26597, section 3. Shape suffixes: B samples, T views, N tokens, M whole windows, D
-channels; what has no suffix inside the kernels is one token's row.
+One warp processes one token at a time, so that reductions over channels are warp shuffles. More than 1024
+channels (768 in the backward of a head) need two or more warps.
+
+Source: arXiv 2603.26597, section 3.
+
+Shape suffixes: B samples, T views, N tokens, M whole windows, D channels. Variables without a suffix inside
+the kernels are rows, which hold one token.
 """
 
 from __future__ import annotations
@@ -72,15 +78,16 @@ from .runtime import (
     use_triton,
 )
 
-# Per token, for the backward: mean and 1 / (standard deviation) of the layer norm; 1 / ||v||, 1 / ||z||; the
-# sum of exp(y) and the mean of exp(p - y) - 1.
+# Numbers stored per token for the backward: mean and 1 / (standard deviation) of the layer norm; 1 / ||v||
+# and 1 / ||z||; the sum of exp(y); the mean of exp(p - y) - 1, weighted with q.
 STATISTICS = 6
 
 
 class Epilogue(NamedTuple):
-    """What both directions start from: tokens (B, T, N, D), a head's parameters (D,) or None, and options.
+    """Inputs of both kernels: tokens (B, T, N, D), the parameters (D,) of a head or None, and options.
 
-    The grid is cut into cells, one window of tokens each, with partial cells at the far edges.
+    The grid is divided into cells, each of which covers one window of tokens. Cells at the far edges may be
+    partial.
     """
 
     inputs: Tensor
@@ -98,7 +105,7 @@ class Epilogue(NamedTuple):
 
     @property
     def head(self) -> list[Tensor]:
-        """Bias, layer norm weight and bias, or nothing without a head."""
+        """Bias of the linear layer, weight and bias of the layer norm; empty without a head."""
         parameters = (self.bias, self.norm_weight, self.norm_bias)
         return [parameter for parameter in parameters if parameter is not None]
 
@@ -116,7 +123,7 @@ class Epilogue(NamedTuple):
 
 @inline
 def _token_of_cell(cell, slot, height, width, WINDOW_H, WINDOW_W):
-    """Index of a cell's token on the grid, and whether it exists: a cell at the far edges may be partial."""
+    """Index on the grid of a cell's token number `slot`, and whether it exists (cells may be partial)."""
     cells_wide = tl.cdiv(width, WINDOW_W)
     row = cell // cells_wide * WINDOW_H + slot // WINDOW_W
     column = cell % cells_wide * WINDOW_W + slot % WINDOW_W
@@ -125,7 +132,7 @@ def _token_of_cell(cell, slot, height, width, WINDOW_H, WINDOW_W):
 
 @inline
 def _whole_cell(cell, height, width, WINDOW_H, WINDOW_W):
-    """Index of a cell among the whole ones, and whether it is one."""
+    """Index of a cell among the whole cells, and whether it is whole."""
     cells_wide = tl.cdiv(width, WINDOW_W)
     row = cell // cells_wide
     column = cell % cells_wide
@@ -154,7 +161,7 @@ def _centred(row, mean, D, BLOCK):
 
 @inline
 def _growth(frozen, difference, D, BLOCK):
-    """exp(y), 0 beyond the last channel, and exp(p - y) - 1."""
+    """Return exp(y), with 0 beyond the last channel, and exp(p - y) - 1."""
     weight = ()
     growth = ()
     for c in tl.static_range(len(frozen)):
@@ -166,7 +173,7 @@ def _growth(frozen, difference, D, BLOCK):
 
 @jit
 def _forward_kernel(
-    input_ptr, frozen_ptr,  # [B, T, N, D], channels side by side
+    input_ptr, frozen_ptr,  # [B, T, N, D], channels contiguous
     bias_ptr, norm_weight_ptr, norm_bias_ptr,  # [D]
     terms_ptr,  # [B, T, N]
     statistics_ptr,  # [B, T, N, STATISTICS]
@@ -177,7 +184,10 @@ def _forward_kernel(
     HEAD: tl.constexpr, TANH: tl.constexpr, KL: tl.constexpr, POOL: tl.constexpr, HALF: tl.constexpr,
     UNIT: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, STATISTICS: tl.constexpr,
 ):  # fmt: skip
-    """One program per (cell, view of a sample): terms x term_scale, pooled tokens, and statistics if any."""
+    """Write the separability terms times term_scale and, if requested, statistics and pooled tokens.
+
+    One program per (cell, view of a sample).
+    """
     cells = tl.cdiv(height, WINDOW_H) * tl.cdiv(width, WINDOW_W)
     cell = tl.program_id(0) % cells
     view_of_sample = (tl.program_id(0) // cells).to(tl.int64)
@@ -236,7 +246,7 @@ def _forward_kernel(
 
 @jit
 def _backward_kernel(
-    input_ptr, frozen_ptr,  # [B, T, N, D], channels side by side
+    input_ptr, frozen_ptr,  # [B, T, N, D], channels contiguous
     bias_ptr, norm_weight_ptr, norm_bias_ptr,  # [D]
     statistics_ptr,  # [B, T, N, STATISTICS]
     grad_term_ptr, grad_cycle_ptr,  # []
@@ -249,7 +259,10 @@ def _backward_kernel(
     HEAD: tl.constexpr, TANH: tl.constexpr, KL: tl.constexpr, POOL: tl.constexpr, HALF: tl.constexpr,
     UNIT: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, STATISTICS: tl.constexpr,
 ):  # fmt: skip
-    """Each program takes every num_programs-th cell and keeps its sums for the parameters in registers."""
+    """Write the gradients of the inputs, and partial sums of the gradients of the head's parameters.
+
+    Each program processes every num_programs-th cell and keeps its partial sums in registers.
+    """
     program = tl.program_id(0)
     cells = tl.cdiv(height, WINDOW_H) * tl.cdiv(width, WINDOW_W)
     grad_term = tl.load(grad_term_ptr).to(tl.float32) * term_scale
@@ -286,7 +299,7 @@ def _backward_kernel(
                 hidden = _hidden(values, bias, TANH, HALF)
                 standard = scale_row(_centred(hidden, mean, D, BLOCK), inverse_std)
                 values = multiply_add_rows(standard, norm_weight, norm_bias)
-            # A token that does not exist has no gradient, but the head's bias would give it one.
+            # A scale of 0 suppresses the gradient that the head's bias gives to tokens that do not exist.
             scale = tl.load(statistics + 2, mask=exists, other=0.0)
             unit = scale_row(values, UNIT * scale)
             frozen_scale = tl.load(statistics + 3, mask=exists, other=0.0)
@@ -306,7 +319,7 @@ def _backward_kernel(
                 grad_pooled = load_row(pooled_row, is_whole, D, BLOCK, CHUNKS)
                 grad = add_rows(grad, grad_pooled, grad_cycle)
 
-            # A norm below its floor is a constant, so nothing flows through it.
+            # A norm below 1e-12 is replaced by this constant, so no gradient flows through it.
             along = tl.where(scale < 1e12, dot_rows(unit, grad) / (UNIT * UNIT), 0.0)
             grad = scale_row(add_rows(grad, unit, -along), scale)
             if HEAD:
@@ -332,17 +345,23 @@ def _backward_kernel(
 
 
 def pooled_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Half precision is pooled into fp16: components are at most one, and fp16 has the finer grid there."""
+    """Dtype of pooled tokens: float32 for float32 tokens, else float16.
+
+    Components of normalised tokens are at most one, where float16 is more precise than bfloat16.
+    """
     return torch.float32 if dtype == torch.float32 else torch.float16
 
 
-def statistics_shape(inputs_BTND: Tensor, wanted: bool) -> tuple[int, ...]:
-    return (*inputs_BTND.shape[:3], STATISTICS) if wanted else (0,)
+def statistics_shape(inputs_BTND: Tensor, keep: bool) -> tuple[int, ...]:
+    return (*inputs_BTND.shape[:3], STATISTICS) if keep else (0,)
 
 
 def launch_forward(given: Epilogue, *, pool: bool, statistics: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The separability loss, 0-d; pooled tokens (B, T, M, D), empty without `pool`; what `launch_backward`
-    needs, empty without `statistics`."""
+    """Run the forward kernel.
+
+    Returns the separability loss (0-d), the pooled tokens (B, T, M, D), which are empty without `pool`, and
+    the statistics (B, T, N, 6) for `launch_backward`, which are empty without `statistics`.
+    """
     inputs = given.inputs
     samples, views, tokens, channels = inputs.shape
     tensors, strides, constants = _shared_arguments(given, pool, channels_per_warp=1024)
@@ -367,10 +386,10 @@ def launch_backward(
     grad_pooled_BTMD: Tensor | None = None,
     pooled_scale: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of the inputs (B, T, N, D) and, with a head, of its parameters (3, D) in fp32.
+    """Compute the gradients of the inputs (B, T, N, D) and, with a head, of its parameters (3, D) in fp32.
 
-    `grad_separability` and `grad_cycle` are 0-d and read on the device: the gradient of the pooled tokens is
-    grad_pooled x grad_cycle x pooled_scale.
+    The gradient of the pooled tokens is grad_pooled * grad_cycle * pooled_scale. `grad_separability` and
+    `grad_cycle` are 0-d tensors, which the kernel reads on the device.
     """
     inputs, head = given.inputs, given.head
     samples, views, _, channels = inputs.shape
@@ -378,7 +397,7 @@ def launch_backward(
     tensors, strides, constants = _shared_arguments(given, pool, channels_per_warp=768 if head else 1024)
     programs = given.cells * samples * views
     if head:
-        # As many as run at once: each writes its sums for the parameters.
+        # Launch only as many programs as fit on the GPU at once, since each writes partial sums of its own.
         threads = 32 * constants["num_warps"]
         registers = min(255, 64 + 8 * constants["BLOCK"] * constants["CHUNKS"] // threads)
         at_once = max(1, 65536 // (threads * registers)) * multiprocessors(inputs.device)
@@ -397,14 +416,14 @@ def launch_backward(
 
 
 def _term_scale(given: Epilogue) -> float:
-    """The factor from the sum of the separability terms to the loss."""
+    """Factor that turns the sum of the separability terms into the loss."""
     return 1.0 / (given.inputs.shape[0] if given.kl else given.inputs.numel())
 
 
 def _shared_arguments(
     given: Epilogue, pool: bool, channels_per_warp: int
 ) -> tuple[list[Tensor], tuple[int, ...], dict[str, Any]]:
-    """What both kernels take: their first tensors, the strides, and the compile-time constants."""
+    """Arguments that both kernels share: the first tensors, the strides, and the compile-time constants."""
     inputs, frozen = unit_stride(given.inputs), unit_stride(given.frozen)
     block, chunks = row_blocks(inputs.shape[-1])
     parameters = [parameter.contiguous() for parameter in given.head] or [inputs] * 3
@@ -412,9 +431,9 @@ def _shared_arguments(
         "D": inputs.shape[-1], "WINDOW_H": given.window_height, "WINDOW_W": given.window_width,
         "HEAD": bool(given.head), "TANH": given.tanh, "KL": given.kl, "POOL": pool,
         "HALF": inputs.dtype != torch.float32, "UNIT": LOG2_E, "BLOCK": block, "CHUNKS": chunks,
-        # As many as keep a row in registers without spilling.
+        # Enough warps to hold a row in registers without spilling.
         "num_warps": triton.next_power_of_2(triton.cdiv(block * chunks, channels_per_warp)),
-        # Triton 3.10 turns multiply-and-add off unless asked for it.
+        # Since 3.10, Triton does not fuse multiplications and additions by default.
         "enable_fp_fusion": True,
     }  # fmt: skip
     strides = (*inputs.stride()[:3], *frozen.stride()[:3])
@@ -425,7 +444,7 @@ def _shared_arguments(
 
 
 def _epilogue(projected: Tensor, frozen: Tensor, kl: bool) -> Epilogue:
-    """Four tokens to a program, as they come: without pooling the grid does not matter."""
+    """Inputs for the loss alone: without pooling the grid is arbitrary; each program takes four tokens."""
     return Epilogue(
         projected, frozen, bias=None, norm_weight=None, norm_bias=None, norm_eps=0.0, tanh=False,
         height=1, width=projected.shape[2], window_height=1, window_width=4, kl=kl,
@@ -433,7 +452,7 @@ def _epilogue(projected: Tensor, frozen: Tensor, kl: bool) -> Epilogue:
 
 
 def _forward(projected: Tensor, frozen: Tensor, kl: bool, keep: bool) -> tuple[Tensor, Tensor]:
-    """The loss, 0-d, and the statistics for the backward, empty without `keep`."""
+    """Compute the loss (0-d) and the statistics for the backward, which are empty without `keep`."""
     loss, _, statistics = launch_forward(_epilogue(projected, frozen, kl), pool=False, statistics=keep)
     return loss, statistics
 
@@ -466,16 +485,27 @@ differentiate(_separability, lambda *given: (_separability_backward(*given),), l
 def separability_loss(
     frozen: Tensor, projected: Tensor, regularizer: Regularizer = "kl", backend: Backend = "auto"
 ) -> Tensor:
-    """Semantic separability (arXiv 2603.26597, section 3), a 0-d tensor.
+    """Compute the semantic separability loss: how far the projected tokens moved from the frozen ones.
+
+    Both are L2-normalised first. `"kl"` is KL(softmax(frozen) || softmax(projected)) over channels, summed
+    over views, tokens and channels, and divided by B. `"mse"` is the mean squared difference (arXiv
+    2603.26597, section 3).
 
     Args:
-        frozen: (B, T, N, D) frozen tokens; no gradient reaches them.
-        projected: (B, T, N, D) the head's output for them, before L2 normalisation.
-        regularizer: `kl` or `mse`.
-        backend: `auto` (Triton on CUDA tensors where Triton is installed, else eager), `triton` or `eager`.
+        frozen: (B, T, N, D) tokens of the frozen encoder, in float16, bfloat16, float32 or (eager only)
+            float64. They receive no gradient.
+        projected: (B, T, N, D) output of the projection for the same tokens, before L2 normalisation. Its
+            dtype may differ from that of `frozen`.
+        regularizer: `"kl"` or `"mse"`.
+        backend: `"auto"` uses Triton if it is installed and supports the tensors, and eager PyTorch
+            otherwise; `"triton"` and `"eager"` select one of the two.
+
+    Returns:
+        The loss as a 0-d tensor, in float32 or (for float64 tokens) float64.
 
     Raises:
-        ValueError: an argument does not fit; the message names it, its value and what is expected.
+        ValueError: If an argument has an invalid shape, dtype, device or value, or if `backend="triton"` does
+            not support the tensors.
     """
     check_tensors(frozen=(frozen, "BTND"), projected=(projected, "BTND"))
     check_choice("regularizer", regularizer, Regularizer)

@@ -1,4 +1,4 @@
-"""Without a GPU the kernels run under Triton's interpreter, which Triton must know of when it is imported."""
+"""Enable Triton's interpreter if there is no GPU. This must happen before Triton is imported."""
 
 import os
 import sys
@@ -8,8 +8,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    # A test of another folder may have imported them without the interpreter: what it holds of them keeps
-    # working. Triton's extension module cannot be loaded twice, and does not need to be.
+    # A test in another folder may have imported them already. Objects that it imported continue to work.
+    # Triton's extension module cannot be loaded twice, and does not need to be.
     for name in list(sys.modules):
         if name.partition(".")[0] in ("triton", "fasttrain_kernels") and not name.startswith("triton._C"):
             del sys.modules[name]

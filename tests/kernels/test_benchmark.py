@@ -1,4 +1,4 @@
-"""The kernels' benchmark, on a shape small enough for the interpreter: a GPU hour must not end in a typo."""
+"""Tests of the kernel benchmark, on a shape small enough for the interpreter."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from benchmarks.plot import plot
 def test_a_shape_is_measured_and_plotted(
     device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a contender that fails, which costs no other figures."""
+    """A contender that fails does not affect the results of the others."""
 
     def no_compiler(*arguments: object) -> None:
         raise RuntimeError("no C++ compiler")
@@ -38,5 +38,5 @@ def test_a_shape_is_measured_and_plotted(
     assert plot(results.path).stat().st_size > 0
 
 
-def test_the_floor_of_the_papers_shape_is_that_of_the_design() -> None:
+def test_the_minimum_traffic_of_the_papers_shape_is_that_of_the_performance_model() -> None:
     assert benchmark.moved_bytes(benchmark.PAPER, backward=True) == pytest.approx(1.16e9, rel=0.005)

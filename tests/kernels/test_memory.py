@@ -1,6 +1,7 @@
-"""What the kernels' launchers allocate: nothing of size M x M, and a fraction of what eager PyTorch holds.
+"""Tests of the memory of the Triton backend: no M x M tensor, and a fraction of what the eager backend needs.
 
-Counted, not measured: every tensor that an operation gives out, with the kernels themselves left out.
+Memory is counted rather than measured: the tests record every tensor that an operation returns, and replace
+the kernels by functions that do nothing.
 """
 
 import weakref
@@ -22,45 +23,45 @@ from fasttrain_kernels import (
 
 
 class Allocations(TorchDispatchMode):
-    """Largest number of elements given out at once, and the peak of the bytes alive."""
+    """Record the number of elements of the largest allocation, and the peak of the allocated bytes."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
         self.keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device.upper()))
         self.largest = self.alive = self.peak = 0
-        self.known: set[int] = set()
+        self.counted: set[int] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace == "fasttrain_kernels":
-            # Into the operator: from its implementation on, with this mode in force again.
+            # Run the implementation of the operator with this mode enabled, to see its allocations.
             with self:
                 result = function.redispatch(self.keys, *args, **(kwargs or {}))
         else:
             result = function(*args, **(kwargs or {}))
-        given = {
+        inputs = {
             id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
         }
         for tensor in tree_leaves(result):
             if not isinstance(tensor, Tensor):
                 continue
             storage = tensor.untyped_storage()
-            if id(storage) in self.known or id(storage) in given:
+            if id(storage) in self.counted or id(storage) in inputs:
                 continue
-            self.known.add(id(storage))
+            self.counted.add(id(storage))
             self.largest = max(self.largest, tensor.numel())
             self.alive += storage.nbytes()
             self.peak = max(self.peak, self.alive)
             weakref.finalize(storage, self._freed, id(storage), storage.nbytes())
         return result
 
-    def _freed(self, name: int, size: int) -> None:
-        self.known.discard(name)
+    def _freed(self, storage_id: int, size: int) -> None:
+        self.counted.discard(storage_id)
         self.alive -= size
 
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch, device: str) -> list[tuple[int, ...]]:
-    """The kernels are left out; the grids that they would have been launched with."""
+    """Replace the kernels by functions that do nothing, and record the grids of their launches."""
     grids: list[tuple[int, ...]] = []
 
     def run(kernel: Any, *arguments: Any, grid: tuple[int, ...], **options: Any) -> None:
@@ -72,10 +73,10 @@ def launches(monkeypatch: pytest.MonkeyPatch, device: str) -> list[tuple[int, ..
 
 @pytest.mark.parametrize("diagnostics", [False, True])
 @pytest.mark.parametrize(("grid", "window"), [((14, 14), 2), ((18, 18), 1)])
-def test_the_loss_allocates_nothing_quadratic(
+def test_the_loss_allocates_no_quadratic_tensor(
     launches: list[tuple[int, ...]], device: str, grid: tuple[int, int], window: int, diagnostics: bool
 ) -> None:
-    """49 tokens of the fused kernel and 324 of the streaming form, with fewer channels than tokens."""
+    """49 tokens use the fused kernel and 324 the streaming kernels. There are fewer channels than tokens."""
     frozen, projected = torch.randn(2, 2, 3, grid[0] * grid[1], 8, device=device)
     largest = {}
     for backend in ("triton", "eager"):
@@ -88,7 +89,7 @@ def test_the_loss_allocates_nothing_quadratic(
     assert largest["eager"] >= 2 * pooled * pooled
 
 
-def test_a_walk_over_three_views_allocates_nothing_quadratic(
+def test_a_walk_through_three_views_allocates_no_quadratic_tensor(
     launches: list[tuple[int, ...]], device: str
 ) -> None:
     walk = torch.randn(2, 3, 100, 8, device=device, requires_grad=True)
@@ -97,16 +98,16 @@ def test_a_walk_over_three_views_allocates_nothing_quadratic(
     assert allocations.largest == walk.numel()
 
 
-def test_peak_memory_at_the_papers_shape_is_a_fifth_of_eager(
+def test_peak_memory_at_the_papers_shape_is_at_most_a_fifth_of_eager(
     launches: list[tuple[int, ...]], device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Linear layer, loss and gradients in mixed precision, two samples: token maps scale with the batch."""
-    # The partial sums of a real GPU's programs are large beside two samples, and do not grow with the batch.
+    """Linear layer, loss and gradients in mixed precision, with two samples, as memory scales with the batch."""
+    # On a real GPU, the partial sums of all programs would dominate two samples. They do not grow with the
+    # batch.
     monkeypatch.setattr(separability, "multiprocessors", lambda device: 1)
     weight = torch.randn(768, 768, device=device, requires_grad=True)
     parameters = [torch.randn(768, device=device, requires_grad=True) for _ in range(3)]
     frozen = torch.randn(2, 3, 196, 768, device=device, dtype=torch.bfloat16)
-    # Of the weight itself there are few copies in either case, and they do not grow with the batch.
     token_map = frozen.numel() * frozen.element_size()
     peaks = {}
     for backend in ("triton", "eager"):
@@ -123,12 +124,13 @@ def test_peak_memory_at_the_papers_shape_is_a_fifth_of_eager(
             parameter.grad = None
         del out
     assert peaks["triton"] <= peaks["eager"] / 5
-    # The linear layer's product, its gradient and a quarter map of the pooled tokens'; copies of the weight.
+    # The product of the linear layer, its gradient, and a quarter map for the gradient of the pooled tokens.
+    # The rest is copies of the weight.
     assert 2.25 < peaks["triton"] < 2.7
 
 
 def test_any_number_of_samples_can_be_launched(launches: list[tuple[int, ...]]) -> None:
-    """A launch's second and third axis end at 65,535."""
+    """The second and third axes of a grid are limited to 65,535 programs."""
     for tokens in (49, 70):
         walk = torch.empty(100_000, 3, tokens, 8, device="meta")
         cycle.launch_cycle(walk, 0.1, grad_dtype=torch.float32, diagnostics=True)

@@ -1,4 +1,4 @@
-"""The package as another project meets it: operators, torch.compile and torch.export, copies, bad input."""
+"""Tests of the public functions with torch.compile, torch.export, autograd, copies and invalid arguments."""
 
 import re
 import shutil
@@ -25,7 +25,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def run_python(code: str, *folders: Path) -> str:
-    """Run a program in a process without the interpreter, with these folders first on its path."""
+    """Run a program in a new process, without Triton's interpreter and with `folders` first on sys.path."""
     program = f"import sys; sys.path[:0] = {[str(folder) for folder in folders]}\n{code}"
     environment = {"PATH": "", "HOME": str(folders[0] if folders else Path.home())}
     result = subprocess.run(
@@ -60,13 +60,13 @@ LOSSES = [fused, fused_head, walk_there_and_back, separability]
 
 
 def inputs_of(loss: Loss, device: str) -> tuple[Tensor, Tensor]:
-    """Frozen and projected tokens; there and back through two views is the walk of three."""
+    """Frozen and projected tokens of three views (two for a walk there and back, which then has three)."""
     frozen, projected = torch.randn(2, 1, 2 if loss is walk_there_and_back else 3, 4, 16, device=device)
     return frozen, projected.clone()
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_compile_sees_through(device: str, loss: Loss) -> None:
+def test_torch_compile_gives_the_same_loss_and_gradient(device: str, loss: Loss) -> None:
     frozen, projected = inputs_of(loss, device)
     projected.requires_grad_()
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
@@ -76,8 +76,8 @@ def test_compile_sees_through(device: str, loss: Loss) -> None:
     assert torch.equal(value_grad, truth_grad)
 
 
-def test_a_temperature_that_changes_compiles(device: str) -> None:
-    """From its second value on torch.compile keeps a float dynamic."""
+def test_torch_compile_supports_a_changing_temperature(device: str) -> None:
+    """torch.compile makes a float dynamic when it changes for the first time."""
 
     def loss(frozen: Tensor, projected: Tensor, temperature: float) -> Tensor:
         options = {"temperature": temperature, "lambda_reg": temperature, "backend": "triton"}
@@ -91,7 +91,7 @@ def test_a_temperature_that_changes_compiles(device: str) -> None:
 
 
 class AsModule(torch.nn.Module):
-    """A loss that torch.export takes."""
+    """Wrap a loss in a module, as torch.export requires."""
 
     def __init__(self, loss: Loss) -> None:
         super().__init__()
@@ -112,11 +112,11 @@ def test_an_exported_program_gives_the_same_loss(device: str, backend: str, tmp_
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_program_exported_without_gradients_refuses_them(device: str, loss: Loss) -> None:
-    """Its backward would read statistics that the forward never wrote."""
+def test_the_backward_of_a_program_exported_without_gradients_is_an_error(device: str, loss: Loss) -> None:
+    """It would read statistics that the forward did not write."""
     frozen, projected = inputs_of(loss, device)
     program = torch.export.export(AsModule(loss), (frozen, projected)).module()
-    with pytest.raises(RuntimeError, match="kept nothing for its backward"):
+    with pytest.raises(RuntimeError, match="saved nothing for the backward pass"):
         program(frozen, projected.requires_grad_()).backward()
     trained = torch.export.export(AsModule(loss), (frozen, projected)).module()
     value, truth = (
@@ -127,7 +127,7 @@ def test_a_program_exported_without_gradients_refuses_them(device: str, loss: Lo
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_second_derivatives_are_errors(device: str, loss: Loss) -> None:
-    """Also where the gradient from above is a constant; a gradient penalty would be silently wrong."""
+    """Otherwise a gradient penalty would be silently wrong. The incoming gradient is a constant here."""
     frozen, projected = inputs_of(loss, device)
     projected.requires_grad_()
     total = loss(frozen, projected) + projected.square().sum()
@@ -137,15 +137,15 @@ def test_second_derivatives_are_errors(device: str, loss: Loss) -> None:
 
 
 @pytest.mark.parametrize("loss", [*LOSSES, affinity])
-def test_forward_mode_is_an_error(device: str, loss: Loss) -> None:
-    """An operator would drop the tangent, and the derivative be zero."""
+def test_forward_mode_differentiation_is_an_error(device: str, loss: Loss) -> None:
+    """Otherwise the operator would drop the tangent, and the derivative would be zero."""
     frozen, projected = inputs_of(loss, device)
-    with pytest.raises(ValueError, match="must have no forward-mode tangent for backend 'triton'"):
+    with pytest.raises(ValueError, match="backend='triton' does not support forward-mode"):
         torch.func.jvp(lambda tokens: loss(frozen, tokens), (projected,), (torch.ones_like(projected),))
 
 
 @pytest.mark.parametrize("loss", [*LOSSES, affinity])
-def test_no_gradient_from_above_is_none_below(device: str, loss: Loss) -> None:
+def test_an_undefined_incoming_gradient_gives_no_gradient(device: str, loss: Loss) -> None:
     class Stop(torch.autograd.Function):
         @staticmethod
         def forward(ctx: object, value: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ def test_operators_pass_opcheck(device: str) -> None:
         (operators.separability, (tokens(1, 3, 4, 16), frozen, True, True)),
         (operators.affinity_softmax, (tokens(1, 3, 16), tokens(1, 4, 16), 0.1)),
         (operators.cycle_three_views, (tokens(1, 3, 4, 16), 0.1, True)),
-        # Without gradient and diagnostics the outputs for them are empty.
+        # The outputs for the gradient and the diagnostics are empty if they are not requested.
         (
             operators.cosettle,
             (frozen, frozen, None, None, None, 0.0, False, 2, 2, 2, 2, False, 0.1, False, False),
@@ -187,8 +187,8 @@ def test_operators_pass_opcheck(device: str) -> None:
         torch.library.opcheck(operator.default, arguments, test_utils=checks)
 
 
-def test_in_another_project(tmp_path: Path) -> None:
-    """One process, for torch takes seconds to import: each part prints what it found."""
+def test_use_in_another_project(tmp_path: Path) -> None:
+    """All parts run in one process, because importing torch takes seconds. Each part prints its result."""
     code = """
 import sys, torch, fasttrain_kernels, their_losses
 frozen, projected = torch.randn(2, 1, 3, 4, 8)
@@ -198,19 +198,19 @@ def loss(package):
 
 truth = loss(fasttrain_kernels)
 assert torch.ops.their_losses.cosettle is not torch.ops.fasttrain_kernels.cosettle
-print("a copy under another name stands beside the original:", loss(their_losses) == truth)
+print("a copy and the original in one process:", loss(their_losses) == truth)
 compiled = torch.compile(fasttrain_kernels.cosettle_loss, backend="aot_eager", fullgraph=True)
 value = compiled(frozen, projected, (2, 2)).loss.item()
-print("the choice of the backend compiles:", abs(value - truth) < 1e-5)
+print("torch.compile with backend auto:", abs(value - truth) < 1e-5)
 
-def why(package):
+def error_of(package):
     try:
         package.cosettle_loss(frozen, projected, (2, 2), backend="triton")
     except ValueError as error:
         return error
 
-print("on the CPU:", why(fasttrain_kernels))
-# As a notebook does that clears sys.modules, or a test that wants the package afresh.
+print("on the CPU:", error_of(fasttrain_kernels))
+# Some notebooks and tests clear sys.modules to reload a package.
 first = fasttrain_kernels
 for name in [name for name in sys.modules if name.startswith("fasttrain_kernels")]:
     del sys.modules[name]
@@ -219,22 +219,23 @@ assert fasttrain_kernels.cosettle_loss is not first.cosettle_loss
 print("a second import replaces the first:", loss(fasttrain_kernels) == loss(first) == truth)
 sys.modules["triton"] = None
 import without_triton
-print("without Triton:", loss(without_triton) == truth, why(without_triton))
+print("without Triton:", loss(without_triton) == truth, error_of(without_triton))
 """
     (tmp_path / "fasttrain_kernels").symlink_to(FOLDER)
     for name in ("their_losses", "without_triton"):
         shutil.copytree(FOLDER, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     assert run_python(code, tmp_path).splitlines() == [
-        "a copy under another name stands beside the original: True",
-        "the choice of the backend compiles: True",
-        "on the CPU: frozen must be on an NVIDIA GPU of compute capability 8.0 or newer for backend "
-        "'triton', got cpu: use 'eager'",
+        "a copy and the original in one process: True",
+        "torch.compile with backend auto: True",
+        "on the CPU: frozen must be on an NVIDIA GPU of compute capability 8.0 or higher for "
+        "backend='triton', got cpu. Move it, or pass backend='eager'.",
         "a second import replaces the first: True",
-        "without Triton: True backend 'triton' needs the package triton: pip install triton, or use 'eager'",
+        "without Triton: True backend='triton' needs the package triton. Run 'pip install triton', or pass "
+        "backend='eager'.",
     ]
 
 
-# 86 and 120: the cards of desktop machines, with less shared memory (CUDA programming guide).
+# Shared memory per block in KiB, from the CUDA programming guide. sm_86 and sm_120 are desktop GPUs.
 @pytest.mark.parametrize(
     ("architecture", "cores", "shared_kib"),
     [
@@ -254,8 +255,8 @@ import torch
 from benchmarks.kernel_resources import compiled_at, resources
 for name, kernels in compiled_at(768, torch.bfloat16, {architecture}, only="head|cycle$").items():
     for kernel in kernels:
-        found = resources(kernel)
-        print(name, found["spill_bytes"], found["tensor_cores"], found["shared_bytes"] <= {shared_kib} * 1024)
+        used = resources(kernel)
+        print(name, used["spill_bytes"], used["tensor_cores"], used["shared_bytes"] <= {shared_kib} * 1024)
 """
     (tmp_path / "fasttrain_kernels").symlink_to(FOLDER)
     lines = run_python(code, tmp_path, FOLDER.parent).splitlines()
@@ -277,46 +278,64 @@ def head_loss(**changed: object) -> None:
 @pytest.mark.parametrize(
     ("message", "call", "arguments"),
     [
-        ("frozen must have the non-empty shape (B, 3, N, D), got (3, 4, 8)", loss, {"frozen": GOOD[0]}),
         (
-            "frozen must have the non-empty shape (B, 3, N, D), got (1, 2, 4, 8)",
+            "frozen must be a non-empty tensor of shape (B, 3, N, D), got (3, 4, 8)",
+            loss,
+            {"frozen": GOOD[0]},
+        ),
+        (
+            "frozen must be a non-empty tensor of shape (B, 3, N, D), got (1, 2, 4, 8)",
             loss,
             {"frozen": GOOD[:, :2]},
         ),
-        ("(B, 3, N, D), B == 1, N == 4, D == 8, got (1, 3, 4, 7)", loss, {"projected": GOOD[..., :7]}),
+        ("(B, 3, N, D) with B = 1, N = 4, D = 8, got (1, 3, 4, 7)", loss, {"projected": GOOD[..., :7]}),
         (
             "frozen must be float16, bfloat16, float32 or float64, got torch.int64",
             loss,
             {"frozen": GOOD.long()},
         ),
-        ("projected must be on the device of frozen, cpu, got meta", loss, {"projected": GOOD.to("meta")}),
-        ("grid must have h * w == N == 4 cells, got (3, 2) with 6 cells", loss, {"grid": (3, 2)}),
-        ("window must be from 1 to 2, the grid's shorter side, got 3", loss, {"window": 3}),
-        ("temperature must be a finite number above 0, got 0", loss, {"temperature": 0}),
-        ("temperature must be a finite number above 0, got nan", loss, {"temperature": float("nan")}),
-        ("lambda_reg must be a finite number, 0 or more, got -1.0", loss, {"lambda_reg": -1.0}),
-        ("regularizer must be one of kl, mse, got 'l1'", loss, {"regularizer": "l1"}),
-        ("backend must be one of auto, triton, eager, got 'cuda'", loss, {"backend": "cuda"}),
         (
-            "projected must be float16, bfloat16 or float32 for backend 'triton', got torch.float64",
+            "projected must be on the same device as frozen (cpu), got meta",
+            loss,
+            {"projected": GOOD.to("meta")},
+        ),
+        ("grid must be (h, w) with h * w = N = 4 cells, got (3, 2) with 6 cells", loss, {"grid": (3, 2)}),
+        ("window must be from 1 to 2 (the grid's shorter side), got 3", loss, {"window": 3}),
+        ("temperature must be finite and greater than 0, got 0", loss, {"temperature": 0}),
+        ("temperature must be finite and greater than 0, got nan", loss, {"temperature": float("nan")}),
+        ("lambda_reg must be finite and at least 0, got -1.0", loss, {"lambda_reg": -1.0}),
+        ("regularizer must be one of 'kl', 'mse', got 'l1'", loss, {"regularizer": "l1"}),
+        ("backend must be one of 'auto', 'triton', 'eager', got 'cuda'", loss, {"backend": "cuda"}),
+        (
+            "projected must be float16, bfloat16 or float32 for backend='triton', got torch.float64",
             loss,
             {"projected": GOOD.double(), "backend": "triton"},
         ),
-        ("norm_weight must have the non-empty shape (D), D == 8", head_loss, {"norm_weight": torch.ones(7)}),
-        ("norm_eps must be a finite number, 0 or more, got -1.0", head_loss, {"norm_eps": -1.0}),
-        ("linear must have the non-empty shape (B, 3, N, D)", head_loss, {"linear": GOOD[:, :2]}),
-        ("walk must have the non-empty shape (B, T, M, D)", cycle_consistency_loss, {"walk": GOOD[0]}),
-        ("walk must hold 2 views or more", cycle_consistency_loss, {"walk": GOOD[:, :1]}),
+        (
+            "norm_weight must be a non-empty tensor of shape (D) with D = 8",
+            head_loss,
+            {"norm_weight": torch.ones(7)},
+        ),
+        ("norm_eps must be finite and at least 0, got -1.0", head_loss, {"norm_eps": -1.0}),
+        ("linear must be a non-empty tensor of shape (B, 3, N, D)", head_loss, {"linear": GOOD[:, :2]}),
+        ("walk must be a non-empty tensor of shape (B, T, M, D)", cycle_consistency_loss, {"walk": GOOD[0]}),
+        ("walk must have at least 2 views", cycle_consistency_loss, {"walk": GOOD[:, :1]}),
         ("temperature must be", cycle_consistency_loss, {"walk": GOOD, "temperature": float("inf")}),
         ("temperature must be", affinity_softmax, {"query": GOOD[0], "key": GOOD[0], "temperature": 0}),
         (
-            "key must have the dtype of query, torch.float32, got torch.float64",
+            "key must have the same dtype as query (torch.float32), got torch.float64",
             affinity_softmax,
             {"query": GOOD[0], "key": GOOD[0].double()},
         ),
-        ("projected must have the", separability_loss, {"frozen": GOOD, "projected": GOOD[:, :2]}),
+        (
+            "projected must be a non-empty tensor",
+            separability_loss,
+            {"frozen": GOOD, "projected": GOOD[:, :2]},
+        ),
     ],
 )
-def test_bad_input(message: str, call: Callable[..., object], arguments: dict[str, object]) -> None:
+def test_invalid_arguments_are_errors(
+    message: str, call: Callable[..., object], arguments: dict[str, object]
+) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         call(**arguments)

@@ -1,4 +1,4 @@
-"""The scalar functions of the kernels, each alone, against float64."""
+"""Tests of the scalar functions of the kernels against float64."""
 
 import pytest
 import torch
@@ -15,17 +15,17 @@ SIZE = 2048
 def _apply(
     x_ptr: tl.tensor, out_ptr: tl.tensor, tanh_ptr: tl.tensor, log1p_ptr: tl.tensor, SIZE: tl.constexpr
 ) -> None:
-    """exp2 and 1 / x into `out_ptr`, one behind the other."""
-    place = tl.arange(0, SIZE)
-    x = tl.load(x_ptr + place)
-    tl.store(out_ptr + place, exp2(x))
-    tl.store(out_ptr + SIZE + place, reciprocal(x))
-    tl.store(tanh_ptr + place, tanh(x, False))
-    tl.store(log1p_ptr + place, log1p(x))
+    """Write exp2(x) and then 1 / x to `out_ptr`, tanh(x) and log1p(x) to the others."""
+    index = tl.arange(0, SIZE)
+    x = tl.load(x_ptr + index)
+    tl.store(out_ptr + index, exp2(x))
+    tl.store(out_ptr + SIZE + index, reciprocal(x))
+    tl.store(tanh_ptr + index, tanh(x, False))
+    tl.store(log1p_ptr + index, log1p(x))
 
 
-def test_functions_are_exact_to_a_few_units_in_the_last_place(device: str) -> None:
-    """Between -0.9 and 20, and near zero, where a difference of exponentials would lose all digits."""
+def test_functions_are_accurate_to_a_few_units_in_the_last_place(device: str) -> None:
+    """From -0.9 to 20, and near zero, where a difference of exponentials would lose all digits."""
     small = torch.logspace(-7, -0.05, SIZE // 4)
     x = torch.cat([small, -small, torch.linspace(0.9, 20, SIZE // 2)]).to(device)
     both, hyperbolic, logarithm = (torch.empty(count * SIZE, device=device) for count in (2, 1, 1))

@@ -1,4 +1,4 @@
-"""The eager reference against its definition."""
+"""Tests of the eager reference against the definitions in the paper."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from fasttrain_kernels import cosettle_loss, cycle_consistency_loss, reference, separability_loss
 
 
-def test_the_diagonal_is_that_of_the_whole_product() -> None:
+def test_return_probabilities_and_loss_match_the_complete_cycle_matrix() -> None:
     walk = torch.nn.functional.normalize(torch.randn(2, 5, 7, 12, dtype=torch.float64), dim=-1)
     affinities = reference.cycle_affinities(walk, 0.1)
     whole = affinities[0] @ affinities[1] @ affinities[2] @ affinities[3]
@@ -16,13 +16,13 @@ def test_the_diagonal_is_that_of_the_whole_product() -> None:
     torch.testing.assert_close(reference.cycle_consistency_loss(walk, 0.1), truth)
 
 
-def test_a_walk_there_and_back_returns_through_the_same_views() -> None:
+def test_a_walk_there_and_back_visits_the_same_views_in_reverse() -> None:
     walk = torch.nn.functional.normalize(torch.randn(2, 4, 7, 12, dtype=torch.float64), dim=-1)
     returned = cycle_consistency_loss(walk, 0.1, there_and_back=True, backend="eager")
     assert torch.equal(returned, cycle_consistency_loss(walk[:, [0, 1, 2, 3, 2, 1, 0]], 0.1, backend="eager"))
 
 
-def test_pooling_is_average_pooling() -> None:
+def test_pooling_matches_avg_pool2d() -> None:
     tokens = torch.randn(2, 3, 5 * 7, 4, dtype=torch.float64)
     images = tokens.flatten(0, 1).transpose(1, 2).unflatten(2, (5, 7))
     truth = torch.nn.functional.avg_pool2d(images, 2).flatten(2).transpose(1, 2).unflatten(0, (2, 3))
@@ -40,7 +40,7 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("alone", [False, True])
-def test_nothing_flows_into_the_frozen_tokens(alone: bool) -> None:
+def test_frozen_tokens_receive_no_gradient(alone: bool) -> None:
     frozen, projected = (torch.randn(1, 3, 16, 8, requires_grad=True) for _ in range(2))
     if alone:
         separability_loss(frozen, projected).backward()
@@ -51,7 +51,7 @@ def test_nothing_flows_into_the_frozen_tokens(alone: bool) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_reaches_the_loss(value: float) -> None:
+def test_nan_and_infinity_propagate_to_the_loss(value: float) -> None:
     frozen, projected = torch.randn(1, 3, 16, 8), torch.randn(1, 3, 16, 8)
     projected[0, 1, 5, 2] = value
     assert not cosettle_loss(frozen, projected, grid=(4, 4)).loss.isfinite()
@@ -59,7 +59,7 @@ def test_what_is_not_finite_reaches_the_loss(value: float) -> None:
     assert not cosettle_loss(frozen, torch.randn(1, 3, 16, 8), grid=(4, 4)).loss.isfinite()
 
 
-def test_diagnostics_are_formed_only_when_asked() -> None:
+def test_diagnostics_can_be_disabled() -> None:
     frozen, projected = torch.randn(1, 3, 16, 8), torch.randn(1, 3, 16, 8)
     out = cosettle_loss(frozen, projected, grid=(4, 4), diagnostics=False)
     assert out.cycle_accuracy is None

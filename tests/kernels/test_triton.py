@@ -1,9 +1,10 @@
-"""The Triton kernels against the eager reference in float64 (the published numbers: test_published.py).
+"""Tests of the Triton kernels against the eager reference in float64.
 
-Without a GPU they run under Triton's interpreter (conftest.py), with one they run on it.
+The kernels run on the GPU if there is one, and under Triton's interpreter otherwise (see conftest.py).
+test_published.py compares them with the golden vectors.
 
-Tolerances are what eager PyTorch itself loses in the same dtype: its error against float64 times a small
-factor, or, where it happens to lose less than its dtype resolves, a few units in the last place.
+The tolerance is a small multiple of the error of eager PyTorch in the same dtype, or a few units in the last
+place if that error happens to be smaller.
 """
 
 from collections.abc import Callable
@@ -29,17 +30,20 @@ Loss = Callable[..., tuple[Tensor, ...]]
 
 
 def norm_error(value: Tensor, truth: Tensor) -> float:
-    """Norm of the difference over the norm, or over 0.1 for a smaller loss: it is the mean of a logarithm."""
+    """Norm of the error relative to the norm of the truth.
+
+    Losses are means of logarithms, so their errors are relative to at least 0.1.
+    """
     scale = truth.double().norm().item()
     if truth.ndim == 0:
         scale = max(scale, 0.1)
     error = (value.double() - truth.double()).norm().item()
-    # A saturated tanh lets no gradient through at all.
+    # The norm can be zero: a saturated tanh passes no gradient.
     return error / scale if scale > 0 else error
 
 
 def evaluate(loss: Loss, backend: str, dtype: torch.dtype, tensors: list[Tensor]) -> list[Tensor]:
-    """The results of `loss` and the gradients of the first for every tensor that gets one."""
+    """Return the results of `loss`, and the gradients of the first result for all tensors that have one."""
     leaves = [tensor.to(dtype).detach().requires_grad_() for tensor in tensors]
     results = loss(backend, *leaves)
     weights = torch.linspace(0.5, 1.5, results[0].numel(), dtype=results[0].dtype, device=results[0].device)
@@ -49,7 +53,7 @@ def evaluate(loss: Loss, backend: str, dtype: torch.dtype, tensors: list[Tensor]
 
 
 def autocast_eager(loss: Loss, dtype: torch.dtype, tensors: list[Tensor]) -> list[Tensor]:
-    """The reference as a mixed-precision training step runs it: matrix products in the half precision."""
+    """Run the eager reference as in mixed-precision training, with matrix products in half precision."""
     if dtype == torch.float32:
         return evaluate(loss, "eager", dtype, tensors)
     with torch.autocast(tensors[0].device.type, dtype=dtype):
@@ -61,8 +65,8 @@ def check_against_eager(loss: Loss, dtype: torch.dtype, *tensors: Tensor) -> Non
     truth = evaluate(loss, "eager", torch.float64, rounded)
     eager = autocast_eager(loss, dtype, rounded)
     fused = evaluate(loss, "triton", dtype, rounded)
-    # Logits are of the order of 1 / temperature, and what is rounded there changes probabilities by as much:
-    # on tensor cores, three products of tf32 leave out some 2^-21 of them.
+    # Logits are of the order of 1 / temperature, and their rounding error carries over to the probabilities.
+    # On tensor cores, three tf32 products have a relative error of about 2^-21.
     of_logits = 4 * torch.finfo(torch.float32).eps / 0.01
     floor = max(8 * torch.finfo(dtype).eps, of_logits)
     for index, (true, baseline, value) in enumerate(zip(truth, eager, fused, strict=True)):
@@ -85,7 +89,7 @@ def head_objective(grid: tuple[int, int], **options: object) -> Loss:
 
 
 def tokens(*shape: int, device: str, common: float = 2.0) -> Tensor:
-    """Views that resemble one another, as two frames do: the walk then has somewhere to return to."""
+    """Random tokens with a component that all views share, as frames of one video do."""
     generator = torch.Generator().manual_seed(sum(shape))
     values = torch.randn(shape, generator=generator)
     if common:
@@ -94,7 +98,7 @@ def tokens(*shape: int, device: str, common: float = 2.0) -> Tensor:
 
 
 def laid_out(values: Tensor, layout: str) -> Tensor:
-    """The same numbers with other strides."""
+    """Return the same values with other strides."""
     if layout == "views last":
         return values.transpose(1, 2).contiguous().transpose(1, 2)
     if layout == "channels first":
@@ -112,7 +116,7 @@ def test_widths_of_vision_transformers(device: str, channels: int) -> None:
 
 @pytest.fixture(params=["fused", "streaming"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which kernels take the cycle; the streaming ones from nine tokens on, for the interpreter is slow."""
+    """Choose the cycle kernels. Streaming starts at nine tokens instead of 65, as the interpreter is slow."""
     if request.param == "streaming":
         monkeypatch.setattr(cycle, "MAX_FUSED_TOKENS", 8)
     return request.param
@@ -120,7 +124,7 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_walk_over_several_tiles(device: str, dtype: torch.dtype) -> None:
-    """65 tokens are two tiles in half precision, three in fp32."""
+    """65 tokens need two tiles in half precision and three in fp32."""
     walk = torch.nn.functional.normalize(tokens(1, 3, 65, 24, device=device), dim=-1)
     check_against_eager(
         lambda backend, walk: (cycle_consistency_loss(walk, 0.03, backend=backend),), dtype, walk
@@ -128,7 +132,7 @@ def test_walk_over_several_tiles(device: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_streaming_is_the_fused_kernel(
+def test_streaming_matches_the_fused_kernel(
     device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     walk = torch.nn.functional.normalize(tokens(1, 3, 33, 40, device=device), dim=-1).to(dtype)
@@ -151,11 +155,11 @@ def test_diagnostics(device: str, form: str) -> None:
 
 
 @pytest.mark.parametrize("cells", [49, 81])
-def test_accuracy_of_a_head_that_collapsed(device: str, cells: int) -> None:
-    """All tokens alike: the first of equal entries is the arg-max, fused and streaming."""
+def test_accuracy_of_a_collapsed_head(device: str, cells: int) -> None:
+    """If all tokens are equal, the arg-max is the first token, in the fused and the streaming kernels."""
     walk = tokens(1, 1, 1, 24, device=device).expand(1, 3, cells, 24).contiguous()
-    figures, _ = cycle.launch_cycle(walk, 0.03, grad_dtype=None, diagnostics=True)
-    assert figures[1].mean().item() == pytest.approx(1 / cells)
+    metrics, _ = cycle.launch_cycle(walk, 0.03, grad_dtype=None, diagnostics=True)
+    assert metrics[1].mean().item() == pytest.approx(1 / cells)
 
 
 def check_objective(
@@ -179,7 +183,7 @@ def check_objective(
     if content == "identical frames":
         inputs = inputs[:, :1].repeat(1, 3, 1, 1)
     if content == "zero tokens":
-        # Of the projected tokens only with a head: without one a zero token's gradient is 1e12 of anything.
+        # Without a head, the gradient of a zero token would be 1e12 times any rounding error.
         frozen[:, :, 0] = 0
         inputs[:, :, 0] = 1 if head == "none" else 0
     options = {"window": window, "temperature": temperature, "regularizer": regularizer}
@@ -220,13 +224,13 @@ OBJECTIVES = {
         (2, (2, 3), 33, 2, 1.0, "kl", torch.bfloat16, "every other token", 1e3, "random", "none"),
         (1, (2, 3), 16, 1, 0.03, "mse", torch.float32, "contiguous", 1e3, "zero tokens", "none"),
         (1, (3, 2), 20, 2, 0.03, "kl", torch.bfloat16, "views last", 1e-3, "random", "no tanh"),
-        # A row of three blocks, and one that two warps hold.
+        # A row of three blocks, and a row that needs two warps.
         (1, (2, 2), 384, 2, 0.03, "kl", torch.bfloat16, "contiguous", 1.0, "random", "tanh"),
         (1, (2, 2), 1024, 1, 0.03, "kl", torch.float16, "contiguous", 1.0, "random", "tanh"),
     ],
 )
 def test_shapes_layouts_and_extremes(device: str, case: tuple[Any, ...]) -> None:
-    """Every choice of `OBJECTIVES` once at least."""
+    """Together, the cases cover every choice in `OBJECTIVES`."""
     check_objective(*case)
 
 
@@ -256,7 +260,7 @@ def check_part(
     inputs = frozen[:, :1].repeat(1, views, 1, 1) if content == "identical frames" else frozen + 0.2
     if content == "zero tokens":
         frozen[:, :, 0] = 0
-    # What is walked or compared comes normalised, and a zero token as zeros.
+    # Walks and affinities take normalised tokens. A zero token stays zero.
     unit = torch.nn.functional.normalize(frozen if content == "zero tokens" else inputs, dim=-1)
 
     def loss(backend: str, *given: Tensor) -> tuple[Tensor, ...]:
@@ -294,7 +298,7 @@ PARTS = {
         ("walk", 2, 2, 10, 24, 0.1, False, "kl", torch.float16, "contiguous", "random"),
         ("walk", 2, 3, 10, 24, 0.1, True, "kl", torch.bfloat16, "contiguous", "random"),
         ("affinity", 2, 2, 20, 33, 1.0, False, "kl", torch.bfloat16, "channels first", "zero tokens"),
-        # Queries and keys of several tiles.
+        # Several tiles of queries and keys.
         ("affinity", 2, 2, 140, 24, 0.1, False, "kl", torch.float32, "contiguous", "random"),
         ("affinity", 2, 2, 140, 24, 0.1, False, "kl", torch.float16, "contiguous", "random"),
         ("affinity", 1, 3, 7, 8, 0.01, False, "kl", torch.float32, "every other token", "identical frames"),
@@ -303,20 +307,20 @@ PARTS = {
         ("separability", 2, 2, 7, 3, 0.1, False, "kl", torch.float32, "channels first", "identical frames"),
     ],
 )
-def test_shapes_layouts_and_extremes_of_the_parts(device: str, case: tuple[Any, ...]) -> None:
+def test_shapes_layouts_and_extremes_of_single_losses(device: str, case: tuple[Any, ...]) -> None:
     check_part(*case)
 
 
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(case=st.fixed_dictionaries(PARTS))
-def test_parts_of_any_shape_layout_and_extreme(case: dict[str, Any]) -> None:
+def test_single_losses_of_any_shape_layout_and_extreme(case: dict[str, Any]) -> None:
     pytest.importorskip("triton")
     check_part(**case)
 
 
-def test_a_cold_walk_with_the_head(device: str, form: str) -> None:
-    """At logits of 1 / 0.01, an odd grid and odd channels."""
+def test_low_temperature_with_the_head(device: str, form: str) -> None:
+    """Logits are of the order of 1 / 0.01. The grid is odd, and the number of channels no power of two."""
     linear = 0.5 * tokens(1, 3, 15, 50, device=device)
     parameters = [tokens(50, device=device, common=0.0) for _ in range(3)]
     loss = head_objective((3, 5), window=1, temperature=0.01, regularizer="mse")
@@ -324,7 +328,7 @@ def test_a_cold_walk_with_the_head(device: str, form: str) -> None:
 
 
 def test_opposite_views_do_not_overflow_beyond_the_last_token(device: str) -> None:
-    """All logits lie near -1 / 0.01, those of the rest of a tile at 0: unmasked, it would be infinite."""
+    """All logits are near -1 / 0.01, but 0 in the padding of a tile, whose exponentials must be masked."""
     noise = torch.randn(1, 3, 70, 24, generator=torch.Generator().manual_seed(0))
     views = torch.tensor([1.0, -1.0, 1.0]).view(1, 3, 1, 1) + 0.1 * noise
     walk = torch.nn.functional.normalize(views, dim=-1).to(device)
@@ -336,8 +340,8 @@ def test_opposite_views_do_not_overflow_beyond_the_last_token(device: str) -> No
 
 
 @pytest.mark.parametrize("factor", [0.0, 1e-14])
-def test_a_projected_zero_token_follows_normalize(device: str, factor: float) -> None:
-    """torch.nn.functional.normalize divides by 1e-12 there, and its gradient is that much larger."""
+def test_a_projected_zero_token_is_normalised_as_in_torch(device: str, factor: float) -> None:
+    """torch.nn.functional.normalize divides such a token and its gradient by 1e-12."""
     frozen, projected = (tokens(1, 3, 4, 16, device=device) for _ in range(2))
     projected[0, 1, 2] *= factor
     truth, value = (
@@ -349,7 +353,7 @@ def test_a_projected_zero_token_follows_normalize(device: str, factor: float) ->
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_reaches_the_loss(device: str, value: float) -> None:
+def test_nan_and_infinity_propagate_to_the_loss(device: str, value: float) -> None:
     frozen, projected = (tokens(1, 3, 16, 8, device=device) for _ in range(2))
     broken = projected.clone()
     broken[0, 1, 5, 2] = value
@@ -361,14 +365,14 @@ def test_what_is_not_finite_reaches_the_loss(device: str, value: float) -> None:
 
 
 def test_dtypes_of_frozen_and_projected_may_differ(device: str) -> None:
-    """Under autocast the encoder's tokens are half precision and the layer norm's output is not."""
+    """Under autocast, frozen tokens are in half precision but the output of the layer norm is not."""
     frozen, projected = (tokens(1, 3, 16, 8, device=device) for _ in range(2))
     mixed = cosettle_loss(frozen.bfloat16(), projected, grid=(4, 4), backend="triton")
     truth = cosettle_loss(frozen.bfloat16().double(), projected.double(), grid=(4, 4), backend="eager")
     assert mixed.loss.item() == pytest.approx(truth.loss.item(), rel=1e-5)
 
 
-def test_the_same_input_gives_the_same_bits(device: str) -> None:
+def test_results_are_bitwise_reproducible(device: str) -> None:
     tensors = [tokens(2, 3, 4, 24, device=device) for _ in range(2)]
     first, second = (evaluate(objective((2, 2)), "triton", torch.bfloat16, tensors) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
