@@ -101,7 +101,7 @@ def test_a_walk_through_three_views_allocates_no_quadratic_tensor(
 def test_peak_memory_at_the_papers_shape_is_at_most_a_fifth_of_eager(
     launches: list[tuple[int, ...]], device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Linear layer, loss and gradients in mixed precision, with two samples, as memory scales with the batch."""
+    """Linear layer, loss and gradients in mixed precision. Two samples suffice, as memory is per sample."""
     # On a real GPU, the partial sums of all programs would dominate two samples. They do not grow with the
     # batch.
     monkeypatch.setattr(separability, "multiprocessors", lambda device: 1)
