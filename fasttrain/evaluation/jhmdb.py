@@ -156,8 +156,24 @@ def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation) -> dict[s
             row: [plots.overlay_pose(picture, pose_2JT[..., t]) for t, picture in enumerate(pictures)]
             for row, pose_2JT in {"truth": truth_2JT, **poses}.items()
         }
-        sequences.draw(sequence.name, pictures, overlays, matches_M4, evaluation.output / "figures")
+        ends = truth_2JT[..., 0], truth_2JT[..., len(frames) // 2]
+        judged = {
+            variant: (matches, end_at_their_joint(matches * (width, height, width, height), *ends))
+            for variant, matches in matches_M4.items()
+        }
+        folder = evaluation.output / "figures"
+        sequences.draw(sequence.name, pictures, overlays, judged, folder, legend=plots.POSE_LEGEND)
     return {variant: metrics.count_correct(pose_2JT, truth_2JT) for variant, pose_2JT in poses.items()}
+
+
+def end_at_their_joint(
+    matches_M4: Coordinates, first_2J: Coordinates, second_2J: Coordinates, threshold: float = 0.2
+) -> list[bool]:
+    """Whether each match ends at the joint nearest to its start, by the rule of PCK at `threshold`."""
+    joint_M = np.linalg.norm(matches_M4[:, :2, None] - first_2J, axis=1).argmin(axis=1)
+    distance_M = np.linalg.norm(matches_M4[:, 2:] - second_2J[:, joint_M].T, axis=1)
+    person = metrics.PERSON_SHARE * np.linalg.norm(np.ptp(second_2J, axis=1))
+    return (distance_M <= threshold * person).tolist()
 
 
 def joint_maps(joints_2J: npt.ArrayLike, grid: tuple[int, int], sigma: float = 0.5) -> Tensor:

@@ -1,6 +1,6 @@
-"""Pictures: masks, poses and arrows on frames, nearest videos, curves and charts.
+"""Pictures: masks, poses and matches drawn on frames, nearest videos, curves and charts.
 
-Nothing here knows models. Frames are uint8 RGB. Shape suffixes: T frames, H height, W width, C colours or
+The functions need no model. Frames are uint8 RGB. Shape suffixes: T frames, H height, W width, C colours or
 classes, J joints, M matches.
 """
 
@@ -8,198 +8,296 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib import colormaps, rcParams
+from matplotlib import rc_context
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageOps
 
 from fasttrain.data.images import Frame
 from fasttrain.errors import InputError
-from fasttrain.evaluation.frames import voc_palette
 from fasttrain.loggers import read_records
 
 Labels = npt.NDArray[Any]
 Matches = npt.NDArray[np.floating[Any]]
-Figures = Mapping[str, float | None]
+Metrics = Mapping[str, float | None]
 
-# Limbs of a JHMDB pose, as pairs of joints (`jhmdb.JOINTS`).
+# The palette of Okabe and Ito, which colour-blind readers can tell apart; its black is left to text.
+OKABE_ITO = ("#0072B2", "#D55E00", "#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#F0E442")
+CORRECT, WRONG = OKABE_ITO[:2]
+_DASHES = ("-", "--", "-.", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 0.6)))
+RUN_STYLES: list[dict[str, Any]] = [
+    {"color": color, "linestyle": dashes, "marker": marker}
+    for color, dashes, marker in zip(OKABE_ITO, _DASHES, "os^DvP", strict=False)
+]
+# Widths in inches. Printed at half size, they fill a column or a page, and the text has 7 points.
+COLUMN, PAGE = 7, 14
+STYLE: dict[Any, Any] = {
+    "font.size": 14,
+    "axes.titlesize": "medium",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": "0.9",
+    "lines.linewidth": 2,
+    "lines.markersize": 7,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "savefig.bbox": "tight",
+    "savefig.pad_inches": 0.05,
+    "savefig.dpi": 200,
+    # A name may contain a dollar sign.
+    "text.parse_math": False,
+}
+
+# Limbs of a JHMDB pose as pairs of joints (`jhmdb.JOINTS`). From the shoulders on, odd joints are right ones.
 LIMBS = (
     *((0, 1), (0, 2), (0, 3), (0, 4), (1, 5), (1, 6), (3, 7), (4, 8)),
     *((5, 9), (6, 10), (7, 11), (8, 12), (9, 13), (10, 14)),
 )
-CAPTION_HEIGHT = 22
-DPI = 110
+TRUNK, RIGHT_LIMBS, LEFT_LIMBS = OKABE_ITO[6], OKABE_ITO[1], OKABE_ITO[2]
+POSE_LEGEND = {"trunk": TRUNK, "right limbs": RIGHT_LIMBS, "left limbs": LEFT_LIMBS}
+# What the metrics are called in pictures, and which direction is better.
+LOWER, HIGHER = "lower is better", "higher is better"
+DESCRIPTIONS = {
+    "loss": ("total loss", LOWER),
+    "cycle": ("cycle loss", LOWER),
+    "separability": ("separability loss", LOWER),
+    "cycle_accuracy": ("cycle accuracy", HIGHER),
+    "identity_similarity": ("identity similarity", HIGHER),
+    "effective_rank": ("effective rank", HIGHER),
+    "intra_normalized_95": ("intra-video distance / 95 % diameter", LOWER),
+    "inter_normalized_95": ("inter-video distance / 95 % diameter", HIGHER),
+    "lr": ("learning rate", ""),
+    "pairs_per_second": ("frame pairs per second", HIGHER),
+}
+_BOOKKEEPING = ("step", "epoch", "seconds", "bad_samples", "bad_files")
 _TRADE_OFF = ("intra_normalized_95", "inter_normalized_95")
-_BACKGROUND = (255, 255, 255)
-_INK = (30, 30, 30)
-_RIGHT, _WRONG = (42, 157, 74), (200, 64, 47)
-# The names of more classes would run into each other.
-_MAX_NAMES = 40
+_WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
+# The names of more classes would overlap, or fill the legend.
+_MAX_NAMES = 20
+_MAX_CLASSES = 40
 
-# A name may hold a dollar sign.
-rcParams["text.parse_math"] = False
+
+class Row(NamedTuple):
+    """A row of a contact sheet."""
+
+    label: str
+    pictures: Sequence[Frame]
+    notes: Sequence[str] = ()
+    """Short texts below the pictures."""
 
 
 def overlay_masks(frame_HWC: Frame, labels_HW: Labels) -> Frame:
-    """The frame with every object tinted in its palette colour and outlined."""
+    """Tint every object in its colour, outlined in white and black, and turn the background grey."""
     labels_HW = np.asarray(labels_HW).astype(np.uint8)
-    mixed_HWC = frame_HWC * 0.5 + voc_palette()[labels_HW] * 0.5
-    edge_HW = np.zeros(labels_HW.shape, dtype=bool)
-    edge_HW[:, 1:] |= labels_HW[:, 1:] != labels_HW[:, :-1]
-    edge_HW[1:] |= labels_HW[1:] != labels_HW[:-1]
-    tinted_HWC = np.where(labels_HW[..., None] > 0, mixed_HWC, frame_HWC)
-    return np.where(edge_HW[..., None], 255, tinted_HWC).astype(np.uint8)
+    grey_HW1 = frame_HWC.mean(axis=-1, keepdims=True)
+    tinted_HWC = 0.4 * grey_HW1 + 153 * _palette(256)[labels_HW]
+    picture_HWC = np.where(labels_HW[..., None] > 0, tinted_HWC, grey_HW1).astype(np.uint8)
+    width = max(1, round(labels_HW.shape[1] / 170))
+    for distance, color in ((2 * width, _BLACK), (width, _WHITE)):
+        picture_HWC[_near_edge(labels_HW, distance)] = color
+    return picture_HWC
+
+
+def _near_edge(labels_HW: Labels, distance: int) -> npt.NDArray[np.bool_]:
+    """Mark the pixels with another label at `distance` pixels above, below, left or right."""
+    height, width = labels_HW.shape
+    padded = np.pad(labels_HW, distance, mode="edge")
+    middle, end = slice(distance, -distance), 2 * distance
+    shifted = (padded[:height, middle], padded[end:, middle], padded[middle, :width], padded[middle, end:])
+    return np.any([other_HW != labels_HW for other_HW in shifted], axis=0)
 
 
 def overlay_pose(frame_HWC: Frame, joints_2J: npt.ArrayLike) -> Frame:
-    """The frame with the limbs and joints of one pose in pixels; joints at a negative x are left out."""
+    """Draw the limbs and joints of one pose (pixels); joints at a negative x are left out."""
     joints_J2 = np.asarray(joints_2J, dtype=float).T
     image = Image.fromarray(frame_HWC)
     draw = ImageDraw.Draw(image)
-    size = max(2, round(min(image.size) / 80))
-    for (start, end), color in zip(LIMBS, voc_palette()[1:], strict=False):
+    size = max(2, round(min(image.size) / 70))
+    for start, end in LIMBS:
         if joints_J2[start, 0] >= 0 and joints_J2[end, 0] >= 0:
-            draw.line([*joints_J2[start], *joints_J2[end]], fill=tuple(color.tolist()), width=size)
+            color = TRUNK if start < 3 else RIGHT_LIMBS if end % 2 else LEFT_LIMBS
+            for fill, width in ((_BLACK, size + 2), (color, size)):
+                draw.line([*joints_J2[start], *joints_J2[end]], fill=fill, width=width)
     for joint in joints_J2[joints_J2[:, 0] >= 0]:
-        draw.circle(tuple(joint), size, fill=_BACKGROUND, outline=_INK)
+        draw.circle(tuple(joint), size, fill=_WHITE, outline=_BLACK)
     return np.asarray(image)
 
 
-def contact_sheet(rows: Sequence[tuple[str, Sequence[Frame]]], path: Path, tile_width: int = 240) -> None:
-    """Rows of pictures, each row under its caption."""
-    columns = max(len(pictures) for _, pictures in rows)
-    height, width = rows[0][1][0].shape[:2]
-    tile_height = tile_width * height / width
-    figure_height = len(rows) * (tile_height + CAPTION_HEIGHT)
-    figure = Figure(figsize=(columns * tile_width / DPI, figure_height / DPI))
-    top, gap = 1 - CAPTION_HEIGHT / figure_height, CAPTION_HEIGHT / tile_height
-    figure.subplots_adjust(0, 0, 1, top, wspace=0.01, hspace=gap)
-    grid = figure.subplots(len(rows), columns, squeeze=False)
-    for axes_of_row, (caption, pictures) in zip(grid, rows, strict=True):
-        axes_of_row[0].set_title(caption, loc="left", fontsize=9)
-        for axes, picture in zip_longest(axes_of_row, pictures):
-            axes.axis("off")
+@rc_context(STYLE)
+def contact_sheet(
+    rows: Sequence[Row], path: Path, columns: Sequence[str] = (), legend: Mapping[str, str] | None = None
+) -> None:
+    """Rows of pictures under the headings `columns`. A legend maps names to colours."""
+    count = max(len(row.pictures) for row in rows)
+    height, width = rows[0].pictures[0].shape[:2]
+    tile_height = COLUMN / count * height / width
+    figure = Figure(figsize=(COLUMN, len(rows) * (tile_height + 0.4)))
+    figure.set_layout_engine("compressed", w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    grid = figure.subplots(len(rows), count, squeeze=False)
+    for axes_of_row, row in zip(grid, rows, strict=True):
+        for axes, picture, note in zip_longest(axes_of_row, row.pictures, row.notes):
+            axes.set(xticks=[], yticks=[], frame_on=False)
             if picture is not None:
                 axes.imshow(picture)
+            axes.set_xlabel(note or "", labelpad=2)
+        axes_of_row[0].set_ylabel(row.label)
+    for axes, heading in zip(grid[0], columns, strict=False):
+        axes.set_title(heading, loc="center")
+    if legend:
+        handles = [Patch(facecolor=color, edgecolor="black", label=name) for name, color in legend.items()]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(legend))
     _save(figure, path)
 
 
-def correspondence_arrows(rows: Sequence[tuple[str, Frame, Frame, Matches]], path: Path) -> None:
-    """Lines from points of one frame to where their features are found in another, one row per encoder.
+@rc_context(STYLE)
+def correspondence_arrows(
+    rows: Sequence[tuple[str, Frame, Frame, Matches, Sequence[bool]]], columns: tuple[str, str], path: Path
+) -> None:
+    """Draw arrows from points of one frame to their matches in another, one row per encoder.
 
-    A row is (name, first HWC, second HWC, matches M4); a match is x, y in the first frame and x, y in the
-    second, as shares of width and height. Matches are coloured by their point in the first frame.
+    A row is (name, first HWC, second HWC, matches M4, whether each match is correct); a match is x, y in the
+    first frame and x, y in the second, as fractions of width and height. `columns` names the two frames.
     """
-    sheet = []
-    for name, first_HWC, second_HWC, matches_M4 in rows:
-        image = Image.fromarray(np.concatenate([first_HWC, second_HWC], axis=1))
-        draw = ImageDraw.Draw(image)
+    height, width = rows[0][1].shape[:2]
+    figure = Figure(figsize=(COLUMN, len(rows) * (COLUMN / 2 * height / width + 0.5) + 0.5))
+    styles: dict[bool, dict[str, Any]] = {
+        True: {"color": CORRECT, "linestyle": "-", "label": "correct match"},
+        False: {"color": WRONG, "linestyle": (0, (3, 1.5)), "label": "wrong match"},
+    }
+    halo = [withStroke(linewidth=2.4, foreground="white")]
+    grid = figure.subplots(len(rows), squeeze=False)[:, 0]
+    for axes, (name, first_HWC, second_HWC, matches_M4, is_correct_M) in zip(grid, rows, strict=True):
         height, width = first_HWC.shape[:2]
-        for x, y, x_there, y_there in matches_M4.tolist():
-            start, end = (x * width, y * height), (width + x_there * width, y_there * height)
-            color = (round(255 * x), round(255 * y), round(255 * (1 - x)))
-            draw.line([start, end], fill=color, width=max(1, width // 320))
-            for point in (start, end):
-                draw.circle(point, max(2, width // 160), fill=color, outline=_BACKGROUND)
-        sheet.append((name, [np.asarray(image)]))
-    contact_sheet(sheet, path, tile_width=960)
+        offset = round(1.02 * width)
+        gap_HWC = np.full((height, offset - width, 3), 255, dtype=np.uint8)
+        axes.imshow(np.concatenate([first_HWC, gap_HWC, second_HWC], axis=1))
+        for (x, y, x_match, y_match), is_correct in zip(matches_M4.tolist(), is_correct_M, strict=True):
+            style = styles[bool(is_correct)]
+            start, end = (x * width, y * height), (offset + x_match * width, y_match * height)
+            arrow = {"arrowstyle": "->", "shrinkA": 0, "shrinkB": 0, "linewidth": 1.2, "path_effects": halo}
+            arrow |= {"color": style["color"], "linestyle": style["linestyle"]}
+            axes.annotate("", end, start, arrowprops=arrow)
+        axes.set_xticks([])
+        axes.set(yticks=[], frame_on=False, ylabel=name)
+        axes.set_xlabel(f"{sum(map(bool, is_correct_M))} of {len(matches_M4)} matches are correct")
+    grid[0].tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
+    grid[0].set_xticks([width / 2, offset + width / 2], columns)
+    handles = [Line2D([], [], linewidth=2, **style) for style in styles.values()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    _save(figure, path)
 
 
-def framed(picture_HWC: Frame, right: bool | None = None) -> Frame:
-    """The picture in a frame: green if it is right, red if it is wrong, white if it is neither."""
+def framed(picture_HWC: Frame, correct: bool | None = None) -> Frame:
+    """The picture with a border: blue if it is correct, orange if it is wrong, white if it is neither."""
     image = Image.fromarray(picture_HWC)
-    color = _BACKGROUND if right is None else _RIGHT if right else _WRONG
-    return np.asarray(ImageOps.expand(image, max(2, round(image.width / 24)), color))
+    color = "white" if correct is None else CORRECT if correct else WRONG
+    return np.asarray(ImageOps.expand(image, max(2, round(image.width / 20)), color))
 
 
+@rc_context(STYLE)
 def learning_curves(runs: Sequence[Path], path: Path) -> None:
     """Everything that the runs' `metrics.jsonl` recorded over the steps: one panel per quantity."""
-    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for run_name, run in zip(run_names(runs), runs, strict=True):
+    panels: dict[str, dict[tuple[int, bool], list[tuple[int, float]]]] = {}
+    for number, run in enumerate(runs):
         for record in read_records(run / "metrics.jsonl"):
-            for name, value in record.items():
-                if name != "step" and isinstance(value, int | float):
-                    panels.setdefault(name, {}).setdefault(run_name, []).append((record["step"], value))
+            for key, value in record.items():
+                variant, _, name = key.rpartition("/")
+                if name not in _BOOKKEEPING and isinstance(value, int | float):
+                    curve = panels.setdefault(name, {}).setdefault((number, variant == "before"), [])
+                    curve.append((record["step"], value))
     if not panels:
         raise InputError(
-            f"no figures in the metrics.jsonl of {', '.join(map(str, runs))}; train some steps first"
+            f"no metrics in the metrics.jsonl of {', '.join(map(str, runs))}; train some steps first"
         )
+    names = run_names(runs)
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(4.2 * columns, 2.9 * rows), layout="constrained")
-    for number, (name, curves) in enumerate(panels.items(), start=1):
-        axes = figure.add_subplot(rows, columns, number)
-        axes.set_title(name, fontsize=9)
-        axes.set_xlabel("step", fontsize=8)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.3)
-        for run_name, points in curves.items():
-            steps, values = zip(*points, strict=True)
-            axes.plot(steps, values, label=run_name, marker="." if len(points) < 30 else None)
-        if len(runs) > 1:
-            axes.legend(fontsize=7)
+    figure = Figure(figsize=(PAGE / 3 * columns, 3.3 * rows + 0.5))
+    lines: dict[str, Line2D] = {}
+    for position, (key, curves) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(rows, columns, position, xlabel="step")
+        title, direction = DESCRIPTIONS.get(key, (key.replace("_", " "), ""))
+        axes.set(title=title, ylabel=direction)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.grid()
+        for (number, is_before), points in curves.items():
+            style = RUN_STYLES[number % len(RUN_STYLES)] | ({"linestyle": ":"} if is_before else {})
+            label = f"{names[number]}, before (frozen encoder)" if is_before else names[number]
+            style["marker"] = style["marker"] if len(points) < 30 and not is_before else None
+            (lines[label],) = axes.plot(*zip(*points, strict=True), label=label, **style)
+    if len(lines) > 1:
+        figure.legend(handles=list(lines.values()), loc="outside lower center", ncols=3)
     _save(figure, path)
 
 
-def trade_off(points: Sequence[tuple[str, Figures, Figures]], path: Path) -> None:
+@rc_context(STYLE)
+def trade_off(points: Sequence[tuple[str, Metrics, Metrics]], path: Path) -> None:
     """Intra- against inter-video distance (over the 95 % diameter), an arrow from before to after per run.
 
     A point is (name, before, after), each with the keys of `consistency_separability`.
     """
-    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+    figure = Figure(figsize=(COLUMN, 5.6))
     axes = figure.add_subplot()
     for number, (name, before, after) in enumerate(points):
-        color = f"C{number}"
+        style = RUN_STYLES[number % len(RUN_STYLES)]
         (x, y), (x_after, y_after) = np.array(
-            [[figures[key] for key in _TRADE_OFF] for figures in (before, after)], dtype=float
+            [[metrics[key] for key in _TRADE_OFF] for metrics in (before, after)], dtype=float
         )
-        axes.annotate("", (x_after, y_after), (x, y), arrowprops={"arrowstyle": "->", "color": color})
-        axes.scatter(x, y, facecolors="none", edgecolors=color)
-        axes.scatter(x_after, y_after, color=color, label=name)
-    axes.set_xlabel("intra-video distance / 95 % diameter (consistent: left)")
-    axes.set_ylabel("inter-video distance / 95 % diameter (separable: up)")
-    axes.set_title("Before (ring) and after (dot) the projection")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+        arrow = {"arrowstyle": "->", "color": style["color"], "linewidth": 1.5, "shrinkA": 6, "shrinkB": 6}
+        axes.annotate("", (x_after, y_after), (x, y), arrowprops=arrow)
+        axes.plot(x, y, **style | {"linestyle": "none", "markerfacecolor": "white"})
+        axes.plot(x_after, y_after, **style | {"linestyle": "none"}, label=name)
+    for label, fill in {"before (frozen encoder)": "white", "after (with projection)": "0.5"}.items():
+        axes.plot([], [], "o", markerfacecolor=fill, markeredgecolor="0.5", label=label)
+    axes.margins(0.1)
+    x_label, y_label = ("{}\n({})".format(*DESCRIPTIONS[key]) for key in _TRADE_OFF)
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.grid()
+    figure.legend(loc="outside lower center", ncols=2)
     _save(figure, path)
 
 
-def has_trade_off(results: Mapping[str, Figures]) -> bool:
-    """Whether both variants have numbers to draw: one video alone has no distance to others."""
-    found = [results.get(variant, {}).get(key) for variant in ("before", "after") for key in _TRADE_OFF]
-    return all(value is not None and math.isfinite(value) for value in found)
+def has_trade_off(results: Mapping[str, Metrics]) -> bool:
+    """Whether both variants have a defined trade-off; a single video has no inter-video distance."""
+    values = [results.get(variant, {}).get(key) for variant in ("before", "after") for key in _TRADE_OFF]
+    return all(value is not None and math.isfinite(value) for value in values)
 
 
+@rc_context(STYLE)
 def confusion_maps(counts: Mapping[str, Any], classes: Sequence[str], path: Path) -> None:
-    """Side by side per variant: the share of each true class (row) that was taken for each class (column)."""
-    side = float(np.clip(0.22 * len(classes), 3.5, 9))
-    figure = Figure(figsize=(side * len(counts) + 1.5, side + 0.6), layout="constrained")
-    grid = figure.subplots(1, len(counts), squeeze=False)[0]
+    """Side by side per variant: the fraction of each true class (row) that was predicted as each class."""
+    side = float(np.clip(0.3 * len(classes), 4.5, 6))
+    figure = Figure(figsize=(side * len(counts) + 3, side + 2))
+    grid = figure.subplots(1, len(counts), squeeze=False, sharey=True)[0]
     scale = ScalarMappable(Normalize(0, 1), "viridis")
     for axes, (variant, counts_CC) in zip(grid, counts.items(), strict=True):
         counts_CC = np.asarray(counts_CC, dtype=float)
         # A class without a test video is an empty row.
-        shares_CC = counts_CC / np.maximum(counts_CC.sum(axis=1, keepdims=True), 1)
-        axes.imshow(shares_CC, norm=scale.norm, cmap=scale.cmap, interpolation="nearest")
-        axes.set_title(
-            f"{variant}: {100 * np.trace(counts_CC) / max(1, counts_CC.sum()):.1f} % right", fontsize=10
-        )
-        axes.set_xlabel("predicted", fontsize=8)
-        axes.set_ylabel("true", fontsize=8)
+        fractions_CC = counts_CC / np.maximum(counts_CC.sum(axis=1, keepdims=True), 1)
+        axes.imshow(fractions_CC, norm=scale.norm, cmap=scale.cmap, interpolation="nearest")
+        accuracy = 100 * np.trace(counts_CC) / max(1, counts_CC.sum())
+        axes.set(title=f"{variant}: {accuracy:.1f} % correct", xlabel="predicted class")
         if len(classes) <= _MAX_NAMES:
-            names = [_short(name) for name in classes]
-            axes.set_xticks(range(len(classes)), names, rotation=90, fontsize=6)
-            axes.set_yticks(range(len(classes)), names, fontsize=6)
-    figure.colorbar(scale, ax=list(grid), shrink=0.8)
+            names = [shorten(name) for name in classes]
+            axes.set_xticks(range(len(classes)), names, rotation=90)
+            axes.set_yticks(range(len(classes)), names)
+    grid[0].set_ylabel("true class")
+    figure.colorbar(scale, ax=list(grid), shrink=0.8, label="fraction of the true class")
     _save(figure, path)
 
 
+@rc_context(STYLE)
 def segment_bars(
     videos: Sequence[tuple[str, Mapping[str, npt.NDArray[np.integer]]]],
     classes: Sequence[str],
@@ -208,45 +306,44 @@ def segment_bars(
 ) -> None:
     """Per video a stack of colour bars over time, one for each row (truth, before, after) of labels (T,).
 
-    Background is light grey; classes that do not occur are left out of the legend.
+    The background is light grey; classes that do not occur are omitted from the legend.
     """
-    palette = _palette(len(classes), background)
-    figure = Figure(figsize=(10, 1.3 * len(videos) + 1.2), layout="constrained")
+    seen = sorted({int(label) for _, rows in videos for row_T in rows.values() for label in np.unique(row_T)})
+    palette = np.tile(to_rgb("0.9"), (len(classes), 1))
+    drawn = [label for label in seen if label not in background]
+    palette[drawn] = _palette(len(drawn))
+    figure = Figure(figsize=(PAGE, 1.9 * len(videos) + 0.3 * math.ceil(len(seen) / 4) + 0.7))
     grid = figure.subplots(len(videos), 1, squeeze=False)[:, 0]
-    seen: set[int] = set()
     for axes, (name, rows) in zip(grid, videos, strict=True):
-        labels_RT = np.stack(list(rows.values()))
-        seen |= set(np.unique(labels_RT).tolist())
-        axes.imshow(palette[labels_RT], aspect="auto", interpolation="nearest")
-        axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
-        axes.set_title(name, fontsize=9, loc="left")
-        axes.tick_params(axis="x", labelsize=7)
+        axes.imshow(palette[np.stack(list(rows.values()))], aspect="auto", interpolation="nearest")
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.tick_params(axis="y", length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_title(name)
         for border in range(1, len(rows)):
-            axes.axhline(border - 0.5, color="white", linewidth=3)
-    grid[-1].set_xlabel("frame", fontsize=8)
-    handles = [Patch(color=palette[label], label=_short(classes[label])) for label in sorted(seen)]
-    figure.legend(handles=handles[:_MAX_NAMES], loc="outside lower center", ncols=6, fontsize=7)
+            axes.axhline(border - 0.5, color="white", linewidth=4)
+    grid[-1].set_xlabel("frame")
+    handles = [Patch(color=palette[label], label=shorten(classes[label])) for label in seen]
+    figure.legend(handles=handles[:_MAX_CLASSES], loc="outside lower center", ncols=4)
     _save(figure, path)
 
 
 def run_names(runs: Sequence[Path]) -> list[str]:
-    """What runs are called: by their folders, by the paths given where two folders are called alike."""
+    """Name each run by its folder, or by the given path if two folders have the same name."""
     names = [run.resolve().name for run in runs]
     return [name if names.count(name) == 1 else str(run) for name, run in zip(names, runs, strict=True)]
 
 
-def _palette(count: int, background: Sequence[int]) -> npt.NDArray[np.float64]:
-    """(C, 3) colours: the 20 of tab20, then around the colour circle."""
-    circle = colormaps["hsv"](np.linspace(0, 1, max(count - 20, 1), endpoint=False))
-    palette = np.concatenate([colormaps["tab20"](range(20)), circle])[:count, :3]
-    palette[list(background)] = to_rgb("0.9")
-    return palette
+def _palette(count: int) -> npt.NDArray[np.float64]:
+    """(count, 3) colours: the seven of Okabe and Ito, their shades and tints, and so on from the start."""
+    colors = np.array([to_rgb(color) for color in OKABE_ITO])
+    return np.resize(np.concatenate([colors, 0.55 * colors, 0.5 + 0.5 * colors]), (count, 3))
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 26 else name[:25] + "…"
+def shorten(name: str, length: int = 26) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"
 
 
 def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)
+    figure.savefig(path)

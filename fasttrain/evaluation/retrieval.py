@@ -48,7 +48,7 @@ def run(
 
 
 def _draw(split: VideoSplit, neighbours: dict[str, Tensor], num_frames: int, output: Path) -> None:
-    """A few queries, evenly chosen, with the nearest videos for each variant."""
+    """Draw a few queries, evenly chosen, with the nearest videos for each variant."""
     sheet = []
     for number in evenly_spaced(len(split.test), SHOWN_QUERIES):
         query = split.test[number]
@@ -59,6 +59,9 @@ def _draw(split: VideoSplit, neighbours: dict[str, Tensor], num_frames: int, out
                 plots.framed(middle_frame(video.path, num_frames), video.label == query.label)
                 for video in found
             ]
-            names = ", ".join(split.classes[video.label] for video in found)
-            sheet.append((f"{variant}: {split.classes[query.label]} finds {names}", pictures))
-    plots.contact_sheet(sheet, output / "figures" / "retrieval.png", tile_width=128)
+            marks = ["✓" if video.label == query.label else "✗" for video in found]
+            names = [plots.shorten(split.classes[video.label], 10) for video in (query, *found)]
+            notes = [f"{mark} {name}".strip() for mark, name in zip(["", *marks], names, strict=True)]
+            sheet.append(plots.Row(variant, pictures, notes))
+    columns = ["query", *(f"rank {rank}" for rank in range(1, SHOWN_NEIGHBOURS + 1))]
+    plots.contact_sheet(sheet, output / "figures" / "retrieval.png", columns)

@@ -5,7 +5,8 @@ T frames, H W pixels, h w grid, N = h * w tokens, D channels, C classes.
 """
 
 import argparse
-from collections.abc import Callable, Collection, Iterable, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from fasttrain.evaluation.frames import (
     write_label_map,
     write_video,
 )
+from fasttrain.evaluation.metrics import region_similarity
 from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.propagation import CONTEXT, RADIUS, TEMPERATURE, Propagator, check_settings
 from fasttrain.files import read_lines
@@ -38,7 +40,7 @@ from fasttrain.loggers import Progress
 SHOWN_FRAMES = 6
 # Pictures are drawn at this height at most: a sheet or a short film needs no more.
 PICTURE_HEIGHT = 480
-ARROWS = 48
+ARROWS = 20
 
 LabelMap = npt.NDArray[np.uint8]
 # As `find_matches` finds them and `plots.correspondence_arrows` draws them.
@@ -206,29 +208,65 @@ def save_masks(
         name: list(map_ahead(overlay, zip(frames, maps, strict=True)))
         for name, maps in {"truth": truth, **masks}.items()
     }
-    draw(sequence.name, frames, overlays, matches_M4, evaluation.output / "figures")
+    notes = {
+        name: [f"J {mean_similarity(maps[t], truth[t]):.2f}" for t in shown_frames(len(frames))]
+        for name, maps in masks.items()
+    }
+    ends = truth[0], truth[len(frames) // 2]
+    judged = {variant: (matches, keep_their_label(matches, *ends)) for variant, matches in matches_M4.items()}
+    draw(sequence.name, frames, overlays, judged, evaluation.output / "figures", notes)
+
+
+def shown_frames(length: int) -> list[int]:
+    """The frames of a contact sheet."""
+    return evenly_spaced(length, SHOWN_FRAMES)
+
+
+def mean_similarity(labels_HW: LabelMap, truth_HW: LabelMap) -> float:
+    """The mean J over the labels that a frame shows; NaN if it shows none. Void pixels (255) do not count."""
+    predicted_HW = np.where(truth_HW == 255, 0, labels_HW)
+    shown = np.setdiff1d(truth_HW, (0, 255))
+    values = [region_similarity(predicted_HW == label, truth_HW == label) for label in shown]
+    return float(np.mean(values)) if values else math.nan
+
+
+def keep_their_label(matches_M4: Matches, first_HW: LabelMap, second_HW: LabelMap) -> list[bool]:
+    """Whether the label at the end of each match is the one at its start."""
+    x_M2, y_M2 = matches_M4[:, ::2], matches_M4[:, 1::2]
+    first_M, second_M = (
+        labels_HW[(y_M * labels_HW.shape[0]).astype(int), (x_M * labels_HW.shape[1]).astype(int)]
+        for labels_HW, x_M, y_M in zip((first_HW, second_HW), x_M2.T, y_M2.T, strict=True)
+    )
+    return (first_M == second_M).tolist()
 
 
 def draw(
     name: str,
     frames: list[Frame],
     overlays: dict[str, list[Frame]],
-    matches_M4: dict[str, Matches],
+    matches: dict[str, tuple[Matches, list[bool]]],
     folder: Path,
+    notes: Mapping[str, Sequence[str]] | None = None,
+    legend: Mapping[str, str] | None = None,
 ) -> None:
-    """A contact sheet with a row per kind of overlay, a short film of the predicted ones, and the arrows."""
-    shown = evenly_spaced(len(frames), SHOWN_FRAMES)
-    sheet = [(row, [pictures[t] for t in shown]) for row, pictures in overlays.items()]
-    plots.contact_sheet(sheet, folder / f"{name}.png")
+    """Draw a contact sheet with a row per overlay, a short film of the predicted ones, and the arrows."""
+    shown = shown_frames(len(frames))
+    sheet = [
+        plots.Row(row, [pictures[t] for t in shown], (notes or {}).get(row, ()))
+        for row, pictures in overlays.items()
+    ]
+    columns = [f"frame {t + 1}" for t in shown]
+    plots.contact_sheet(sheet, folder / f"{name}.png", columns, legend)
     predicted = [pictures for row, pictures in overlays.items() if row != "truth"]
     film = [np.concatenate(side_by_side, axis=1) for side_by_side in zip(*predicted, strict=True)]
     write_video(film, folder / f"{name}.mp4")
     middle = len(frames) // 2
     arrows = [
-        (f"{variant}: frame 1 to frame {middle + 1}", frames[0], frames[middle], matches)
-        for variant, matches in matches_M4.items()
+        (variant, frames[0], frames[middle], matches_M4, is_correct_M)
+        for variant, (matches_M4, is_correct_M) in matches.items()
     ]
-    plots.correspondence_arrows(arrows, folder / f"{name}_arrows.png")
+    columns_of_arrows = "frame 1", f"frame {middle + 1}"
+    plots.correspondence_arrows(arrows, columns_of_arrows, folder / f"{name}_arrows.png")
 
 
 def shrink(frame_HWC: Frame) -> Frame:

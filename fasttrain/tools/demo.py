@@ -18,9 +18,9 @@ from fasttrain.__main__ import train
 from fasttrain.data.sampling import evenly_spaced
 from fasttrain.evaluation import consistency_separability, propagate_labels, region_similarity
 from fasttrain.evaluation.frames import normalise
-from fasttrain.evaluation.plots import contact_sheet, overlay_masks
+from fasttrain.evaluation.plots import Row, contact_sheet, overlay_masks
 from fasttrain.evaluation.results import print_table, with_difference
-from fasttrain.evaluation.sequences import hard_labels, soft_labels
+from fasttrain.evaluation.sequences import hard_labels, mean_similarity, soft_labels
 from fasttrain.files import write_json
 from fasttrain.recipe import load_recipe
 from fasttrain.tools.synthetic import Scene, render_scene, write_scene
@@ -29,6 +29,7 @@ from fasttrain.video_encoder import VideoEncoder, load_video_encoder
 TRAINING_SCENES = range(16)
 HELD_OUT_SCENES = range(100, 104)
 NUM_FRAMES = 24
+SHOWN_SCENE = 1
 SHOWN_FRAMES = evenly_spaced(NUM_FRAMES, 6)
 # The figures of the table: ▲ higher is better, ▼ lower is better.
 HEADINGS = {
@@ -56,16 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     figures = {"before": before, "after": after}
     write_json(Path(recipe.output) / "demo.json", figures)
     picture = Path(recipe.output) / "figures" / "demo.png"
-    rows = {
-        "truth": scenes[0].labels_THW,
-        "before: frozen backbone": labels_before[0],
-        "after: with projection": labels_after[0],
-    }
-    sheet = [
-        (name, [overlay_masks(scenes[0].frames_THWC[t], labels_THW[t]) for t in SHOWN_FRAMES])
-        for name, labels_THW in rows.items()
-    ]
-    contact_sheet(sheet, picture)
+    draw(scenes[SHOWN_SCENE], labels_before[SHOWN_SCENE], labels_after[SHOWN_SCENE], picture)
     weights = recipe.backbone.weights
     note = "randomly initialised, not pretrained" if weights == "random" else f"weights {weights}"
     title = f"{recipe.backbone.name} ViT, {note}; {len(scenes)} held-out synthetic videos"
@@ -73,6 +65,17 @@ def run(arguments: argparse.Namespace) -> None:
     print_table(title, with_difference(shown))
     print(f"picture: {picture}")
     print(f"run: {recipe.output}  (load_video_encoder({recipe.output!r}))")
+
+
+def draw(scene: Scene, before_THW: np.ndarray, after_THW: np.ndarray, path: Path) -> None:
+    """Draw a contact sheet: true and propagated masks of a few frames, with J below the propagated ones."""
+    sheet = []
+    for name, labels_THW in {"truth": scene.labels_THW, "before": before_THW, "after": after_THW}.items():
+        pictures = [overlay_masks(scene.frames_THWC[t], labels_THW[t]) for t in SHOWN_FRAMES]
+        similarities = [mean_similarity(labels_THW[t], scene.labels_THW[t]) for t in SHOWN_FRAMES]
+        notes = [f"J {similarity:.2f}" for similarity in similarities]
+        sheet.append(Row(name, pictures, () if name == "truth" else notes))
+    contact_sheet(sheet, path, columns=[f"frame {t + 1}" for t in SHOWN_FRAMES])
 
 
 def make_videos(folder: Path) -> None:
