@@ -1,1 +1,1 @@
-"""Frames of unlabelled video -> frame-pair batches on the device."""
+"""Read unlabelled video and deliver batches of frame pairs on the device."""

@@ -1,18 +1,18 @@
-"""Stored frames -> frame pairs on the device, through DALI. The only module that imports DALI.
+"""Decode and transform frame pairs with DALI. This is the only module that imports DALI.
 
-A stage takes the stored pairs of a batch, with a crop and a flip for each, works on as many batches at once
-as were submitted, and returns them in order:
+A stage receives the stored frame pairs of a batch with their crops and flips, processes all submitted batches
+concurrently, and returns them in order:
 
     submit(pairs, parameters)  ->  collect() -> (2, B, 3, S, S)
 
-Batches are fed without callbacks: a callback that raises would poison the pipeline. A batch that DALI cannot
-decode raises in `collect` and, under the dynamic executor, spoils no other batch.
+Batches are fed without callbacks, because an exception in a callback would make the pipeline unusable. If
+DALI cannot decode a batch, `collect` raises; with the dynamic executor, other batches are not affected.
 
-On a GPU one graph does it all (`GpuStage`): decode on the host, on the JPEG engine or on NVDEC; crop and
-resize; normalise. On a host (`HostStage`) DALI decodes and PyTorch's uint8 kernel resizes: DALI's
-antialiased cubic takes 2.1 ms for a 256-pixel frame there, PyTorch's 0.25 ms, and both agree with Pillow.
+For a GPU, one DALI graph (`GpuStage`) decodes on the CPU, the JPEG engine or NVDEC, then crops, resizes and
+normalises on the GPU. For a CPU (`HostStage`), DALI only decodes. PyTorch's uint8 kernel crops and resizes,
+because there it is much faster than DALI's antialiased bicubic interpolation. Both agree with Pillow.
 
-Legend: B pairs, S side of the crop in pixels.
+Legend: B frame pairs, F frames of a clip, H x W pixels of a frame, S x S pixels of a crop.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ try:
     from nvidia.dali import math as dali_math
     from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 except ModuleNotFoundError as error:
-    extras = "pip install 'fasttrain[cuda12]' or 'fasttrain[cuda13]'"
-    raise InputError(f"DALI is not installed, which training needs; {extras}") from error
+    install = "pip install 'fasttrain[cuda12]' or 'fasttrain[cuda13]'"
+    raise InputError(f"DALI is not installed, but training requires it. Run {install}.") from error
 
 
 class Graph:
-    """A DALI pipeline of the nodes that `define` returns: exactly one run for each batch fed."""
+    """A DALI pipeline that runs the nodes returned by `define` exactly once for each submitted batch."""
 
     def __init__(
         self,
@@ -60,16 +60,18 @@ class Graph:
             num_threads=num_threads,
             device_id=(device.index or 0) if device and device.type == "cuda" else None,
             prefetch_queue_depth=depth,
-            # This executor alone survives a frame that does not decode.
+            # Only this executor can continue after a decoding error.
             exec_dynamic=True,
         )
         with self._pipeline:
             self._pipeline.set_outputs(define())
         self._pipeline.build()
-        # DALI's first run starts as many as its queue is deep, so those must have been fed by then.
+        # The first call of `schedule_run` starts `depth` runs, so that many batches must have been fed before
+        # it.
         self._unfed = depth
 
     def submit(self, **inputs: Any) -> None:
+        """Feed one batch, given as a value for each input node."""
         for name, values in inputs.items():
             self._pipeline.feed_input(name, values)
         self._unfed = max(0, self._unfed - 1)
@@ -77,18 +79,21 @@ class Graph:
             self._pipeline.schedule_run()
 
     def collect(self, stream: torch.cuda.Stream | None = None) -> Any:
-        """The output of the oldest run, ordered on the stream; without one it is ready when this returns."""
+        """Return the output of the oldest run, for use on `stream`. Without a stream, wait for the output."""
         (output,) = self._pipeline.outputs(cuda_stream=stream)
         return output
 
 
 def decode_images(*, device: str, engine_load: float = 0.0) -> Any:
-    """The decoder node for JPEG and PNG: upright by the EXIF tag, bit for bit Pillow's on the host."""
+    """Define the decoder node for JPEG and PNG images.
+
+    It applies the EXIF orientation. On the CPU, the result equals Pillow's bit by bit.
+    """
     return fn.decoders.image(
         _bytes_input(),
         device=device,
         output_type=DALIImageType.RGB,
-        # Makes the GPU agree with the host.
+        # Required for the GPU to agree with the CPU.
         jpeg_fancy_upsampling=True,
         hw_decoder_load=engine_load,
         affine=False,
@@ -96,16 +101,18 @@ def decode_images(*, device: str, engine_load: float = 0.0) -> Any:
 
 
 def decode_clips(*, device: str) -> Any:
-    """The decoder node for videos: of each clip the frames of the input `numbers`, (F, H, W, 3)."""
+    """Define the decoder node for clips. It returns the frames with the numbers in the input `numbers`,
+    (F, H, W, 3) for each clip.
+    """
     numbers = _input("numbers", ndim=1, dtype=DALIDataType.INT32)
-    # `none`: a number past the end raises, instead of giving a black frame.
+    # With `none`, a frame number beyond the end raises an error instead of returning a black frame.
     return fn.decoders.video(_bytes_input(), frames=numbers, device=device, pad_mode="none", affine=False)
 
 
 class HostStage:
-    """Decodes with DALI (RGB frames need no decoding), crops, resizes and normalises with PyTorch.
+    """Decode images with DALI on the CPU; crop, resize and normalise with PyTorch.
 
-    `depth` batches must be submitted before the first is collected.
+    Frames that are already RGB are not decoded. `depth` batches must be submitted before the first `collect`.
     """
 
     def __init__(self, recipe: Recipe, index: FrameIndex, *, num_threads: int, depth: int) -> None:
@@ -118,36 +125,37 @@ class HostStage:
                 num_threads=num_threads,
                 depth=depth,
             )
-        # PyTorch's own threads would only get in the way: frames are shared out over the pool instead.
+        # The pool processes frames in parallel, so PyTorch must not use threads within a frame.
         self._pool = ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,))
-        self._waiting: deque[tuple[list[Frame], SampleParameters]] = deque()
+        self._pending: deque[tuple[list[Frame], SampleParameters]] = deque()
         mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
         self._scale = (1 / (255 * std)).view(3, 1, 1)
         self._offset = (-mean / std).view(3, 1, 1)
 
     def submit(self, pairs: Sequence[StoredFrames], parameters: SampleParameters) -> None:
-        """Start on a batch of B stored pairs."""
+        """Start processing a batch of B stored frame pairs."""
         frames = _first_then_second(pairs)
         if self._decoder:
             self._decoder.submit(stored=frames)
-        self._waiting.append((frames, parameters))
+        self._pending.append((frames, parameters))
 
     def collect(self) -> Tensor:
-        """The oldest batch, (2, B, 3, S, S). Raises RuntimeError where a frame cannot be decoded."""
-        frames, parameters = self._waiting.popleft()
+        """Return the oldest batch, (2, B, 3, S, S). Raises RuntimeError if a frame cannot be decoded."""
+        frames, parameters = self._pending.popleft()
         if self._decoder:
             decoded = self._decoder.collect()
-            # The views keep the batch alive; DALI takes another buffer for the next.
+            # These views keep the buffer of the batch alive, so DALI does not reuse it for the next one.
             frames = [np.asarray(decoded[i]) for i in range(len(decoded))]
         out = torch.empty(2, len(parameters), 3, self._size, self._size)
-        # Twice: first frames, then second frames.
-        list(self._pool.map(self._finish, frames, [*parameters, *parameters], out.flatten(0, 1)))
+        # `frames` lists all first frames, then all second frames.
+        list(self._pool.map(self._transform, frames, [*parameters, *parameters], out.flatten(0, 1)))
         return out
 
-    def _finish(self, frame_HW3: Frame, parameters: np.void, out_3SS: Tensor) -> None:
+    def _transform(self, frame_HW3: Frame, parameters: np.void, out_3SS: Tensor) -> None:
+        """Crop, resize, flip and normalise one frame."""
         top, left, bottom, right = pixel_box(parameters["box"], *frame_HW3.shape[:2])
         crop_HW3 = torch.from_numpy(np.ascontiguousarray(frame_HW3[top:bottom, left:right]))
-        # The uint8 kernel gives what Pillow gives, four times faster.
+        # The uint8 kernel agrees with Pillow and is faster.
         crop_13SS = torch.nn.functional.interpolate(
             crop_HW3.permute(2, 0, 1)[None], size=(self._size, self._size), mode="bicubic", antialias=True
         )
@@ -160,7 +168,7 @@ class HostStage:
 
 
 def pair_graph(recipe: Recipe, storage: Storage, device: torch.device) -> Any:
-    """The nodes from what the index stores to normalised crops, (3, S, S) or for clips (2, 3, S, S) each."""
+    """Define the nodes from stored frames to normalised crops, (3, S, S), or (2, 3, S, S) for each clip."""
     size = recipe.data.image_size
     decoder = "mixed" if recipe.data.decoder == "mixed" else "cpu"
     box = _input("box", ndim=1, dtype=DALIDataType.FLOAT)
@@ -173,7 +181,7 @@ def pair_graph(recipe: Recipe, storage: Storage, device: torch.device) -> Any:
         frames = _input("stored", no_copy=True, ndim=3, dtype=DALIDataType.UINT8, layout="HWC")
     shape = frames.shape(dtype=DALIDataType.FLOAT)
     sides = shape[1:3] if storage == "clips" else shape[0:2]
-    # Whole pixels, by the rule of sampling.pixel_box.
+    # Round to pixels as sampling.pixel_box does.
     start = dali_math.min(dali_math.floor(box[0:2] * sides + 0.5), sides - 1)
     end = dali_math.max(dali_math.floor(box[2:4] * sides + 0.5), start + 1)
     resized: Any = fn.resize(
@@ -189,17 +197,17 @@ def pair_graph(recipe: Recipe, storage: Storage, device: torch.device) -> Any:
         mirror=mirror,
         mean=[255 * value for value in IMAGENET_MEAN],
         std=[255 * value for value in IMAGENET_STD],
-        # DALI has no bfloat16; PyTorch casts.
+        # DALI has no bfloat16; GpuStage.collect converts the frames.
         dtype=DALIDataType.FLOAT if recipe.train.precision == "fp32" else DALIDataType.FLOAT16,
         output_layout="FCHW" if storage == "clips" else "CHW",
     )
 
 
 class GpuStage:
-    """Decode, crop, resize and normalise in one DALI graph. It runs on a CPU too, for tests.
+    """Decode, crop, resize and normalise in one DALI graph. For tests, it also runs on a CPU.
 
-    `collect` returns a copy on the current stream. `depth` batches must be submitted before the first is
-    collected.
+    `collect` returns a copy made on the current CUDA stream. `depth` batches must be submitted before the
+    first `collect`.
     """
 
     def __init__(
@@ -216,14 +224,14 @@ class GpuStage:
             depth=depth,
             device=device,
         )
-        self._waiting: deque[tuple[Sequence[Bytes], SampleParameters]] = deque()
-        # DALI reuses a freed buffer at once, even if the copy from it still waits behind a training step. So
-        # each is kept until its copy is done.
+        self._pending: deque[tuple[Sequence[Bytes], SampleParameters]] = deque()
+        # DALI reuses a freed buffer immediately, even if a copy from it is still queued behind a training
+        # step. Each buffer is therefore kept until its copy is done.
         self._in_flight: deque[tuple[torch.cuda.Event, object]] = deque()
         self._limit = depth + 1
 
     def submit(self, pairs: Sequence[StoredFrames], parameters: SampleParameters) -> None:
-        """Start on a batch of B stored pairs."""
+        """Start processing a batch of B stored frame pairs."""
         inputs: dict[str, Any] = {}
         if self._videos:
             stored, inputs["numbers"] = [clip for clip, _ in pairs], [numbers for _, numbers in pairs]
@@ -233,18 +241,18 @@ class GpuStage:
             boxes, flips = np.tile(parameters["box"], (2, 1)), np.tile(parameters["flip"], 2)
         inputs |= {"box": boxes.astype(np.float32), "mirror": flips.astype(np.int32)}
         self._graph.submit(stored=stored, **inputs)
-        self._waiting.append((stored, parameters))
+        self._pending.append((stored, parameters))
 
     def collect(self) -> Tensor:
-        """The oldest batch, (2, B, 3, S, S). Raises RuntimeError where a frame cannot be decoded."""
-        stored, parameters = self._waiting.popleft()
+        """Return the oldest batch, (2, B, 3, S, S). Raises RuntimeError if a frame cannot be decoded."""
+        stored, parameters = self._pending.popleft()
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         batch = torch.from_dlpack(self._graph.collect(stream).as_tensor())
         views = batch.transpose(0, 1) if self._videos else batch.unflatten(0, (2, len(parameters)))
         frames = torch.empty(views.shape, dtype=self._dtype, device=self._device)
         frames.copy_(views)
         if stream is not None:
-            # DALI's own copies from `stored` to the device come before this one.
+            # When this copy is done, DALI's earlier copies from `stored` to the device are done, too.
             self._in_flight.append((stream.record_event(), (batch, stored)))
             while self._in_flight and (len(self._in_flight) > self._limit or self._in_flight[0][0].query()):
                 self._in_flight[0][0].synchronize()
@@ -254,27 +262,27 @@ class GpuStage:
         return frames
 
     def _recolour(self, frames: Tensor, parameters: SampleParameters) -> None:
-        """Correct (2, B, 3, S, S) in place, for DALI takes every video for BT.601."""
+        """Correct the colours of (2, B, 3, S, S) in place, because DALI decodes every video as BT.601."""
         matrices = [self._videos[video].matrix for video in parameters["video"]]
         if set(matrices) == {"bt601"}:
             return
         corrections = torch.from_numpy(np.stack([rgb_correction(matrix) for matrix in matrices])).float()
-        # The host must not wait for the device here.
+        # A blocking copy would synchronise the host with the device.
         corrections = corrections.to(self._device, non_blocking=True)
         colours = torch.addcmul(self._mean, frames.float(), self._std)
         corrected = torch.einsum("bij,vbjhw->vbihw", corrections, colours).clamp_(0, 1)
         frames.copy_((corrected - self._mean) / self._std)
 
     def close(self) -> None:
-        """Free the buffers, once the device has read them."""
+        """Free the buffers after the device has read them."""
         if self._in_flight:
             self._in_flight[-1][0].synchronize()
         self._in_flight.clear()
-        self._waiting.clear()
+        self._pending.clear()
 
 
 class ClipDecoder:
-    """Frames of one clip at a time, made smaller, on the host: what `pack` does with a GPU."""
+    """Decode and downscale the frames of one clip at a time, and return them to the host. Used by `pack`."""
 
     def __init__(self, device: torch.device) -> None:
         def define() -> Any:
@@ -288,7 +296,7 @@ class ClipDecoder:
         self._graph = Graph(define, batch_size=1, device=device)
 
     def decode(self, clip: Bytes, numbers: Sequence[int], short_side: int) -> npt.NDArray[np.uint8]:
-        """The frames of these numbers, (F, H, W, 3) uint8. Raises RuntimeError."""
+        """Decode frames by number, (F, H, W, 3) uint8, with this short side. Raises RuntimeError."""
         self._graph.submit(
             stored=[clip],
             numbers=[np.array(numbers, dtype=np.int32)],

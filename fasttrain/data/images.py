@@ -1,4 +1,4 @@
-"""Single images on the host. Training decodes with DALI; `decode_image` serves evaluation and pack."""
+"""Read and decode single images on the CPU. Training decodes images with DALI instead of `decode_image`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fasttrain.files import os_reason
 
-Bytes = npt.NDArray[np.uint8]  # (n,) of a file
+Bytes = npt.NDArray[np.uint8]  # (n,), the content of a file
 Frame = npt.NDArray[np.uint8]  # (H, W, 3) RGB
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
@@ -23,7 +23,7 @@ _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
 class UnreadableFrameError(Exception):
-    """A frame that cannot be read: the message is the reason, `frame` its number in the video."""
+    """A frame cannot be read. The message is the reason; `frame` is the frame's number in its video."""
 
     def __init__(self, reason: str, frame: int = 0) -> None:
         super().__init__(reason)
@@ -31,9 +31,10 @@ class UnreadableFrameError(Exception):
 
 
 def read_encoded(path: str | Path, frame: int = 0) -> Bytes:
-    """An image file as it is, (n,). Raises UnreadableFrameError where it is missing, empty or cut off.
+    """Read an image file without decoding it, (n,).
 
-    Some decoders turn a truncated file into garbage without an error.
+    Raises UnreadableFrameError if the file is missing, empty or truncated. Truncation is checked here because
+    some decoders turn a truncated file into garbage without an error.
     """
     try:
         data = np.fromfile(path, dtype=np.uint8)
@@ -44,16 +45,19 @@ def read_encoded(path: str | Path, frame: int = 0) -> Bytes:
     head, tail = data[:8].tobytes(), data[-8:].tobytes()
     if head.startswith(_JPEG_START) and not tail.endswith(_JPEG_END):
         content = data.tobytes()
-        # A small picture in the header has an end marker, too, but only the last scan is this one's.
+        # An embedded thumbnail has its own end marker, so the marker must follow the last scan.
         if content.rfind(_JPEG_END) <= content.rfind(_JPEG_SCAN):
-            raise UnreadableFrameError("truncated JPEG, it has no end-of-image marker", frame)
+            raise UnreadableFrameError("truncated JPEG (no end-of-image marker)", frame)
     if head == _PNG_START and tail != _PNG_END and _PNG_END not in data.tobytes():
-        raise UnreadableFrameError("truncated PNG, it has no end chunk", frame)
+        raise UnreadableFrameError("truncated PNG (no IEND chunk)", frame)
     return data
 
 
 def decode_image(data: Bytes) -> Frame:
-    """An encoded image (n,) -> RGB (H, W, 3) uint8, upright by its EXIF tag. Raises UnreadableFrameError."""
+    """Decode an image (n,) to RGB (H, W, 3) uint8 and apply its EXIF orientation.
+
+    Raises UnreadableFrameError.
+    """
     try:
         with Image.open(io.BytesIO(data.tobytes())) as image:
             upright = ImageOps.exif_transpose(image)
@@ -62,9 +66,9 @@ def decode_image(data: Bytes) -> Frame:
                 grey = np.asarray(upright, dtype=np.float64) / 257
                 return np.repeat(np.rint(grey).astype(np.uint8)[..., None], 3, axis=2)
             return np.asarray(upright.convert("RGB"))
-    # Pillow's own message holds a memory address, which would make every packed set differ.
+    # Not Pillow's message: it contains a memory address, so packing would not be reproducible.
     except UnidentifiedImageError as error:
-        raise UnreadableFrameError("cannot be decoded: no image of a known kind") from error
-    # Broad, because for odd bytes Pillow's plugins raise errors of any kind: SyntaxError, struct.error, ...
+        raise UnreadableFrameError("cannot be decoded: unknown image format") from error
+    # Pillow's plugins raise exceptions of many types for damaged files: SyntaxError, struct.error, ...
     except Exception as error:
         raise UnreadableFrameError(f"cannot be decoded: {error}") from error

@@ -1,4 +1,4 @@
-"""The index of a source: V videos, how long they are, and their frames as they are stored."""
+"""Indexes of videos: names, numbers of frames, and access to the frames as they are stored."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from fasttrain.data.images import Bytes, Frame, decode_image, read_encoded
 from fasttrain.data.nvdec import cut_clip
 from fasttrain.data.video import VideoInfo, read_video_frames
 
-# How frames are stored. images: encoded JPEG or PNG (n,); frames: RGB (H, W, 3); clips: a Matroska file
-# (n,) for the GPU's decoder and the numbers of the frames in it.
+# What an index returns for a frame. images: an encoded JPEG or PNG (n,); frames: RGB (H, W, 3); clips: a
+# Matroska file (n,) for the GPU's decoder, with the numbers of the requested frames in that file.
 Storage = Literal["images", "frames", "clips"]
-# The frames asked for, one item each; of a clip the file and the numbers instead.
+# One array per requested frame. For clips: the file and the array of frame numbers.
 StoredFrames = Sequence[npt.NDArray[Any]]
+# The name of each skipped video or frame, and the reason.
 Skipped = list[tuple[str, str]]
-# By name: the folder and the file names of its frames.
+# Video name -> its folder and the file names of its frames.
 FrameFolders = dict[str, tuple[Path, tuple[str, ...]]]
 
 
 class FrameIndex(ABC):
-    """V videos and their frames, in the order of their names."""
+    """An index of V videos, sorted by name."""
 
     storage: Storage
 
@@ -40,7 +41,7 @@ class FrameIndex(ABC):
         return len(self.names)
 
     def fingerprint(self) -> str:
-        """Identity of the list of names and lengths: a run may not be resumed on another."""
+        """Hash the names and lengths of the videos. A run can resume only on data with the same hash."""
         digest = hashlib.sha256()
         for name, frames in zip(self.names, self.num_frames, strict=True):
             digest.update(f"{name}\0{frames}\n".encode("utf-8", "surrogateescape"))
@@ -48,16 +49,16 @@ class FrameIndex(ABC):
 
     @abstractmethod
     def read(self, video: int, frames: Sequence[int]) -> StoredFrames:
-        """The frames of these numbers as they are stored: see `storage`. Raises UnreadableFrameError."""
+        """Read frames by number, in the form given by `storage`. Raises UnreadableFrameError."""
 
     def read_frame(self, video: int, frame: int) -> Frame:
-        """One frame, (H, W, 3) uint8 RGB. Raises UnreadableFrameError."""
+        """Read and decode one frame, (H, W, 3) uint8 RGB. Raises UnreadableFrameError."""
         (stored,) = self.read(video, [frame])
         return decode_image(stored) if self.storage == "images" else stored
 
 
 class FolderIndex(FrameIndex):
-    """A folder of image files per video."""
+    """An index of videos stored as frame folders."""
 
     storage: Storage = "images"
 
@@ -72,7 +73,7 @@ class FolderIndex(FrameIndex):
 
 
 class VideoIndex(FrameIndex):
-    """A video file per video."""
+    """An index of video files, which are decoded on the CPU."""
 
     storage: Storage = "frames"
 
@@ -86,7 +87,7 @@ class VideoIndex(FrameIndex):
 
 
 class ClipIndex(VideoIndex):
-    """A video file per video, read as packets for the GPU's decoder."""
+    """An index of video files whose packets are read for the GPU's decoder."""
 
     storage: Storage = "clips"
 

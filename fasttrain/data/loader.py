@@ -1,8 +1,9 @@
-"""The loader of a training run: positions in the stream -> batches of frame pairs, in order, on the device.
+"""The data loader of training: batches of frame pairs on the device, in the order of the training stream.
 
-Threads read micro-batches ahead (file reads and video decoding release the GIL), the stage of dali.py decodes
-ahead, and batches come in order. A sample that cannot be read is replaced and named; the replacement depends
-on (seed, epoch, sample, attempt) alone, so no rank waits for another and none falls out of step.
+Threads read micro-batches in advance (reading files and decoding videos release the GIL), and a stage of
+dali.py decodes images and transforms the frames in advance. An unreadable sample is replaced and reported.
+The replacement sample depends only on (seed, epoch, sample, attempt), so ranks need not communicate to stay
+in step.
 """
 
 from __future__ import annotations
@@ -28,40 +29,43 @@ from fasttrain.distributed import World
 from fasttrain.errors import InputError, LocalInputError
 from fasttrain.recipe import Recipe
 
-# So many bad samples in a row mean that nothing can be read.
+# After this many unreadable samples in a row, assume that nothing is readable.
 MAX_ATTEMPTS = 32
 
 
 @dataclass(frozen=True)
 class FramePairs:
-    """A micro-batch of B pairs."""
+    """A micro-batch of B frame pairs."""
 
     frames: Tensor  # (2, B, 3, S, S) on the device, normalised by the ImageNet mean and std
-    samples: Ints  # (B,) sample ids, of the replacements where there were any
-    bad_samples: list[str]  # what could not be read, why, and the video whose pair took its place
+    samples: Ints  # (B,) sample ids, after replacement
+    bad_samples: list[str]  # one description per unreadable sample: frame, reason and replacement
 
 
 @dataclass
 class _Sample:
-    """One sample of a micro-batch on its way."""
+    """The state of one sample while it is loaded."""
 
     epoch: Ints  # (1,)
-    wanted: Ints  # (1,) its id in the stream
-    parameters: SampleParameters  # (1,) of what stands in for it, if it cannot be read
+    id: Ints  # (1,) in the training stream, before any replacement
+    parameters: SampleParameters  # (1,) of the sample, or of its replacement
     pair: StoredFrames = ()
-    bad: list[str] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)  # a description of each failed attempt
 
 
 class PairLoader:
-    """The micro-batches of steps first_step .. first_step + num_steps - 1 of one rank; iterate once.
+    """The micro-batches of one rank for `num_steps` steps, starting at step index `first_step`.
 
-    With G = accumulate * world.size * batch_size, step s takes the positions [s G, (s + 1) G) of the stream,
-    its micro-batch m on rank r the slice of batch_size from s G + (m world.size + r) batch_size. Batches go
-    across the borders of epochs, and any split of the same G sees the same samples in the same step.
+    A loader can be iterated only once. With the global batch size G = accumulate * world.size * batch_size,
+    step index s consists of positions [s G, (s + 1) G) of the training stream. Micro-batch m of rank r
+    consists of the batch_size positions from s G + (m world.size + r) batch_size. A step therefore consists
+    of the same samples however G is split into ranks and micro-batches. A batch may extend over the end of an
+    epoch.
 
-    frames are fp32 on a CPU and of train.precision on a GPU; no later batch writes to them. Raises InputError
-    where a global batch is larger than the data, or the data are not for the decoder asked for; while
-    iterating, where MAX_ATTEMPTS samples in a row cannot be read.
+    Frames are float32 on a CPU and have the dtype of train.precision on a GPU. Each batch has its own memory.
+
+    Raises InputError if the global batch is larger than an epoch or the data do not suit data.decoder, and,
+    during iteration, LocalInputError if MAX_ATTEMPTS samples in a row are unreadable.
     """
 
     def __init__(
@@ -74,34 +78,38 @@ class PairLoader:
         self.global_batch = self.accumulate * world.size * self.batch_size
         if self.global_batch > self.num_samples:
             raise InputError(
-                f"a global batch of {self.global_batch} pairs is larger than the data ({self.num_samples} "
-                f"samples of {len(index)} videos); lower train.batch_size or raise data.pairs_per_video"
+                f"train.batch_size: the global batch of {self.global_batch} pairs is larger than an epoch "
+                f"({self.num_samples} samples from {len(index)} videos). Lower train.batch_size or raise "
+                "data.pairs_per_video."
             )
         self.index = index_for_decoder(index, recipe.data.decoder, world.device)
         self.num_batches = num_steps * self.accumulate
         cores = len(os.sched_getaffinity(0))
         threads = recipe.data.num_threads or max(1, cores // world.local_size)
-        # While one batch is trained on, `prefetch` others are being decoded.
+        # One batch is used for training while `prefetch` others are decoded.
         self._depth = max(1, min(recipe.data.prefetch + 1, self.num_batches))
         self._stage: HostStage | GpuStage = (
             GpuStage(recipe, self.index, world.device, num_threads=threads, depth=self._depth)
             if world.device.type == "cuda"
             else HostStage(recipe, self.index, num_threads=threads, depth=self._depth)
         )
-        # The rows of a batch are shared out over the threads.
-        self._parts = np.array_split(np.arange(self.batch_size), min(threads, self.batch_size))
+        # The rows of a micro-batch are divided among the threads.
+        self._chunks = np.array_split(np.arange(self.batch_size), min(threads, self.batch_size))
         self._reading = map_ahead(
-            self._read_part,
-            ((number, rows) for number in range(self.num_batches) for rows in self._parts),
+            self._read_chunk,
+            ((number, rows) for number in range(self.num_batches) for rows in self._chunks),
             workers=threads,
-            depth=self._depth * len(self._parts),
+            depth=self._depth * len(self._chunks),
         )
 
     def __iter__(self) -> Iterator[FramePairs]:
         decoding: deque[list[_Sample]] = deque()
         for _ in range(self.num_batches):
-            while len(decoding) < self._depth and (parts := list(islice(self._reading, len(self._parts)))):
-                batch = [sample for part in parts for sample in part]
+            while len(decoding) < self._depth:
+                chunks = list(islice(self._reading, len(self._chunks)))
+                if not chunks:
+                    break
+                batch = [sample for chunk in chunks for sample in chunk]
                 self._submit(batch)
                 decoding.append(batch)
             frames = self._collect(decoding)
@@ -113,7 +121,7 @@ class PairLoader:
             )
 
     def samples_of_step(self, step: int) -> tuple[Ints, list[str]]:
-        """Ids (G,) of a step's samples over all ranks, before any was replaced, and their videos' names."""
+        """Return the sample ids (G,) and video names of a step index on all ranks, before replacement."""
         positions = np.arange(step * self.global_batch, (step + 1) * self.global_batch)
         _, samples = self.sampling.order(positions, self.num_samples)
         return samples, [self.index.names[i] for i in samples // self.recipe.data.pairs_per_video]
@@ -123,22 +131,22 @@ class PairLoader:
         self._reading.close()
         self._stage.close()
 
-    def _read_part(self, part: tuple[int, Ints]) -> list[_Sample]:
-        """Read some rows of this rank's micro-batch with this number."""
-        number, rows = part
+    def _read_chunk(self, chunk: tuple[int, Ints]) -> list[_Sample]:
+        """Read some rows of a micro-batch of this rank. `chunk` is the micro-batch number and the rows."""
+        number, rows = chunk
         step, micro = divmod(number, self.accumulate)
         start = (self.first_step + step) * self.global_batch
         start += (micro * self.world.size + self.world.rank) * self.batch_size
-        epochs, wanted = self.sampling.order(start + rows, self.num_samples)
-        parameters = self.sampling.draw(self.index.num_frames, epochs, wanted)
-        one = [slice(i, i + 1) for i in range(len(rows))]
-        samples = [_Sample(epochs[i], wanted[i], parameters[i]) for i in one]
+        epochs, ids = self.sampling.order(start + rows, self.num_samples)
+        parameters = self.sampling.draw(self.index.num_frames, epochs, ids)
+        row_slices = [slice(i, i + 1) for i in range(len(rows))]
+        samples = [_Sample(epochs[row], ids[row], parameters[row]) for row in row_slices]
         for sample in samples:
             self._read(sample)
         return samples
 
     def _read(self, sample: _Sample) -> None:
-        """Read both frames, or those of a replacement where they cannot be read."""
+        """Read both frames of a sample, replacing the sample as long as it is unreadable."""
         while True:
             video, frames = sample.parameters["video"][0], sample.parameters["frames"][0]
             try:
@@ -148,57 +156,57 @@ class PairLoader:
                 self._replace(sample, error.frame, str(error))
 
     def _replace(self, sample: _Sample, frame: int, reason: str) -> None:
-        """Draw another sample instead, and note why."""
+        """Draw a replacement sample, and record the reason."""
         name = self.index.names[sample.parameters["video"][0]]
         attempt = len(sample.bad) + 1
         if attempt > MAX_ATTEMPTS:
-            # Other ranks do not see this.
+            # Local, because other ranks do not raise this error.
             raise LocalInputError(
-                f"{MAX_ATTEMPTS} samples in a row could not be read, the last {name}, frame {frame}: "
-                f"{reason}; is the data there and whole?"
+                f"data.source: {MAX_ATTEMPTS} samples in a row are unreadable; the last one is {name}, frame "
+                f"{frame}: {reason}. Check that the data are present and undamaged."
             )
-        sample.parameters = self.sampling.draw(self.index.num_frames, sample.epoch, sample.wanted, attempt)
-        replaced_by = self.index.names[sample.parameters["video"][0]]
-        sample.bad.append(f"{name}, frame {frame}: {reason}; replaced by a pair of {replaced_by}")
+        sample.parameters = self.sampling.draw(self.index.num_frames, sample.epoch, sample.id, attempt)
+        replacement = self.index.names[sample.parameters["video"][0]]
+        sample.bad.append(f"{name}, frame {frame}: {reason}; replaced with a frame pair from {replacement}")
 
     def _submit(self, batch: list[_Sample]) -> None:
         self._stage.submit([sample.pair for sample in batch], _parameters(batch))
 
     def _collect(self, decoding: deque[list[_Sample]]) -> Tensor:
-        """The first batch's frames, with every sample that does not decode replaced."""
+        """Return the frames of the oldest batch, after replacing all samples that cannot be decoded."""
         while True:
             try:
                 return self._stage.collect()
-            # PyTorch's own: no frame is to blame.
+            # These are raised by PyTorch and are not caused by a damaged frame.
             except (torch.OutOfMemoryError, torch.AcceleratorError):
                 raise
-            # DALI has one exception for everything; `_repair` raises it again if no frame is to blame.
+            # DALI raises RuntimeError for all errors; `_repair` raises it again if no frame causes it.
             except RuntimeError as error:
                 self._repair(decoding, error)
 
     def _repair(self, decoding: deque[list[_Sample]], error: RuntimeError) -> None:
-        """Find the bad samples of the first batch, replace them, and submit all batches again, in order."""
+        """Replace the undecodable samples of the oldest batch, and submit all batches again, in order."""
         for _ in range(len(decoding) - 1):
-            # Another that does not decode raises again when its turn comes.
+            # An error in a later batch is raised again once that batch is the oldest.
             with suppress(RuntimeError):
                 self._stage.collect()
-        reason = "cannot be decoded, the file is damaged"
+        reason = "cannot be decoded (the file is damaged)"
         if self.index.storage == "clips":
-            reason = "NVDEC does not decode it; if the file is whole, use data.decoder=cpu"
-        found = False
+            reason = "cannot be decoded with NVDEC (if the file is not damaged, set data.decoder=cpu)"
+        replaced = False
         for sample in decoding[0]:
             while (frame := self._undecodable_frame(sample)) is not None:
-                found = True
+                replaced = True
                 self._replace(sample, frame, reason)
                 self._read(sample)
-        if not found:
+        if not replaced:
             raise error
         for batch in decoding:
             self._submit(batch)
 
     def _undecodable_frame(self, sample: _Sample) -> int | None:
-        """The frame that the stage cannot decode, if any."""
-        # A clip holds both frames; images are tried one by one, so that the right one is named.
+        """Return the number of the frame that the stage cannot decode, or None."""
+        # A clip contains both frames. Images are decoded one by one to identify the damaged one.
         clips = self.index.storage == "clips"
         pairs = [sample.pair] if clips else [[stored, stored] for stored in sample.pair]
         for frame, pair in zip(sample.parameters["frames"][0], pairs, strict=False):
@@ -215,20 +223,29 @@ def _parameters(batch: list[_Sample]) -> SampleParameters:
 
 
 def index_for_decoder(index: FrameIndex, decoder: str, device: torch.device) -> FrameIndex:
-    """The index for data.decoder. Raises InputError where the device or the data do not suit the decoder."""
+    """Return an index that reads frames in the form required by `decoder`, the value of data.decoder.
+
+    Raises InputError if the device or the data do not suit the decoder.
+    """
     if decoder != "mixed":
         return index
+    use_cpu = "Set data.decoder to cpu (or to auto, which is the same in training)"
     if device.type != "cuda":
-        raise InputError("data.decoder=mixed needs a GPU; use auto or cpu here")
+        raise InputError(
+            f"data.decoder: 'mixed' decodes on the GPU, but the device is {device.type}. {use_cpu}."
+        )
     if not isinstance(index, VideoIndex):
         return index
     if not has_nvdec():
         raise InputError(
-            "data.decoder=mixed needs NVDEC for videos, and this driver comes without it "
-            "(libnvcuvid.so.1); use auto or cpu, or pack the videos once"
+            "data.decoder: 'mixed' decodes video files with NVDEC, but the GPU driver does not provide it "
+            f"(libnvcuvid.so.1). {use_cpu}, or pack the videos with `fasttrain pack`."
         )
     videos = dict(zip(index.names, index.videos, strict=True))
     for name, video in videos.items():
         if reason := nvdec_refusal(video):
-            raise InputError(f"data.decoder=mixed: {name} is not for NVDEC, {reason}; use auto or cpu")
+            raise InputError(
+                f"data.decoder: 'mixed' decodes video files with NVDEC, which does not suit {name!r}: "
+                f"{reason}. {use_cpu}."
+            )
     return ClipIndex(videos, index.skipped)

@@ -1,4 +1,4 @@
-"""`map` in threads, in order, a bounded number of items ahead of the consumer."""
+"""An ordered `map` over threads that computes a bounded number of results in advance."""
 
 import os
 from collections import deque
@@ -19,19 +19,20 @@ def map_ahead(
     workers: int = WORKERS,
     depth: int | None = None,
 ) -> Generator[Result, None, None]:
-    """`function` of each item, in order; at most `depth` results (2 * workers) are waiting or in work.
+    """Yield `function(item)` for each item, in order.
 
-    An error, and closing the iterator, cancels what has not begun and waits for what has.
+    At most `depth` items (default: 2 * workers) are finished but not yet consumed, in progress, or queued. An
+    exception, or closing the generator, cancels the queued calls and waits for those in progress.
     """
     depth = depth or 2 * workers
-    waiting: deque[Future[Result]] = deque()
+    pending: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
             for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) >= depth:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+                pending.append(pool.submit(function, item))
+                if len(pending) >= depth:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -1,7 +1,8 @@
-"""NVDEC, the GPU's video decoder, through DALI: which videos it decodes correctly, its clips and colours.
+"""Prepare videos for NVDEC, the GPU's video decoder, which is used through DALI.
 
-DALI gets a small Matroska file with the packets that the wanted frames take, so that NVDEC decodes a dozen
-pictures instead of the whole video.
+DALI receives clips: small Matroska files with only the packets needed for the requested frames, so that NVDEC
+need not decode the whole video. This module also decides which videos DALI and NVDEC decode correctly, and
+computes the colour corrections.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fasttrain.data.images import Bytes, UnreadableFrameError
 from fasttrain.data.video import Matrix, VideoInfo, open_video, video_stream
 from fasttrain.files import os_reason
 
-# By codec: pixel formats, and the longest side. Not AV1: DALI 2.4 counts its repeated frames wrong.
+# Codec -> supported pixel formats and maximum side. AV1 is excluded: DALI 2.4 miscounts its repeated frames.
 _CODECS = {
     "h264": ({"yuv420p", "yuvj420p"}, 4096),
     "hevc": ({"yuv420p", "yuvj420p", "yuv420p10le"}, 8192),
@@ -29,15 +30,15 @@ _CODECS = {
     "vp9": ({"yuv420p", "yuv420p10le"}, 8192),
 }
 _MIN_SIDE = 144
-# The host decodes smaller frames as fast.
+# The CPU decodes smaller frames just as fast.
 _MIN_PIXELS = 640 * 360
 
-# A slice of an H.264 picture that others refer to (nal_ref_idc is not 0).
+# A slice of a reference picture in H.264 (nal_ref_idc is not 0).
 _REFERENCE = re.compile(rb"\x00\x00\x01[\x21\x22\x25\x41\x42\x45\x61\x62\x65]")
 
 
 def has_nvdec() -> bool:
-    """Whether the driver comes with NVDEC; containers are often started without it."""
+    """Whether the GPU driver provides NVDEC. In containers, it is often missing."""
     try:
         ctypes.CDLL("libnvcuvid.so.1")
     except OSError:
@@ -46,33 +47,35 @@ def has_nvdec() -> bool:
 
 
 def nvdec_refusal(video: VideoInfo) -> str | None:
-    """Why a video is not for NVDEC; None where it is. Most rules avoid a fault of DALI 2.4."""
+    """Why a video should not be decoded with NVDEC, or None. Most rules avoid bugs in DALI 2.4."""
     formats, max_side = _CODECS.get(video.codec, (set(), 0))
     sides = sorted((video.width, video.height))
     rules = {
-        f"NVDEC does not take {video.codec} in {video.pix_fmt}": video.pix_fmt in formats,
-        f"its sides are not {_MIN_SIDE} to {max_side} pixels": _MIN_SIDE <= sides[0] <= sides[1] <= max_side,
-        # The kernel that converts colours works on two columns and rows, and checks only the first.
-        "DALI writes odd sides out of bounds": not any(side % 2 for side in sides),
-        # Decoders are kept by display size and looked up by coded size: a new one for every clip takes 50 to
-        # 70 ms, and one of another video that matches reads the colours from the wrong rows.
-        "DALI mixes up decoders where the coded size is another": not video.cropped,
-        # Two time stamps are used up for every picture of two fields.
+        f"NVDEC does not support {video.codec} with pixel format {video.pix_fmt}": video.pix_fmt in formats,
+        f"width and height must be {_MIN_SIDE} to {max_side} pixels": (
+            _MIN_SIDE <= sides[0] <= sides[1] <= max_side
+        ),
+        # The colour conversion kernel processes 2 x 2 pixels and checks the bounds of only the first one.
+        "DALI writes out of bounds if the width or height is odd": not any(side % 2 for side in sides),
+        # DALI caches decoders by displayed size but looks them up by coded size. It creates a new decoder for
+        # every clip, which is slow, or takes that of another video and reads the colours from wrong rows.
+        "DALI confuses decoders if the coded and the displayed size differ": not video.cropped,
+        # DALI consumes two time stamps for each picture with two fields.
         "DALI miscounts the frames of interlaced video": not video.interlaced,
-        "DALI miscounts its hidden or repeated frames": not video.miscounted,
-        "DALI does not turn it upright": video.quarter_turns == 0,
-        # A decoder must be able to start at or before the first frame, and to find frames by time.
-        "its frames cannot be found by time": video.times is not None
+        "DALI miscounts hidden and repeated frames": not video.miscounted,
+        "DALI does not apply the rotation of the video": video.quarter_turns == 0,
+        # cut_clip selects packets by time and starts at a decoder reset.
+        "its frames cannot be located by time": video.times is not None
         and any(time <= video.times[0] for time in video.reset_times),
-        "the host decodes small frames as fast": video.width * video.height >= _MIN_PIXELS,
+        "the CPU decodes small frames just as fast": video.width * video.height >= _MIN_PIXELS,
     }
-    return next((reason for reason, holds in rules.items() if not holds), None)
+    return next((reason for reason, passed in rules.items() if not passed), None)
 
 
 def cut_clip(video: VideoInfo, frames: Sequence[int]) -> tuple[Bytes, list[int]]:
-    """The packets that decoding these frames takes, as a small Matroska file, and the frames' numbers in it.
+    """Copy the packets needed to decode `frames` into a small Matroska file, without decoding them.
 
-    Nothing is decoded. The file is (n,) uint8. Raises UnreadableFrameError.
+    Returns the file, (n,) uint8, and the numbers of the requested frames in it. Raises UnreadableFrameError.
     """
     assert video.times is not None
     packets: dict[int, av.Packet] = {}
@@ -86,54 +89,54 @@ def cut_clip(video: VideoInfo, frames: Sequence[int]) -> tuple[Bytes, list[int]]
                     start = max(time for time in video.reset_times if time <= target)
                     packets |= _packets_between(source, stream, start, target)
             if stream.codec_context.name == "h264":
-                needed = _referred_to(stream, packets) | set(targets)
+                needed = _reference_times(stream, packets) | set(targets)
                 packets = {time: packet for time, packet in packets.items() if time in needed}
             out = clip.add_stream_from_template(stream)
-            # Decoding times may be missing or wrong: these ascend, and end before any frame is shown.
+            # Decoding times may be missing or wrong, so assign ascending ones before all presentation times.
             for dts, packet in enumerate(packets.values(), start=min(packets) - len(packets)):
                 packet.dts = dts
                 packet.stream = out
                 clip.mux(packet)
     except (av.FFmpegError, OSError) as error:
         raise UnreadableFrameError(os_reason(error), frames[0]) from error
-    # A decoder counts frames in the order in which they are shown.
-    shown = sorted(packets)
-    return np.frombuffer(buffer.getvalue(), dtype=np.uint8), [shown.index(target) for target in targets]
+    # DALI numbers the frames in presentation order.
+    times = sorted(packets)
+    return np.frombuffer(buffer.getvalue(), dtype=np.uint8), [times.index(target) for target in targets]
 
 
 def _packets_between(
     container: av.container.InputContainer, stream: av.VideoStream, start: int, target: int
 ) -> dict[int, av.Packet]:
-    """By time and in decoding order: from the key frame shown at `start` to the packet of `target`."""
-    # A stream without an index (MPEG-TS) is sought by guesses, and one may land too late.
+    """Map times to packets, in decoding order from the key frame at `start` to the packet at `target`."""
+    # Without an index (MPEG-TS), seeking is approximate and may land too late; then read from the beginning.
     for position in (start, 0):
         container.seek(position, stream=stream)
         packets: dict[int, av.Packet] = {}
         for packet in container.demux(stream):
             time = packet.pts
-            # What comes before the key frame, or is shown before it, is needed by nothing after it.
+            # The key frame resets the decoder, so packets stored or displayed before it are not needed.
             if time is None or time < start or not (packets or time == start):
                 continue
             packets[time] = packet
             if time == target:
                 return packets
-    raise UnreadableFrameError("its packets changed since it was indexed")
+    raise UnreadableFrameError("the file has changed since it was scanned")
 
 
-def _referred_to(stream: av.VideoStream, packets: dict[int, av.Packet]) -> set[int]:
-    """Times of the H.264 pictures that others may refer to."""
+def _reference_times(stream: av.VideoStream, packets: dict[int, av.Packet]) -> set[int]:
+    """Return the times of the reference pictures of an H.264 stream."""
     start_codes = BitStreamFilterContext("h264_mp4toannexb", stream)
     return {
         time
         for time, packet in packets.items()
-        # A copy, for the filter takes the packet's contents away.
+        # Filter a copy, because the filter moves the contents out of the packet.
         if any(_REFERENCE.search(bytes(unit)) for unit in start_codes.filter(av.Packet(bytes(packet))))
     }
 
 
-# --- colours: DALI takes every stream for BT.601 ---
+# --- colour correction: DALI decodes every stream as BT.601 ---
 
-# Share of red and blue in luma, by matrix (ITU-R BT.601-7, BT.709-6, BT.2020-2).
+# Luma coefficients of red and blue (ITU-R BT.601-7, BT.709-6, BT.2020-2).
 _LUMA: dict[Matrix, tuple[float, float]] = {
     "bt601": (0.299, 0.114),
     "bt709": (0.2126, 0.0722),
@@ -143,12 +146,12 @@ _LUMA: dict[Matrix, tuple[float, float]] = {
 
 @cache
 def rgb_correction(matrix: Matrix) -> npt.NDArray[np.float64]:
-    """(3, 3): RGB that was decoded by BT.601 -> RGB by the stream's own matrix."""
+    """Return the (3, 3) matrix that converts RGB decoded as BT.601 to the RGB of the stream's own matrix."""
     return _ycc_to_rgb(matrix) @ np.linalg.inv(_ycc_to_rgb("bt601"))
 
 
 def _ycc_to_rgb(matrix: Matrix) -> npt.NDArray[np.float64]:
-    """(3, 3): Y in 0..1 and Cb, Cr in -1/2..1/2 -> RGB in 0..1."""
+    """Return the (3, 3) matrix from Y in 0..1 and Cb, Cr in -1/2..1/2 to RGB in 0..1."""
     red, blue = _LUMA[matrix]
     cr, cb = 2 * (1 - red), 2 * (1 - blue)
     green = 1 - red - blue

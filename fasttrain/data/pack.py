@@ -1,20 +1,24 @@
-"""Pack videos or frame folders into tar shards of JPEG frames with random access.
+"""Pack videos or frame folders into a packed set, which provides fast random access to frames.
 
-    fasttrain pack SOURCE DESTINATION              pack; run it again to continue where it stopped
-    fasttrain pack SOURCE DESTINATION --shard 1/4  the first of four machines that share the work
+    fasttrain pack SOURCE DESTINATION              pack, or continue an interrupted run
+    fasttrain pack SOURCE DESTINATION --shard 1/4  pack share 1 of 4, if four machines divide the work
     fasttrain pack --check DESTINATION             verify every frame of a packed set
-    fasttrain RECIPE data.source=DESTINATION       train on it
+    fasttrain RECIPE data.source=DESTINATION       train on a packed set
 
-Any WebDataset reader takes the shards; training reads two byte ranges per pair. What could not be read is
-listed, with the reason, in DESTINATION/pack-IofN.json. A run may be stopped at any time (Ctrl-C, SIGTERM, a
-power cut): no file is ever half written, and the same command continues to the same bytes.
+A packed set is a folder of shard files: tar files of JPEG frames, which any WebDataset reader can read.
+Training reads two byte ranges per frame pair. Unreadable files are skipped and listed, with the reason,
+in DESTINATION/pack-IofN.json.
 
-Several machines: each runs the same command on the same SOURCE with its own --shard I/N, into one shared
-DESTINATION, or into a folder of its own: copy these into one then.
+You can stop a run at any time (Ctrl-C, SIGTERM, power failure); no file is left half written. To
+continue, run the same command again. The result is the same as without the interruption.
 
-Frames keep their order; of --frames K, the first and the last are kept. A JPEG that is small enough keeps its
-bytes. A frame folder's unreadable frames are left out, a video that cannot be decoded to its end is left out
-whole.
+To divide the work among N machines, run the same command on each, with the same SOURCE and with
+--shard 1/N to --shard N/N. DESTINATION can be a folder that all machines share. If it is a local folder
+on each machine instead, copy the files into a single folder afterwards.
+
+The frames keep their order. With --frames K, both the first and the last frame are kept (if K > 1).
+JPEG files that are already small enough are stored unchanged. Unreadable frames of a frame folder are
+skipped; a video file that cannot be decoded to its end is skipped entirely.
 """
 
 from __future__ import annotations
@@ -49,45 +53,46 @@ from fasttrain.data.packed import (
     FORMAT,
     FRAME,
     TAR_BLOCK,
-    Part,
     ShardIndex,
+    Share,
     check_shard,
-    finished_parts,
+    complete_shares,
     tar_header,
 )
 from fasttrain.data.sampling import evenly_spaced
-from fasttrain.data.sources import Found, Kind, find_source
+from fasttrain.data.sources import Kind, SourceFiles, find_source
 from fasttrain.data.video import VideoInfo, probe_video, stream_video_frames
 from fasttrain.errors import InputError, check_options
 from fasttrain.files import file_lock, open_atomically, write_atomically
 from fasttrain.loggers import Progress, say
 
-# Frames that the GPU decodes at once; a clip of 1080p frames then takes 400 MB.
+# Frames that the GPU decodes at once: 400 MB for 1080p.
 GPU_FRAMES = 64
-# Bad files that are named on the terminal; all are listed in the manifest.
-MAX_NAMED = 20
+# Maximum number of skipped files or problems to print. The manifest lists all skipped files.
+MAX_PRINTED = 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackOptions:
-    """What decides the bytes of a packed set."""
+    """The options that determine the content of a packed set."""
 
     frames: int = 0
-    """Frames kept of each video, evenly spaced; 0 keeps all."""
+    """Number of evenly spaced frames to keep of each video; 0 keeps all."""
     short_side: int = 256
-    """Short side of a frame in pixels; smaller frames are left as they are."""
+    """Short side in pixels to which larger frames are downscaled."""
     quality: int = 90
     """JPEG quality, 1..100."""
     shard_bytes: int = 2**30
-    """A shard is closed after the video that takes it past so many bytes."""
+    """Size from which a shard is full. It ends with the video that reaches this size."""
     decoder: Literal["pyav", "nvdec"] = "pyav"
 
 
 class EncodedVideo(NamedTuple):
-    """A video's frames as JPEG, none where it cannot be read, and what of it could not be read."""
+    """The frames of a video as JPEG files."""
 
     name: str
     frames: list[bytes]
+    """Empty if nothing was readable."""
     skipped: Skipped
 
 
@@ -95,55 +100,82 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         type=Path,
-        help="a folder with frame folders or video files at any depth, a video file, or a text file with a "
-        "frame folder or a video file per line; with --check a packed set",
+        metavar="SOURCE",
+        help="folder of frame folders or video files at any depth, video file, or text file with one frame "
+        "folder or video file per line; with --check, a packed set",
     )
-    parser.add_argument("destination", type=Path, nargs="?", help="folder for the shards")
+    parser.add_argument(
+        "destination", metavar="DESTINATION", type=Path, nargs="?", help="folder for the packed set"
+    )
     kinds = ("auto", "folders", "list", "videos")
-    parser.add_argument("--kind", choices=kinds, default="auto", help="how to read the source (auto: look)")
-    for option, metavar, default, meaning in (
-        ("--frames", "K", PackOptions.frames, "frames kept of a video, evenly spaced; 0: all"),
-        ("--short-side", "PIXELS", PackOptions.short_side, "larger frames get this short side"),
+    parser.add_argument(
+        "--kind", choices=kinds, default="auto", help="kind of the source; auto detects it (default: auto)"
+    )
+    for option, metavar, default, help in (
+        ("--frames", "K", PackOptions.frames, "evenly spaced frames to keep per video; 0 keeps all"),
+        (
+            "--short-side",
+            "PIXELS",
+            PackOptions.short_side,
+            "short side to which larger frames are downscaled",
+        ),
         ("--quality", "Q", PackOptions.quality, "JPEG quality, 1 to 100"),
-        ("--shard-size", "MB", PackOptions.shard_bytes >> 20, "a shard ends with the video that fills it"),
-        ("--workers", "N", 0, "videos encoded at once, each in memory as JPEG; 0: one per core"),
+        (
+            "--shard-size",
+            "MIB",
+            PackOptions.shard_bytes >> 20,
+            "size of each shard file in MiB; the video that reaches this size is the last one in the file",
+        ),
+        ("--workers", "N", 0, "number of videos encoded at the same time in memory; 0 means one per core"),
     ):
-        help = f"{meaning} ({default})"
+        help = f"{help} (default: {default})"
         parser.add_argument(option, metavar=metavar, default=default, type=int, help=help)
-    shard = "pack part I of N, from 1: N machines share the work (1/1)"
-    parser.add_argument("--shard", metavar="I/N", default="1/1", type=_shard, help=shard)
+    parser.add_argument(
+        "--shard",
+        dest="share",
+        metavar="I/N",
+        default="1/1",
+        type=_share,
+        help="pack only share I of N of the source, to divide the work among N machines; each share has its "
+        "own shard files (default: 1/1)",
+    )
     parser.add_argument(
         "--decoder",
         choices=("auto", "cpu", "gpu"),
         default="auto",
-        help="decode videos with PyAV, or with the GPU's NVDEC through DALI (auto: NVDEC where there is one)",
+        help="where to decode video files: cpu uses PyAV; gpu uses NVDEC, but PyAV for videos that NVDEC "
+        "does not support; auto means gpu if NVDEC and DALI are available, otherwise cpu (in training, "
+        "data.decoder=auto always means cpu) (default: auto)",
     )
-    parser.add_argument("--check", action="store_true", help="verify the packed set SOURCE, every frame")
+    parser.add_argument(
+        "--check", action="store_true", help="verify every frame of the packed set SOURCE instead of packing"
+    )
 
 
-def _shard(text: str) -> tuple[int, int]:
+def _share(text: str) -> tuple[int, int]:
     number, _, count = text.partition("/")
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise argparse.ArgumentTypeError(f"{text} is not I/N with I from 1 to N, such as 2/4")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected I/N with I from 1 to N, such as 2/4")
     return int(number), int(count)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Pack or check, as the arguments say. Raises InputError."""
+    """Run the command. Raises InputError."""
     check_options(args, frames=0, short_side=16, quality=1, shard_size=1, workers=0)
     if args.quality > 100:
         raise InputError(f"--quality {args.quality}: expected at most 100")
     workers = args.workers or len(os.sched_getaffinity(0))
     if args.check:
-        say(f"{args.source}: {check(args.source, workers=workers)} frames, each as it was packed")
+        say(f"{args.source}: all {check(args.source, workers=workers)} frames are intact")
         return
     if args.destination is None:
-        raise InputError("pack needs a DESTINATION folder: fasttrain pack SOURCE DESTINATION")
+        raise InputError("DESTINATION is missing. Usage: fasttrain pack SOURCE DESTINATION")
     has_dali = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
     has_gpu = torch.cuda.is_available() and has_nvdec() and has_dali
     if args.decoder == "gpu" and not has_gpu:
         raise InputError(
-            "--decoder=gpu needs a GPU, a driver with NVDEC (libnvcuvid.so.1) and DALI; use auto or cpu"
+            "--decoder gpu requires a GPU, a driver with NVDEC (libnvcuvid.so.1) and DALI. Use --decoder "
+            "cpu, or auto to use the GPU only if all of these are available."
         )
     options = PackOptions(
         frames=args.frames,
@@ -153,9 +185,9 @@ def run(args: argparse.Namespace) -> None:
         decoder="nvdec" if has_gpu and args.decoder != "cpu" else "pyav",
     )
     try:
-        pack(args.source, args.destination, options, kind=args.kind, shard=args.shard, workers=workers)
+        pack(args.source, args.destination, options, kind=args.kind, share=args.share, workers=workers)
     except KeyboardInterrupt:
-        say(f"stopped; the same command continues from the last finished shard in {args.destination}")
+        say("Stopped. Run the same command again to continue after the last complete shard file.")
         raise
 
 
@@ -165,132 +197,146 @@ def pack(
     options: PackOptions,
     *,
     kind: Kind = "auto",
-    shard: tuple[int, int] = (1, 1),
+    share: tuple[int, int] = (1, 1),
     workers: int = 1,
 ) -> None:
-    """Write one part of a packed set, or what is missing of it. Raises InputError.
+    """Pack share I of N of a source, or complete it after an interruption. Raises InputError.
 
-    The bytes follow from the source and the options alone.
+    The files written depend only on the source, the share and the options.
     """
-    found = find_source(source, kind=kind)
-    part = Part(destination, *shard)
-    names = sorted(found.folders or found.videos)[part.number - 1 :: part.count]
-    if not names and part.number == 1:
-        raise InputError(f"nothing in {source} to pack; expected frame folders or video files")
-    identity = {**dataclasses.asdict(options), "source": _digest(found)}
-    if part.manifest_path.exists():
-        _check_begun(part, identity)
-        if part.is_complete():
-            say(f"{destination} is already packed; `fasttrain pack --check {destination}` verifies it")
+    files = find_source(source, kind=kind)
+    target = Share(destination, *share)
+    names = sorted(files.folders or files.videos)[target.number - 1 :: target.count]
+    if not names and target.number == 1:
+        raise InputError(
+            f"{str(source)!r} contains no frame folders and no video files. Pass a SOURCE with at least one."
+        )
+    identity = {**dataclasses.asdict(options), "source": _digest(files)}
+    if target.manifest_path.exists():
+        _check_identity(target, identity)
+        if target.is_complete():
+            say(
+                f"{target.description} is already packed. "
+                f"To verify it, run `fasttrain pack --check {destination}`."
+            )
             return
-    # Two processes would delete each other's unfinished files.
+    # Without the lock, two processes would delete each other's unfinished files.
     refusal = (
-        f"another process is packing part {part.number} of {part.count} into {destination}; wait for it, or "
-        "give each machine a --shard I/N of its own"
+        f"Another process is packing {target.description}. Wait for it to finish, or give each machine its "
+        "own --shard I/N."
     )
-    with file_lock(destination / f"pack-{part}.lock", refusal):
-        for partial in destination.glob(f"*-{part}*.partial"):
+    with file_lock(destination / f"pack-{target}.lock", refusal):
+        for partial in destination.glob(f"*-{target}*.partial"):
             partial.unlink()
-        _write_manifest(part, identity, complete=False, skipped=[])
-        done = [ShardIndex.read(path) for path in part.shard_paths()]
+        _write_manifest(target, identity, complete=False, skipped=[])
+        done = [ShardIndex.read(path) for path in target.shard_paths()]
         first = done[-1].videos_done if done else 0
-        encode = functools.partial(_encode, found=found, options=options)
+        encode = functools.partial(_encode, files=files, options=options)
         with Progress("videos", len(names), done=first) as progress:
-            videos = _shown(map_ahead(encode, names[first:], workers=workers), progress)
-            skipped_last = _write_shards(part, done, videos, options.shard_bytes)
-        # What is missing before any video is opened is reported by the first part.
-        skipped = found.skipped if part.number == 1 else []
-        skipped = [*skipped, *(bad for index in done for bad in index.skipped), *skipped_last]
-        if part.count == 1 and not done:
+            videos = _report(map_ahead(encode, names[first:], workers=workers), progress)
+            skipped_last = _write_shards(target, done, videos, options.shard_bytes)
+        # List entries that were skipped before packing belong to no share, so share 1 reports them.
+        skipped = files.skipped if target.number == 1 else []
+        skipped = [*skipped, *(entry for index in done for entry in index.skipped), *skipped_last]
+        if target.count == 1 and not done:
             name, reason = skipped[0]
-            raise InputError(f"no video of {source} can be read; the first, {name}: {reason}")
+            raise InputError(
+                f"{str(source)!r} contains no readable video ({len(skipped)} skipped, "
+                f"first {name}: {reason}). Pass a SOURCE with at least one."
+            )
         totals = {
             "shards": len(done),
             "total_frames": sum(len(index.frames) for index in done),
             "total_bytes": sum(index.num_bytes for index in done),
         }
-        _write_manifest(part, {**identity, **totals}, complete=True, skipped=skipped)
-    for name, reason in skipped[:MAX_NAMED]:
-        say(f"could not be read: {name}: {reason}")
-    listed = f", listed in {part.manifest_path}" if skipped else ""
+        _write_manifest(target, {**identity, **totals}, complete=True, skipped=skipped)
+    for name, reason in skipped[:MAX_PRINTED]:
+        say(f"skipped {name}: {reason}")
+    listed = f" (listed in {target.manifest_path})" if skipped else ""
     say(
-        f"{totals['total_frames']} frames in {len(done)} shards, {totals['total_bytes'] / 2**20:.1f} MB; "
-        f"{len(skipped)} files could not be read{listed}"
+        f"frames: {totals['total_frames']}, shard files: {len(done)}, "
+        f"size: {totals['total_bytes'] / 2**20:.1f} MiB, skipped files: {len(skipped)}{listed}"
     )
 
 
 def check(root: Path, *, workers: int = 1) -> int:
-    """Verify all shards of a packed set; returns the number of frames. Raises InputError if it is damaged."""
-    shards = [path for part in finished_parts(root) for path in part.shard_paths()]
-    frames, damage = 0, []
-    with Progress("shards", len(shards)) as progress:
+    """Verify a packed set and return its number of frames. Raises InputError if it is damaged."""
+    shards = [path for share in complete_shares(root) for path in share.shard_paths()]
+    frames, problems = 0, []
+    with Progress("shard files", len(shards)) as progress:
         for count, found in map_ahead(check_shard, shards, workers=workers):
             frames += count
-            damage += found
-            progress.advance(status=f"{len(damage)} damaged")
-    for line in damage[:MAX_NAMED]:
+            problems += found
+            progress.advance(status=f"problems: {len(problems)}")
+    for line in problems[:MAX_PRINTED]:
         say(line)
-    if damage:
+    if problems:
         raise InputError(
-            f"{root} is damaged in {len(damage)} places, the first: {damage[0]}; delete the shards named and "
-            "their .npz and pack again, which fills the gap"
+            f"{str(root)!r} is damaged (problems: {len(problems)}, first: {problems[0]}). Delete the damaged "
+            "files and run the `fasttrain pack` command that wrote them again."
         )
     return frames
 
 
-def _digest(found: Found) -> str:
-    """Of what a source shows without opening a video: names, the frames' names, the files' sizes."""
+def _digest(files: SourceFiles) -> str:
+    """Hash the source without opening a video: names of videos and frames, sizes of video files."""
     digest = hashlib.sha256()
-    for name in sorted(found.folders or found.videos):
-        if found.folders:
-            _, details = found.folders[name]
+    for name in sorted(files.folders or files.videos):
+        if files.folders:
+            _, details = files.folders[name]
         else:
-            video = found.videos[name]
+            video = files.videos[name]
             details = (str(video.stat().st_size if video.exists() else -1),)
         digest.update("\0".join([name, *details, ""]).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:32]
 
 
-def _check_begun(part: Part, identity: dict[str, Any]) -> None:
-    """Raise InputError where this part was begun with other videos or options."""
-    manifest = part.read_manifest()
+def _check_identity(share: Share, identity: dict[str, Any]) -> None:
+    """Raise InputError if packing of this share started from a different source or with other options."""
+    manifest = share.read_manifest()
     for key, value in identity.items():
-        if manifest.get(key) != value:
-            raise InputError(
-                f"{part.folder} was begun with {key}={manifest.get(key)}, now it is {value}; use the same "
-                "source (names and sizes of its files) and options, or another folder"
-            )
+        before = manifest.get(key)
+        if before == value:
+            continue
+        difference = f"with {key}={before}, but now {key}={value}"
+        if key == "source":
+            difference = "from a different source, or the names or sizes of its files have changed"
+        raise InputError(
+            f"{share.description}: packing started {difference}. Use the same source and options, or another "
+            "DESTINATION."
+        )
 
 
-def _write_manifest(part: Part, content: dict[str, Any], *, complete: bool, skipped: Skipped) -> None:
+def _write_manifest(share: Share, content: dict[str, Any], *, complete: bool, skipped: Skipped) -> None:
     manifest = {"format": FORMAT, **content, "complete": complete, "skipped": skipped}
     content_bytes = (json.dumps(manifest, indent=1) + "\n").encode("ascii")
-    write_atomically(part.manifest_path, content_bytes, fsync=True)
+    write_atomically(share.manifest_path, content_bytes, fsync=True)
 
 
-def _shown(videos: Iterator[EncodedVideo], progress: Progress) -> Iterator[EncodedVideo]:
-    frames = bad = 0
+def _report(videos: Iterator[EncodedVideo], progress: Progress) -> Iterator[EncodedVideo]:
+    """Advance the progress bar after each video."""
+    frames = skipped = 0
     for video in videos:
         yield video
         frames += len(video.frames)
-        bad += len(video.skipped)
-        progress.advance(status=f"{frames} frames, {bad} bad")
+        skipped += len(video.skipped)
+        progress.advance(status=f"frames: {frames}, skipped: {skipped}")
 
 
 # --- writing shards ---
 
 
 def _write_shards(
-    part: Part, done: list[ShardIndex], videos: Iterator[EncodedVideo], shard_bytes: int
+    share: Share, done: list[ShardIndex], videos: Iterator[EncodedVideo], shard_bytes: int
 ) -> Skipped:
-    """Write the videos behind those of `done`, which grows; returns what is skipped behind them."""
+    """Write `videos` to new shards and append these to `done`. Returns the files skipped after the last."""
     numbered = enumerate(videos, start=1 + (done[-1].videos_done if done else 0))
     skipped: Skipped = []
     for number, video in numbered:
         if not video.frames:
             skipped += video.skipped
             continue
-        path = part.shard_path(len(done))
+        path = share.shard_path(len(done))
         index = _write_shard(path, itertools.chain([(number, video)], numbered), skipped, shard_bytes)
         write_atomically(path.with_suffix(".npz"), index.to_bytes(), fsync=True)
         done.append(index)
@@ -301,7 +347,7 @@ def _write_shards(
 def _write_shard(
     path: Path, numbered: Iterator[tuple[int, EncodedVideo]], skipped: Skipped, shard_bytes: int
 ) -> ShardIndex:
-    """Write videos until the shard is full; it gets its name when it is whole, and on the disk."""
+    """Write videos to one shard until it is full. The file gets its name only when it is complete."""
     names, lengths, frames = [], [], []
     with open_atomically(path, fsync=True) as file:
         for number, video in numbered:
@@ -324,12 +370,12 @@ def _write_shard(
 # --- encoding videos ---
 
 
-def _encode(name: str, found: Found, options: PackOptions) -> EncodedVideo:
-    """The frames of a video or of a frame folder. It is called from many threads."""
-    if found.folders:
-        return _encode_folder(name, *found.folders[name], options)
+def _encode(name: str, files: SourceFiles, options: PackOptions) -> EncodedVideo:
+    """Encode the frames of a video file or frame folder. Called from several threads."""
+    if files.folders:
+        return _encode_folder(name, *files.folders[name], options)
     try:
-        return EncodedVideo(name, _encode_video(found.videos[name], options), [])
+        return EncodedVideo(name, _encode_video(files.videos[name], options), [])
     except UnreadableFrameError as error:
         return EncodedVideo(name, [], [(name, str(error))])
 
@@ -340,14 +386,14 @@ def _encode_video(path: Path, options: PackOptions) -> list[bytes]:
     if options.decoder == "nvdec" and nvdec_refusal(video) is None:
         try:
             return [encode_jpeg(frame, options) for frame in _nvdec_frames(video, numbers, options)]
-        # DALI has one exception for everything that it cannot decode; PyAV has the last word.
+        # DALI raises RuntimeError for all decoding errors, whether or not the video is damaged.
         except RuntimeError:
-            warnings.warn("NVDEC does not decode all of these videos; PyAV does", stacklevel=1)
+            warnings.warn("NVDEC failed to decode some videos. PyAV decodes them instead.", stacklevel=1)
     return [encode_jpeg(frame, options) for frame in stream_video_frames(video, numbers)]
 
 
 def _encode_folder(name: str, folder: Path, files: Sequence[str], options: PackOptions) -> EncodedVideo:
-    """A frame that cannot be read is left out; the others move up."""
+    """Encode the readable frames of a frame folder; their numbers have no gaps."""
     video = EncodedVideo(name, [], [])
     for number in evenly_spaced(len(files), options.frames or len(files)):
         try:
@@ -358,7 +404,7 @@ def _encode_folder(name: str, folder: Path, files: Sequence[str], options: PackO
 
 
 def _encode_file(path: Path, options: PackOptions) -> bytes:
-    """A stored image as JPEG of the wanted size; a JPEG that fits already keeps its bytes."""
+    """Encode an image file as JPEG in the requested size. A JPEG file that already fits is kept unchanged."""
     data = read_encoded(path)
     check_jpeg(data)
     frame = decode_image(data)
@@ -370,10 +416,10 @@ def _encode_file(path: Path, options: PackOptions) -> bytes:
 
 
 def check_jpeg(data: Bytes) -> None:
-    """Raise UnreadableFrameError for a JPEG (n,) whose coded data ffmpeg finds damaged; others pass.
+    """Raise UnreadableFrameError if ffmpeg reports damage in the coded data of a JPEG (n,).
 
-    Pillow and DALI decode such a picture to garbage without an error. Of 240 DAVIS frames with 512 bytes set
-    to zero, 199 were found; the others are valid code.
+    Pillow and DALI decode such data to garbage without an error. Other image formats are not checked, and not
+    all damage is detected, because damaged data may still be valid code.
     """
     if data[:2].tobytes() != b"\xff\xd8":
         return
@@ -383,14 +429,14 @@ def check_jpeg(data: Bytes) -> None:
     try:
         decoder.decode(av.Packet(data.tobytes()))
     except av.InvalidDataError:
-        raise UnreadableFrameError("damaged JPEG: its coded data is not valid") from None
-    # A kind of JPEG that ffmpeg does not know.
+        raise UnreadableFrameError("damaged JPEG: invalid coded data") from None
+    # ffmpeg does not support this kind of JPEG.
     except av.FFmpegError:
         return
 
 
 def encode_jpeg(frame: Frame, options: PackOptions) -> bytes:
-    """RGB (H, W, 3) -> JPEG, made smaller (antialiased bicubic) where its short side is too long."""
+    """Encode RGB (H, W, 3) as JPEG. A larger frame is downscaled with antialiased bicubic interpolation."""
     image = Image.fromarray(frame)
     scale = options.short_side / min(image.size)
     if scale < 1:
@@ -401,21 +447,21 @@ def encode_jpeg(frame: Frame, options: PackOptions) -> bytes:
     return buffer.getvalue()
 
 
-# Each thread has a decoder of its own.
+# Holds one decoder per thread.
 _THREAD = threading.local()
 
 
 def _nvdec_frames(video: VideoInfo, numbers: Sequence[int], options: PackOptions) -> Iterator[Frame]:
-    """stream_video_frames, made smaller on the GPU. Raises RuntimeError, UnreadableFrameError."""
-    # DALI is imported where there is a GPU to use it.
+    """Decode and downscale frames on the GPU. Raises RuntimeError or UnreadableFrameError."""
+    # Imported here, because packing on a machine without a GPU does not require DALI.
     from fasttrain.data.dali import ClipDecoder
 
     if not hasattr(_THREAD, "decoder"):
         _THREAD.decoder = ClipDecoder(torch.device("cuda", torch.cuda.current_device()))
     short_side = min(options.short_side, video.width, video.height)
     for start in range(0, len(numbers), GPU_FRAMES):
-        clip, numbers_there = cut_clip(video, numbers[start : start + GPU_FRAMES])
-        for frame in _THREAD.decoder.decode(clip, numbers_there, short_side):
+        clip, clip_numbers = cut_clip(video, numbers[start : start + GPU_FRAMES])
+        for frame in _THREAD.decoder.decode(clip, clip_numbers, short_side):
             if video.matrix != "bt601":
                 frame = np.rint(frame @ rgb_correction(video.matrix).T).clip(0, 255).astype(np.uint8)
             yield frame

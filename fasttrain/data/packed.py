@@ -1,20 +1,21 @@
-"""The packed format and its reader: tar shards of JPEG frames, beside each an index of byte ranges.
+"""The format of packed sets, and their index.
 
-Written by pack.py, opened by sources.py. A set is one folder with, for part i of n (one part for each machine
-that packed):
+A packed set is a folder of shards: tar files of JPEG frames, each with an index of byte ranges. If N machines
+pack a source together, each of them writes one share of the set. Share I of N consists of
 
-    pack-IofN.json            options, totals, what could not be read; `complete` when the part is done
-    frames-IofN-000000.tar    NAME/000000.jpg, NAME/000001.jpg, ...: any WebDataset reader takes it
-    frames-IofN-000000.npz    names and lengths of its videos, offset, size and CRC-32 of every frame
+    pack-IofN.json            the manifest: options, totals, skipped files, and whether the share is complete
+    frames-IofN-000000.tar    the first shard: NAME/000000.jpg, NAME/000001.jpg, ..., readable as a WebDataset
+    frames-IofN-000000.npz    its index: names and lengths of the videos; offset, size, CRC-32 of each frame
 
-The index beside a shard is written after it, so a shard that has one is whole.
+The index of a shard is written after the shard, so a shard with an index is complete.
 
-Frames are read by `pread`: where a shard is cut off or its disk fails, touching a memory map is SIGBUS, which
-ends the process.
+Frames are read with `pread`, not through a memory map: if a shard is truncated or its disk fails, accessing a
+memory map raises SIGBUS, which kills the process.
 """
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import json
@@ -37,18 +38,18 @@ from fasttrain.files import os_reason
 
 FORMAT = 2
 TAR_BLOCK = 512
-# Where a frame's bytes begin, in tar blocks; how many there are; their CRC-32.
+# The position of a frame in its shard, in tar blocks; its size in bytes; its CRC-32.
 FRAME = np.dtype([("block", np.uint32), ("size", np.int32), ("crc", np.uint32)])
-# What the index of a shard holds as JSON, in this order.
-_PLAIN_VALUES = ("names", "skipped", "videos_done", "num_bytes")
+# The fields of ShardIndex that are stored as JSON, in this order.
+_JSON_FIELDS = ("names", "skipped", "videos_done", "num_bytes")
 _MANIFEST = re.compile(r"pack-(\d+)of(\d+)\.json")
-# What all manifests of a set have alike. The decoders may differ, for some machines have a GPU.
-_SHARED = ("source", "frames", "short_side", "quality", "shard_bytes")
+# Keys on which all manifests of a set must agree. The decoder may differ, as not every machine has a GPU.
+_COMMON_KEYS = ("source", "frames", "short_side", "quality", "shard_bytes")
 
 
 @dataclass(frozen=True)
-class Part:
-    """Part `number` of `count`, both from 1: what one machine packs into `folder`."""
+class Share:
+    """Share `number` of `count`, counted from 1, of the packed set in `folder`. One machine packs it."""
 
     folder: Path
     number: int
@@ -58,6 +59,12 @@ class Part:
         return f"{self.number}of{self.count}"
 
     @property
+    def description(self) -> str:
+        """The name of this share in messages; the set alone if it has only one share."""
+        folder = repr(str(self.folder))
+        return folder if self.count == 1 else f"share {self.number} of {self.count} in {folder}"
+
+    @property
     def manifest_path(self) -> Path:
         return self.folder / f"pack-{self}.json"
 
@@ -65,48 +72,57 @@ class Part:
         return self.folder / f"frames-{self}-{number:06d}.tar"
 
     def shard_paths(self) -> list[Path]:
-        """The finished shards: those that have their index, up to the first that has not."""
+        """Return the paths of the shards up to the first one whose tar file or index is missing."""
         paths = map(self.shard_path, itertools.count())
-        return list(itertools.takewhile(lambda path: path.with_suffix(".npz").exists(), paths))
+        return list(
+            itertools.takewhile(lambda path: path.exists() and path.with_suffix(".npz").exists(), paths)
+        )
 
     def read_manifest(self) -> dict[str, Any]:
         path = self.manifest_path
         try:
             manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise InputError(f"{path} is damaged ({error}); pack again") from None
+            raise InputError(
+                f"{str(path)!r} is damaged ({error}). Delete it and run the `fasttrain pack` command again."
+            ) from None
         if manifest.get("format") != FORMAT:
-            raise InputError(f"{path} is not of format {FORMAT}, which this version reads; pack again")
+            raise InputError(
+                f"{str(path)!r} has format {manifest.get('format')}, but this version reads format {FORMAT}. "
+                "Pack the source again into a new folder."
+            )
         return manifest
 
     def is_complete(self) -> bool:
-        """Whether this part was packed to its end and all its shards are there."""
+        """Whether packing finished and no shard is missing."""
         manifest = self.read_manifest()
         return bool(manifest["complete"]) and manifest["shards"] == len(self.shard_paths())
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What a shard holds."""
+    """The index of one shard."""
 
     names: list[str]
+    """Names of the videos."""
     lengths: npt.NDArray[np.int32]
-    """Frames of each video."""
+    """Number of frames of each video."""
     frames: npt.NDArray[np.void]
-    """Of dtype FRAME, video by video."""
+    """Byte ranges of all frames, video by video, of dtype FRAME."""
     skipped: Skipped
-    """Files that could not be read, in the order of the source."""
+    """Unreadable files, in the order of the source."""
     videos_done: int
-    """Videos of the part, packed or skipped, up to the end of this shard."""
+    """Number of videos of the share, packed or skipped, up to the end of this shard."""
     num_bytes: int
+    """Size of the tar file."""
 
     def to_bytes(self) -> bytes:
-        """As a NumPy archive; the same index gives the same bytes."""
-        values = {"format": FORMAT} | {key: getattr(self, key) for key in _PLAIN_VALUES}
+        """Serialise to a NumPy archive. Equal indexes give equal bytes."""
+        values = {"format": FORMAT} | {key: getattr(self, key) for key in _JSON_FIELDS}
         buffer = io.BytesIO()
         np.savez(
             buffer,
-            # A key of the format: old sets have it too.
+            # This key is part of the format, so it must not be renamed.
             told=np.frombuffer(json.dumps(values).encode("ascii"), dtype=np.uint8),
             lengths=self.lengths,
             blocks=self.frames["block"],
@@ -117,7 +133,7 @@ class ShardIndex:
 
     @classmethod
     def read(cls, shard: Path) -> ShardIndex:
-        """The index beside a shard. Raises InputError if it cannot be read."""
+        """Read the index of a shard. Raises InputError if it is missing or damaged."""
         path = shard.with_suffix(".npz")
         try:
             with np.load(path, allow_pickle=False) as content:
@@ -126,17 +142,19 @@ class ShardIndex:
                 return cls(
                     lengths=content["lengths"],
                     frames=np.rec.fromarrays(frames, dtype=FRAME),
-                    **{key: values[key] for key in _PLAIN_VALUES},
+                    **{key: values[key] for key in _JSON_FIELDS},
                 )
         except OSError as error:
-            raise InputError(f"{path} cannot be read: {os_reason(error)}") from None
-        # NumPy and zipfile raise errors of many kinds for a damaged archive, with misleading messages.
+            raise InputError(f"{str(path)!r} cannot be read: {os_reason(error)}") from None
+        # For damaged archives, NumPy and zipfile raise exceptions of many types, with misleading messages.
         except Exception:
-            raise InputError(f"{path} is damaged; delete it and pack again") from None
+            raise InputError(
+                f"{str(path)!r} is damaged. Delete it and run the `fasttrain pack` command again."
+            ) from None
 
 
 def tar_header(video: str, frame: int, size: int) -> bytes:
-    """What precedes a frame in its shard. Its name stays inside the folder that a tar is unpacked to."""
+    """Return the tar header of a frame. Its member name never leads out of the folder of extraction."""
     folder = "/".join(name for name in video.split("/") if name not in ("", ".", ".."))
     member = tarfile.TarInfo(f"{folder}/{frame:06d}.jpg")
     member.size = size
@@ -144,75 +162,80 @@ def tar_header(video: str, frame: int, size: int) -> bytes:
 
 
 def is_packed(path: Path) -> bool:
-    """Whether a path is a packed set, finished or not."""
-    return any(_parts_in(path))
+    """Whether a path is a packed set, complete or not."""
+    return any(_shares_in(path))
 
 
-def finished_parts(root: Path) -> list[Part]:
-    """The parts of a packed set. Raises InputError if one is missing, unfinished or of another set."""
-    parts = sorted(_parts_in(root), key=lambda part: (part.number, part.count))
-    if not parts:
-        raise InputError(f"{root} is not a packed set; expected what `fasttrain pack SOURCE {root}` writes")
-    count = parts[0].count
-    if [(part.number, part.count) for part in parts] != [(number, count) for number in range(1, count + 1)]:
-        found = ", ".join(f"{part.number}/{part.count}" for part in parts)
+def complete_shares(root: Path) -> list[Share]:
+    """Return all shares of a packed set. Raises InputError if one is missing, incomplete or inconsistent."""
+    shares = sorted(_shares_in(root), key=lambda share: (share.number, share.count))
+    if not shares:
+        raise InputError(f"{str(root)!r} is not a packed set. Create one with `fasttrain pack`.")
+    count = shares[0].count
+    present = [(share.number, share.count) for share in shares]
+    if present != [(number, count) for number in range(1, count + 1)]:
+        names = ", ".join(f"{number}/{count}" for number, count in present)
         raise InputError(
-            f"expected every part of one packed set in {root}, found {found}; pack what is missing with "
-            "--shard I/N, and copy parts of several folders into one"
+            f"{str(root)!r}: expected all shares of one packed set, but found only {names}. Pack the missing "
+            "shares with --shard I/N, or copy the files of all shares into this folder."
         )
-    first = parts[0].read_manifest()
-    for part in parts:
-        if not part.is_complete():
+    first = shares[0].read_manifest()
+    for share in shares:
+        if not share.is_complete():
+            option = "" if count == 1 else f" with --shard {share.number}/{count}"
             raise InputError(
-                f"part {part.number} of {count} in {root} is not finished, or a shard is missing; run "
-                f"`fasttrain pack` with --shard {part.number}/{count} again to continue it"
+                f"{share.description} is incomplete or has a missing shard. Run the `fasttrain pack` command "
+                f"again{option} to complete it."
             )
-        # Parts of another source or with other options would give videos twice, or not at all.
-        manifest = part.read_manifest()
-        if differing := [key for key in _SHARED if manifest[key] != first[key]]:
+        # Shares of different sources or options could contain a video twice or not at all.
+        manifest = share.read_manifest()
+        if differing := [key for key in _COMMON_KEYS if manifest[key] != first[key]]:
             raise InputError(
-                f"{part.manifest_path} and that of part 1 differ in {', '.join(differing)}; pack all parts "
-                "from the same files with the same options"
+                f"{str(share.manifest_path)!r} and the manifest of share 1 differ in {', '.join(differing)}. "
+                "Pack all shares from the same files with the same options."
             )
-    return parts
+    return shares
 
 
-def _parts_in(root: Path) -> Iterator[Part]:
+def _shares_in(root: Path) -> Iterator[Share]:
     for path in root.iterdir() if root.is_dir() else ():
         if match := _MANIFEST.fullmatch(path.name):
-            yield Part(root, int(match[1]), int(match[2]))
+            yield Share(root, int(match[1]), int(match[2]))
 
 
 class PackedIndex(FrameIndex):
-    """A packed set: every frame is a byte range of a shard."""
+    """An index of a packed set, in which every frame is a byte range of a shard."""
 
     storage: Storage = "images"
 
     def __init__(self, root: Path) -> None:
-        parts = finished_parts(root)
-        skipped = [(name, reason) for part in parts for name, reason in part.read_manifest()["skipped"]]
-        # Of each video its name, its shard and, as views of the shard's index, the byte ranges of its frames.
+        shares = complete_shares(root)
+        skipped = [(name, reason) for share in shares for name, reason in share.read_manifest()["skipped"]]
+        # For each video: its name, its shard, and the byte ranges of its frames.
         videos: list[tuple[str, io.FileIO, npt.NDArray[np.void]]] = []
-        for path in [path for part in parts for path in part.shard_paths()]:
+        for path in [path for share in shares for path in share.shard_paths()]:
             shard = ShardIndex.read(path)
             file = _open_shard(path, shard.num_bytes)
             ends = np.cumsum(shard.lengths).tolist()
             frames = [shard.frames[start:end] for start, end in zip([0, *ends], ends, strict=False)]
             videos += [(name, file, ranges) for name, ranges in zip(shard.names, frames, strict=True)]
         if not videos:
-            raise InputError(f"the packed set {root} holds no video ({len(skipped)} could not be read)")
+            raise InputError(
+                f"{str(root)!r} contains no videos, because no file of its source was readable "
+                f"({len(skipped)} skipped). Pack a source with readable videos."
+            )
         videos.sort(key=lambda video: video[0])
         super().__init__([name for name, _, _ in videos], (len(frames) for *_, frames in videos), skipped)
         self._videos = [(file, frames) for _, file, frames in videos]
 
     def read(self, video: int, frames: Sequence[int]) -> list[Bytes]:
-        """The JPEG bytes of frames: the disk is asked for these ranges and no others."""
-        file, ranges = self._videos[video]
-        wanted = ranges[np.asarray(frames)].tolist()
-        for block, size, _ in wanted:
-            # The disk works on all of them before the first is waited for.
+        """Read the JPEG bytes of frames. Raises UnreadableFrameError."""
+        file, all_ranges = self._videos[video]
+        ranges = all_ranges[np.asarray(frames)].tolist()
+        for block, size, _ in ranges:
+            # Announce all reads first, so that the disk can serve them at the same time.
             os.posix_fadvise(file.fileno(), block * TAR_BLOCK, size, os.POSIX_FADV_WILLNEED)
-        return [_read_frame(file, int(frame), *found) for frame, found in zip(frames, wanted, strict=True)]
+        return [_read_frame(file, int(frame), *entry) for frame, entry in zip(frames, ranges, strict=True)]
 
 
 def _read_frame(file: io.FileIO, frame: int, block: int, size: int, crc: int) -> Bytes:
@@ -222,9 +245,9 @@ def _read_frame(file: io.FileIO, frame: int, block: int, size: int, crc: int) ->
     except OSError as error:
         raise UnreadableFrameError(f"{shard}: {os_reason(error)}", frame) from error
     if len(data) < size:
-        raise UnreadableFrameError(f"{shard} was cut off", frame)
+        raise UnreadableFrameError(f"{shard} is truncated", frame)
     if zlib.crc32(data) != crc:
-        raise UnreadableFrameError(f"its bytes in {shard} are not what was packed", frame)
+        raise UnreadableFrameError(f"checksum mismatch in {shard}", frame)
     return np.frombuffer(data, dtype=np.uint8)
 
 
@@ -232,36 +255,39 @@ def _open_shard(path: Path, num_bytes: int) -> io.FileIO:
     try:
         file = io.FileIO(path)
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be opened: {os_reason(error)}; every shard is an open file: for very many raise "
-            "`ulimit -n`, or pack with a larger --shard-size"
-        ) from None
+        advice = ""
+        if error.errno == errno.EMFILE:
+            advice = ". All shards stay open: raise `ulimit -n`, or pack again with a larger --shard-size."
+        raise InputError(f"{str(path)!r} cannot be opened: {os_reason(error)}{advice}") from None
     size = os.fstat(file.fileno()).st_size
     if size != num_bytes:
-        raise InputError(f"{path} has {size} bytes, expected {num_bytes}; run `fasttrain pack --check`")
-    # Frames are far apart: reading ahead of one would fetch what nobody asked for.
+        raise InputError(
+            f"{str(path)!r} has {size} bytes, expected {num_bytes}. Delete it and run the `fasttrain pack` "
+            "command again."
+        )
+    # The frames of a pair are far apart, so reading ahead would fetch unneeded data.
     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
     return file
 
 
 def check_shard(path: Path) -> tuple[int, list[str]]:
-    """The number of frames of a shard, and what is wrong with it."""
+    """Verify a shard. Returns its number of frames and a description of each problem."""
     try:
         index = ShardIndex.read(path)
     except InputError as error:
         return 0, [str(error)]
     names = [(name, k) for name, count in zip(index.names, index.lengths, strict=True) for k in range(count)]
-    damage = []
+    problems = []
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size != index.num_bytes:
-                return len(names), [f"{path.name}: {size} bytes, expected {index.num_bytes}"]
+                return len(names), [f"{path.name}: the file has {size} bytes, expected {index.num_bytes}"]
             for (name, frame), (block, size, crc) in zip(names, index.frames.tolist(), strict=True):
                 header = tar_header(name, frame, size)
                 file.seek(block * TAR_BLOCK - len(header))
                 if file.read(len(header)) != header or zlib.crc32(file.read(size)) != crc:
-                    damage.append(f"{path.name}: frame {frame} of {name} is not what was packed")
+                    problems.append(f"{path.name}: frame {frame} of {name!r} is damaged")
     except OSError as error:
-        damage.append(f"{path.name}: {os_reason(error)}")
-    return len(names), damage
+        problems.append(f"{path.name}: {os_reason(error)}")
+    return len(names), problems

@@ -1,10 +1,10 @@
-"""Which pair of frames and which crop a sample is: pure functions of (seed, epoch, sample).
+"""Draw the frame pair and the crop of each sample as a pure function of (seed, epoch, sample).
 
-The random numbers come from Philox, a counter-based generator (Salmon et al., SC 2011), with the key (seed,
-epoch) and the counter (sample, attempt). So a sample does not depend on the order, the rank, the number of
-threads or earlier samples.
+The random numbers come from Philox, a counter-based generator (Salmon et al., SC 2011), with (seed, epoch) as
+the key and (sample, attempt) as the counter. A sample therefore does not depend on the order of the samples,
+the rank or the number of threads.
 
-Legend: B samples, n frames of a video, V videos.
+Legend: B samples, n frames in a video, V videos.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fasttrain.recipe import DataRecipe
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
-# (B,) of PARAMETERS.
+# (B,) array of dtype PARAMETERS.
 SampleParameters = npt.NDArray[np.void]
 
 PARAMETERS = np.dtype(
@@ -26,42 +26,44 @@ PARAMETERS = np.dtype(
         ("sample", np.int64),  # video * pairs_per_video + k
         ("video", np.int64),
         ("frames", np.int64, 2),
-        # Both frames share the crop and the flip. Top, left, bottom, right on the unit square.
+        # Top, left, bottom, right on the unit square. Both frames share the crop and the flip.
         ("box", np.float64, 4),
-        ("flip", np.bool_),  # mirror left and right
+        ("flip", np.bool_),  # horizontal
     ]
 )
 
-# A sample's random numbers; all are drawn, used or not, so that none depends on another's outcome.
-_FRAMES, _CROP, _FLIP, _SUBSTITUTE, _COUNT = slice(0, 2), slice(2, 6), 6, 7, 8
+# Columns of the random numbers of a sample. All are always drawn, so that a number does not depend on whether
+# another one is used.
+_FRAMES, _CROP, _FLIP, _REPLACEMENT, _COUNT = slice(0, 2), slice(2, 6), 6, 7, 8
 
 
 class PairSampling:
-    """How samples are drawn (Co-Settle, section 3)."""
+    """The sampling rule of Co-Settle (section 3 of the paper)."""
 
     def __init__(self, data: DataRecipe, seed: int) -> None:
         self.data, self.seed = data, seed
 
     def order(self, positions: npt.ArrayLike, num_samples: int) -> tuple[Ints, Ints]:
-        """Epoch and sample id at positions (B,) of the endless training stream.
+        """Return the epochs and sample ids at positions (B,) of the training stream.
 
-        The stream is the concatenation of every epoch's permutation of the sample ids.
+        The stream is infinite: it concatenates one permutation of all sample ids per epoch.
         """
         epochs, indices = np.divmod(np.asarray(positions, dtype=np.int64), num_samples)
         samples = np.empty_like(epochs)
         for epoch in np.unique(epochs):
-            here = epochs == epoch
-            samples[here] = _permutation(self.seed, int(epoch), num_samples)[indices[here]]
+            in_epoch = epochs == epoch
+            samples[in_epoch] = _permutation(self.seed, int(epoch), num_samples)[indices[in_epoch]]
         return epochs, samples
 
     def draw(self, num_frames: Ints, epochs: Ints, samples: Ints, attempt: int = 0) -> SampleParameters:
-        """Pairs, crops and flips of samples (B,) in epochs (B,), given the frames (V,) of every video.
+        """Draw the frame pairs, crops and flips of samples (B,) in epochs (B,).
 
-        attempt > 0 draws the sample that stands in when attempt - 1 could not be read.
+        `num_frames` (V,) are the lengths of all videos. attempt > 0 draws a replacement sample, to be used if
+        that of attempt - 1 is unreadable.
         """
         uniforms = _uniforms(self.seed, epochs, samples, attempt)
         if attempt:
-            samples = _below(uniforms[:, _SUBSTITUTE], len(num_frames) * self.data.pairs_per_video)
+            samples = _below(uniforms[:, _REPLACEMENT], len(num_frames) * self.data.pairs_per_video)
         drawn = np.empty(len(samples), PARAMETERS)
         drawn["sample"] = samples
         drawn["video"] = samples // self.data.pairs_per_video
@@ -72,27 +74,28 @@ class PairSampling:
 
 
 def draw_pair(num_frames: npt.ArrayLike, uniforms: npt.ArrayLike, *, gap: float) -> Ints:
-    """Two frame numbers (B, 2), 0-based, of videos with num_frames (B,), from uniforms (B, 2) in [0, 1).
+    """Draw two zero-based frame numbers (B, 2) per video, from uniforms (B, 2) in [0, 1).
 
-    With distance = int(gap n): frame 1 is uniform on [1, n - distance), as in the published code, and frame 2
-    = frame 1 + distance. Where n <= 4 or distance < 1, the two are drawn independently from all n frames.
+    `num_frames` (B,) are the lengths n of the videos. With distance = int(gap n), frame 1 is uniform on
+    [1, n - distance), as in the published implementation, and frame 2 = frame 1 + distance. If n <= 4, or if
+    distance is 0 or leaves no choice for frame 1, both frames are drawn independently from all n frames.
     """
     n = np.asarray(num_frames, dtype=np.int64)
     u = np.asarray(uniforms, dtype=np.float64)
     distance = (gap * n).astype(np.int64)
-    # A distance of n - 1 or more leaves no room for frame 1.
-    independent = (n <= 4) | (distance < 1) | (distance > n - 2)
-    either = _below(u, n[:, None])
+    is_independent = (n <= 4) | (distance < 1) | (distance > n - 2)
+    independent = _below(u, n[:, None])
     first = 1 + _below(u[:, 0], np.maximum(n - distance - 1, 1))
     spaced = np.stack([first, first + distance], axis=1)
-    return np.where(independent[:, None], either, spaced)
+    return np.where(is_independent[:, None], independent, spaced)
 
 
 def draw_crop(uniforms: npt.ArrayLike, *, area: tuple[float, float], ratio: tuple[float, float]) -> Floats:
-    """Boxes (B, 4) top, left, bottom, right on the unit square, from uniforms (B, 4) in [0, 1).
+    """Draw crop boxes (B, 4), as top, left, bottom, right on the unit square, from uniforms (B, 4) in [0, 1).
 
-    One draw of area and log-uniform ratio (width / height), each side cut to the frame, at a uniform offset:
-    the rule of the published code (util/video/image_utils.py); torchvision draws again instead of cutting.
+    The area is uniform, the aspect ratio (width / height) log-uniform, and the offset uniform. A side that is
+    longer than the frame is clipped to it, as in the published implementation (util/video/image_utils.py);
+    torchvision would draw again.
     """
     u = np.asarray(uniforms, dtype=np.float64)
     areas = area[0] + (area[1] - area[0]) * u[:, 0]
@@ -104,7 +107,7 @@ def draw_crop(uniforms: npt.ArrayLike, *, area: tuple[float, float], ratio: tupl
 
 
 def pixel_box(box: Floats, height: int, width: int) -> tuple[int, int, int, int]:
-    """A box (4,) on the unit square -> top, left, bottom, right in whole pixels of a frame, never empty."""
+    """Round a box (4,) on the unit square to pixels (top, left, bottom, right); the result is never empty."""
     top, left = int(box[0] * height + 0.5), int(box[1] * width + 0.5)
     bottom, right = int(box[2] * height + 0.5), int(box[3] * width + 0.5)
     top, left = min(top, height - 1), min(left, width - 1)
@@ -112,20 +115,20 @@ def pixel_box(box: Floats, height: int, width: int) -> tuple[int, int, int, int]
 
 
 def evenly_spaced(length: int, count: int) -> list[int]:
-    """At most `count` different numbers, evenly spaced over 0..length-1, both ends among them."""
+    """Return up to `count` distinct integers, evenly spaced from 0 to length - 1 inclusive."""
     return sorted(set(np.linspace(0, length - 1, min(count, length)).round().astype(int).tolist()))
 
 
 def _below(uniforms: Floats, bounds: Ints | int) -> Ints:
-    """Integers uniform on [0, bound), from uniforms in [0, 1)."""
+    """Convert uniforms in [0, 1) to integers that are uniform on [0, bound)."""
     return (uniforms * bounds).astype(np.int64)
 
 
 def _uniforms(seed: int, epochs: Ints, samples: Ints, attempt: int) -> Floats:
-    """(B, 8) numbers uniform on [0, 1), a row for every (epoch, sample, attempt)."""
+    """Draw numbers (B, 8) that are uniform on [0, 1), one row per (epoch, sample, attempt)."""
     bits = _philox(seed, 0, (0, 0, 0, 0))
     generator = np.random.Generator(bits)
-    # Setting the state of one generator is three times faster than making one for each sample.
+    # Setting the state of a generator is faster than constructing a new one for every sample.
     state = bits.state
     rows = np.empty((len(samples), _COUNT))
     for row, epoch, sample in zip(rows, epochs, samples, strict=True):
@@ -138,7 +141,7 @@ def _uniforms(seed: int, epochs: Ints, samples: Ints, attempt: int) -> Floats:
 
 @lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, num_samples: int) -> Ints:
-    # The last word of the counter keeps this stream apart from those of the samples.
+    # The last counter word separates this random stream from those of the samples.
     order = np.random.Generator(_philox(seed, epoch, (0, 0, 0, 1))).permutation(num_samples)
     order.flags.writeable = False
     return order

@@ -1,7 +1,7 @@
-"""Frame folders, text lists, video files, packed sets -> one index of videos and their frames.
+"""Index a data source: frame folders, a frame list, video files or a packed set.
 
-`open_source` looks once at everything there is, in a stable order, and names what it had to skip. No DALI
-here: evaluation reads through this module too.
+The index lists the videos in a stable order and records the skipped ones. This module does not import DALI,
+because evaluation uses it, too.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from fasttrain.files import os_reason, read_lines
 
 Kind = Literal["auto", "folders", "list", "videos", "packed"]
 
-_WANTED = (
-    "expected frame folders (jpg, jpeg, png), video files, a text file that lists either, or a packed set"
+_EXPECTED = (
+    "Expected a folder of frame folders (.jpg, .jpeg, .png) or video files, a text file that lists either, a "
+    "video file, or a packed set."
 )
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a source holds before any video is opened: frame folders or video files, by name."""
+class SourceFiles:
+    """The frame folders or video files of a source, by video name. No video has been opened yet."""
 
     folders: FrameFolders
     videos: dict[str, Path]
@@ -42,97 +43,107 @@ class Found:
 def open_source(source: str | Path, *, kind: Kind = "auto", world: World | None = None) -> FrameIndex:
     """Index the videos of a source.
 
-    folders: frame folders (jpg, jpeg, png) at any depth, frames in natural order of their names; list: a
-    text file with a frame folder or a video file per line, absolute or relative to the list, a frame folder
-    optionally followed by the number of frames to use (behind a video file, a number is a label and means
-    nothing); videos: a folder of video files at any depth, or one file; packed: what `fasttrain pack` wrote.
-    `auto` looks which it is. The processes of `world` share the work of looking into videos and get the same
-    index. Raises InputError where the source is missing, is not of the kind, or holds nothing that can be
-    read.
+    The kinds of sources are:
+
+    - folders: frame folders (.jpg, .jpeg, .png) at any depth. The frames are in natural order of their names.
+    - list: a text file with one frame folder or video file per line, as an absolute path or relative to the
+      text file. A number after a frame folder limits the frames used; a number after a video file is ignored,
+      because lists of labelled videos put the label there.
+    - videos: a folder of video files at any depth, or a single video file.
+    - packed: a packed set written by `fasttrain pack`.
+    - auto: detect the kind.
+
+    The processes of `world` divide the scan of the video files among themselves, and all return the same
+    index. Raises InputError if the source does not exist, is not of this kind or has no readable video.
     """
     path = Path(source).expanduser()
     if kind == "packed" or (kind == "auto" and is_packed(path)):
         return PackedIndex(path)
-    found = find_source(path, kind=kind)
-    if found.videos:
-        index: FrameIndex = _probe_videos(path, found, world or World.single())
+    files = find_source(path, kind=kind)
+    if files.videos:
+        index: FrameIndex = _scan_videos(path, files, world or World.single())
     else:
-        index = FolderIndex(found.folders, found.skipped)
+        index = FolderIndex(files.folders, files.skipped)
     if not len(index):
-        reasons = "".join(f", {name}: {reason}" for name, reason in index.skipped[:1])
-        raise InputError(
-            f"nothing in {source} can be read ({len(index.skipped)} skipped{reasons}); {_WANTED}"
-        )
+        count = len(index.skipped)
+        first = "".join(f" ({count} skipped, first {name}: {reason})" for name, reason in index.skipped[:1])
+        raise InputError(f"{str(source)!r} contains no readable video{first}. {_EXPECTED}")
     return index
 
 
-def find_source(path: Path, *, kind: Kind = "auto") -> Found:
-    """Find frame folders or video files by name, opening none. Raises InputError as open_source does."""
+def find_source(path: Path, *, kind: Kind = "auto") -> SourceFiles:
+    """List the frame folders or video files of a source without opening them.
+
+    Raises InputError if the source does not exist or is not of this kind.
+    """
     if not path.exists():
-        raise InputError(f"the data source {path} does not exist; {_WANTED}")
+        raise InputError(f"{str(path)!r} does not exist. {_EXPECTED}")
     if path.is_dir():
-        return _find_in_folder(path, kind)
+        return _search_folder(path, kind)
     is_video = path.suffix.lower() in VIDEO_SUFFIXES
     if kind == "videos" or (kind == "auto" and is_video):
-        return Found({}, {path.name: path}, [])
-    if kind == "folders" or is_video:
-        raise InputError(f"{path} is a file, but the kind is {kind}; {_WANTED}")
+        return SourceFiles({}, {path.name: path}, [])
+    if kind == "folders":
+        raise InputError(f"{str(path)!r} is a file, but the kind 'folders' requires a folder.")
+    if is_video:
+        raise InputError(f"{str(path)!r} is a video file, but the kind 'list' requires a text file.")
     return _read_list(path)
 
 
-def _find_in_folder(root: Path, kind: Kind) -> Found:
-    """All frame folders and video files under a root, by their path relative to it."""
+def _search_folder(root: Path, kind: Kind) -> SourceFiles:
+    """Find all frame folders and video files below `root`. Their names are their paths relative to it."""
     if kind == "list":
-        raise InputError(f"{root} is a folder, but the kind is list; expected a text file")
-    found = Found({}, {}, [])
-    # Videos of one length mostly share their file names: kept once, they cost nothing.
-    known_files: dict[tuple[str, ...], tuple[str, ...]] = {}
+        raise InputError(f"{str(root)!r} is a folder, but the kind 'list' requires a text file.")
+    source = SourceFiles({}, {}, [])
+    # Videos of equal length usually have the same file names, so store each distinct tuple only once.
+    shared_names: dict[tuple[str, ...], tuple[str, ...]] = {}
 
-    def enter(folder: Path, name: str, ancestors: frozenset[tuple[int, int]]) -> None:
-        shown = name or root.resolve().name
+    def visit(folder: Path, relative: str, ancestors: frozenset[tuple[int, int]]) -> None:
+        name = relative or root.resolve().name
         try:
             status = folder.stat()
-            entries = _entries(folder)
+            entries = _list_folder(folder)
         except OSError as error:
-            found.skipped.append((shown, os_reason(error)))
+            source.skipped.append((name, os_reason(error)))
             return
         identity = (status.st_dev, status.st_ino)
-        # A link to a folder above would be followed for ever.
+        # A symbolic link to an ancestor would lead to infinite recursion.
         if identity in ancestors:
             return
         files = _frame_files(entries)
         if files and kind != "videos":
-            found.folders[shown] = folder, known_files.setdefault(files, files)
+            source.folders[name] = folder, shared_names.setdefault(files, files)
         for entry in entries:
-            path = f"{name}/{entry.name}" if name else entry.name
+            path = f"{relative}/{entry.name}" if relative else entry.name
             if entry.is_dir():
-                enter(Path(entry.path), path, ancestors | {identity})
+                visit(Path(entry.path), path, ancestors | {identity})
             elif kind != "folders" and _suffix(entry.name) in VIDEO_SUFFIXES:
-                found.videos[path] = Path(entry.path)
+                source.videos[path] = Path(entry.path)
 
-    enter(root, "", frozenset())
-    if found.folders and found.videos:
+    visit(root, "", frozenset())
+    if source.folders and source.videos:
         raise InputError(
-            f"{root} holds both images and video files; choose folders or videos (data.kind in training, "
-            f"--kind in pack)"
+            f"{str(root)!r} contains both images and video files. Choose one: data.kind=folders or "
+            "data.kind=videos in training, --kind folders or --kind videos in pack."
         )
-    return found
+    return source
 
 
 def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
-    """What is in a folder, in the order of the names, without hidden files. Raises OSError."""
+def _list_folder(folder: str | Path) -> list[os.DirEntry[str]]:
+    """List the entries of a folder, sorted by name, without hidden ones. Raises OSError."""
     with os.scandir(folder) as entries:
-        return sorted((one for one in entries if not one.name.startswith(".")), key=lambda one: one.name)
+        visible = (entry for entry in entries if not entry.name.startswith("."))
+        return sorted(visible, key=lambda entry: entry.name)
 
 
 def _frame_files(entries: Iterable[os.DirEntry[str]]) -> tuple[str, ...]:
-    """The image files among a folder's entries, in the order of their numbers."""
+    """Select the image files among the sorted entries of a folder, in natural order."""
     names = [entry.name for entry in entries if _suffix(entry.name) in IMAGE_SUFFIXES]
-    # Names of one length are in order; frame9 before frame10 needs the numbers.
+    # Names of equal length are already in natural order; otherwise frame9 must precede frame10.
     return tuple(names if len({len(name) for name in names}) == 1 else sorted(names, key=_natural_key))
 
 
@@ -141,70 +152,72 @@ def _natural_key(name: str) -> list[str | int]:
     return [int(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
-def _read_list(path: Path) -> Found:
-    """What a text file lists. A path may hold spaces, and a number may follow it."""
-    found = Found({}, {}, [])
-    for line in read_lines(path, "a video file, or a text file that lists videos or folders"):
-        # Names of HMDB51 begin with #, comments with a space behind it.
+def _read_list(path: Path) -> SourceFiles:
+    """Read a list of frame folders or video files. A path may contain spaces, and a number may follow it."""
+    source = SourceFiles({}, {}, [])
+    for line in read_lines(path, "a video file or a text file that lists frame folders or video files"):
+        # Only "# " starts a comment, because names in HMDB51 may start with "#".
         if line.startswith("# "):
             continue
-        # Unlike Path's, os.path's take a line that is too long for a name as one that is not there.
+        # os.path.exists returns False for a name that is too long; Path.exists raises.
         parts = line.rsplit(maxsplit=1)
-        counts = len(parts) == 2 and parts[1].isdecimal() and not os.path.exists(path.parent / line)
-        name, limit = (parts[0], int(parts[1])) if counts else (line, None)
-        # ./video and video/ are the same as video.
+        has_number = len(parts) == 2 and parts[1].isdecimal() and not os.path.exists(path.parent / line)
+        name, limit = (parts[0], int(parts[1])) if has_number else (line, None)
+        # Normalise ./video and video/ to video.
         name = Path(name).as_posix()
-        reason = _add(found, name, path.parent / name, limit)
+        reason = _add_listed(source, name, path.parent / name, limit)
         if reason:
-            found.skipped.append((name, reason))
-    if found.folders and found.videos:
-        raise InputError(f"{path} lists both frame folders and video files; put them into two lists")
-    return found
+            source.skipped.append((name, reason))
+    if source.folders and source.videos:
+        raise InputError(f"{str(path)!r} lists both frame folders and video files. Split it into two lists.")
+    return source
 
 
-def _add(found: Found, name: str, path: Path, limit: int | None) -> str | None:
-    """Add what a list names, of a frame folder the first `limit` frames; returns why it is left out."""
-    if name in found.folders or name in found.videos:
-        return "listed before"
+def _add_listed(source: SourceFiles, name: str, path: Path, limit: int | None) -> str | None:
+    """Add a video file, or the first `limit` frames of a frame folder. Returns a reason if it is skipped."""
+    if name in source.folders or name in source.videos:
+        return "duplicate entry in the list"
     if not os.path.exists(path):
         return "does not exist"
     if not os.path.isdir(path):
-        found.videos[name] = path
+        source.videos[name] = path
         return None
     try:
-        files = _frame_files(_entries(path))
+        files = _frame_files(_list_folder(path))
     except OSError as error:
         return os_reason(error)
     if not files:
-        return "no jpg, jpeg or png in it"
+        return "contains no .jpg, .jpeg or .png files"
     if limit is not None and not 0 < limit <= len(files):
-        return f"the list says {limit} frames, the folder holds {len(files)}"
-    found.folders[name] = path, files[:limit]
+        return f"the list specifies {limit} frames, but the folder contains {len(files)}"
+    source.folders[name] = path, files[:limit]
     return None
 
 
-def _probe_videos(path: Path, found: Found, world: World) -> VideoIndex:
-    """Look into every file not known from before, in parallel; what cannot be read is skipped and named."""
-    known = read_cache(path)
+def _scan_videos(path: Path, source: SourceFiles, world: World) -> VideoIndex:
+    """Scan all video files that are not in the cache, in parallel. Unreadable files are skipped."""
+    cached = read_cache(path)
 
-    def probe(name: str) -> tuple[FileState, VideoInfo] | str:
-        video = found.videos[name]
+    def scan(name: str) -> tuple[FileState, VideoInfo] | str:
+        video = source.videos[name]
         try:
             state = file_state(video)
-            before, info = known.get(name, (None, None))
-            return state, (replace(info, path=video) if info and before == state else probe_video(video))
+            cached_state, info = cached.get(name, (None, None))
+            if info and cached_state == state:
+                return state, replace(info, path=video)
+            return state, probe_video(video)
         except OSError as error:
             return os_reason(error)
         except UnreadableFrameError as error:
             return str(error)
 
-    mine = world.shard(list(found.videos))
+    share = world.shard(list(source.videos))
     with ThreadPoolExecutor(max_workers=min(32, len(os.sched_getaffinity(0)) * 2)) as pool:
-        probed = dict(zip(mine, pool.map(probe, mine), strict=True))
-    probed = world.merge(probed)
-    readable = {name: one for name, one in probed.items() if not isinstance(one, str)}
-    changed = any(known.get(name, (None,))[0] != state for name, (state, _) in readable.items())
+        scanned = dict(zip(share, pool.map(scan, share), strict=True))
+    scanned = world.merge(scanned)
+    readable = {name: result for name, result in scanned.items() if not isinstance(result, str)}
+    changed = any(cached.get(name, (None,))[0] != state for name, (state, _) in readable.items())
     if world.is_main and changed:
         write_cache(path, readable)
-    bad = [(name, reason) for name, reason in probed.items() if isinstance(reason, str)]
-    return VideoIndex({name: info for name, (_, info) in readable.items()}, found.skipped + bad)
+    unreadable = [(name, reason) for name, reason in scanned.items() if isinstance(reason, str)]
+    return VideoIndex({name: info for name, (_, info) in readable.items()}, source.skipped + unreadable)

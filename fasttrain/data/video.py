@@ -1,7 +1,8 @@
-"""Video files through PyAV: is the file whole, and its frames by number.
+"""Scan video files and decode their frames by number, with PyAV.
 
-A frame's number is its index in presentation order, whatever the frame rate does. Frames come as ffmpeg shows
-them: colour matrix and range as the stream says, 10 bits rounded to 8, turned upright by the display matrix.
+The number of a frame is its zero-based index in presentation order, also at a variable frame rate. Frames are
+decoded as ffmpeg displays them: with the colour matrix and range of the stream, 10-bit samples rounded to 8
+bits, and rotated upright by the display matrix.
 """
 
 from __future__ import annotations
@@ -31,54 +32,56 @@ VIDEO_SUFFIXES = frozenset(
     | {".ts", ".m2ts", ".wmv", ".flv", ".3gp", ".ogv"}
 )
 
-# ffmpeg's numbers of the matrices (AVColorSpace); all others are close to BT.601 or rare.
+# Values of ffmpeg's AVColorSpace. All other matrices are rare or close to BT.601.
 _MATRICES: dict[int, Matrix] = {1: "bt709", 9: "bt2020", 10: "bt2020"}
 
-# Containers whose times ffmpeg guesses, wrongly with B-frames and after a seek.
+# Containers for which ffmpeg guesses the time stamps, incorrectly with B-frames and after a seek.
 _GUESSED_TIMES = frozenset({"avi", "mpeg"})
 
-# PyAV reads titles in odd encodings from version 19 on; before, it raises without this option.
+# Before version 19, PyAV raises on metadata that is not valid UTF-8, unless this option is set.
 _ANY_ENCODING: dict[str, Any] = (
     {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 )
 
-# An H.264 picture that resets the decoder: ffmpeg also marks mere recovery points as key frames.
+# An H.264 IDR picture, which resets the decoder. Other key frames of ffmpeg are mere recovery points.
 _IDR = re.compile(rb"\x00\x00\x01[\x05\x25\x45\x65]")
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What random access to a video file needs to know; times are in the stream's time base."""
+    """The metadata of a video file for random access to its frames. Times are in the stream's time base."""
 
     path: Path
     codec: str
     pix_fmt: str
     width: int
-    """As stored, before it is turned upright."""
+    """Width in pixels as stored, before rotation."""
     height: int
+    """Height in pixels as stored, before rotation."""
     cropped: bool
-    """Whether the coded picture is larger than the shown one (H.264: sides that are not multiples of 16)."""
+    """Whether coded pictures are larger than displayed ones (H.264: if a side is not a multiple of 16)."""
     interlaced: bool
-    """Whether the first frame is one of two fields."""
+    """Whether the first frame is interlaced."""
     quarter_turns: int
-    """Counter-clockwise quarter turns that set a decoded frame upright."""
+    """Counter-clockwise quarter turns that rotate a decoded frame upright."""
     matrix: Matrix
-    """The YCbCr matrix of its colours; ffmpeg takes BT.601 where a stream does not say."""
+    """YCbCr matrix; BT.601 if the stream does not specify one, as in ffmpeg."""
     times: Times | None
-    """Presentation time of every frame, ascending; None where a seek keeps none (AVI, MPEG-PS)."""
+    """Presentation times of all frames, ascending; None if they are unreliable (AVI, MPEG-PS)."""
     key_times: Sequence[int]
     """Presentation times of the key frames, ascending."""
     reset_times: Sequence[int]
-    """Those of the key frames, shown or not, that reset the decoder: nothing before them is needed."""
+    """Presentation times of the key frames that reset the decoder, even those that are not displayed."""
     num_frames: int
     miscounted: bool
-    """Whether a packet hides its frame (VP8) or shows one decoded before (VP9): DALI's count is then off."""
+    """Whether DALI miscounts frames: a packet hides its frame (VP8) or repeats an earlier one (VP9)."""
 
 
 def probe_video(path: Path) -> VideoInfo:
-    """Read every packet and decode the first frame; all of them where the container's times are guesses.
+    """Scan a video file: read all of its packets and decode its first frame.
 
-    Raises UnreadableFrameError with the reason.
+    If the time stamps are unreliable, decode all frames to count them. Raises UnreadableFrameError if the
+    file is damaged.
     """
     try:
         with open_video(path) as container:
@@ -86,18 +89,19 @@ def probe_video(path: Path) -> VideoInfo:
             context = stream.codec_context
             times, key_times, reset_times, miscounted = _packet_times(container, stream)
             if not times:
-                raise UnreadableFrameError("it holds no video frames")
-            known = _sorted(times)
-            # Before a start at negative times, too; in millionths of a second.
-            container.seek(min(0, int(known[0] * (stream.time_base or 0) * av.time_base)) if known else 0)
+                raise UnreadableFrameError("the file contains no video frames")
+            sorted_times = _sorted(times)
+            # The first frame may have a negative time. The position is in microseconds.
+            start = sorted_times[0] * (stream.time_base or 0) * av.time_base if sorted_times else 0
+            container.seek(min(0, int(start)))
             pictures = container.decode(stream)
             first = next(pictures, None)
             if first is None:
-                raise UnreadableFrameError("its first frame cannot be decoded")
-            seekable = len(set(known)) == len(times) and container.format.name not in _GUESSED_TIMES
-            if seekable and first.pts in known:
-                # A stream that was cut off from its first key frame begins with what nobody can decode.
-                known = known[known.index(first.pts) :]
+                raise UnreadableFrameError("the first frame cannot be decoded")
+            has_times = len(set(sorted_times)) == len(times) and container.format.name not in _GUESSED_TIMES
+            if has_times and first.pts in sorted_times:
+                # If the first key frame was cut off, the frames up to the next one cannot be decoded.
+                sorted_times = sorted_times[sorted_times.index(first.pts) :]
             return VideoInfo(
                 path=path,
                 codec=context.codec.canonical_name,
@@ -108,11 +112,11 @@ def probe_video(path: Path) -> VideoInfo:
                 interlaced=first.interlaced_frame,
                 quarter_turns=_quarter_turns(first),
                 matrix=_MATRICES.get(int(first.colorspace), "bt601"),
-                times=_compact(known) if seekable else None,
+                times=_compact(sorted_times) if has_times else None,
                 key_times=_sorted(key_times),
                 reset_times=_sorted(reset_times),
-                # MPEG-4 in AVI has packets that stand for a repeated frame and give none.
-                num_frames=len(known) if seekable else 1 + sum(1 for _ in pictures),
+                # Packets cannot be counted instead: in AVI, MPEG-4 has packets that only repeat a frame.
+                num_frames=len(sorted_times) if has_times else 1 + sum(1 for _ in pictures),
                 miscounted=miscounted,
             )
     except (av.FFmpegError, OSError) as error:
@@ -120,17 +124,17 @@ def probe_video(path: Path) -> VideoInfo:
 
 
 def read_video_frames(video: VideoInfo, frames: Sequence[int]) -> list[Frame]:
-    """The frames of these numbers, each (H, W, 3) uint8 RGB. Decodes from the key frame before each.
+    """Decode frames by number, in any order, each (H, W, 3) uint8 RGB. Seeks to the key frame before each.
 
-    Raises UnreadableFrameError, with the number of the frame that cannot be read.
+    Raises UnreadableFrameError with the number of the frame that cannot be read.
     """
-    wanted = sorted(set(frames))
-    found = dict(zip(wanted, stream_video_frames(video, wanted), strict=True))
-    return [found[frame] for frame in frames]
+    ascending = sorted(set(frames))
+    decoded = dict(zip(ascending, stream_video_frames(video, ascending), strict=True))
+    return [decoded[frame] for frame in frames]
 
 
 def stream_video_frames(video: VideoInfo, frames: Sequence[int]) -> Iterator[Frame]:
-    """The frames of these ascending numbers, one at a time, as read_video_frames gives them."""
+    """Decode frames with ascending numbers one at a time; otherwise the same as `read_video_frames`."""
     frame = 0
     try:
         with closing(_FrameReader(video, frames)) as reader:
@@ -141,19 +145,19 @@ def stream_video_frames(video: VideoInfo, frames: Sequence[int]) -> Iterator[Fra
 
 
 def to_rgb(picture: av.VideoFrame) -> Frame:
-    """A decoded picture -> (H, W, 3) uint8 RGB, upright."""
-    # Threads would be started for every picture, and a forked process would wait for them in vain.
+    """Convert a decoded picture to (H, W, 3) uint8 RGB and rotate it upright."""
+    # With more threads, the converter starts new ones for every picture and hangs in a forked process.
     rgb = np.asarray(picture.to_ndarray(format="rgb24", threads=1), dtype=np.uint8)
     return np.ascontiguousarray(np.rot90(rgb, _quarter_turns(picture)))
 
 
 class _FrameReader:
-    """Reads frames in ascending order from one open container; seeks only past a key frame."""
+    """Decode frames in ascending order from one open file, seeking only to reach a later key frame."""
 
     def __init__(self, video: VideoInfo, frames: Sequence[int]) -> None:
-        """`frames` are all that will be read."""
+        """`frames` are the numbers of all frames that will be read."""
         self.video = video
-        # Without time stamps, frames are counted.
+        # Without reliable times, a frame is identified by counting.
         self.times: Times = range(video.num_frames) if video.times is None else video.times
         self.wanted = set() if video.times is None else {int(video.times[frame]) for frame in frames}
         self._open()
@@ -165,14 +169,14 @@ class _FrameReader:
     def _open(self) -> None:
         self.container = open_video(self.video.path)
         self.stream = video_stream(self.container)
-        # Videos are decoded in parallel; threads inside each would only get in the way.
+        # Several videos are decoded in parallel, so threads within one would only compete for the cores.
         self.stream.codec_context.thread_count = 1
         self.pictures = self._decode()
         self.position: int | None = None
 
     def read(self, frame: int) -> av.VideoFrame:
         target = int(self.times[frame])
-        for _ in self._approaches(target):
+        for _ in self._attempts(target):
             for time, picture in self.pictures:
                 self.position = time
                 if time == target:
@@ -181,60 +185,62 @@ class _FrameReader:
                     break
         raise UnreadableFrameError("the frame cannot be decoded", frame)
 
-    def _approaches(self, target: int) -> Iterator[None]:
-        """Bring the decoder before a frame, in one way after another until the frame is found."""
+    def _attempts(self, target: int) -> Iterator[None]:
+        """Position the decoder before the frame at `target`. Each iteration tries another starting point."""
         keys = [] if self.video.times is None else [time for time in self.video.key_times if time <= target]
         if not keys or (self.position is not None and keys[-1] <= self.position):
             yield
-        # A container may seek by decoding time and land on a key frame that is shown after the target, and
-        # pictures that an open group of pictures shows before its key frame need the group before it.
+        # The nearest key frame may not suffice: a container that seeks by decoding time may land on one shown
+        # after the target, and in an open GOP, frames displayed before the key frame need the previous GOP.
         for start in reversed(keys):
             self.container.seek(start, stream=self.stream)
             self.pictures = self._decode()
             yield
-        # What cannot be sought at all is read from its beginning.
+        # If seeking fails, decode from the start of the file.
         self.container.close()
         self._open()
         yield
 
     def _decode(self) -> Generator[tuple[int | None, av.VideoFrame], None, None]:
-        """The pictures from here on; of H.264 those alone that are wanted, or that others refer to."""
+        """Decode from the current position. For H.264, skip unwanted pictures that no other one needs."""
         context = self.stream.codec_context
         skips = context.name == "h264" and bool(self.wanted)
         wanted = False
         number = 0
         for packet in self.container.demux(self.stream):
-            # The second field of a picture may be a packet of its own, with another time or none.
-            second, wanted = wanted, packet.pts in self.wanted
-            context.skip_frame = "NONREF" if skips and not wanted and not second else "DEFAULT"
+            # The second field of a picture may be in a separate packet, with a different time or none.
+            is_second_field, wanted = wanted, packet.pts in self.wanted
+            context.skip_frame = "NONREF" if skips and not wanted and not is_second_field else "DEFAULT"
             for picture in packet.decode():
                 yield number if self.video.times is None else picture.pts, picture
                 number += 1
 
 
 def open_video(path: Path) -> av.container.InputContainer:
-    """A file for reading. Titles and the like, which nobody reads, may be in any encoding."""
+    """Open a video file for reading, whatever the encoding of its metadata."""
     return av.open(str(path), **_ANY_ENCODING)
 
 
 def video_stream(container: av.container.InputContainer) -> av.VideoStream:
-    """The first video stream that is not a cover picture."""
-    streams = (one for one in container.streams.video if not one.disposition & Disposition.attached_pic)
-    stream = next(streams, None)
-    if stream is None:
-        raise UnreadableFrameError("it holds no video stream")
-    if stream.codec_context is None:
-        raise UnreadableFrameError("ffmpeg does not know its codec")
-    return stream
+    """Return the first video stream that is not a cover image. Raises UnreadableFrameError."""
+    for stream in container.streams.video:
+        if stream.disposition & Disposition.attached_pic:
+            continue
+        if stream.codec_context is None:
+            raise UnreadableFrameError("the codec is unknown to ffmpeg")
+        return stream
+    raise UnreadableFrameError("the file contains no video stream")
 
 
 def _packet_times(
     container: av.container.InputContainer, stream: av.VideoStream
 ) -> tuple[PacketTimes, PacketTimes, PacketTimes, bool]:
-    """Times of the packets that show a frame, of key frames and of decoder resets, in file order; and
-    `miscounted`."""
+    """Read all packets and return three lists of times, in file order, and whether DALI miscounts the frames.
+
+    The lists are the times of all displayed frames, of key frames, and of decoder resets.
+    """
     codec, miscounted = stream.codec_context.codec.canonical_name, False
-    # This filter finds a damaged unit of a stream without decoding it.
+    # This filter detects damaged NAL units without decoding them.
     structure = BitStreamFilterContext(f"{codec}_mp4toannexb", stream) if codec in ("h264", "hevc") else None
     times: PacketTimes = []
     key_times: PacketTimes = []
@@ -245,16 +251,16 @@ def _packet_times(
         if packet.is_corrupt:
             raise UnreadableFrameError(f"packet {len(times)} is corrupt")
         header = memoryview(packet)[0]
-        # What an edit list leaves out is not shown, but what is shown may need it.
-        shown = not packet.is_discard
-        # A VP8 frame's show_frame bit.
+        # Frames that an edit list discards are not displayed, but displayed frames may depend on them.
+        displayed = not packet.is_discard
+        # The show_frame bit of a VP8 frame header.
         if codec == "vp8" and not header & 0x10:
-            shown, miscounted = False, True
-        # The fifth bit of a VP9 frame's header, in profiles 0 to 2: show_existing_frame.
+            displayed, miscounted = False, True
+        # The show_existing_frame bit of a VP9 frame header (profiles 0 to 2).
         miscounted |= codec == "vp9" and bool(header & 0x08)
-        # The filter takes the packet's contents away.
+        # Read now, because the filter moves the contents out of the packet.
         time, resets = packet.pts, packet.is_keyframe
-        if shown:
+        if displayed:
             times.append(time)
             if packet.is_keyframe:
                 key_times.append(time)
@@ -281,7 +287,7 @@ def _quarter_turns(picture: av.VideoFrame) -> int:
 
 
 def _compact(times: list[int]) -> Times:
-    """A constant frame rate as a `range`: thousands of videos then cost next to no memory."""
+    """Represent the times of a constant frame rate as a `range`, which takes hardly any memory."""
     step = times[1] - times[0] if len(times) > 1 else 1
     regular = range(times[0], times[0] + step * len(times), step) if step > 0 else range(0)
     return regular if list(regular) == times else np.asarray(times, dtype=np.int64)

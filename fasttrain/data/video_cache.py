@@ -1,8 +1,8 @@
-"""What is known of video files from an earlier look: a file per source in the user's cache.
+"""A cache of video metadata for each source, so that later runs need not scan unchanged files again.
 
-A look into a video reads all of its packets. The next start skips it wherever the file's size and time of
-change are the same; what could not be read is looked into again. The cache is in
-$XDG_CACHE_HOME/fasttrain/videos (~/.cache by default) and may be removed at any time.
+Scanning a video reads all of its packets. A file counts as unchanged if its size and modification time are
+the same. Unreadable files are not cached, so every run scans them again. The cache is in
+$XDG_CACHE_HOME/fasttrain/videos (by default ~/.cache/fasttrain/videos) and may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -21,31 +21,32 @@ import av
 import numpy as np
 
 from fasttrain.data.video import VideoInfo
-from fasttrain.files import write_atomically
+from fasttrain.files import os_reason, write_atomically
 
-# A file's size and the time of its last change, in bytes and nanoseconds.
+# The size of a file in bytes, and its modification time in nanoseconds.
 FileState = tuple[int, int]
-# By name: a readable video, and its file's state then.
-KnownVideos = dict[str, tuple[FileState, VideoInfo]]
+# Video name -> the state of the file when it was scanned, and its metadata.
+CachedVideos = dict[str, tuple[FileState, VideoInfo]]
 
-# Nothing is known from a cache of another layout or of another ffmpeg.
+# A cache with a different header, such as one from another version of PyAV, is ignored.
 _HEADER = {"format": 2, "av": av.__version__, "fields": [field.name for field in fields(VideoInfo)]}
 
 
 def file_state(path: Path) -> FileState:
-    """Raises OSError where the file cannot be looked at."""
+    """Return the size and modification time of a file. Raises OSError."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns
 
 
 def cache_path(source: Path) -> Path:
+    """Return the path of the cache file for a source."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     digest = hashlib.sha256(os.fsencode(source.resolve())).hexdigest()
     return home / "fasttrain" / "videos" / f"{digest[:32]}.json.gz"
 
 
-def read_cache(source: Path) -> KnownVideos:
-    """What is known of the videos of a source; nothing where the cache is missing or damaged."""
+def read_cache(source: Path) -> CachedVideos:
+    """Read the cached videos of a source. Returns an empty dictionary if the cache is missing or damaged."""
     try:
         content = json.loads(gzip.decompress(cache_path(source).read_bytes()))
         entries = content["videos"] if content["header"] == _HEADER else {}
@@ -54,19 +55,23 @@ def read_cache(source: Path) -> KnownVideos:
     return {name: (tuple(entry["state"]), _from_json(entry["info"])) for name, entry in entries.items()}
 
 
-def write_cache(source: Path, videos: KnownVideos) -> None:
-    """Remember all videos of a source; where the cache cannot be written, a warning says so."""
-    known = {name: {"state": state, "info": vars(info)} for name, (state, info) in sorted(videos.items())}
-    content = json.dumps({"header": _HEADER, "videos": known}, default=_as_json).encode()
+def write_cache(source: Path, videos: CachedVideos) -> None:
+    """Replace the cache of a source. Warns, and does not raise, if the cache cannot be written."""
+    entries = {name: {"state": state, "info": vars(info)} for name, (state, info) in sorted(videos.items())}
+    content = json.dumps({"header": _HEADER, "videos": entries}, default=_as_json).encode()
     path = cache_path(source)
     try:
         write_atomically(path, gzip.compress(content, compresslevel=1))
     except OSError as error:
-        warnings.warn(f"{path} cannot be written ({error}); the next start looks again", stacklevel=2)
+        warnings.warn(
+            f"Cannot write the video cache {str(path)!r} ({os_reason(error)}). The next run will scan the "
+            "videos again. Set XDG_CACHE_HOME to a writable folder to avoid this.",
+            stacklevel=2,
+        )
 
 
 def _as_json(value: Any) -> Any:
-    """What JSON does not know of a VideoInfo: its path and its times."""
+    """Convert the fields of a VideoInfo that JSON cannot represent: its path and its times."""
     if isinstance(value, range):
         return {"start": value.start, "stop": value.stop, "step": value.step}
     return value.tolist() if isinstance(value, np.ndarray) else os.fsdecode(value)

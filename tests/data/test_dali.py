@@ -1,4 +1,4 @@
-"""The DALI graph of the GPU, run on the CPU's operators against Pillow; and on a GPU where there is one."""
+"""The DALI graph for GPUs: compared with Pillow on the CPU, and with the CPU loader on a GPU if available."""
 
 import dataclasses
 from pathlib import Path
@@ -19,7 +19,7 @@ from fasttrain.data.sources import open_source
 from fasttrain.errors import InputError
 
 SIZE = 40
-needs_nvdec = pytest.mark.skipif(not has_nvdec(), reason="needs NVDEC (libnvcuvid.so.1)")
+needs_nvdec = pytest.mark.skipif(not has_nvdec(), reason="requires NVDEC (libnvcuvid.so.1)")
 PAIRS = 3
 
 
@@ -28,7 +28,8 @@ def make_stage(index: FrameIndex, depth: int = 1) -> GpuStage:
     return GpuStage(recipe, index, torch.device("cpu"), num_threads=2, depth=depth)
 
 
-def drawn(index: FrameIndex, number: int) -> tuple[list, SampleParameters]:
+def draw(index: FrameIndex, number: int) -> tuple[list, SampleParameters]:
+    """Draw batch `number`: its stored pairs and their parameters."""
     parameters = make_sampling(pairs_per_video=8).draw(
         index.num_frames, np.zeros(PAIRS, dtype=int), np.arange(PAIRS) * 7 + number
     )
@@ -39,7 +40,7 @@ def check_against_pillow(index: FrameIndex, truth: FrameIndex | None = None) -> 
     stage = make_stage(index)
     sampling = make_sampling(pairs_per_video=8)
     for number in range(2):
-        pairs, parameters = drawn(index, number)
+        pairs, parameters = draw(index, number)
         stage.submit(pairs, parameters)
         got = stage.collect()
         assert got.shape == (2, PAIRS, 3, SIZE, SIZE)
@@ -58,7 +59,7 @@ def test_the_graph_on_real_images_and_raw_frames(shared: Path, source: str) -> N
 
 
 def vp9_videos(folder: Path) -> VideoIndex:
-    """VP9 is what DALI decodes on a CPU too."""
+    """Write three VP9 videos, which DALI can decode on a CPU, too."""
     for video in range(3):
         frames = [picture(video, t, 130, 160) for t in range(24)]
         encode_video(folder / f"{video}.webm", frames, "libvpx-vp9", g=6, b=4_000_000)
@@ -66,23 +67,23 @@ def vp9_videos(folder: Path) -> VideoIndex:
 
 
 def as_clips(index: VideoIndex, matrices: list[str]) -> ClipIndex:
-    """As if the videos said that these are the matrices of their colours."""
+    """Index the videos as clips, as if their streams specified these colour matrices."""
     videos = zip(index.names, index.videos, matrices, strict=True)
     return ClipIndex({name: dataclasses.replace(video, matrix=matrix) for name, video, matrix in videos}, [])
 
 
 class Recoloured(VideoIndex):
-    """What BT.601 made of a colour becomes what the matrix of its video makes of it."""
+    """Corrects frames that were decoded as BT.601 to the matrix of their video."""
 
     def read_frame(self, video: int, frame: int) -> np.ndarray:
         correction = rgb_correction(self.videos[video].matrix)
-        # A grey has no colour to change.
+        # The correction must not change greys.
         np.testing.assert_allclose(correction.sum(axis=1), 1, atol=1e-12)
         return np.rint(super().read_frame(video, frame) @ correction.T).clip(0, 255).astype(np.uint8)
 
 
 @pytest.mark.parametrize("matrices", [["bt601"] * 3, ["bt709", "bt601", "bt2020"]])
-def test_the_graph_on_clips_with_the_matrices_of_their_streams(tmp_path: Path, matrices: list[str]) -> None:
+def test_the_graph_on_clips_with_different_matrices(tmp_path: Path, matrices: list[str]) -> None:
     clips = as_clips(vp9_videos(tmp_path), matrices)
     check_against_pillow(clips, Recoloured(dict(zip(clips.names, clips.videos, strict=True)), []))
 
@@ -90,17 +91,17 @@ def test_the_graph_on_clips_with_the_matrices_of_their_streams(tmp_path: Path, m
 @pytest.mark.parametrize(
     ("storage", "decoder"), [("images", "cpu"), ("images", "mixed"), ("frames", "cpu"), ("clips", "mixed")]
 )
-def test_the_graph_for_a_gpu_ends_on_it(storage: str, decoder: str) -> None:
-    """DALI checks operators and devices when a graph is defined, which takes no GPU."""
+def test_the_output_of_a_graph_for_a_gpu_is_on_the_gpu(storage: str, decoder: str) -> None:
+    """DALI checks operators and devices when a graph is defined, which does not require a GPU."""
     with Pipeline(batch_size=2, num_threads=1, device_id=0, exec_dynamic=True):
         recipe = make_recipe(decoder=decoder, precision="bf16")
         assert pair_graph(recipe, storage, torch.device("cuda", 0)).device == "gpu"
 
 
-def test_a_clip_that_does_not_decode_spoils_no_other_batch(tmp_path: Path) -> None:
+def test_an_undecodable_clip_does_not_affect_other_batches(tmp_path: Path) -> None:
     index = as_clips(vp9_videos(tmp_path), ["bt601"] * 3)
     stage = make_stage(index, depth=2)
-    good, parameters = drawn(index, 0)
+    good, parameters = draw(index, 0)
     bad = [[np.zeros(500, dtype=np.uint8), good[0][1]], *good[1:]]
     stage.submit(bad, parameters)
     stage.submit(good, parameters)
@@ -109,15 +110,17 @@ def test_a_clip_that_does_not_decode_spoils_no_other_batch(tmp_path: Path) -> No
     stage.submit(good, parameters)
     first, second = stage.collect(), stage.collect()
     torch.testing.assert_close(first, second, rtol=0, atol=0)
-    past_the_end = [[good[0][0], good[0][1] + 100], *good[1:]]
-    stage.submit(past_the_end, parameters)
+    beyond_the_end = [[good[0][0], good[0][1] + 100], *good[1:]]
+    stage.submit(beyond_the_end, parameters)
     with pytest.raises(RuntimeError):
         stage.collect()
 
 
-def test_a_gpu_decoder_needs_a_gpu(tmp_path: Path) -> None:
+def test_decoding_on_the_gpu_requires_a_gpu(tmp_path: Path) -> None:
     index = open_source(write_folders(tmp_path, [4, 4]))
-    with pytest.raises(InputError, match=r"data\.decoder=mixed needs a GPU"):
+    with pytest.raises(
+        InputError, match=r"data\.decoder: 'mixed' .* the device is cpu\. Set data\.decoder to"
+    ):
         make_loader(index, decoder="mixed")
 
 
@@ -141,7 +144,7 @@ def check_gpu_against_cpu(index: FrameIndex, decoder: str, precision: str, toler
 @pytest.mark.gpu
 @pytest.mark.parametrize("decoder", ["cpu", "mixed"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_images_on_the_gpu_are_those_of_the_cpu(tmp_path: Path, decoder: str, precision: str) -> None:
+def test_images_agree_between_gpu_and_cpu(tmp_path: Path, decoder: str, precision: str) -> None:
     check_gpu_against_cpu(open_source(write_folders(tmp_path, [20, 9, 30])), decoder, precision, 2)
 
 
@@ -151,9 +154,7 @@ def test_images_on_the_gpu_are_those_of_the_cpu(tmp_path: Path, decoder: str, pr
     ("codec", "pix_fmt"),
     [("libx264", "yuv420p"), ("libx265", "yuv420p10le"), ("libvpx-vp9", "yuv420p")],
 )
-def test_videos_on_the_gpu_are_those_of_the_cpu(
-    tmp_path: Path, codec: str, pix_fmt: str, decoder: str
-) -> None:
+def test_videos_agree_between_gpu_and_cpu(tmp_path: Path, codec: str, pix_fmt: str, decoder: str) -> None:
     for video in range(3):
         frames = [picture(video, t, 480, 640) for t in range(24)]
         encode_video(tmp_path / f"{video}.mp4", frames, codec, pix_fmt=pix_fmt)
@@ -162,14 +163,14 @@ def test_videos_on_the_gpu_are_those_of_the_cpu(
 
 @pytest.mark.gpu
 @needs_nvdec
-def test_a_real_video_on_the_gpu_is_that_of_the_cpu(shared: Path) -> None:
+def test_a_real_video_agrees_between_gpu_and_cpu(shared: Path) -> None:
     check_gpu_against_cpu(open_source(shared / "videos" / "bt709_full_range.mp4"), "mixed", "fp32", 4)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("decoder", ["cpu", "mixed"])
-def test_no_batch_is_overwritten_while_the_device_is_behind(tmp_path: Path, decoder: str) -> None:
-    """The copies queue up behind long work, while DALI decodes ahead into what it thinks is free."""
+def test_batches_are_not_overwritten_while_their_copies_are_queued(tmp_path: Path, decoder: str) -> None:
+    """The copies are queued behind long kernels, while DALI decodes ahead into buffers it considers free."""
     index = open_source(write_folders(tmp_path, [20, 9, 30]))
     changes = {"pairs_per_video": 8, "image_size": 96, "num_steps": 12}
     expected = read_all(index, batch_size=2, num_steps=12)
@@ -190,7 +191,7 @@ def test_no_batch_is_overwritten_while_the_device_is_behind(tmp_path: Path, deco
 def test_a_damaged_frame_is_replaced_on_the_gpu(tmp_path: Path, decoder: str) -> None:
     root = write_folders(tmp_path, [8] * 6)
     for path in (root / "class_0" / "video_0").iterdir():
-        path.write_bytes(b"no image")
+        path.write_bytes(b"not an image")
     loader = make_loader(open_source(root), device="cuda", decoder=decoder, num_steps=3)
     batches = list(loader)
     loader.close()

@@ -1,4 +1,4 @@
-"""Training over data with every fault at once, on two ranks and alone: replaced, counted, named, in step."""
+"""Training on data with many kinds of damage: unreadable samples are replaced, counted and reported."""
 
 import json
 import os
@@ -47,8 +47,8 @@ def make_recipe(folder: Path, source: Path, max_bad_fraction: float = 1.0) -> Re
     )
 
 
-def check_books(folder: Path, output: str) -> list[str]:
-    """Every fault is in metrics.jsonl and in the output, and the count is theirs. Returns the faults."""
+def check_faults(folder: Path, output: str) -> list[str]:
+    """Check that metrics.jsonl and the output report the same faults and their number. Returns the faults."""
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     assert [record["step"] for record in records] == list(range(5, STEPS + 1, 5))
@@ -60,7 +60,7 @@ def check_books(folder: Path, output: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_two_ranks_over_frame_folders_with_every_fault(tmp_path: Path) -> None:
+def test_two_ranks_on_damaged_frame_folders(tmp_path: Path) -> None:
     root = write_folders(tmp_path / "frames", [8] * 4)
     for case, (content, suffix, _) in BROKEN_FRAMES.items():
         (root / case).mkdir()
@@ -83,13 +83,13 @@ def test_two_ranks_over_frame_folders_with_every_fault(tmp_path: Path) -> None:
         timeout=120,
     )
     assert done.returncode == 0, done.stdout
-    faults = check_books(tmp_path, done.stdout)
+    faults = check_faults(tmp_path, done.stdout)
     assert {fault.partition(",")[0] for fault in faults} == set(BROKEN_FRAMES)
     for case, (_, _, words) in BROKEN_FRAMES.items():
         assert any(fault.startswith(f"{case}, frame") and words in fault for fault in faults)
 
 
-def test_videos_with_every_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "videos"
     root.mkdir()
     for video in range(5):
@@ -100,13 +100,13 @@ def test_videos_with_every_fault(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (root / "truncated.mp4").write_bytes(whole[: len(whole) // 2])
     (root / "empty.mp4").write_bytes(b"")
     trainer = Trainer(make_recipe(tmp_path, root), World.single())
-    # Three more are spoilt after they were indexed.
+    # Damage three more videos after the trainer has indexed them.
     (root / "1.mp4").unlink()
     (root / "2.mp4").write_bytes(b"")
     (root / "3.mp4").write_bytes(whole[:900])
     results = trainer.train()
     output = capsys.readouterr().out
-    faults = check_books(tmp_path, output)
+    faults = check_faults(tmp_path, output)
     assert {fault.partition(",")[0] for fault in faults} == {"1.mp4", "2.mp4", "3.mp4"}
     assert [result["bad_files"] for result in results.values()] == [2]
     assert "skipped empty.mp4: " in output
@@ -115,8 +115,8 @@ def test_videos_with_every_fault(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 @dataclass(frozen=True, kw_only=True)
-class TwoAlike(World):
-    """Rank 0 of two, as if the other one met what this one meets."""
+class MirroredWorld(World):
+    """Rank 0 of two ranks, where rank 1 behaves exactly like rank 0."""
 
     def wrap(self, module: nn.Module) -> nn.Module:
         return module
@@ -131,14 +131,14 @@ class TwoAlike(World):
         return [value, value]
 
 
-def test_the_limit_is_of_all_ranks_and_stops_them_at_the_same_step(tmp_path: Path) -> None:
+def test_the_limit_on_unreadable_samples_counts_all_ranks(tmp_path: Path) -> None:
     root = write_folders(tmp_path / "frames", [8] * 6)
     for path in (root / "class_1" / "video_3").iterdir():
         path.write_bytes(b"")
-    world = TwoAlike(rank=0, size=2, local_size=2, device=torch.device("cpu"))
+    world = MirroredWorld(rank=0, size=2, local_size=2, device=torch.device("cpu"))
     with pytest.raises(InputError, match=r"^\d+ of \d+ samples .*max_bad_fraction=0.004 allows") as caught:
         Trainer(make_recipe(tmp_path, root, max_bad_fraction=0.004), world).train()
-    # Only this process met what a loader raises; what the ranks agree on all of them raise.
+    # All ranks raise this error in the same step, so it is not local to one of them.
     assert not isinstance(caught.value, LocalInputError)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert records[-1]["bad_samples"] == sum(len(record.get("faults", [])) for record in records) > 4

@@ -1,4 +1,4 @@
-"""Single images on the host."""
+"""Decoding of single images on the CPU."""
 
 import io
 
@@ -21,7 +21,7 @@ def decoded(data: bytes) -> np.ndarray:
 
 
 @pytest.mark.parametrize("orientation", range(10))
-def test_pictures_are_set_upright(orientation: int) -> None:
+def test_exif_orientation_is_applied(orientation: int) -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     data = encoded(Image.fromarray(picture(0, 0)), "JPEG", exif=exif)
@@ -30,9 +30,9 @@ def test_pictures_are_set_upright(orientation: int) -> None:
     np.testing.assert_array_equal(decoded(data), upright)
 
 
-def test_whatever_pillow_raises_is_an_unreadable_frame() -> None:
+def test_all_errors_of_pillow_become_unreadable_frame_errors() -> None:
     data = bytearray(encoded(Image.new("RGBA", (8, 8)), "DDS"))
-    # Flags of a pixel format that there is not; Pillow: NotImplementedError.
+    # Pillow raises NotImplementedError for a pixel format without flags.
     data[80:84] = bytes(4)
     with pytest.raises(UnreadableFrameError, match="cannot be decoded"):
         decoded(bytes(data))

@@ -1,4 +1,4 @@
-"""The loader: pixels, order over ranks, resumption, and data that is damaged or unusual."""
+"""The loader: pixels, order across ranks, resuming, and damaged or unusual data."""
 
 import io
 import re
@@ -28,7 +28,7 @@ from fasttrain.errors import InputError
 
 
 def samples_of(index: FrameIndex, **changes) -> list[np.ndarray]:
-    """The sample ids that a loader yields, one array per micro-batch."""
+    """Return the sample ids of a loader, one array per micro-batch."""
     loader = make_loader(index, **changes)
     ids = [pairs.samples for pairs in loader]
     loader.close()
@@ -38,7 +38,7 @@ def samples_of(index: FrameIndex, **changes) -> list[np.ndarray]:
 def reference_pairs(
     index: FrameIndex, sampling: PairSampling, epochs: Ints, samples: Ints, size: int
 ) -> np.ndarray:
-    """Pillow all the way: decode, crop, resize, flip; (2, B, 3, size, size) levels 0..255."""
+    """Decode, crop, resize and flip with Pillow. Returns levels 0..255, (2, B, 3, size, size)."""
     drawn = sampling.draw(index.num_frames, epochs, samples)
     out = np.empty((2, len(samples), 3, size, size))
     for b, row in enumerate(drawn):
@@ -71,7 +71,7 @@ def check_pixels(index: FrameIndex, size: int) -> None:
     loader.close()
 
 
-def test_frames_are_what_pillow_makes_of_them(tmp_path: Path) -> None:
+def test_frames_agree_with_pillow(tmp_path: Path) -> None:
     check_pixels(open_source(write_folders(tmp_path / "folders", [20, 9, 30])), size=40)
     for video in range(3):
         encode_video(tmp_path / f"{video}.mp4", [picture(video, t) for t in range(8)])
@@ -79,7 +79,7 @@ def test_frames_are_what_pillow_makes_of_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("source", "size"), [("davis/JPEGImages/480p", 224), ("videos", 96)])
-def test_real_frames_are_what_pillow_makes_of_them(shared: Path, source: str, size: int) -> None:
+def test_real_frames_agree_with_pillow(shared: Path, source: str, size: int) -> None:
     check_pixels(open_source(shared / source), size)
 
 
@@ -96,12 +96,12 @@ def test_both_frames_of_a_pair_have_the_same_crop_and_flip(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("world", "batch", "accumulate"), [(1, 6, 1), (2, 3, 1), (3, 1, 2), (1, 2, 3)])
-def test_every_split_of_a_global_batch_sees_the_same_steps(
+def test_steps_do_not_depend_on_the_split_of_the_global_batch(
     tmp_path: Path, world: int, batch: int, accumulate: int
 ) -> None:
     index = open_source(write_folders(tmp_path, [3] * 13))
     sampling = make_sampling(pairs_per_video=2)
-    # 26 samples in steps of 6: the epochs' borders fall inside steps.
+    # With 26 samples and steps of 6, epochs end within steps.
     options = {"pairs_per_video": 2, "batch_size": batch, "accumulate": accumulate, "world_size": world}
     ranks = [np.stack(samples_of(index, rank=rank, num_steps=13, **options)) for rank in range(world)]
     steps = np.stack(ranks, axis=1).reshape(13, 6)
@@ -123,7 +123,7 @@ def test_the_order_does_not_depend_on_threads_or_prefetch(tmp_path: Path) -> Non
             torch.testing.assert_close(frames, first_frames, rtol=0, atol=0)
 
 
-def test_resuming_is_a_matter_of_the_step(tmp_path: Path) -> None:
+def test_a_resumed_loader_continues_with_the_same_samples(tmp_path: Path) -> None:
     index = open_source(write_folders(tmp_path, [6] * 8))
     whole = samples_of(index, batch_size=3, accumulate=2, num_steps=6)
     for first in (4, 6):
@@ -131,7 +131,7 @@ def test_resuming_is_a_matter_of_the_step(tmp_path: Path) -> None:
         assert list(map(list, whole[2 * first :])) == list(map(list, rest))
 
 
-def test_batches_stay_as_they_are_when_more_are_drawn(tmp_path: Path) -> None:
+def test_batches_are_not_overwritten_by_later_ones(tmp_path: Path) -> None:
     loader = make_loader(open_source(write_folders(tmp_path, [6] * 8)), num_steps=12)
     kept = [(pairs.frames, pairs.frames.clone()) for pairs in loader]
     loader.close()
@@ -139,7 +139,7 @@ def test_batches_stay_as_they_are_when_more_are_drawn(tmp_path: Path) -> None:
         torch.testing.assert_close(frames, copy, rtol=0, atol=0)
 
 
-def test_the_samples_of_a_step_are_those_of_all_ranks(tmp_path: Path) -> None:
+def test_samples_of_step_covers_all_ranks(tmp_path: Path) -> None:
     index = open_source(write_folders(tmp_path, [6] * 8))
     loader = make_loader(index, batch_size=2, accumulate=2, world_size=2)
     ids, names = loader.samples_of_step(5)
@@ -152,13 +152,13 @@ def test_the_samples_of_a_step_are_those_of_all_ranks(tmp_path: Path) -> None:
     assert names == [index.names[i] for i in ids]
 
 
-def test_a_batch_larger_than_the_data_is_refused(tmp_path: Path) -> None:
+def test_a_global_batch_larger_than_an_epoch_is_an_error(tmp_path: Path) -> None:
     index = open_source(write_folders(tmp_path, [6] * 3))
-    with pytest.raises(InputError, match="global batch of 4 pairs is larger than the data"):
+    with pytest.raises(InputError, match=r"train\.batch_size: the global batch of 4 pairs is larger than"):
         make_loader(index, batch_size=2, world_size=2)
 
 
-def test_a_video_of_one_frame_is_a_pair_of_it(tmp_path: Path) -> None:
+def test_a_video_with_one_frame_gives_two_identical_frames(tmp_path: Path) -> None:
     loader = make_loader(open_source(write_folders(tmp_path, [1, 1])))
     for pairs in loader:
         torch.testing.assert_close(pairs.frames[0], pairs.frames[1], rtol=0, atol=0)
@@ -173,10 +173,10 @@ PAIRS_PER_VIDEO = 4
 
 
 def run_ranks(index: FrameIndex, steps: int = 8, **changes: Any) -> list[list[FramePairs]]:
-    """The batches of both ranks, read in turns, as a training step would."""
+    """Return the batches of both ranks, reading the two loaders alternately."""
     options = {"batch_size": 2, "num_steps": steps, "pairs_per_video": PAIRS_PER_VIDEO} | changes
     loaders = [make_loader(index, rank=rank, world_size=2, **options) for rank in range(2)]
-    # strict: a rank that fell out of step would end early.
+    # strict=True detects a rank with fewer batches than the other.
     ranks = [list(batches) for batches in zip(*zip(*loaders, strict=True), strict=True)]
     assert [len(batches) for batches in ranks] == [steps, steps]
     for pairs in [*ranks[0], *ranks[1]]:
@@ -191,18 +191,18 @@ def bad_samples(batches: list[FramePairs]) -> list[str]:
     return [bad for pairs in batches for bad in pairs.bad_samples]
 
 
-def check_replaced(index: FrameIndex, found: list[str], name: str, words: str) -> None:
-    """The bad video was met, each meeting is named, and what came instead was another."""
-    assert found
-    for bad in found:
-        match = re.fullmatch(r"(.+), frame \d+: (.+); replaced by a pair of (.+)", bad)
+def check_replaced(index: FrameIndex, reports: list[str], name: str, words: str) -> None:
+    """Check that all reports concern the video `name`, give `words` as the reason, and name a replacement."""
+    assert reports
+    for report in reports:
+        match = re.fullmatch(r"(.+), frame \d+: (.+); replaced with a frame pair from (.+)", report)
         assert match[1] == name
         assert words in match[2]
         assert match[3] in index.names
 
 
 @pytest.mark.parametrize("case", BROKEN_FRAMES)
-def test_a_broken_frame_is_replaced_and_named(tmp_path: Path, case: str) -> None:
+def test_a_damaged_frame_is_replaced_and_reported(tmp_path: Path, case: str) -> None:
     content, suffix, words = BROKEN_FRAMES[case]
     root = write_folders(tmp_path, [8] * GOOD)
     bad = root / "bad"
@@ -214,20 +214,20 @@ def test_a_broken_frame_is_replaced_and_named(tmp_path: Path, case: str) -> None
     check_replaced(index, bad_samples([*first, *second]), "bad", words)
 
 
-def test_the_same_faults_whatever_the_threads(tmp_path: Path) -> None:
+def test_reports_do_not_depend_on_threads_or_prefetch(tmp_path: Path) -> None:
     root = write_folders(tmp_path, [8] * GOOD)
     for frame in range(0, 8, 2):
-        (root / "class_0" / "video_0" / f"{frame:05d}.jpg").write_bytes(b"no image")
+        (root / "class_0" / "video_0" / f"{frame:05d}.jpg").write_bytes(b"not an image")
         (root / "class_1" / "video_1" / f"{frame:05d}.jpg").write_bytes(b"")
     index = open_source(root)
     runs = [run_ranks(index, num_threads=n, prefetch=ahead) for n, ahead in ((1, 1), (3, 4))]
     one, other = ([bad_samples(batches) for batches in ranks] for ranks in runs)
     assert one == other
     reasons = {re.search(": (.*);", bad)[1] for bad in one[0]}
-    assert reasons == {"the file is empty", "cannot be decoded, the file is damaged"}
+    assert reasons == {"the file is empty", "cannot be decoded (the file is damaged)"}
 
 
-def test_a_damaged_sample_leaves_the_others_as_they_were(tmp_path: Path) -> None:
+def test_a_damaged_sample_does_not_change_other_samples(tmp_path: Path) -> None:
     root = write_folders(tmp_path, [8] * GOOD)
     index = open_source(root)
 
@@ -239,7 +239,7 @@ def test_a_damaged_sample_leaves_the_others_as_they_were(tmp_path: Path) -> None
 
     before = run()
     for path in (root / "class_0" / "video_2").iterdir():
-        path.write_bytes(b"no image")
+        path.write_bytes(b"not an image")
     after = run()
     changed = 0
     for old, new in zip(before, after, strict=True):
@@ -250,7 +250,7 @@ def test_a_damaged_sample_leaves_the_others_as_they_were(tmp_path: Path) -> None
     assert changed == PAIRS_PER_VIDEO
 
 
-def test_files_that_vanish_in_mid_run(tmp_path: Path) -> None:
+def test_files_deleted_during_a_run(tmp_path: Path) -> None:
     root = write_folders(tmp_path, [8] * GOOD)
     index = open_source(root)
     loader = make_loader(index, pairs_per_video=PAIRS_PER_VIDEO, num_steps=28, prefetch=1)
@@ -264,7 +264,7 @@ def test_files_that_vanish_in_mid_run(tmp_path: Path) -> None:
     check_replaced(index, bad_samples(batches), "class_1/video_3", "no such file")
 
 
-def test_a_video_that_is_damaged_after_it_was_indexed(tmp_path: Path) -> None:
+def test_videos_damaged_after_indexing(tmp_path: Path) -> None:
     for video in range(GOOD + 1):
         encode_video(tmp_path / f"{video}.mp4", [picture(video, t) for t in range(8)])
     index = open_source(tmp_path)
@@ -272,13 +272,12 @@ def test_a_video_that_is_damaged_after_it_was_indexed(tmp_path: Path) -> None:
     damaged.write_bytes(damaged.read_bytes()[:500])
     (tmp_path / "1.mp4").write_bytes(b"")
     first, second = run_ranks(index)
-    found = bad_samples([*first, *second])
-    assert {bad.partition(",")[0] for bad in found} == {"0.mp4", "1.mp4"}
+    reports = bad_samples([*first, *second])
+    assert {report.partition(",")[0] for report in reports} == {"0.mp4", "1.mp4"}
 
 
 @pytest.mark.parametrize("case", odd_frames())
-def test_unusual_frames_work(tmp_path: Path, case: str) -> None:
-    """No fault, and the pixels that Pillow shows."""
+def test_unusual_frames_agree_with_pillow(tmp_path: Path, case: str) -> None:
     stored = odd_frames()[case]
     (tmp_path / case).mkdir()
     for frame, data in enumerate(stored):
@@ -301,10 +300,10 @@ def test_unusual_frames_work(tmp_path: Path, case: str) -> None:
         assert np.abs(got.numpy() - np.asarray(expected)).mean() < 1
 
 
-@pytest.mark.parametrize("content", [b"", b"no image"])
-def test_nothing_readable_left_stops_the_run(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize("content", [b"", b"not an image"])
+def test_many_unreadable_samples_in_a_row_are_an_error(tmp_path: Path, content: bytes) -> None:
     root = write_folders(tmp_path, [8] * 2)
     for path in root.rglob("*.jpg"):
         path.write_bytes(content)
-    with pytest.raises(InputError, match=f"{MAX_ATTEMPTS} samples in a row could not be read"):
+    with pytest.raises(InputError, match=f"data.source: {MAX_ATTEMPTS} samples in a row are unreadable"):
         run_ranks(open_source(root), batch_size=1)

@@ -1,4 +1,4 @@
-"""Which videos are for NVDEC, and the clips that it gets: PyAV decodes them to the frames of the file."""
+"""The rules for using NVDEC, and the clips cut for it, which PyAV must decode to the frames of the video."""
 
 import dataclasses
 import io
@@ -38,22 +38,22 @@ GOOD = VideoInfo(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"codec": "av1"}, "NVDEC does not take av1 in yuv420p"),
-        ({"pix_fmt": "yuv444p"}, "NVDEC does not take h264 in yuv444p"),
+        ({"codec": "av1"}, "NVDEC does not support av1 with pixel format yuv420p"),
+        ({"pix_fmt": "yuv444p"}, "NVDEC does not support h264 with pixel format yuv444p"),
         ({"width": 4112}, "144 to 4096 pixels"),
         ({"codec": "hevc", "width": 8200}, "144 to 8192 pixels"),
         ({"height": 140}, "144 to 4096 pixels"),
-        ({"width": 1279}, "odd sides"),
-        ({"cropped": True}, "coded size is another"),
+        ({"width": 1279}, "is odd"),
+        ({"cropped": True}, "the displayed size differ"),
         ({"interlaced": True}, "interlaced"),
-        ({"miscounted": True}, "hidden or repeated"),
-        ({"quarter_turns": 2}, "turn it upright"),
-        ({"times": None}, "found by time"),
-        ({"reset_times": []}, "found by time"),
+        ({"miscounted": True}, "hidden and repeated"),
+        ({"quarter_turns": 2}, "rotation"),
+        ({"times": None}, "located by time"),
+        ({"reset_times": []}, "located by time"),
         ({"width": 320, "height": 240}, "small frames"),
     ],
 )
-def test_each_rule_of_nvdec(changes: dict, words: str) -> None:
+def test_each_rule_for_nvdec(changes: dict, words: str) -> None:
     assert nvdec_refusal(GOOD) is None
     assert words in nvdec_refusal(dataclasses.replace(GOOD, **changes))
 
@@ -62,11 +62,11 @@ def test_each_rule_of_nvdec(changes: dict, words: str) -> None:
     ("height", "width", "params", "words"),
     [
         (480, 640, "bframes=2", None),
-        (360, 640, "bframes=2", "coded size is another"),
+        (360, 640, "bframes=2", "the displayed size differ"),
         (576, 720, "tff=1", "interlaced"),
     ],
 )
-def test_what_a_file_says_decides(
+def test_the_rules_apply_to_encoded_files(
     tmp_path: Path, height: int, width: int, params: str, words: str | None
 ) -> None:
     frames = [picture(0, t, height, width) for t in range(3)]
@@ -75,24 +75,22 @@ def test_what_a_file_says_decides(
     assert reason is None if words is None else words in reason
 
 
-@pytest.mark.skipif(has_nvdec(), reason="is for drivers without NVDEC")
-def test_mixed_needs_nvdec(tmp_path: Path) -> None:
+@pytest.mark.skipif(has_nvdec(), reason="requires a machine without NVDEC")
+def test_mixed_requires_nvdec(tmp_path: Path) -> None:
     encode_video(tmp_path / "x.mp4", [picture(0, t) for t in range(3)])
-    with pytest.raises(InputError, match=r"data\.decoder=mixed needs NVDEC"):
+    with pytest.raises(InputError, match=r"data\.decoder: 'mixed' .* driver does not provide"):
         index_for_decoder(open_source(tmp_path), "mixed", torch.device("cuda"))
 
 
-def test_mixed_names_the_video_that_nvdec_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mixed_names_an_unsuitable_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fasttrain.data.loader.has_nvdec", lambda: True)
     encode_video(tmp_path / "small.mp4", [picture(0, t, 160, 160) for t in range(3)])
-    with pytest.raises(
-        InputError, match=r"small\.mp4 is not for NVDEC, the host decodes small frames as fast"
-    ):
+    with pytest.raises(InputError, match=r"'small\.mp4': the CPU decodes small frames"):
         index_for_decoder(open_source(tmp_path), "mixed", torch.device("cuda"))
 
 
 def check_clips(path: Path, pairs: list[tuple[int, int]]) -> None:
-    """A decoder that knows only the clip gives the frames of the whole file."""
+    """Check that decoding only the clip gives the same frames as decoding the whole file."""
     video, truth = probe_video(path), sequential(path)
     for pair in pairs:
         data, numbers = cut_clip(video, pair)
@@ -123,20 +121,20 @@ def test_clips_of_real_videos(shared: Path, name: str) -> None:
             {"x265-params": "open-gop=1:keyint=8:min-keyint=8:bframes=3:scenecut=0:log-level=none"},
         ),
         ("libvpx-vp9", ".webm", {"g": 8}),
-        # No decoding times after a seek; no index to seek by.
+        # Containers without decoding times after a seek, or without an index.
         ("libx264", ".mkv", {"g": 8, "bf": 2}),
         ("libx264", ".ts", {"g": 8, "bf": 2}),
         ("libx264", ".flv", {"g": 8, "bf": 2}),
     ],
 )
-def test_every_frame_of_a_clip(tmp_path: Path, codec: str, suffix: str, options: dict) -> None:
+def test_clips_of_all_frames(tmp_path: Path, codec: str, suffix: str, options: dict) -> None:
     frames = [picture(0, t) for t in range(30)]
     path = encode_video(tmp_path / f"x{suffix}", frames, codec, **options)
     check_clips(path, [(frame, min(frame + 4, 29)) for frame in range(30)] + [(2, 27), (29, 0)])
 
 
 @pytest.mark.parametrize("b_pyramid", ["none", "strict", "normal"])
-def test_a_clip_holds_no_h264_pictures_that_nothing_needs(tmp_path: Path, b_pyramid: str) -> None:
+def test_unneeded_h264_pictures_are_not_in_the_clip(tmp_path: Path, b_pyramid: str) -> None:
     params = f"bframes=7:b-adapt=0:b-pyramid={b_pyramid}"
     path = encode_video(tmp_path / "x.mp4", [picture(0, t) for t in range(24)], **{"x264-params": params})
     check_clips(path, [(frame, 23 - frame) for frame in range(24)])
@@ -153,7 +151,7 @@ def test_a_clip_is_much_smaller_than_its_video(tmp_path: Path) -> None:
 
 
 def test_clips_of_trimmed_files(tmp_path: Path) -> None:
-    """An edit list that begins between key frames, and a stream that begins without its key frame."""
+    """One file has an edit list that starts between key frames, the other lacks its first key frame."""
     whole = encode_video(tmp_path / "x.mp4", [picture(0, t) for t in range(30)], g=10, bf=2)
     edited = remux(whole, tmp_path / "cut.mp4", lambda _, data: data, shift=-600, use_editlist="1")
     check_clips(edited, [(0, 3), (5, 9), (1, 12)])

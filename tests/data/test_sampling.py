@@ -1,4 +1,4 @@
-"""Pairs, crops and order against the paper's words, and their independence of everything but the seed."""
+"""Frame pairs, crops and sample order: agreement with the paper, and reproducibility."""
 
 import math
 
@@ -18,7 +18,7 @@ def uniforms(rows: int, columns: int, seed: int = 0) -> np.ndarray:
 
 
 @given(n=st.integers(5, 2000), seed=st.integers(0, 1000))
-def test_frame_two_follows_at_the_gap(n: int, seed: int) -> None:
+def test_frame_2_follows_frame_1_at_the_gap(n: int, seed: int) -> None:
     gap = int(0.15 * n)
     first, second = draw_pair(np.full(64, n), uniforms(64, 2, seed), gap=0.15).T
     if gap < 1:
@@ -30,38 +30,40 @@ def test_frame_two_follows_at_the_gap(n: int, seed: int) -> None:
         assert first.max() < n - gap
 
 
-# A video of four frames gives independent ones whatever the gap.
+# With at most four frames, the pair is independent whatever the gap.
 @pytest.mark.parametrize(("n", "gap"), [(1, 0.15), (2, 0.15), (4, 0.5), (6, 0.15)])
-def test_short_videos_give_two_independent_frames(n: int, gap: float) -> None:
+def test_frames_of_short_videos_are_independent(n: int, gap: float) -> None:
     pairs = draw_pair(np.full(4000, n), uniforms(4000, 2), gap=gap)
     counts = np.zeros((n, n))
     np.add.at(counts, (pairs[:, 0], pairs[:, 1]), 1)
-    # Each of the n^2 pairs within five standard deviations of its share.
-    share = 1 / n**2
-    assert np.abs(counts / 4000 - share).max() <= 5 * math.sqrt(share * (1 - share) / 4000)
+    # The frequency of each of the n^2 pairs is within five standard deviations of its probability.
+    probability = 1 / n**2
+    tolerance = 5 * math.sqrt(probability * (1 - probability) / 4000)
+    assert np.abs(counts / 4000 - probability).max() <= tolerance
 
 
 @pytest.mark.parametrize("n", [7, 40])
-def test_frame_one_is_uniform_on_its_range(n: int) -> None:
+def test_frame_1_is_uniform_on_its_range(n: int) -> None:
     gap = int(0.15 * n)
     first = draw_pair(np.full(20000, n), uniforms(20000, 2), gap=0.15)[:, 0]
     assert set(first) == set(range(1, n - gap))
-    share = 1 / (n - gap - 1)
+    probability = 1 / (n - gap - 1)
     counts = np.bincount(first, minlength=n - gap)[1:]
-    assert np.abs(counts / 20000 - share).max() <= 5 * math.sqrt(share * (1 - share) / 20000)
+    tolerance = 5 * math.sqrt(probability * (1 - probability) / 20000)
+    assert np.abs(counts / 20000 - probability).max() <= tolerance
 
 
 @pytest.mark.parametrize("u", [0.0, np.nextafter(1, 0)])
-# A share of 0.9 leaves a video of seven frames no room for frame 1.
+# With a gap of 0.9, a video of seven frames leaves no choice for frame 1.
 @pytest.mark.parametrize("gap", [0.0, 0.15, 0.9, 1.0])
 @pytest.mark.parametrize("n", [1, 2, 5, 7, 10**6 + 3])
-def test_pairs_stay_in_the_video_at_the_ends_of_the_unit_interval(n: int, gap: float, u: float) -> None:
+def test_extreme_uniforms_give_frames_within_the_video(n: int, gap: float, u: float) -> None:
     pair = draw_pair([n], [[u, u]], gap=gap)
     assert pair.min() >= 0
     assert pair.max() < n
 
 
-def test_crops_have_the_papers_area_and_ratio() -> None:
+def test_crops_have_the_area_and_ratio_of_the_paper() -> None:
     boxes = draw_crop(uniforms(20000, 4), **PAPER)
     top, left, bottom, right = boxes.T
     height, width = bottom - top, right - left
@@ -70,35 +72,35 @@ def test_crops_have_the_papers_area_and_ratio() -> None:
     assert (height * width).min() >= 0.5 - 1e-12
     assert (width / height).min() >= 3 / 4 - 1e-12
     assert (width / height).max() <= 4 / 3 + 1e-12
-    # Symmetric in height and width, which "ratio uniform" instead of log-uniform would not be.
+    # The distribution is symmetric in height and width, as the ratio is log-uniform and not uniform.
     assert abs(np.log(width / height).mean()) < 5 * np.log(width / height).std() / math.sqrt(20000)
-    # Places are uniform over what the size leaves.
+    # The offset is uniform on the range that the size of the crop permits.
     lower = height < 1
-    places = top[lower] / (1 - height[lower])
-    assert abs(places.mean() - 0.5) < 0.02
+    offsets = top[lower] / (1 - height[lower])
+    assert abs(offsets.mean() - 0.5) < 0.02
 
 
-def test_crops_follow_the_published_rule() -> None:
-    """Its loop over pixels, on a frame so fine that rounding does not show."""
+def test_crops_are_distributed_as_in_the_published_implementation() -> None:
+    """The published implementation works in pixels; on a frame this large, rounding is negligible."""
     rng = np.random.default_rng(1)
     side = 10_000
-    theirs = np.empty((20000, 4))
-    for row in theirs:
+    published = np.empty((20000, 4))
+    for row in published:
         area, ratio = side**2 * rng.uniform(0.5, 1), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         width = min(round(math.sqrt(area * ratio)), side)
         height = min(round(math.sqrt(area / ratio)), side)
         row[:] = rng.integers(0, side - height + 1), rng.integers(0, side - width + 1), height, width
     boxes = side * draw_crop(uniforms(20000, 4), **PAPER)
     ours = np.stack([boxes[:, 0], boxes[:, 1], boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]], axis=1)
-    # A share of the crops is cut to the frame's full height or width.
-    assert abs((ours[:, 2] == side).mean() - (theirs[:, 2] == side).mean()) < 0.01
+    # Some crops are clipped to the full height or width of the frame.
+    assert abs((ours[:, 2] == side).mean() - (published[:, 2] == side).mean()) < 0.01
     assert (ours[:, 3] == side).mean() > 0.05
     for quantile in (0.1, 0.3, 0.5, 0.7, 0.9):
-        difference = np.quantile(ours, quantile, axis=0) - np.quantile(theirs, quantile, axis=0)
+        difference = np.quantile(ours, quantile, axis=0) - np.quantile(published, quantile, axis=0)
         assert np.abs(difference).max() < 0.02 * side
 
 
-def test_a_crop_that_would_stick_out_is_cut_to_the_frame() -> None:
+def test_a_crop_wider_than_the_frame_is_clipped() -> None:
     wide = draw_crop([[0.99, 1 - 1e-12, 0.5, 0.5]], **PAPER)[0]
     area = 0.5 + 0.5 * 0.99
     height = math.sqrt(area * 3 / 4)
@@ -110,13 +112,13 @@ def test_a_crop_that_would_stick_out_is_cut_to_the_frame() -> None:
     height=st.integers(1, 500),
     width=st.integers(1, 500),
 )
-def test_pixel_boxes_are_near_and_never_empty(box: tuple[float, ...], height: int, width: int) -> None:
+def test_pixel_boxes_are_close_and_never_empty(box: tuple[float, ...], height: int, width: int) -> None:
     top, left, bottom, right = pixel_box(np.array(box), height, width)
     assert 0 <= top < bottom <= height
     assert 0 <= left < right <= width
     for pixel, edge, extent in zip((top, left, bottom, right), box, (height, width) * 2, strict=True):
         assert abs(pixel - edge * extent) <= (0.5 if extent > 2 else 1)
-    # Thinner than a pixel.
+    # This box is smaller than a pixel.
     assert pixel_box(np.array([0.31, 0.96, 0.32, 0.97]), 10, 10) == (3, 9, 4, 10)
 
 
@@ -127,9 +129,7 @@ def test_pixel_boxes_are_near_and_never_empty(box: tuple[float, ...], height: in
     start=st.integers(0, 200),
     length=st.integers(1, 100),
 )
-def test_the_stream_is_one_permutation_after_the_other(
-    samples: int, seed: int, start: int, length: int
-) -> None:
+def test_the_stream_is_a_sequence_of_permutations(samples: int, seed: int, start: int, length: int) -> None:
     sampling = make_sampling(seed=seed)
     epochs, ids = sampling.order(np.arange(0, samples * 3), samples)
     for epoch in range(3):
@@ -142,7 +142,7 @@ def test_the_stream_is_one_permutation_after_the_other(
     np.testing.assert_array_equal(whole[1][start : start + length], part[1])
 
 
-def test_a_draw_is_a_function_of_seed_epoch_sample_and_attempt_alone() -> None:
+def test_a_draw_depends_only_on_seed_epoch_sample_and_attempt() -> None:
     sampling = make_sampling(pairs_per_video=3)
     lengths = np.arange(20, 60)
     epochs, samples = np.array([0, 0, 5, 0]), np.array([7, 8, 7, 100])
@@ -153,7 +153,7 @@ def test_a_draw_is_a_function_of_seed_epoch_sample_and_attempt_alone() -> None:
         np.testing.assert_array_equal(together["box"][row], alone["box"][0])
         assert together["flip"][row] == alone["flip"][0]
     np.testing.assert_array_equal(together["video"], samples // 3)
-    # Same video, another sample or epoch: another crop.
+    # Samples of the same video have different crops, and so has one sample in different epochs.
     assert len({tuple(box) for box in together["box"]}) == 4
     other = make_sampling(seed=1, pairs_per_video=3).draw(lengths, epochs, samples)
     assert not np.array_equal(other["box"], together["box"])
@@ -169,7 +169,7 @@ def test_replacements_are_spread_over_the_data() -> None:
     np.testing.assert_array_equal(again["box"], drawn[16]["box"])
 
 
-def test_spread_keeps_both_ends() -> None:
+def test_evenly_spaced_numbers_include_both_ends() -> None:
     assert evenly_spaced(10, 4) == [0, 3, 6, 9]
     assert evenly_spaced(9, 4) == [0, 3, 5, 8]
     assert evenly_spaced(5, 9) == [0, 1, 2, 3, 4]
@@ -182,7 +182,7 @@ def test_spread_keeps_both_ends() -> None:
         assert len(set(frames)) == wanted
 
 
-def test_flips_happen_at_their_probability() -> None:
+def test_flips_occur_with_the_given_probability() -> None:
     epochs, samples = np.zeros(4000, dtype=int), np.arange(4000)
     lengths = np.full(4000, 10)
     for flip in (0.0, 0.5, 1.0):
@@ -191,7 +191,7 @@ def test_flips_happen_at_their_probability() -> None:
 
 
 def test_draws_do_not_change_between_releases() -> None:
-    """Numbers written down once: a change here breaks the resumption of every run made before it."""
+    """These values are recorded. If they change, runs started with an earlier version cannot be resumed."""
     draws = make_sampling(seed=3).draw(np.full(10, 100), np.array([0, 1]), np.array([4, 4]))
     _, order = make_sampling(seed=3).order(np.arange(10), 10)
     assert draws["frames"].tolist() == [[2, 17], [14, 29]]

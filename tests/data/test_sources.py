@@ -1,4 +1,4 @@
-"""What `open_source` finds, in which order, and what it says of what it cannot read."""
+"""open_source: the videos of each kind of source, their order, and the reports of skipped files."""
 
 import pickle
 import threading
@@ -19,7 +19,7 @@ from fasttrain.distributed import World
 from fasttrain.errors import InputError
 
 
-def test_frame_folders_at_any_depth_in_order_of_their_names(tmp_path: Path) -> None:
+def test_frame_folders_at_any_depth_are_sorted_by_name(tmp_path: Path) -> None:
     root = write_folders(tmp_path / "frames", [5, 3, 4])
     write_folders(root / "deeper" / "still", [2], suffix=".png")
     index = open_source(root)
@@ -36,7 +36,7 @@ def test_frame_folders_at_any_depth_in_order_of_their_names(tmp_path: Path) -> N
     np.testing.assert_array_equal(index.read_frame(3, 1), picture(0, 1))
 
 
-def test_frames_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+def test_frames_are_in_natural_order(tmp_path: Path) -> None:
     for frame in (0, 1, 2, 9, 10, 11, 100):
         Image.fromarray(picture(0, frame)).save(tmp_path / f"img_{frame}.png")
     (tmp_path / ".hidden.png").write_bytes(b"")
@@ -47,7 +47,7 @@ def test_frames_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
         np.testing.assert_array_equal(index.read_frame(0, number), picture(0, frame))
 
 
-def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+def test_symbolic_links_are_followed_except_in_cycles(tmp_path: Path) -> None:
     real = write_folders(tmp_path / "real", [3])
     root = tmp_path / "root"
     root.mkdir()
@@ -56,10 +56,10 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     assert open_source(root).names == ["linked/class_0/video_0"]
 
 
-def test_a_list_of_folders_is_relative_to_the_list(tmp_path: Path) -> None:
-    """A byte order mark, Windows' line ends, spaces, numbers of frames, and what is not there."""
+def test_paths_in_a_frame_list_are_relative_to_the_list(tmp_path: Path) -> None:
+    """The list has a byte order mark, Windows line endings, spaces, frame counts and bad entries."""
     root = write_folders(tmp_path / "frames", [5, 4, 3])
-    # HMDB51 has names with #; titles of videos hold marks that Python, but no file, ends a line at.
+    # Names in HMDB51 may start with #. Some names contain characters at which str.splitlines ends a line.
     names = ["with space 7", "#20 Rhythm clap", "line\u2028mark", "next\x85line"]
     for name in names:
         (tmp_path / name).mkdir()
@@ -84,15 +84,15 @@ def test_a_list_of_folders_is_relative_to_the_list(tmp_path: Path) -> None:
     expected = {str(root / "class_1/video_1"): 4, "frames/class_0/video_0": 3, **dict.fromkeys(names, 1)}
     assert list(lengths.items()) == sorted(expected.items())
     assert index.skipped == [
-        ("frames/class_0/video_0", "listed before"),
-        ("frames/class_1/video_1", "the list says 9 frames, the folder holds 4"),
-        ("frames/class_0/video_2", "the list says 0 frames, the folder holds 3"),
-        ("frames", "no jpg, jpeg or png in it"),
+        ("frames/class_0/video_0", "duplicate entry in the list"),
+        ("frames/class_1/video_1", "the list specifies 9 frames, but the folder contains 4"),
+        ("frames/class_0/video_2", "the list specifies 0 frames, but the folder contains 3"),
+        ("frames", "contains no .jpg, .jpeg or .png files"),
         (too_long, "does not exist"),
     ]
 
 
-def test_a_folder_of_videos_names_what_it_skips(tmp_path: Path) -> None:
+def test_unreadable_videos_of_a_folder_are_reported(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     whole = encode_video(tmp_path / "b" / "whole.mp4", [picture(0, t) for t in range(6)])
     (tmp_path / "a.mkv").write_bytes(b"")
@@ -107,22 +107,22 @@ def test_a_folder_of_videos_names_what_it_skips(tmp_path: Path) -> None:
     assert open_source(whole).names == ["whole.mp4"]
 
 
-def test_processes_share_the_look_into_videos(tmp_path: Path) -> None:
-    """Each looks into its share, and all have the index that one alone would have."""
+def test_processes_divide_the_scan_of_videos(tmp_path: Path) -> None:
+    """Each process scans its share of the videos, and all get the index that a single process would get."""
     for video in range(5):
         encode_video(tmp_path / f"{video}.mp4", [picture(video, t) for t in range(3 + video)])
     (tmp_path / "bad.mp4").write_bytes(b"")
-    alone = open_source(tmp_path)
-    looked: list[list[str]] = []
-    meeting = threading.Barrier(2)
-    told: list[Any] = [None, None]
+    single = open_source(tmp_path)
+    scanned: list[list[str]] = []
+    barrier = threading.Barrier(2)
+    gathered: list[Any] = [None, None]
 
     class OneOfTwo(World):
         def gather(self, value: Any) -> list[Any]:
-            told[self.rank] = pickle.loads(pickle.dumps(value))
-            looked.append(list(value))
-            meeting.wait(timeout=60)
-            return told
+            gathered[self.rank] = pickle.loads(pickle.dumps(value))
+            scanned.append(list(value))
+            barrier.wait(timeout=60)
+            return gathered
 
     def run(rank: int) -> FrameIndex:
         cpu = torch.device("cpu")
@@ -130,11 +130,11 @@ def test_processes_share_the_look_into_videos(tmp_path: Path) -> None:
 
     with ThreadPoolExecutor(2) as pool:
         both = list(pool.map(run, range(2)))
-    assert sorted(map(len, looked)) == [3, 3]
+    assert sorted(map(len, scanned)) == [3, 3]
     for index in both:
-        assert index.fingerprint() == alone.fingerprint()
-        assert index.skipped == alone.skipped
-        np.testing.assert_array_equal(index.read_frame(4, 6), alone.read_frame(4, 6))
+        assert index.fingerprint() == single.fingerprint()
+        assert index.skipped == single.skipped
+        np.testing.assert_array_equal(index.read_frame(4, 6), single.read_frame(4, 6))
 
 
 def test_a_list_of_videos(tmp_path: Path) -> None:
@@ -144,11 +144,11 @@ def test_a_list_of_videos(tmp_path: Path) -> None:
     assert isinstance(index, VideoIndex)
     assert (index.names, index.skipped) == (
         ["one.mp4"],
-        [("missing.mp4", "does not exist"), ("one.mp4", "listed before")],
+        [("missing.mp4", "does not exist"), ("one.mp4", "duplicate entry in the list")],
     )
 
 
-def test_the_real_videos(shared: Path) -> None:
+def test_real_videos(shared: Path) -> None:
     index = open_source(shared / "videos")
     lengths = dict(zip(index.names, index.num_frames.tolist(), strict=True))
     assert lengths == {
@@ -164,7 +164,7 @@ def test_the_real_videos(shared: Path) -> None:
     assert "damaged" in reason
 
 
-def test_the_fingerprint_is_of_names_and_lengths(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_names_and_lengths(tmp_path: Path) -> None:
     first = open_source(write_folders(tmp_path / "one", [5, 3]))
     same = open_source(write_folders(tmp_path / "two", [5, 3], suffix=".png"))
     longer = open_source(write_folders(tmp_path / "three", [5, 4]))
@@ -177,19 +177,20 @@ def test_the_fingerprint_is_of_names_and_lengths(tmp_path: Path) -> None:
     ("make", "kind", "words"),
     [
         (lambda root: root / "nowhere", "auto", "does not exist"),
-        (lambda root: root, "auto", "nothing in"),
-        (lambda root: root, "list", "expected a text file"),
+        (lambda root: root, "auto", r"contains no readable video\. Expected"),
+        (lambda root: root, "list", "'list' requires a text file"),
         (
             lambda root: _write(root / "x.txt", b"\xff\xfe\x00binary"),
             "auto",
-            "expected a video file, or a text file",
+            "a video file or a text file that lists",
         ),
         (lambda root: _write(root / "x.txt", b"nowhere\n"), "auto", "nowhere: does not exist"),
-        (lambda root: _write(root / "x.txt", b""), "folders", "is a file"),
-        (lambda root: _write(root / "x.mp4", b"no video"), "auto", "x.mp4: "),
+        (lambda root: _write(root / "x.txt", b""), "folders", "'folders' requires a folder"),
+        (lambda root: _write(root / "x.mp4", b"no video"), "list", "'list' requires a text file"),
+        (lambda root: _write(root / "x.mp4", b"no video"), "auto", r"\(1 skipped, first x\.mp4: "),
     ],
 )
-def test_bad_sources_are_one_clear_line(tmp_path: Path, make, kind: str, words: str) -> None:
+def test_a_bad_source_gives_a_one_line_error(tmp_path: Path, make, kind: str, words: str) -> None:
     with pytest.raises(InputError, match=words) as caught:
         open_source(make(tmp_path), kind=kind)
     assert "\n" not in str(caught.value)
@@ -200,16 +201,16 @@ def _write(path: Path, data: bytes) -> Path:
     return path
 
 
-def test_images_beside_videos_need_a_choice(tmp_path: Path) -> None:
+def test_a_folder_of_images_and_videos_requires_a_kind(tmp_path: Path) -> None:
     root = write_folders(tmp_path / "mixed", [3])
     encode_video(root / "clip.mp4", [picture(0, t) for t in range(4)])
-    with pytest.raises(InputError, match="choose folders or videos"):
+    with pytest.raises(InputError, match="contains both images and video files"):
         open_source(root)
     assert open_source(root, kind="folders").names == ["class_0/video_0"]
     assert open_source(root, kind="videos").names == ["clip.mp4"]
 
 
-def test_reading_names_the_frame_that_cannot_be_had(tmp_path: Path) -> None:
+def test_an_unreadable_frame_error_has_the_frame_number(tmp_path: Path) -> None:
     root = write_folders(tmp_path / "frames", [4])
     index = open_source(root)
     folder = root / "class_0" / "video_0"

@@ -1,4 +1,4 @@
-"""Random access to video frames against decoding from the start, for real files and awkward ones."""
+"""Random access to video frames, compared with sequential decoding, for real and for unusual files."""
 
 from collections.abc import Iterator
 from fractions import Fraction
@@ -30,12 +30,12 @@ REAL = [
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_real_videos_frame_by_frame(shared: Path, name: str) -> None:
+def test_frames_of_real_videos(shared: Path, name: str) -> None:
     video = probe_video(shared / "videos" / name)
     truth = sequential(video.path)
     assert video.num_frames == len(truth)
     last = len(truth) - 1
-    # A frame alone, pairs within and across groups of pictures, backwards, and twice the same.
+    # Single frames, pairs within a GOP and across GOPs, a pair in descending order, and a repeated frame.
     requests = [[0], [last], [last // 2, last // 2 + 1], [1, last], [last, 0], [last // 3] * 2]
     for frames in requests:
         for frame, got in zip(frames, read_video_frames(video, frames), strict=True):
@@ -43,7 +43,7 @@ def test_real_videos_frame_by_frame(shared: Path, name: str) -> None:
 
 
 def check_frames(path: Path, expected: int) -> VideoInfo:
-    """Each frame read alone, and two pairs of them, are those of the whole file."""
+    """Compare every single frame and two pairs with those of sequential decoding."""
     video, truth = probe_video(path), sequential(path)
     assert video.num_frames == len(truth) == expected
     for frames in [*([frame] for frame in range(expected)), [0, expected - 1], [7, 3]]:
@@ -60,19 +60,19 @@ UNEVEN = np.cumsum(np.random.default_rng(0).integers(10, 200, 40)).tolist()
     ("codec", "suffix", "options"),
     [
         ("libx264", ".mp4", OPEN_GOP),
-        # AVI knows no presentation times: frames are counted from the start.
+        # AVI has no presentation times, so frames are counted from the start.
         ("libx264", ".avi", {"bf": 2}),
-        # MPEG-TS is sought by guesses, and one that lands too late has no frame before it.
+        # In MPEG-TS, seeking is approximate and may land after the target.
         ("libx264", ".ts", {"g": 8, "bf": 2}),
         ("libx265", ".ts", {"x265-params": "keyint=8:log-level=none"}),
         # A variable frame rate.
         ("libx264", ".mp4", {"times": UNEVEN, "g": 7}),
         ("libx264", ".mkv", {"times": UNEVEN, "g": 7}),
-        # Where small frames share a packet of MPEG-PS, ffmpeg's times after a seek are a frame off.
+        # If a packet of MPEG-PS contains several small frames, times after a seek are off by a frame.
         ("mpeg1video", ".mpg", {"time_base": Fraction(1, 25), "times": range(40)}),
     ],
 )
-def test_every_frame_of_awkward_streams(tmp_path: Path, codec: str, suffix: str, options: dict) -> None:
+def test_frames_of_unusual_streams(tmp_path: Path, codec: str, suffix: str, options: dict) -> None:
     frames = [picture(0, t, 96, 144) for t in range(40)]
     video = check_frames(encode_video(tmp_path / f"x{suffix}", frames, codec, **options), 40)
     assert (video.times is None) == (suffix in (".avi", ".mpg"))
@@ -91,13 +91,13 @@ def test_every_frame_of_awkward_streams(tmp_path: Path, codec: str, suffix: str,
         ("libsvtav1", ".mp4", "yuv420p10le", 8),
     ],
 )
-def test_codecs_and_bit_depths_come_out_near_what_went_in(
+def test_decoded_frames_are_close_to_the_encoded_ones(
     tmp_path: Path, codec: str, suffix: str, pix_fmt: str, level: float
 ) -> None:
     frames = [picture(2, t, 128, 192) for t in range(12)]
-    # At a rate far above its needs, newer versions of the AV1 encoder spoil the last frame.
-    own = {"libx265": {"x265-params": "log-level=none"}, "libsvtav1": {"crf": 20}}
-    options = own.get(codec, {"b": 8_000_000})
+    # At an excessive bit rate, newer versions of the AV1 encoder damage the last frame, so use crf.
+    encoder_options = {"libx265": {"x265-params": "log-level=none"}, "libsvtav1": {"crf": 20}}
+    options = encoder_options.get(codec, {"b": 8_000_000})
     path = encode_video(tmp_path / f"x{suffix}", frames, codec, pix_fmt=pix_fmt, **options)
     video = probe_video(path)
     assert video.num_frames == 12
@@ -106,8 +106,8 @@ def test_codecs_and_bit_depths_come_out_near_what_went_in(
         assert np.abs(got.astype(float) - frames[frame]).mean() < level
 
 
-def test_full_range_uses_the_streams_own_matrix(shared: Path) -> None:
-    """Against the formula of BT.709 at full range, written out."""
+def test_colours_follow_the_matrix_and_range_of_the_stream(shared: Path) -> None:
+    """The reference is the formula of BT.709 at full range."""
     path = shared / "videos" / "bt709_full_range.mp4"
     with av.open(str(path)) as container:
         planes = [
@@ -123,7 +123,7 @@ def test_full_range_uses_the_streams_own_matrix(shared: Path) -> None:
     assert np.abs(got - truth).mean() < 1
 
 
-def test_rotation_turns_the_frame_upright(shared: Path) -> None:
+def test_rotated_videos_are_decoded_upright(shared: Path) -> None:
     video = probe_video(shared / "videos" / "rotated_180.mov")
     assert video.quarter_turns == 2
     with av.open(str(video.path)) as container:
@@ -131,7 +131,7 @@ def test_rotation_turns_the_frame_upright(shared: Path) -> None:
     np.testing.assert_array_equal(read_video_frames(video, [0])[0], stored[::-1, ::-1])
 
 
-def test_streaming_gives_every_frame_asked_for(shared: Path) -> None:
+def test_streaming_yields_the_requested_frames(shared: Path) -> None:
     video = probe_video(shared / "videos" / "nasa_13013.mp4")
     truth = sequential(video.path)[::20]
     for got, expected in zip(stream_video_frames(video, range(0, 325, 20)), truth, strict=True):
@@ -141,7 +141,7 @@ def test_streaming_gives_every_frame_asked_for(shared: Path) -> None:
 @pytest.mark.parametrize(
     "x264", ["b-pyramid=none", "b-pyramid=strict", "b-pyramid=normal:open-gop=1:keyint=9", "tff=1"]
 )
-def test_h264_pictures_that_nothing_needs_are_not_decoded(
+def test_unneeded_h264_pictures_are_not_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, x264: str
 ) -> None:
     params = f"bframes=7:b-adapt=0:{x264}"
@@ -149,28 +149,28 @@ def test_h264_pictures_that_nothing_needs_are_not_decoded(
     video, truth = probe_video(path), sequential(path)
     decoded = 0
 
-    def counted(packets: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+    def counting(pictures: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
         nonlocal decoded
-        for image in packets:
+        for image in pictures:
             decoded += 1
             yield image
 
     decode = module._FrameReader._decode
-    monkeypatch.setattr(module._FrameReader, "_decode", lambda reader: counted(decode(reader)))
+    monkeypatch.setattr(module._FrameReader, "_decode", lambda reader: counting(decode(reader)))
     for wanted in [[t] for t in range(24)] + [[3, 4], [3, 5, 6], [2, 22], list(range(24))]:
         decoded = 0
         for frame, got in zip(wanted, stream_video_frames(video, wanted), strict=True):
             np.testing.assert_array_equal(got, truth[frame])
-        # Every second picture at least is one that no other refers to.
+        # At least every second picture is not a reference picture.
         assert decoded <= max(12, len(wanted)) + len(wanted)
 
 
-def test_damage_is_found_without_decoding_it_all(shared: Path) -> None:
+def test_scanning_detects_damage_without_decoding_all_frames(shared: Path) -> None:
     with pytest.raises(UnreadableFrameError, match="packet 30 is damaged"):
         probe_video(shared / "videos" / "corrupted.mp4")
 
 
-def test_a_video_that_vanishes_names_the_frame(tmp_path: Path) -> None:
+def test_a_deleted_video_is_an_unreadable_frame(tmp_path: Path) -> None:
     path = encode_video(tmp_path / "x.mp4", [picture(0, t) for t in range(5)])
     video = probe_video(path)
     path.unlink()
@@ -179,8 +179,8 @@ def test_a_video_that_vanishes_names_the_frame(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cover", [False, True])
-def test_a_file_with_sound_only_is_no_video(tmp_path: Path, cover: bool) -> None:
-    """Nor is its cover picture one."""
+def test_an_audio_file_has_no_video_stream(tmp_path: Path, cover: bool) -> None:
+    """A cover image does not count as a video stream."""
     path = tmp_path / "sound.mp4"
     with av.open(str(path), "w") as container:
         if cover:
@@ -198,8 +198,8 @@ def test_a_file_with_sound_only_is_no_video(tmp_path: Path, cover: bool) -> None
         probe_video(path)
 
 
-def test_an_edit_list_that_begins_between_key_frames(tmp_path: Path) -> None:
-    """What `ffmpeg -ss TIME -i IN.mp4 -c copy OUT.mp4` writes: the key frame is there, and is not shown."""
+def test_an_edit_list_that_starts_between_key_frames(tmp_path: Path) -> None:
+    """As `ffmpeg -ss TIME -i IN.mp4 -c copy OUT.mp4` writes it: the key frame is stored but not displayed."""
     whole = encode_video(tmp_path / "x.mp4", [picture(0, t) for t in range(30)], g=10, bf=2)
     cut = remux(whole, tmp_path / "cut.mp4", lambda _, data: data, shift=-600, use_editlist="1")
     frames = probe_video(cut).num_frames
@@ -207,7 +207,7 @@ def test_an_edit_list_that_begins_between_key_frames(tmp_path: Path) -> None:
     check_frames(cut, frames)
 
 
-def test_a_stream_that_begins_without_its_key_frame(tmp_path: Path) -> None:
+def test_a_stream_without_its_first_key_frame(tmp_path: Path) -> None:
     whole = encode_video(tmp_path / "x.mp4", [picture(0, t) for t in range(30)], g=10, bf=2)
     cut = remux(whole, tmp_path / "cut.mkv", lambda number, data: data if number > 5 else None)
     check_frames(cut, 20)
@@ -225,15 +225,15 @@ def test_hidden_vp8_frames_are_not_counted(tmp_path: Path) -> None:
 
 
 def test_repeated_frames_in_avi_are_not_counted(tmp_path: Path) -> None:
-    """XviD writes a frame that repeats the one before as a picture header that says `not coded`."""
+    """XviD writes a repeated frame as a picture header with the flag `not coded`."""
     whole = encode_video(tmp_path / "x.avi", [picture(0, t) for t in range(12)], "mpeg4")
-    # Start code, P, no whole second, marker, ten bits of time, marker, not coded, stuffing.
+    # Start code, P picture, modulo time base, marker, ten bits of time, marker, not coded, stuffing.
     header = b"\0\0\1\xb6" + int("0101001100100010", 2).to_bytes(2, "big")
     repeated = remux(whole, tmp_path / "repeated.avi", lambda number, data: header if number == 5 else data)
     check_frames(repeated, 11)
 
 
-def test_titles_in_any_encoding(tmp_path: Path) -> None:
+def test_metadata_may_have_any_encoding(tmp_path: Path) -> None:
     path = tmp_path / "x.mp4"
     with av.open(str(path), "w") as container:
         container.metadata["title"] = "TITLE"
@@ -246,20 +246,20 @@ def test_titles_in_any_encoding(tmp_path: Path) -> None:
     assert len(read_video_frames(video, [0])) == 1
 
 
-def test_a_codec_that_ffmpeg_does_not_know(tmp_path: Path) -> None:
+def test_a_codec_unknown_to_ffmpeg(tmp_path: Path) -> None:
     path = encode_video(tmp_path / "x.mp4", [picture(0, 0)])
     path.write_bytes(path.read_bytes().replace(b"avc1\0", b"zzzz\0"))
-    with pytest.raises(UnreadableFrameError, match="does not know its codec"):
+    with pytest.raises(UnreadableFrameError, match="codec is unknown to ffmpeg"):
         probe_video(path)
 
 
-def test_a_vp9_packet_that_shows_a_frame_again_is_seen(tmp_path: Path) -> None:
+def test_a_vp9_packet_that_repeats_a_frame_is_detected(tmp_path: Path) -> None:
     path = encode_video(tmp_path / "x.webm", [picture(0, t) for t in range(4)], "libvpx-vp9")
-    again = tmp_path / "again.webm"
-    with av.open(str(path)) as source, av.open(str(again), "w") as target:
+    repeated = tmp_path / "repeated.webm"
+    with av.open(str(path)) as source, av.open(str(repeated), "w") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
         packets = [packet for packet in source.demux(video=0) if packet.size]
-        # Frame marker 2, profile 0, show_existing_frame, the first of the eight frames kept.
+        # Frame marker 2, profile 0, show_existing_frame, the first of eight reference slots.
         repeat = av.Packet(bytes([0b10001000]))
         repeat.pts = repeat.dts = packets[-1].pts + 40
         repeat.time_base = packets[-1].time_base
@@ -267,5 +267,5 @@ def test_a_vp9_packet_that_shows_a_frame_again_is_seen(tmp_path: Path) -> None:
             packet.stream = stream
             target.mux(packet)
     assert not probe_video(path).miscounted
-    assert probe_video(again).miscounted
-    assert probe_video(again).num_frames == 5
+    assert probe_video(repeated).miscounted
+    assert probe_video(repeated).num_frames == 5

@@ -1,4 +1,4 @@
-"""A second look into videos takes what the first one found, unless a file has changed."""
+"""The cache of video metadata: unchanged files are not scanned again."""
 
 import gzip
 import json
@@ -28,23 +28,23 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def looked_into(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The files that were looked into, in order of their names."""
+def scanned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Records the names of the files that are scanned."""
     names: list[str] = []
 
-    def counting(path: Path) -> VideoInfo:
+    def recording(path: Path) -> VideoInfo:
         names.append(path.name)
         return probe_video(path)
 
-    monkeypatch.setattr(module, "probe_video", counting)
+    monkeypatch.setattr(module, "probe_video", recording)
     return names
 
 
-def test_a_second_start_looks_at_what_could_not_be_read_alone(folder: Path, looked_into: list[str]) -> None:
+def test_only_unreadable_files_are_scanned_again(folder: Path, scanned: list[str]) -> None:
     first = open_source(folder)
-    looked_into.clear()
+    scanned.clear()
     second = open_source(folder)
-    assert looked_into == ["bad.mp4"]
+    assert scanned == ["bad.mp4"]
     assert second.fingerprint() == first.fingerprint()
     assert second.skipped == first.skipped
     for one, other in zip(first.videos, second.videos, strict=True):
@@ -57,41 +57,41 @@ def test_a_second_start_looks_at_what_could_not_be_read_alone(folder: Path, look
         )
 
 
-def test_a_file_that_changed_is_looked_into_again(folder: Path, looked_into: list[str]) -> None:
+def test_changed_files_are_scanned_again(folder: Path, scanned: list[str]) -> None:
     open_source(folder)
     encode_video(folder / "even.mp4", [picture(0, t) for t in range(9)])
     state = file_state(folder / "uneven.mkv")
     os.utime(folder / "uneven.mkv", ns=(state[1] + 1, state[1] + 1))
     (folder / "timeless.avi").unlink()
-    looked_into.clear()
+    scanned.clear()
     index = open_source(folder)
-    assert sorted(looked_into) == ["bad.mp4", "even.mp4", "uneven.mkv"]
+    assert sorted(scanned) == ["bad.mp4", "even.mp4", "uneven.mkv"]
     assert dict(zip(index.names, index.num_frames.tolist(), strict=True)) == {"even.mp4": 9, "uneven.mkv": 5}
-    looked_into.clear()
+    scanned.clear()
     open_source(folder)
-    assert looked_into == ["bad.mp4"]
+    assert scanned == ["bad.mp4"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "no gzip", "other layout"])
-def test_a_damaged_cache_is_made_again(folder: Path, looked_into: list[str], damage: str) -> None:
+@pytest.mark.parametrize("damage", ["truncated", "not gzip", "other format"])
+def test_an_unusable_cache_is_rebuilt(folder: Path, scanned: list[str], damage: str) -> None:
     first = open_source(folder)
     path = cache_path(folder)
     data = path.read_bytes()
-    if damage == "cut":
+    if damage == "truncated":
         path.write_bytes(data[: len(data) // 2])
-    elif damage == "no gzip":
+    elif damage == "not gzip":
         path.write_bytes(b"nothing")
     else:
         content = json.loads(gzip.decompress(data))
         content["header"]["format"] = 0
         path.write_bytes(gzip.compress(json.dumps(content).encode()))
-    looked_into.clear()
+    scanned.clear()
     assert open_source(folder).fingerprint() == first.fingerprint()
-    assert len(looked_into) == 4
+    assert len(scanned) == 4
     assert len(read_cache(folder)) == 3
 
 
-def test_sources_do_not_share_names(folder: Path, tmp_path: Path) -> None:
+def test_each_source_has_its_own_cache(folder: Path, tmp_path: Path) -> None:
     open_source(folder)
     other = tmp_path / "other"
     other.mkdir()
@@ -100,10 +100,10 @@ def test_sources_do_not_share_names(folder: Path, tmp_path: Path) -> None:
     assert open_source(folder).num_frames.tolist() == [6, 4, 5]
 
 
-def test_a_cache_that_cannot_be_written_is_told(
+def test_a_cache_that_cannot_be_written_gives_a_warning(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match="cannot be written"):
+    with pytest.warns(UserWarning, match="Cannot write the video cache"):
         assert len(open_source(folder)) == 3
