@@ -161,7 +161,7 @@ def test_unreadable_frames_are_skipped_and_listed(tmp_path: Path, capsys: pytest
     root = write_folders(tmp_path / "frames", [6, 6])
     video = root / "class_0" / "video_0"
     (video / "00002.jpg").write_bytes(b"")
-    # Sixteen ones in a row are not a valid Huffman code, but Pillow and DALI decode this frame without an error.
+    # Sixteen ones in a row are not valid Huffman code, but Pillow and DALI decode them without an error.
     Image.fromarray(picture(0, 2, 240, 320)).save(video / "00004.jpg", quality=95)
     data = bytearray((video / "00004.jpg").read_bytes())
     data[len(data) // 2 : len(data) // 2 + 512] = b"\xff\x00" * 256
