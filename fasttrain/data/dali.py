@@ -40,7 +40,7 @@ try:
     from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 except ModuleNotFoundError as error:
     install = "pip install 'fasttrain[cuda12]' or 'fasttrain[cuda13]'"
-    raise InputError(f"DALI is not installed, but training requires it. Run {install}.") from error
+    raise InputError(f"DALI is not installed, but training requires it. Run: {install}") from error
 
 
 class Graph:
