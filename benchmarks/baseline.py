@@ -1,11 +1,16 @@
-"""The published implementation, written plainly: what step.py measures fasttrain against, in the same run.
+"""A plain version of the published implementation, which step.py compares with fasttrain in the same run.
 
-Eager autocast over float32 weights, the three views one after the other through the whole encoder, the
-enlarged positions made anew at every step, all of the cycle matrix with both diagnostics at every step, the
-loss from PyTorch's own functions, the default AdamW, and waits for the device in every step (three numbers
-are read, then it synchronises), after the structure of the code at github.com/yafeng19/Co-Settle. Its frames
-come from `benchmarks.loaders` (PIL, four frames decoded for the two that are used). Its attention forms the
-L x L matrix as the published ViTs do; `fused_attention` gives it PyTorch's fused kernel instead.
+It has the structure of the code at github.com/yafeng19/Co-Settle:
+
+- eager autocast over float32 weights;
+- a separate pass through the encoder for each of the three views;
+- enlarged positions that are resized again at every step;
+- the complete cycle matrix and both diagnostics at every step;
+- losses from functions of PyTorch, and the default AdamW;
+- three values read from the device at every step, followed by a synchronisation.
+
+Its frames come from `benchmarks.loaders` (PIL, which decodes four frames and uses two). Its attention stores
+the L x L matrix, as in the published ViTs, unless `fused_attention` selects PyTorch's fused kernel.
 
 Shape suffixes: B pairs, N tokens, M tokens after pooling, D channels.
 """
@@ -23,7 +28,10 @@ from fasttrain.recipe import Recipe
 
 
 class BaselineStep:
-    """One published training step: `step(frames)` with frames (2, B, 3, S, S) on the device."""
+    """A training step of the published implementation.
+
+    Call it with frames (2, B, 3, S, S) on the device.
+    """
 
     def __init__(self, recipe: Recipe, device: torch.device, fused_attention: bool = False) -> None:
         self.objective, self.dtype, self.size = recipe.objective, recipe.train.dtype, recipe.data.image_size
@@ -37,9 +45,9 @@ class BaselineStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
 
     def __call__(self, frames: Tensor, positions: Tensor | None = None) -> tuple[float, float, float]:
-        """Takes the step; returns (loss, cycle accuracy, identity similarity), for which the host waits.
+        """Run one step and return (loss, cycle accuracy, identity similarity), for which the host waits.
 
-        `positions`: the asymmetric ones (N, D), instead of new ones.
+        `positions` (N, D) are asymmetric positions to use instead of random ones.
         """
         enabled = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype, enabled=enabled):

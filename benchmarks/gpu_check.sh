@@ -1,18 +1,19 @@
 #!/bin/sh
-# Everything that wants a GPU, in under nine minutes: gpu_check.sh PYTHON OUT (`make gpu-check`). Installs nothing.
+# Run all tests and benchmarks that need a GPU in less than nine minutes: gpu_check.sh PYTHON OUT (`make gpu-check`).
 #
-# Runs the tests marked `gpu`, those of the kernels and the short form of every benchmark, one after another, each a
-# process with a time limit. A benchmark writes its JSON into OUT as it goes, so that a step which fails or runs out of
-# time costs no other figure. gpu-check.txt says how each step ended, gpu-check.log holds all they print. The exit code
-# is 1 if a step failed or ran out of time.
+# The steps are the tests marked `gpu`, the tests of the kernels, and every benchmark with --short. Each step is a separate
+# process with a time limit. Benchmarks write their results to OUT after every measurement, so that a step which fails or
+# runs out of time does not affect the other results. OUT/gpu-check.txt lists the outcome of each step, and
+# OUT/gpu-check.log contains the output of all steps. The exit code is 1 if a step failed or ran out of time. Nothing is
+# installed.
 
 python=$1
 mkdir -p "$2" && out=$(realpath "$2") && cd "$(dirname "$0")/.." || exit 2
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    echo "skipped: torch sees no GPU"
+    echo "skipped: PyTorch finds no CUDA GPU"
     exit 0
 fi
-# The project is found uninstalled: `kernels/` also under its import name.
+# Make the project importable without installing it, including `kernels/` under its import name.
 names=$(mktemp -d)
 trap 'rm -r "$names"' EXIT
 ln -s "$PWD/kernels" "$names/fasttrain_kernels"
@@ -20,7 +21,7 @@ export PYTHONPATH="$PWD:$names:$PYTHONPATH" PYTHONUNBUFFERED=1
 deadline=$(date +%s)
 code=0
 
-# step SECONDS WORDS...: python WORDS, with SECONDS and all that the steps before it left of theirs.
+# step SECONDS WORDS...: run `python WORDS` for at most SECONDS plus the time that earlier steps did not use.
 step() {
     deadline=$((deadline + $1))
     shift
@@ -40,7 +41,7 @@ step() {
     echo "$outcome: $* ($last)" | tee -a "$out/gpu-check.txt"
 }
 
-# benchmark NAME SECONDS WORDS...: in the last quarter of its time it begins nothing new.
+# benchmark NAME SECONDS WORDS...: a step whose last quarter starts no new measurement.
 benchmark() {
     name=$1 seconds=$2
     shift 2
@@ -48,9 +49,9 @@ benchmark() {
     step "$seconds" -m "benchmarks.$name" --short --limit $((3 * left / 4)) --out "$out/$name-cuda.json" "$@"
 }
 
-# The figures that are most wanted first.
+# The most important steps come first.
 step 85 -m pytest -q -p no:cacheprovider -m gpu --continue-on-collection-errors
-# Not marked `gpu`: without one they run interpreted. Hypothesis' shapes would compile for minutes.
+# These tests are not marked `gpu`, because they also run interpreted. Those with random shapes would compile for minutes.
 step 80 -m pytest -q -p no:cacheprovider -n 12 -k "not any_shape" \
     tests/kernels/test_primitives.py tests/kernels/test_triton.py tests/kernels/test_memory.py
 benchmark kernels 90

@@ -1,9 +1,10 @@
-"""What the compiler makes of each kernel: registers, spills, shared memory, tensor-core instructions.
+"""Record the registers, spills, shared memory and tensor-core instructions of the compiled kernels.
 
-    python -m benchmarks.kernel_resources     adds this Triton's table to results/kernels_compile.json
+    python -m benchmarks.kernel_resources     update results/kernels_compile.json for the installed Triton
 
-Needs no GPU: every launcher runs on tensors without data, and Triton compiles what it would have launched.
-Registers and stack are ptxas's, from the binary. The table in docs/benchmarks.md is D = 768, bf16, sm_90.
+No GPU is needed: the launchers run on meta tensors, and Triton compiles the kernels without running them.
+Registers and stack are read from the binary. docs/benchmarks.md shows the results for D = 768, bf16 and
+sm_90.
 """
 
 from __future__ import annotations
@@ -30,21 +31,21 @@ from fasttrain_kernels import affinity, cycle, primitives, separability
 from fasttrain_kernels.separability import Epilogue
 
 ARCHITECTURES = (80, 90, 100)
-# Channels and dtype; fp32 at the paper's width only.
+# Channels and dtype. fp32 is compiled only at the paper's width.
 FORMS = ((384, torch.bfloat16), (768, torch.bfloat16), (1024, torch.bfloat16), (768, torch.float32))
 TENSOR_CORES = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma": "mma.sync"}
 
 
 @contextmanager
 def compiled_only(architecture: int) -> Iterator[list[Any]]:
-    """The kernels that the block would launch on a GPU of sm_`architecture`, compiled; none of them runs."""
+    """Collect the kernels that the block would launch on sm_`architecture`, compiled but not run."""
     compiled: list[Any] = []
     run = JITFunction.run
 
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
         compiled.append(run(self, *arguments, grid=grid, warmup=True, **options))
 
-    # What Triton asks of a GPU's driver before it compiles; it keeps what it compiled per device.
+    # Triton queries the driver before it compiles, and caches compiled kernels per device.
     driver = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", architecture, 32),
         get_current_device=lambda: architecture,
@@ -59,9 +60,9 @@ def compiled_only(architecture: int) -> Iterator[list[Any]]:
 
 
 def compiled_at(channels: int, dtype: torch.dtype, architecture: int, only: str = "") -> dict[str, list[Any]]:
-    """What the library launches for 128 samples of 14 x 14 tokens, and of 18 x 18 for the streaming form.
+    """Compile what the library launches for 128 samples of 14 x 14 tokens (18 x 18 for streaming kernels).
 
-    Cases whose name contains `only`, a regular expression.
+    `only` is a regular expression that selects cases by name.
     """
     device = {"device": "meta"}
     tokens = torch.empty(128, 3, 196, channels, dtype=dtype, **device)
@@ -82,16 +83,16 @@ def compiled_at(channels: int, dtype: torch.dtype, architecture: int, only: str 
         "affinity": lambda: affinity.launch_affinity(many[:, 0], many[:, 1], 0.03),
         "streaming": lambda: cycle.launch_cycle(many, 0.03, grad_dtype=pooled_dtype, diagnostics=True),
     }
-    found = {}
+    compiled = {}
     for name, launch in cases.items():
         if re.search(only, name):
-            with compiled_only(architecture) as found[name]:
+            with compiled_only(architecture) as compiled[name]:
                 launch()
-    return found
+    return compiled
 
 
 def resources(compiled: Any) -> dict[str, Any]:
-    """Figures of one compiled kernel; `spill_bytes` is the stack that a thread needs beyond its registers."""
+    """Return the resources of a compiled kernel; `spill_bytes` is the stack that each thread needs."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -123,7 +124,7 @@ def main() -> None:
         for kernel in kernels
     ]
     path = RESULTS / "kernels_compile.json"
-    # Other versions' tables stay.
+    # Keep the results of other Triton versions.
     tables = json.loads(path.read_text(encoding="utf-8"))["triton"]
     tables[triton.__version__] = {"environment": environment(), "kernels": rows}
     write_json(path, {"triton": dict(sorted(tables.items()))})

@@ -1,14 +1,14 @@
-"""How fast the fused objective is beside eager PyTorch and torch.compile of eager.
+"""Measure the fused objective against eager PyTorch and `torch.compile` of the eager code.
 
     python -m benchmarks.kernels [--short]     write results/kernels-cuda.json
 
-A contender is the head's linear layer, its epilogue, both losses and, but for the forward rows, the
-gradients of all parameters: what a training step runs between the frozen tokens and the optimiser. Frozen
-tokens are bf16, the head's parameters fp32 under autocast, as in training.
+Each contender runs what a training step runs between the frozen tokens and the optimiser: the head's linear
+layer, its epilogue, both losses, and (except in `forward`) the gradients of all parameters. As in training,
+frozen tokens are bf16, and the head's parameters are fp32 under autocast.
 
-`step` calls a contender from Python; `graph` replays the same from a CUDA graph, which is the GPU's own time.
-In training Python runs ahead while the encoder computes, so that the goals (docs/benchmarks.md) are about
-`graph`.
+`step` calls a contender from Python. `graph` replays the same step as a CUDA graph, which excludes the time
+of the host. The goals in docs/benchmarks.md refer to `graph`, because in training the host runs ahead while
+the GPU computes the encoder.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fasttrain_kernels import cosettle_head_loss
 
 
 class Shape(NamedTuple):
-    """Samples, token grid, channels, and the side of the pooling window."""
+    """Number of samples, token grid, channels, and side of the pooling window."""
 
     batch: int
     grid: tuple[int, int]
@@ -45,19 +45,19 @@ class Shape(NamedTuple):
 
     @property
     def map_bytes(self) -> int:
-        """One bf16 map of all tokens of the three views."""
+        """Size of the bf16 tokens of all three views."""
         return self.batch * 3 * self.tokens * self.channels * 2
 
 
 PAPER = Shape(128, (14, 14), 768)
-# Those of the goals first: time may run out.
+# Shapes with a goal come first, because time may run out.
 SHORT = [PAPER, Shape(128, (37, 37), 768, window=1), Shape(128, (37, 37), 768), Shape(32, (16, 16), 384)]
 SHAPES = [*SHORT, *(Shape(batch, (14, 14), width) for width in (384, 768, 1024) for batch in (32, 256))]
 CONTENDERS = ("fused", "compiled", "eager")
 
 
 class Contender:
-    """The linear head with the objective, in one of the implementations."""
+    """The linear head and the objective in one implementation."""
 
     def __init__(self, name: str, shape: Shape, device: torch.device) -> None:
         self.name, self.shape, self.projection = name, shape, Projection(shape.channels).to(device)
@@ -79,19 +79,22 @@ class Contender:
         self.loss(frozen).backward()
 
     def gradient(self) -> Tensor:
-        """The last step's gradients of all parameters, in one vector."""
+        """Gradients of all parameters from the last step, as one vector."""
         return torch.cat([parameter.grad.flatten() for parameter in self.projection.parameters()]).double()
 
 
 def moved_bytes(shape: Shape, *, backward: bool) -> int:
-    """The floor: every tensor read and written once a launch, in passes over one map (docs/benchmarks.md)."""
+    """Minimum memory traffic, if each launch reads and writes every tensor once (see docs/benchmarks.md)."""
     pooled = 1 / shape.window**2
     maps = 9 + 4 * pooled if backward else 4 + 2 * pooled
     return int(maps * shape.map_bytes)
 
 
 def prepare(name: str, shape: Shape, frozen: Tensor) -> tuple[Contender, int | None]:
-    """A contender after its first steps, and the memory of the GPU that one takes beyond its inputs."""
+    """Create a contender and run it once.
+
+    Returns the contender and, on a GPU, the peak memory of one step beyond its inputs.
+    """
     contender = Contender(name, shape, frozen.device)
     contender.step(frozen)
     return contender, peak_bytes(partial(contender.step, frozen), frozen.device) if frozen.is_cuda else None
@@ -105,14 +108,17 @@ def measure_shape(
     rounds: int = 9,
     calls: int = 10,
 ) -> dict[str, Any]:
-    """The contenders at one shape, without those that fail; RuntimeError for wrong fused gradients."""
+    """Measure the contenders at one shape. Contenders that fail are skipped.
+
+    Raises RuntimeError if the fused gradients are wrong.
+    """
     torch.compiler.reset()
     frozen = torch.randn(shape.batch, 3, shape.tokens, shape.channels, device=device).bfloat16()
     contenders, row = {}, {**shape._asdict(), "peak_bytes": {}, "gradient_difference_from_eager": {}}
     for name in names:
-        found = results.attempt(f"{shape.label}: {name}", partial(prepare, name, shape, frozen))
-        if found:
-            contenders[name], row["peak_bytes"][name] = found
+        prepared = results.attempt(f"{shape.label}: {name}", partial(prepare, name, shape, frozen))
+        if prepared:
+            contenders[name], row["peak_bytes"][name] = prepared
     if "eager" in contenders:
         truth = contenders["eager"].gradient()
         differences = {
@@ -121,7 +127,7 @@ def measure_shape(
             if name != "eager"
         }
         if not differences.get("fused", 0.0) < 0.1:
-            raise RuntimeError(f"the fused gradients differ from eager's by {differences['fused']:.2%}")
+            raise RuntimeError(f"fused gradients differ from eager ones by {differences['fused']:.2%}")
         row["gradient_difference_from_eager"] = differences
     phases: dict[str, dict[str, Callable[[], Any]]] = {
         "forward": {name: partial(each.forward, frozen) for name, each in contenders.items()},
@@ -148,9 +154,9 @@ def main() -> None:
     device = torch.device(given.device)
     results = Results("kernels", given, copy_bytes_per_second=copy_ceiling(device))
     for shape in SHORT if given.short else SHAPES:
-        # torch.compile takes its time: in the short form at the paper's shape alone.
+        # torch.compile is slow, so --short includes it only at the paper's shape.
         names = CONTENDERS if not given.short or shape == PAPER else ("fused", "eager")
-        # The larger half takes tens of milliseconds a call.
+        # Larger shapes take tens of milliseconds per call.
         calls = 10 if shape.map_bytes < 2**29 else 2
         results.record(shape.label, partial(measure_shape, shape, results, device, names, calls=calls))
     results.finish()

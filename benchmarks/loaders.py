@@ -1,9 +1,9 @@
-"""Frame-pair loaders on the same files: ours, the published implementation and torchcodec.
+"""Measure loaders of frame pairs on the same videos: fasttrain, the published implementation, torchcodec.
 
-    python -m benchmarks.loaders [--short] [--source FRAME_FOLDERS]     write results/loaders-{cpu,cuda}.json
+    python -m benchmarks.loaders [--short] [--source SOURCE]     write results/loaders-{cpu,cuda}.json
 
-Every contender runs in a process of its own. CPU seconds are those of the process and its workers. Without
---source, synthetic scenes are rendered. step.py measures what a training step loses to waiting for data.
+Each loader runs in a separate process. CPU time includes that of its workers. Without --source, the videos
+are synthetic scenes. step.py measures how much a training step slows down because it waits for data.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ from fasttrain.recipe import Recipe, recipe_from_dict
 from fasttrain.tools.synthetic import render_scene
 
 SIZE = 224
-# The usual size of Kinetics-400 with a short side of 256.
+# A common frame size of Kinetics-400 resized to a short side of 256.
 WIDTH, HEIGHT = 340, 256
 GAP, AREA, RATIO = 0.15, (0.5, 1.0), (3 / 4, 4 / 3)
-# What every other loader is compared with.
+# The loader of the published implementation, with which the others are compared.
 BASELINE = "PIL, four frames (published)"
 OURS, OUR_VIDEO = "ours, packed", "ours, video"
-# Ours with other settings, on a GPU. What the JPEG engine's share leaves, the GPU's CUDA cores decode.
+# Other settings of our loader, for GPUs. The JPEG engine decodes the given share of the images, and CUDA
+# cores the rest.
 SWEEP: dict[str, dict[str, Any]] = {
     **{f"JPEG engine {n:.0%}": {"decoder": "mixed", "jpeg_engine_load": n} for n in (0.65, 0.9, 1.0)},
     **{f"prefetch {n}": {"prefetch": n} for n in (3, 4)},
@@ -51,7 +52,7 @@ SWEEP: dict[str, dict[str, Any]] = {
 
 
 def our_batches(recipe: Recipe, world: World, batches: int) -> Generator[Tensor, None, None]:
-    """Frames (2, B, 3, S, S) of the recipe's source."""
+    """Yield frames (2, B, 3, S, S) of the recipe's source."""
     index = open_source(recipe.data.source)
     loader = PairLoader(index=index, recipe=recipe, world=world, first_step=0, num_steps=batches)
     try:
@@ -64,14 +65,14 @@ def our_batches(recipe: Recipe, world: World, batches: int) -> Generator[Tensor,
 def worker_batches(
     folder: str, load: Callable[[str], Tensor], batch_size: int, batches: int, device: torch.device
 ) -> Generator[Tensor, None, None]:
-    """Frames (B, 2, 3, S, S) that `load` makes of the folder's entries in turn, by PyTorch's DataLoader."""
+    """Yield frames (B, 2, 3, S, S) that PyTorch's DataLoader creates with `load` from entries of a folder."""
     entries = sorted(map(str, Path(folder).iterdir()))
     loader = DataLoader(
         [entries[number % len(entries)] for number in range(batches * batch_size)],
         batch_size=batch_size,
         num_workers=len(os.sched_getaffinity(0)),
         collate_fn=partial(load_all, load),
-        # A process that was forked beside DALI's threads may wait for a lock of theirs forever.
+        # A forked worker could deadlock on a lock that a thread of DALI holds.
         multiprocessing_context="spawn",
     )
     for batch in loader:
@@ -83,10 +84,10 @@ def load_all(load: Callable[[str], Tensor], entries: list[str]) -> Tensor:
 
 
 def published_pair(folder: str) -> Tensor:
-    """Two frames of a folder through PIL, of the four that the published code decodes for them."""
+    """Load two frames of a folder with PIL. Like the published implementation, decode four and use two."""
     files = sorted(os.listdir(folder))
     squares = []
-    # All four are resized twice, to the square and from the crop; the second and the fourth are used.
+    # All four are resized twice, first to the square and then from the crop. The second and fourth are used.
     for frame in [frame - back for frame in draw_pair(len(files)) for back in (1, 0)]:
         with Image.open(os.path.join(folder, files[frame])) as image:
             square = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR)
@@ -108,7 +109,7 @@ def draw_pair(length: int) -> list[int]:
 
 
 def augment(images: list[Tensor]) -> Tensor:
-    """One crop and one flip for all, resized and normalised by torchvision: (frames, 3, SIZE, SIZE)."""
+    """Apply one crop and flip to all images, and resize and normalise them: (frames, 3, SIZE, SIZE)."""
     box = RandomResizedCrop.get_params(images[0], AREA, RATIO)
     flip = random.random() < 0.5
     out = []
@@ -121,15 +122,16 @@ def augment(images: list[Tensor]) -> Tensor:
 
 
 def contenders(setting: dict[str, Any], batches: int = 0) -> dict[str, Callable[[], Iterator[Tensor]]]:
-    """All that can run here, by name; a call starts the loader. The most wanted first: time may run out.
+    """Return functions that start the loaders available on this machine, by name.
 
-    `setting`: `batch`, `pairs` to count, `device`, and where `prepare` put the files.
+    The most important loaders come first, because time may run out. `setting` contains `batch`, `device` and
+    the paths from `prepare`.
     """
     batch, device = setting["batch"], torch.device(setting["device"])
     on_gpu = device.type == "cuda"
 
     def ours(kind: str, **data: Any) -> Callable[[], Iterator[Tensor]]:
-        # An epoch of a small source must hold a batch.
+        # Draw many pairs per video, since an epoch of a small source must contain at least one batch.
         source = {"source": setting[kind], "pairs_per_video": batch, **data}
         crop = {"image_size": SIZE, "gap": GAP, "crop_area": AREA, "crop_ratio": RATIO}
         train = {"batch_size": batch, "precision": "bf16" if on_gpu else "fp32"}
@@ -139,30 +141,30 @@ def contenders(setting: dict[str, Any], batches: int = 0) -> dict[str, Callable[
     def theirs(kind: str, load: Callable[[str], Tensor]) -> Callable[[], Iterator[Tensor]]:
         return partial(worker_batches, setting[kind], load, batch, batches, device)
 
-    found = {OURS: ours("packed"), BASELINE: theirs("frames", published_pair)}
+    loaders = {OURS: ours("packed"), BASELINE: theirs("frames", published_pair)}
     for name, data in SWEEP.items() if on_gpu else ():
-        found[f"{OURS}, {name}"] = ours("packed", **data)
+        loaders[f"{OURS}, {name}"] = ours("packed", **data)
     if importlib.util.find_spec("torchcodec"):
-        found["torchcodec, two frames"] = theirs("videos", torchcodec_pair)
-    return {**found, OUR_VIDEO: ours("videos")}
+        loaders["torchcodec, two frames"] = theirs("videos", torchcodec_pair)
+    return {**loaders, OUR_VIDEO: ours("videos")}
 
 
 def measure(name: str, setting: dict[str, Any]) -> dict[str, float]:
-    """Time and CPU time of one contender's batches."""
+    """Measure the wall time and CPU time per batch of one loader."""
     batch, rounds = setting["batch"], setting["rounds"]
     calls = max(1, setting["pairs"] // batch)
-    # The loader works ahead: the last round must not be a rest that is all there already.
+    # Loaders prefetch. Extra batches keep them working in the last round.
     batches = contenders(setting, WARM_UPS + rounds * calls + 16)[name]()
     timing = interleave({name: lambda: next(batches)}, rounds=rounds, calls=calls)[name]
     for _ in batches:
-        # Workers that are stopped in the middle of a batch may abort.
+        # Consume the rest, because workers may abort if they are stopped in the middle of a batch.
         pass
-    found = timing.result(batch)
-    return {**found, "pairs_per_cpu_second": 1e3 * batch / found["cpu_ms"]}
+    result = timing.result(batch)
+    return {**result, "pairs_per_cpu_second": 1e3 * batch / result["cpu_ms"]}
 
 
 def prepare(root: Path, source: Path | None, num_videos: int) -> dict[str, str]:
-    """The same frames as JPEG folders, packed, and as H.264 files."""
+    """Write the same frames as JPEG folders, H.264 files and a packed set, and return the paths."""
     frames, videos, packed = root / "frames", root / "videos", root / "packed"
     videos.mkdir(parents=True)
     for number, clip in enumerate(clips(source, num_videos)):
@@ -182,7 +184,7 @@ def prepare(root: Path, source: Path | None, num_videos: int) -> dict[str, str]:
 
 
 def clips(source: Path | None, num_videos: int) -> Iterator[list[Frame]]:
-    """The frames of each video of the source, or of synthetic scenes."""
+    """Yield the frames of each video of the source, or of synthetic scenes."""
     if source is None:
         for seed in range(num_videos):
             yield list(render_scene(seed, height=HEIGHT, width=WIDTH).frames_THWC)
@@ -194,9 +196,13 @@ def clips(source: Path | None, num_videos: int) -> Iterator[list[Frame]]:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parser(__doc__)
-    options.add_argument("--source", type=Path, help="frame folders or videos to take the frames from")
-    options.add_argument("--pairs", type=int, help="pairs that a round takes")
-    options.add_argument("--batch", type=int, help="pairs in a batch (64; on a GPU 128)")
+    options.add_argument(
+        "--source", type=Path, metavar="SOURCE", help="videos or frame folders (default: synthetic scenes)"
+    )
+    options.add_argument(
+        "--pairs", type=int, metavar="N", help="pairs per round (default: 768, --short 384, GPU 4 times that)"
+    )
+    options.add_argument("--batch", type=int, metavar="N", help="pairs per batch (default: 64, GPU 128)")
     given = options.parse_args(arguments)
     on_gpu = given.device == "cuda"
     setting: dict[str, Any] = {

@@ -1,8 +1,8 @@
-"""What the benchmarks share: timing in turns, a process of one's own, the result file, the options.
+"""Shared by all benchmarks: interleaved timing, separate processes, result files, command-line options.
 
-Every contender is called once a round, so that the neighbours on a shared machine load all of them alike; CPU
-seconds count only our own work. On a GPU many calls are queued between two synchronisations, so that the wall
-time is the device's own.
+All contenders run in every round, so that other work on a shared machine affects them equally. CPU time
+counts only the work of the benchmark. On a GPU, many calls are queued between two synchronisations, so that
+wall time is the time of the device.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ WARM_UPS = 2
 
 @dataclass
 class Timing:
-    """Seconds a call, one entry a round: on the wall and of the process's CPUs."""
+    """Wall time and CPU time per call in seconds, with one entry per round."""
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
     def result(self, pairs: int, *, steps: int = 1) -> dict[str, float]:
-        """Milliseconds (median, least, most) and CPU milliseconds of a step, and pairs a second.
+        """Return milliseconds (median, least, most) and CPU milliseconds per step, and pairs per second.
 
-        A call took `steps` steps of `pairs` pairs each.
+        Each call runs `steps` steps of `pairs` pairs.
         """
         median = statistics.median(self.wall)
         return {
@@ -69,9 +69,9 @@ class Timing:
 
 
 def interleave(contenders: dict[str, Callable[[], Any]], *, rounds: int, calls: int) -> dict[str, Timing]:
-    """`calls` calls of each contender in each of `rounds` rounds, after WARM_UPS single calls.
+    """Time `calls` calls of each contender in each round, after WARM_UPS single calls.
 
-    Every second round goes through the contenders backwards.
+    Every second round runs the contenders in reverse order.
     """
     for function in [*contenders.values()] * WARM_UPS:
         function()
@@ -89,7 +89,7 @@ def interleave(contenders: dict[str, Callable[[], Any]], *, rounds: int, calls: 
 
 
 def speedup(slow: Timing, fast: Timing) -> dict[str, float]:
-    """How many times faster, round by round: median, least and most of the wall, and median of the CPU."""
+    """Speedup per round: median, least and most for wall time, and median for CPU time."""
     wall = [a / b for a, b in zip(slow.wall, fast.wall, strict=True)]
     cpu = [a / b for a, b in zip(slow.cpu, fast.cpu, strict=True)]
     extremes = {"wall_least": min(wall), "wall_most": max(wall)}
@@ -97,13 +97,13 @@ def speedup(slow: Timing, fast: Timing) -> dict[str, float]:
 
 
 def synchronize() -> None:
-    """Wait for the GPU, where this machine has one."""
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and of its workers, those alive and those that have ended."""
+    """CPU time of this process and its workers, including workers that have ended."""
     ticks = 0
     for child in multiprocessing.active_children():
         fields = Path(f"/proc/{child.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
@@ -114,9 +114,9 @@ def cpu_seconds() -> float:
 
 
 def in_own_process(function: Callable[..., Any], *arguments: Any, seconds: float | None = None) -> Any:
-    """What `function(*arguments)` returns or raises in a fresh process, which no thread or cache outlives.
+    """Run `function(*arguments)` in a new process, which leaves no threads or caches behind.
 
-    Raises TimeoutError after `seconds`, and kills the process.
+    Returns its result or raises its exception. After `seconds`, kills the process and raises TimeoutError.
     """
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
@@ -129,7 +129,10 @@ def in_own_process(function: Callable[..., Any], *arguments: Any, seconds: float
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
-    """Memory of `call` at its peak beyond what was held: of the GPU, or of a process that is fresh."""
+    """Peak memory during `call`, beyond the memory in use before.
+
+    This is GPU memory, or on a CPU the resident memory of the process, which must be new.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -138,7 +141,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated() - before
 
     def resident(field: str) -> int:
-        # The peak that getrusage gives is inherited from the process that started this one.
+        # getrusage is unsuitable, because a process inherits its peak from the parent process.
         status = Path("/proc/self/status").read_text(encoding="ascii")
         return 1024 * int(status.partition(f"{field}:")[2].split()[0])
 
@@ -148,7 +151,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
 
 
 def matrix_ceiling(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of one large matrix product of random numbers, the median."""
+    """Median FLOP/s of a large product of random matrices."""
     side, calls = (8192, 10) if device.type == "cuda" else (1536, 1)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     timing = interleave({"": lambda: a @ b}, rounds=5, calls=calls)[""]
@@ -156,7 +159,7 @@ def matrix_ceiling(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def copy_ceiling(device: torch.device) -> float:
-    """Bytes/s of a copy far larger than the caches, bytes read plus bytes written, the median."""
+    """Median bytes/s, read plus written, of a copy much larger than the caches."""
     size = 2**32 if device.type == "cuda" else 2**28
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
@@ -165,10 +168,10 @@ def copy_ceiling(device: torch.device) -> float:
 
 
 def environment() -> dict[str, Any]:
-    """The machine and the software: `device`, `cpu`, `versions`, `commit` and `date` (UTC, ISO 8601).
+    """Describe machine and software: `device`, `cpu`, `versions`, `commit` and `date` (UTC, ISO 8601).
 
-    `commit` ends in `-dirty` when tracked files differ from it. A copy of the files without the repository
-    takes it from FASTTRAIN_COMMIT.
+    `commit` ends in `-dirty` if tracked files have changes. Without a git repository, it is the value of the
+    environment variable FASTTRAIN_COMMIT.
     """
     versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
     for name in PACKAGES:
@@ -189,21 +192,32 @@ def environment() -> dict[str, Any]:
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that all benchmarks have."""
+    """Create a parser with the options that all benchmarks share."""
     raw = argparse.RawDescriptionHelpFormatter
     options = argparse.ArgumentParser(description=description, formatter_class=raw)
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    options.add_argument("--out", type=Path, help="JSON file (results/NAME-DEVICE.json)")
-    options.add_argument("--short", action="store_true", help="fewer rounds and cases")
-    options.add_argument("--limit", type=float, default=1e5, help="seconds after which nothing is begun")
-    options.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    options.add_argument(
+        "--out", type=Path, metavar="FILE", help="result file (default: benchmarks/results/NAME-DEVICE.json)"
+    )
+    options.add_argument("--short", action="store_true", help="run fewer rounds and cases")
+    options.add_argument(
+        "--limit",
+        type=float,
+        default=100_000,
+        metavar="SECONDS",
+        help="time after which no further measurement starts (default: %(default)s)",
+    )
+    options.add_argument(
+        "--device", choices=("cpu", "cuda"), default=default, help="device to measure (default: %(default)s)"
+    )
     return options
 
 
 class Results:
-    """A result file that is written after every section, so that nothing measured is lost.
+    """A result file that is written after every measurement, so that no result is lost.
 
-    What fails, cannot run here or is not reached in time is listed under `skipped` with the reason.
+    Measurements that fail, cannot run on this machine or do not start in time are listed under `skipped` with
+    the reason.
     """
 
     def __init__(self, name: str, options: argparse.Namespace, **facts: Any) -> None:
@@ -213,7 +227,10 @@ class Results:
         self.content: dict[str, Any] = {"environment": environment(), **facts, "skipped": self.skipped}
 
     def attempt(self, name: str, measure: Callable[[], Any]) -> Any:
-        """The result of `measure`. If it fails or time is up: None, and the reason under `skipped`."""
+        """Return the result of `measure`.
+
+        If it fails or time is up, add the reason to `skipped` and return None.
+        """
         if time.monotonic() > self.deadline:
             self.skipped[name] = "out of time"
             return None
@@ -227,7 +244,7 @@ class Results:
             self.skipped[name] = "out of time"
         except InputError as error:
             self.skipped[name] = str(error)
-        # Whatever it is, the other figures are good without this one.
+        # Any other error: the remaining measurements are still valid.
         except Exception as error:
             traceback.print_exc()
             self.skipped[name] = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
@@ -237,16 +254,16 @@ class Results:
         return None
 
     def record(self, name: str, measure: Callable[[], Any], group: str | None = None) -> None:
-        """Keep what `measure` returns under its name, in a group if one is given, and write the file."""
-        figures = self.attempt(name, measure)
-        if figures is not None:
+        """Store the result of `measure` under `name`, inside `group` if given, and write the file."""
+        result = self.attempt(name, measure)
+        if result is not None:
             section = self.content.setdefault(group, {}) if group else self.content
-            section[name] = figures
+            section[name] = result
         write_json(self.path, self.content)
         print(f"{name}: {self.skipped.get(name, 'done')}", flush=True)
 
     def finish(self) -> None:
-        """Name the file. Raises SystemExit where something failed."""
+        """Print the path of the file. Raises SystemExit if a measurement failed."""
         print(self.path)
         failed = [f"{name} {why}" for name, why in self.skipped.items() if why.startswith("failed")]
         if failed:

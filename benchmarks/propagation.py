@@ -1,14 +1,15 @@
-"""Label propagation on the same features: ours beside the common research script, speed and peak memory.
+"""Measure the speed and peak memory of label propagation against the research script in common use.
 
     python -m benchmarks.propagation [--short]     write results/propagation-{cpu,cuda}.json
 
-The features are a noisy pan over random points. The research script (ajabri/videowalk and its descendants) is
-written plainly below: the context of every frame gathered at once, then for two frames and a hundred query
-pixels at a time the affinity with the whole context, the radius mask, top-k, softmax and the label product.
-Timed are the last two frames of a sequence, with a full context. Memory is the peak beyond the features.
+`ResearchScript` is a plain version of the script of ajabri/videowalk and its descendants. It gathers the
+context of all frames at once. Then it computes, for two frames and a hundred query pixels at a time, the
+affinity with the whole context, the radius mask, top-k, softmax and the label product. The features of both
+contenders are a noisy pan over random points. Times are those of the last two frames of a sequence, whose
+context is full. Memory is the peak beyond the features.
 
-Last, `fasttrain eval davis` as a whole, before and after a projection, of a ViT-B/16 with random weights: the
-time of the 30 sequences of DAVIS 2017 follows from that of a few synthetic ones as long as those.
+The last section runs `fasttrain eval davis` before and after a projection of a ViT-B/16 with random weights.
+It estimates the time for the 30 sequences of DAVIS 2017 from a few synthetic sequences of the same length.
 
 Shape suffixes: T frames, H W grid, N = H * W tokens, D channels, C classes, S frames of a context, k sources.
 """
@@ -43,14 +44,14 @@ from fasttrain.projection import Projection
 
 SETTINGS = (CONTEXT, RADIUS, TOPK, TEMPERATURE)
 CLASSES = 4
-# Frames and query pixels that the script takes at a time.
+# Number of frames and of query pixels that the script processes at a time.
 FRAMES_AT_ONCE, PIXELS_AT_ONCE = 2, 100
-# DAVIS 2017, validation: sequences, frames of each on average, their usual size.
+# DAVIS 2017 validation set: number of sequences, average number of frames, most common frame size.
 SEQUENCES, FRAMES, HEIGHT, WIDTH = 30, 67, 480, 854
 
 
 class Case(NamedTuple):
-    """A sequence of features, of 480 x 880 frames unless named otherwise."""
+    """A sequence of features. Unless its name says otherwise, frames are 480 x 880."""
 
     name: str
     grid: tuple[int, int] = (30, 55)
@@ -58,7 +59,7 @@ class Case(NamedTuple):
     frames: int = 40
 
 
-# The quickest first: time may run out.
+# The fastest cases come first, because time may run out.
 CASES = (
     Case("patch 16, 320 x 320", grid=(20, 20)),
     Case("patch 16"),
@@ -68,7 +69,7 @@ CASES = (
 
 
 class ResearchScript:
-    """The common script; features and results stay in host memory, the affinities are the device's."""
+    """The research script. Features and labels are in host memory; affinities are computed on the device."""
 
     def __init__(
         self, features_THWD: Tensor, device: torch.device, settings: tuple[int, float, int, float] = SETTINGS
@@ -83,13 +84,13 @@ class ResearchScript:
         self.keys_DTSN = padded_DTHW[:, self.bank_TS].flatten(-2)
         self.query_DTN = padded_DTHW[:, self.context :].flatten(-2)
         cell_N2 = torch.cartesian_prod(torch.arange(height), torch.arange(width)).float()
-        # Exactly: PyTorch's other way goes by products, which are a little off at the very radius.
+        # Exact distances: the default mode uses matrix products, whose rounding errors matter at the radius.
         distance_NN = torch.cdist(cell_N2, cell_N2, compute_mode="donot_use_mm_for_euclid_dist")
         self.mask_NN = torch.where(distance_NN < radius, 0.0, -1e10)
         self.device = device
 
     def step(self, labels_THWC: Tensor, start: int) -> None:
-        """Write the labels of frames start and start + 1, from those before them."""
+        """Write the labels of frames `start` and `start` + 1, given those of the frames before."""
         padded_TNC = torch.cat([labels_THWC[:1].expand(self.context, -1, -1, -1), labels_THWC]).flatten(1, 2)
         frames = slice(start, start + FRAMES_AT_ONCE)
         keys_DtSN = self.keys_DTSN[:, frames].to(self.device)
@@ -114,7 +115,7 @@ class ResearchScript:
 
 
 def make_sequence(case: Case) -> tuple[Tensor, Tensor]:
-    """Features (T, H, W, D) and first labels (H, W, C)."""
+    """Create the features (T, H, W, D) and the first labels (H, W, C)."""
     generator = torch.Generator().manual_seed(0)
     height, width = case.grid
     points = torch.randn(height, width + case.frames, case.channels, generator=generator)
@@ -125,19 +126,19 @@ def make_sequence(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def measure_time(case: Case, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Both on the last two frames of a sequence, in turns, and how far their labels agree."""
+    """Time both contenders on the last two frames of a sequence, and compare their labels."""
     start = CONTEXT + 1
     features_THWD, first_HWC = make_sequence(case._replace(frames=start + FRAMES_AT_ONCE))
     script = ResearchScript(features_THWD, device)
     features_THWD = features_THWD.to(device)
-    stream = Propagator(features_THWD[0], first_HWC.to(device), *SETTINGS)
-    labels = [first_HWC, *(stream.step(frame_HWD).cpu() for frame_HWD in features_THWD[1:start])]
+    propagator = Propagator(features_THWD[0], first_HWC.to(device), *SETTINGS)
+    labels = [first_HWC, *(propagator.step(frame_HWD).cpu() for frame_HWD in features_THWD[1:start])]
     script_THWC = torch.stack([*labels, *(torch.zeros_like(first_HWC),) * FRAMES_AT_ONCE])
-    # The stream forgets its oldest frame at every step: each call starts from the same state.
-    streams = [copy.deepcopy(stream) for _ in range(WARM_UPS + rounds + 1)]
+    # A step changes the state of the propagator, so each call starts from a copy.
+    copies = [copy.deepcopy(propagator) for _ in range(WARM_UPS + rounds + 1)]
 
     def ours() -> Tensor:
-        fresh = streams.pop()
+        fresh = copies.pop()
         return torch.stack([fresh.step(frame_HWD) for frame_HWD in features_THWD[start:]]).cpu()
 
     contenders = {"ours": ours, "script": lambda: script.step(script_THWC, start)}
@@ -151,10 +152,10 @@ def measure_time(case: Case, device: torch.device, rounds: int) -> dict[str, Any
 
 
 def measure_memory(case: Case, contender: str, device: torch.device) -> float:
-    """Peak MB of a contender beyond the features."""
+    """Peak memory of a contender beyond the features, in MB (2^20 bytes)."""
     features_THWD, first_HWC = make_sequence(case)
     if contender == "ours":
-        # The stream holds as much after context + 1 frames as ever after.
+        # The memory of the propagator stops growing after context + 1 frames.
         features_THWD = features_THWD[: CONTEXT + 3].to(device)
         return peak_bytes(lambda: propagate_labels(features_THWD, first_HWC), device) / 2**20
     labels_THWC = torch.zeros(case.frames, *first_HWC.shape)
@@ -163,24 +164,26 @@ def measure_memory(case: Case, contender: str, device: torch.device) -> float:
 
 
 def measure_case(case: Case, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Times of both contenders, their peak memory, and how many times less ours is."""
+    """Measure the time and peak memory of both contenders at one case."""
     memory = {}
     for name in ("ours", "script"):
-        # A process has one peak; of a GPU, which takes seconds to start in another, any stretch has one.
-        apart = in_own_process if device.type == "cpu" else lambda function, *arguments: function(*arguments)
-        memory[f"{name}_mb"] = apart(measure_memory, case, name, device)
+        # The peak of a process's resident memory cannot be reset, so each contender runs in a new process.
+        # The peak of GPU memory can be reset.
+        run = in_own_process if device.type == "cpu" else lambda function, *arguments: function(*arguments)
+        memory[f"{name}_mb"] = run(measure_memory, case, name, device)
     memory["script_over_ours"] = memory["script_mb"] / memory["ours_mb"]
     return {"case": case._asdict(), "time": measure_time(case, device, rounds), "memory": memory}
 
 
 def measure_davis(backbone: str, frames: int, device: str) -> dict[str, Any]:
-    """Seconds of `fasttrain eval davis` for the whole data set, by four sequences, of which one is drawn."""
+    """Estimate the seconds that `fasttrain eval davis` needs for the whole data set."""
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:
         head = Path(folder) / "projection.safetensors"
         Projection(load_backbone(backbone, weights="random").embed_dim).save(head)
         encoder = ["--backbone", backbone, "--projection", str(head), "--device", device]
-        # What both pay alike, such as loading and warming up, does not count.
+        # The difference between the two runs excludes loading and warm-up, and leaves four sequences and one
+        # picture.
         for count, pictures in ((1, 1), (5, 2)):
             root = Path(folder) / f"davis{count}"
             write_davis(root, count, frames)
@@ -193,8 +196,8 @@ def measure_davis(backbone: str, frames: int, device: str) -> dict[str, Any]:
 
 
 def write_davis(root: Path, count: int, frames: int) -> None:
-    """Sequences in the data set's own layout, all the same: eight rendered frames over and over."""
-    # Needs PyAV.
+    """Write `count` identical sequences in the layout of DAVIS; each repeats eight rendered frames."""
+    # Imported here because it needs PyAV.
     from fasttrain.tools.synthetic import render_scene
 
     scene = render_scene(0, num_frames=8, height=HEIGHT, width=WIDTH)
@@ -214,12 +217,17 @@ def write_davis(root: Path, count: int, frames: int) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parser(__doc__)
-    options.add_argument("--backbone", default="dino", help="of the DAVIS evaluation (default: %(default)s)")
+    options.add_argument(
+        "--backbone",
+        default="dino",
+        metavar="NAME",
+        help="backbone of the DAVIS evaluation (default: %(default)s)",
+    )
     given = options.parse_args(arguments)
     device = torch.device(given.device)
     results = Results("propagation", given, threads=torch.get_num_threads())
     rounds = 2 if given.short else 5
-    # On the larger grids the script takes a CPU minutes.
+    # On larger grids, the script takes minutes on a CPU.
     small = given.short and device.type == "cpu"
     for case in CASES[:1] if small else CASES:
         case = case._replace(frames=24 if given.short else case.frames)

@@ -1,8 +1,9 @@
-"""How fast a recipe trains here, part by part, beside the ceilings and the published implementation.
+"""Measure the training step of a recipe against hardware limits and the published implementation.
 
-    python -m benchmarks.step [--short] RECIPE [key=value ...]     write results/step-{cpu,cuda}.json
+    python -m benchmarks.step [--short] RECIPE [KEY=VALUE ...]     write results/step-{cpu,cuda}.json
 
-Weights are `random`: they do not matter here. On a CPU the ratios count, and a smaller ViT is needed:
+Weights are random, since they do not affect the speed. On a CPU, only the ratios are meaningful, and a
+smaller ViT keeps the run short:
 
     python -m benchmarks.step recipes/dino.yaml backbone.embed_dim=192 backbone.depth=4 \\
         train.batch_size=16 encoder.compile=default
@@ -44,21 +45,21 @@ from fasttrain.recipe import Recipe, load_recipe, to_dict
 
 Switches = dict[str, dict[str, Any]]
 SWITCHES: Switches = {"as it is": {}, "not compiled": {"compile": "none"}, "fp8": {"precision": "fp8"}}
-# Half a minute of compilation each on a GPU: left out of the short form.
+# Not measured with --short, because each takes half a minute to compile on a GPU.
 LONG_SWITCHES: Switches = {
     "three passes": {"batch_views": False},
     "weights cast at every step": {"cast_weights": False},
     "compiled, max-autotune": {"compile": "max-autotune"},
 }
 GPU_SWITCHES: Switches = {
-    # Which of the two PyTorch takes by itself differs with its version and the chip.
+    # PyTorch's default choice between these two depends on its version and on the GPU.
     "not compiled, cuDNN attention": {"compile": "none", "attention": "cudnn"},
     "not compiled, flash attention": {"compile": "none", "attention": "flash"},
-    # Last: a recording that fails may take others with it.
+    # CUDA graphs come last, because a failed capture can make later measurements fail.
     "CUDA graph": {"cuda_graph": True},
     "CUDA graph, fp8": {"cuda_graph": True, "precision": "fp8"},
 }
-# On a GPU all pairs go at once as it is.
+# On a GPU, all pairs are processed at once by default.
 CPU_SWITCHES: Switches = {
     "fused attention": {"attention": "flash"},
     "all pairs at once": {"chunk": 1_000_000},
@@ -67,7 +68,7 @@ Step = Callable[[], Any]
 
 
 class Run:
-    """One recipe on one device, with how often things are measured."""
+    """A recipe on a device, and the number of rounds of each measurement."""
 
     def __init__(self, recipe: Recipe, world: World, results: Results, *, short: bool) -> None:
         self.recipe, self.world, self.results, self.short = recipe, world, results, short
@@ -78,22 +79,22 @@ class Run:
     def frames(self, recipe: Recipe) -> Tensor:
         size = recipe.data.image_size
         dtype = recipe.train.dtype if self.on_gpu else torch.float32
-        # Drawn on the CPU: a recording that failed may leave the GPU's generator unusable.
+        # Generate on the CPU, because a failed capture may leave the generator of the GPU unusable.
         return torch.randn(2, recipe.train.batch_size, 3, size, size).to(self.device, dtype)
 
     def trainer(self, recipe: Recipe) -> BackboneTrainer:
-        """A backbone's trainer, ready to step."""
+        """Create the trainer of a backbone and warm it up."""
         encoder = copy.deepcopy(random_encoder(tuple(backbone_settings(recipe).items())))
         trainer = BackboneTrainer(recipe, self.world, encoder)
         trainer.warm_up()
         return trainer
 
     def stepper(self, recipe: Recipe) -> Step:
-        """One training step on resident frames."""
+        """Return a training step on frames that are already on the device."""
         return partial(take_step, self.trainer(recipe), self.frames(recipe))
 
     def time(self, makers: dict[str, Callable[[], Step]]) -> dict[str, Timing]:
-        """Timings, in turns, of the contenders that can be made and called."""
+        """Time all contenders that can be created and called, interleaved."""
 
         def called_once(make: Callable[[], Step]) -> Step:
             contender = make()
@@ -107,26 +108,26 @@ class Run:
         return interleave(contenders, rounds=self.rounds, calls=calls)
 
 
-# Drawing the random weights of a ViT-B takes seconds, copying them does not.
+# Initialising a ViT-B takes seconds, whereas copying it is fast.
 @lru_cache(maxsize=2)
 def random_encoder(settings: tuple[tuple[str, Any], ...]) -> Backbone:
     return load_backbone(**dict(settings))
 
 
 def take_step(trainer: BackboneTrainer, frames: Tensor) -> None:
-    """Forward and backward pass and optimiser; no log step."""
+    """Run one training step that logs nothing."""
     trainer.forward_backward(frames, 1, last=True, diagnostics=False)
     trainer.update(1e-4)
 
 
 def with_changes(recipe: Recipe, section: str, **values: Any) -> Recipe:
-    """`recipe` with some values of one section changed."""
+    """Return `recipe` with the given values of one section changed."""
     changed = dataclasses.replace(getattr(recipe, section), **values)
     return dataclasses.replace(recipe, **{section: changed})
 
 
 def steps(run: Run) -> dict[str, Any]:
-    """A training step on resident frames: ours, and the published implementation at equal precision."""
+    """Measure a training step of fasttrain and of the published implementation, at the same precision."""
     recipe, frames = run.recipe, run.frames(run.recipe)
     makers: dict[str, Callable[[], Step]] = {
         "ours": lambda: run.stepper(recipe),
@@ -148,7 +149,10 @@ def steps(run: Run) -> dict[str, Any]:
 
 
 def parts(run: Run) -> dict[str, Any]:
-    """Encoder, head with losses (forward and backward) and optimiser, each alone, against its ceiling."""
+    """Measure the encoder, the head with the losses (forward and backward) and the optimiser separately.
+
+    The encoder is compared with the speed of a matrix product, and the losses with that of a copy.
+    """
     trainer, frames = run.trainer(run.recipe), run.frames(run.recipe)
     positions = trainer.asymmetric_positions(0)
     frozen_B3ND = trainer.runtime.three_views(frames, positions).clone()
@@ -169,7 +173,7 @@ def parts(run: Run) -> dict[str, Any]:
     tflops = encoder_flops(trainer, frames, positions) * run.pairs / result["encoder"]["ms"] / 1e9
     ceiling = matrix_ceiling(trainer.dtype, run.device) / 1e12
     result["encoder"] |= {"tflops": tflops, "matrix_tflops": ceiling, "utilisation": tflops / ceiling}
-    # Frozen tokens read in the forward and in the backward pass; the head's products stay on chip at best.
+    # Minimum traffic: the forward and the backward read the frozen tokens once, and products stay on chip.
     moved_gb = 2 * frozen_B3ND.numel() * frozen_B3ND.element_size() / 1e9
     rate = moved_gb / result["head and loss"]["ms"] * 1e3
     copy_rate = copy_ceiling(run.device) / 1e9
@@ -178,14 +182,14 @@ def parts(run: Run) -> dict[str, Any]:
 
 
 def encoder_flops(trainer: BackboneTrainer, frames: Tensor, positions: Tensor) -> float:
-    """Multiplications and additions of the three views of one pair, as PyTorch counts them."""
+    """Number of floating-point operations for the three views of one pair, as counted by PyTorch."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         trainer.encoder.three_views(frames[:, :1].to(positions.dtype), positions)
     return float(counter.get_total_flops())
 
 
 def switches(run: Run) -> dict[str, Any]:
-    """Each switch of the encoder changed alone, against the recipe as it is."""
+    """Measure the recipe (`as it is`) and each change of a single encoder setting."""
     choices = {**SWITCHES, **({} if run.short else LONG_SWITCHES)}
     choices |= GPU_SWITCHES if run.on_gpu else CPU_SWITCHES
     recipes = {name: with_changes(run.recipe, "encoder", **choice) for name, choice in choices.items()}
@@ -197,7 +201,7 @@ def switches(run: Run) -> dict[str, Any]:
 
 
 def scaling(run: Run) -> dict[str, Any]:
-    """A step over batch and resolution (tokens), one of each in the short form."""
+    """Measure steps at several batch sizes and resolutions, or at one of each with --short."""
     count = 1 if run.short else 3
     batches = (256, 64, 32) if run.on_gpu else (8, 4, 32)
     changes = [("batch", "train", {"batch_size": pairs}) for pairs in batches[:count]]
@@ -213,11 +217,12 @@ def scaling(run: Run) -> dict[str, Any]:
 
 
 def end_to_end(run: Run) -> dict[str, Any]:
-    """With data: ours from packed JPEG, the baseline through PIL (four frames), of the same videos.
+    """Measure training with data: ours from a packed set, the baseline from frame folders with PIL.
 
-    One after the other: the workers of one would load the machine, and fill their queues, in another's turn.
+    Contenders run one after the other, not interleaved. Otherwise the workers of one contender would work
+    during the turn of another.
     """
-    # Needs DALI and PyAV.
+    # Imported here because it needs DALI and PyAV.
     from benchmarks import loaders
 
     calls = 24 if run.on_gpu else 6
@@ -248,21 +253,28 @@ def end_to_end(run: Run) -> dict[str, Any]:
     }
 
 
-# The most wanted first: time may run out.
+# The most important sections come first, because time may run out.
 SECTIONS = {f.__name__: f for f in (steps, parts, end_to_end, switches, scaling)}
 
 
 def read_recipe(path: str, overrides: list[str]) -> Recipe:
-    """The first backbone of a recipe with random weights, one pass a step."""
+    """Load the first backbone of a recipe, with random weights and one micro-batch per step."""
     first = backbone_recipes(load_recipe(path, ["train.accumulate=1", *overrides]))[0]
     return with_changes(first, "backbone", weights="random")
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parser(__doc__)
-    options.add_argument("recipe")
-    options.add_argument("overrides", nargs="*", metavar="key=value")
-    options.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
+    options.add_argument("recipe", metavar="RECIPE", help="recipe file")
+    options.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe keys to override")
+    options.add_argument(
+        "--only",
+        nargs="+",
+        choices=list(SECTIONS),
+        default=list(SECTIONS),
+        metavar="SECTION",
+        help=f"sections to measure: {', '.join(SECTIONS)} (default: all)",
+    )
     given = options.parse_args(arguments)
     recipe = read_recipe(given.recipe, [*given.overrides, f"device={given.device}"])
     results = Results("step", given, recipe=to_dict(recipe), threads=torch.get_num_threads())

@@ -1,4 +1,4 @@
-"""What `make gpu-check` promises: every step runs, and says how it ended."""
+"""Tests of `make gpu-check`: every step runs and reports its outcome."""
 
 import re
 import subprocess
@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu_check.sh"
-# Stands in for Python on a machine with a GPU.
+# Replaces Python on a machine with a GPU.
 STUB = """#!/bin/sh
 case "$*" in
 *benchmarks.kernels*) echo "CUDA error"; exit 1 ;;
@@ -17,7 +17,7 @@ esac
 """
 
 
-def test_every_step_runs_and_says_how_it_ended(tmp_path: Path) -> None:
+def test_every_step_runs_and_reports_its_outcome(tmp_path: Path) -> None:
     stub, out = tmp_path / "python", tmp_path / "out"
     stub.write_text(STUB)
     stub.chmod(0o755)
@@ -30,7 +30,7 @@ def test_every_step_runs_and_says_how_it_ended(tmp_path: Path) -> None:
     assert lines[-1].endswith("(No module named 'av')")
 
 
-def test_the_steps_are_there_and_stay_under_nine_minutes() -> None:
+def test_the_steps_exist_and_take_less_than_nine_minutes() -> None:
     script = SCRIPT.read_text()
     steps = re.findall(r"^(?:step|benchmark (\w+)) (\d+)", script, re.MULTILINE)
     assert sum(int(seconds) for _, seconds in steps) < 9 * 60

@@ -1,4 +1,4 @@
-"""The benchmark of the loaders runs; no timing is judged."""
+"""Tests that the benchmark of the loaders runs. Timings are not checked."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from benchmarks import loaders
 from benchmarks.loaders import BASELINE, OUR_VIDEO, OURS
 
 
-def test_contenders_are_measured(tmp_path: Path) -> None:
+def test_loaders_are_measured(tmp_path: Path) -> None:
     setting = {**loaders.prepare(tmp_path, None, 2), "batch": 2, "pairs": 4, "rounds": 1, "device": "cpu"}
     for name in (OURS, OUR_VIDEO, BASELINE):
         assert loaders.measure(name, setting)["pairs_per_cpu_second"] > 0

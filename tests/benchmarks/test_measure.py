@@ -1,4 +1,4 @@
-"""How figures are computed, kept and drawn; no timing is judged."""
+"""Tests of the helpers that compute, store and draw results. Timings are not checked."""
 
 import concurrent.futures
 import json
@@ -16,24 +16,24 @@ from benchmarks.plot import plot
 from fasttrain.errors import InputError
 
 
-def test_contenders_take_turns_both_ways() -> None:
+def test_every_second_round_runs_in_reverse_order() -> None:
     calls: list[str] = []
     contenders: dict[str, Any] = {name: (lambda name=name: calls.append(name)) for name in "ab"}
     interleave(contenders, rounds=2, calls=2)
     assert "".join(calls[4:]) == "aabb" + "bbaa"
 
 
-def test_speedup_is_taken_round_by_round() -> None:
+def test_speedup_is_computed_per_round() -> None:
     slow, fast = Timing([4.0, 9.0, 2.0], [2.0, 2.0, 2.0]), Timing([2.0, 3.0, 2.0], [1.0, 1.0, 1.0])
     assert speedup(slow, fast) == {"wall": 2.0, "wall_least": 1.0, "wall_most": 3.0, "cpu": 2.0}
     assert fast.result(4, steps=2)["pairs_per_second"] == 4.0
     assert fast.result(4, steps=2)["ms"] == 1000.0
 
 
-def test_another_process_answers_fails_or_is_stopped_and_its_time_counts() -> None:
+def test_another_process_returns_raises_or_times_out_and_its_cpu_time_counts() -> None:
     begun = cpu_seconds()
     assert in_own_process(sum, range(3_000_000)) == sum(range(3_000_000))
-    # Starting an interpreter alone takes several ticks of the kernel's clock.
+    # Starting an interpreter takes several clock ticks, the resolution of CPU time.
     assert cpu_seconds() - begun > 0.02
     with pytest.raises(ValueError, match="invalid literal"):
         in_own_process(int, "x")
@@ -41,7 +41,7 @@ def test_another_process_answers_fails_or_is_stopped_and_its_time_counts() -> No
         in_own_process(time.sleep, 600, seconds=0.1)
 
 
-def test_what_fails_costs_no_other_figure(tmp_path: Path) -> None:
+def test_a_failed_measurement_does_not_affect_the_others(tmp_path: Path) -> None:
     def fail(error: Exception) -> dict[str, Any]:
         raise error
 

@@ -1,4 +1,4 @@
-"""The baseline computes what fasttrain computes, and every section runs."""
+"""Tests that the baseline computes the same losses as fasttrain, and that every section runs."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ TINY += ["train.precision=fp32", "encoder.compile=none"]
 
 @pytest.mark.parametrize("regularizer", ["kl", "mse"])
 def test_the_baseline_computes_the_same_losses(regularizer: str) -> None:
-    """With the positions of our step, loss and diagnostics of the untrained head agree to rounding."""
+    """With the same positions, the loss and diagnostics of an untrained head agree up to rounding."""
     overrides = [*TINY, "device=cpu", f"objective.regularizer={regularizer}"]
     recipe = benchmark.read_recipe(RECIPE, overrides)
     frames = torch.randn(2, 3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -31,14 +31,14 @@ def test_the_baseline_computes_the_same_losses(regularizer: str) -> None:
     assert loss == pytest.approx(readings["loss"], rel=1e-5)
     assert accuracy == pytest.approx(readings["cycle_accuracy"])
     assert similarity == pytest.approx(readings["identity_similarity"], rel=1e-4)
-    # It learns, and its own positions are a crop that ours could be.
+    # The step reduces the loss, and its random positions are a crop that fasttrain could draw.
     assert baseline(frames, ours.asymmetric_positions(7))[0] < loss
     torch.manual_seed(0)
     crop = baseline.asymmetric_positions()
     torch.manual_seed(0)
     row, column = torch.randint(0, ours.encoder.asymmetric_range(10.0), (2,)).tolist()
     assert torch.equal(crop, ours.encoder.asymmetric_positions(ratio=10.0, offset=(row, column)))
-    # 2 L (4 D^2 + 8 D^2) + 4 L^2 D a block and view, and the patches of two frames.
+    # 2 L (4 D^2 + 8 D^2) + 4 L^2 D per block and view, plus the patch embedding of two frames.
     blocks = 2 * (24 * 17 * 64**2 + 4 * 17**2 * 64)
     flops = 3 * blocks + 2 * 16 * 2 * 3 * 16**2 * 64
     assert benchmark.encoder_flops(ours, frames, ours.asymmetric_positions(0)) == flops
