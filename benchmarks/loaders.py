@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode, RandomResizedCrop, functional
 
-from benchmarks.measure import WARM_UPS, Results, in_own_process, interleave, parser
+from benchmarks.measure import WARM_UPS, Results, in_own_process, interleave, parser, run_command
 from fasttrain.data.images import IMAGENET_MEAN, IMAGENET_STD, Frame
 from fasttrain.data.loader import PairLoader
 from fasttrain.data.sources import open_source
@@ -200,9 +200,14 @@ def main(arguments: list[str] | None = None) -> None:
         "--source", type=Path, metavar="SOURCE", help="videos or frame folders (default: synthetic scenes)"
     )
     options.add_argument(
-        "--pairs", type=int, metavar="N", help="pairs per round (default: 768, --short 384, GPU 4 times that)"
+        "--pairs",
+        type=int,
+        metavar="N",
+        help="pairs per round (default: 768, or 384 with --short; 4 times as many on a GPU)",
     )
-    options.add_argument("--batch", type=int, metavar="N", help="pairs per batch (default: 64, GPU 128)")
+    options.add_argument(
+        "--batch", type=int, metavar="N", help="pairs per batch (default: 64 on a CPU, 128 on a GPU)"
+    )
     given = options.parse_args(arguments)
     on_gpu = given.device == "cuda"
     setting: dict[str, Any] = {
@@ -224,4 +229,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

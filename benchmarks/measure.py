@@ -213,6 +213,15 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return options
 
 
+def run_command(main: Callable[[], None]) -> None:
+    """Call `main`. Invalid input ends in one line and exit code 2, as in the command line of fasttrain."""
+    try:
+        main()
+    except InputError as error:
+        print(f"benchmark: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
 class Results:
     """A result file that is written after every measurement, so that no result is lost.
 

@@ -34,6 +34,7 @@ from benchmarks.measure import (
     interleave,
     matrix_ceiling,
     parser,
+    run_command,
     speedup,
     synchronize,
 )
@@ -286,4 +287,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
