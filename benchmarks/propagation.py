@@ -12,7 +12,7 @@ The last section runs `fasttrain eval davis` before and after a projection of a 
 It estimates the time for the 30 sequences of DAVIS 2017 from a few synthetic sequences of the same length.
 """
 
-# Shape suffixes: T frames, H W grid, N = H * W tokens, D channels, C classes, S frames of a context, k sources.
+# Shape suffixes: T frames, H W grid, N = H * W tokens, D channels, C classes, S context frames, k sources.
 
 from __future__ import annotations
 
