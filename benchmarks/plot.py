@@ -1,4 +1,5 @@
-"""Draw result files, each as a PNG beside it: `python -m benchmarks.plot results/step-cuda.json ...`."""
+"""Draw result files as bar charts: `python -m benchmarks.plot benchmarks/results/step-cuda.json ...` writes
+`step-cuda.png` next to the file."""
 
 from __future__ import annotations
 
@@ -8,48 +9,93 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-# What is drawn of a row that a benchmark measured: the first that it has.
-KEYS = ("ms", "pairs_per_second")
+from fasttrain.evaluation.plots import OKABE_ITO, PAGE, STYLE
+
+# The metric to draw: the first of these that the rows have.
+METRICS = {
+    "ms": "time in ms (lower is better)",
+    "pairs_per_second": "frame pairs per second (higher is better)",
+}
+# Keys of the JSON that say nothing in a title.
+CONTAINERS = ("cases", "rows", "time", "timings")
+
+Rows = dict[str, dict[str, Any]]
 
 
-def panels(results: Any, title: str = "") -> Iterator[tuple[str, dict[str, float]]]:
-    """Titles and bars (label -> figure), wherever there are rows beside each other."""
+def panels(results: Any, title: str = "") -> Iterator[tuple[str, str, Rows]]:
+    """Find the groups of comparable rows: a title, the metric that the rows share, and the rows by name."""
     if isinstance(results, list):
         results = {label(row): row for row in results if isinstance(row, dict)}
     rows = {name: row for name, row in results.items() if isinstance(row, dict)}
-    for key in KEYS:
-        bars = {name: row[key] for name, row in rows.items() if key in row}
-        if bars:
-            yield f"{title}: {key.replace('_', ' ')}", bars
+    for metric in METRICS:
+        measured = {name: row for name, row in rows.items() if metric in row}
+        if measured:
+            yield title, metric, measured
             return
     for name, value in results.items():
         if isinstance(value, (dict, list)):
-            yield from panels(value, f"{title} {name}".strip())
+            prefix = "" if name in CONTAINERS else name.replace("_", " ")
+            yield from panels(value, prefix if prefix.startswith(title) else f"{title} {prefix}".strip())
 
 
 def label(row: dict[str, Any]) -> str:
-    """A row of a list: its name, or the whole numbers that set it apart."""
-    facts = [f"{key} {value}" for key, value in row.items() if isinstance(value, int)]
-    return str(row.get("case", {}).get("name", ", ".join(facts)))
+    """The name of a row in a list, or the integers that distinguish it from the others."""
+    case = row.get("case")
+    integers = [f"{key} {value}" for key, value in row.items() if isinstance(value, int)]
+    return str(case["name"]) if isinstance(case, dict) else ", ".join(integers)
 
 
+def spread(row: dict[str, Any], metric: str) -> tuple[float, float]:
+    """How far the lowest and the highest round are from the median."""
+    rounds = [one[metric] for one in row.get("rounds", ()) if metric in one] or [row[metric]]
+    lowest, highest = row.get(f"{metric}_least", min(rounds)), row.get(f"{metric}_most", max(rounds))
+    return row[metric] - lowest, highest - row[metric]
+
+
+@rc_context(STYLE)
 def plot(path: Path) -> Path:
-    """Panels of bars, one below the other."""
+    """Draw the panels of bars in one or two columns. Raises ValueError if the file has no timings."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    drawn = list(panels(content))
-    rows = [len(bars) + 1 for _, bars in drawn]
-    figure = Figure(figsize=(9, 1 + 0.35 * sum(rows)), layout="constrained")
-    axes = figure.subplots(len(drawn), squeeze=False, height_ratios=rows)
-    for axis, (title, bars) in zip(axes[:, 0], drawn, strict=True):
-        axis.bar_label(axis.barh(list(bars), list(bars.values())), fmt="%.4g", padding=3)
-        axis.invert_yaxis()
-        axis.margins(x=0.12)
-        axis.set_xlabel(title)
+    found = list(panels(content))
+    # A single bar compares nothing.
+    drawn = [panel for panel in found if len(panel[2]) > 1] or found
+    if not drawn:
+        raise ValueError(f"{path} has no timings to draw")
+    columns = 2 if len(drawn) > 1 else 1
+    length = -(-len(drawn) // columns)
+    longest = [max(len(rows) for _, _, rows in drawn[i::length]) for i in range(length)]
+    figure = Figure(figsize=(PAGE * (0.4 + 0.3 * columns), 0.42 * sum(longest) + 0.5 * length + 1))
+    grid = figure.subplots(length, columns, squeeze=False, height_ratios=longest).T.flatten()
+    units = list(dict.fromkeys(METRICS[metric] for _, metric, _ in drawn))
+    for number, (axes, (title, metric, rows)) in enumerate(zip(grid, drawn, strict=False)):
+        values = [row[metric] for row in rows.values()]
+        is_ours = [name == "fused" or name.startswith("ours") for name in rows]
+        colors = [OKABE_ITO[0] if ours or not any(is_ours) else "0.7" for ours in is_ours]
+        errors = list(zip(*(spread(row, metric) for row in rows.values()), strict=True))
+        bars = axes.barh(
+            list(rows), values, color=colors, xerr=errors, error_kw={"capsize": 4, "elinewidth": 1.5}
+        )
+        axes.bar_label(bars, fmt=lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3g}", padding=4)
+        axes.set_title(title[:1].upper() + title[1:] if len(drawn) > 1 else "")
+        axes.set_xlabel(METRICS[metric] if len(units) > 1 else "")
+        axes.set_xticks([])
+        axes.spines["bottom"].set_visible(False)
+        axes.spines["left"].set_bounds(-0.5, len(rows) - 0.5)
+        axes.tick_params(axis="y", length=0)
+        axes.margins(x=0.15)
+        axes.set_ylim(longest[number % length] - 0.5, -0.5)
+    for axes in grid[len(drawn) :]:
+        axes.axis("off")
     environment = content["environment"]
-    figure.suptitle(f"{path.stem}, {environment['device'] or environment['cpu']['model']}")
-    figure.savefig(path.with_suffix(".png"), dpi=110)
+    device = environment["device"] or environment["cpu"]["model"]
+    unit = units[0] if len(units) == 1 else "speed"
+    figure.suptitle(
+        f"{path.stem} on {device}: {unit}\nbars: median of the rounds; whiskers: fastest and slowest round"
+    )
+    figure.savefig(path.with_suffix(".png"))
     return path.with_suffix(".png")
 
 
@@ -57,4 +103,7 @@ if __name__ == "__main__":
     if not sys.argv[1:] or not all(argument.endswith(".json") for argument in sys.argv[1:]):
         sys.exit("usage: python -m benchmarks.plot benchmarks/results/NAME-DEVICE.json ...")
     for argument in sys.argv[1:]:
-        print(plot(Path(argument)))
+        try:
+            print(plot(Path(argument)))
+        except ValueError as error:
+            print(error)

@@ -51,6 +51,7 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 2,
     "lines.markersize": 7,
     "legend.frameon": False,
+    "figure.titlesize": "medium",
     "figure.constrained_layout.use": True,
     "savefig.bbox": "tight",
     "savefig.pad_inches": 0.05,
