@@ -81,7 +81,7 @@ def test_names_that_the_terminal_cannot_show(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("absent", "word", "message"),
     [
-        ("scipy", "eval", "the package scipy is not installed; pip install 'fasttrain.eval.'"),
+        ("scipy", "eval", "package 'scipy' is not installed. Install it with: pip install 'fasttrain.eval.'"),
         ("nvidia.dali", "recipes/dino.yaml", "DALI is not installed, .*cuda12.* or 'fasttrain.cuda13.'"),
     ],
 )

@@ -1,19 +1,22 @@
-"""The benchmarks that prove what a projection bought.
+"""Benchmarks that compare a backbone's features before and after the projection.
 
-The measures, importable here, know nothing of models or files. A runner for each benchmark reads a data set
-and runs an encoder before and after its projection; `command.py` is `python -m fasttrain eval`.
+The functions exported here compute metrics from arrays and tensors; they need neither a model nor files. Each
+benchmark has a module that reads its dataset and evaluates the encoder. `command.py` implements
+`fasttrain eval`.
 """
 
 from importlib import import_module
 
 from fasttrain.errors import InputError
 
-# The modules below need what the extra `eval` of the installation brings.
+# The modules below import packages of the `eval` extra.
 try:
     import_module("matplotlib")
     import_module("scipy")
 except ModuleNotFoundError as error:
-    raise InputError(f"the package {error.name} is not installed; pip install 'fasttrain[eval]'") from error
+    raise InputError(
+        f"package {error.name!r} is not installed. Install it with: pip install 'fasttrain[eval]'"
+    ) from error
 
 from fasttrain.evaluation.metrics import boundary_accuracy, mean_iou, pck, region_similarity
 from fasttrain.evaluation.propagation import propagate_labels

@@ -1,9 +1,9 @@
-"""Classification of videos by frozen features: weighted k-NN and a linear probe, top-1 and top-5.
+"""Classify videos by their features, with a weighted k-NN and a linear probe: top-1 and top-5 accuracy.
 
-Reads UCF101, HMDB51, Kinetics, Something-Something V2 and plain lists (`datasets.py`). `metrics.py` and
-`linear_probe.py` hold the measures and name their sources. Shape suffixes: S test videos, N training videos,
-D channels, C classes.
+Supported datasets are UCF101, HMDB51, Kinetics, Something-Something V2 and plain lists.
 """
+
+# Shape suffixes: S test videos, N training videos, D channels, C classes.
 
 import argparse
 from pathlib import Path
@@ -23,10 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_split_arguments(parser)
     parser.add_argument(
         "--neighbours", type=int, nargs="+", default=list(metrics.NEIGHBOURS), metavar="K",
-        help="of the k-NN; those above the number of training videos are left out (default: %(default)s)",
+        help="values of k for k-NN, at most the number of training videos (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--temperature", type=float, default=metrics.TEMPERATURE, help="of its votes (default: %(default)s)"
+        "--temperature",
+        type=float,
+        default=metrics.TEMPERATURE,
+        help="temperature of the k-NN votes (default: %(default)s)",
     )
     linear_probe.add_arguments(parser)
 
@@ -34,12 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(
     arguments: argparse.Namespace, model: EvaluatedModel, output: Path, world: World
 ) -> dict[str, Any] | None:
-    """Accuracy on all test videos, on the main process."""
+    """Evaluate all test videos. Returns the results on the main process and None on the others."""
     check_options(arguments, neighbours=1, max_iterations=1, temperature=metrics.MIN_TEMPERATURE)
-    found = extract_split(arguments, model, output, world)
-    if found is None:
+    extraction = extract_split(arguments, model, output, world)
+    if extraction is None:
         return None
-    split, extracted, data = found
+    split, extracted, data = extraction
     classes = split.classes
     labels_N, labels_S = class_numbers(split.train), class_numbers(split.test)
     held_out_N = metrics.hold_out(labels_N)

@@ -1,7 +1,8 @@
-"""Measure a run on a benchmark, before and after its projection: `python -m fasttrain eval TASK`.
+"""Evaluate a training run on a benchmark, before and after its projection.
 
-Writes OUTPUT/TASK.json, pictures and, for DAVIS, the masks; prints a table. Under torchrun the sequences or
-videos are spread over the processes; `--` keeps torchrun from taking --run for an option of its own:
+Prints a table and writes the results to OUTPUT/TASK.json, together with pictures and the predicted masks
+(davis, vip) or poses (jhmdb). Under torchrun, the processes share the sequences or videos. The `--` keeps
+torchrun from reading --run as one of its own options:
 
     torchrun --nproc-per-node=8 -m -- fasttrain eval probe --run RUN --root DATASET
 """
@@ -27,46 +28,56 @@ from fasttrain.evaluation import (
 )
 from fasttrain.evaluation.results import print_table, with_difference, write_results
 
-# In the order of the help: the module and what it measures.
+# By name, in the order of the help: the task's module and a description for the help and the table.
 TASKS: dict[str, tuple[ModuleType, str]] = {
-    "davis": (davis, "video object segmentation by label propagation: J and F"),
-    "vip": (vip, "body part segmentation by label propagation: mean IoU and each class"),
-    "jhmdb": (jhmdb, "human pose by label propagation: PCK, mean and each joint"),
-    "consistency": (consistency, "the paper's trade-off: distances within and between videos"),
-    "retrieval": (retrieval, "nearest videos: recall at 1, 5 and 10 in percent"),
-    "probe": (classification, "classification: weighted k-NN and a linear probe, accuracy in percent"),
-    "localization": (localization, "actions in time: frames, segments and detections, in percent"),
+    "davis": (davis, "video object segmentation by label propagation (J and F)"),
+    "vip": (vip, "body part segmentation by label propagation (mean IoU, IoU per class)"),
+    "jhmdb": (jhmdb, "human pose tracking by label propagation (PCK, mean and per joint)"),
+    "consistency": (consistency, "consistency and separability (distances within and between videos)"),
+    "retrieval": (retrieval, "video retrieval by nearest neighbours (recall at 1, 5 and 10 in percent)"),
+    "probe": (classification, "video classification by k-NN and a linear probe (accuracy in percent)"),
+    "localization": (localization, "temporal action localisation (frame accuracy, F1, edit, mAP in percent)"),
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     tasks = parser.add_subparsers(dest="task", required=True, metavar="{" + ",".join(TASKS) + "}")
-    for name, (task, meaning) in TASKS.items():
-        of_task = tasks.add_parser(
+    for name, (task, description) in TASKS.items():
+        task_parser = tasks.add_parser(
             name,
-            help=meaning,
+            help=description,
             description=task.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        of_task.add_argument("--root", type=Path, required=True, help="the data set")
-        model.add_arguments(of_task)
-        of_task.add_argument("--output", type=Path, help="folder for the results (default: eval/TASK in RUN)")
-        task.add_arguments(of_task)
+        task_parser.add_argument(
+            "--root", type=Path, required=True, metavar="DATASET", help="path of the dataset"
+        )
+        model.add_arguments(task_parser)
+        task_parser.add_argument(
+            "--output",
+            type=Path,
+            metavar="FOLDER",
+            help=f"folder for the results (default: RUN/eval/{name}, without --run eval/{name})",
+        )
+        task.add_arguments(task_parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Raises InputError for a data set or an encoder that cannot be had."""
-    task, meaning = TASKS[arguments.task]
+    """Evaluate the encoder on one task; write and print the results.
+
+    Raises InputError if the dataset or the encoder cannot be loaded.
+    """
+    task, description = TASKS[arguments.task]
     output = arguments.output or (arguments.run or Path()) / "eval" / arguments.task
-    begun, earlier = time.perf_counter(), _pictures(output)
+    start, old_pictures = time.perf_counter(), _pictures(output)
     with distributed.start(arguments.device) as world:
         evaluated = world.run_on_all(lambda: _prepare(arguments, output, world))
-        found = task.run(arguments, evaluated, output, world)
-    if found is None:
+        report = task.run(arguments, evaluated, output, world)
+    if report is None:
         return
-    results = with_difference(found["results"])
+    results = with_difference(report["results"])
     encoder, projection = evaluated.encoder, evaluated.projection
-    about = {
+    context = {
         "task": arguments.task,
         "settings": vars(arguments),
         "model": {
@@ -75,27 +86,27 @@ def run(arguments: argparse.Namespace) -> None:
             "weights_hash": encoder.weights_hash,
             "head": projection.head if projection else None,
         },
-        # The folder may also hold those of an earlier evaluation, of other sequences.
-        "pictures": [name for name, written in _pictures(output).items() if written != earlier.get(name)],
-        "seconds": time.perf_counter() - begun,
+        # The folder may also hold pictures that an earlier evaluation drew of other sequences.
+        "pictures": [name for name, mtime in _pictures(output).items() if mtime != old_pictures.get(name)],
+        "seconds": time.perf_counter() - start,
     }
     path = output / f"{arguments.task}.json"
-    write_results(path, {**about, **found, "results": results})
-    print_table(f"{arguments.task}: {meaning}\n{encoder.name}, {encoder.weights}", results)
-    print(f"written to {path}")
+    write_results(path, {**context, **report, "results": results})
+    print_table(f"{arguments.task}: {description}\n{encoder.name}, {encoder.weights}", results)
+    print(f"results written to {path}")
 
 
 def _prepare(arguments: argparse.Namespace, output: Path, world: World) -> model.EvaluatedModel:
-    """What may fail before the work of hours: the paths and the encoder."""
+    """Check the paths and load the encoder, so that bad input fails before the evaluation begins."""
     if not arguments.root.exists():
-        raise InputError(f"--root {arguments.root} does not exist; give the folder of the data set")
+        raise InputError(f"--root: '{arguments.root}' does not exist. Pass the path of the dataset.")
     evaluated = model.load_model(arguments, world.device)
     output.mkdir(parents=True, exist_ok=True)
     if not os.access(output, os.W_OK):
-        raise InputError(f"{output} cannot be written to; give another --output")
+        raise InputError(f"--output: '{output}' is not writable. Pass another folder.")
     return evaluated
 
 
 def _pictures(output: Path) -> dict[str, int]:
-    """Names in the folder of pictures, in order, and when each was written."""
+    """Return the modification time of each picture in the output folder, sorted by name."""
     return {path.name: path.stat().st_mtime_ns for path in sorted(output.glob("figures/*"))}

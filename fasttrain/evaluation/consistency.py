@@ -1,9 +1,10 @@
-"""The paper's trade-off on a list of videos: consistency and separability before and after the projection.
+"""Measure how consistent features are within videos and how separable videos are (the paper's trade-off).
 
-`eval consistency` reads any source that training reads: frame folders, a list, video files, a packed set. The
-trainer calls `validate` every `eval.every` steps; its figures go to metrics.jsonl and TensorBoard. The
-analysis itself is in `trade_off.py`. Shape suffixes: T frames, H W pixels, N tokens, D channels.
+The dataset can be any source that training accepts: frame folders, a frame list, video files or a packed set.
+Training records a selection of these metrics every `eval.every` steps if the recipe sets that key.
 """
+
+# The metrics themselves are in `trade_off.py`. Shape suffixes: T frames, H W pixels, N tokens, D channels.
 
 import argparse
 import math
@@ -26,20 +27,24 @@ from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.trade_off import MIN_FRAMES, VideoMeasures, measure_video, summarise
 from fasttrain.recipe import Recipe
 
-# What is followed over training; the distances over the 95 % diameter are those of the trade-off plot.
-FOLLOWED = ("cycle_accuracy", "effective_rank", "intra_normalized_95", "inter_normalized_95")
+# The metrics recorded during training. The trade-off plot shows the two normalised distances.
+RECORDED = ("cycle_accuracy", "effective_rank", "intra_normalized_95", "inter_normalized_95")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--num-frames", type=int, default=40, help="evenly spaced, of a video (default: 40)")
-    parser.add_argument("--num-videos", type=int, default=1000, help="at most, evenly chosen (default: 1000)")
-    parser.add_argument("--image-size", type=int, default=224, help="side of the middle crop (default: 224)")
+    parser.add_argument(
+        "--num-frames", type=int, default=40, help="evenly spaced frames per video (default: 40)"
+    )
+    parser.add_argument(
+        "--num-videos", type=int, default=1000, help="maximum number of videos, evenly chosen (default: 1000)"
+    )
+    parser.add_argument("--image-size", type=int, default=224, help="side of the centre crop (default: 224)")
 
 
 def run(
     arguments: argparse.Namespace, model: EvaluatedModel, output: Path, world: World
 ) -> dict[str, Any] | None:
-    """Figures of all videos together, on the main process."""
+    """Evaluate a sample of the videos. Returns the results on the main process and None on the others."""
     check_options(arguments, num_frames=MIN_FRAMES, num_videos=1, image_size=1)
     index = open_source(arguments.root)
     measured: dict[int, dict[str, VideoMeasures]] = {}
@@ -50,15 +55,15 @@ def run(
         except UnreadableFrameError as error:
             skipped[video] = f"{index.names[video]}: {error}"
             continue
-        # One frame at a time, which bounds the memory.
+        # Encode one frame at a time to bound the memory.
         tokens = [model.tokens(frame_3HW[None].to(world.device)) for frame_3HW in frames_T3HW]
         measured[video] = {}
         for variant in model.variants:
-            tokens_TND = torch.cat([found[variant] for found in tokens])
+            tokens_TND = torch.cat([by_variant[variant] for by_variant in tokens])
             if not tokens_TND.isfinite().all():
                 raise LocalInputError(
-                    f"features of {index.names[video]} {variant} the projection are not all finite; look at "
-                    "the frames and at the weights"
+                    f"video {index.names[video]!r}: its features {variant} the projection are not all "
+                    "finite. Check its frames and the weights."
                 )
             measured[video][variant] = measure_video(tokens_TND)
     measured, skipped = world.merge(measured), world.merge(skipped)
@@ -66,11 +71,15 @@ def run(
         return None
     reasons = [*(f"{name}: {reason}" for name, reason in index.skipped), *skipped.values()]
     if not measured:
-        raise InputError(f"no video of {arguments.root} can be measured; {'; '.join(reasons[:3])}")
+        raise InputError(
+            f"--root: no video in '{arguments.root}' can be measured ({'; '.join(reasons[:3])}). Pass videos "
+            f"of at least {MIN_FRAMES} frames."
+        )
     if reasons:
-        print(f"videos passed over: {len(reasons)}, such as {reasons[0]}")
+        print(f"skipped videos: {len(reasons)} (for example {reasons[0]})")
     results = {
-        variant: summarise([found[variant] for found in measured.values()]) for variant in model.variants
+        variant: summarise([measures[variant] for measures in measured.values()])
+        for variant in model.variants
     }
     if plots.has_trade_off(results):
         point = (model.encoder.name, results["before"], results["after"])
@@ -79,7 +88,10 @@ def run(
 
 
 def _read_frames(index: FrameIndex, video: int, num_frames: int, image_size: int) -> Tensor:
-    """Evenly spaced crops (T, 3, H, W). Raises UnreadableFrameError, also for a video that is too short."""
+    """Read evenly spaced crops (T, 3, H, W) of a video.
+
+    Raises UnreadableFrameError if the video is too short or a frame is unreadable.
+    """
     length = int(index.num_frames[video])
     if length < MIN_FRAMES:
         raise UnreadableFrameError(f"fewer than {MIN_FRAMES} frames")
@@ -91,10 +103,10 @@ def _read_frames(index: FrameIndex, video: int, num_frames: int, image_size: int
 def validate(
     encoder: Backbone, projection: nn.Module, index: FrameIndex, device: torch.device, recipe: Recipe
 ) -> dict[str, float]:
-    """Keys `before/...` and `after/...` for metrics.jsonl, from evenly chosen videos of `index`.
+    """Measure a sample of the videos of `index`; returns metrics named `before/...` and `after/...`.
 
-    Passes over videos of fewer than 8 frames and those that cannot be read. Leaves out what cannot be
-    measured: everything where no video remains, the inter-video distance of one video.
+    Unreadable videos and videos of fewer than 8 frames are skipped. Undefined metrics are omitted, for
+    example the inter-video distance of a single video. Returns an empty dictionary if no video qualifies.
     """
     measured: dict[str, list[VideoMeasures]] = {"before": [], "after": []}
     long_enough = [video for video in range(len(index)) if index.num_frames[video] >= MIN_FRAMES]
@@ -105,14 +117,14 @@ def validate(
             )
         except UnreadableFrameError:
             continue
-        # The encoder that trains may have been cast.
+        # The trainer may have cast the encoder to a lower precision.
         tokens_TND = encoder.tokens(frames_T3HW.to(device, encoder.dtype)).float()
         measured["before"].append(measure_video(tokens_TND))
         measured["after"].append(measure_video(projection(tokens_TND).float()))
-    figures = {variant: summarise(videos) for variant, videos in measured.items() if videos}
+    results = {variant: summarise(videos) for variant, videos in measured.items() if videos}
     return {
-        f"{variant}/{key}": found[key]
-        for variant, found in figures.items()
-        for key in FOLLOWED
-        if math.isfinite(found[key])
+        f"{variant}/{key}": metrics[key]
+        for variant, metrics in results.items()
+        for key in RECORDED
+        if math.isfinite(metrics[key])
     }

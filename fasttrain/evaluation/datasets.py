@@ -1,27 +1,28 @@
-"""Where published data sets keep their lists, labels and videos.
+"""Layouts of the supported datasets.
 
-Videos with a label: training and test lists, and where their videos lie.
+Datasets with a label per video, their training and test lists and the paths of their videos:
 
     ucf101    ucfTrainTestlist/{classInd,trainlist01,testlist01}.txt     UCF-101/CLASS/NAME.avi
     hmdb51    testTrainMulti_7030_splits/CLASS_test_split1.txt           hmdb51_org/CLASS/NAME.avi
     kinetics  annotations/{train,val}.csv                                {train,val}/ID_START_END.mp4
     ssv2      labels/{labels,train,validation}.json                      20bn-something-something-v2/ID.webm
-    list      --train-list and --test-list: `path label` per line        path
+    list      --train-list and --test-list, `path label` per line        path
 
-The lists lie in the root or in a folder of it. The videos lie anywhere below it, or in a packed set: a listed
-video is the one whose path ends with the listed path. A folder of frames stands in for a video file of its
-name, and so does a file with another suffix. Folders of classes may be absent, except for plain lists.
+The lists may be in the root or in one of its folders, the videos anywhere below the root or in a packed set.
+A listed video matches the stored video whose path ends with the listed path. A folder of frames, or a file
+with another suffix, can replace a video file of the same name. Except for plain lists, the class folders may
+be missing.
 
-Videos with a label for every frame: Breakfast, GTEA and 50Salads as MS-TCN publishes them
+Datasets with a label per frame: Breakfast, GTEA and 50Salads as published with MS-TCN
 (github.com/yabufarha/ms-tcn).
 
     mapping.txt                        NUMBER LABEL per line
-    groundTruth/NAME.txt               a label per frame of the video
-    splits/train.split1.bundle         NAME.txt per line; test.split1.bundle likewise
-    NAME.mp4                           or as above; Breakfast also as it is published: P03/cam01/P03_tea.avi
-
-Shape suffix: T frames.
+    groundTruth/NAME.txt               a label per line, one for each frame of the video
+    splits/train.split1.bundle         NAME.txt per line; likewise test.split1.bundle
+    NAME.mp4                           anywhere, as above; for Breakfast also P03/cam01/P03_tea.avi
 """
+
+# Shape suffix: T frames.
 
 import argparse
 import csv
@@ -48,136 +49,159 @@ Row = TypeVar("Row")
 Parsed = TypeVar("Parsed")
 Labels = npt.NDArray[np.int64]
 
-# A video file, or an index of frame folders or of a packed set and the video's number there.
+# A video file, or an index (of frame folders or a packed set) and the video's position in it.
 StoredVideo = Path | tuple[FrameIndex, int]
 
 
 @dataclass(frozen=True)
 class LabelledVideo:
-    """A video of a list: its name there, where it lies, and the numbers of its classes."""
+    """A listed video: its name in the list, its location and its class numbers."""
 
     name: str
     path: StoredVideo
     labels_T: Labels
-    """Of each frame, or one of the whole video."""
+    """One class number per frame, or one for the whole video."""
 
     @property
     def label(self) -> int:
+        """The class number of a video with a single label."""
         return int(self.labels_T[0])
 
 
 @dataclass(frozen=True, kw_only=True)
 class VideoSplit:
-    """Training and test videos, and the classes in the order of their numbers."""
+    """Training and test videos, and the names of the classes by number."""
 
     layout: str
     classes: list[str]
     train: list[LabelledVideo]
     test: list[LabelledVideo]
     missing: list[str]
-    """Listed, but not there; only with `allow_missing`."""
+    """Listed videos that were not found; empty unless `--allow-missing` is set."""
 
 
 def add_video_arguments(parser: argparse.ArgumentParser) -> None:
-    """For videos with a label."""
+    """Add the options of datasets with a label per video."""
     layouts = ("auto", *(layout for layout in _LAYOUTS if layout != "frames"))
     parser.add_argument(
-        "--dataset", choices=layouts, default="auto", help="layout of the lists (default: look)"
+        "--dataset",
+        choices=layouts,
+        default="auto",
+        help="layout of the lists; auto detects it from their names (default: auto)",
     )
     parser.add_argument(
-        "--split", type=int, choices=(1, 2, 3), default=1, help="of UCF101 or HMDB51 (default: 1)"
+        "--split", type=int, choices=(1, 2, 3), default=1, help="split of UCF101 or HMDB51 (default: 1)"
     )
-    _add_list_arguments(parser, "`path label` per line, or a CSV of Kinetics or JSON of ssv2")
-    parser.add_argument(
-        "--allow-missing", action="store_true", help="skip listed videos that are not there, and count them"
+    _add_list_arguments(
+        parser, "list of training videos: `path label` per line, CSV as in kinetics or JSON as in ssv2"
     )
+    parser.add_argument("--allow-missing", action="store_true", help="skip listed videos that are missing")
 
 
 def add_frame_arguments(parser: argparse.ArgumentParser) -> None:
-    """For videos with a label for every frame."""
+    """Add the options of datasets with a label per frame."""
     parser.set_defaults(dataset="frames", allow_missing=False)
-    parser.add_argument("--split", default="1", help="of splits/train.splitN.bundle (default: 1)")
-    _add_list_arguments(parser, "another list than splits/train.splitN.bundle")
     parser.add_argument(
-        "--background", nargs="*", default=None, metavar="LABEL",
-        help="labels whose segments do not count (default: `background`, as MS-TCN has it); none: count all",
-    )  # fmt: skip
+        "--split", default="1", metavar="N", help="split, from splits/train.splitN.bundle (default: 1)"
+    )
+    _add_list_arguments(parser, "list of training videos to use instead of splits/train.splitN.bundle")
+    parser.add_argument(
+        "--background",
+        nargs="*",
+        default=None,
+        metavar="LABEL",
+        help="labels whose segments are not scored; without LABEL, all are scored (default: the label "
+        "background, if there is one, as in MS-TCN)",
+    )
 
 
-def _add_list_arguments(parser: argparse.ArgumentParser, lists: str) -> None:
+def _add_list_arguments(parser: argparse.ArgumentParser, train_help: str) -> None:
     parser.epilog = __doc__
-    parser.add_argument("--train-list", type=Path, help=lists)
-    parser.add_argument("--test-list", type=Path, help="as --train-list")
+    parser.add_argument("--train-list", type=Path, metavar="FILE", help=train_help)
     parser.add_argument(
-        "--videos", type=Path, help="folder or packed set of the videos, if they are not in --root"
+        "--test-list", type=Path, metavar="FILE", help="list of test videos, in the format of --train-list"
+    )
+    parser.add_argument(
+        "--videos",
+        type=Path,
+        metavar="FOLDER",
+        help="folder or packed set of the videos (default: the path given as --root)",
     )
 
 
 def read_split(arguments: argparse.Namespace) -> VideoSplit:
-    """The lists that the command line names, with every video found.
+    """Read the lists that the options select and find their videos.
 
-    Raises InputError where the layout is not known, a list is absent, empty or damaged, or a video is not
-    there (all of them even with `allow_missing`).
+    Raises InputError if the layout is unknown, a list is missing, empty or malformed, or a video is missing.
+    With `--allow-missing`, missing videos are skipped, but at least one video of each list must exist.
     """
     layout = _find_layout(arguments)
     read, _ = _LAYOUTS[layout]
     classes, *lists = read(arguments)
     train_names, test_names = ({entry.name for entry in entries} for entries in lists)
     if not train_names or not test_names:
-        raise InputError(f"the {'test' if train_names else 'training'} list is empty; it must name a video")
+        raise InputError(
+            f"the {'test' if train_names else 'training'} list is empty; expected at least one video"
+        )
     shared = train_names & test_names
     if shared:
         raise InputError(
-            f"{min(shared)} is in both lists ({len(shared)} such videos); a test video must not be trained on"
+            f"video {min(shared)!r} is in both the training and the test list ({len(shared)} videos in "
+            "total). Remove it from one of them."
         )
     numbers = {label: number for number, label in enumerate(classes)}
     root = arguments.videos or arguments.root
     by_end = _videos_by_end(root)
-    found: list[list[LabelledVideo]] = [[], []]
+    train: list[LabelledVideo] = []
+    test: list[LabelledVideo] = []
     missing = []
-    for videos, entries in zip(found, lists, strict=True):
+    for videos, entries in zip((train, test), lists, strict=True):
         for entry in entries:
             unknown = set(entry.labels) - set(numbers)
             if unknown:
-                raise InputError(f"{entry.name} is of class {min(unknown)!r}; expected one of {len(classes)}")
+                raise InputError(
+                    f"video {entry.name!r} has label {min(unknown)!r}; expected one of the {len(classes)} "
+                    "labels of the dataset"
+                )
             path = _find_video(root, entry.name, by_end) or _find_video(root, entry.alias, by_end)
             if path is None:
                 missing.append(entry.name)
             else:
                 labels_T = np.array([numbers[label] for label in entry.labels])
                 videos.append(LabelledVideo(entry.name, path, labels_T))
-    if missing and not (arguments.allow_missing and all(found)):
+    if missing and not (arguments.allow_missing and train and test):
         raise InputError(
-            f"{len(missing)} listed videos are not under {root}, or more than once, such as "
-            f"{', '.join(missing[:3])}; give their folder with --videos"
-            + ("" if layout == "frames" else "; or skip them with --allow-missing")
+            f"{len(missing)} listed videos are missing in '{root}' or match several files (for example "
+            f"{', '.join(missing[:3])}). Pass their folder as --videos"
+            + ("." if layout == "frames" else ", or skip them with --allow-missing.")
         )
-    return VideoSplit(layout=layout, classes=classes, train=found[0], test=found[1], missing=missing)
+    return VideoSplit(layout=layout, classes=classes, train=train, test=test, missing=missing)
 
 
-def background_numbers(classes: Sequence[str], wanted: Sequence[str] | None) -> list[int]:
-    """Numbers of the background labels; None means `background` where there is one."""
-    if wanted is None:
-        wanted = ["background"] if "background" in classes else []
-    for name in wanted:
+def background_numbers(classes: Sequence[str], names: Sequence[str] | None) -> list[int]:
+    """Return the numbers of the background labels. None selects the label `background`, if there is one."""
+    if names is None:
+        names = ["background"] if "background" in classes else []
+    for name in names:
         if name not in classes:
-            raise InputError(f"--background {name}: not in mapping.txt, which has {', '.join(classes)}")
-    return [classes.index(name) for name in wanted]
+            raise InputError(f"--background: {name!r} is not one of the labels: {', '.join(classes)}")
+    return [classes.index(name) for name in names]
 
 
-# --- the lists ---
+# --- reading lists ---
 
 
 class _Entry(NamedTuple):
-    """A video of a list: its path as it is listed, and as it may be."""
+    """An entry of a list: the path of a video and its labels."""
 
     name: str
     labels: Sequence[str]
-    """Of each frame, or one of the whole video."""
+    """One label per frame, or one for the whole video."""
     alias: str = ""
+    """Another path that the video may have."""
 
 
-# The classes in the order of their numbers, the training list and the test list.
+# The names of the classes by number, the training list and the test list.
 _Lists = tuple[list[str], list[_Entry], list[_Entry]]
 
 
@@ -186,39 +210,43 @@ def _find_layout(arguments: argparse.Namespace) -> str:
         return str(arguments.dataset)
     if arguments.train_list and arguments.test_list:
         return {".csv": "kinetics", ".json": "ssv2"}.get(arguments.train_list.suffix.lower(), "list")
-    found = [name for name, (_, sign) in _LAYOUTS.items() if sign and _find_lists(arguments.root, sign)]
-    if len(found) != 1:
+    layouts = [
+        name for name, (_, pattern) in _LAYOUTS.items() if pattern and _find_lists(arguments.root, pattern)
+    ]
+    if len(layouts) != 1:
         raise InputError(
-            f"{arguments.root} holds the lists of {' and '.join(found) or 'no layout that is known'}; choose "
-            "with --dataset, or give --train-list and --test-list"
+            f"--root: '{arguments.root}' has the lists of {' and '.join(layouts) or 'no known dataset'}. "
+            "Choose one with --dataset, or pass --train-list and --test-list."
         )
-    return found[0]
+    return layouts[0]
 
 
 def _find_lists(root: Path, pattern: str) -> list[Path]:
-    """Files of the root, or else of its folders."""
+    """Find the files that match a pattern in the root or, if there are none, in its folders."""
     return sorted(root.glob(pattern)) or sorted(root.glob(f"*/{pattern}"))
 
 
 def _find_list(arguments: argparse.Namespace, name: str) -> Path:
-    """The published list of this name."""
-    found = _find_lists(arguments.root, name)
-    if not found:
-        raise InputError(f"no {name} in {arguments.root} or a folder of it; --root must hold the lists")
-    return found[0]
+    """Find the published list of this name."""
+    paths = _find_lists(arguments.root, name)
+    if not paths:
+        raise InputError(
+            f"--root: there is no {name} in '{arguments.root}' or its folders. Pass the folder of the lists."
+        )
+    return paths[0]
 
 
 def _parse(path: Path, rows: Iterable[Row], parse: Callable[[Row], Parsed], expected: str) -> list[Parsed]:
-    """What every row of a list says. Raises InputError for a row that is not as expected."""
+    """Parse the rows of a list. Raises InputError for a malformed row."""
     parsed = []
     for row in rows:
         try:
             parsed.append(parse(row))
         except InputError:
             raise
-        # TypeError: the fields that a short row of a CSV lacks are None.
+        # TypeError, because the missing fields of a short CSV row are None.
         except (LookupError, ValueError, TypeError) as error:
-            raise InputError(f"{path}: {row!r}; expected {expected}") from error
+            raise InputError(f"'{path}': malformed row {row!r}; expected {expected}") from error
     return parsed
 
 
@@ -229,14 +257,17 @@ def _read_both(
     parse: Callable[[Any], _Entry],
     expected: str,
 ) -> tuple[list[_Entry], list[_Entry]]:
-    """The training and the test list, those that were given or else the published ones of these names."""
+    """Read the training and the test list: those passed as options, else the published ones (`names`)."""
     train = arguments.train_list or _find_list(arguments, names[0])
     test = arguments.test_list or _find_list(arguments, names[1])
     return _parse(train, load(train), parse, expected), _parse(test, load(test), parse, expected)
 
 
 def _read_ucf(arguments: argparse.Namespace) -> _Lists:
-    """`1 Archery`; `Archery/v_Archery_g08_c01.avi 1`, without the number in test lists."""
+    """Read UCF101: `1 Archery` in classInd.txt; `Archery/v_Archery_g08_c01.avi 1` in the lists.
+
+    The test lists omit the class number.
+    """
 
     def parse(line: str) -> _Entry:
         name = line.split()[0]
@@ -249,9 +280,9 @@ def _read_ucf(arguments: argparse.Namespace) -> _Lists:
 
 
 def _read_hmdb(arguments: argparse.Namespace) -> _Lists:
-    """One file per class, `NAME.avi MARK`; 1: training, 2: test, 0: in neither."""
+    """Read HMDB51: a file per class with lines `NAME.avi MARK`, MARK being 1 (training), 2 (test) or 0."""
     if arguments.train_list or arguments.test_list:
-        raise InputError("hmdb51 has a list for each class; --train-list and --test-list are for others")
+        raise InputError("hmdb51 has a list per class. Leave out --train-list and --test-list.")
     ending = f"_test_split{arguments.split}.txt"
     classes: list[str] = []
     marked: dict[str, list[_Entry]] = {"0": [], "1": [], "2": []}
@@ -267,7 +298,7 @@ def _read_hmdb(arguments: argparse.Namespace) -> _Lists:
 
 
 def _read_kinetics(arguments: argparse.Namespace) -> _Lists:
-    """label,youtube_id,time_start,time_end,split, with a header line."""
+    """Read Kinetics: CSV files with the columns label, youtube_id, time_start, time_end and split."""
 
     def parse(row: dict[str, str]) -> _Entry:
         start, end = int(row["time_start"]), int(row["time_end"])
@@ -280,13 +311,17 @@ def _read_kinetics(arguments: argparse.Namespace) -> _Lists:
 
 
 def _read_ssv2(arguments: argparse.Namespace) -> _Lists:
-    """{"template": "number"}; [{"id": "1", "template": "Moving [something] up"}, ...]."""
+    """Read Something-Something V2.
+
+    labels.json is `{"Moving something up": "0", ...}`; the lists are
+    `[{"id": "1", "template": "Moving [something] up"}, ...]`.
+    """
 
     def load(path: Path) -> Any:
         try:
             return json.loads("\n".join(read_lines(path)))
         except ValueError as error:
-            raise InputError(f"{path} cannot be read ({error})") from error
+            raise InputError(f"'{path}' is not valid JSON ({error})") from error
 
     def parse(row: dict[str, str]) -> _Entry:
         return _Entry(f"{row['id']}.webm", [re.sub(r"[\[\]]", "", row["template"])])
@@ -298,11 +333,12 @@ def _read_ssv2(arguments: argparse.Namespace) -> _Lists:
 
 
 def _read_plain(arguments: argparse.Namespace) -> _Lists:
-    """`path label` per line. `# ` begins a comment; names in HMDB51 begin with # and a digit."""
+    """Read lists with `path label` per line. Lines that begin with `# ` are comments."""
     if not (arguments.train_list and arguments.test_list):
-        raise InputError("--dataset list needs both --train-list and --test-list: `path label` per line")
+        raise InputError("--dataset list: pass --train-list and --test-list, with `path label` per line.")
 
     def load(path: Path) -> list[str]:
+        # The space matters: some file names of HMDB51 begin with # and a digit.
         return [line for line in read_lines(path) if not line.startswith("# ")]
 
     def parse(line: str) -> _Entry:
@@ -311,12 +347,12 @@ def _read_plain(arguments: argparse.Namespace) -> _Lists:
 
     train, test = _read_both(arguments, ("", ""), load, parse, "`path label`")
     labels = {entry.labels[0] for entry in train + test}
-    numbered = all(label.isdecimal() for label in labels)
-    return sorted(labels, key=int if numbered else str), train, test
+    are_numbers = all(label.isdecimal() for label in labels)
+    return sorted(labels, key=int if are_numbers else str), train, test
 
 
 def _read_frames(arguments: argparse.Namespace) -> _Lists:
-    """mapping.txt, groundTruth/NAME.txt and splits/*.bundle, which name the label files."""
+    """Read mapping.txt, splits/*.bundle and the label files that these name, groundTruth/NAME.txt."""
 
     def parse_class(line: str) -> tuple[int, str]:
         number, name = line.split(maxsplit=1)
@@ -335,12 +371,15 @@ def _read_frames(arguments: argparse.Namespace) -> _Lists:
 
 
 def _breakfast_path(name: str) -> str:
-    """P03_cam01_P03_tea is P03/cam01/P03_tea.avi, and P03_stereo01_P03_tea is P03/stereo/P03_tea_ch0.avi."""
+    """Convert MS-TCN's name of a Breakfast video to its published path, without the suffix.
+
+    P03_cam01_P03_tea becomes P03/cam01/P03_tea; P03_stereo01_P03_tea becomes P03/stereo/P03_tea_ch0.
+    """
     path = name.replace("_", "/", 2)
     return re.sub(r"/stereo0([12])/(.+)", lambda match: f"/stereo/{match[2]}_ch{int(match[1]) - 1}", path)
 
 
-# How each layout is read, and a list that no other has.
+# By layout: the function that reads it and the name of a list that no other layout has.
 _LAYOUTS: dict[str, tuple[Callable[[argparse.Namespace], _Lists], str | None]] = {
     "ucf101": (_read_ucf, "classInd.txt"),
     "hmdb51": (_read_hmdb, "*_test_split1.txt"),
@@ -351,20 +390,20 @@ _LAYOUTS: dict[str, tuple[Callable[[argparse.Namespace], _Lists], str | None]] =
 }
 
 
-# --- where videos lie ---
+# --- finding videos ---
 
 
 def _videos_by_end(root: Path) -> dict[str, list[StoredVideo]]:
-    """The videos below a folder or of a packed set, by every end of their path: `c`, `b/c`, `a/b/c`."""
+    """Find the videos below a folder or in a packed set, by every end of their path: `c`, `b/c`, `a/b/c`."""
     if not root.is_dir():
-        raise InputError(f"--videos {root} is not a folder; give the one that holds the videos")
+        raise InputError(f"'{root}' is not a folder. Pass a folder or packed set of videos as --videos.")
     is_set = is_packed(root)
     index = PackedIndex(root) if is_set else FolderIndex(find_source(root, kind="folders").folders, [])
-    found: dict[str, StoredVideo] = {name: (index, video) for video, name in enumerate(index.names)}
+    videos: dict[str, StoredVideo] = {name: (index, video) for video, name in enumerate(index.names)}
     if not is_set:
-        found |= find_source(root, kind="videos").videos
+        videos |= find_source(root, kind="videos").videos
     by_end = defaultdict(list)
-    for name, stored in found.items():
+    for name, stored in videos.items():
         parts = _without_suffix(name).split("/")
         for start in range(len(parts)):
             by_end["/".join(parts[start:])].append(stored)
@@ -372,12 +411,12 @@ def _videos_by_end(root: Path) -> dict[str, list[StoredVideo]]:
 
 
 def _find_video(root: Path, name: str, by_end: Mapping[str, list[StoredVideo]]) -> StoredVideo | None:
-    """The file of this path, absolute or from the root, or else the one video whose path ends with it."""
+    """Find the file at this path (absolute or from the root), else the only video whose path ends in it."""
     path = root / name
     if path.is_file():
         return path
-    found = by_end.get(_without_suffix(os.path.relpath(path, root)), [])
-    return found[0] if len(found) == 1 else None
+    matches = by_end.get(_without_suffix(os.path.relpath(path, root)), [])
+    return matches[0] if len(matches) == 1 else None
 
 
 def _without_suffix(name: str) -> str:

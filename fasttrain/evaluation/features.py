@@ -1,10 +1,9 @@
-"""Features of videos, extracted once: mean tokens per video or per frame, cached by content.
+"""Extract the features of videos, one per video or one per frame, and cache them on disk.
 
-A feature is the mean over a frame's tokens of the L2-normalised tokens; a video's is the mean over its
-frames. The cache holds one safetensors file per video and variant (before, after the projection). Its name is
-a hash of all that the feature is a function of: the encoder and its weights, after it the projection's; which
-frames, how large; and what is in the file. A second evaluation of the same videos decodes and encodes
-nothing.
+The feature of a frame is the mean of its L2-normalised tokens, that of a video the mean over its frames. The
+cache has one safetensors file per video and variant. A file's name is a hash of everything that determines
+the feature: the encoder and its weights, the projection (for `after`), the choice and size of the frames, and
+the content of the video. A second evaluation of the same videos therefore need not decode or encode anything.
 
 Shape suffixes: V videos, T frames, H W pixels, N tokens, D channels.
 """
@@ -45,80 +44,91 @@ from fasttrain.files import os_reason, write_atomically
 from fasttrain.loggers import Progress
 from fasttrain.weights import hash_state_dict
 
-# Part of every key: raise it when what is computed changes.
+# Part of every cache key. Increase it when the computation changes.
 FORMAT = 2
-# What is read of a video file to know it again, as fast as opening it.
+# A video file is identified by its size and this many samples of its bytes, which are fast to read.
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 12
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--image-size", type=int, default=224, help="side of the middle crop (default: 224)")
+    parser.add_argument("--image-size", type=int, default=224, help="side of the centre crop (default: 224)")
     parser.add_argument(
-        "--cache", type=Path, help="folder of extracted features, which tasks and runs may share; all "
-        "processes must see it (default: cache in the output)"
-    )  # fmt: skip
-    parser.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="fp32", help="of the encoder (default: fp32)"
+        "--cache",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of cached features; tasks and runs can share it, and all processes must have access "
+        "(default: cache in the output folder)",
     )
-    parser.add_argument("--batch-size", type=int, default=32, help="frames encoded at a time (default: 32)")
-    parser.add_argument("--workers", type=int, default=0, help="decoding threads; 0: the cores (default)")
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="precision of the encoder (default: fp32)",
+    )
+    parser.add_argument("--batch-size", type=int, default=32, help="frames per batch (default: 32)")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="decoding threads; 0 uses one per core, up to 16 (default: 0)"
+    )
 
 
 def add_split_arguments(parser: argparse.ArgumentParser) -> None:
-    """For `extract_split`."""
+    """Add the options that `extract_split` uses."""
     add_video_arguments(parser)
     add_arguments(parser)
-    parser.add_argument("--num-frames", type=int, default=16, help="evenly spaced, of a video (default: 16)")
+    parser.add_argument(
+        "--num-frames", type=int, default=16, help="evenly spaced frames per video (default: 16)"
+    )
 
 
 @dataclass(frozen=True)
 class Extracted:
-    """What `extract` put into the cache; `load` reads it, since a data set may not fit in memory."""
+    """The cached features of a set of videos. They are loaded on demand, since they may not fit in memory."""
 
     entries: Mapping[str, Mapping[str, Path]]
-    """The files of the cache by video and variant."""
+    """Cache files by video and variant."""
     num_frames: Mapping[str, int]
-    """Frames of each whole video; its keys are the videos that can be read."""
+    """The number of frames of each readable video."""
     skipped: list[str]
-    """`name: reason` of those that cannot."""
+    """`name: reason` for each unreadable video."""
 
     def load(self, name: str, variant: str) -> Tensor:
-        """Features (T, D) float32; T is 1 where frames are averaged."""
+        """Load the features (T, D) float32 of a video. T is 1 if they are averaged over frames."""
         return _load(self.entries[name][variant])["features"]
 
     def stack(self, videos: Sequence[LabelledVideo], variant: str) -> Tensor:
-        """Features (V, D) of videos that have one each."""
+        """Load the features (V, D) of videos that have one feature each."""
         return torch.cat([self.load(video.name, variant) for video in videos])
 
     def readable(self, videos: Sequence[LabelledVideo]) -> list[LabelledVideo]:
-        """The videos that have features. Raises InputError where none has."""
-        found = [video for video in videos if video.name in self.num_frames]
-        if not found:
+        """Return the readable videos of a list. Raises InputError if there are none."""
+        readable = [video for video in videos if video.name in self.num_frames]
+        if not readable:
             raise InputError(
-                f"none of {len(videos)} videos of a list can be read: {'; '.join(self.skipped[:3])}"
+                f"none of the {len(videos)} videos in a list is readable: {'; '.join(self.skipped[:3])}"
             )
-        return found
+        return readable
 
 
 def class_numbers(videos: Sequence[LabelledVideo]) -> Tensor:
-    """(V,) int64: the classes of videos that have one each."""
+    """Return the class numbers (V,) int64 of videos that have one label each."""
     return torch.tensor([video.label for video in videos])
 
 
 def extract_split(
     arguments: argparse.Namespace, model: EvaluatedModel, output: Path, world: World
 ) -> tuple[VideoSplit, Extracted, dict[str, Any]] | None:
-    """The split without the videos that cannot be read, the features, and facts for the JSON.
+    """Read the lists of videos and extract their features.
 
-    None on all processes but the main one. Raises InputError as `read_split` does, and where no training or
-    no test video can be read.
+    Returns the split without unreadable videos, the features and the `data` entry of the JSON file on the
+    main process, and None on the others. Raises InputError as `read_split` does, if a class has test videos
+    but no training videos, and if all videos of a list are unreadable.
     """
     split = read_split(arguments)
     untrained = {video.label for video in split.test} - {video.label for video in split.train}
     if untrained:
         raise InputError(
-            f"class {split.classes[min(untrained)]!r} has test videos, but no training videos "
-            f"({len(untrained)} such classes); take both lists from one split"
+            f"class {split.classes[min(untrained)]!r} has test videos but no training videos "
+            f"({len(untrained)} classes in total). Pass two lists of the same split."
         )
     videos = {video.name: video.path for video in (*split.train, *split.test)}
     extracted = extract(videos, arguments, model, output, world)
@@ -143,11 +153,11 @@ def extract(
     output: Path,
     world: World,
 ) -> Extracted | None:
-    """Features of all videos; those that the cache lacks are computed.
+    """Return the features of all videos, extracting those that are not cached.
 
-    One feature for each video where `arguments` has `num_frames`, else one for every `stride`-th frame. Every
-    process extracts its share; the main process gets everything, the others None. Raises InputError where
-    `--image-size` does not fit the encoder.
+    A video has one feature if `arguments` has `num_frames`, and otherwise one for every `stride`-th frame.
+    Every process extracts its share; the main process returns all features, the others None. Raises
+    InputError if `--image-size` does not fit the encoder.
     """
     check_options(arguments, num_frames=1, stride=1, batch_size=1, workers=0)
     model.encoder.grid(arguments.image_size, arguments.image_size)
@@ -156,7 +166,7 @@ def extract(
     encoding = Lock()
 
     def extract_one(name: str) -> tuple[dict[str, Path], int] | str:
-        """The entries of a video by variant and its number of frames, or why it cannot be read."""
+        """Return a video's cache files by variant and its number of frames, or why it is unreadable."""
         try:
             content = _digest(videos[name], arguments)
             entries = {}
@@ -177,10 +187,10 @@ def extract(
         return entries, num_frames
 
     names = world.shard(sorted(videos))
-    found = map_ahead(extract_one, names, workers=arguments.workers or min(16, os.cpu_count() or 1))
+    extracted = map_ahead(extract_one, names, workers=arguments.workers or min(16, os.cpu_count() or 1))
     results = {}
     with Progress("videos", len(names), enabled=world.is_main) as progress:
-        for name, result in zip(names, found, strict=True):
+        for name, result in zip(names, extracted, strict=True):
             results[name] = result
             progress.advance()
     merged = world.merge(results)
@@ -189,7 +199,7 @@ def extract(
     readable = {name: result for name, result in merged.items() if not isinstance(result, str)}
     skipped = [f"{name}: {reason}" for name, reason in merged.items() if isinstance(reason, str)]
     if skipped:
-        print(f"{len(skipped)} of {len(videos)} videos cannot be read and are skipped, such as {skipped[0]}")
+        print(f"skipped unreadable videos: {len(skipped)} of {len(videos)} (for example {skipped[0]})")
     return Extracted(
         entries={name: entries for name, (entries, _) in readable.items()},
         num_frames={name: num_frames for name, (_, num_frames) in readable.items()},
@@ -205,15 +215,15 @@ def _encode(
     device: torch.device,
     encoding: Lock,
 ) -> tuple[dict[str, Tensor], int]:
-    """Decode and encode a video: its features (T, D) by variant and its number of frames.
+    """Decode and encode a video. Returns its features (T, D) by variant and its number of frames.
 
-    Threads decode at the same time and encode one after another, under the lock `encoding`.
+    Threads decode concurrently, but encode one at a time, holding the lock `encoding`.
     """
     index, video = _open(path)
     num_frames = int(index.num_frames[video])
     frames = stream_frames(index, video, _choose(num_frames, arguments))
     pooled: dict[str, list[Tensor]] = {variant: [] for variant in variants}
-    # A long video has more frames than fit in memory.
+    # Decode in batches, because the frames of a long video do not fit in memory.
     while crops := [
         centre_crop(frame, arguments.image_size) for frame in islice(frames, arguments.batch_size)
     ]:
@@ -234,11 +244,11 @@ def _load(entry: Path) -> dict[str, Tensor]:
     try:
         return load_file(entry)
     except SafetensorError as error:
-        raise InputError(f"cached features {entry} are damaged ({error}); delete the file") from error
+        raise InputError(f"cached features '{entry}' are damaged ({error}). Delete the file.") from error
 
 
 def _describe(model: EvaluatedModel, arguments: argparse.Namespace, variant: str) -> str:
-    """All but the video that a feature is a function of."""
+    """Describe everything that determines a feature, except for the video."""
     encoder = model.encoder
     heads = [block.attn.num_heads for block in encoder.blocks]
     parts = [FORMAT, encoder.name, encoder.weights_hash, encoder.image_size, heads, str(encoder)]
@@ -250,20 +260,20 @@ def _describe(model: EvaluatedModel, arguments: argparse.Namespace, variant: str
 
 
 def _choose(length: int, arguments: argparse.Namespace) -> list[int]:
-    """The frames that go into the features of a video of `length` frames."""
+    """Choose the frames to encode of a video of `length` frames."""
     if "num_frames" in arguments:
         return evenly_spaced(length, arguments.num_frames)
     return list(range(0, length, arguments.stride))
 
 
 def _digest(path: StoredVideo, arguments: argparse.Namespace) -> bytes:
-    """Digest of the frames that are used, byte by byte; of a video file its size and samples of its bytes.
+    """Hash the encoded bytes of the chosen frames, or the size and samples of the bytes of a video file.
 
-    Raises OSError, UnreadableFrameError.
+    Raises OSError or UnreadableFrameError if the video is unreadable.
     """
     digest = hashlib.sha256()
     if isinstance(path, Path):
-        # A buffer would read more than is asked for.
+        # Unbuffered, because a buffer would read more than each sample.
         with path.open("rb", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
             digest.update(f"{size} bytes".encode())
@@ -280,12 +290,12 @@ def _digest(path: StoredVideo, arguments: argparse.Namespace) -> bytes:
 
 
 def _open(path: StoredVideo) -> tuple[FrameIndex, int]:
-    """The index that holds a video, and its number in it. Raises UnreadableFrameError."""
+    """Open a video. Returns an index and the video's position in it. Raises UnreadableFrameError."""
     return path if isinstance(path, tuple) else (VideoIndex({path.name: probe_video(path)}, []), 0)
 
 
 def middle_frame(path: StoredVideo, num_frames: int) -> Frame:
-    """The middle one of the frames that a video's feature is made of, (H, W, 3) uint8."""
+    """Read the middle one of the frames that a video's feature is computed from, (H, W, 3) uint8."""
     index, video = _open(path)
     frames = evenly_spaced(int(index.num_frames[video]), num_frames)
     return index.read_frame(video, frames[len(frames) // 2])

@@ -1,4 +1,4 @@
-"""Frames: as the encoders take them (read, resized or cropped, normalised), label maps, and short videos.
+"""Read and preprocess frames for the encoders, read and write label maps, write short videos.
 
 Shape suffixes: H W pixels, C colours, S side of a crop.
 """
@@ -23,33 +23,33 @@ from fasttrain.files import open_atomically
 
 
 def read_image(path: Path) -> Frame:
-    """An image file as (H, W, 3) uint8 RGB. Raises InputError where it is missing or damaged."""
+    """Read an image as (H, W, 3) uint8 RGB. Raises InputError if it is missing or damaged."""
     try:
         return decode_image(np.fromfile(path, dtype=np.uint8))
     except (OSError, UnreadableFrameError) as error:
-        raise InputError(f"frame {path} cannot be read ({error}); replace it") from error
+        raise InputError(f"frame '{path}' is unreadable ({error}). Replace it.") from error
 
 
 def read_label_map(path: Path) -> npt.NDArray[np.uint8]:
-    """The labels (H, W) of a palette or grey PNG. Raises InputError for anything else."""
+    """Read the labels (H, W) of a palette or greyscale PNG. Raises InputError for any other file."""
     try:
         with Image.open(path) as image:
             image.load()
-    # Pillow tells damage to a PNG's parts in several kinds of errors.
+    # Pillow raises different exceptions for damage to different parts of a PNG.
     except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"annotation {path} cannot be read ({error}); replace it") from error
+        raise InputError(f"annotation '{path}' is unreadable ({error}). Replace it.") from error
     if image.mode in ("P", "L"):
         return np.asarray(image)
-    # DAVIS 2016 has a grey annotation of four channels (bear/00077.png).
+    # One annotation of DAVIS 2016 (bear/00077.png) is greyscale, but has four channels.
     if image.mode in ("1", "LA", "RGB", "RGBA"):
         channels_HWC = np.asarray(image.convert("RGB"))
         if (channels_HWC == channels_HWC[..., :1]).all():
             return channels_HWC[..., 0]
-    raise InputError(f"annotation {path} has mode {image.mode}; expected a palette or grey PNG")
+    raise InputError(f"annotation '{path}' has mode {image.mode}; expected a palette or greyscale PNG")
 
 
 def write_label_map(labels_HW: npt.NDArray[Any], path: Path) -> None:
-    """Write a label map (0..255) as palette PNG, the format of the DAVIS and VIP annotations."""
+    """Write a label map (0 to 255) as a palette PNG, the format of the DAVIS and VIP annotations."""
     image = Image.fromarray(np.asarray(labels_HW).astype(np.uint8), mode="P")
     image.putpalette(voc_palette().tobytes())
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,33 +57,34 @@ def write_label_map(labels_HW: npt.NDArray[Any], path: Path) -> None:
 
 
 def voc_palette() -> npt.NDArray[np.uint8]:
-    """(256, 3) colours of label maps, as PASCAL VOC and DAVIS define them: its bits, reversed."""
+    """Return the colours (256, 3) that PASCAL VOC and DAVIS use for labels."""
+    # The definition: bit 3 i + c of a label is bit 7 - i of its colour's channel c.
     bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, count=9, bitorder="little")
     return np.packbits(bits.reshape(256, 3, 3), axis=1)[:, 0]
 
 
 def stream_frames(index: FrameIndex, video: int, frames: Sequence[int]) -> Iterator[Frame]:
-    """Ascending frames (H, W, 3) uint8 RGB of one video, one at a time. Raises UnreadableFrameError."""
+    """Yield frames (H, W, 3) uint8 RGB of one video; `frames` ascends. Raises UnreadableFrameError."""
     if isinstance(index, VideoIndex):
-        # Opens the file once for all frames.
+        # `read_frame` would open the file for every frame.
         return stream_video_frames(index.videos[video], frames)
     return (index.read_frame(video, frame) for frame in frames)
 
 
 def fit_to_patches(size: tuple[int, int], patch: int) -> tuple[int, int]:
-    """The nearest height and width that whole patches cover."""
+    """Round height and width to the nearest multiples of the patch size."""
     height, width = (max(patch, round(side / patch) * patch) for side in size)
     return height, width
 
 
 def resize(frame_HWC: Frame, size: tuple[int, int]) -> Tensor:
-    """(3, height, width) float32, normalised, of the whole frame at another size (bilinear, antialiased)."""
+    """Resize a frame (bilinear, antialiased) and normalise it: (3, height, width) float32."""
     frame_13HW = torch.from_numpy(np.array(frame_HWC)).permute(2, 0, 1)[None]
     return normalise(functional.interpolate(frame_13HW, size=size, mode="bilinear", antialias=True)[0])
 
 
 def centre_crop(frame_HWC: Frame, side: int) -> Tensor:
-    """(3, S, S) float32, normalised: short side resized to 8/7 S (256 for 224), then the middle."""
+    """Resize the short side to 8/7 S (256 for 224), crop the centre and normalise: (3, S, S) float32."""
     height, width = frame_HWC.shape[:2]
     scale = round(side * 8 / 7) / min(height, width)
     size = (max(side, round(height * scale)), max(side, round(width * scale)))
@@ -92,16 +93,16 @@ def centre_crop(frame_HWC: Frame, side: int) -> Tensor:
 
 
 def normalise(frames_3HW: Tensor) -> Tensor:
-    """uint8 RGB (..., 3, H, W) as float32 with the ImageNet mean and standard deviation."""
+    """Normalise uint8 RGB (..., 3, H, W) with the ImageNet mean and standard deviation, as float32."""
     mean = torch.tensor(IMAGENET_MEAN, device=frames_3HW.device)[:, None, None]
     std = torch.tensor(IMAGENET_STD, device=frames_3HW.device)[:, None, None]
     return (frames_3HW.float() / 255 - mean) / std
 
 
 def write_video(frames: Sequence[Frame], path: Path, rate: int = 12, **options: str) -> None:
-    """Encode frames of one size as H.264; odd sizes lose their last row or column.
+    """Encode frames of one size as H.264, with `rate` frames per second and `options` of libx264.
 
-    rate: frames a second; options: of libx264.
+    The encoder needs even sizes, so an odd last row or column is cropped.
     """
     with open_atomically(path) as file, av.open(file, "w", format=path.suffix[1:]) as container:
         stream = container.add_stream("libx264", rate=rate, options={"crf": "23", **options})

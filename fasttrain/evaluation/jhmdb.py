@@ -1,10 +1,12 @@
-"""JHMDB: propagate the first frame's pose through each clip, write poses, score them with PCK.
+"""Track human poses on JHMDB: propagate the first frame's joints and measure PCK.
 
-Reads the data set's own layout: joint_positions/CLASS/CLIP/joint_positions.mat (`pos_img`, (2, 15, T) pixels
-counted from 1), Rename_Images/CLASS/CLIP/00001.png and on, and splits/CLASS_test_splitN.txt; or a list of
-clips as label propagation is published with. As in github ajabri/videowalk. Shape suffixes: T frames, J
-joints, H W pixels, h w grid, N = h * w cells, C top cells, S side of a Gaussian.
+The dataset must be in its published layout: joint_positions/CLASS/CLIP/joint_positions.mat,
+Rename_Images/CLASS/CLIP/00001.png (and so on) and splits/CLASS_test_splitN.txt. The protocol is that of
+github.com/ajabri/videowalk, whose lists of clips --list accepts. The predicted poses are written in the
+format of the annotations.
 """
+
+# Shape suffixes: T frames, J joints, H W pixels, h w grid, N = h * w cells, C channels (J + 1) or top cells.
 
 import argparse
 from pathlib import Path
@@ -28,29 +30,40 @@ JOINTS = (
     *("neck", "belly", "face", "right shoulder", "left shoulder", "right hip", "left hip", "right elbow"),
     *("left elbow", "right knee", "left knee", "right wrist", "left wrist", "right ankle", "left ankle"),
 )
-MEASURES = tuple(f"PCK@{threshold}" for threshold in metrics.THRESHOLDS)
+METRICS = tuple(f"PCK@{threshold}" for threshold in metrics.THRESHOLDS)
 Coordinates = npt.NDArray[np.float64]
 POSES, FRAMES = "joint_positions", "Rename_Images"
+# Marks the test clips in a split file, after the clip's name.
 TEST = "2"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", type=int, choices=(1, 2, 3), default=1, help="test split (default: 1)")
     parser.add_argument(
-        "--list", type=Path, help="a list file instead: a clip a line, by CLASS/CLIP or by its paths"
+        "--list",
+        type=Path,
+        metavar="FILE",
+        help="list to use instead of --split: CLASS/CLIP, or the paths of a clip, per line",
     )
-    parser.add_argument("--size", type=int, default=320, help="side of the frames as encoded (default: 320)")
-    parser.add_argument("--sigma", type=float, default=0.5, help="of the joint maps, in cells (default: 0.5)")
+    parser.add_argument(
+        "--size", type=int, default=320, help="side of the encoded frames, resized to squares (default: 320)"
+    )
+    parser.add_argument(
+        "--sigma",
+        type=float,
+        default=0.5,
+        help="standard deviation of a joint's Gaussian, in grid cells (default: 0.5)",
+    )
     sequences.add_arguments(parser, topk=TOPK)
 
 
 def run(
     arguments: argparse.Namespace, model: EvaluatedModel, output: Path, world: World
 ) -> dict[str, Any] | None:
-    """Figures of all clips, on the main process."""
+    """Evaluate all clips. Returns the results on the main process and None on the others."""
     check_options(arguments, size=1, sigma=0.1)
-    found = find_sequences(arguments.root, arguments.split, arguments.list)
-    evaluated = sequences.evaluate_all(found, evaluate_sequence, arguments, model, output, world)
+    listed = find_sequences(arguments.root, arguments.split, arguments.list)
+    evaluated = sequences.evaluate_all(listed, evaluate_sequence, arguments, model, output, world)
     if evaluated is None:
         return None
     counts, data = evaluated
@@ -63,7 +76,7 @@ def run(
         "results": {variant: summarise(of_variant) for variant, of_variant in percent.items()},
         "per_joint": {
             variant: {
-                joint: dict(zip(MEASURES, of_variant[:, number].tolist(), strict=True))
+                joint: dict(zip(METRICS, of_variant[:, number].tolist(), strict=True))
                 for number, joint in enumerate(JOINTS)
             }
             for variant, of_variant in percent.items()
@@ -76,14 +89,14 @@ def run(
 
 
 def find_sequences(root: Path, split: int, listed: Path | None) -> list[VideoSequence]:
-    """The test clips of a split or list. Raises InputError, naming the path, where the layout is another."""
+    """Find the test clips of a split or list. Raises InputError if part of the layout is missing."""
     sequences.require((root / POSES, root / FRAMES), "JHMDB")
     clips = clips_of_list(listed) if listed else clips_of_split(root / "splits", split)
     return [_find_sequence(root, action, name) for action, name in dict.fromkeys(clips)]
 
 
 def clips_of_split(folder: Path, split: int) -> list[tuple[str, str]]:
-    """Class and name of each test clip. Raises InputError where the folder holds no list of them."""
+    """Read the class and name of each test clip of a split. Raises InputError if there are none."""
     suffix = f"_test_split{split}.txt"
     clips = []
     for path in sequences.numbered(folder, suffix):
@@ -92,49 +105,62 @@ def clips_of_split(folder: Path, split: int) -> list[tuple[str, str]]:
             if mark == TEST:
                 clips.append((path.name.removesuffix(suffix), name.strip().removesuffix(".avi")))
     if not clips:
-        raise InputError(f"{folder} holds no CLASS{suffix} with test clips (CLIP.avi {TEST}); give --list")
+        raise InputError(
+            f"'{folder}' has no CLASS{suffix} with test clips (`CLIP.avi {TEST}`). Add the split or pass "
+            "--list."
+        )
     return clips
 
 
 def clips_of_list(path: Path) -> list[tuple[str, str]]:
-    """Class and name of each clip, from CLASS/CLIP or from the end of its path, wherever that once was."""
+    """Read the class and name of each clip in a list.
+
+    Published lists hold absolute paths of their authors' machines, so that only the ends of paths count.
+    """
     clips = []
     for line in sequences.read_list(path):
         entry = Path(line.split()[0])
         parts = (entry.parent if entry.suffix == ".mat" else entry).parts
         if len(parts) < 2:
-            raise InputError(f"{path}: {line!r} names no clip; expected CLASS/CLIP or paths that end so")
+            raise InputError(f"'{path}': {line!r} is not a clip; expected CLASS/CLIP or paths that end in it")
         clips.append((parts[-2], parts[-1]))
     return clips
 
 
 def _find_sequence(root: Path, action: str, name: str) -> VideoSequence:
-    """The frames that have a pose: those after the last one are no part of the clip."""
+    """Find the poses and frames of a clip. Frames after the last pose do not belong to it."""
     poses = root / POSES / action / name / "joint_positions.mat"
     length = read_poses(poses).shape[2]
     frames = [root / FRAMES / action / name / f"{number:05d}.png" for number in range(1, length + 1)]
     missing = [path for path in frames if not path.is_file()]
     if missing:
-        raise InputError(f"clip {name}: {length} poses, but {missing[0]} is missing")
+        raise InputError(
+            f"clip {name!r} has {length} poses, but frame '{missing[0]}' is missing. Restore it."
+        )
     return VideoSequence(name, frames, [poses])
 
 
 def read_poses(path: Path) -> Coordinates:
-    """(2, J, T) pixels x, y counted from 0. Raises InputError for a file that does not hold such poses."""
+    """Read the poses (2, J, T) of a clip: x and y in pixels, counted from 0 (in the file, from 1).
+
+    Raises InputError if the file is missing or damaged or does not hold such poses.
+    """
     try:
         poses_2JT = np.asarray(loadmat(path)["pos_img"])
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"annotation {path} is missing or has no pos_img that can be read ({error}); replace it"
+            f"annotation '{path}' is missing or has no readable pos_img ({error}). Replace it."
         ) from error
     if poses_2JT.ndim != 3 or poses_2JT.shape[:2] != (2, len(JOINTS)) or poses_2JT.shape[2] < 2:
-        expected = f"(2, {len(JOINTS)}, frames), at least 2 frames"
-        raise InputError(f"annotation {path}: pos_img has shape {poses_2JT.shape}; expected {expected}")
+        raise InputError(
+            f"annotation '{path}': pos_img has shape {poses_2JT.shape}; expected (2, {len(JOINTS)}, T) with "
+            "at least 2 frames T"
+        )
     return poses_2JT.astype(np.float64) - 1
 
 
 def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation) -> dict[str, Any]:
-    """Per variant how many keypoints are correct and found; writes poses and pictures."""
+    """Return the counts of correct and of detected keypoints by variant; write poses and pictures."""
     truth_2JT, frames = read_poses(sequence.annotations[0]), sequence.frames
     height, width = read_image(frames[0]).shape[:2]
     size = evaluation.size(evaluation.arguments.size, evaluation.arguments.size)
@@ -177,16 +203,17 @@ def end_at_their_joint(
 
 
 def joint_maps(joints_2J: npt.ArrayLike, grid: tuple[int, int], sigma: float = 0.5) -> Tensor:
-    """(h, w, 1 + J) float32: for each joint a Gaussian of peak 1 about its cell, behind the background.
+    """Draw each joint as a Gaussian on the grid. Returns (h, w, 1 + J) float32, the background first.
 
-    `joints_2J` holds x, y in cells. The peak is at the nearest cell and the Gaussian is cut off at 3
-    sigma; a joint whose Gaussian lies outside the grid has an empty map. The background is 1 where no joint
-    is. (Newell's drawing, as github ajabri/videowalk uses it, but rounded alike at all borders.)
+    `joints_2J` holds x and y in cells. A Gaussian has its peak of 1 at the cell nearest to the joint and is
+    cut off at 3 sigma; a map is zero if its Gaussian lies outside the grid. The background is 1 where all
+    joint maps are 0. This is Newell's drawing routine as used in github.com/ajabri/videowalk, except that
+    positions are rounded in the same way at all borders.
     """
     middle = (6 * sigma + 1) // 2
 
     def offsets(position_J: Coordinates, cells: int) -> Coordinates:
-        """(J, cells) distances from the peak along one side, infinite beyond 3 sigma."""
+        """Return the distances (J, cells) from the peak along one axis, infinite beyond 3 sigma."""
         first_J1 = np.floor(position_J - 3 * sigma)[:, None]
         end_J1 = np.floor(position_J + 3 * sigma + 1)[:, None]
         cell = np.arange(cells)
@@ -200,9 +227,10 @@ def joint_maps(joints_2J: npt.ArrayLike, grid: tuple[int, int], sigma: float = 0
 
 
 def poses_from_maps(maps_ThwC: Tensor, pixels_per_cell: Coordinates, cells: int = 5) -> Coordinates:
-    """(2, J, T) pixels x, y counted from 0: the mean of the top `cells`, by weight.
+    """Convert joint maps to poses (2, J, T): x and y in pixels, counted from 0.
 
-    A joint whose map is zero everywhere is not found: -1, -1.
+    A position is the weighted mean of the `cells` cells with the largest values. A joint whose map is zero
+    everywhere was not detected; its position is (-1, -1).
     """
     width = maps_ThwC.shape[2]
     maps_TNJ = maps_ThwC[..., 1:].flatten(1, 2).cpu()
@@ -212,14 +240,14 @@ def poses_from_maps(maps_ThwC: Tensor, pixels_per_cell: Coordinates, cells: int 
         for position_TCJ in (cell_TCJ % width, cell_TCJ // width)
     )
     cells_2JT = torch.stack([x_TJ.T, y_TJ.T]).double().numpy()
-    is_found_JT = (maps_TNJ.sum(1) != 0).T.numpy()
-    return np.where(is_found_JT, cells_2JT * pixels_per_cell[:, None, None], -1)
+    is_detected_JT = (maps_TNJ.sum(1) != 0).T.numpy()
+    return np.where(is_detected_JT, cells_2JT * pixels_per_cell[:, None, None], -1)
 
 
 def summarise(percent: Coordinates) -> dict[str, float]:
-    """Mean over the joints at each threshold, and each joint at the smallest."""
-    means = zip(MEASURES, metrics.mean_over_joints(percent).tolist(), strict=True)
+    """Return the mean over the joints at each threshold, and each joint's value at the smallest threshold."""
+    means = zip(METRICS, metrics.mean_over_joints(percent).tolist(), strict=True)
     smallest = {
-        f"{MEASURES[0]} {joint}": float(value) for joint, value in zip(JOINTS, percent[0], strict=True)
+        f"{METRICS[0]} {joint}": float(value) for joint, value in zip(JOINTS, percent[0], strict=True)
     }
     return {**dict(means), **smallest}

@@ -1,9 +1,10 @@
-"""A linear probe: multinomial logistic regression on frozen features by L-BFGS, L2 chosen on held-out data.
+"""Linear probe: multinomial logistic regression on frozen features, with the L2 chosen on held-out data.
 
-The recipe of CLIP's linear probes (Radford et al., ICML 2021, appendix A.3): L-BFGS, at most 1,000
-iterations, the L2 strength swept over a logarithmic grid on a validation part of the training data, then a
-fit on all of it. Channels are standardised with the training data's mean and deviation first, so that one
-grid fits features of any scale. The objective is convex and everything is float64: nothing is drawn.
+The procedure is that of CLIP's linear probes (Radford et al., ICML 2021, appendix A.3): L-BFGS with at most
+1,000 iterations, a sweep of the L2 strength over a logarithmic grid on held-out training data, then a fit to
+all training data. Channels are first standardised with the training data's mean and standard deviation, so
+that one grid suits features of any scale. The objective is convex, the computation is in float64 and nothing
+is random.
 
 Shape suffixes: S samples, D channels, C classes.
 """
@@ -21,38 +22,41 @@ from torch.nn import functional
 
 from fasttrain.errors import InputError
 
-# From strong to weak: each fit starts where the stronger one ended.
+# From strong to weak: each fit starts from the solution of the previous one.
 STRENGTHS = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 MAX_ITERATIONS = 1000
 _MIN_DEVIATION = 1e-8
-# The sweep ends after this many strengths in a row that do no better: the weaker, the slower.
+# End the sweep after this many strengths without improvement: the weaker the penalty, the slower the fit.
 _PATIENCE = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--max-iterations", type=int, default=MAX_ITERATIONS, help="of L-BFGS (default: %(default)s)"
+        "--max-iterations",
+        type=int,
+        default=MAX_ITERATIONS,
+        help="maximum number of L-BFGS iterations (default: %(default)s)",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearClassifier:
-    """Scores of C classes: features_SD weight_DC + bias_C."""
+    """A linear classifier of C classes with the scores `features_SD @ weight_DC + bias_C`."""
 
     weight_DC: Tensor
     bias_C: Tensor
     l2: float
     held_out_accuracy: float | None
-    """Of the chosen L2 on the held-out part, in percent; None where nothing was held out."""
+    """Accuracy of the chosen L2 on the held-out data, in percent; None if nothing was held out."""
     converged: bool
-    """Whether L-BFGS met its tolerance within the iterations allowed."""
+    """Whether L-BFGS met its tolerance within the maximum number of iterations."""
 
     def describe(self) -> dict[str, float | bool | None]:
-        """How it came about, for the JSON of an evaluation."""
+        """Describe the fit, for the JSON file of an evaluation."""
         return {name: getattr(self, name) for name in ("l2", "held_out_accuracy", "converged")}
 
     def scores(self, features_SD: Tensor) -> Tensor:
-        """Logits (S, C) float64."""
+        """Compute the logits (S, C) float64 of features (S, D)."""
         return features_SD.double() @ self.weight_DC + self.bias_C
 
 
@@ -65,33 +69,34 @@ def fit_linear(
     strengths: Sequence[float] = STRENGTHS,
     max_iterations: int = MAX_ITERATIONS,
 ) -> LinearClassifier:
-    """Minimise mean cross-entropy + l2 / 2 ||weight||^2 over weight and (unpenalised) bias.
+    """Minimise mean cross-entropy + l2 / 2 ||weight||^2 over the weight and the bias, which has no penalty.
 
-    held_out_S: bool, what the L2 is chosen on, by accuracy, then by cross-entropy, from strong to weak until
-    three in a row do no better. Without it, or with one strength, the middle one of `strengths` is taken.
-    Raises InputError for features that are not finite.
+    `held_out_S` (bool) selects the samples on which the L2 is chosen, by accuracy and then by cross-entropy.
+    The sweep goes from strong to weak and ends after three strengths without improvement. Without held-out
+    samples, or with a single strength, the middle one of `strengths` is used. Raises InputError if the
+    features are not finite.
     """
     features_SD = features_SD.double()
     if not features_SD.isfinite().all():
-        raise InputError("features that are not finite cannot be classified; is the encoder's output?")
+        raise InputError("features are not all finite. Check the encoder's weights and output.")
     mean_D = features_SD.mean(dim=0)
     deviation_D = features_SD.std(dim=0, correction=0)
-    # A constant channel says nothing, and its rounding error would be blown up.
+    # Dividing a constant channel by its deviation would only amplify rounding errors.
     deviation_D[deviation_D < _MIN_DEVIATION] = 1
     standard_SD = (features_SD - mean_D) / deviation_D
     zeros = standard_SD.new_zeros(num_classes, standard_SD.shape[1] + 1)
     l2, accuracy = float(strengths[len(strengths) // 2]), None
     if held_out_S is not None and held_out_S.any() and len(strengths) > 1:
         kept_SD, kept_S = standard_SD[~held_out_S], labels_S[~held_out_S]
-        judged_SD, judged_S = standard_SD[held_out_S], labels_S[held_out_S]
+        validation_SD, validation_S = standard_SD[held_out_S], labels_S[held_out_S]
         solution = zeros
         outcomes: list[tuple[float, float, float]] = []
         for strength in sorted(strengths, reverse=True):
             solution, _ = _minimise(kept_SD, kept_S, strength, solution, max_iterations)
-            scores_SC = judged_SD @ solution[:, :-1].T + solution[:, -1]
-            right_S = scores_SC.argmax(dim=1) == judged_S
-            loss = functional.cross_entropy(scores_SC, judged_S).item()
-            outcomes.append((100 * right_S.double().mean().item(), -loss, strength))
+            scores_SC = validation_SD @ solution[:, :-1].T + solution[:, -1]
+            correct_S = scores_SC.argmax(dim=1) == validation_S
+            loss = functional.cross_entropy(scores_SC, validation_S).item()
+            outcomes.append((100 * correct_S.double().mean().item(), -loss, strength))
             if len(outcomes) - 1 - outcomes.index(max(outcomes)) == _PATIENCE:
                 break
         accuracy, _, l2 = max(outcomes)
@@ -109,7 +114,7 @@ def fit_linear(
 def _minimise(
     standard_SD: Tensor, labels_S: Tensor, l2: float, start: Tensor, max_iterations: int
 ) -> tuple[Tensor, bool]:
-    """Weight and bias (C, D + 1) at the minimum, and whether the tolerance was met."""
+    """Minimise the objective. Returns weight and bias (C, D + 1) and whether the tolerance was met."""
 
     def objective(flat: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
         parameters = torch.from_numpy(flat).reshape(start.shape).to(start.device).requires_grad_()
@@ -119,11 +124,11 @@ def _minimise(
         (gradient,) = torch.autograd.grad(loss, parameters)
         return loss.item(), gradient.flatten().cpu().numpy()
 
-    found = minimize(
+    result = minimize(
         objective,
         start.flatten().cpu().numpy(),
         jac=True,
         method="L-BFGS-B",
         options={"maxiter": max_iterations, "gtol": 1e-5, "ftol": 1e-12, "maxcor": 20},
     )
-    return torch.from_numpy(found.x).reshape(start.shape).to(start.device), bool(found.success)
+    return torch.from_numpy(result.x).reshape(start.shape).to(start.device), bool(result.success)

@@ -1,4 +1,4 @@
-"""The encoder under evaluation, before and after its projection, and the options that name it.
+"""The encoder under evaluation, before and after its projection, and the options that select it.
 
 Shape suffixes: B frames, H W pixels, N tokens, D channels.
 """
@@ -18,16 +18,16 @@ from fasttrain.video_encoder import load_video_encoder
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatedModel:
-    """An encoder and which variants of it to measure."""
+    """An encoder, its projection and the variants to measure."""
 
     encoder: Backbone
     projection: Projection | None
     variants: tuple[str, ...]
-    """Of `before` (frozen backbone alone) and `after` (with the projection)."""
+    """`before` (the frozen backbone alone), `after` (with the projection) or both."""
 
     @torch.inference_mode()
     def tokens(self, frames_B3HW: Tensor) -> dict[str, Tensor]:
-        """Tokens (B, N, D) float32 by variant of frames (B, 3, H, W) on the encoder's device."""
+        """Encode frames (B, 3, H, W) on the encoder's device. Returns float32 tokens (B, N, D) by variant."""
         frozen_BND = self.encoder.tokens(frames_B3HW).float()
         tokens_BND = {"before": frozen_BND}
         if self.projection is not None:
@@ -37,23 +37,36 @@ class EvaluatedModel:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     encoder = parser.add_mutually_exclusive_group(required=True)
-    encoder.add_argument("--run", type=Path, help="output folder of a training run")
-    encoder.add_argument("--backbone", help="a backbone without a run: mae, dino, ... or a timm ViT")
-    parser.add_argument("--weights", help="weights of --backbone (path, hf://, timm://, random)")
-    parser.add_argument("--projection", type=Path, help="a projection.safetensors to go with --backbone")
+    encoder.add_argument("--run", type=Path, metavar="FOLDER", help="output folder of a training run")
+    encoder.add_argument(
+        "--backbone", help="backbone to evaluate without a run: mae, dino, ... or a timm ViT"
+    )
+    parser.add_argument(
+        "--weights",
+        help="weights of the backbone: a path, hf://..., timm://... or random (default: those of the run, or "
+        "random for --backbone)",
+    )
+    parser.add_argument(
+        "--projection", type=Path, metavar="FILE", help="projection.safetensors to use with --backbone"
+    )
     only = parser.add_mutually_exclusive_group()
-    only.add_argument("--baseline-only", action="store_true", help="the frozen backbone alone")
-    only.add_argument("--projection-only", action="store_true", help="with the projection alone")
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    only.add_argument("--baseline-only", action="store_true", help="measure the frozen backbone only")
+    only.add_argument("--projection-only", action="store_true", help="measure only with the projection")
+    parser.add_argument(
+        "--device", choices=("auto", "cuda", "cpu"), default="auto", help="device (default: auto)"
+    )
 
 
 def load_model(arguments: argparse.Namespace, device: torch.device) -> EvaluatedModel:
-    """The model that the command line names. Raises InputError where its parts do not go together."""
+    """Load the encoder and projection that the options select. Raises InputError if they do not match."""
     encoder: Backbone
     projection: Projection | None = None
     if arguments.run is not None:
         if arguments.projection is not None:
-            raise InputError(f"--projection {arguments.projection} goes with --backbone; --run has its own")
+            raise InputError(
+                f"--projection: '{arguments.projection}' cannot be combined with --run, which has its own "
+                "projection. Pass --backbone instead of --run."
+            )
         loaded = load_video_encoder(arguments.run, weights=arguments.weights)
         encoder, projection = loaded.encoder, loaded.projection
     else:
@@ -64,11 +77,12 @@ def load_model(arguments: argparse.Namespace, device: torch.device) -> Evaluated
     if projection is not None:
         if projection.dim != encoder.embed_dim:
             raise InputError(
-                f"projection of width {projection.dim} for an encoder of width {encoder.embed_dim}"
+                f"--projection: width {projection.dim} does not match the encoder's width "
+                f"{encoder.embed_dim}. Pass a projection that was trained on this backbone."
             )
         projection.to(device)
         if not arguments.baseline_only:
             variants = ("after",) if arguments.projection_only else ("before", "after")
     elif arguments.projection_only:
-        raise InputError("--projection-only needs a projection; give --run or --projection")
+        raise InputError("--projection-only: there is no projection. Pass --run or --projection.")
     return EvaluatedModel(encoder=encoder.to(device), projection=projection, variants=variants)

@@ -1,12 +1,13 @@
-"""Label propagation: carry the labels of a video's first frame along by the affinity of frozen features.
+"""Label propagation: transfer the labels of a video's first frame to the others by feature similarity.
 
-Every query token of frame t attends to the first frame (no radius) and to the last `context` frames (keys
-within Euclidean grid distance < `radius`); frames before the first stand in as copies of the first. The k
-largest affinities / temperature go through a softmax and weigh the labels of their keys. The protocol is that
-of Jabri et al., "Space-Time Correspondence as a Contrastive Random Walk" (NeurIPS 2020, ajabri/videowalk).
+Each query token of frame t attends to all tokens of the first frame and to those tokens of the `context`
+preceding frames whose Euclidean distance on the grid is below `radius`. At the start of a video, copies of
+the first frame replace the frames that do not exist. The k largest cosine similarities, divided by the
+temperature, pass through a softmax and weight the labels of their keys. The protocol is that of Jabri et al.,
+"Space-Time Correspondence as a Contrastive Random Walk" (NeurIPS 2020, github.com/ajabri/videowalk).
 
-Shape suffixes: T frames, H W grid, N = H * W tokens, D channels, C classes, F remembered frames (the first at
-slot 0), Q queries of a strip, K keys of a strip, k nearest keys, M candidates for these, X any of D and C.
+Shape suffixes: T frames, H W grid, N = H * W tokens, D channels, C classes, F frames in memory (the first one
+at index 0), Q queries of a strip, K keys of a strip, k nearest keys, M candidates for them, X either D or C.
 """
 
 import math
@@ -19,9 +20,10 @@ from torch.nn import functional
 
 from fasttrain.errors import InputError
 
-# The protocol's, with DAVIS' number of keys: frames, grid cells, keys, and what divides the affinities.
+# The settings of the protocol: preceding frames, grid cells, keys per query (for DAVIS), softmax temperature.
 CONTEXT, RADIUS, TOPK, TEMPERATURE = 20, 20.0, 7, 0.7
-# Affinities held at once: 256 MiB on a GPU, which takes few large products; 32 MiB on a CPU, near its caches.
+# The number of affinities computed at once: 256 MiB on a GPU, for few large matrix products, and 32 MiB on a
+# CPU, for its caches.
 GPU_AFFINITIES, CPU_AFFINITIES = 2**26, 2**23
 
 
@@ -33,17 +35,33 @@ def propagate_labels(
     topk: int = TOPK,
     temperature: float = TEMPERATURE,
 ) -> Tensor:
-    """Soft labels of every frame, (T, H, W, C) float32 on the features' device; frame 0 as given.
+    """Propagate the labels of the first frame through a video by feature similarity.
 
-    `features_THWD` need not be normalised. `radius` is in cells, exclusive; `temperature` divides the cosine
-    affinity. Call it outside autocast: rounded affinities choose other keys. Raises InputError for shapes or
-    settings that cannot be propagated, and for features that are not finite.
+    Every token of a frame attends to the first frame and to nearby tokens of the preceding frames. The
+    softmax over its `topk` most similar tokens weights their labels. The protocol is that of Jabri et al.,
+    "Space-Time Correspondence as a Contrastive Random Walk" (NeurIPS 2020). Call this function outside
+    autocast, because rounding changes which tokens are most similar.
+
+    Args:
+        features_THWD: Features of T frames on a grid of H x W tokens; they need not be normalised.
+        first_labels_HWC: Soft or one-hot labels of the first frame over C classes.
+        context: Number of preceding frames to attend to, besides the first frame.
+        radius: Tokens of the preceding frames are candidates if their distance on the grid is below this
+            number of cells. It does not apply to the first frame.
+        topk: Number of tokens whose labels are combined.
+        temperature: Divisor of the cosine similarities before the softmax.
+
+    Returns:
+        Soft labels (T, H, W, C), float32, on the device of the features. Frame 0 has `first_labels_HWC`.
+
+    Raises:
+        InputError: If a shape or a setting is invalid or a feature is not finite.
     """
     shape, labels_shape = tuple(features_THWD.shape), tuple(first_labels_HWC.shape)
     if len(shape) != 4 or 0 in shape or len(labels_shape) != 3 or labels_shape[:2] != shape[1:3]:
         raise InputError(
-            f"features have shape {shape}, first labels {labels_shape}; expected a non-empty (T, H, W, D) "
-            "and (H, W, classes)"
+            f"features have shape {shape} and first labels {labels_shape}; expected a non-empty (T, H, W, D) "
+            "and (H, W, C)"
         )
     first_labels_HWC = first_labels_HWC.to(features_THWD.device, torch.float32)
     propagator = Propagator(features_THWD[0], first_labels_HWC, context, radius, topk, temperature)
@@ -51,7 +69,7 @@ def propagate_labels(
 
 
 class _Strip(NamedTuple):
-    """Queries across the short side of the grid and the wider strip of keys that their discs reach."""
+    """A strip of queries across the short side of the grid, and the wider strip of keys within `radius`."""
 
     queries: slice
     keys: slice
@@ -59,7 +77,7 @@ class _Strip(NamedTuple):
 
 
 class Propagator:
-    """`propagate_labels` of a stream: one frame at a time, remembering the first and the last `context`."""
+    """Propagate labels frame by frame; keeps the first and the last `context` frames in memory."""
 
     @torch.no_grad()
     def __init__(
@@ -75,7 +93,7 @@ class Propagator:
         height, width, _ = first_features_HWD.shape
         self.context, self.topk, self.temperature = context, topk, temperature
         self.is_wide, self.steps = height < width, 0
-        # Slot 0 holds the first frame, the others the last frames in turn, at first copies of the first.
+        # Index 0 holds the first frame. The rest is a ring buffer that initially holds copies of it.
         self.unit_FND = self._unit(first_features_HWD).repeat(context + 1, 1, 1)
         self.labels_FNC = self._tokens(first_labels_HWC.float()).repeat(context + 1, 1, 1)
         device = first_features_HWD.device
@@ -83,11 +101,11 @@ class Propagator:
 
     @torch.no_grad()
     def step(self, features_HWD: Tensor) -> Tensor:
-        """Soft labels (H, W, C) float32 of the next frame from its features (H, W, D)."""
+        """Return the soft labels (H, W, C) float32 of the next frame, given its features (H, W, D)."""
         unit_ND = self._unit(features_HWD)
         labels_NC = torch.cat([self._attend(unit_ND[strip.queries], strip) for strip in self.strips])
-        slot = 1 + self.steps % self.context
-        self.unit_FND[slot], self.labels_FNC[slot] = unit_ND, labels_NC
+        index = 1 + self.steps % self.context
+        self.unit_FND[index], self.labels_FNC[index] = unit_ND, labels_NC
         self.steps += 1
         height, width, _ = features_HWD.shape
         if self.is_wide:
@@ -95,21 +113,21 @@ class Propagator:
         return labels_NC.unflatten(0, (height, width))
 
     def _tokens(self, values_HWX: Tensor) -> Tensor:
-        """(N, X): lines across the short side one after another, so that strips of lines are slices."""
+        """Flatten the grid to (N, X) with the short side innermost, so that strips are contiguous slices."""
         return (values_HWX.transpose(0, 1) if self.is_wide else values_HWX).flatten(0, 1)
 
     def _unit(self, features_HWD: Tensor) -> Tensor:
-        """Unit vectors (N, D) float32. Raises InputError for features that are not finite."""
+        """Normalise features to unit vectors (N, D) float32. Raises InputError if they are not finite."""
         unit_ND = functional.normalize(self._tokens(features_HWD).float(), dim=-1)
         if not unit_ND.isfinite().all():
-            raise InputError("features are not all finite; look at the frame and at the encoder's weights")
+            raise InputError("features are not all finite. Check the frames and the encoder's weights.")
         return unit_ND
 
     def _attend(self, query_QD: Tensor, strip: _Strip) -> Tensor:
-        """The labels (Q, C) of the k keys that each query is most like, weighed by their affinity.
+        """Return the labels (Q, C): those of each query's k nearest keys, weighted by their affinities.
 
-        The k largest affinities of a query are at the k cells whose best frame is largest, so that one number
-        a cell is sorted.
+        The k largest affinities of a query lie in the k cells with the largest maximum over frames. Selecting
+        these cells first means that topk runs over one number per cell, not one per cell and frame.
         """
         (frames, tokens, _), keys, is_far_QN = self.unit_FND.shape, strip.keys, strip.is_far_QN
         first_QN = query_QD @ self.unit_FND[0].T
@@ -130,7 +148,7 @@ class Propagator:
 
 
 def _strips(long: int, short: int, radius: float, context: int, device: torch.device) -> Iterator[_Strip]:
-    """Strips that cover the grid, each with the keys within `radius` of any of its queries."""
+    """Yield strips that cover the grid, each with the keys within `radius` of any of its queries."""
     affinities = GPU_AFFINITIES if device.type == "cuda" else CPU_AFFINITIES
     lines = max(1, affinities // ((context + 1) * long * short**2))
     reach = math.ceil(min(radius, long + short))
@@ -143,9 +161,9 @@ def _strips(long: int, short: int, radius: float, context: int, device: torch.de
 
 
 def check_settings(context: int, radius: float, topk: int, temperature: float) -> None:
-    """Raises InputError for settings that nothing can be propagated with."""
+    """Raise InputError for settings out of range."""
     if not (context >= 1 and topk >= 1 and radius >= 0 and temperature > 0):
         raise InputError(
-            f"context {context}, topk {topk}, radius {radius}, temperature {temperature}: context and topk "
-            "must be at least 1, radius at least 0, temperature above 0"
+            f"context {context}, topk {topk}, radius {radius}, temperature {temperature}: expected context "
+            "and topk of at least 1, radius of at least 0 and temperature above 0"
         )

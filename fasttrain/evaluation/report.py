@@ -1,4 +1,7 @@
-"""Gather runs into one HTML page that opens without a network: curves, trade-off, tables, pictures, films."""
+"""Collect training runs and their evaluations in one self-contained HTML page.
+
+The page shows learning curves, the trade-off of consistency and separability, tables, pictures and videos.
+"""
 
 import argparse
 import base64
@@ -20,66 +23,75 @@ STYLE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a training run")
-    parser.add_argument("--output", type=Path, default="report.html", help="page (default: %(default)s)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default="report.html",
+        metavar="FILE",
+        help="HTML file to write (default: %(default)s)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write the page of all runs; pictures are drawn beside it and carried inside.
+    """Write the report of all runs.
 
-    Raises InputError where a run has neither a history nor evaluations.
+    The plots are also kept as files in a folder next to it. Raises InputError if a run has neither a
+    metrics.jsonl nor evaluations.
     """
     output: Path = arguments.output
     if output.is_dir():
-        raise InputError(f"--output {output} is a folder; give the name of the page")
-    recorded, evaluations = [], []
+        raise InputError(f"--output: '{output}' is a folder. Pass the name of an HTML file.")
+    runs_with_history, evaluations = [], []
     for name, folder in zip(plots.run_names(arguments.runs), arguments.runs, strict=True):
         paths = sorted(folder.glob("eval/*/*.json"))
         evaluations += [(name, path, _read(path)) for path in paths]
         if (folder / "metrics.jsonl").is_file():
-            recorded.append(folder)
+            runs_with_history.append(folder)
         elif not paths:
             raise InputError(
-                f"{folder} holds neither metrics.jsonl nor eval/*/*.json; give the folder of a run (of "
-                f"several backbones: output/NAME)"
+                f"'{folder}' has neither metrics.jsonl nor eval/*/*.json. Pass the output folder of a run; "
+                "if it trained several backbones, pass OUTPUT/NAME of each."
             )
     drawn = output.parent / f"{output.stem}_figures"
     sections = []
-    if recorded:
-        plots.learning_curves(recorded, drawn / "learning.png")
+    if runs_with_history:
+        plots.learning_curves(runs_with_history, drawn / "learning.png")
         sections.append(("Learning curves", _show(drawn / "learning.png")))
     points = [
-        (name, found["results"]["before"], found["results"]["after"])
-        for name, _, found in evaluations
-        if found["task"] == "consistency" and plots.has_trade_off(found["results"])
+        (name, evaluation["results"]["before"], evaluation["results"]["after"])
+        for name, _, evaluation in evaluations
+        if evaluation["task"] == "consistency" and plots.has_trade_off(evaluation["results"])
     ]
     if points:
         plots.trade_off(points, drawn / "trade_off.png")
         sections.append(("Trade-off", _show(drawn / "trade_off.png")))
-    for name, path, found in evaluations:
-        task = " in ".join(dict.fromkeys((found["task"], path.parent.name)))
-        title = f"{name}: {task} ({found['model']['backbone']}, {found['model']['weights']})"
-        pictures = [path.parent / "figures" / picture for picture in found["pictures"]]
-        # Stills, then films.
+    for name, path, evaluation in evaluations:
+        # The folder is named after the task unless the user chose another name.
+        task = " in ".join(dict.fromkeys((evaluation["task"], path.parent.name)))
+        model = evaluation["model"]
+        title = f"{name}: {task} ({model['backbone']}, {model['weights']})"
+        pictures = [path.parent / "figures" / picture for picture in evaluation["pictures"]]
+        # Pictures first, then videos.
         pictures.sort(key=lambda picture: picture.suffix, reverse=True)
         shown = "".join(_show(picture) for picture in pictures if picture.is_file())
-        sections.append((title, _table(found["results"]) + shown))
+        sections.append((title, _table(evaluation["results"]) + shown))
     body = "".join(f"<h2>{html.escape(title)}</h2>{content}" for title, content in sections)
     head = f'<!doctype html><meta charset="utf-8"><title>fasttrain</title><style>{STYLE}</style>'
     write_atomically(output, f"{head}<h1>fasttrain</h1>{body}\n".encode())
-    print(f"written to {output}")
+    print(f"report written to {output}")
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The JSON that `fasttrain eval` wrote."""
+    """Read a JSON file that `fasttrain eval` wrote. Raises InputError for any other file."""
     try:
-        found: dict[str, Any] = json.loads(path.read_bytes())
-        return {key: found[key] for key in ("task", "model", "pictures", "results")}
+        content: dict[str, Any] = json.loads(path.read_bytes())
+        return {key: content[key] for key in ("task", "model", "pictures", "results")}
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} holds no results of `fasttrain eval` ({error!r}); remove it") from error
+        raise InputError(f"'{path}' is not a result of `fasttrain eval` ({error!r}). Remove it.") from error
 
 
 def _show(path: Path) -> str:
-    """A picture or film as an element that holds its bytes: the page needs no other file."""
+    """Return an HTML element that embeds a picture or video."""
     name, content = html.escape(path.stem), base64.b64encode(path.read_bytes()).decode()
     if path.suffix == ".png":
         return f'<p>{name}</p><img alt="{name}" src="data:image/png;base64,{content}">'
@@ -87,9 +99,10 @@ def _show(path: Path) -> str:
 
 
 def _table(results: dict[str, dict[str, float | None]]) -> str:
+    """Return an HTML table with one row per metric and one column per variant."""
     rows = "".join(f"<th>{html.escape(variant)}</th>" for variant in ("", *results))
-    for key in dict.fromkeys(key for figures in results.values() for key in figures):
-        values = [figures.get(key) for figures in results.values()]
+    for key in dict.fromkeys(key for metrics in results.values() for key in metrics):
+        values = [metrics.get(key) for metrics in results.values()]
         cells = "".join(f"<td>{'–' if value is None else format(value, '.4f')}</td>" for value in values)
         rows += f"</tr><tr><td>{html.escape(key)}</td>{cells}"
     return f"<table><tr>{rows}</tr></table>"

@@ -1,4 +1,4 @@
-"""The results of an evaluation: the difference between the variants, TASK.json, the table that is printed."""
+"""The results of an evaluation: the difference between the variants, the JSON file and the table."""
 
 import json
 import math
@@ -16,11 +16,12 @@ from rich.table import Table
 import fasttrain
 from fasttrain.files import write_json
 
+# Packages whose versions are recorded with the results.
 PACKAGES = ("torch", "timm", "numpy", "scipy", "pillow")
 
 
 def with_difference(by_variant: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Adds after - before where both were measured."""
+    """Add `difference` (after minus before) if both variants were measured."""
     if set(by_variant) != {"before", "after"}:
         return by_variant
     difference = {key: by_variant["after"][key] - value for key, value in by_variant["before"].items()}
@@ -28,17 +29,18 @@ def with_difference(by_variant: dict[str, dict[str, float]]) -> dict[str, dict[s
 
 
 def write_results(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON with the versions of what computed it; numbers that are not finite become null."""
+    """Write `content` and the package versions as JSON; non-finite numbers become null."""
     versions = {name: metadata.version(name) for name in PACKAGES}
     versions = {"python": platform.python_version(), "fasttrain": fasttrain.__version__, **versions}
     text = json.dumps({**content, "versions": versions}, default=os.fspath)
-    # JSON has no NaN and no infinity, though Python writes them.
+    # Python's json module writes NaN and infinity, which JSON does not allow.
     write_json(path, json.loads(text, parse_constant=lambda name: None))
 
 
 def print_table(title: str, by_variant: dict[str, dict[str, float]]) -> None:
+    """Print one row per metric and one column per variant."""
     table = Table(title=escape(title))
-    table.add_column("measure")
+    table.add_column("metric")
     for variant in by_variant:
         table.add_column(variant, justify="right")
     for key in next(iter(by_variant.values())):

@@ -1,8 +1,9 @@
-"""Video retrieval: for every test video the nearest training videos, and recall at 1, 5 and 10.
+"""Retrieve the nearest training videos of each test video and measure recall at 1, 5 and 10.
 
-Reads UCF101, HMDB51 and the other layouts of `datasets.py`; `metrics.py` holds the measure and its protocol.
-Shape suffixes: Q queries, G gallery videos, D channels, K neighbours.
+Supported datasets are UCF101, HMDB51, Kinetics, Something-Something V2 and plain lists.
 """
+
+# Shape suffixes: Q queries, G gallery videos, D channels, K neighbours.
 
 import argparse
 from pathlib import Path
@@ -27,11 +28,11 @@ add_arguments = add_split_arguments
 def run(
     arguments: argparse.Namespace, model: EvaluatedModel, output: Path, world: World
 ) -> dict[str, Any] | None:
-    """Recall of all test videos, on the main process."""
-    found = extract_split(arguments, model, output, world)
-    if found is None:
+    """Evaluate all test videos. Returns the results on the main process and None on the others."""
+    extraction = extract_split(arguments, model, output, world)
+    if extraction is None:
         return None
-    split, extracted, data = found
+    split, extracted, data = extraction
     labels_G, labels_Q = class_numbers(split.train), class_numbers(split.test)
     results, per_class, neighbours = {}, {}, {}
     for variant in model.variants:
@@ -48,19 +49,19 @@ def run(
 
 
 def _draw(split: VideoSplit, neighbours: dict[str, Tensor], num_frames: int, output: Path) -> None:
-    """Draw a few queries, evenly chosen, with the nearest videos for each variant."""
+    """Draw evenly chosen queries, each with its nearest videos by variant."""
     sheet = []
     for number in evenly_spaced(len(split.test), SHOWN_QUERIES):
         query = split.test[number]
         for variant, neighbours_QK in neighbours.items():
-            found = [split.train[index] for index in neighbours_QK[number, :SHOWN_NEIGHBOURS].tolist()]
+            nearest_videos = [split.train[i] for i in neighbours_QK[number, :SHOWN_NEIGHBOURS].tolist()]
             pictures = [plots.framed(middle_frame(query.path, num_frames))]
             pictures += [
                 plots.framed(middle_frame(video.path, num_frames), video.label == query.label)
-                for video in found
+                for video in nearest_videos
             ]
-            marks = ["✓" if video.label == query.label else "✗" for video in found]
-            names = [plots.shorten(split.classes[video.label], 10) for video in (query, *found)]
+            marks = ["✓" if video.label == query.label else "✗" for video in nearest_videos]
+            names = [plots.shorten(split.classes[video.label], 10) for video in (query, *nearest_videos)]
             notes = [f"{mark} {name}".strip() for mark, name in zip(["", *marks], names, strict=True)]
             sheet.append(plots.Row(variant, pictures, notes))
     columns = ["query", *(f"rank {rank}" for rank in range(1, SHOWN_NEIGHBOURS + 1))]

@@ -1,7 +1,8 @@
-"""What the label-propagation benchmarks share: options, the loop over sequences, label maps, pictures.
+"""Shared parts of the label-propagation benchmarks: options, the loop over sequences, label maps, pictures.
 
-Used by `davis.py`, `vip.py` and `jhmdb.py`; the search is in `propagation.py`. Shape suffixes:
-T frames, H W pixels, h w grid, N = h * w tokens, D channels, C classes.
+`davis.py`, `vip.py` and `jhmdb.py` use this module; the algorithm itself is in `propagation.py`.
+
+Shape suffixes: T frames, H W pixels, h w grid, N = h * w tokens, D channels, C classes, M matches.
 """
 
 import argparse
@@ -38,18 +39,18 @@ from fasttrain.files import read_lines
 from fasttrain.loggers import Progress
 
 SHOWN_FRAMES = 6
-# Pictures are drawn at this height at most: a sheet or a short film needs no more.
+# The maximum height of the frames in contact sheets and videos.
 PICTURE_HEIGHT = 480
-ARROWS = 20
+MAX_MATCHES = 20
 
 LabelMap = npt.NDArray[np.uint8]
-# As `find_matches` finds them and `plots.correspondence_arrows` draws them.
+# The result of `find_matches`, which `plots.correspondence_arrows` draws.
 Matches = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class VideoSequence:
-    """One sequence: its frames in order and what annotates them, a file for each or one for all."""
+    """The frames of a sequence, in order, and its annotations: one file per frame or one for all frames."""
 
     name: str
     frames: list[Path]
@@ -58,34 +59,37 @@ class VideoSequence:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What every sequence of one command is evaluated with."""
+    """The settings that all sequences of one command share."""
 
     arguments: argparse.Namespace
     model: EvaluatedModel
     output: Path
     device: torch.device
     drawn: Collection[str] = ()
-    """Names of the sequences that pictures are wanted of."""
+    """Names of the sequences to draw."""
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        """The nearest size of frames that the encoder takes."""
+        """Round a frame size to whole patches of the encoder."""
         return fit_to_patches((height, width), self.model.encoder.patch_size)
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, topk: int) -> None:
-    """The settings of the propagation, with what the benchmarks have in common as defaults."""
+    """Add the propagation settings. The default of `topk` differs between benchmarks."""
     parser.add_argument(
-        "--context", type=int, default=CONTEXT, help="last frames attended to (default: %(default)s)"
+        "--context", type=int, default=CONTEXT, help="preceding frames to attend to (default: %(default)s)"
     )
     parser.add_argument(
-        "--radius", type=float, default=RADIUS, help="of the keys, in grid cells (default: %(default)s)"
+        "--radius",
+        type=float,
+        default=RADIUS,
+        help="radius of the search in the preceding frames, in grid cells (default: %(default)s)",
     )
-    parser.add_argument("--topk", type=int, default=topk, help="keys of a query (default: %(default)s)")
+    parser.add_argument("--topk", type=int, default=topk, help="keys per query (default: %(default)s)")
     parser.add_argument(
-        "--temperature", type=float, default=TEMPERATURE, help="of the softmax (default: %(default)s)"
+        "--temperature", type=float, default=TEMPERATURE, help="softmax temperature (default: %(default)s)"
     )
     parser.add_argument(
-        "--pictures", type=int, default=8, help="sequences that are drawn, evenly chosen (default: 8)"
+        "--pictures", type=int, default=8, help="number of sequences to draw, evenly chosen (default: 8)"
     )
 
 
@@ -97,10 +101,11 @@ def evaluate_all(
     output: Path,
     world: World,
 ) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """What `evaluate` returns of every sequence, by name, and facts for the JSON; on the main process.
+    """Evaluate the sequences on all processes.
 
-    The `notes` of the sequences are printed and end up among the facts. Raises InputError for settings that
-    nothing can be propagated with and for a sequence that cannot be evaluated.
+    Returns the results of `evaluate` by sequence name and the `data` entry of the JSON file on the main
+    process, and None on the others. `notes` in the results are printed and moved to `data`. Raises InputError
+    for invalid settings or a sequence that cannot be evaluated.
     """
     check_settings(arguments.context, arguments.radius, arguments.topk, arguments.temperature)
     drawn = {sequences[i].name for i in evenly_spaced(len(sequences), max(0, arguments.pictures))}
@@ -119,16 +124,17 @@ def evaluate_all(
     notes = [note for result in results.values() for note in result.pop("notes", [])]
     for note in notes:
         print(f"note: {note}")
-    frames = sum(len(one.frames) for one in sequences)
+    frames = sum(len(sequence.frames) for sequence in sequences)
     return results, {"sequences": len(sequences), "frames": frames, "notes": notes}
 
 
 def propagate(
     frames: Sequence[Path], size: tuple[int, int], first_labels_hwC: Tensor, evaluation: Evaluation
 ) -> tuple[dict[str, Tensor], dict[str, Matches]]:
-    """Per variant the soft labels (T, h, w, C) of every frame, and matches of the first frame and the middle.
+    """Encode all frames at `size` and propagate the labels of the first frame.
 
-    Every frame is encoded at `size` once. Raises InputError for a frame that cannot be read.
+    Returns, by variant, the soft labels (T, h, w, C) and the matches (M, 4) between the first and the middle
+    frame. Raises InputError for an unreadable frame.
     """
     model, options = evaluation.model, evaluation.arguments
     settings = options.context, options.radius, options.topk, options.temperature
@@ -154,33 +160,34 @@ def propagate(
 
 
 def find_matches(first_hwD: Tensor, second_hwD: Tensor, labels_hwC: Tensor) -> Matches:
-    """(M, 4) centres of labelled cells of the first frame and of the most similar cells of the second.
+    """Match labelled cells of the first frame to the most similar cells of the second.
 
-    x, y in the first frame and x, y in the second, as shares of width and height; at most ARROWS cells,
-    evenly over those whose likeliest label is not the background.
+    Returns (M, 4): x and y of a cell's centre in the first frame, then in the second, as fractions of width
+    and height. At most MAX_MATCHES cells are chosen, evenly among those whose most likely label is not
+    background.
     """
     height, width = first_hwD.shape[:2]
     labelled_M = labels_hwC.flatten(0, 1).argmax(-1).nonzero().flatten()
-    chosen_M = labelled_M[evenly_spaced(len(labelled_M), ARROWS)]
+    chosen_M = labelled_M[evenly_spaced(len(labelled_M), MAX_MATCHES)]
     query_MD = functional.normalize(first_hwD.flatten(0, 1)[chosen_M].float(), dim=-1)
-    found_M = (query_MD @ functional.normalize(second_hwD.flatten(0, 1).float(), dim=-1).T).argmax(-1)
-    cells_M2 = torch.stack([chosen_M, found_M], dim=1)
+    nearest_M = (query_MD @ functional.normalize(second_hwD.flatten(0, 1).float(), dim=-1).T).argmax(-1)
+    cells_M2 = torch.stack([chosen_M, nearest_M], dim=1)
     x_M2, y_M2 = (cells_M2 % width + 0.5) / width, (cells_M2 // width + 0.5) / height
     return torch.stack([x_M2, y_M2], dim=-1).flatten(1).cpu().double().numpy()
 
 
 def soft_labels(labels_HW: LabelMap, grid: tuple[int, int], classes: int) -> Tensor:
-    """(h, w, C) float32: the one-hot labels at the middle of each cell, bilinearly."""
+    """Downsample one-hot labels bilinearly to the grid. Returns (h, w, C) float32."""
     one_hot_1CHW = functional.one_hot(torch.tensor(labels_HW).long(), classes).movedim(-1, 0)[None]
     soft_1Chw = functional.interpolate(one_hot_1CHW.float(), size=grid, mode="bilinear")
     return soft_1Chw[0].movedim(0, -1).contiguous()
 
 
 def hard_labels(labels_hwC: Tensor, size: tuple[int, ...]) -> LabelMap:
-    """(H, W) uint8: the most likely label of each pixel, bilinearly between cells."""
+    """Upsample soft labels bilinearly and choose the most likely label per pixel. Returns (H, W) uint8."""
     labels_1Chw = labels_hwC.movedim(-1, 0)[None].contiguous()
     full_CHW = functional.interpolate(labels_1Chw, size=size, mode="bilinear")[0]
-    # argmax over few leading entries takes a CPU some twenty times as long.
+    # On a CPU, argmax over a short leading dimension is about twenty times slower than max.
     return full_CHW.max(0).indices.byte().cpu().numpy()
 
 
@@ -191,7 +198,7 @@ def save_masks(
     matches_M4: dict[str, Matches],
     evaluation: Evaluation,
 ) -> None:
-    """Masks per variant as palette PNGs, named as the annotations are; pictures, where they are wanted."""
+    """Write the masks of each variant under the annotations' names; draw the sequence if it was chosen."""
     for variant, maps in masks.items():
         folder = evaluation.output / "masks" / variant / sequence.name
         paths = [folder / path.name for path in sequence.annotations]
@@ -249,7 +256,7 @@ def draw(
     notes: Mapping[str, Sequence[str]] | None = None,
     legend: Mapping[str, str] | None = None,
 ) -> None:
-    """Draw a contact sheet with a row per overlay, a short film of the predicted ones, and the arrows."""
+    """Write a contact sheet of all overlays, a video of the predictions and a picture of the matches."""
     shown = shown_frames(len(frames))
     sheet = [
         plots.Row(row, [pictures[t] for t in shown], (notes or {}).get(row, ()))
@@ -270,55 +277,56 @@ def draw(
 
 
 def shrink(frame_HWC: Frame) -> Frame:
-    """The frame at PICTURE_HEIGHT at most."""
+    """Shrink a frame that is higher than PICTURE_HEIGHT."""
     picture = Image.fromarray(frame_HWC)
     picture.thumbnail((picture.width, PICTURE_HEIGHT), Image.Resampling.BILINEAR, reducing_gap=None)
     return np.asarray(picture)
 
 
 def resize_labels(labels_HW: LabelMap, size: tuple[int, ...]) -> LabelMap:
-    """A label map at another height and width, from the nearest pixels."""
+    """Resize a label map to (height, width) by nearest-neighbour interpolation."""
     resized = Image.fromarray(labels_HW).resize((size[1], size[0]), Image.Resampling.NEAREST)
     return np.asarray(resized)
 
 
 def find_pairs(name: str, frames: Path, annotations: Path, fewest: int) -> VideoSequence:
-    """The JPEG frames of a folder and the annotation `STEM.png` of each.
+    """Find the JPEG frames of a sequence and the annotation `STEM.png` of each.
 
-    Raises InputError for too few frames, and for a frame or an annotation without the other.
+    Raises InputError if there are fewer than `fewest` frames or if a frame or an annotation is missing.
     """
     images, masks = numbered(frames, ".jpg"), numbered(annotations, ".png")
     if len(images) < fewest:
         raise InputError(
-            f"sequence {name} has {len(images)} frames; expected at least {fewest}, replace or unlist it"
+            f"sequence {name!r} has {len(images)} frames in '{frames}'; expected at least {fewest}. Restore "
+            "it or remove it from the list."
         )
-    single = {path.stem for path in images} ^ {path.stem for path in masks}
-    if single:
+    unpaired = {path.stem for path in images} ^ {path.stem for path in masks}
+    if unpaired:
         raise InputError(
-            f"sequence {name}: {min(single)} lacks its image or its annotation ({len(single)} such frames); "
-            f"look into {frames} and {annotations}"
+            f"sequence {name!r}: frame {min(unpaired)} is missing its image or its annotation "
+            f"({len(unpaired)} frames in total). Compare '{frames}' and '{annotations}'."
         )
     return VideoSequence(name, images, masks)
 
 
 def read_list(path: Path) -> list[str]:
-    """The lines of a list file that say something. Raises InputError where there is none, or no text."""
+    """Read the non-empty lines of a list. Raises InputError if there are none or the file is unreadable."""
     lines = read_lines(path)
     if not lines:
-        raise InputError(f"{path} lists no sequence; expected one a line")
+        raise InputError(f"'{path}' is empty; expected one sequence per line")
     return lines
 
 
 def numbered(folder: Path, suffix: str) -> list[Path]:
-    """A folder's files of a kind, by number: frame 10 comes after frame 9 without leading zeros, too.
+    """List a folder's files with a suffix by number, so that frame 10 follows frame 9 without zero-padding.
 
-    Copies made on a Mac have a hidden `._NAME` beside every NAME, which is left out.
+    Hidden files are left out, such as the `._NAME` that macOS adds next to every NAME when it copies files.
     """
     return sorted(folder.glob(f"[!.]*{suffix}"), key=lambda path: (len(path.stem), path.stem))
 
 
-def require(paths: Iterable[Path], data_set: str) -> None:
-    """Raises InputError for the first path that is not there."""
+def require(paths: Iterable[Path], dataset: str) -> None:
+    """Raise InputError for the first path that does not exist."""
     for path in paths:
         if not path.exists():
-            raise InputError(f"{path} does not exist; --root must hold {data_set} in its own layout")
+            raise InputError(f"'{path}' does not exist. Pass {dataset} in its published layout as --root.")

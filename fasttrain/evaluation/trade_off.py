@@ -1,8 +1,8 @@
-"""The paper's trade-off: how close the frames of a video are, and how far apart videos are.
+"""The paper's trade-off between consistency within videos and separability between videos.
 
-Every definition follows the analysis of the authors' code (yafeng19/Co-Settle, cal_metric.py): frames are
-matched patch by patch within a video (intra), videos are compared at their middle frames (inter), and both
-distances are also given over the diameter of the features they live in.
+All definitions follow the published implementation (yafeng19/Co-Settle, cal_metric.py). The intra-video
+distance matches the patches of consecutive frames; the inter-video distance compares the middle frames of
+videos. Both are also given relative to a diameter of the features.
 
 Shape suffixes: V videos, T frames, P patches, D channels, S sampled patches, G = T - 7 pairs of frames.
 """
@@ -18,10 +18,10 @@ from torch.nn import functional
 from fasttrain.errors import InputError
 
 PERCENTILES = (90, 95, 100)
-# First and second frame of a cycle, as shares of the video.
+# The first and second frame of each cycle, as fractions of the video's length.
 CYCLE_PAIRS = ((0.25, 0.4), (0.35, 0.5), (0.45, 0.6), (0.55, 0.7), (0.65, 0.8))
 CYCLE_TEMPERATURE = 0.03
-# Frames left out at either end of a video.
+# The number of frames that the intra-video distance leaves out at either end of a video.
 MARGIN = 3
 SAMPLED_PATCHES = 8
 MIN_FRAMES = 2 * MARGIN + 2
@@ -30,34 +30,45 @@ MIN_FRAMES = 2 * MARGIN + 2
 def consistency_separability(
     features_VTPD: Tensor, patch_indices: Tensor | Sequence[int] | None = None
 ) -> dict[str, float]:
-    """Distances, diameters, effective rank and cycle accuracy of V videos of T frames of P patches.
+    """Measure the consistency of features within videos and their separability between videos.
 
-    `patch_indices` are the patches at which videos are compared, by default eight drawn once with seed 42.
-    Keys: `{intra,inter}_{original,normalized_90,normalized_95,normalized_100,diameter_90,diameter_95,
-    diameter_100}`, `effective_rank`, `cycle_accuracy`. Inter-video distances of one video alone are NaN.
-    What depends on features that are not finite is NaN. Raises InputError for fewer than 8 frames and where P
-    is not a square.
+    The definitions are those of the published implementation (yafeng19/Co-Settle, cal_metric.py).
+
+    Args:
+        features_VTPD: Features of V videos of T frames, each with P patches in a square grid.
+        patch_indices: Patches whose features are compared between videos. The default is eight random
+            patches, drawn with seed 42.
+
+    Returns:
+        A dictionary of floats. For X in `intra` and `inter` and q in 90, 95 and 100: `X_original` (the
+        distance), `X_diameter_q` (twice the q-th percentile of the features' distances from their mean) and
+        `X_normalized_q` (the distance over such a diameter, for `inter` that of the compared patches). Also
+        `effective_rank` and `cycle_accuracy`. Undefined metrics are NaN: the inter-video distances of a
+        single video, and all metrics of features that are not finite.
+
+    Raises:
+        InputError: If videos have fewer than 8 frames or P is not a square number of at least 4.
     """
     return summarise([measure_video(video_TPD) for video_TPD in features_VTPD], patch_indices)
 
 
 @dataclass(frozen=True)
 class VideoMeasures:
-    """What the analysis keeps of one video, in host memory."""
+    """The measurements of one video, in host memory."""
 
     within: dict[str, Tensor]
-    """Intra-video distance, diameters and cycle accuracy."""
+    """Intra-video distances, diameters and cycle accuracy."""
     middle_PD: Tensor
-    """The middle frame, at which videos are compared."""
+    """Features of the middle frame, which are compared between videos."""
 
 
 def measure_video(video_TPD: Tensor) -> VideoMeasures:
-    """One video (T, P, D), measured on its device. Videos may differ in their number of frames."""
+    """Measure one video (T, P, D) on its device. Videos may differ in their number of frames."""
     frames, patches, _ = video_TPD.shape
     if frames < MIN_FRAMES:
-        raise InputError(f"a video of {frames} frames; the analysis needs at least {MIN_FRAMES}")
+        raise InputError(f"a video has {frames} frames; expected at least {MIN_FRAMES}")
     if int(patches**0.5) ** 2 != patches or patches < 4:
-        raise InputError(f"{patches} patches; the analysis needs a square grid of at least 2 x 2")
+        raise InputError(f"a frame has {patches} patches; expected a square grid of at least 2 x 2")
     video_TPD = video_TPD.detach().float()
     distance, radius_N = _frame_distance(video_TPD), _radii(video_TPD)
     within = {"intra_original": distance}
@@ -72,7 +83,7 @@ def measure_video(video_TPD: Tensor) -> VideoMeasures:
 def summarise(
     videos: Sequence[VideoMeasures], patch_indices: Tensor | Sequence[int] | None = None
 ) -> dict[str, float]:
-    """The keys of `consistency_separability`, of at least one video."""
+    """Compute the metrics of `consistency_separability` from the measurements of one or more videos."""
     result = {
         key: torch.stack([video.within[key] for video in videos]).mean().item() for key in videos[0].within
     }
@@ -80,7 +91,10 @@ def summarise(
 
 
 def _frame_distance(video_TPD: Tensor) -> Tensor:
-    """Mean distance of the nearer half of the patches to the nearest patch of the next frame."""
+    """Compute the mean distance from a patch to its nearest patch in the next frame.
+
+    Only the half of the patches with the smallest distances counts.
+    """
     inner_TPD = video_TPD[MARGIN : len(video_TPD) - MARGIN]
     exact = "donot_use_mm_for_euclid_dist"
     nearest_GP = torch.cdist(inner_TPD[:-1], inner_TPD[1:], compute_mode=exact).amin(-1)
@@ -89,7 +103,7 @@ def _frame_distance(video_TPD: Tensor) -> Tensor:
 
 
 def _between_videos(middles_VPD: Tensor, patch_indices: Tensor | Sequence[int] | None) -> dict[str, float]:
-    """Distance between videos at the sampled patches, its diameters, and the rank of all patches."""
+    """Compute the distance between videos at the sampled patches, the diameters and the effective rank."""
     if patch_indices is None:
         generator = torch.Generator().manual_seed(42)
         patch_indices = torch.randperm(middles_VPD.shape[1], generator=generator)[:SAMPLED_PATCHES]
@@ -98,7 +112,7 @@ def _between_videos(middles_VPD: Tensor, patch_indices: Tensor | Sequence[int] |
         (sampled_VSD[video + 1 :] - sampled_VSD[video]).norm(dim=-1).mean(-1)
         for video in range(len(sampled_VSD))
     ]
-    # NaN for one video.
+    # The mean is NaN for a single video.
     distance = torch.cat(distances).mean().item()
     radius_N = _radii(middles_VPD)
     sampled_radius_N = _radii(sampled_VSD).sort().values
@@ -112,23 +126,23 @@ def _between_videos(middles_VPD: Tensor, patch_indices: Tensor | Sequence[int] |
 
 
 def _radii(features_TPD: Tensor) -> Tensor:
-    """Distances (N,) of all patches from their mean."""
+    """Compute the distances (N,) of all patches from their mean."""
     patches_ND = features_TPD.flatten(0, 1)
     return (patches_ND - patches_ND.mean(0)).norm(dim=-1)
 
 
 def _effective_rank(features_ND: Tensor) -> float:
-    """exp(entropy of the normalised singular values), over the largest rank possible (Roy & Vetterli)."""
+    """Compute exp(entropy of the normalised singular values) (Roy & Vetterli) over the maximum rank."""
     if not features_ND.isfinite().all():
         return math.nan
-    # In float32 the entropy's last digits depend on the number of threads.
+    # In float32, the last digits of the entropy would depend on the number of threads.
     values = torch.linalg.svdvals(features_ND.double())
     share = values / values.sum() + 1e-12
     return (-(share * share.log()).sum()).exp().item() / min(features_ND.shape)
 
 
 def _cycle_accuracy(video_TPD: Tensor) -> Tensor:
-    """Share of 2 x 2 windows whose walk to the second frame and back most likely ends where it began."""
+    """Compute the share of 2 x 2 windows that most likely return to themselves in a cycle of two frames."""
     frames, patches, channels = video_TPD.shape
     side = int(patches**0.5)
     grid_TDhw = video_TPD.transpose(1, 2).reshape(frames, channels, side, side)

@@ -1,9 +1,12 @@
-"""VIP: propagate the first frame's body parts through each video, write masks, score them with mean IoU.
+"""Segment body parts on VIP: propagate the first frame's parts and measure mean IoU.
 
-Reads VIP_Fine in its own layout: Images/VIDEO/*.jpg, Annotations/Category_ids/VIDEO/*.png and
-lists/SUBSET_videos.txt. As in github ajabri/videowalk all frames count, the first
-one as its labels come back from the grid. Shape suffixes: H W pixels, C classes.
+VIP_Fine must be in its published layout: Images/VIDEO/*.jpg, Annotations/Category_ids/VIDEO/*.png and
+lists/SUBSET_videos.txt. The protocol is that of github.com/ajabri/videowalk: all frames are scored, including
+the first one, whose labels are resized to the encoder's grid and back. The predicted masks are written as
+palette PNGs.
 """
+
+# Shape suffixes: H W pixels, C classes.
 
 import argparse
 from pathlib import Path
@@ -32,25 +35,32 @@ CLASSES = (
     *("gloves", "scarf", "skirt", "torso-skin", "face", "right-arm", "left-arm", "right-leg", "left-leg"),
     *("right-shoe", "left-shoe"),
 )
-# The short side of the frames as encoded is a multiple of this.
+# The short side of the encoded frames is rounded down to a multiple of this.
 SHORT_SIDE_STEP = 64
+# The label of pixels that are not scored.
 VOID = 255
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--subset", default="val", help="list in lists/: SUBSET_videos.txt (default: val)")
-    parser.add_argument("--list", type=Path, help="another list file: a video a line, by name or by path")
-    parser.add_argument("--long-side", type=int, default=880, help="of the frames as encoded (default: 880)")
+    parser.add_argument(
+        "--subset", default="val", help="subset, listed in lists/SUBSET_videos.txt (default: val)"
+    )
+    parser.add_argument(
+        "--list", type=Path, metavar="FILE", help="list to use instead of --subset: a name or path per line"
+    )
+    parser.add_argument(
+        "--long-side", type=int, default=880, help="long side of the encoded frames (default: 880)"
+    )
     sequences.add_arguments(parser, topk=10)
 
 
 def run(
     arguments: argparse.Namespace, model: EvaluatedModel, output: Path, world: World
 ) -> dict[str, Any] | None:
-    """Figures of all videos, on the main process."""
+    """Evaluate all videos. Returns the results on the main process and None on the others."""
     check_options(arguments, long_side=SHORT_SIDE_STEP)
-    found = find_sequences(arguments.root, arguments.subset, arguments.list)
-    evaluated = sequences.evaluate_all(found, evaluate_sequence, arguments, model, output, world)
+    listed = find_sequences(arguments.root, arguments.subset, arguments.list)
+    evaluated = sequences.evaluate_all(listed, evaluate_sequence, arguments, model, output, world)
     if evaluated is None:
         return None
     confusions, data = evaluated
@@ -68,33 +78,38 @@ def run(
 
 
 def find_sequences(root: Path, subset: str, listed: Path | None) -> list[VideoSequence]:
-    """The videos of a list. Raises InputError, naming the path, where the layout is another."""
+    """Find the videos of a subset or list. Raises InputError if part of the layout is missing."""
     base = root if (root / "Images").is_dir() else root / "VIP_Fine"
     frames, annotations = base / "Images", base / "Annotations" / "Category_ids"
-    listed = listed or base / "lists" / f"{subset}_videos.txt"
-    sequences.require((frames, annotations, listed), "VIP (VIP_Fine)")
+    sequences.require((frames, annotations), "VIP (VIP_Fine)")
+    if listed is None:
+        listed = base / "lists" / f"{subset}_videos.txt"
+        sequences.require((listed,), "VIP (VIP_Fine)")
     names = dict.fromkeys(Path(line.split()[0]).name for line in sequences.read_list(listed))
     return [sequences.find_pairs(name, frames / name, annotations / name, fewest=2) for name in names]
 
 
 def read_parts(path: Path) -> LabelMap:
-    """(H, W) classes of one frame; 255 is not scored. Raises InputError for a label that is not a class."""
+    """Read the class labels (H, W) of one frame. Raises InputError for a label that is not a class."""
     labels_HW = read_label_map(path)
     largest = int(labels_HW[labels_HW != VOID].max(initial=0))
     if largest >= len(CLASSES):
-        raise InputError(f"annotation {path} holds label {largest}; expected classes 0 to {len(CLASSES) - 1}")
+        raise InputError(
+            f"annotation '{path}' has label {largest}; expected a class from 0 to {len(CLASSES) - 1}, or "
+            f"{VOID} for pixels that are not scored"
+        )
     return labels_HW
 
 
 def encoded_size(height: int, width: int, long_side: int) -> tuple[int, int]:
-    """Height and width of the frames as encoded: the short side floored to a multiple of 64."""
+    """Return the height and width of the encoded frames, the short side rounded down to a multiple of 64."""
     short_side = min(height, width) * long_side // max(height, width)
     short_side = max(1, short_side // SHORT_SIDE_STEP) * SHORT_SIDE_STEP
     return (short_side, long_side) if width > height else (long_side, short_side)
 
 
 def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation) -> dict[str, Any]:
-    """Per variant the pixels (C, C) of each true and predicted class; writes masks and pictures."""
+    """Return the confusion counts (C, C) by variant; write masks and pictures."""
     truth = list(map_ahead(read_parts, sequence.annotations))
     height, width, _ = read_image(sequence.frames[0]).shape
     size = evaluation.size(*encoded_size(height, width, evaluation.arguments.long_side))
@@ -118,6 +133,6 @@ def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation) -> dict[s
 
 
 def summarise(confusion_CC: np.ndarray) -> dict[str, float]:
-    """Mean IoU over the classes that occur, and the IoU of each; NaN for one that never occurs."""
+    """Return the mean IoU over the classes that occur and the IoU of each class (NaN if it never occurs)."""
     iou_C = class_iou(confusion_CC)
     return {"mIoU": float(np.nanmean(iou_C))} | dict(zip(CLASSES, iou_C.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""`fasttrain eval` on labelled videos: retrieval and probe, end to end on tiny synthetic data sets."""
+"""`fasttrain eval retrieval` and `probe`, end to end on tiny synthetic datasets."""
 
 import json
 import os
@@ -51,32 +51,32 @@ def lists_of(root: Path) -> list[Any]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_from_end_to_end(
+def test_every_layout_end_to_end(
     layout: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = LAYOUTS[layout](tmp_path / "data")
-    given = ["--run", run, "--root", root, "--num-frames", 2, "--cache", tmp_path / "cache"]
-    given += lists_of(root) if layout == "list" else []
-    for task, measure, picture in (
+    options = ["--run", run, "--root", root, "--num-frames", 2, "--cache", tmp_path / "cache"]
+    options += lists_of(root) if layout == "list" else []
+    for task, metric, picture in (
         ("retrieval", "R@1", "retrieval.png"),
         ("probe", "linear top-1", "confusion.png"),
     ):
         output = tmp_path / task
-        assert evaluate(task, *given, "--output", output) == 0
-        found = read(output, task)
-        assert found["data"]["layout"] == layout
-        assert (found["data"]["train_videos"], found["data"]["test_videos"]) == (9, 6)
-        # Clips of one scene: even a random encoder tells them from those of another.
-        assert found["results"]["before"][measure] == found["results"]["after"][measure] == 100
-        assert found["results"]["difference"][measure] == 0
-        assert set(found["versions"]) >= {"torch", "fasttrain"}
-        assert found["settings"]["num_frames"] == 2
+        assert evaluate(task, *options, "--output", output) == 0
+        report = read(output, task)
+        assert report["data"]["layout"] == layout
+        assert (report["data"]["train_videos"], report["data"]["test_videos"]) == (9, 6)
+        # Each class is one scene, so that even a random encoder separates the classes.
+        assert report["results"]["before"][metric] == report["results"]["after"][metric] == 100
+        assert report["results"]["difference"][metric] == 0
+        assert set(report["versions"]) >= {"torch", "fasttrain"}
+        assert report["settings"]["num_frames"] == 2
         assert (output / "figures" / picture).stat().st_size > 5000
-        assert measure in capsys.readouterr().out
+        assert metric in capsys.readouterr().out
 
 
 def pack(source: Path, destination: Path) -> Path:
-    """All frames, as they are."""
+    """Pack all frames of a folder of videos at nearly their original quality."""
     words = ["pack", source, destination, "--short-side", 64, "--frames", 0, "--quality", 100]
     assert main(list(map(str, words))) == 0
     return destination
@@ -87,69 +87,70 @@ def test_packed_videos(run: Path, tmp_path: Path) -> None:
     packed = pack(root, tmp_path / "packed")
     for which in ("train", "val"):
         shutil.rmtree(root / which)
-    given = ["--run", run, "--root", root, "--videos", packed, "--num-frames", 2]
-    assert evaluate("retrieval", *given, "--output", tmp_path / "out") == 0
+    options = ["--run", run, "--root", root, "--videos", packed, "--num-frames", 2]
+    assert evaluate("retrieval", *options, "--output", tmp_path / "out") == 0
     assert read(tmp_path / "out", "retrieval")["results"]["before"]["R@1"] == 100
     segmented = segmentation(tmp_path / "segmented", as_breakfast=True)
-    given = ["--run", run, "--root", segmented, "--videos", pack(segmented, tmp_path / "packed too")]
-    assert evaluate("localization", *given, "--output", tmp_path / "out") == 0
+    options = ["--run", run, "--root", segmented, "--videos", pack(segmented, tmp_path / "packed too")]
+    assert evaluate("localization", *options, "--output", tmp_path / "out") == 0
     assert read(tmp_path / "out", "localization")["results"]["before"]["frame accuracy"] > 90
 
 
-def test_tasks_and_sides_of_the_projection_share_a_cache(run: Path, ucf: Path, tmp_path: Path) -> None:
+def test_tasks_and_variants_share_a_cache(run: Path, ucf: Path, tmp_path: Path) -> None:
     def entries(task: str, *words: str) -> dict[Path, int]:
-        given = ["--run", run, "--root", ucf, "--num-frames", 2, "--cache", tmp_path / "cache"]
-        assert evaluate(task, *given, *words, "--output", tmp_path / "".join([task, *words])) == 0
+        options = ["--run", run, "--root", ucf, "--num-frames", 2, "--cache", tmp_path / "cache"]
+        assert evaluate(task, *options, *words, "--output", tmp_path / "".join([task, *words])) == 0
         return {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
 
     assert len(entries("retrieval", "--baseline-only")) == 15
     written = entries("retrieval", "--projection-only")
     assert len(written) == 30
     assert entries("probe") == entries("retrieval") == written
-    both, *sides = [
+    both, *single = [
         read(tmp_path / f"retrieval{only}", "retrieval")["results"]
         for only in ("", "--baseline-only", "--projection-only")
     ]
-    assert sides == [{"before": both["before"]}, {"after": both["after"]}]
+    assert single == [{"before": both["before"]}, {"after": both["after"]}]
 
 
 @pytest.mark.parametrize("task", ["probe", "consistency"])
-def test_two_processes_find_what_one_does(task: str, run: Path, tmp_path: Path) -> None:
+def test_two_processes_give_the_results_of_one(task: str, run: Path, tmp_path: Path) -> None:
     root = tmp_path / "data"
     if task == "consistency":
         words = ["--root", write_videos(root)]
         write_frames(clips(0)[0], root / "short")
     else:
         words = ["--root", plain(root), *lists_of(root), "--num-frames", 2]
-        # With labels drawn at random no figure is 0 or 100.
+        # With random labels, the accuracy is neither 0 nor 100.
         draw = random.Random(3)
         for path in (root / "train.txt", root / "test.txt"):
             lines = [line for line in path.read_text().splitlines() if line[0] != "#"]
             path.write_text("".join(f"{line[:-1]}{draw.choice('012')}\n" for line in lines))
     one, two = tmp_path / "one", tmp_path / "two"
     command = [
-        # `--`: torchrun would take --run for an option of its own.
+        # Without `--`, torchrun would read --run as one of its own options.
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--",
         "fasttrain", "eval", task, "--run", run, "--output", two, *words, *SMALL,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    completed = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+    assert completed.returncode == 0, completed.stderr
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         assert evaluate(task, "--run", run, "--output", one, *words) == 0
     finally:
         torch.set_num_threads(threads)
-    found = [read(output, task) for output in (one, two)]
-    for output in found:
-        del output["seconds"], output["settings"]
-    assert found[0] == found[1]
+    reports = [read(output, task) for output in (one, two)]
+    for report in reports:
+        del report["seconds"], report["settings"]
+    assert reports[0] == reports[1]
     if task == "probe":
-        assert 0 < found[0]["results"]["before"]["linear top-1"] < 100
+        assert 0 < reports[0]["results"]["before"]["linear top-1"] < 100
 
 
 def fails(task: str, words: list[Any], part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Assert that the command exits with code 2 and one line that contains `part`."""
     assert evaluate(task, *words) == 2
     error = capsys.readouterr().err
     assert error.startswith("fasttrain: ")
@@ -157,14 +158,14 @@ def fails(task: str, words: list[Any], part: str, capsys: pytest.CaptureFixture[
     assert part in error
 
 
-def test_videos_that_cannot_be_read(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_and_missing_videos(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = ucf101(tmp_path / "data")
-    given = ["--run", run, "--root", root, "--num-frames", 2, "--output", tmp_path / "out"]
+    options = ["--run", run, "--root", root, "--num-frames", 2, "--output", tmp_path / "out"]
     videos = sorted((root / "UCF-101").rglob("*.avi"))
-    # One of the training and one of the test videos.
+    # Damage one training video and one test video.
     videos[0].write_bytes(videos[0].read_bytes()[:200])
     videos[9].write_bytes(b"")
-    assert evaluate("probe", *given) == 0
+    assert evaluate("probe", *options) == 0
     data = read(tmp_path / "out", "probe")["data"]
     assert (data["train_videos"], data["test_videos"]) == (8, 5)
     assert [line.split(":")[0] for line in data["skipped"]] == [
@@ -172,12 +173,12 @@ def test_videos_that_cannot_be_read(run: Path, tmp_path: Path, capsys: pytest.Ca
     ]  # fmt: skip
     for video in videos:
         video.write_bytes(b"")
-    fails("retrieval", given, "none of 9 videos of a list can be read", capsys)
+    fails("retrieval", options, "none of the 9 videos in a list is readable", capsys)
     for video in videos[5:8]:
         video.unlink()
-    fails("probe", [*given, "--allow-missing"], "class 'Bowling' has test videos, but no training", capsys)
+    fails("probe", [*options, "--allow-missing"], "class 'Bowling' has test videos but no training", capsys)
     shutil.rmtree(root / "UCF-101")
-    fails("retrieval", given, "15 listed videos are not under", capsys)
+    fails("retrieval", options, "15 listed videos are missing", capsys)
 
 
 @pytest.mark.parametrize(
@@ -192,10 +193,10 @@ def test_videos_that_cannot_be_read(run: Path, tmp_path: Path, capsys: pytest.Ca
         ("retrieval", ["--workers", -1], "--workers -1"),
         ("retrieval", ["--image-size", 50], "multiples of 16"),
         ("retrieval", ["--dataset", "ssv2"], "labels.json"),
-        ("retrieval", ["--projection", "other.safetensors"], "--run has its own"),
+        ("retrieval", ["--projection", "other.safetensors"], "cannot be combined with --run"),
     ],
 )
-def test_bad_settings(
+def test_invalid_settings(
     task: str,
     words: list[Any],
     part: str,
@@ -204,8 +205,8 @@ def test_bad_settings(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    given = ["eval", task, *SMALL, "--run", run, "--root", ucf, "--output", tmp_path / "out", *words]
-    assert main(list(map(str, given))) == 2
+    command = ["eval", task, *SMALL, "--run", run, "--root", ucf, "--output", tmp_path / "out", *words]
+    assert main(list(map(str, command))) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert part in error

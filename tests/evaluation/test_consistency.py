@@ -1,4 +1,4 @@
-"""`eval consistency` as a command and during training: what it measures and what it passes over."""
+"""`fasttrain eval consistency`, and the same metrics during training."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from fasttrain.__main__ import main
 from fasttrain.projection import Projection
 
 
-def test_the_command_measures_what_it_can_and_names_the_rest(
+def test_unreadable_and_short_videos_are_skipped_and_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = write_videos(tmp_path / "videos")
@@ -21,25 +21,23 @@ def test_the_command_measures_what_it_can_and_names_the_rest(
     head = write_projection(tmp_path / "projection.safetensors")
     words = ("--root", str(root), "--output", str(tmp_path), "--projection", str(head))
     assert main(["eval", "consistency", *words, *MODEL, "--image-size", "64"]) == 0
-    found = json.loads((tmp_path / "consistency.json").read_text())
-    assert found["data"]["videos"] == 2
-    assert "short: fewer than 8 frames" in found["data"]["skipped"]
-    assert any(line.startswith(NAMES[0]) for line in found["data"]["skipped"])
-    before, after, difference = (found["results"][key] for key in ("before", "after", "difference"))
+    report = json.loads((tmp_path / "consistency.json").read_text())
+    assert report["data"]["videos"] == 2
+    assert "short: fewer than 8 frames" in report["data"]["skipped"]
+    assert any(line.startswith(NAMES[0]) for line in report["data"]["skipped"])
+    before, after, difference = (report["results"][key] for key in ("before", "after", "difference"))
     assert difference["inter_original"] == pytest.approx(after["inter_original"] - before["inter_original"])
     assert (tmp_path / "figures/trade_off.png").stat().st_size > 0
-    assert "videos passed over: 2, such as alpha" in capsys.readouterr().out
+    assert "skipped videos: 2 (for example alpha" in capsys.readouterr().out
 
 
-def test_the_command_without_a_video_that_is_long_enough(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_all_videos_are_too_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_videos(tmp_path / "videos", frames=5)
     assert main(["eval", "consistency", "--root", str(root), "--output", str(tmp_path), *MODEL]) == 2
-    assert "no video of" in capsys.readouterr().err
+    assert "no video in" in capsys.readouterr().err
 
 
-def test_a_projection_that_is_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_projection_with_non_finite_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, head = write_videos(tmp_path / "videos"), write_projection(tmp_path / "projection.safetensors")
     projection = Projection.load(head)
     projection.norm.weight.data.fill_(torch.nan)
@@ -47,17 +45,19 @@ def test_a_projection_that_is_not_finite(tmp_path: Path, capsys: pytest.CaptureF
     words = ("--root", str(root), "--output", str(tmp_path), *MODEL, "--image-size", "64")
     assert main(["eval", "consistency", *words, "--projection", str(head)]) == 2
     error = capsys.readouterr().err
-    assert "features of alpha after the projection are not all finite" in error
+    assert "video 'alpha': its features after the projection are not all finite" in error
     assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(("option", "value"), [("--num-frames", "7"), ("--num-videos", "0")])
-def test_bad_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str) -> None:
+def test_invalid_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str
+) -> None:
     assert main(["eval", "consistency", "--root", str(tmp_path), *MODEL, option, value]) == 2
     assert f"{option} {value}: expected at least" in capsys.readouterr().err
 
 
-def test_a_recipe_records_the_trade_off_while_it_trains(tmp_path: Path) -> None:
+def test_metrics_are_recorded_during_training(tmp_path: Path) -> None:
     run, videos = tmp_path / "run", write_videos(tmp_path / "videos")
     recipe = tmp_path / "recipe.yaml"
     backbone = {key: value for key, value in SETTINGS.items() if key != "image_size"}
@@ -78,12 +78,12 @@ def test_a_recipe_records_the_trade_off_while_it_trains(tmp_path: Path) -> None:
     assert main([str(recipe)]) == 0
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     validated = {record["step"]: record for record in records if "after/intra_normalized_95" in record}
-    # Between the steps that are logged, too, and at the last one.
+    # Every second step, independently of `train.log_every`, and at the last step.
     assert list(validated) == [2, 4, 5]
     for variant in ("before", "after"):
         for key in ("intra_normalized_95", "inter_normalized_95", "cycle_accuracy", "effective_rank"):
             assert f"{variant}/{key}" in validated[4]
-    # The backbone is frozen, the projection learns.
+    # The backbone is frozen; only the projection changes.
     assert validated[2]["before/intra_normalized_95"] == validated[4]["before/intra_normalized_95"]
     assert validated[2]["after/intra_normalized_95"] != validated[4]["after/intra_normalized_95"]
     assert (run / "figures" / "learning.png").is_file()

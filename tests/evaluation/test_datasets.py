@@ -1,4 +1,4 @@
-"""Lists of the published data sets: each is read, and what is wrong with one is a clear line."""
+"""Reading the lists of published datasets, and the messages for damaged ones."""
 
 import argparse
 from pathlib import Path
@@ -12,7 +12,7 @@ from fasttrain.evaluation.datasets import VideoSplit, read_split
 
 
 def read(root: Path, **options: Any) -> VideoSplit:
-    given: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "dataset": "auto",
         "split": 1,
         "train_list": None,
@@ -20,7 +20,7 @@ def read(root: Path, **options: Any) -> VideoSplit:
         "videos": None,
         "allow_missing": False,
     }
-    return read_split(argparse.Namespace(root=root, **{**given, **options}))
+    return read_split(argparse.Namespace(root=root, **{**defaults, **options}))
 
 
 def touch(root: Path, *names: str) -> None:
@@ -30,7 +30,7 @@ def touch(root: Path, *names: str) -> None:
 
 
 def lists(root: Path, train: str, test: str) -> dict[str, Path]:
-    """A plain pair of lists; the videos a.mp4 .. d.mp4 are there."""
+    """Write a training and a test list, and the videos a.mp4 to d.mp4."""
     touch(root, *(f"{name}.mp4" for name in "abcd"))
     (root / "train.txt").write_text(train)
     (root / "test.txt").write_text(test)
@@ -38,7 +38,7 @@ def lists(root: Path, train: str, test: str) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_is_found_and_read(layout: str, tmp_path: Path) -> None:
+def test_every_layout_is_detected_and_read(layout: str, tmp_path: Path) -> None:
     root = LAYOUTS[layout](tmp_path / layout)
     options = {"train_list": root / "train.txt", "test_list": root / "test.txt"} if layout == "list" else {}
     split = read(root, **options)
@@ -52,16 +52,16 @@ def test_every_layout_is_found_and_read(layout: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["ucf101", "hmdb51"])
-def test_frames_without_folders_of_classes(layout: str, tmp_path: Path) -> None:
+def test_frame_folders_without_class_folders(layout: str, tmp_path: Path) -> None:
     root, flat = LAYOUTS[layout](tmp_path / layout), tmp_path / "jpegs_256"
     split = read(root)
     for video in (*split.train, *split.test):
         touch(flat / Path(video.name).stem, "00000.jpg")
-    found = read(root, videos=flat)
-    assert [video.name for video in found.train] == [video.name for video in split.train]
+    split_of_frames = read(root, videos=flat)
+    assert [video.name for video in split_of_frames.train] == [video.name for video in split.train]
 
 
-def test_ucf101_classes_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+def test_ucf101_classes_are_sorted_by_number(tmp_path: Path) -> None:
     root = tmp_path
     touch(root, "videos/B/b1.mp4", "videos/A/a1.mp4", "videos/A/a2.mp4", "videos/B/b2.mp4")
     (root / "classInd.txt").write_text("1 B\n2 A\n")
@@ -72,31 +72,31 @@ def test_ucf101_classes_are_in_the_order_of_their_numbers(tmp_path: Path) -> Non
     assert [(video.path.name, video.label) for video in split.test] == [("a2.mp4", 1), ("b2.mp4", 0)]
 
 
-def test_lists_that_are_given_are_read_by_their_suffix(tmp_path: Path) -> None:
+def test_suffix_of_lists_determines_their_layout(tmp_path: Path) -> None:
     roots = {name: LAYOUTS[name](tmp_path / name) for name in ("kinetics", "ssv2")}
     csv, labels = roots["kinetics"] / "annotations", roots["ssv2"] / "labels"
     split = read(roots["kinetics"], train_list=csv / "train.csv", test_list=csv / "val.csv")
     assert split.layout == "kinetics"
     split = read(roots["ssv2"], train_list=labels / "train.json", test_list=labels / "validation.json")
     assert split.layout == "ssv2"
-    given = lists(tmp_path, "a.mp4 x\n", "b.mp4 x\n")
+    options = lists(tmp_path, "a.mp4 x\n", "b.mp4 x\n")
     (tmp_path / "run_test_split1.txt").write_text("x.avi 1\n")
-    assert read(tmp_path, **given).layout == "list"
-    with pytest.raises(InputError, match="hmdb51 has a list for each class"):
-        read(tmp_path, **given, dataset="hmdb51")
+    assert read(tmp_path, **options).layout == "list"
+    with pytest.raises(InputError, match="hmdb51 has a list per class"):
+        read(tmp_path, **options, dataset="hmdb51")
 
 
 def test_plain_lists(tmp_path: Path) -> None:
-    """Numbered classes in the order of numbers, comments, absolute paths, names with # as HMDB51 has them."""
+    """Classes sorted by number, a comment, an absolute path and a name that begins with #, as in HMDB51."""
     touch(tmp_path, "#20 Rhythm clap.avi")
-    given = lists(tmp_path, f"# a.mp4 9\n#20 Rhythm clap.avi 10\n{tmp_path}/a.mp4 9\n", "b.mp4 9\n")
-    split = read(tmp_path, **given)
+    options = lists(tmp_path, f"# a.mp4 9\n#20 Rhythm clap.avi 10\n{tmp_path}/a.mp4 9\n", "b.mp4 9\n")
+    split = read(tmp_path, **options)
     assert split.classes == ["9", "10"]
     assert [video.path for video in split.train] == [tmp_path / "#20 Rhythm clap.avi", tmp_path / "a.mp4"]
 
 
-def test_kinetics_as_its_archives_unpack(tmp_path: Path) -> None:
-    """Without folders of classes."""
+def test_kinetics_without_class_folders(tmp_path: Path) -> None:
+    """The published archives have none."""
     for which, video in (("train", "a"), ("val", "b")):
         lines = f"label,youtube_id,time_start,time_end,split\nclay pottery,{video},1,11,{which}\n"
         (tmp_path / f"{which}.csv").write_text(lines)
@@ -104,33 +104,34 @@ def test_kinetics_as_its_archives_unpack(tmp_path: Path) -> None:
     split = read(tmp_path)
     assert split.train[0].path == tmp_path / "train/a_000001_000011.mp4"
     assert split.test[0].path == tmp_path / "val/b_000001_000011.mp4"
-    # Sorted by its publishers' tool, which puts whole files for damaged ones.
+    # The publishers' tool sorts videos into class folders and replaces damaged ones, so its files take
+    # precedence.
     touch(tmp_path, "videos/train/clay pottery/a_000001_000011.mp4")
     assert read(tmp_path).train[0].path.parent == tmp_path / "videos/train/clay pottery"
 
 
-def test_absent_videos(tmp_path: Path) -> None:
-    given = lists(tmp_path, "folder/b.mp4 x\n", "b.mp4 x\n")
-    with pytest.raises(InputError, match="1 listed videos are not under"):
-        read(tmp_path, **given)
-    given = lists(tmp_path, "a.mp4 x\ngone.mp4 x\n", "b.mp4 x\nlost.mp4 x\n")
-    with pytest.raises(InputError, match=r"2 listed videos .* gone.mp4, lost.mp4; .*--allow-missing"):
-        read(tmp_path, **given)
-    split = read(tmp_path, **given, allow_missing=True)
+def test_missing_videos(tmp_path: Path) -> None:
+    options = lists(tmp_path, "folder/b.mp4 x\n", "b.mp4 x\n")
+    with pytest.raises(InputError, match="1 listed videos are missing"):
+        read(tmp_path, **options)
+    options = lists(tmp_path, "a.mp4 x\ngone.mp4 x\n", "b.mp4 x\nlost.mp4 x\n")
+    with pytest.raises(InputError, match=r"2 listed videos .* gone.mp4, lost.mp4\). .*--allow-missing"):
+        read(tmp_path, **options)
+    split = read(tmp_path, **options, allow_missing=True)
     assert split.missing == ["gone.mp4", "lost.mp4"]
     assert (len(split.train), len(split.test)) == (1, 1)
     (tmp_path / "elsewhere").mkdir()
-    with pytest.raises(InputError, match="4 listed videos are not under"):
-        read(tmp_path, **given, videos=tmp_path / "elsewhere", allow_missing=True)
+    with pytest.raises(InputError, match="4 listed videos are missing"):
+        read(tmp_path, **options, videos=tmp_path / "elsewhere", allow_missing=True)
 
 
-def test_a_video_is_the_one_whose_path_ends_with_the_listed_path(tmp_path: Path) -> None:
-    given = lists(tmp_path, "deep/e.avi x\n", "b.mp4 x\n")
+def test_videos_are_matched_by_the_end_of_their_path(tmp_path: Path) -> None:
+    options = lists(tmp_path, "deep/e.avi x\n", "b.mp4 x\n")
     touch(tmp_path, "one/deep/e.mp4", "one/e.mp4")
-    assert read(tmp_path, **given).train[0].path == tmp_path / "one/deep/e.mp4"
+    assert read(tmp_path, **options).train[0].path == tmp_path / "one/deep/e.mp4"
     touch(tmp_path, "two/deep/e.mp4")
-    with pytest.raises(InputError, match=r"not under .*, or more than once, such as deep/e.avi"):
-        read(tmp_path, **given)
+    with pytest.raises(InputError, match=r"match several files \(for example deep/e.avi"):
+        read(tmp_path, **options)
 
 
 @pytest.mark.parametrize(
@@ -138,24 +139,24 @@ def test_a_video_is_the_one_whose_path_ends_with_the_listed_path(tmp_path: Path)
     [
         ("", "a.mp4 x\n", "the training list is empty"),
         ("a.mp4 x\n", "# none\n", "the test list is empty"),
-        ("a.mp4 x\nb.mp4 x\n", "b.mp4 x\n", "b.mp4 is in both lists"),
+        ("a.mp4 x\nb.mp4 x\n", "b.mp4 x\n", "video 'b.mp4' is in both the training and the test list"),
         ("a.mp4\n", "b.mp4 x\n", "'a.mp4'; expected `path label`"),
     ],
 )
-def test_bad_lists(train: str, test: str, part: str, tmp_path: Path) -> None:
+def test_invalid_lists(train: str, test: str, part: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=part):
         read(tmp_path, **lists(tmp_path, train, test))
 
 
-def test_wrong_layouts(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds the lists of no layout that is known; choose with --dataset"):
+def test_unknown_and_ambiguous_layouts(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"has the lists of no known dataset. Choose one with --dataset"):
         read(tmp_path)
     for layout, part in (("ucf101", "classInd.txt"), ("list", "--train-list and --test-list")):
         with pytest.raises(InputError, match=part):
             read(tmp_path, dataset=layout)
     with pytest.raises(InputError, match=r"nowhere.txt cannot be read"):
         read(tmp_path, train_list=tmp_path / "nowhere.txt", test_list=tmp_path / "nowhere.txt")
-    with pytest.raises(InputError, match=r"--videos .* is not a folder"):
+    with pytest.raises(InputError, match=r"a.mp4' is not a folder. Pass .* as --videos"):
         read(tmp_path, **lists(tmp_path, "a.mp4 x\n", "b.mp4 x\n"), videos=tmp_path / "a.mp4")
     (tmp_path / "classInd.txt").write_text("1 A\n")
     (tmp_path / "A_test_split1.txt").write_text("a.avi 1\n")
@@ -171,7 +172,7 @@ KINETICS = "label,youtube_id,time_start,time_end,split"
     [
         (
             {"classInd.txt": "1 A", "trainlist01.txt": "A/a.avi 1", "testlist01.txt": "B/b.avi"},
-            "B/b.avi is of class 'B'; expected one of 1",
+            "video 'B/b.avi' has label 'B'; expected one of the 1 labels",
         ),
         (
             {"classInd.txt": "1 A", "trainlist01.txt": "b.avi", "testlist01.txt": ""},
@@ -185,10 +186,10 @@ KINETICS = "label,youtube_id,time_start,time_end,split"
             {"labels.json": '{"A": "0"}', "train.json": '[{"id": "1"}]', "validation.json": "[]"},
             "expected objects with id and template",
         ),
-        ({"labels.json": '{"A": '}, "labels.json cannot be read"),
+        ({"labels.json": '{"A": '}, "labels.json' is not valid JSON"),
     ],
 )
-def test_damaged_lists(files: dict[str, str], message: str, tmp_path: Path) -> None:
+def test_malformed_lists(files: dict[str, str], message: str, tmp_path: Path) -> None:
     touch(tmp_path, "A/a.avi")
     for name, text in files.items():
         (tmp_path / name).write_text(text)

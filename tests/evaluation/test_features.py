@@ -1,4 +1,4 @@
-"""The feature cache: what a feature is, what its entry is a function of, that a hit encodes nothing."""
+"""Feature extraction and its cache: values, cache keys, cache hits, unreadable videos."""
 
 import argparse
 import shutil
@@ -36,7 +36,7 @@ def model() -> EvaluatedModel:
 
 @pytest.fixture
 def videos(tmp_path: Path) -> dict[str, Path]:
-    """A frame folder and a video file."""
+    """Write a frame folder and a video file."""
     write_frames(clips(0)[0], tmp_path / "videos" / "folder")
     write_scene(clips(1)[0], tmp_path / "videos" / "file.mp4")
     return {"folder": tmp_path / "videos" / "folder", "file": tmp_path / "videos" / "file.mp4"}
@@ -46,32 +46,32 @@ def run(videos: dict[str, Path], model: EvaluatedModel, output: Path, **options:
     given = {"cache": None, "batch_size": 2, "workers": 2, "image_size": 64, "precision": "fp32"}
     arguments = argparse.Namespace(**{**given, **(options or POOLED)})
     listed = {name: (open_source(path), 0) if path.is_dir() else path for name, path in videos.items()}
-    found = extract(listed, arguments, model, output, World.single())
-    assert found is not None
-    return found
+    extracted = extract(listed, arguments, model, output, World.single())
+    assert extracted is not None
+    return extracted
 
 
 def test_features_are_mean_normalised_tokens(
     videos: dict[str, Path], model: EvaluatedModel, tmp_path: Path
 ) -> None:
-    found = run(videos, model, tmp_path / "out")
-    each = run(videos, model, tmp_path / "out", stride=2)
-    coarse = run(videos, model, tmp_path / "out", **POOLED, precision="bf16")
-    assert not found.skipped
-    assert found.num_frames == {"file": 6, "folder": 6}
+    per_video = run(videos, model, tmp_path / "out")
+    per_frame = run(videos, model, tmp_path / "out", stride=2)
+    in_bf16 = run(videos, model, tmp_path / "out", **POOLED, precision="bf16")
+    assert not per_video.skipped
+    assert per_video.num_frames == {"file": 6, "folder": 6}
     index = open_source(videos["folder"])
     frames = torch.stack([centre_crop(index.read_frame(0, t), 64) for t in (0, 2, 4, 5)])
     for variant, tokens_TND in model.tokens(frames).items():
         expected = functional.normalize(tokens_TND, dim=-1).mean(dim=1)
         pooled = expected[[0, 1, 3]].mean(dim=0, keepdim=True)
-        torch.testing.assert_close(found.load("folder", variant), pooled)
-        torch.testing.assert_close(each.load("folder", variant), expected[:3])
-        rounded = coarse.load("folder", variant)
+        torch.testing.assert_close(per_video.load("folder", variant), pooled)
+        torch.testing.assert_close(per_frame.load("folder", variant), expected[:3])
+        rounded = in_bf16.load("folder", variant)
         assert 0 < (rounded - pooled).norm() / pooled.norm() < 0.05
         assert rounded.dtype == torch.float32
 
 
-def test_a_long_video_is_decoded_in_parts(model: EvaluatedModel, tmp_path: Path) -> None:
+def test_long_video_is_encoded_in_batches(model: EvaluatedModel, tmp_path: Path) -> None:
     clip = clips(0)[0]
     write_frames(clip, tmp_path / "short")
     (tmp_path / "long").mkdir()
@@ -79,12 +79,13 @@ def test_a_long_video_is_decoded_in_parts(model: EvaluatedModel, tmp_path: Path)
         frame = tmp_path / "short" / f"{number % len(clip.frames_THWC):05d}.jpg"
         (tmp_path / "long" / f"{number:05d}.jpg").symlink_to(frame)
     videos = {name: tmp_path / name for name in ("short", "long")}
-    found = run(videos, model, tmp_path / "out", stride=1)
-    assert found.num_frames == {"long": 150, "short": 6}
-    torch.testing.assert_close(found.load("long", "after"), found.load("short", "after").repeat(25, 1))
+    extracted = run(videos, model, tmp_path / "out", stride=1)
+    assert extracted.num_frames == {"long": 150, "short": 6}
+    long, short = (extracted.load(name, "after") for name in ("long", "short"))
+    torch.testing.assert_close(long, short.repeat(25, 1))
 
 
-def test_a_hit_encodes_nothing_and_changed_content_is_no_hit(
+def test_cached_videos_are_not_encoded_again_unless_they_change(
     videos: dict[str, Path], model: EvaluatedModel, tmp_path: Path
 ) -> None:
     batches: list[int] = []
@@ -95,7 +96,7 @@ def test_a_hit_encodes_nothing_and_changed_content_is_no_hit(
     assert sum(batches) == 6
     moved = {name: path.rename(path.with_name(f"moved {path.name}")) for name, path in videos.items()}
     assert run(moved, model, tmp_path / "out") == first
-    # A frame that is not used may change.
+    # Changing a frame that is not used has no effect.
     shutil.copy(moved["folder"] / "00000.jpg", moved["folder"] / "00001.jpg")
     assert run(moved, model, tmp_path / "out") == first
     assert sum(batches) == 6
@@ -108,11 +109,11 @@ def test_a_hit_encodes_nothing_and_changed_content_is_no_hit(
     hook.remove()
     entry = next(iter(changed.entries["folder"].values()))
     entry.write_bytes(b"")
-    with pytest.raises(InputError, match=f"cached features {entry} are damaged"):
+    with pytest.raises(InputError, match=f"cached features '{entry}' are damaged"):
         run(moved, model, tmp_path / "out")
 
 
-def test_entries_are_as_many_as_what_features_are_a_function_of(
+def test_cache_key_covers_everything_that_determines_the_features(
     videos: dict[str, Path], model: EvaluatedModel, tmp_path: Path
 ) -> None:
     def count(model: EvaluatedModel, **options: Any) -> int:
@@ -120,7 +121,7 @@ def test_entries_are_as_many_as_what_features_are_a_function_of(
         return len(list((tmp_path / "out" / "cache").rglob("*.safetensors")))
 
     assert count(model) == 4
-    # Another projection keeps the baseline.
+    # Another projection reuses the features of the backbone.
     assert count(make_model(1)) == 6
     assert count(make_model(seed=9)) == 10
     assert count(make_model(num_heads=4)) == 14
@@ -130,7 +131,7 @@ def test_entries_are_as_many_as_what_features_are_a_function_of(
     assert count(model, stride=3) == 30
 
 
-def test_unreadable_videos_are_named(
+def test_unreadable_videos_are_skipped_and_reported(
     videos: dict[str, Path], model: EvaluatedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = videos["file"].read_bytes()
@@ -140,17 +141,15 @@ def test_unreadable_videos_are_named(
     bad["broken frame"] = tmp_path / "broken"
     write_frames(clips(2)[0], bad["broken frame"])
     (bad["broken frame"] / "00002.jpg").write_bytes(b"\xff\xd8 no image")
-    found = run({**videos, **bad}, model, tmp_path / "out")
-    assert sorted(found.num_frames) == sorted(videos)
-    assert [line.split(":")[0] for line in found.skipped] == sorted(bad)
-    assert "no such file" in found.skipped[0]
-    assert "frame 2" in next(line for line in found.skipped if line.startswith("broken frame"))
-    assert "4 of 6 videos cannot be read" in capsys.readouterr().out
+    extracted = run({**videos, **bad}, model, tmp_path / "out")
+    assert sorted(extracted.num_frames) == sorted(videos)
+    assert [line.split(":")[0] for line in extracted.skipped] == sorted(bad)
+    assert "no such file" in extracted.skipped[0]
+    assert "frame 2" in next(line for line in extracted.skipped if line.startswith("broken frame"))
+    assert "skipped unreadable videos: 4 of 6" in capsys.readouterr().out
 
 
-def test_a_cache_that_cannot_be_written(
-    videos: dict[str, Path], model: EvaluatedModel, tmp_path: Path
-) -> None:
+def test_cache_that_is_not_writable(videos: dict[str, Path], model: EvaluatedModel, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError):
         run(videos, model, tmp_path, **POOLED, cache=tmp_path / "file")

@@ -1,4 +1,4 @@
-"""The linear probe: against another optimiser, and what must always hold."""
+"""The linear probe: comparison with another optimiser, invariances, choice of the L2 strength."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from fasttrain.evaluation.metrics import hold_out, top_accuracy
 
 
 def blobs(seed: int, count: int = 60, channels: int = 6, classes: int = 3) -> tuple[Tensor, Tensor]:
-    """Overlapping clouds, one for each class, on channels of very different scale."""
+    """Return overlapping Gaussian clusters, one per class, on channels of very different scales."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % classes
     centres = torch.randn(classes, channels, generator=generator)
@@ -22,7 +22,7 @@ def blobs(seed: int, count: int = 60, channels: int = 6, classes: int = 3) -> tu
 
 
 @pytest.mark.parametrize("l2", [1.0, 1e-2, 1e-4])
-def test_the_probe_is_at_the_minimum_that_another_optimiser_finds(l2: float) -> None:
+def test_finds_the_same_minimum_as_another_optimiser(l2: float) -> None:
     features, labels = blobs(3)
     probe = fit_linear(features, labels, num_classes=3, strengths=[l2])
     assert probe.converged
@@ -42,15 +42,16 @@ def test_the_probe_is_at_the_minimum_that_another_optimiser_finds(l2: float) -> 
         return value
 
     other.step(loss)
-    found = probe.weight_DC.T * deviation
-    found_loss = functional.cross_entropy(probe.scores(features), labels) + l2 / 2 * found.square().sum()
-    assert found_loss.item() == pytest.approx(loss().item(), abs=1e-7)
-    torch.testing.assert_close(found, weight.detach(), atol=2e-3, rtol=1e-2)
+    probe_weight = probe.weight_DC.T * deviation
+    probe_loss = functional.cross_entropy(probe.scores(features), labels)
+    probe_loss = probe_loss + l2 / 2 * probe_weight.square().sum()
+    assert probe_loss.item() == pytest.approx(loss().item(), abs=1e-7)
+    torch.testing.assert_close(probe_weight, weight.detach(), atol=2e-3, rtol=1e-2)
 
 
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 2**31))
-def test_predictions_do_not_depend_on_scale_or_the_order_of_training(seed: int) -> None:
+def test_predictions_do_not_depend_on_scale_or_order(seed: int) -> None:
     features, labels = blobs(seed)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     held_out = hold_out(labels)
@@ -59,16 +60,16 @@ def test_predictions_do_not_depend_on_scale_or_the_order_of_training(seed: int) 
     other = fit_linear(moved, labels[order], num_classes=3, held_out_S=held_out[order])
     assert one.l2 == other.l2
     difference = one.scores(features[order]).softmax(dim=-1) - other.scores(moved).softmax(dim=-1)
-    # float32 features: shifted, they are rounded differently.
+    # The tolerance is for the features' rounding to float32, which the shift changes.
     assert difference.abs().max() < 1e-2
 
 
-def test_the_strength_is_what_does_best_on_the_held_out_part() -> None:
+def test_the_strength_with_the_best_held_out_accuracy_is_chosen() -> None:
     features, labels = blobs(1, count=150)
-    # Noise in plenty: without a penalty the fit is to it.
+    # Many noise channels, which overfit if the penalty is weak.
     noise = torch.randn(len(labels), 60, generator=torch.Generator().manual_seed(1))
     features, held_out = torch.cat([features, noise], dim=1), hold_out(labels)
-    # So few that the sweep does not end early.
+    # With four strengths, the sweep cannot end early.
     strengths = STRENGTHS[:4]
     by_strength = {
         l2: fit_linear(features, labels, num_classes=3, held_out_S=held_out, strengths=[l2, l2])
@@ -78,12 +79,12 @@ def test_the_strength_is_what_does_best_on_the_held_out_part() -> None:
     assert len(set(accuracies.values())) > 1
     chosen = fit_linear(features, labels, num_classes=3, held_out_S=held_out, strengths=strengths)
     assert chosen.held_out_accuracy == max(accuracies.values()) == accuracies[chosen.l2]
-    # Then fitted to everything.
-    whole = fit_linear(features, labels, num_classes=3, strengths=[chosen.l2])
-    torch.testing.assert_close(chosen.weight_DC, whole.weight_DC)
+    # The final fit is to all training data.
+    on_all = fit_linear(features, labels, num_classes=3, strengths=[chosen.l2])
+    torch.testing.assert_close(chosen.weight_DC, on_all.weight_DC)
 
 
-def test_separable_classes_are_told_apart_and_a_constant_channel_does_no_harm() -> None:
+def test_separable_classes_with_a_constant_channel() -> None:
     features = torch.eye(4).repeat(5, 1) + 0.01 * torch.randn(
         20, 4, generator=torch.Generator().manual_seed(0)
     )
@@ -94,6 +95,6 @@ def test_separable_classes_are_told_apart_and_a_constant_channel_does_no_harm() 
     assert probe.scores(features).isfinite().all()
 
 
-def test_features_that_are_not_finite() -> None:
-    with pytest.raises(InputError, match="not finite"):
+def test_non_finite_features() -> None:
+    with pytest.raises(InputError, match="not all finite"):
         fit_linear(torch.full((2, 2), torch.nan), torch.tensor([0, 1]), num_classes=2)

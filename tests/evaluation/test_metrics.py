@@ -1,4 +1,4 @@
-"""The measures: the official toolkits' numbers, hand-computed cases, brute force, what must always hold."""
+"""The metrics: golden vectors of official toolkits, hand-computed cases, brute force, invariants."""
 
 import json
 from functools import lru_cache
@@ -41,7 +41,7 @@ SQUARE[5:12, 8:20] = True
 
 
 @pytest.mark.parametrize("sequence", ["car-shadow", "motocross-jump"])
-def test_davis_measures_equal_the_toolkit(shared: Path, sequence: str) -> None:
+def test_j_and_f_equal_the_toolkit(shared: Path, sequence: str) -> None:
     golden = json.loads((shared / "golden/eval/osvos_jf.json").read_text())[sequence]
     for frame in range(0, len(golden["J"]), 3):
         mask, truth = (
@@ -60,26 +60,27 @@ def test_empty_masks() -> None:
 
 @pytest.mark.parametrize(("size", "pixels"), [((300, 400), 4), ((315, 420), 5)])
 def test_contours_match_within_the_tolerance(size: tuple[int, int], pixels: int) -> None:
-    """0.008 of the diagonal is 4 and 4.2 pixels: shifts up to it, rounded up, cost nothing."""
+    """The tolerance is 0.008 of the diagonal, rounded up: 4 pixels from 4.0, and 5 from 4.2."""
     mask = np.zeros(size, dtype=bool)
     mask[100:200, 100:200] = True
     assert boundary_accuracy(np.roll(mask, pixels, axis=1), mask) == 1
     assert boundary_accuracy(np.roll(mask, pixels + 1, axis=1), mask) < 1
 
 
-def test_statistics_share_the_border_frames_of_their_bins() -> None:
-    """38 frames fall into bins that begin at 1, 10, 20, 29 and end at 10, 20, 29, 38 (counted from one)."""
+def test_bins_of_the_decay_share_a_frame() -> None:
+    """38 frames have bins that begin at 1, 10, 20, 29 and end at 10, 20, 29, 38 (counted from one)."""
     values = np.linspace(1, 0, 38)
-    found = statistics(values)
-    assert found["mean"] == pytest.approx(0.5)
-    assert found["recall"] == pytest.approx(0.5)
-    assert found["decay"] == pytest.approx(values[0:10].mean() - values[28:38].mean())
-    # Three frames: borders at 1, 1.5, 2, 2.5 and 3, halves rounded up. Recall is of values above 0.5.
+    summary = statistics(values)
+    assert summary["mean"] == pytest.approx(0.5)
+    assert summary["recall"] == pytest.approx(0.5)
+    assert summary["decay"] == pytest.approx(values[0:10].mean() - values[28:38].mean())
+    # The bins of three frames have borders at 1, 1.5, 2, 2.5 and 3; halves are rounded up.
     assert statistics([1, 0.5, 0])["decay"] == (1 + 0.5) / 2 - 0
+    # Recall is the share of values above 0.5.
     assert statistics([0.5, 0.6])["recall"] == 0.5
 
 
-def test_pck_equals_the_published_numbers(shared: Path) -> None:
+def test_pck_equals_golden_vectors(shared: Path) -> None:
     golden = np.load(shared / "golden/eval/jhmdb_pck.npz")
     predictions, truths = [], []
     for video in range(3):
@@ -90,7 +91,7 @@ def test_pck_equals_the_published_numbers(shared: Path) -> None:
     np.testing.assert_allclose(pck(predictions, truths), golden["pck"], rtol=1e-12)
 
 
-def test_pck_leaves_out_the_first_frame_and_joints_not_found() -> None:
+def test_pck_leaves_out_the_first_frame_and_undetected_joints() -> None:
     truth = np.zeros((2, 3, 2))
     truth[:, 1], truth[:, 2] = 30, 40
     prediction = truth.copy()
@@ -101,49 +102,48 @@ def test_pck_leaves_out_the_first_frame_and_joints_not_found() -> None:
     assert pck([prediction], [truth], thresholds=[0.1]) == [50]
 
 
-@pytest.mark.parametrize(("shift", "found", "percent"), [(3, True, 100), (3.1, True, 50), (0, False, 0)])
-def test_pck_at_the_threshold_and_of_a_joint_found_alone(shift: float, found: bool, percent: float) -> None:
-    """The box's diagonal is 50 pixels, a person's size 30: a tenth of it is 3 pixels.
+@pytest.mark.parametrize(("shift", "both", "percent"), [(3, True, 100), (3.1, True, 50), (0, False, 0)])
+def test_pck_at_the_threshold_and_with_one_detected_joint(shift: float, both: bool, percent: float) -> None:
+    """The diagonal of the box is 50 pixels and the person's size 30, so that PCK@0.1 allows 3 pixels.
 
-    The box of a joint that is found alone is a point, so that no distance is small; it counts all the same,
-    as in videowalk.
+    If only one joint is detected, its box is a point and it is scored as wrong, as in videowalk.
     """
     truth = np.stack([np.array([[0.0, 30.0], [0.0, 40.0]])] * 2, axis=-1)
     prediction = truth.copy()
     prediction[0, 0, 1] += shift
-    if not found:
+    if not both:
         prediction[:, 1, 1] = -1
     assert pck([prediction], [truth], thresholds=[0.1]) == [percent]
 
 
-def test_mean_iou_equals_the_published_number(shared: Path) -> None:
+def test_mean_iou_equals_golden_vectors(shared: Path) -> None:
     golden = np.load(shared / "golden/eval/vip_miou.npz")
     names = [name.removeprefix("gt_") for name in golden.files if name.startswith("gt_")]
-    found = mean_iou(
+    result = mean_iou(
         [golden[f"pred_{name}"] for name in names],
         [golden[f"gt_{name}"] for name in names],
         num_classes=int(golden["num_classes"]),
     )
-    assert found == pytest.approx(float(golden["miou"]), rel=1e-14)
+    assert result == pytest.approx(float(golden["miou"]), rel=1e-14)
 
 
-def test_mean_iou_leaves_out_classes_that_never_occur_and_void() -> None:
+def test_mean_iou_ignores_absent_classes_and_unlabelled_pixels() -> None:
     truth = np.array([[0, 0, 1, 255, -1]])
     assert mean_iou([np.array([[0, 1, 1, 0, 0]])], [truth], num_classes=20) == pytest.approx(
         (1 / 2 + 1 / 2) / 2
     )
 
 
-def test_bad_frames_and_poses() -> None:
+def test_invalid_masks_label_maps_and_poses() -> None:
     with pytest.raises(InputError, match="shape"):
         region_similarity(EMPTY, EMPTY[:5])
-    with pytest.raises(InputError, match="as many"):
+    with pytest.raises(InputError, match="expected equal numbers"):
         mean_iou([EMPTY], [])
     with pytest.raises(InputError, match="predicted class 7"):
         mean_iou([np.full((2, 2), 7)], [np.zeros((2, 2))], num_classes=5)
-    with pytest.raises(InputError, match="as many"):
+    with pytest.raises(InputError, match="expected equal numbers"):
         pck([], [])
-    with pytest.raises(InputError, match="poses of shapes"):
+    with pytest.raises(InputError, match="poses have shapes"):
         pck([np.zeros((2, 3))], [np.zeros((2, 3))])
 
 
@@ -156,14 +156,14 @@ def test_recall_of_a_hand_computed_case() -> None:
     assert recall_at(neighbours, labels, (1, 2, 3, 10)) == {1: 25, 2: 50, 3: 75, 10: 75}
 
 
-def test_neighbours_do_not_depend_on_blocks() -> None:
+def test_neighbours_do_not_depend_on_the_blocks() -> None:
     generator = torch.Generator().manual_seed(0)
     queries, gallery = torch.randn(2500, 4, generator=generator), torch.randn(20, 4, generator=generator)
     assert torch.equal(nearest(queries[2000:], gallery, 5)[1], nearest(queries, gallery, 5)[1][2000:])
 
 
-def test_features_that_are_not_finite() -> None:
-    with pytest.raises(InputError, match="not finite"):
+def test_non_finite_features() -> None:
+    with pytest.raises(InputError, match="not all finite"):
         nearest(torch.ones(2, 3), torch.tensor([[1, 1, torch.nan]]), 1)
 
 
@@ -171,13 +171,13 @@ def test_features_that_are_not_finite() -> None:
 
 
 def random_features(seed: int, count: int) -> tuple[Tensor, Tensor]:
-    """Features (count, 6), and labels of three classes in turn."""
+    """Return features (count, 6) and labels that cycle through three classes."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, 6, generator=generator), torch.arange(count) % 3
 
 
 @given(st.integers(0, 2**31), st.integers(1, 20), st.floats(0.02, 1))
-def test_knn_is_brute_force(seed: int, k: int, temperature: float) -> None:
+def test_knn_equals_brute_force(seed: int, k: int, temperature: float) -> None:
     train, labels = random_features(seed, count=20)
     test, _ = random_features(seed + 1, count=7)
     scores = knn_classify(
@@ -195,20 +195,20 @@ def test_knn_is_brute_force(seed: int, k: int, temperature: float) -> None:
         np.testing.assert_allclose(scores[s].numpy(), expected, rtol=1e-9)
 
 
-def test_knn_takes_the_counts_that_fit() -> None:
+def test_knn_skips_ks_above_the_number_of_videos() -> None:
     train, labels = random_features(0, count=30)
     assert list(knn_classify(train, train, labels, num_classes=3)) == [10, 20]
     assert list(knn_classify(train, train[:6], labels[:6], num_classes=3)) == [6]
 
 
-def test_a_class_without_a_vote_is_never_predicted() -> None:
+def test_class_without_votes_is_never_predicted() -> None:
     train, _ = random_features(0, 2)
     scores = knn_classify(train, train, torch.tensor([1, 1]), num_classes=6)[2]
     assert top_accuracy(scores, torch.tensor([1, 1]), 1) == 100
     assert top_accuracy(scores, torch.tensor([0, 0]), 5) == 0
 
 
-def test_votes_at_the_least_temperature_are_numbers() -> None:
+def test_votes_at_the_minimum_temperature_are_finite() -> None:
     train = torch.tensor([[-1.0, 0.0], [1.0, 0.05], [1.0, 0.0]])
     scores = knn_classify(train[2:], train, torch.arange(3), num_classes=3, temperature=MIN_TEMPERATURE)[3]
     assert scores[0, 1:].isfinite().all()
@@ -218,16 +218,16 @@ def test_votes_at_the_least_temperature_are_numbers() -> None:
 def test_accuracy_of_a_hand_computed_case() -> None:
     scores = torch.tensor([[3.0, 2.0, 1.0], [1.0, 3.0, 2.0], [2.0, 2.0, 1.0], [0.0, 1.0, 2.0]])
     labels = torch.tensor([0, 0, 1, 1])
-    # The third row is a tie, which the lower class wins.
+    # The third row is a tie, which goes to the lower class.
     assert [top_accuracy(scores, labels, k) for k in (1, 2, 3, 5)] == [25, 75, 100, 100]
 
 
-def test_confusion_counts_truth_by_row() -> None:
+def test_rows_of_the_confusion_are_true_classes() -> None:
     counts = confusion(torch.tensor([0, 1, 1, 2]), torch.tensor([0, 0, 1, 1]), 3)
     assert counts.tolist() == [[1, 1, 0], [0, 1, 1], [0, 0, 0]]
 
 
-def test_the_end_of_each_class_is_held_out() -> None:
+def test_hold_out_selects_the_end_of_each_class() -> None:
     labels = torch.tensor([0] * 10 + [1] * 3 + [2] + [0] * 5)
     held_out = hold_out(labels)
     assert held_out.nonzero()[:, 0].tolist() == [12, 16, 17, 18]
@@ -241,30 +241,31 @@ GUESS = np.array([0, 1, 1, 1, 1, 2, 2, 1, 2, 0])
 frame_labels = st.lists(st.integers(0, 3), min_size=1, max_size=30).map(np.array)
 
 
-def test_segments_are_runs() -> None:
+def test_segments_are_runs_of_equal_labels() -> None:
     assert segments(TRUTH, background=[0]) == [Segment(1, 2, 6), Segment(2, 6, 9)]
     assert [(one.start, one.end) for one in segments(TRUTH)] == [(0, 2), (2, 6), (6, 9), (9, 10)]
 
 
-def test_hand_computed_case() -> None:
+def test_segmentation_metrics_of_a_hand_computed_case() -> None:
     assert frame_accuracy([GUESS], [TRUTH]) == 70
-    # Guessed 1 2 1 2 for 1 2, background 0: two insertions of four.
+    # The segments 1 2 1 2 for the true 1 2 (0 is background) are two insertions away, out of four.
     assert edit_score([GUESS], [TRUTH], background=[0]) == 50
-    # IoU: 1 at 1..5 over 1..6 is 3/5; 2 at 5..7 is 1/4; 1 at 7..8 misses; 2 at 8..9 is 1/3, but below 0.5.
+    # The IoUs of the four predicted segments are 3/5, 1/4, 0 and 1/3: one match at 0.5.
     assert segmental_f1([GUESS], [TRUTH], 0.5, background=[0]) == pytest.approx(100 * 2 / (4 + 2))
-    # At 0.25 the first guess of 2 takes the segment, and the better second one comes too late.
+    # At 0.25, the first prediction of label 2 matches the true segment; the later one with a higher IoU
+    # cannot.
     assert segmental_f1([GUESS], [TRUTH], 0.25, background=[0]) == pytest.approx(100 * 4 / (4 + 2))
     assert segmental_f1([GUESS], [TRUTH], 0.75, background=[0]) == 0
 
 
-def test_f1_is_over_the_segments_of_all_videos_and_edit_over_videos() -> None:
+def test_f1_is_over_all_segments_and_edit_is_a_mean_over_videos() -> None:
     perfect = np.array([1, 1, 2])
     assert segmental_f1([GUESS, perfect], [TRUTH, perfect], 0.5, [0]) == pytest.approx(100 * 6 / (6 + 4))
     assert edit_score([GUESS, perfect], [TRUTH, perfect], [0]) == 75
     assert frame_accuracy([GUESS, perfect], [TRUTH, perfect]) == pytest.approx(100 * 10 / 13)
 
 
-def test_videos_of_background_alone() -> None:
+def test_videos_with_only_background() -> None:
     nothing, something = np.zeros(4, dtype=int), np.array([0, 1, 1, 0])
     assert edit_score([nothing], [nothing], [0]) == 100
     assert edit_score([something], [nothing], [0]) == 0
@@ -277,12 +278,12 @@ def test_perfect_predictions(labels: np.ndarray) -> None:
     assert frame_accuracy([labels], [labels]) == edit_score([labels], [labels]) == 100
     for overlap in (0.1, 0.25, 0.5, 1.0):
         assert segmental_f1([labels], [labels], overlap) == 100
-    found = {"video": segments(labels)}
-    assert detection_map(found, found, (0.5, 1.0)) == {0.5: 100, 1.0: 100}
+    by_video = {"video": segments(labels)}
+    assert detection_map(by_video, by_video, (0.5, 1.0)) == {0.5: 100, 1.0: 100}
 
 
 @given(st.lists(st.integers(0, 3), max_size=8), st.lists(st.integers(0, 3), max_size=8))
-def test_levenshtein_by_recursion(first: list[int], second: list[int]) -> None:
+def test_levenshtein_equals_its_recursive_definition(first: list[int], second: list[int]) -> None:
     @lru_cache(None)
     def distance(i: int, j: int) -> int:
         if not i or not j:
@@ -296,29 +297,31 @@ def test_levenshtein_by_recursion(first: list[int], second: list[int]) -> None:
     assert levenshtein(first, second) == distance(len(first), len(second)) == levenshtein(second, first)
 
 
-def test_precision_of_a_hand_computed_case() -> None:
+def test_average_precision_of_a_hand_computed_case() -> None:
     truth = {"a": [Segment(1, 0, 10), Segment(1, 20, 30)], "b": [Segment(1, 0, 10)], "c": [Segment(2, 0, 4)]}
-    guesses = {
+    predictions = {
         "a": [Segment(1, 0, 10, 0.9), Segment(1, 1, 10, 0.8), Segment(1, 20, 26, 0.3)],
         "b": [Segment(1, 5, 10, 0.7)],
         "elsewhere": [Segment(1, 0, 10, 0.2)],
     }
-    # At 0.5, surest first: hit, miss (taken), hit (b, 0.5), hit (0.6), miss. Precisions 1, 1/2, 2/3, 3/4 and
-    # 3/5, made monotonous 1, 3/4, 3/4 at the three hits. Label 2 is never guessed.
-    found = detection_map(guesses, truth, (0.5, 0.6, 0.7))
-    assert found[0.5] == pytest.approx(100 * (1 + 3 / 4 + 3 / 4) / 3 / 2)
-    # At 0.6 b is missed: hit, miss, miss, hit: 1 and 2/4. At 0.7 one hit is left.
-    assert found[0.6] == pytest.approx(100 * (1 + 2 / 4) / 3 / 2)
-    assert found[0.7] == pytest.approx(100 * 1 / 3 / 2)
+    # At 0.5, by decreasing score: match, miss (already matched), match (IoU 0.5), match (IoU 0.6), miss. The
+    # precisions are 1, 1/2, 2/3, 3/4 and 3/5; interpolated at the matches, 1, 3/4 and 3/4. Label 2 is never
+    # predicted, which halves the mean.
+    precision = detection_map(predictions, truth, (0.5, 0.6, 0.7))
+    assert precision[0.5] == pytest.approx(100 * (1 + 3 / 4 + 3 / 4) / 3 / 2)
+    # At 0.6, the segment of b is missed, and the precisions at the matches are 1 and 2/4. At 0.7, one match
+    # is left.
+    assert precision[0.6] == pytest.approx(100 * (1 + 2 / 4) / 3 / 2)
+    assert precision[0.7] == pytest.approx(100 * 1 / 3 / 2)
 
 
 def test_score_of_a_segment_is_its_mean_probability() -> None:
     probabilities = np.array([[0.9, 0.1], [0.5, 0.5], [0.2, 0.8], [0.4, 0.6]])
-    found = scored_segments(np.array([0, 0, 1, 1]), probabilities)
-    assert [one.score for one in found] == pytest.approx([0.7, 0.7])
-    assert scored_segments(np.array([0, 0, 1, 1]), probabilities, background=[0]) == found[1:]
+    scored = scored_segments(np.array([0, 0, 1, 1]), probabilities)
+    assert [segment.score for segment in scored] == pytest.approx([0.7, 0.7])
+    assert scored_segments(np.array([0, 0, 1, 1]), probabilities, background=[0]) == scored[1:]
 
 
-def test_nothing_but_background() -> None:
-    with pytest.raises(InputError, match="every label background"):
+def test_detection_without_true_segments() -> None:
+    with pytest.raises(InputError, match="all their labels are background"):
         detection_map({}, {"video": []}, [0.5])

@@ -1,4 +1,4 @@
-"""Label propagation: the published numbers, a brute-force reference in float64, bad input."""
+"""Label propagation: golden vectors, a brute-force reference in float64, invalid input."""
 
 from pathlib import Path
 
@@ -18,10 +18,11 @@ from fasttrain.evaluation.propagation import Propagator
 def brute_force(
     features: Tensor, earlier: Tensor, context: int, radius: float, topk: int, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """The definition, word by word, in float64: all copies, all keys, one softmax.
+    """Propagate labels in float64, exactly as defined: all copies of frames, all keys, one softmax.
 
-    Frame t is computed from the labels `earlier` (T, H, W, C) of the frames before it. Also says where the
-    k-th affinity stands clear of the next, so that float32 must choose the same keys.
+    The labels of frame t are computed from the labels `earlier` (T, H, W, C) of the preceding frames. Returns
+    the labels and a mask (T, H, W) of the tokens whose k-th and next affinities are so far apart that float32
+    must choose the same keys.
     """
     frames, height, width, _ = features.shape
     tokens = height * width
@@ -40,7 +41,7 @@ def brute_force(
         value, index = affinity.flatten(1).topk(k, dim=-1)
         weight = (value / temperature).softmax(-1)
         labels.append((weight[..., None] * given[sources].flatten(0, 1)[index]).sum(1))
-        # Copies of one key are exactly alike, and it matters not which of them is taken.
+        # Ties are harmless, because they are between identical copies of a key.
         off = (affinity.flatten(1) - value[:, -1:]).abs()
         clear.append(~((off > 0) & (off < 1e-6)).any(-1))
     return torch.stack(labels).view(frames, height, width, -1), torch.stack(clear).view(frames, height, width)
@@ -49,14 +50,14 @@ def brute_force(
 def assert_propagates(features: Tensor, first: Tensor, *options: float, device: str = "cpu") -> None:
     fast = propagate_labels(features.to(device), first.to(device), *options).cpu()
     slow, clear = brute_force(features, fast, *options)
-    # Affinities are rounded to float32 and divided by the temperature.
+    # The division by the temperature amplifies the rounding of float32 affinities.
     atol = 4 * torch.finfo(torch.float32).eps / options[-1]
     torch.testing.assert_close(fast[clear].double(), slow[clear], rtol=0, atol=atol)
     assert clear.float().mean() > 0.9
 
 
 def make_features(seed: int, shape: tuple[int, int, int, int], rank: int, noise: float) -> Tensor:
-    """Random features about a common mean, of few strong directions unless `rank` is the width."""
+    """Return random features around a common mean: a signal of the given rank plus noise."""
     generator = torch.Generator().manual_seed(seed)
     frames, height, width, channels = shape
     strong = torch.randn(frames, height, width, rank, generator=generator)
@@ -66,7 +67,7 @@ def make_features(seed: int, shape: tuple[int, int, int, int], rank: int, noise:
 
 
 @pytest.mark.parametrize("name", ["propagation", "propagation_wide"])
-def test_published_numbers(shared: Path, name: str) -> None:
+def test_equals_golden_vectors(shared: Path, name: str) -> None:
     golden = np.load(shared / "golden" / "eval" / f"{name}.npz")
     labels = propagate_labels(
         torch.from_numpy(golden["features"]),
@@ -76,7 +77,7 @@ def test_published_numbers(shared: Path, name: str) -> None:
         topk=int(golden["topk"]),
         temperature=float(golden["temperature"]),
     )
-    # The published numbers are float32 themselves: a few units in the last place.
+    # The golden vectors are float32: allow for a few units in the last place.
     np.testing.assert_allclose(labels.numpy(), golden["labels"], rtol=0, atol=1e-6)
 
 
@@ -107,7 +108,7 @@ def test_equals_brute_force(
 
 
 @pytest.mark.parametrize(("grid", "radius"), [((40, 60), 4.0), ((60, 40), 3.5)])
-def test_a_grid_of_several_strips(grid: tuple[int, int], radius: float) -> None:
+def test_grid_of_several_strips(grid: tuple[int, int], radius: float) -> None:
     features = make_features(1, (5, *grid, 32), 8, 0.2)
     first = torch.rand(*grid, 4, generator=torch.Generator().manual_seed(0))
     assert len(Propagator(features[0], first, 3, radius, 7, 0.7).strips) > 1
@@ -123,7 +124,7 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("frame", "value"), [(0, torch.nan), (2, torch.nan), (1, torch.inf)])
-def test_features_that_are_not_finite_are_refused(frame: int, value: float) -> None:
+def test_non_finite_features(frame: int, value: float) -> None:
     features = torch.ones(3, 3, 4, 8)
     features[frame, 1, 1, 0] = value
     with pytest.raises(InputError, match="not all finite"):
@@ -132,7 +133,7 @@ def test_features_that_are_not_finite_are_refused(frame: int, value: float) -> N
 
 @pytest.mark.gpu
 def test_on_a_gpu() -> None:
-    """Against the definition: a CPU's choice among keys that are nearly alike is another one."""
+    """Compare with the brute force: results on a CPU may differ where affinities are nearly equal."""
     features = make_features(7, (8, 24, 30, 64), 4, 0.1)
     first = torch.rand(24, 30, 3, generator=torch.Generator().manual_seed(8))
     assert_propagates(features, first, 20, 20, 7, 0.7, device="cuda")
@@ -144,12 +145,12 @@ def test_on_a_gpu() -> None:
         ((3, 4, 8), (4, 4, 2), {}, r"features have shape \(3, 4, 8\)"),
         ((3, 4, 4, 0), (4, 4, 2), {}, r"features have shape \(3, 4, 4, 0\)"),
         ((3, 4, 4, 8), (4, 5, 2), {}, r"first labels \(4, 5, 2\)"),
-        ((3, 4, 4, 8), (4, 4, 2), {"context": 0}, "context 0, .* must be at least 1"),
-        ((3, 4, 4, 8), (4, 4, 2), {"topk": 0}, "topk 0, .* must be at least 1"),
-        ((3, 4, 4, 8), (4, 4, 2), {"radius": float("nan")}, "radius nan, .* radius at least 0"),
+        ((3, 4, 4, 8), (4, 4, 2), {"context": 0}, "context 0, .* of at least 1"),
+        ((3, 4, 4, 8), (4, 4, 2), {"topk": 0}, "topk 0, .* of at least 1"),
+        ((3, 4, 4, 8), (4, 4, 2), {"radius": float("nan")}, "radius nan, .* radius of at least 0"),
         ((3, 4, 4, 8), (4, 4, 2), {"temperature": 0.0}, "temperature 0.0: .* above 0"),
     ],
 )
-def test_bad_input(features: tuple, first: tuple, options: dict, message: str) -> None:
+def test_invalid_input(features: tuple, first: tuple, options: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         propagate_labels(torch.ones(features), torch.ones(first), **options)

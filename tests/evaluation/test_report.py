@@ -1,4 +1,4 @@
-"""The page that gathers runs: curves, trade-off, tables, pictures and films, and nothing from elsewhere."""
+"""`fasttrain report`: curves, trade-off, tables, pictures and videos in one self-contained page."""
 
 import base64
 import json
@@ -25,7 +25,7 @@ def write_history(run: Path, text: str = HISTORY) -> Path:
 
 
 def write_evaluation(folder: Path, **changes: Any) -> None:
-    """As `eval` writes it, except for what the page does not show."""
+    """Write the parts of an evaluation's JSON file that the report uses."""
     model = {"backbone": "dino", "weights": "random"}
     results = {"before": {"J": 0.5}, "after": {"J": 0.6}}
     folder.mkdir(parents=True)
@@ -33,7 +33,7 @@ def write_evaluation(folder: Path, **changes: Any) -> None:
     (folder / "task.json").write_text(json.dumps(content))
 
 
-def test_a_run_with_everything(tmp_path: Path) -> None:
+def test_run_with_history_and_evaluations(tmp_path: Path) -> None:
     run, page = write_history(tmp_path / "run"), tmp_path / "page" / "report.html"
     head = write_projection(tmp_path / "projection.safetensors")
     davis = ["eval", "davis", "--root", str(write_davis(tmp_path / "davis")), *MODEL, *SMALL["davis"]]
@@ -51,16 +51,16 @@ def test_a_run_with_everything(tmp_path: Path) -> None:
     for path in shown:
         assert base64.b64encode(path.read_bytes()).decode() in text
     assert "J&amp;F-Mean" in text
-    # Two drawn for the page, one of the consistency, three of DAVIS.
+    # Two pictures drawn for the page, one of `consistency` and three of `davis`.
     assert text.count("src=") == text.count('src="data:') == 6
 
-    # Evaluated again without pictures, it does not show the earlier ones.
+    # After an evaluation without pictures, the earlier ones are not shown.
     assert main([*davis, "--pictures", "0"]) == 0
     assert report(page, run) == 0
     assert page.read_text().count("src=") == 3
 
 
-def test_evaluations_with_folders_of_their_own(tmp_path: Path) -> None:
+def test_evaluations_of_one_task_in_different_folders(tmp_path: Path) -> None:
     for name in ("davis", "few keys"):
         folder = tmp_path / "run" / "eval" / name
         write_evaluation(folder, pictures=["a.png"])
@@ -75,13 +75,14 @@ def test_evaluations_with_folders_of_their_own(tmp_path: Path) -> None:
 
 
 def test_trade_off_of_runs(tmp_path: Path) -> None:
-    figures = {"intra_normalized_95": 0.5, "inter_normalized_95": 0.7}
-    # Measured on one video it says nothing of others.
-    alone = figures | {"inter_normalized_95": None}
-    runs = {"two/mae": figures, "one/mae": figures, "dino": alone}
-    for name, found in runs.items():
+    metrics = {"intra_normalized_95": 0.5, "inter_normalized_95": 0.7}
+    # The inter-video distance of a single video is undefined.
+    undefined = metrics | {"inter_normalized_95": None}
+    runs = {"two/mae": metrics, "one/mae": metrics, "dino": undefined}
+    for name, metrics_of_run in runs.items():
         folder = tmp_path / name / "eval" / "consistency"
-        write_evaluation(folder, task="consistency", results={"before": found, "after": found})
+        results = {"before": metrics_of_run, "after": metrics_of_run}
+        write_evaluation(folder, task="consistency", results=results)
     assert plots.run_names([tmp_path / name for name in runs]) == [
         str(tmp_path / "two/mae"), str(tmp_path / "one/mae"), "dino",
     ]  # fmt: skip
@@ -93,23 +94,23 @@ def test_trade_off_of_runs(tmp_path: Path) -> None:
     assert "<td>inter_normalized_95</td><td>–</td>" in page.read_text()
 
 
-def test_a_run_that_was_cut_off_while_it_wrote(tmp_path: Path) -> None:
+def test_run_with_a_truncated_history(tmp_path: Path) -> None:
     run = write_history(tmp_path / "$\\frac$", '{"step": 1, "loss": 2}\n\n{"step": 3, "lo')
     assert report(tmp_path / "page.html", run, write_history(tmp_path / "other")) == 0
     assert (tmp_path / "page.html").read_text().count("data:image/png;base64,") == 1
 
 
-def test_what_makes_no_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, page = write_history(tmp_path / "run"), tmp_path / "page.html"
     assert report(tmp_path, run) == 2
-    assert f"--output {tmp_path} is a folder" in capsys.readouterr().err
+    assert f"--output: '{tmp_path}' is a folder" in capsys.readouterr().err
     assert report(page, write_history(tmp_path / "fresh", "")) == 2
     assert "train some steps first" in capsys.readouterr().err
     (tmp_path / "nothing").mkdir()
     assert report(page, tmp_path / "nothing") == 2
-    assert "holds neither metrics.jsonl nor eval" in capsys.readouterr().err
+    assert "has neither metrics.jsonl nor eval" in capsys.readouterr().err
     (run / "eval" / "davis").mkdir(parents=True)
     (run / "eval" / "davis" / "davis.json").write_text('{"task":')
     assert report(page, run) == 2
-    assert "davis.json holds no results of `fasttrain eval`" in capsys.readouterr().err
+    assert "davis.json' is not a result of `fasttrain eval`" in capsys.readouterr().err
     assert not page.exists()

@@ -1,4 +1,4 @@
-"""`eval davis`, `vip` and `jhmdb` as commands on synthetic data in the data sets' own layouts."""
+"""`fasttrain eval davis`, `vip` and `jhmdb` on synthetic data in the published layouts."""
 
 import argparse
 import json
@@ -58,7 +58,7 @@ def command(task: str, root: Path, output: Path, *options: str) -> list[str]:
     return ["eval", task, *folders, *MODEL, *SMALL[task], *options]
 
 
-def read_figures(output: Path, task: str) -> dict[str, Any]:
+def read_report(output: Path, task: str) -> dict[str, Any]:
     return json.loads((output / f"{task}.json").read_text())
 
 
@@ -66,7 +66,7 @@ def read_figures(output: Path, task: str) -> dict[str, Any]:
 def evaluated(
     roots: dict[str, Path], projection: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """The output folder of each task, before and after an untrained projection."""
+    """Evaluate each task with an untrained projection. Returns the output folders."""
     folder = tmp_path_factory.mktemp("eval")
     for task, root in roots.items():
         assert main(command(task, root, folder / task, "--projection", str(projection))) == 0
@@ -74,18 +74,18 @@ def evaluated(
 
 
 @pytest.mark.parametrize("task", WRITERS)
-def test_figures_before_and_after_with_their_difference(evaluated: dict[str, Path], task: str) -> None:
-    found = read_figures(evaluated[task], task)
-    before, after, difference = (found["results"][key] for key in ("before", "after", "difference"))
+def test_results_before_and_after_and_their_difference(evaluated: dict[str, Path], task: str) -> None:
+    report = read_report(evaluated[task], task)
+    before, after, difference = (report["results"][key] for key in ("before", "after", "difference"))
     headline = {"davis": "J&F-Mean", "vip": "mIoU", "jhmdb": "PCK@0.1"}[task]
     assert next(iter(before)) == headline
     assert difference[headline] == pytest.approx(after[headline] - before[headline])
     assert before[headline] != after[headline]
-    assert found["data"]["sequences"] == 3
-    assert found["data"]["frames"] == 3 * FRAMES
-    assert list(found["per_sequence"]) == list(NAMES)
-    assert found["settings"]["topk"] == {"davis": 7, "vip": 10, "jhmdb": 7}[task]
-    assert torch.__version__.startswith(found["versions"]["torch"])
+    assert report["data"]["sequences"] == 3
+    assert report["data"]["frames"] == 3 * FRAMES
+    assert list(report["per_sequence"]) == list(NAMES)
+    assert report["settings"]["topk"] == {"davis": 7, "vip": 10, "jhmdb": 7}[task]
+    assert torch.__version__.startswith(report["versions"]["torch"])
 
 
 @pytest.mark.parametrize("task", WRITERS)
@@ -98,10 +98,8 @@ def test_pictures_of_the_chosen_sequences(
     assert {path.name.split(".")[0] for path in (tmp_path / "figures").iterdir()} == {"alpha", "alpha_arrows"}
 
 
-def test_davis_writes_palette_masks_that_score_what_it_says(
-    evaluated: dict[str, Path], roots: dict[str, Path]
-) -> None:
-    found = read_figures(evaluated["davis"], "davis")
+def test_davis_masks_have_the_reported_scores(evaluated: dict[str, Path], roots: dict[str, Path]) -> None:
+    report = read_report(evaluated["davis"], "davis")
     scores: dict[str, list[float]] = {"J": [], "F": []}
     for name in NAMES:
         pairs = []
@@ -114,27 +112,25 @@ def test_davis_writes_palette_masks_that_score_what_it_says(
             pairs.append((read_label_map(path), truth))
         assert np.array_equal(*pairs[0])
         for label in (1, 2):
-            for key, measure in (("J", region_similarity), ("F", boundary_accuracy)):
-                values = [measure(mask == label, truth == label) for mask, truth in pairs[1:-1]]
+            for key, metric in (("J", region_similarity), ("F", boundary_accuracy)):
+                values = [metric(mask == label, truth == label) for mask, truth in pairs[1:-1]]
                 scores[key].append(float(np.mean(values)))
     for key, values in scores.items():
-        assert found["results"]["after"][f"{key}-Mean"] == pytest.approx(np.mean(values), rel=1e-12)
+        assert report["results"]["after"][f"{key}-Mean"] == pytest.approx(np.mean(values), rel=1e-12)
 
 
-def test_vip_writes_masks_that_score_what_it_says(evaluated: dict[str, Path], roots: dict[str, Path]) -> None:
-    found = read_figures(evaluated["vip"], "vip")
+def test_vip_masks_have_the_reported_scores(evaluated: dict[str, Path], roots: dict[str, Path]) -> None:
+    results = read_report(evaluated["vip"], "vip")["results"]["before"]
     folder = roots["vip"] / "VIP_Fine/Annotations/Category_ids"
     truths = [read_label_map(path) for path in sorted(folder.glob("*/*.png"))]
     masks = [read_label_map(path) for path in sorted((evaluated["vip"] / "masks/before").glob("*/*.png"))]
-    assert found["results"]["before"]["mIoU"] == pytest.approx(mean_iou(masks, truths), rel=1e-12)
-    assert found["results"]["before"]["hat"] is None
-    assert 0 < found["results"]["before"]["hair"] < 1
+    assert results["mIoU"] == pytest.approx(mean_iou(masks, truths), rel=1e-12)
+    assert results["hat"] is None
+    assert 0 < results["hair"] < 1
 
 
-def test_jhmdb_writes_poses_that_score_what_it_says(
-    evaluated: dict[str, Path], roots: dict[str, Path]
-) -> None:
-    found = read_figures(evaluated["jhmdb"], "jhmdb")
+def test_jhmdb_poses_have_the_reported_scores(evaluated: dict[str, Path], roots: dict[str, Path]) -> None:
+    report = read_report(evaluated["jhmdb"], "jhmdb")
     poses = [
         [
             loadmat(folder / "wave" / name / "joint_positions.mat")["pos_img"]
@@ -144,27 +140,27 @@ def test_jhmdb_writes_poses_that_score_what_it_says(
     ]
     predictions = [np.where(prediction < 0, -1, prediction - 1) for prediction, _ in poses]
     expected = pck(predictions, [truth - 1 for _, truth in poses])
-    after = found["results"]["after"]
+    after = report["results"]["after"]
     np.testing.assert_allclose([after[f"PCK@{t / 10}"] for t in range(1, 6)], expected, rtol=1e-12)
-    per_joint = found["per_joint"]["after"]
+    per_joint = report["per_joint"]["after"]
     assert len(per_joint) == 15
     assert per_joint["neck"]["PCK@0.1"] == after["PCK@0.1 neck"]
 
 
 @pytest.mark.parametrize("option", ["--baseline-only", "--projection-only"])
-def test_one_side_alone(
+def test_single_variant(
     roots: dict[str, Path], evaluated: dict[str, Path], projection: Path, tmp_path: Path, option: str
 ) -> None:
     assert main(command("jhmdb", roots["jhmdb"], tmp_path, "--projection", str(projection), option)) == 0
     variant = "before" if option == "--baseline-only" else "after"
-    both = read_figures(evaluated["jhmdb"], "jhmdb")["results"]
-    assert read_figures(tmp_path, "jhmdb")["results"] == {variant: both[variant]}
+    both = read_report(evaluated["jhmdb"], "jhmdb")["results"]
+    assert read_report(tmp_path, "jhmdb")["results"] == {variant: both[variant]}
 
 
 def assert_same_output(folder: Path, expected: Path, task: str) -> None:
-    found, wanted = read_figures(folder, task), read_figures(expected, task)
+    report, expected_report = read_report(folder, task), read_report(expected, task)
     for key in ("results", "data", "per_sequence"):
-        assert found[key] == wanted[key]
+        assert report[key] == expected_report[key]
     pictures = [
         {path.relative_to(top): path.read_bytes() for path in top.rglob("*.png")}
         for top in (folder, expected)
@@ -172,16 +168,16 @@ def assert_same_output(folder: Path, expected: Path, task: str) -> None:
     assert pictures[0] == pictures[1]
 
 
-def test_two_processes_under_torchrun_give_the_same(
+def test_two_processes_give_the_results_of_one(
     roots: dict[str, Path], evaluated: dict[str, Path], projection: Path, tmp_path: Path
 ) -> None:
     words = command("davis", roots["davis"], tmp_path, "--projection", str(projection))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fasttrain"]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    ended = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, *launcher, *words], capture_output=True, text=True, env={**os.environ, **threads}
     )
-    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert completed.returncode == 0, completed.stderr[-2000:]
     assert_same_output(tmp_path, evaluated["davis"], "davis")
 
 
@@ -192,10 +188,10 @@ def test_gpu_equals_cpu(
 ) -> None:
     words = command(task, roots[task], tmp_path, "--projection", str(projection), "--device", "cuda")
     assert main(words) == 0
-    # The encoder's products are rounded differently, so that a few near affinities change places.
+    # The encoder rounds differently on a GPU, which changes the order of a few nearly equal affinities.
     for variant in ("before", "after"):
         on_gpu, on_cpu = (
-            read_figures(folder, task)["results"][variant] for folder in (tmp_path, evaluated[task])
+            read_report(folder, task)["results"][variant] for folder in (tmp_path, evaluated[task])
         )
         scale = 100 if task == "jhmdb" else 1
         key = next(iter(on_cpu))
@@ -203,8 +199,8 @@ def test_gpu_equals_cpu(
 
 
 @pytest.mark.parametrize("listing", ["2016", "480p"])
-def test_davis_2016_joins_the_objects(tmp_path: Path, listing: str) -> None:
-    """The lists of both releases; the objects of the 2017 masks count as one, 0 and 255 as well."""
+def test_davis_2016_merges_all_objects(tmp_path: Path, listing: str) -> None:
+    """With the list and masks of either release: labels of objects (2017), or 0 and 255 (2016)."""
     root = write_davis(tmp_path / "davis", year=listing)
     if listing == "480p":
         lines = [
@@ -215,17 +211,17 @@ def test_davis_2016_joins_the_objects(tmp_path: Path, listing: str) -> None:
         (root / "ImageSets/480p/val.txt").write_text("\n".join(lines))
         for path in (root / "Annotations/480p").glob("*/*.png"):
             image = Image.fromarray(np.uint8(255 * (read_label_map(path) > 0)))
-            # The release has one of four channels.
+            # The 2016 release has one mask with four channels.
             (image.convert("RGBA") if path.match("beta/00002.png") else image).save(path)
     assert main(command("davis", root, tmp_path, "--year", "2016", "--pictures", "0")) == 0
-    found = read_figures(tmp_path, "davis")
-    assert found["data"]["objects"] == 3
-    assert set(found["per_sequence"]["alpha"]["before"]) == {"1"}
+    report = read_report(tmp_path, "davis")
+    assert report["data"]["objects"] == 3
+    assert set(report["per_sequence"]["alpha"]["before"]) == {"1"}
     assert set(np.unique(read_label_map(tmp_path / "masks/before/alpha/00003.png"))) == {0, 1}
 
 
-def test_jhmdb_lists_as_published(roots: dict[str, Path], tmp_path: Path) -> None:
-    """Paths of another machine name a clip by how they end; frames after the last pose are left out."""
+def test_jhmdb_lists_and_frames_without_pose(roots: dict[str, Path], tmp_path: Path) -> None:
+    """Only the ends of listed paths matter; frames after the last pose are left out."""
     root = tmp_path / "jhmdb"
     shutil.copytree(roots["jhmdb"], root)
     lines = [f"/a/joint_positions/wave/{n}/joint_positions.mat /a/Rename_Images/wave/{n}" for n in NAMES[:2]]
@@ -234,19 +230,23 @@ def test_jhmdb_lists_as_published(roots: dict[str, Path], tmp_path: Path) -> Non
     frames = root / "Rename_Images/wave/alpha"
     shutil.copy(frames / "00001.png", frames / f"{FRAMES + 1:05d}.png")
     assert main(command("jhmdb", root, tmp_path, "--pictures", "0", "--list", str(listed))) == 0
-    found = read_figures(tmp_path, "jhmdb")
-    assert list(found["per_sequence"]) == ["alpha", "beta"]
-    assert found["data"]["frames"] == 2 * FRAMES
+    report = read_report(tmp_path, "jhmdb")
+    assert list(report["per_sequence"]) == ["alpha", "beta"]
+    assert report["data"]["frames"] == 2 * FRAMES
     listed.write_text("wave/gamma\n")
     assert main(command("jhmdb", root, tmp_path, "--list", str(listed))) == 0
-    assert list(read_figures(tmp_path, "jhmdb")["per_sequence"]) == ["gamma"]
+    assert list(read_report(tmp_path, "jhmdb")["per_sequence"]) == ["gamma"]
 
 
-def test_vip_list_and_folder(roots: dict[str, Path], tmp_path: Path) -> None:
+def test_vip_list_and_folder(
+    roots: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     listed = tmp_path / "vallist.txt"
     listed.write_text("datasets/VIP/Images/beta datasets/VIP/Annotations/Category_ids/beta\n")
     assert main(command("vip", roots["vip"] / "VIP_Fine", tmp_path, "--list", str(listed))) == 0
-    assert list(read_figures(tmp_path, "vip")["per_sequence"]) == ["beta"]
+    assert list(read_report(tmp_path, "vip")["per_sequence"]) == ["beta"]
+    listed.unlink()
+    assert_one_line(command("vip", roots["vip"], tmp_path, "--list", str(listed)), f"{listed}", capsys)
 
 
 @pytest.mark.parametrize(
@@ -258,12 +258,12 @@ def test_vip_list_and_folder(roots: dict[str, Path], tmp_path: Path) -> None:
         ((480, 480), (880, 832)),
     ],
 )
-def test_vip_size(size: tuple[int, int], expected: tuple[int, int]) -> None:
+def test_vip_frame_size(size: tuple[int, int], expected: tuple[int, int]) -> None:
     assert encoded_size(*size, 880) == expected
 
 
 class Oracle:
-    """An encoder that knows which material point lies under each cell: its tokens name it, one-hot."""
+    """An encoder with perfect features: each token is the one-hot index of the scene point in its cell."""
 
     patch_size = 16
 
@@ -293,7 +293,7 @@ def propagate_with_oracle(points_Thw: Tensor, first_hwC: Tensor, folder: Path) -
 
 
 def test_oracle_masks(tmp_path: Path) -> None:
-    """Two objects cross a background on a video whose true correspondences are known: the masks are exact."""
+    """With perfect features, the masks of two moving objects are propagated without errors."""
     truth = torch.zeros(9, 10, 16, dtype=torch.long)
     points = torch.zeros_like(truth)
     for t in range(9):
@@ -302,34 +302,34 @@ def test_oracle_masks(tmp_path: Path) -> None:
         truth[t, 1:4, t : t + 3], truth[t, 5:9, 12 - t : 14 - t] = 1, 2
     labels = propagate_with_oracle(points, functional.one_hot(truth[0]).float(), tmp_path)
     assert torch.equal(labels.argmax(-1), truth)
-    # Every object cell has only true sources, and gives its label undiluted.
+    # Every cell of an object has matches of that object only, so that its label has the full weight.
     assert torch.equal(labels.amax(-1)[truth > 0], torch.ones(int((truth > 0).sum())))
 
 
 def test_oracle_poses(tmp_path: Path) -> None:
-    """A pan over distinct points: joints at the middle of cells come back where they truly are."""
+    """While the camera pans over distinct points, joints at cell centres are tracked without errors."""
     height, width = 12, 20
     world = torch.arange(1, 1 + height * 40).view(height, 40)
-    # What comes into view is like the bottom row, where no joint is.
+    # Points that come into view equal those of the bottom row, which has no joint.
     world[:, width:] = world[-1] = 0
     points = torch.stack([world[:, t : t + width] for t in range(8)])
     joints = np.stack([9 + np.arange(15) % 9, 2 + np.arange(15) % 8]).astype(float)
     truth = np.stack([joints - [[t], [0]] for t in range(8)], axis=-1)
     maps = propagate_with_oracle(points, joint_maps(joints, (height, width)), tmp_path)
-    found = poses_from_maps(maps, np.array([16.0, 16.0]))
-    np.testing.assert_allclose(found, 16 * truth, atol=1e-4)
+    poses = poses_from_maps(maps, np.array([16.0, 16.0]))
+    np.testing.assert_allclose(poses, 16 * truth, atol=1e-4)
 
 
-def test_frames_go_by_number_and_hidden_files_are_left_out(tmp_path: Path) -> None:
+def test_frames_are_sorted_by_number_and_hidden_files_are_left_out(tmp_path: Path) -> None:
     for stem in ("1", "2", "9", "10", "11"):
         for name in (f"{stem}.jpg", f"{stem}.png", f"._{stem}.jpg"):
             (tmp_path / name).touch()
-    found = find_pairs("name", tmp_path, tmp_path, fewest=3)
-    assert [path.name for path in found.frames] == ["1.jpg", "2.jpg", "9.jpg", "10.jpg", "11.jpg"]
-    assert [path.name for path in found.annotations] == ["1.png", "2.png", "9.png", "10.png", "11.png"]
+    sequence = find_pairs("name", tmp_path, tmp_path, fewest=3)
+    assert [path.name for path in sequence.frames] == ["1.jpg", "2.jpg", "9.jpg", "10.jpg", "11.jpg"]
+    assert [path.name for path in sequence.annotations] == ["1.png", "2.png", "9.png", "10.png", "11.png"]
 
 
-# In the folders of the sequence `beta`.
+# Folders of the sequence `beta`.
 DAVIS_FRAMES, DAVIS_MASKS = "JPEGImages/480p/beta", "Annotations/480p/beta"
 VIP_MASKS = "VIP_Fine/Annotations/Category_ids/beta"
 FIRST_PARTS = f"{VIP_MASKS}/{0:012d}.png"
@@ -347,46 +347,46 @@ def shorten(*folders: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "damage", "message"),
     [
-        ("davis", lambda root: shutil.rmtree(root / "JPEGImages"), "JPEGImages/480p does not exist"),
-        ("davis", lambda root: (root / "ImageSets/2017/val.txt").write_text("\n"), "lists no sequence"),
-        ("davis", lambda root: (root / DAVIS_FRAMES / "00002.jpg").unlink(), "00002 lacks its image or its"),
-        ("davis", lambda root: (root / DAVIS_MASKS / "00003.png").unlink(), "00003 lacks its image or its"),
-        ("davis", lambda root: (root / DAVIS_FRAMES / "00002.jpg").write_bytes(b""), "jpg cannot be read"),
+        ("davis", lambda root: shutil.rmtree(root / "JPEGImages"), "JPEGImages/480p' does not exist"),
+        ("davis", lambda root: (root / "ImageSets/2017/val.txt").write_text("\n"), "val.txt' is empty"),
+        ("davis", lambda root: (root / DAVIS_FRAMES / "00002.jpg").unlink(), "00002 is missing its image"),
+        ("davis", lambda root: (root / DAVIS_MASKS / "00003.png").unlink(), "00003 is missing its image"),
+        ("davis", lambda root: (root / DAVIS_FRAMES / "00002.jpg").write_bytes(b""), "jpg' is unreadable"),
         (
             "davis",
             lambda root: shorten(root / DAVIS_FRAMES, root / DAVIS_MASKS),
-            "1 frames; expected",
+            "sequence 'beta' has 1 frames",
         ),
-        ("davis", lambda root: write_label_map(EMPTY, root / DAVIS_MASKS / "00000.png"), "png is empty"),
+        ("davis", lambda root: write_label_map(EMPTY, root / DAVIS_MASKS / "00000.png"), "has no object"),
         (
             "davis",
             lambda root: write_label_map(EMPTY[:9], root / DAVIS_MASKS / "00004.png"),
-            "is (9, 96)",
+            "has shape (9, 96); expected (64, 96)",
         ),
-        ("vip", lambda root: shutil.rmtree(root / "VIP_Fine/lists"), "val_videos.txt does not exist"),
+        ("vip", lambda root: shutil.rmtree(root / "VIP_Fine/lists"), "val_videos.txt' does not exist"),
         (
             "vip",
             lambda root: write_label_map(EMPTY + 40, root / FIRST_PARTS),
-            "label 40; expected",
+            "has label 40; expected",
         ),
-        ("jhmdb", lambda root: shutil.rmtree(root / "Rename_Images"), "Rename_Images does not exist"),
-        ("jhmdb", lambda root: shutil.rmtree(root / "splits"), "holds no CLASS_test_split1.txt"),
-        ("jhmdb", lambda root: (root / JHMDB_FRAMES / "00005.png").unlink(), "clip beta: 5 poses, but"),
-        ("jhmdb", lambda root: (root / POSES).unlink(), "has no pos_img"),
+        ("jhmdb", lambda root: shutil.rmtree(root / "Rename_Images"), "Rename_Images' does not exist"),
+        ("jhmdb", lambda root: shutil.rmtree(root / "splits"), "has no CLASS_test_split1.txt"),
+        ("jhmdb", lambda root: (root / JHMDB_FRAMES / "00005.png").unlink(), "clip 'beta' has 5 poses, but"),
+        ("jhmdb", lambda root: (root / POSES).unlink(), "has no readable pos_img"),
         (
             "jhmdb",
             lambda root: (root / POSES).write_bytes(b"no poses" * 40),
-            "has no pos_img",
+            "has no readable pos_img",
         ),
         (
             "jhmdb",
             lambda root: savemat(root / POSES, {"pos_world": TRUTH}),
-            "has no pos_img",
+            "has no readable pos_img",
         ),
         ("jhmdb", lambda root: savemat(root / POSES, {"pos_img": TRUTH[:, :7]}), "has shape (2, 7, 5)"),
     ],
 )
-def test_bad_input_is_one_line(
+def test_damaged_datasets(
     roots: dict[str, Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -403,14 +403,14 @@ def test_bad_input_is_one_line(
 @pytest.mark.parametrize(
     ("task", "options", "message"),
     [
-        ("davis", ("--topk", "0"), "topk 0, radius 20.0, temperature 0.7: context and"),
+        ("davis", ("--topk", "0"), "topk 0, radius 20.0, temperature 0.7: expected"),
         ("davis", ("--height", "0"), "--height 0: expected at least 1"),
         ("vip", ("--long-side", "32"), "--long-side 32: expected at least 64"),
         ("jhmdb", ("--sigma", "0"), "--sigma 0.0: expected at least"),
-        ("jhmdb", ("--split", "2"), "holds no CLASS_test_split2.txt"),
+        ("jhmdb", ("--split", "2"), "has no CLASS_test_split2.txt"),
     ],
 )
-def test_bad_settings_are_one_line(
+def test_invalid_settings(
     roots: dict[str, Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -428,10 +428,10 @@ def assert_one_line(words: list[str], message: str, capsys: pytest.CaptureFixtur
     assert error.count("\n") == 1
 
 
-def test_an_object_that_appears_late_has_a_note(
+def test_objects_missing_in_the_first_frame_are_noted(
     roots: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The toolkit scores the objects up to the first frame's largest number."""
+    """The toolkit scores objects up to the highest label in the first frame."""
     root = tmp_path / "davis"
     shutil.copytree(roots["davis"], root)
     path = root / DAVIS_MASKS / "00003.png"
@@ -441,32 +441,32 @@ def test_an_object_that_appears_late_has_a_note(
     first = root / "Annotations/480p/alpha/00000.png"
     write_label_map(np.where(read_label_map(first) == 1, 0, read_label_map(first)), first)
     assert main(command("davis", root, tmp_path, "--pictures", "0")) == 0
-    found = read_figures(tmp_path, "davis")
-    alpha, beta = found["data"]["notes"]
-    assert alpha.startswith("sequence alpha: object 1 is not in the first frame")
+    report = read_report(tmp_path, "davis")
+    alpha, beta = report["data"]["notes"]
+    assert alpha.startswith("sequence 'alpha': object 1 is not in the first frame")
     assert "scored as missed" in alpha
-    assert beta.startswith("sequence beta: object 3 is not in the first frame")
+    assert beta.startswith("sequence 'beta': object 3 is not in the first frame")
     assert "not scored" in beta
     assert f"note: {beta}" in capsys.readouterr().out
-    assert set(found["per_sequence"]["beta"]["before"]) == {"1", "2"}
-    assert found["per_sequence"]["alpha"]["before"]["1"]["J"]["mean"] == 0
+    assert set(report["per_sequence"]["beta"]["before"]) == {"1", "2"}
+    assert report["per_sequence"]["alpha"]["before"]["1"]["J"]["mean"] == 0
 
 
-def test_an_output_that_cannot_be_made_is_said_before_the_work(
+def test_output_folder_that_cannot_be_created(
     roots: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
     words = command("davis", roots["davis"], tmp_path / "file" / "folder")
-    assert_one_line(words, "not a directory; give another path", capsys)
+    assert_one_line(words, "not a directory", capsys)
 
 
-def test_joint_maps_carry_joints() -> None:
+def test_joints_are_recovered_from_joint_maps() -> None:
     joints = np.array([[3.0, 0.0, 9.7, 40.0], [2.0, 0.0, 5.2, 3.0]])
     maps = joint_maps(joints, (8, 12))
     assert maps.shape == (8, 12, 5)
-    # In the corner a quarter of the Gaussian is left: weights 1, e^-2, e^-2 and e^-4.
+    # In the corner, a quarter of the Gaussian is inside the grid, with weights 1, e^-2, e^-2 and e^-4.
     corner = math.exp(-2) / (1 + math.exp(-2))
-    # The last joint's Gaussian lies outside the grid.
+    # The Gaussian of the last joint is outside the grid.
     expected = [[3.0, corner, 10.0, -1], [2.0, corner, 5.0, -1]]
     np.testing.assert_allclose(poses_from_maps(maps[None], np.ones(2))[..., 0], expected, atol=1e-6)
     assert torch.equal(maps[..., 0] == 1, maps[..., 1:].sum(-1) == 0)
