@@ -225,12 +225,12 @@ def save_masks(
 
 
 def shown_frames(length: int) -> list[int]:
-    """The frames of a contact sheet."""
+    """Choose the frames of a contact sheet, evenly spaced."""
     return evenly_spaced(length, SHOWN_FRAMES)
 
 
 def mean_similarity(labels_HW: LabelMap, truth_HW: LabelMap) -> float:
-    """The mean J over the labels that a frame shows; NaN if it shows none. Void pixels (255) do not count."""
+    """Compute the mean J over the labels in the truth except unlabelled pixels (255); NaN if there are none."""
     predicted_HW = np.where(truth_HW == 255, 0, labels_HW)
     shown = np.setdiff1d(truth_HW, (0, 255))
     values = [region_similarity(predicted_HW == label, truth_HW == label) for label in shown]
@@ -238,7 +238,7 @@ def mean_similarity(labels_HW: LabelMap, truth_HW: LabelMap) -> float:
 
 
 def keep_their_label(matches_M4: Matches, first_HW: LabelMap, second_HW: LabelMap) -> list[bool]:
-    """Whether the label at the end of each match is the one at its start."""
+    """Check, for each match, whether the labels at its start and end are the same."""
     x_M2, y_M2 = matches_M4[:, ::2], matches_M4[:, 1::2]
     first_M, second_M = (
         labels_HW[(y_M * labels_HW.shape[0]).astype(int), (x_M * labels_HW.shape[1]).astype(int)]
@@ -265,8 +265,8 @@ def draw(
     columns = [f"frame {t + 1}" for t in shown]
     plots.contact_sheet(sheet, folder / f"{name}.png", columns, legend)
     predicted = [pictures for row, pictures in overlays.items() if row != "truth"]
-    film = [np.concatenate(side_by_side, axis=1) for side_by_side in zip(*predicted, strict=True)]
-    write_video(film, folder / f"{name}.mp4")
+    side_by_side = [np.concatenate(pictures, axis=1) for pictures in zip(*predicted, strict=True)]
+    write_video(side_by_side, folder / f"{name}.mp4")
     middle = len(frames) // 2
     arrows = [
         (variant, frames[0], frames[middle], matches_M4, is_correct_M)
