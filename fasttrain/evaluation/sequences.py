@@ -230,7 +230,7 @@ def shown_frames(length: int) -> list[int]:
 
 
 def mean_similarity(labels_HW: LabelMap, truth_HW: LabelMap) -> float:
-    """Compute the mean J over the labels in the truth except unlabelled pixels (255); NaN if there are none."""
+    """Compute the mean J over the true labels, unlabelled pixels (255) excluded; NaN if there are none."""
     predicted_HW = np.where(truth_HW == 255, 0, labels_HW)
     shown = np.setdiff1d(truth_HW, (0, 255))
     values = [region_similarity(predicted_HW == label, truth_HW == label) for label in shown]
