@@ -10,7 +10,7 @@ DALI cannot decode a batch, `collect` raises; with the dynamic executor, other b
 
 For a GPU, one DALI graph (`GpuStage`) decodes on the CPU, the JPEG engine or NVDEC, then crops, resizes and
 normalises on the GPU. For a CPU (`HostStage`), DALI only decodes. PyTorch's uint8 kernel crops and resizes,
-because there it is much faster than DALI's antialiased bicubic interpolation. Both agree with Pillow.
+because there it is faster than DALI's antialiased bicubic interpolation. Both agree with Pillow.
 
 Legend: B frame pairs, F frames of a clip, H x W pixels of a frame, S x S pixels of a crop.
 """
@@ -66,8 +66,7 @@ class Graph:
         with self._pipeline:
             self._pipeline.set_outputs(define())
         self._pipeline.build()
-        # The first call of `schedule_run` starts `depth` runs, so that many batches must have been fed before
-        # it.
+        # The first call of `schedule_run` starts `depth` runs, so `depth` batches must have been fed by then.
         self._unfed = depth
 
     def submit(self, **inputs: Any) -> None:
@@ -101,9 +100,7 @@ def decode_images(*, device: str, engine_load: float = 0.0) -> Any:
 
 
 def decode_clips(*, device: str) -> Any:
-    """Define the decoder node for clips. It returns the frames with the numbers in the input `numbers`,
-    (F, H, W, 3) for each clip.
-    """
+    """Define the decoder node for clips, (F, H, W, 3) each. The input `numbers` selects their frames."""
     numbers = _input("numbers", ndim=1, dtype=DALIDataType.INT32)
     # With `none`, a frame number beyond the end raises an error instead of returning a black frame.
     return fn.decoders.video(_bytes_input(), frames=numbers, device=device, pad_mode="none", affine=False)
@@ -252,7 +249,7 @@ class GpuStage:
         frames = torch.empty(views.shape, dtype=self._dtype, device=self._device)
         frames.copy_(views)
         if stream is not None:
-            # When this copy is done, DALI's earlier copies from `stored` to the device are done, too.
+            # When this copy is done, DALI's earlier copies from `stored` to the device are also done.
             self._in_flight.append((stream.record_event(), (batch, stored)))
             while self._in_flight and (len(self._in_flight) > self._limit or self._in_flight[0][0].query()):
                 self._in_flight[0][0].synchronize()

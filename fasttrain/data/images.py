@@ -23,7 +23,7 @@ _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
 class UnreadableFrameError(Exception):
-    """A frame cannot be read. The message is the reason; `frame` is the frame's number in its video."""
+    """Raised if a frame cannot be read. The message is the reason; `frame` is the number of the frame."""
 
     def __init__(self, reason: str, frame: int = 0) -> None:
         super().__init__(reason)
@@ -31,7 +31,7 @@ class UnreadableFrameError(Exception):
 
 
 def read_encoded(path: str | Path, frame: int = 0) -> Bytes:
-    """Read an image file without decoding it, (n,).
+    """Read the bytes (n,) of an image file.
 
     Raises UnreadableFrameError if the file is missing, empty or truncated. Truncation is checked here because
     some decoders turn a truncated file into garbage without an error.

@@ -146,7 +146,7 @@ class PairLoader:
         return samples
 
     def _read(self, sample: _Sample) -> None:
-        """Read both frames of a sample, replacing the sample as long as it is unreadable."""
+        """Read both frames of a sample. While they are unreadable, replace the sample."""
         while True:
             video, frames = sample.parameters["video"][0], sample.parameters["frames"][0]
             try:
@@ -156,7 +156,7 @@ class PairLoader:
                 self._replace(sample, error.frame, str(error))
 
     def _replace(self, sample: _Sample, frame: int, reason: str) -> None:
-        """Draw a replacement sample, and record the reason."""
+        """Draw a replacement sample and record why."""
         name = self.index.names[sample.parameters["video"][0]]
         attempt = len(sample.bad) + 1
         if attempt > MAX_ATTEMPTS:

@@ -21,8 +21,8 @@ def map_ahead(
 ) -> Generator[Result, None, None]:
     """Yield `function(item)` for each item, in order.
 
-    At most `depth` items (default: 2 * workers) are finished but not yet consumed, in progress, or queued. An
-    exception, or closing the generator, cancels the queued calls and waits for those in progress.
+    At most `depth` calls (default: 2 * workers) are queued, running, or finished but not yet consumed. After
+    an exception, or if the generator is closed, queued calls are cancelled and running ones are awaited.
     """
     depth = depth or 2 * workers
     pending: deque[Future[Result]] = deque()

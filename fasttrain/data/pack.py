@@ -66,7 +66,7 @@ from fasttrain.errors import InputError, check_options
 from fasttrain.files import file_lock, open_atomically, write_atomically
 from fasttrain.loggers import Progress, say
 
-# Frames that the GPU decodes at once: 400 MB for 1080p.
+# Number of frames that the GPU decodes at once. At 1080p, they occupy 400 MB.
 GPU_FRAMES = 64
 # Maximum number of skipped files or problems to print. The manifest lists all skipped files.
 MAX_PRINTED = 20
@@ -83,7 +83,7 @@ class PackOptions:
     quality: int = 90
     """JPEG quality, 1..100."""
     shard_bytes: int = 2**30
-    """Size from which a shard is full. It ends with the video that reaches this size."""
+    """Size at which a shard is full. The video that reaches it is the last one in the shard."""
     decoder: Literal["pyav", "nvdec"] = "pyav"
 
 
@@ -200,9 +200,10 @@ def pack(
     share: tuple[int, int] = (1, 1),
     workers: int = 1,
 ) -> None:
-    """Pack share I of N of a source, or complete it after an interruption. Raises InputError.
+    """Pack one share of a source, or complete it after an interruption. Raises InputError.
 
-    The files written depend only on the source, the share and the options.
+    `share` is (I, N) for share I of N. The files written depend only on the source, the share and the
+    options.
     """
     files = find_source(source, kind=kind)
     target = Share(destination, *share)
@@ -273,7 +274,7 @@ def check(root: Path, *, workers: int = 1) -> int:
     if problems:
         raise InputError(
             f"{str(root)!r} is damaged (problems: {len(problems)}, first: {problems[0]}). Delete the damaged "
-            "files and run the `fasttrain pack` command that wrote them again."
+            "files and run `fasttrain pack` again to restore them."
         )
     return frames
 

@@ -84,7 +84,7 @@ class Share:
             manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(
-                f"{str(path)!r} is damaged ({error}). Delete it and run the `fasttrain pack` command again."
+                f"{str(path)!r} is damaged ({error}). Delete it and run `fasttrain pack` again."
             ) from None
         if manifest.get("format") != FORMAT:
             raise InputError(
@@ -148,9 +148,7 @@ class ShardIndex:
             raise InputError(f"{str(path)!r} cannot be read: {os_reason(error)}") from None
         # For damaged archives, NumPy and zipfile raise exceptions of many types, with misleading messages.
         except Exception:
-            raise InputError(
-                f"{str(path)!r} is damaged. Delete it and run the `fasttrain pack` command again."
-            ) from None
+            raise InputError(f"{str(path)!r} is damaged. Delete it and run `fasttrain pack` again.") from None
 
 
 def tar_header(video: str, frame: int, size: int) -> bytes:
@@ -176,7 +174,7 @@ def complete_shares(root: Path) -> list[Share]:
     if present != [(number, count) for number in range(1, count + 1)]:
         names = ", ".join(f"{number}/{count}" for number, count in present)
         raise InputError(
-            f"{str(root)!r}: expected all shares of one packed set, but found only {names}. Pack the missing "
+            f"{str(root)!r}: expected all shares of one packed set, but found {names}. Pack the missing "
             "shares with --shard I/N, or copy the files of all shares into this folder."
         )
     first = shares[0].read_manifest()
@@ -184,7 +182,7 @@ def complete_shares(root: Path) -> list[Share]:
         if not share.is_complete():
             option = "" if count == 1 else f" with --shard {share.number}/{count}"
             raise InputError(
-                f"{share.description} is incomplete or has a missing shard. Run the `fasttrain pack` command "
+                f"{share.description} is incomplete or has a missing shard. Run `fasttrain pack` "
                 f"again{option} to complete it."
             )
         # Shares of different sources or options could contain a video twice or not at all.
@@ -262,8 +260,7 @@ def _open_shard(path: Path, num_bytes: int) -> io.FileIO:
     size = os.fstat(file.fileno()).st_size
     if size != num_bytes:
         raise InputError(
-            f"{str(path)!r} has {size} bytes, expected {num_bytes}. Delete it and run the `fasttrain pack` "
-            "command again."
+            f"{str(path)!r} has {size} bytes, expected {num_bytes}. Delete it and run `fasttrain pack` again."
         )
     # The frames of a pair are far apart, so reading ahead would fetch unneeded data.
     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)

@@ -32,8 +32,7 @@ PARAMETERS = np.dtype(
     ]
 )
 
-# Columns of the random numbers of a sample. All are always drawn, so that a number does not depend on whether
-# another one is used.
+# Columns of the random numbers of a sample. All are always drawn, so that none depends on the use of another.
 _FRAMES, _CROP, _FLIP, _REPLACEMENT, _COUNT = slice(0, 2), slice(2, 6), 6, 7, 8
 
 
@@ -58,8 +57,8 @@ class PairSampling:
     def draw(self, num_frames: Ints, epochs: Ints, samples: Ints, attempt: int = 0) -> SampleParameters:
         """Draw the frame pairs, crops and flips of samples (B,) in epochs (B,).
 
-        `num_frames` (V,) are the lengths of all videos. attempt > 0 draws a replacement sample, to be used if
-        that of attempt - 1 is unreadable.
+        `num_frames` (V,) are the lengths of all videos. attempt > 0 draws the replacements of
+        samples that were unreadable in attempt - 1.
         """
         uniforms = _uniforms(self.seed, epochs, samples, attempt)
         if attempt:
@@ -95,7 +94,7 @@ def draw_crop(uniforms: npt.ArrayLike, *, area: tuple[float, float], ratio: tupl
 
     The area is uniform, the aspect ratio (width / height) log-uniform, and the offset uniform. A side that is
     longer than the frame is clipped to it, as in the published implementation (util/video/image_utils.py);
-    torchvision would draw again.
+    torchvision draws again instead.
     """
     u = np.asarray(uniforms, dtype=np.float64)
     areas = area[0] + (area[1] - area[0]) * u[:, 0]

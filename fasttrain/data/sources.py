@@ -1,7 +1,7 @@
 """Index a data source: frame folders, a frame list, video files or a packed set.
 
 The index lists the videos in a stable order and records the skipped ones. This module does not import DALI,
-because evaluation uses it, too.
+because evaluation also uses it.
 """
 
 from __future__ import annotations
@@ -84,16 +84,22 @@ def find_source(path: Path, *, kind: Kind = "auto") -> SourceFiles:
     if kind == "videos" or (kind == "auto" and is_video):
         return SourceFiles({}, {path.name: path}, [])
     if kind == "folders":
-        raise InputError(f"{str(path)!r} is a file, but the kind 'folders' requires a folder.")
+        raise InputError(
+            f"{str(path)!r} is a file, but the kind is 'folders'. Pass a folder, or another kind."
+        )
     if is_video:
-        raise InputError(f"{str(path)!r} is a video file, but the kind 'list' requires a text file.")
+        raise InputError(
+            f"{str(path)!r} is a video file, but the kind is 'list'. Pass a text file, or another kind."
+        )
     return _read_list(path)
 
 
 def _search_folder(root: Path, kind: Kind) -> SourceFiles:
     """Find all frame folders and video files below `root`. Their names are their paths relative to it."""
     if kind == "list":
-        raise InputError(f"{str(root)!r} is a folder, but the kind 'list' requires a text file.")
+        raise InputError(
+            f"{str(root)!r} is a folder, but the kind is 'list'. Pass a text file, or another kind."
+        )
     source = SourceFiles({}, {}, [])
     # Videos of equal length usually have the same file names, so store each distinct tuple only once.
     shared_names: dict[tuple[str, ...], tuple[str, ...]] = {}

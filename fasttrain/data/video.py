@@ -1,8 +1,8 @@
 """Scan video files and decode their frames by number, with PyAV.
 
-The number of a frame is its zero-based index in presentation order, also at a variable frame rate. Frames are
-decoded as ffmpeg displays them: with the colour matrix and range of the stream, 10-bit samples rounded to 8
-bits, and rotated upright by the display matrix.
+The number of a frame is its zero-based index in presentation order, even if the frame rate varies. Frames
+are decoded as ffmpeg displays them: with the colour matrix and range of the stream, rounded from 10 to 8
+bits, and rotated upright according to the display matrix.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _ANY_ENCODING: dict[str, Any] = (
     {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 )
 
-# An H.264 IDR picture, which resets the decoder. Other key frames of ffmpeg are mere recovery points.
+# An H.264 IDR picture. It resets the decoder, unlike other pictures that ffmpeg flags as key frames.
 _IDR = re.compile(rb"\x00\x00\x01[\x05\x25\x45\x65]")
 
 
@@ -115,7 +115,7 @@ def probe_video(path: Path) -> VideoInfo:
                 times=_compact(sorted_times) if has_times else None,
                 key_times=_sorted(key_times),
                 reset_times=_sorted(reset_times),
-                # Packets cannot be counted instead: in AVI, MPEG-4 has packets that only repeat a frame.
+                # Count decoded frames, not packets: in AVI, an MPEG-4 packet may only repeat a frame.
                 num_frames=len(sorted_times) if has_times else 1 + sum(1 for _ in pictures),
                 miscounted=miscounted,
             )
@@ -134,7 +134,7 @@ def read_video_frames(video: VideoInfo, frames: Sequence[int]) -> list[Frame]:
 
 
 def stream_video_frames(video: VideoInfo, frames: Sequence[int]) -> Iterator[Frame]:
-    """Decode frames with ascending numbers one at a time; otherwise the same as `read_video_frames`."""
+    """Yield frames one at a time, given ascending numbers; otherwise the same as `read_video_frames`."""
     frame = 0
     try:
         with closing(_FrameReader(video, frames)) as reader:
@@ -202,7 +202,7 @@ class _FrameReader:
         yield
 
     def _decode(self) -> Generator[tuple[int | None, av.VideoFrame], None, None]:
-        """Decode from the current position. For H.264, skip unwanted pictures that no other one needs."""
+        """Decode from the current position. For H.264, skip unwanted pictures that are not references."""
         context = self.stream.codec_context
         skips = context.name == "h264" and bool(self.wanted)
         wanted = False

@@ -178,15 +178,15 @@ def test_the_fingerprint_depends_on_names_and_lengths(tmp_path: Path) -> None:
     [
         (lambda root: root / "nowhere", "auto", "does not exist"),
         (lambda root: root, "auto", r"contains no readable video\. Expected"),
-        (lambda root: root, "list", "'list' requires a text file"),
+        (lambda root: root, "list", "is a folder, but the kind is 'list'"),
         (
             lambda root: _write(root / "x.txt", b"\xff\xfe\x00binary"),
             "auto",
             "a video file or a text file that lists",
         ),
         (lambda root: _write(root / "x.txt", b"nowhere\n"), "auto", "nowhere: does not exist"),
-        (lambda root: _write(root / "x.txt", b""), "folders", "'folders' requires a folder"),
-        (lambda root: _write(root / "x.mp4", b"no video"), "list", "'list' requires a text file"),
+        (lambda root: _write(root / "x.txt", b""), "folders", "is a file, but the kind is 'folders'"),
+        (lambda root: _write(root / "x.mp4", b"no video"), "list", "is a video file, but the kind is 'list'"),
         (lambda root: _write(root / "x.mp4", b"no video"), "auto", r"\(1 skipped, first x\.mp4: "),
     ],
 )
