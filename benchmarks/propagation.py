@@ -164,7 +164,7 @@ def measure_memory(case: Case, contender: str, device: torch.device) -> float:
 
 
 def measure_case(case: Case, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Measure the time and peak memory of both contenders at one case."""
+    """Measure the time and peak memory of both contenders for one case."""
     memory = {}
     for name in ("ours", "script"):
         # The peak of a process's resident memory cannot be reset, so each contender runs in a new process.

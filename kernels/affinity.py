@@ -105,7 +105,7 @@ def affinity_softmax(
         key: (B, K, D) tokens of the same dtype and on the same device.
         temperature: Divisor of the logits, greater than 0.
         backend: `"auto"` uses Triton if it is installed and supports the tensors, and eager PyTorch
-            otherwise; `"triton"` and `"eager"` select one of the two.
+            otherwise. `"triton"` and `"eager"` force one of the two.
 
     Returns:
         The probabilities (B, M, K) in float32, or float64 for float64 tokens. Each row sums to one. The

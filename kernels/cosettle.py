@@ -71,7 +71,10 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 def _backward(
     grad_cycle: Tensor, grad_separability: Tensor, grad_pooled: Tensor, statistics: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of the inputs (B, T, N, D) and of the head's parameters (3, D), or zeros."""
+    """Compute the gradients of the inputs (B, T, N, D) and of the head's parameters (3, D).
+
+    Without a head, the latter are zeros.
+    """
     *epilogue, temperature = arguments
     samples, _, tokens, channels = grad_pooled.shape
     scale = 1.0 / (grad_scale(tokens) * temperature * samples * tokens)
@@ -205,7 +208,7 @@ def cosettle_loss(
         regularizer: Form of the separability term: `"kl"` (Kullback-Leibler divergence) or `"mse"` (mean
             squared difference).
         backend: `"auto"` uses Triton if it is installed and supports the tensors, and eager PyTorch
-            otherwise; `"triton"` and `"eager"` select one of the two.
+            otherwise. `"triton"` and `"eager"` force one of the two.
         diagnostics: Whether to compute cycle accuracy and identity similarity, which need the complete cycle
             matrix.
 
@@ -253,7 +256,7 @@ def cosettle_head_loss(
         lambda_reg: Weight of the separability term, at least 0.
         regularizer: Form of the separability term, `"kl"` or `"mse"`.
         backend: `"auto"` uses Triton if it is installed and supports the tensors, and eager PyTorch
-            otherwise; `"triton"` and `"eager"` select one of the two.
+            otherwise. `"triton"` and `"eager"` force one of the two.
         norm_eps: Epsilon of the layer norm, at least 0.
         tanh: Whether to apply tanh. Without it, the projected tokens are layer_norm(linear + bias).
         diagnostics: Whether to compute cycle accuracy and identity similarity, which need the complete cycle

@@ -71,7 +71,7 @@ def softmax(logits, exists, AXIS):
 
 @inline
 def row_is_correct(cycle_IJ, BLOCK):
-    """1 for each row whose arg-max is the diagonal, else 0. Masked entries must be -1.
+    """Return 1 for each row whose arg-max is the diagonal, else 0. Masked entries must be -1.
 
     Of several equal maxima, the first is the arg-max.
     """
@@ -166,11 +166,10 @@ def _cycle_kernel(
 
 
 def grad_scale(tokens: int) -> float:
-    """Scale of the gradients that the cycle kernels store, relative to tau B M times the true gradient.
+    """Scale of the gradients that the cycle kernels store, as a multiple of tau B M times the true gradient.
 
-    tau B M times the true gradient is at most 4 M times the largest component of a token. With this scale, it
-    is at most 16384 for components up to one, so fp16 can represent it and loses as few small numbers as
-    possible.
+    The unscaled values are at most 4 M times the largest component of a token. Scaled, they are at most 16384
+    for components up to one, so that fp16 can represent the largest and loses few of the smallest.
     """
     return 4096.0 / triton.next_power_of_2(tokens)
 
@@ -182,8 +181,8 @@ def launch_cycle(
 
     Returns metrics (4, B, M) of each row of C in fp32, and the gradient (B, 3, M, D). The metrics are the
     cross-entropy and, with `diagnostics`, whether the arg-max is the diagonal (1 or 0), the sum of squares,
-    and the diagonal. The gradient is that of the mean cross-entropy multiplied by grad_scale(M) tau B M, or
-    empty without `grad_dtype`.
+    and the diagonal. The gradient is that of the mean cross-entropy times grad_scale(M) tau B M. Without
+    `grad_dtype` it is empty.
     """
     samples, _, tokens, channels = walk_B3MD.shape
     metrics_4BM = walk_B3MD.new_empty((4, samples, tokens), dtype=torch.float32)
@@ -271,7 +270,7 @@ def cycle_consistency_loss(
         there_and_back: Whether to continue from the last view through the others back to the first, which
             makes 2 T - 2 steps in total.
         backend: `"auto"` uses Triton if it is installed and supports the tensors, and eager PyTorch
-            otherwise; `"triton"` and `"eager"` select one of the two.
+            otherwise. `"triton"` and `"eager"` force one of the two.
 
     Returns:
         The mean over tokens and samples as a 0-d tensor, in float32 or (for float64 tokens) float64.

@@ -30,7 +30,7 @@ per token):
 The gradients of the head's parameters are summed over all tokens.
 
 One warp processes one token at a time, so that reductions over channels are warp shuffles. More than 1024
-channels (768 in the backward of a head) need two or more warps.
+channels (768 in the backward with a head) need two or more warps.
 
 Source: arXiv 2603.26597, section 3.
 
@@ -498,7 +498,7 @@ def separability_loss(
             dtype may differ from that of `frozen`.
         regularizer: `"kl"` or `"mse"`.
         backend: `"auto"` uses Triton if it is installed and supports the tensors, and eager PyTorch
-            otherwise; `"triton"` and `"eager"` select one of the two.
+            otherwise. `"triton"` and `"eager"` force one of the two.
 
     Returns:
         The loss as a 0-d tensor, in float32 or (for float64 tokens) float64.
