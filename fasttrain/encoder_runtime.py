@@ -121,7 +121,7 @@ def compile_fixed(function: ThreeViews, mode: str | None) -> ThreeViews:
 # Matrix products of the blocks' linear layers in e4m3, for chips that have them: Ada, Hopper and later.
 # Weights are quantised once, with one scale per output channel; activations at every call, one per token. A
 # value x becomes round(x / s) with s = max|x| / 448. The random error of a few percent per product largely
-# averages out (docs/scaling.md). The products accumulate in float32 and come out in bfloat16.
+# averages out (docs/benchmarks.md). The products accumulate in float32 and come out in bfloat16.
 
 
 def quantize_rows(values_RK: Tensor) -> tuple[Tensor, Tensor]:
