@@ -59,7 +59,7 @@ def test_the_graph_on_real_images_and_raw_frames(shared: Path, source: str) -> N
 
 
 def vp9_videos(folder: Path) -> VideoIndex:
-    """Write three VP9 videos, which DALI can decode on a CPU, too."""
+    """Write three VP9 videos, which DALI can also decode on a CPU."""
     for video in range(3):
         frames = [picture(video, t, 130, 160) for t in range(24)]
         encode_video(folder / f"{video}.webm", frames, "libvpx-vp9", g=6, b=4_000_000)
@@ -73,7 +73,7 @@ def as_clips(index: VideoIndex, matrices: list[str]) -> ClipIndex:
 
 
 class Recoloured(VideoIndex):
-    """Corrects frames that were decoded as BT.601 to the matrix of their video."""
+    """A video index that corrects frames decoded as BT.601 to the colour matrix of their video."""
 
     def read_frame(self, video: int, frame: int) -> np.ndarray:
         correction = rgb_correction(self.videos[video].matrix)

@@ -85,8 +85,8 @@ def test_two_ranks_on_damaged_frame_folders(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
     faults = check_faults(tmp_path, done.stdout)
     assert {fault.partition(",")[0] for fault in faults} == set(BROKEN_FRAMES)
-    for case, (_, _, words) in BROKEN_FRAMES.items():
-        assert any(fault.startswith(f"{case}, frame") and words in fault for fault in faults)
+    for case, (_, _, reason) in BROKEN_FRAMES.items():
+        assert any(fault.startswith(f"{case}, frame") and reason in fault for fault in faults)
 
 
 def test_damaged_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,14 +96,14 @@ def test_damaged_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         encode_video(root / f"{video}.mp4", [picture(video, t) for t in range(8)])
     encode_video(root / "one_frame.mp4", [picture(7, 0)])
     encode_video(root / "large.webm", [picture(8, t, 96, 160) for t in range(8)], "libvpx-vp9")
-    whole = (root / "0.mp4").read_bytes()
-    (root / "truncated.mp4").write_bytes(whole[: len(whole) // 2])
+    intact = (root / "0.mp4").read_bytes()
+    (root / "truncated.mp4").write_bytes(intact[: len(intact) // 2])
     (root / "empty.mp4").write_bytes(b"")
     trainer = Trainer(make_recipe(tmp_path, root), World.single())
     # Damage three more videos after the trainer has indexed them.
     (root / "1.mp4").unlink()
     (root / "2.mp4").write_bytes(b"")
-    (root / "3.mp4").write_bytes(whole[:900])
+    (root / "3.mp4").write_bytes(intact[:900])
     results = trainer.train()
     output = capsys.readouterr().out
     faults = check_faults(tmp_path, output)

@@ -125,10 +125,10 @@ def test_the_order_does_not_depend_on_threads_or_prefetch(tmp_path: Path) -> Non
 
 def test_a_resumed_loader_continues_with_the_same_samples(tmp_path: Path) -> None:
     index = open_source(write_folders(tmp_path, [6] * 8))
-    whole = samples_of(index, batch_size=3, accumulate=2, num_steps=6)
+    uninterrupted = samples_of(index, batch_size=3, accumulate=2, num_steps=6)
     for first in (4, 6):
         rest = samples_of(index, batch_size=3, accumulate=2, first_step=first, num_steps=6 - first)
-        assert list(map(list, whole[2 * first :])) == list(map(list, rest))
+        assert list(map(list, uninterrupted[2 * first :])) == list(map(list, rest))
 
 
 def test_batches_are_not_overwritten_by_later_ones(tmp_path: Path) -> None:
@@ -191,19 +191,19 @@ def bad_samples(batches: list[FramePairs]) -> list[str]:
     return [bad for pairs in batches for bad in pairs.bad_samples]
 
 
-def check_replaced(index: FrameIndex, reports: list[str], name: str, words: str) -> None:
-    """Check that all reports concern the video `name`, give `words` as the reason, and name a replacement."""
+def check_replaced(index: FrameIndex, reports: list[str], name: str, reason: str) -> None:
+    """Check that all reports concern the video `name`, give this reason, and name a replacement."""
     assert reports
     for report in reports:
         match = re.fullmatch(r"(.+), frame \d+: (.+); replaced with a frame pair from (.+)", report)
         assert match[1] == name
-        assert words in match[2]
+        assert reason in match[2]
         assert match[3] in index.names
 
 
 @pytest.mark.parametrize("case", BROKEN_FRAMES)
 def test_a_damaged_frame_is_replaced_and_reported(tmp_path: Path, case: str) -> None:
-    content, suffix, words = BROKEN_FRAMES[case]
+    content, suffix, reason = BROKEN_FRAMES[case]
     root = write_folders(tmp_path, [8] * GOOD)
     bad = root / "bad"
     bad.mkdir()
@@ -211,7 +211,7 @@ def test_a_damaged_frame_is_replaced_and_reported(tmp_path: Path, case: str) -> 
         (bad / f"{frame}{suffix}").write_bytes(content)
     index = open_source(root)
     first, second = run_ranks(index)
-    check_replaced(index, bad_samples([*first, *second]), "bad", words)
+    check_replaced(index, bad_samples([*first, *second]), "bad", reason)
 
 
 def test_reports_do_not_depend_on_threads_or_prefetch(tmp_path: Path) -> None:
@@ -284,12 +284,12 @@ def test_unusual_frames_agree_with_pillow(tmp_path: Path, case: str) -> None:
         suffix = "png" if b"PNG" in data[:4] else "jpg"
         (tmp_path / case / f"{frame}.{suffix}").write_bytes(data)
     index = open_source(tmp_path)
-    whole = {"pairs_per_video": 4, "crop_area": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0}
-    loader = make_loader(index, image_size=24, batch_size=1, num_steps=1, **whole)
+    full_frame = {"pairs_per_video": 4, "crop_area": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0}
+    loader = make_loader(index, image_size=24, batch_size=1, num_steps=1, **full_frame)
     (pairs,) = list(loader)
     loader.close()
     assert pairs.bad_samples == []
-    drawn = make_sampling(**whole).draw(index.num_frames, np.array([0]), pairs.samples)
+    drawn = make_sampling(**full_frame).draw(index.num_frames, np.array([0]), pairs.samples)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     for view in range(2):
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(stored[drawn["frames"][0, view]])))

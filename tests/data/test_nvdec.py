@@ -36,7 +36,7 @@ GOOD = VideoInfo(
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "expected"),
     [
         ({"codec": "av1"}, "NVDEC does not support av1 with pixel format yuv420p"),
         ({"pix_fmt": "yuv444p"}, "NVDEC does not support h264 with pixel format yuv444p"),
@@ -53,13 +53,13 @@ GOOD = VideoInfo(
         ({"width": 320, "height": 240}, "small frames"),
     ],
 )
-def test_each_rule_for_nvdec(changes: dict, words: str) -> None:
+def test_each_rule_for_nvdec(changes: dict, expected: str) -> None:
     assert nvdec_refusal(GOOD) is None
-    assert words in nvdec_refusal(dataclasses.replace(GOOD, **changes))
+    assert expected in nvdec_refusal(dataclasses.replace(GOOD, **changes))
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "params", "words"),
+    ("height", "width", "params", "expected"),
     [
         (480, 640, "bframes=2", None),
         (360, 640, "bframes=2", "the displayed size differ"),
@@ -67,12 +67,12 @@ def test_each_rule_for_nvdec(changes: dict, words: str) -> None:
     ],
 )
 def test_the_rules_apply_to_encoded_files(
-    tmp_path: Path, height: int, width: int, params: str, words: str | None
+    tmp_path: Path, height: int, width: int, params: str, expected: str | None
 ) -> None:
     frames = [picture(0, t, height, width) for t in range(3)]
     path = encode_video(tmp_path / "x.mp4", frames, **{"x264-params": params})
     reason = nvdec_refusal(probe_video(path))
-    assert reason is None if words is None else words in reason
+    assert reason is None if expected is None else expected in reason
 
 
 @pytest.mark.skipif(has_nvdec(), reason="requires a machine without NVDEC")
@@ -152,8 +152,8 @@ def test_a_clip_is_much_smaller_than_its_video(tmp_path: Path) -> None:
 
 def test_clips_of_trimmed_files(tmp_path: Path) -> None:
     """One file has an edit list that starts between key frames, the other lacks its first key frame."""
-    whole = encode_video(tmp_path / "x.mp4", [picture(0, t) for t in range(30)], g=10, bf=2)
-    edited = remux(whole, tmp_path / "cut.mp4", lambda _, data: data, shift=-600, use_editlist="1")
+    original = encode_video(tmp_path / "x.mp4", [picture(0, t) for t in range(30)], g=10, bf=2)
+    edited = remux(original, tmp_path / "cut.mp4", lambda _, data: data, shift=-600, use_editlist="1")
     check_clips(edited, [(0, 3), (5, 9), (1, 12)])
-    cut = remux(whole, tmp_path / "cut.mkv", lambda number, data: data if number > 5 else None)
+    cut = remux(original, tmp_path / "cut.mkv", lambda number, data: data if number > 5 else None)
     check_clips(cut, [(0, 3), (5, 19)])

@@ -44,8 +44,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".lock"}
 
 
-def command(*words: object) -> int:
-    return main(["pack", *map(str, words)])
+def command(*arguments: object) -> int:
+    return main(["pack", *map(str, arguments)])
 
 
 # --- content ---
@@ -135,8 +135,8 @@ def test_videos_are_downscaled_and_encoded(tmp_path: Path, capsys: pytest.Captur
     assert index.num_frames.tolist() == [4, 4, 4]
     assert [name for name, _ in index.skipped] == ["broken.mp4"]
     for number, frame in enumerate((0, 3, 6, 9)):
-        whole = Image.fromarray(source.read_frame(1, frame))
-        expected = np.asarray(whole.resize((96, 64), Image.Resampling.BICUBIC)).astype(int)
+        original = Image.fromarray(source.read_frame(1, frame))
+        expected = np.asarray(original.resize((96, 64), Image.Resampling.BICUBIC)).astype(int)
         assert np.abs(index.read_frame(1, number) - expected).mean() < 3
 
 
@@ -161,7 +161,7 @@ def test_unreadable_frames_are_skipped_and_listed(tmp_path: Path, capsys: pytest
     root = write_folders(tmp_path / "frames", [6, 6])
     video = root / "class_0" / "video_0"
     (video / "00002.jpg").write_bytes(b"")
-    # Sixteen ones in a row are not valid Huffman code, but Pillow and DALI decode them without an error.
+    # Sixteen ones in a row are not a Huffman code. Pillow and DALI decode the frame without an error.
     Image.fromarray(picture(0, 2, 240, 320)).save(video / "00004.jpg", quality=95)
     data = bytearray((video / "00004.jpg").read_bytes())
     data[len(data) // 2 : len(data) // 2 + 512] = b"\xff\x00" * 256
@@ -192,7 +192,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path: Path, number: 
         noise = Image.fromarray(rng.integers(0, 256, (200, 200, 3), dtype=np.uint8))
         for frame in range(4):
             noise.save(tmp_path / "frames" / str(video) / f"{frame}.jpg", quality=100)
-    # An unreadable frame in the first video: the continued run learns of it only from the index of a shard.
+    # The continued run does not read the first video again: the index of its shard lists this frame.
     (tmp_path / "frames" / "0" / "2.jpg").write_bytes(b"")
     stopped, options = tmp_path / "stopped", ("--workers", "1", "--shard-size", "1")
     # A shell may start background processes with SIGINT ignored.
@@ -302,7 +302,7 @@ def flip_bit(position: int, suffix: str = ".tar") -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "message"),
     [
         (flip_bit(1000), "frame 0 of 'class_0/video_0' is damaged"),
         (flip_bit(20), "frame 0 of 'class_0/video_0' is damaged"),
@@ -314,14 +314,14 @@ def flip_bit(position: int, suffix: str = ".tar") -> Callable[[Path], None]:
         (lambda shard: (shard.parent / "pack-1of1.json").write_text("{"), "json' is damaged"),
     ],
 )
-def test_check_reports_the_damage(tmp_path: Path, damage: Callable[[Path], object], words: str) -> None:
+def test_check_reports_the_damage(tmp_path: Path, damage: Callable[[Path], object], message: str) -> None:
     out = packed(write_folders(tmp_path / "frames", [6] * 8), tmp_path / "packed")
     damage(out / "frames-1of1-000000.tar")
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=message):
         check(out)
-    if "frame 0" not in words:
+    if "frame 0" not in message:
         # Opening the set also detects all damage that shows without reading the frames.
-        with pytest.raises(InputError, match=words):
+        with pytest.raises(InputError, match=message):
             open_source(out)
 
 
@@ -348,7 +348,7 @@ def test_damage_after_opening_is_an_unreadable_frame(
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["frames"], "DESTINATION is missing"),
         (["nowhere", "out"], "does not exist"),
@@ -368,14 +368,14 @@ def test_damage_after_opening_is_an_unreadable_frame(
     ],
 )
 def test_bad_input_gives_a_one_line_error(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     write_folders(tmp_path / "frames", [3])
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.mp4").write_bytes(b"no video")
     (tmp_path / "broken" / "b.mp4").symlink_to("nowhere")
-    assert command(*(word if word.startswith("--") else tmp_path / word for word in words)) == 2
+    assert command(*(word if word.startswith("--") else tmp_path / word for word in arguments)) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert re.search(message, error)
@@ -398,7 +398,7 @@ def test_the_command_packs_and_checks(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_the_clip_decoder_on_the_cpu(tmp_path: Path) -> None:
-    """The graph for NVDEC is tested with VP9, which DALI can decode on the CPU, too."""
+    """The graph for NVDEC is tested with VP9, which DALI can also decode on the CPU."""
     frames = [picture(0, t, 130, 160) for t in range(20)]
     video = probe_video(encode_video(tmp_path / "x.webm", frames, "libvpx-vp9", g=6, b=4_000_000))
     wanted = [0, 5, 6, 17, 19]

@@ -153,7 +153,7 @@ def test_a_draw_depends_only_on_seed_epoch_sample_and_attempt() -> None:
         np.testing.assert_array_equal(together["box"][row], alone["box"][0])
         assert together["flip"][row] == alone["flip"][0]
     np.testing.assert_array_equal(together["video"], samples // 3)
-    # Samples of the same video have different crops, and so has one sample in different epochs.
+    # Crops differ among the samples of a video and among the epochs of a sample.
     assert len({tuple(box) for box in together["box"]}) == 4
     other = make_sampling(seed=1, pairs_per_video=3).draw(lengths, epochs, samples)
     assert not np.array_equal(other["box"], together["box"])

@@ -94,17 +94,17 @@ def test_paths_in_a_frame_list_are_relative_to_the_list(tmp_path: Path) -> None:
 
 def test_unreadable_videos_of_a_folder_are_reported(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
-    whole = encode_video(tmp_path / "b" / "whole.mp4", [picture(0, t) for t in range(6)])
+    good = encode_video(tmp_path / "b" / "good.mp4", [picture(0, t) for t in range(6)])
     (tmp_path / "a.mkv").write_bytes(b"")
-    (tmp_path / "c.mp4").write_bytes(whole.read_bytes()[:400])
+    (tmp_path / "c.mp4").write_bytes(good.read_bytes()[:400])
     (tmp_path / "readme.txt").write_text("not a video")
     index = open_source(tmp_path)
     assert isinstance(index, VideoIndex)
-    assert index.names == ["b/whole.mp4"]
+    assert index.names == ["b/good.mp4"]
     assert index.num_frames.tolist() == [6]
     assert [name for name, _ in index.skipped] == ["a.mkv", "c.mp4"]
     assert all(reason for _, reason in index.skipped)
-    assert open_source(whole).names == ["whole.mp4"]
+    assert open_source(good).names == ["good.mp4"]
 
 
 def test_processes_divide_the_scan_of_videos(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_the_fingerprint_depends_on_names_and_lengths(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "kind", "words"),
+    ("make", "kind", "message"),
     [
         (lambda root: root / "nowhere", "auto", "does not exist"),
         (lambda root: root, "auto", r"contains no readable video\. Expected"),
@@ -190,8 +190,8 @@ def test_the_fingerprint_depends_on_names_and_lengths(tmp_path: Path) -> None:
         (lambda root: _write(root / "x.mp4", b"no video"), "auto", r"\(1 skipped, first x\.mp4: "),
     ],
 )
-def test_a_bad_source_gives_a_one_line_error(tmp_path: Path, make, kind: str, words: str) -> None:
-    with pytest.raises(InputError, match=words) as caught:
+def test_a_bad_source_gives_a_one_line_error(tmp_path: Path, make, kind: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
         open_source(make(tmp_path), kind=kind)
     assert "\n" not in str(caught.value)
 
@@ -218,7 +218,7 @@ def test_an_unreadable_frame_error_has_the_frame_number(tmp_path: Path) -> None:
     (folder / "00002.jpg").write_bytes(b"")
     (folder / "00003.jpg").unlink()
     index.read(0, [0])
-    for frame, words in ((1, "truncated JPEG"), (2, "empty"), (3, "no such file")):
-        with pytest.raises(UnreadableFrameError, match=words) as caught:
+    for frame, message in ((1, "truncated JPEG"), (2, "empty"), (3, "no such file")):
+        with pytest.raises(UnreadableFrameError, match=message) as caught:
             index.read(0, [0, frame])
         assert caught.value.frame == frame

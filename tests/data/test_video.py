@@ -199,37 +199,39 @@ def test_an_audio_file_has_no_video_stream(tmp_path: Path, cover: bool) -> None:
 
 
 def test_an_edit_list_that_starts_between_key_frames(tmp_path: Path) -> None:
-    """As `ffmpeg -ss TIME -i IN.mp4 -c copy OUT.mp4` writes it: the key frame is stored but not displayed."""
-    whole = encode_video(tmp_path / "x.mp4", [picture(0, t) for t in range(30)], g=10, bf=2)
-    cut = remux(whole, tmp_path / "cut.mp4", lambda _, data: data, shift=-600, use_editlist="1")
+    """`ffmpeg -ss TIME -i IN.mp4 -c copy OUT.mp4` stores the key frame, but marks it as not displayed."""
+    original = encode_video(tmp_path / "x.mp4", [picture(0, t) for t in range(30)], g=10, bf=2)
+    cut = remux(original, tmp_path / "cut.mp4", lambda _, data: data, shift=-600, use_editlist="1")
     frames = probe_video(cut).num_frames
     assert 7 < frames < 20
     check_frames(cut, frames)
 
 
 def test_a_stream_without_its_first_key_frame(tmp_path: Path) -> None:
-    whole = encode_video(tmp_path / "x.mp4", [picture(0, t) for t in range(30)], g=10, bf=2)
-    cut = remux(whole, tmp_path / "cut.mkv", lambda number, data: data if number > 5 else None)
+    original = encode_video(tmp_path / "x.mp4", [picture(0, t) for t in range(30)], g=10, bf=2)
+    cut = remux(original, tmp_path / "cut.mkv", lambda number, data: data if number > 5 else None)
     check_frames(cut, 20)
 
 
 def test_hidden_vp8_frames_are_not_counted(tmp_path: Path) -> None:
-    whole = encode_video(tmp_path / "x.webm", [picture(0, t) for t in range(12)], "libvpx")
+    original = encode_video(tmp_path / "x.webm", [picture(0, t) for t in range(12)], "libvpx")
     hidden = remux(
-        whole,
+        original,
         tmp_path / "hidden.webm",
         # The frame header's show_frame bit.
         lambda number, data: bytes([data[0] & ~0x10]) + data[1:] if number == 5 else data,
     )
-    assert [check_frames(path, n).miscounted for path, n in ((whole, 12), (hidden, 11))] == [False, True]
+    assert [check_frames(path, n).miscounted for path, n in ((original, 12), (hidden, 11))] == [False, True]
 
 
 def test_repeated_frames_in_avi_are_not_counted(tmp_path: Path) -> None:
     """XviD writes a repeated frame as a picture header with the flag `not coded`."""
-    whole = encode_video(tmp_path / "x.avi", [picture(0, t) for t in range(12)], "mpeg4")
+    original = encode_video(tmp_path / "x.avi", [picture(0, t) for t in range(12)], "mpeg4")
     # Start code, P picture, modulo time base, marker, ten bits of time, marker, not coded, stuffing.
     header = b"\0\0\1\xb6" + int("0101001100100010", 2).to_bytes(2, "big")
-    repeated = remux(whole, tmp_path / "repeated.avi", lambda number, data: header if number == 5 else data)
+    repeated = remux(
+        original, tmp_path / "repeated.avi", lambda number, data: header if number == 5 else data
+    )
     check_frames(repeated, 11)
 
 
