@@ -22,9 +22,14 @@ TOP = (1, 5)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_split_arguments(parser)
     parser.add_argument(
-        "--neighbours", type=int, nargs="+", default=list(metrics.NEIGHBOURS), metavar="K",
-        help="values of k for k-NN, at most the number of training videos (default: %(default)s)",
-    )  # fmt: skip
+        "--neighbours",
+        type=int,
+        nargs="+",
+        default=list(metrics.NEIGHBOURS),
+        metavar="K",
+        help="values of k for k-NN; those above the number of training videos are skipped "
+        "(default: %(default)s)",
+    )
     parser.add_argument(
         "--temperature",
         type=float,

@@ -57,7 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "--output",
             type=Path,
             metavar="FOLDER",
-            help=f"folder for the results (default: RUN/eval/{name}, without --run eval/{name})",
+            help=f"folder for the results (default: eval/{name} in RUN or, without --run, in the working "
+            "directory)",
         )
         task.add_arguments(task_parser)
 

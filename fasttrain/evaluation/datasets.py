@@ -8,10 +8,10 @@ Datasets with a label per video, their training and test lists and the paths of 
     ssv2      labels/{labels,train,validation}.json                      20bn-something-something-v2/ID.webm
     list      --train-list and --test-list, `path label` per line        path
 
-The lists may be in the root or in one of its folders, the videos anywhere below the root or in a packed set.
-A listed video matches the stored video whose path ends with the listed path. A folder of frames, or a file
-with another suffix, can replace a video file of the same name. Except for plain lists, the class folders may
-be missing.
+The lists may be in --root or in a folder directly below it, the videos anywhere below --root or --videos, or
+in a packed set. A listed video matches the stored video whose path ends with the listed path. A folder of
+frames, or a file with another suffix, can replace a video file of the same name. The class folders may be
+missing, except in plain lists.
 
 Datasets with a label per frame: Breakfast, GTEA and 50Salads as published with MS-TCN
 (github.com/yabufarha/ms-tcn).

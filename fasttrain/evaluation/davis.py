@@ -24,7 +24,7 @@ from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.propagation import TOPK
 from fasttrain.evaluation.sequences import Evaluation, LabelMap, VideoSequence, hard_labels, soft_labels
 
-# The label of pixels that belong to no object.
+# The label of void pixels, which are scored as background.
 VOID = 255
 
 

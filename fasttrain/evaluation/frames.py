@@ -64,7 +64,7 @@ def voc_palette() -> npt.NDArray[np.uint8]:
 
 
 def stream_frames(index: FrameIndex, video: int, frames: Sequence[int]) -> Iterator[Frame]:
-    """Yield frames (H, W, 3) uint8 RGB of one video; `frames` ascends. Raises UnreadableFrameError."""
+    """Read frames (H, W, 3) uint8 RGB of a video in ascending order. Raises UnreadableFrameError."""
     if isinstance(index, VideoIndex):
         # `read_frame` would open the file for every frame.
         return stream_video_frames(index.videos[video], frames)

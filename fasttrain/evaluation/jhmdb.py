@@ -143,7 +143,7 @@ def _find_sequence(root: Path, action: str, name: str) -> VideoSequence:
 def read_poses(path: Path) -> Coordinates:
     """Read the poses (2, J, T) of a clip: x and y in pixels, counted from 0 (in the file, from 1).
 
-    Raises InputError if the file is missing or damaged or does not hold such poses.
+    Raises InputError if the file is missing or damaged, or if its poses have another shape.
     """
     try:
         poses_2JT = np.asarray(loadmat(path)["pos_img"])
@@ -154,7 +154,7 @@ def read_poses(path: Path) -> Coordinates:
     if poses_2JT.ndim != 3 or poses_2JT.shape[:2] != (2, len(JOINTS)) or poses_2JT.shape[2] < 2:
         raise InputError(
             f"annotation '{path}': pos_img has shape {poses_2JT.shape}; expected (2, {len(JOINTS)}, T) with "
-            "at least 2 frames T"
+            "T of at least 2"
         )
     return poses_2JT.astype(np.float64) - 1
 
@@ -195,7 +195,7 @@ def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation) -> dict[s
 def end_at_their_joint(
     matches_M4: Coordinates, first_2J: Coordinates, second_2J: Coordinates, threshold: float = 0.2
 ) -> list[bool]:
-    """Whether each match ends at the joint nearest to its start, by the rule of PCK at `threshold`."""
+    """Check, for each match, whether it ends at the joint nearest to its start, within PCK's tolerance."""
     joint_M = np.linalg.norm(matches_M4[:, :2, None] - first_2J, axis=1).argmin(axis=1)
     distance_M = np.linalg.norm(matches_M4[:, 2:] - second_2J[:, joint_M].T, axis=1)
     person = metrics.PERSON_SHARE * np.linalg.norm(np.ptp(second_2J, axis=1))

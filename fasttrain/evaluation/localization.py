@@ -1,4 +1,4 @@
-"""Localise actions in time with a linear classifier of single frames; score its frames and segments.
+"""Localise actions in time with a linear classifier of single frames, scored by frames and by segments.
 
 Supported datasets are Breakfast, GTEA, 50Salads and others in their layout. The classifier uses one frame at
 a time, so that the results reflect the features and not a temporal model.
@@ -19,7 +19,7 @@ from scipy.ndimage import uniform_filter1d
 
 from fasttrain.data.sampling import evenly_spaced
 from fasttrain.distributed import World
-from fasttrain.errors import check_options
+from fasttrain.errors import InputError, check_options
 from fasttrain.evaluation import datasets, features, linear_probe, metrics, plots
 from fasttrain.evaluation.datasets import LabelledVideo, Labels
 from fasttrain.evaluation.features import Extracted
@@ -137,7 +137,8 @@ def _trim_labels(
 ) -> list[LabelledVideo]:
     """Trim the labels of each video to its number of frames.
 
-    Videos with far too few or too many labels are left out; `mismatched` gets a line for each.
+    Videos with far too few or too many labels are left out; `mismatched` gets a line for each. Raises
+    InputError if no video remains.
     """
     trimmed = []
     for video in extracted.readable(listed):
@@ -146,6 +147,11 @@ def _trim_labels(
             mismatched.append(f"{video.name}: {frames} frames, but {labels} labels; expected one per frame")
         else:
             trimmed.append(replace(video, labels_T=video.labels_T[:frames]))
+    if not trimmed:
+        raise InputError(
+            f"all videos in a list have too few or too many labels (for example {mismatched[-1]}). Pass "
+            "videos at the frame rate of the labels."
+        )
     return trimmed
 
 

@@ -37,7 +37,7 @@ class EvaluatedModel:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     encoder = parser.add_mutually_exclusive_group(required=True)
-    encoder.add_argument("--run", type=Path, metavar="FOLDER", help="output folder of a training run")
+    encoder.add_argument("--run", type=Path, help="output folder of a training run")
     encoder.add_argument(
         "--backbone", help="backbone to evaluate without a run: mae, dino, ... or a timm ViT"
     )
@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--projection", type=Path, metavar="FILE", help="projection.safetensors to use with --backbone"
     )
     only = parser.add_mutually_exclusive_group()
-    only.add_argument("--baseline-only", action="store_true", help="measure the frozen backbone only")
-    only.add_argument("--projection-only", action="store_true", help="measure only with the projection")
+    only.add_argument("--baseline-only", action="store_true", help="evaluate only the frozen backbone")
+    only.add_argument("--projection-only", action="store_true", help="evaluate only the projected features")
     parser.add_argument(
         "--device", choices=("auto", "cuda", "cpu"), default="auto", help="device (default: auto)"
     )

@@ -132,7 +132,10 @@ def _radii(features_TPD: Tensor) -> Tensor:
 
 
 def _effective_rank(features_ND: Tensor) -> float:
-    """Compute exp(entropy of the normalised singular values) (Roy & Vetterli) over the maximum rank."""
+    """Compute the effective rank (Roy and Vetterli, EUSIPCO 2007) as a share of the maximum rank.
+
+    The effective rank is the exponential of the entropy of the normalised singular values.
+    """
     if not features_ND.isfinite().all():
         return math.nan
     # In float32, the last digits of the entropy would depend on the number of threads.
@@ -142,7 +145,7 @@ def _effective_rank(features_ND: Tensor) -> float:
 
 
 def _cycle_accuracy(video_TPD: Tensor) -> Tensor:
-    """Compute the share of 2 x 2 windows that most likely return to themselves in a cycle of two frames."""
+    """Compute the share of 2 x 2 windows whose walk to the second frame and back most likely returns."""
     frames, patches, channels = video_TPD.shape
     side = int(patches**0.5)
     grid_TDhw = video_TPD.transpose(1, 2).reshape(frames, channels, side, side)

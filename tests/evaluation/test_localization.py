@@ -94,6 +94,16 @@ def test_wrong_number_of_labels_and_class_without_training(
     assert np.isfinite(report["results"]["before"]["mAP mean"])
 
 
+def test_all_labels_at_another_frame_rate(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = segmentation(tmp_path / "data")
+    for path in (root / "groundTruth").iterdir():
+        path.write_text(path.read_text() * 2)
+    options = ["--run", run, "--root", root, "--output", tmp_path / "out"]
+    fails("localization", options, "all videos in a list have too few or too many labels", capsys)
+
+
 @given(st.integers(1, 9), st.integers(1, 12))
 def test_smoothing_is_a_running_mean(window: int, length: int) -> None:
     values = np.random.default_rng(length).random((length, 2))
