@@ -47,7 +47,7 @@ def has_nvdec() -> bool:
 
 
 def nvdec_refusal(video: VideoInfo) -> str | None:
-    """Why a video should not be decoded with NVDEC, or None. Most rules avoid bugs in DALI 2.4."""
+    """Return the reason not to decode a video with NVDEC, or None. Most rules avoid bugs in DALI 2.4."""
     formats, max_side = _CODECS.get(video.codec, (set(), 0))
     sides = sorted((video.width, video.height))
     rules = {
@@ -107,7 +107,7 @@ def cut_clip(video: VideoInfo, frames: Sequence[int]) -> tuple[Bytes, list[int]]
 def _packets_between(
     container: av.container.InputContainer, stream: av.VideoStream, start: int, target: int
 ) -> dict[int, av.Packet]:
-    """Map times to packets, in decoding order from the key frame at `start` to the packet at `target`."""
+    """Return the packets from the key frame at `start` to `target`, by time and in decoding order."""
     # Without an index (MPEG-TS), seeking is approximate and may land too late; then read from the beginning.
     for position in (start, 0):
         container.seek(position, stream=stream)
