@@ -69,7 +69,7 @@ def find_sequences(root: Path, year: str, subset: str) -> list[VideoSequence]:
     # A line holds the name of a sequence or, in the 2016 release, the paths of a frame and its annotation.
     lines = [Path(line.split()[0]) for line in sequences.read_list(listed)]
     names = dict.fromkeys(line.parent.name if line.suffix == ".jpg" else line.name for line in lines)
-    # J and F exclude the first and the last frame, so that a sequence needs at least three.
+    # J and F exclude the first and the last frame, so a sequence needs at least three.
     return [sequences.find_pairs(name, frames / name, annotations / name, fewest=3) for name in names]
 
 

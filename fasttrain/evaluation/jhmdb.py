@@ -115,7 +115,7 @@ def clips_of_split(folder: Path, split: int) -> list[tuple[str, str]]:
 def clips_of_list(path: Path) -> list[tuple[str, str]]:
     """Read the class and name of each clip in a list.
 
-    Published lists hold absolute paths of their authors' machines, so that only the ends of paths count.
+    Published lists hold absolute paths of their authors' machines, so only the ends of the paths are used.
     """
     clips = []
     for line in sequences.read_list(path):

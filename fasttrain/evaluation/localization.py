@@ -1,7 +1,7 @@
 """Localise actions in time with a linear classifier of single frames, scored by frames and by segments.
 
 Supported datasets are Breakfast, GTEA, 50Salads and others in their layout. The classifier uses one frame at
-a time, so that the results reflect the features and not a temporal model.
+a time, so the results reflect the features and not a temporal model.
 """
 
 # Shape suffixes: T frames, S sampled frames, D channels, C classes.
@@ -137,7 +137,7 @@ def _trim_labels(
 ) -> list[LabelledVideo]:
     """Trim the labels of each video to its number of frames.
 
-    Videos with far too few or too many labels are left out; `mismatched` gets a line for each. Raises
+    Videos with far too few or too many labels are left out, with a line for each in `mismatched`. Raises
     InputError if no video remains.
     """
     trimmed = []

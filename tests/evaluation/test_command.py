@@ -66,7 +66,7 @@ def test_every_layout_end_to_end(
         report = read(output, task)
         assert report["data"]["layout"] == layout
         assert (report["data"]["train_videos"], report["data"]["test_videos"]) == (9, 6)
-        # Each class is one scene, so that even a random encoder separates the classes.
+        # Each class is one scene, so even a random encoder separates the classes.
         assert report["results"]["before"][metric] == report["results"]["after"][metric] == 100
         assert report["results"]["difference"][metric] == 0
         assert set(report["versions"]) >= {"torch", "fasttrain"}

@@ -96,7 +96,7 @@ def test_plain_lists(tmp_path: Path) -> None:
 
 
 def test_kinetics_without_class_folders(tmp_path: Path) -> None:
-    """The published archives have none."""
+    """The published archives have no class folders."""
     for which, video in (("train", "a"), ("val", "b")):
         lines = f"label,youtube_id,time_start,time_end,split\nclay pottery,{video},1,11,{which}\n"
         (tmp_path / f"{which}.csv").write_text(lines)
@@ -104,8 +104,7 @@ def test_kinetics_without_class_folders(tmp_path: Path) -> None:
     split = read(tmp_path)
     assert split.train[0].path == tmp_path / "train/a_000001_000011.mp4"
     assert split.test[0].path == tmp_path / "val/b_000001_000011.mp4"
-    # The publishers' tool sorts videos into class folders and replaces damaged ones, so its files take
-    # precedence.
+    # The publishers' tool sorts videos into class folders and replaces damaged ones, so these files win.
     touch(tmp_path, "videos/train/clay pottery/a_000001_000011.mp4")
     assert read(tmp_path).train[0].path.parent == tmp_path / "videos/train/clay pottery"
 

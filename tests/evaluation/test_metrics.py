@@ -60,7 +60,7 @@ def test_empty_masks() -> None:
 
 @pytest.mark.parametrize(("size", "pixels"), [((300, 400), 4), ((315, 420), 5)])
 def test_contours_match_within_the_tolerance(size: tuple[int, int], pixels: int) -> None:
-    """The tolerance is 0.008 of the diagonal, rounded up: 4 pixels from 4.0, and 5 from 4.2."""
+    """The tolerance is 0.008 of the diagonal, rounded up: 4.0 gives 4 pixels and 4.2 gives 5."""
     mask = np.zeros(size, dtype=bool)
     mask[100:200, 100:200] = True
     assert boundary_accuracy(np.roll(mask, pixels, axis=1), mask) == 1
@@ -104,7 +104,7 @@ def test_pck_leaves_out_the_first_frame_and_undetected_joints() -> None:
 
 @pytest.mark.parametrize(("shift", "both", "percent"), [(3, True, 100), (3.1, True, 50), (0, False, 0)])
 def test_pck_at_the_threshold_and_with_one_detected_joint(shift: float, both: bool, percent: float) -> None:
-    """The diagonal of the box is 50 pixels and the person's size 30, so that PCK@0.1 allows 3 pixels.
+    """The diagonal of the box is 50 pixels and the person's size 30, so PCK@0.1 allows 3 pixels.
 
     If only one joint is detected, its box is a point and it is scored as wrong, as in videowalk.
     """
@@ -248,12 +248,11 @@ def test_segments_are_runs_of_equal_labels() -> None:
 
 def test_segmentation_metrics_of_a_hand_computed_case() -> None:
     assert frame_accuracy([GUESS], [TRUTH]) == 70
-    # The segments 1 2 1 2 for the true 1 2 (0 is background) are two insertions away, out of four.
+    # The predicted segments 1 2 1 2 have an edit distance of 2 to the true segments 1 2 (0 is background).
     assert edit_score([GUESS], [TRUTH], background=[0]) == 50
     # The IoUs of the four predicted segments are 3/5, 1/4, 0 and 1/3: one match at 0.5.
     assert segmental_f1([GUESS], [TRUTH], 0.5, background=[0]) == pytest.approx(100 * 2 / (4 + 2))
-    # At 0.25, the first prediction of label 2 matches the true segment; the later one with a higher IoU
-    # cannot.
+    # At 0.25, the first prediction of label 2 matches the true segment, so the second cannot.
     assert segmental_f1([GUESS], [TRUTH], 0.25, background=[0]) == pytest.approx(100 * 4 / (4 + 2))
     assert segmental_f1([GUESS], [TRUTH], 0.75, background=[0]) == 0
 

@@ -302,7 +302,7 @@ def test_oracle_masks(tmp_path: Path) -> None:
         truth[t, 1:4, t : t + 3], truth[t, 5:9, 12 - t : 14 - t] = 1, 2
     labels = propagate_with_oracle(points, functional.one_hot(truth[0]).float(), tmp_path)
     assert torch.equal(labels.argmax(-1), truth)
-    # Every cell of an object has matches of that object only, so that its label has the full weight.
+    # All matches of an object's cell belong to the object, so its label has the full weight.
     assert torch.equal(labels.amax(-1)[truth > 0], torch.ones(int((truth > 0).sum())))
 
 
