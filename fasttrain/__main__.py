@@ -1,12 +1,12 @@
-"""`fasttrain RECIPE [key=value ...]` trains the recipe's projection, alone or under torchrun.
+"""Train the projection of a recipe, in one process or under torchrun.
 
-The run folder (`output`) gets recipe.yaml, projection.safetensors, checkpoints/, metrics.jsonl, tensorboard/,
-figures/ and train.json. The same command continues a run that was stopped. `fasttrain COMMAND` does the rest.
+The run folder (`output`) receives recipe.yaml, projection.safetensors, checkpoints/, metrics.jsonl,
+tensorboard/, figures/ and train.json. To continue an interrupted run, repeat the same command.
 """
 
-# A command is a module with `add_arguments(parser)` and `run(arguments)`; `train` is this one. Bad input
-# (`InputError`, or a path that the system refuses) ends in one line on stderr and exit code 2; every other
-# exception is ours and keeps its traceback.
+# Each command is a module that defines `add_arguments(parser)` and `run(arguments)`, and whose docstring
+# opens its --help text; `train` is this module. Bad input (`InputError`, or a path that the system refuses)
+# prints one line to stderr and exits with code 2. Every other exception is a bug and keeps its traceback.
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fasttrain.errors import InputError, LocalInputError
@@ -25,55 +27,56 @@ from fasttrain.files import os_reason
 if TYPE_CHECKING:
     from fasttrain.recipe import Recipe
 
-# Imported when asked for: `--help` of one command does not load torch for all.
+# The module of a command is imported when the command runs, so that most --help texts need not load torch.
 COMMANDS = {
-    "train": (__name__, "train a projection; the word `train` may be left out"),
-    "pack": ("fasttrain.data.pack", "turn videos or frame folders into shards for fast random access"),
-    "eval": ("fasttrain.evaluation.command", "measure a run on a benchmark, before and after"),
-    "report": ("fasttrain.evaluation.report", "gather runs into one HTML page"),
+    "train": (__name__, "train a projection (the default command)"),
+    "pack": ("fasttrain.data.pack", "convert videos or frame folders to shards for fast random access"),
+    "eval": ("fasttrain.evaluation.command", "evaluate a run on a benchmark, before and after"),
+    "report": ("fasttrain.evaluation.report", "summarise runs in one HTML page"),
     "export": ("fasttrain.tools.export", "write a trained video encoder as one self-contained file"),
-    "doctor": ("fasttrain.tools.doctor", "say what this machine has, what it lacks and what that costs"),
+    "doctor": ("fasttrain.tools.doctor", "list what is installed, what is missing and what that costs"),
     "schema": ("fasttrain.tools.schema", "print the JSON schema of recipes, for editors"),
-    "demo": ("fasttrain.tools.demo", "train on synthetic video and show what it bought"),
+    "demo": ("fasttrain.tools.demo", "train on synthetic video and compare before and after"),
 }
 USAGE = """\
-usage: fasttrain RECIPE [key=value ...]
+usage: fasttrain RECIPE [KEY=VALUE ...]
        fasttrain COMMAND --help
-       torchrun --nproc-per-node=8 -m fasttrain RECIPE [key=value ...]
+       torchrun --nproc-per-node=8 -m fasttrain RECIPE [KEY=VALUE ...]
 
 Turn a frozen image encoder into a video encoder.
 
 commands:"""
-# Errors of the system that are the user's to mend, and how.
+# OS errors that the user can resolve, and how.
 ADVICE = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room and run the same command again"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR), "give another path"),
-    **dict.fromkeys((errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG), "give another path"),
-    **dict.fromkeys((errno.EIO, errno.ESTALE), "see whether the disk is whole and mounted"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space and repeat the command"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR), "use another path"),
+    **dict.fromkeys((errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG), "use another path"),
+    **dict.fromkeys((errno.EIO, errno.ESTALE), "check that the disk is healthy and mounted"),
     errno.EMFILE: "raise the limit of open files with ulimit -n",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A name that the terminal cannot show must not end a run after hours of work.
+        # A file name that the terminal cannot encode must not end a run after hours of work.
         sys.stdout.reconfigure(errors="replace")
     if not words or words[0] in ("-h", "--help"):
         print(USAGE, *(f"  {name:<8}{meaning}" for name, (_, meaning) in COMMANDS.items()), sep="\n")
         return 0
-    name = words.pop(0) if words[0] in COMMANDS else "train"
     try:
+        name = _take_command(words)
         module = importlib.import_module(COMMANDS[name][0])
         parser = argparse.ArgumentParser(prog=f"fasttrain {name}", description=module.__doc__)
         parser.formatter_class = argparse.RawDescriptionHelpFormatter
         module.add_arguments(parser)
-        # Options may stand between positional words, which argparse does not offer for subcommands.
+        # Intermixed parsing allows options between positional arguments. argparse does not support it with
+        # subcommands, which `eval` has.
         parse = parser.parse_args if name == "eval" else parser.parse_intermixed_args
         module.run(parse(words))
     except InputError as error:
-        # All processes meet the same bad input and one line is enough, unless only this one met it.
+        # All ranks usually meet the same error, so only rank 0 prints it, unless it is specific to one rank.
         if os.environ.get("RANK", "0") == "0" or isinstance(error, LocalInputError):
             print(f"fasttrain: {error}", file=sys.stderr)
         return 2
@@ -88,26 +91,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _take_command(words: list[str]) -> str:
+    """Remove the command from `words` and return it; a recipe or an option in its position means `train`."""
+    word = words[0]
+    if word in COMMANDS:
+        return words.pop(0)
+    if not word.startswith("-") and Path(word).suffix not in (".yaml", ".yml") and not Path(word).is_file():
+        similar = get_close_matches(word, COMMANDS, n=1)
+        guess = f"; did you mean {similar[0]!r}?" if similar else "."
+        raise InputError(
+            f"{word!r} is neither a command nor a recipe file{guess} Commands: {', '.join(COMMANDS)}. "
+            f"Recipes are YAML files, such as recipes/dinov2.yaml"
+        )
+    return "train"
+
+
 # --- the command `train` -------------------------------------------------------------------------------
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from fasttrain.recipe import keys_table
 
-    parser.add_argument("recipe", help="a YAML file, such as recipes/dinov2.yaml")
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file, such as recipes/dinov2.yaml")
     parser.add_argument(
         "overrides",
         nargs="*",
-        metavar="key=value",
-        help="dotted recipe keys, such as data.source=PATH train.epochs=1",
+        metavar="KEY=VALUE",
+        help="recipe keys to override, such as data.source=PATH train.epochs=1",
     )
     parser.add_argument(
         "--profile",
         action="store_true",
-        help="record a few steps: output/profile gets a Chrome trace and a summary of the time by span",
+        help="profile a few early steps; write a Chrome trace and a summary to output/profile",
     )
     parser.add_argument(
-        "--keys", action="version", version=keys_table(), help="print every recipe key as a table and leave"
+        "--keys", action="version", version=keys_table(), help="print all recipe keys as a table and exit"
     )
 
 
@@ -118,20 +136,34 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def train(recipe: Recipe, *, profile: bool = False) -> None:
-    """Train in this process and draw the learning curves of what came out."""
+    """Train in this process, plot the learning curves, and print where the result is."""
     from fasttrain import distributed
     from fasttrain.trainer import Trainer
 
     with distributed.start(recipe.device) as world:
         trainer = Trainer(recipe, world, profile=profile)
-        if trainer.train() and world.is_main:
+        results = trainer.train()
+        if not world.is_main:
+            return
+        folders = [each.folder for each in trainer.backbone_trainers]
+        if results:
             try:
                 from fasttrain.evaluation.plots import learning_curves
             except InputError as error:
-                print(f"no learning curves: {error}")
-                return
-            for folder in (one.folder for one in trainer.backbone_trainers):
-                learning_curves([folder], folder / "figures" / "learning.png")
+                trainer.say(f"no learning curves: {error}")
+            else:
+                for folder in folders:
+                    learning_curves([folder], folder / "figures" / "learning.png")
+        trainer.say(_where_to_find(folders))
+
+
+def _where_to_find(folders: list[Path]) -> str:
+    """Name the trained projections of the run folders in one line that also shows how to load them."""
+    from fasttrain.video_encoder import PROJECTION_FILE
+
+    first, names = folders[0], ",".join(folder.name for folder in folders)
+    path = (first if len(folders) == 1 else first.with_name(f"{{{names}}}")) / PROJECTION_FILE
+    return f"saved {path}; load with fasttrain.load_video_encoder({str(first)!r})"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""One backbone in training: its frozen encoder, the head that learns, and all that trains it.
+"""The training of one backbone: its frozen encoder, projection, optimiser, loss scaling and metrics.
 
-`trainer` feeds frame pairs to one `BackboneTrainer` or to many; each owns one run folder. Nothing here reads
-data, so that benchmarks can drive it with frames that are on the device already.
+`trainer` feeds frame pairs to one or several `BackboneTrainer`s, each with a run folder. This module does not
+read data, so that benchmarks can run it on frames that are already on the device.
 
 Shape suffixes: B pairs, N tokens, D channels, P passes.
 """
@@ -34,56 +34,69 @@ from fasttrain.video_encoder import PROJECTION_FILE, projection_metadata
 
 
 class Meter:
-    """The scalars of the passes since the last reading, kept on the device: adding never waits for it."""
+    """Losses and diagnostics since the last report, kept on the device so that `add` does not synchronise."""
 
     def __init__(self) -> None:
-        self._steps: list[int] = []
+        self._step_indices: list[int] = []
         self._losses: list[Tensor] = []
         self._diagnostics: list[Tensor] = []
 
-    def add(self, step: int, losses: CosettleLoss) -> None:
-        """Take in the detached losses of one forward pass, and its diagnostics where it has them."""
-        self._steps.append(step)
-        # A copy: the next replay of a CUDA graph overwrites its outputs.
+    def add(self, step_index: int, losses: CosettleLoss) -> None:
+        """Record the detached losses of one forward pass, and its diagnostics if they were computed."""
+        self._step_indices.append(step_index)
+        # Stacking copies the values, which the next replay of a CUDA graph overwrites.
         self._losses.append(torch.stack((losses.loss, losses.cycle, losses.separability)))
         if losses.cycle_accuracy is not None:
             self._diagnostics.append(torch.stack((losses.cycle_accuracy, losses.identity_similarity)))
 
     def read(self, world: World) -> tuple[dict[str, float], int | None]:
-        """Means since the last reading over all processes, and the first step of a non-finite loss."""
+        """Return the means over passes and ranks, and the step index of the first non-finite loss, if any.
+
+        The meter is empty afterwards.
+        """
         losses_P3 = torch.stack(self._losses).double()
         loss, cycle, separability = world.mean(losses_P3.mean(dim=0)).tolist()
-        readings = {"loss": loss, "cycle": cycle, "separability": separability}
+        metrics = {"loss": loss, "cycle": cycle, "separability": separability}
         if self._diagnostics:
             accuracy, similarity = world.mean(torch.stack(self._diagnostics).mean(dim=0)).tolist()
-            readings |= {"cycle_accuracy": accuracy, "identity_similarity": similarity}
+            metrics |= {"cycle_accuracy": accuracy, "identity_similarity": similarity}
         finite = losses_P3[:, 0].isfinite().tolist()
-        bad_steps = [step for step, good in zip(self._steps, finite, strict=True) if not good]
-        for values in (self._steps, self._losses, self._diagnostics):
+        bad_steps = [index for index, good in zip(self._step_indices, finite, strict=True) if not good]
+        for values in (self._step_indices, self._losses, self._diagnostics):
             values.clear()
-        bad_steps = [step for steps in world.gather(bad_steps[:1]) for step in steps]
-        return readings, min(bad_steps, default=None)
+        bad_steps = [index for indices in world.gather(bad_steps[:1]) for index in indices]
+        return metrics, min(bad_steps, default=None)
 
 
 class BackboneTrainer:
-    """One frozen backbone, its trained head, optimiser, loss scale and meters."""
+    """One frozen backbone with its projection, optimiser, loss scaler and meter.
+
+    Args:
+        recipe: A recipe with a single backbone.
+        world: This process among those of the run.
+        encoder: The recipe's backbone, if it is already loaded. It is moved and cast in place.
+
+    Raises:
+        InputError: The weights cannot be loaded, or a key of the recipe does not fit the backbone or the
+            device.
+    """
 
     def __init__(self, recipe: Recipe, world: World, encoder: Backbone | None = None) -> None:
-        """`encoder`: the recipe's backbone, if it has been loaded already; it is moved and cast in place."""
         self.recipe, self.world = recipe, world
         self.name = recipe.backbone.name
         self.folder = Path(recipe.output)
         self.dtype = recipe.train.dtype
         self.backbone_settings = backbone_settings(recipe)
         self.encoder: Backbone = encoder or world.run_on_all(lambda: load_backbone(**self.backbone_settings))
-        # What a resumed run must find unchanged: a file of weights may be another under the same name.
+        # Must not change when the run is resumed. The file of the weights may have been replaced.
         self.facts = {"weights_hash": self.encoder.weights_hash}
         self.grid = self.encoder.grid(recipe.data.image_size, recipe.data.image_size)
         if recipe.objective.window > min(self.grid):
             raise InputError(
-                f"objective.window: {recipe.objective.window} does not fit on the {self.grid[0]} x "
-                f"{self.grid[1]} tokens of {self.name}; expected at most {min(self.grid)}"
+                f"objective.window: {recipe.objective.window} is larger than the token grid of {self.name} "
+                f"({self.grid[0]} x {self.grid[1]}); expected at most {min(self.grid)}"
             )
+
         self.runtime = EncoderRuntime(self.encoder, recipe.encoder, dtype=self.dtype, device=world.device)
         self.projection = Projection(
             self.encoder.embed_dim,
@@ -92,7 +105,7 @@ class BackboneTrainer:
             seed=recipe.seed,
         ).to(world.device)
         objective = CosettleObjective(self.projection, recipe.objective)
-        # Where no fused kernel computes it, compilation fuses what surrounds the head's products.
+        # Without the fused Triton kernels, compilation fuses the operations around the matrix products.
         self._compiles_objective = self.runtime.compiled and (
             world.device.type == "cpu" or recipe.objective.backend == "eager"
         )
@@ -106,9 +119,9 @@ class BackboneTrainer:
         self._recorded_pass: CapturedCall | None = None
 
     def warm_up(self) -> float:
-        """Compile and record what the recipe wants, ahead of the first step; returns the seconds it took.
+        """Compile the model and record CUDA graphs, if the recipe enables them; return the seconds this took.
 
-        Weights, optimiser, meters and the global random state are left as they were, gradients at zero.
+        Weights, optimiser state, meter and the global random state are unchanged; gradients are zero.
         """
         recipe, device = self.recipe, self.world.device
         uses_graph = recipe.encoder.cuda_graph and device.type == "cuda"
@@ -117,29 +130,29 @@ class BackboneTrainer:
         start = time.perf_counter()
         size = recipe.data.image_size
         frames = torch.zeros(2, recipe.train.batch_size, 3, size, size, device=device, dtype=self.dtype)
-        positions = self.asymmetric_positions(step=0)
+        positions = self.asymmetric_positions(step_index=0)
         with self.world.no_sync(self.objective):
             self._run_pass(frames, positions, diagnostics=True)
             if self._compiles_objective or device.type == "cuda":
-                # Log steps and the others are two programs, of the compiler or of Triton.
+                # Passes with and without diagnostics are compiled separately.
                 self._run_pass(frames, positions)
             if uses_graph and self.world.size == 1 and not self.scaler.is_enabled():
                 self._recorded_pass = CapturedCall(self._run_pass, (frames, positions))
             elif uses_graph:
-                # The gradients' average over processes and the loss scale stay outside.
+                # Averaging gradients over ranks and scaling the loss cannot be part of the graph.
                 self._encode = CapturedCall(self.runtime.three_views, (frames, positions))
         self.optimizer.zero_grad(set_to_none=False)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - start
 
-    def forward_backward(self, frames: Tensor, step: int, *, last: bool, diagnostics: bool) -> None:
-        """Forward and backward pass of one micro-batch, frames (2, B, 3, S, S).
+    def forward_backward(self, frames: Tensor, step_index: int, *, last: bool, diagnostics: bool) -> None:
+        """Run the forward and backward pass of one micro-batch, frames (2, B, 3, S, S).
 
-        Processes average their gradients in the `last` pass of a step. Diagnostics are never recorded in the
-        CUDA graph, for they need the whole cycle.
+        Gradients are averaged over ranks in the `last` pass of a step. Passes with diagnostics bypass the
+        CUDA graph, which is recorded without them.
         """
-        positions = self.asymmetric_positions(step)
+        positions = self.asymmetric_positions(step_index)
         with nullcontext() if last else self.world.no_sync(self.objective):
             if self._recorded_pass is not None and not diagnostics:
                 with span(RECORDED_PASS):
@@ -147,20 +160,20 @@ class BackboneTrainer:
             else:
                 losses = self._run_pass(frames, positions, diagnostics)
         with span("meters"):
-            self.meter.add(step, losses)
+            self.meter.add(step_index, losses)
 
-    def asymmetric_positions(self, step: int) -> Tensor:
-        """The asymmetric positions (N, D) of a step."""
+    def asymmetric_positions(self, step_index: int) -> Tensor:
+        """Return the asymmetric positions (N, D) of a step."""
         ratio = self.recipe.objective.asymmetric_ratio
         count = self.encoder.asymmetric_range(ratio)
         return self.encoder.asymmetric_positions(
-            ratio=ratio, offset=asymmetric_offset(self.recipe.seed, step, count)
+            ratio=ratio, offset=asymmetric_offset(self.recipe.seed, step_index, count)
         )
 
     def _run_pass(self, frames: Tensor, positions: Tensor, diagnostics: bool = False) -> CosettleLoss:
         with span("encoder"):
             frozen_B3ND = self._encode(frames, positions)
-        # A cast kept from one pass to the next would be frozen into a recorded graph.
+        # With the cache enabled, a CUDA graph would replay with the weights as cast during the recording.
         autocast = torch.autocast(
             self.world.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False
         )
@@ -168,11 +181,11 @@ class BackboneTrainer:
             losses: CosettleLoss = self.objective(frozen_B3ND, self.grid, diagnostics)
         with span("backward"):
             self.scaler.scale(losses.loss / self.recipe.train.accumulate).backward()
-        # Without history, which in a recording would outlive the pass.
+        # Detached, because the outputs of a recorded graph would keep its autograd history alive.
         return losses._make(value if value is None else value.detach() for value in losses)
 
     def update(self, lr: float) -> None:
-        """One optimiser step."""
+        """Take one optimiser step and reset the gradients."""
         with span("optimiser"):
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -192,24 +205,25 @@ class BackboneTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
 
-    def save(self, step: int, facts: dict[str, Any]) -> None:
-        """Write projection and checkpoint; the main process only."""
+    def save(self, completed_steps: int, facts: dict[str, Any]) -> None:
+        """Write the projection and a checkpoint; call it on rank 0 only."""
         metadata = projection_metadata(
             self.backbone_settings, self.encoder, self.projection, to_dict(self.recipe)
         )
         self.projection.save(self.folder / PROJECTION_FILE, metadata)
-        # Last: a run that is cut off in between takes the steps again, and with them the projection.
-        state = {"step": step, **facts, **self.facts, **self.state()}
-        save_checkpoint(self.folder / "checkpoints", step, state)
+        # The checkpoint is written last: a run that is interrupted in between resumes from the previous
+        # checkpoint and overwrites the projection.
+        state = {"step": completed_steps, **facts, **self.facts, **self.state()}
+        save_checkpoint(self.folder / "checkpoints", completed_steps, state)
 
 
 def backbone_settings(recipe: Recipe) -> dict[str, Any]:
-    """The arguments of `load_backbone` for a recipe of one backbone."""
+    """Return the arguments of `load_backbone` for a recipe with a single backbone."""
     return {**dataclasses.asdict(recipe.backbone), "image_size": recipe.data.image_size, "seed": recipe.seed}
 
 
 def backbone_recipes(recipe: Recipe) -> list[Recipe]:
-    """The recipe of each backbone's own run: itself, or one per entry of `backbones` in `output/NAME`."""
+    """Split a recipe into one per backbone; with several backbones, each writes to `output/NAME`."""
     if not recipe.backbones:
         return [recipe]
     return [
@@ -220,12 +234,13 @@ def backbone_recipes(recipe: Recipe) -> list[Recipe]:
     ]
 
 
-def asymmetric_offset(seed: int, step: int, count: int) -> tuple[int, int]:
-    """Where view 3's positions are cropped in this step: (row, column), each uniform on [0, count).
+def asymmetric_offset(seed: int, step_index: int, count: int) -> tuple[int, int]:
+    """Draw the offset (row, column) of view 3's positions in a step, each uniform on [0, count).
 
-    A pure function, the same on all processes and in all accumulated passes of a step, so that a step does
-    not depend on how its batch is divided.
+    The offset is the same on all ranks and in all accumulated passes, so that a step does not depend on how
+    its global batch is divided.
     """
-    generator = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, step], dtype=np.uint64)))
+    key = np.array([seed % 2**64, step_index], dtype=np.uint64)
+    generator = np.random.Generator(np.random.Philox(key=key))
     row, column = generator.integers(0, count, size=2)
     return int(row), int(column)

@@ -1,10 +1,10 @@
-"""The frozen image encoders: eight families as their authors publish them, and any timm ViT by its name.
+"""The frozen image encoders: eight published families of ViTs, and any timm ViT by name.
 
-`load_backbone` builds one on timm's VisionTransformer and fills it from `weights`. `trainer` takes three
-views a step from it, `evaluation` and `video_encoder` take plain tokens.
+`load_backbone` builds a timm VisionTransformer and loads its weights. Training encodes three views of each
+frame pair (`Backbone.three_views`); evaluation and inference need plain tokens (`Backbone.tokens`).
 
 Shape suffixes: B images, C colours, H and W pixels, N patch tokens on an h x w grid, P class and register
-tokens, L tokens in all, S cells on a side of the encoder's own square grid, D channels.
+tokens, L tokens in total, S cells per side of the square grid of the training images, D channels.
 """
 
 import math
@@ -32,19 +32,21 @@ Resize = Literal["plain", "offset", "antialias"]
 
 @dataclass(frozen=True)
 class Family:
-    """What sets one family apart, after its authors' code (as republished in github.com/yafeng19/Co-Settle).
+    """The properties of a family of backbones, as published in github.com/yafeng19/Co-Settle.
 
-    containers, prefix: the entries of published checkpoints that may hold the state dict, and the
-        prefix of the encoder's keys in it.
-    vit: arguments to timm's VisionTransformer beyond the sizes.
-    layer_norm_eps: of every LayerNorm.
-    sincos: positions start as fixed sines and cosines, not as a draw; the axis that the first half of the
-        channels encodes.
-    norm_plain: whether tokens at the encoder's own positions pass the final norm. The published I-JEPA code
-        leaves it out there, in training and in evaluation, and applies it to the asymmetric view alone.
-    resize: how positions follow the image size (see `resize_positions`).
-    resize_once: how a checkpoint of another image size is fitted to the encoder's own; None: as `resize`.
-    projection_init: how the published code initialises the head for this family.
+    Attributes:
+        containers: Entries of published checkpoints that may hold the state dict.
+        prefix: Prefix of the encoder's keys in the state dict.
+        vit: Arguments of timm's VisionTransformer other than the sizes.
+        layer_norm_eps: Epsilon of every LayerNorm.
+        sincos: If set, position embeddings are initialised with fixed sines and cosines, and the first half
+            of the channels encodes this axis.
+        norm_plain: Whether the final norm is applied to tokens with the usual positions. The published I-JEPA
+            code applies it to the asymmetric view only, both in training and in evaluation.
+        resize: How positions are resized to other image sizes (see `resize_positions`).
+        resize_once: How the positions of a checkpoint are resized to the training image size when it is
+            loaded (None: as `resize`).
+        projection_init: How the weights of the projection are initialised.
     """
 
     containers: tuple[str, ...]
@@ -78,7 +80,7 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
-# A ViT named after a timm model: timm's own construction and its way of resizing positions.
+# Any other timm ViT, which resizes positions as timm does.
 _TIMM = Family(("state_dict",), resize="antialias")
 
 
@@ -93,25 +95,30 @@ def load_backbone(
     num_heads: int | None = None,
     seed: int = 0,
 ) -> "Backbone":
-    """A frozen encoder in float32 on the CPU, in evaluation mode.
+    """Load a frozen encoder.
 
     Args:
-        name: mae | ijepa | clip | blip | mocov3 | ibot | dino | dinov2, or the name of a timm ViT with
-            absolute positions, such as vit_tiny_patch16_224.
-        weights: a local path, hf://owner/repo/path, timm://name, or random.
-        image_size: side of the square training images in pixels. If the checkpoint was made for another, its
-            positions are resized once.
-        patch_size, embed_dim, depth, num_heads: read from the checkpoint where left out; with random weights
-            ViT-B/16 (or the timm model's own). The number of heads is in no checkpoint: embed_dim / 64.
-        seed: of the random weights, which are a function of it alone.
+        name: `mae`, `ijepa`, `clip`, `blip`, `mocov3`, `ibot`, `dino`, `dinov2`, or the name of a timm ViT
+            with absolute position embeddings, such as `vit_tiny_patch16_224`.
+        weights: A local path, `hf://owner/repo/path`, `timm://name`, or `random`.
+        image_size: Side of the square training images in pixels. The positions of a checkpoint for another
+            size are resized when it is loaded.
+        patch_size: Patch size in pixels. None: that of the checkpoint, of ViT-B/16 for random weights, or of
+            the timm model that `name` names.
+        embed_dim: Embedding dimension D. None: as for `patch_size`.
+        depth: Number of transformer blocks. None: as for `patch_size`.
+        num_heads: Number of attention heads, which checkpoints do not store. None: embed_dim / 64.
+        seed: Seed of random weights.
 
-    Raises InputError for an unknown name, weights that cannot be had, and a checkpoint that does not fit.
+    Returns:
+        The encoder in float32 on the CPU, in evaluation mode and without gradients.
+
+    Raises:
+        InputError: The name is unknown, the weights cannot be loaded, or they do not fit the sizes.
     """
     family = FAMILIES.get(name, _TIMM)
     if name not in FAMILIES and not timm.is_model(name):
-        raise InputError(
-            f"backbone {name!r}: expected one of {', '.join(FAMILIES)}, or the name of a timm ViT"
-        )
+        raise InputError(f"backbone {name!r} is not one of: {', '.join(FAMILIES)}, or the name of a timm ViT")
     sizes = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
     given = {size: value for size, value in sizes.items() if value is not None}
     build = partial(_build_family, family) if name in FAMILIES else partial(_build_timm, name)
@@ -121,17 +128,17 @@ def load_backbone(
         else:
             state = load_encoder_weights(weights, family.containers, family.prefix)
             vit = build(**((_sizes(state) if name in FAMILIES else {}) | given))
-            _fill(vit, state, f"weights {weights} do not fit {name}")
+            _fill(vit, state, f"weights {weights!r} do not fit {name}")
     return Backbone(vit, family, name=name, weights=weights, image_size=image_size)
 
 
-# --- building: an encoder of random weights -------------------------------------------------------------
+# --- building an encoder with random weights -----------------------------------------------------------
 
 
 def _build_family(family: Family, *, embed_dim: int = 768, num_heads: int | None = None, **sizes: Any) -> Any:
     if embed_dim % (num_heads or 64):
-        of = f"num_heads {num_heads}" if num_heads else "64, the default width of a head: give num_heads"
-        raise InputError(f"embed_dim {embed_dim} is not a multiple of {of}")
+        divisor = f"num_heads={num_heads}" if num_heads else "64, the default width of a head; set num_heads"
+        raise InputError(f"embed_dim {embed_dim} is not a multiple of {divisor}")
     vit: Any = VisionTransformer(
         embed_dim=embed_dim,
         num_heads=num_heads or embed_dim // 64,
@@ -150,21 +157,24 @@ def _build_family(family: Family, *, embed_dim: int = 768, num_heads: int | None
 def _build_timm(name: str, **sizes: Any) -> Any:
     try:
         vit = timm.create_model(name, num_classes=0, dynamic_img_size=True, **sizes)
-    # Other networks take other arguments, contradictory sizes fail assertions, and a tag may be unknown.
+    # Other architectures do not accept the arguments, assertions reject invalid sizes, and the tag may be
+    # unknown.
     except (TypeError, AssertionError, RuntimeError) as error:
-        raise InputError(f"backbone {name} is not a plain timm ViT of these sizes ({error})") from error
+        raise InputError(f"backbone {name!r} is not a plain timm ViT of these sizes ({error})") from error
     if not isinstance(vit, VisionTransformer) or vit.pos_embed is None:
-        raise InputError(f"backbone {name} is a {type(vit).__name__}; expected a ViT with absolute positions")
-    # SigLIP's pooling: tokens do not pass it, and checkpoints are read without it.
+        raise InputError(
+            f"backbone {name!r} is a timm {type(vit).__name__}; expected a ViT with absolute positions"
+        )
+    # SigLIP's attention pooling does not affect the patch tokens, and its weights are not loaded.
     del vit.attn_pool
     return vit
 
 
-# --- filling: the weights of a checkpoint -----------------------------------------------------------------
+# --- loading the weights of a checkpoint ---------------------------------------------------------------
 
 
 def _sizes(state: StateDict) -> dict[str, Any]:
-    """The sizes that a checkpoint shows; what it lacks is left to `_fill` to report."""
+    """Infer the sizes of a ViT from its state dict; `_fill` reports missing keys."""
     sizes: dict[str, Any] = {"reg_tokens": state["reg_token"].shape[1] if "reg_token" in state else 0}
     blocks = [int(match[1]) for key in state if (match := re.match(r"blocks\.(\d+)\.", key))]
     if blocks:
@@ -172,13 +182,14 @@ def _sizes(state: StateDict) -> dict[str, Any]:
     if "patch_embed.proj.weight" in state:
         sizes["embed_dim"], *_, sizes["patch_size"] = state["patch_embed.proj.weight"].shape
         if "blocks.0.mlp.fc1.weight" in state:
-            # 48 / 11 in I-JEPA's ViT-g. timm truncates the product; the half keeps rounding harmless.
+            # May be fractional (48 / 11 in I-JEPA's ViT-g). timm truncates the product with the embedding
+            # dimension; adding a half protects it from rounding errors.
             sizes["mlp_ratio"] = (len(state["blocks.0.mlp.fc1.weight"]) + 0.5) / sizes["embed_dim"]
     return sizes
 
 
 def _fill(vit: Any, state: StateDict, problem: str) -> None:
-    """Load strictly, with the checkpoint's own number of positions; InputError names what does not fit."""
+    """Load a state dict strictly, with its own number of positions; raise InputError if it does not fit."""
     if "pos_embed" in state:
         vit.pos_embed = nn.Parameter(torch.empty(1, state["pos_embed"].shape[1], vit.embed_dim))
     try:
@@ -188,14 +199,14 @@ def _fill(vit: Any, state: StateDict, problem: str) -> None:
         raise InputError(f"{problem} (width {vit.embed_dim}, depth {len(vit.blocks)}): {reasons}") from error
 
 
-# --- positions --------------------------------------------------------------------------------------------
+# --- positions -----------------------------------------------------------------------------------------
 
 
 def sincos_positions(grid: tuple[int, int], dim: int, first: Axis) -> Tensor:
-    """Fixed positions (N, D) of MAE, I-JEPA and MoCo v3, with D / 4 frequencies f = 10000^(-4 i / D).
+    """Compute the fixed position embeddings (N, D) of MAE, I-JEPA and MoCo v3.
 
-    The channels are sin(x f), cos(x f), sin(y f), cos(y f), a quarter each, with x the axis `first` and y the
-    other one, in cells.
+    The channels are sin(x f), cos(x f), sin(y f), cos(y f), a quarter each, with D / 4 frequencies
+    f = 10000^(-4 i / D). x is the index of a cell along the axis `first`, y along the other axis.
     """
     frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     cells_N2 = torch.cartesian_prod(*(torch.arange(side, dtype=torch.float64) for side in grid))
@@ -204,10 +215,11 @@ def sincos_positions(grid: tuple[int, int], dim: int, first: Axis) -> Tensor:
 
 
 def resize_positions(positions_SSD: Tensor, grid: tuple[int, int], how: Resize) -> Tensor:
-    """Positions on an S x S grid, bicubically brought to (h, w, D).
+    """Resize positions on an S x S grid to (h, w, D) by bicubic interpolation.
 
-    how: plain, to the wanted size; offset, by scale factors (cells + 0.1) / S, which moves the sampling
-    points a little (DINO's code and those that took it over); antialias, as plain but antialiased.
+    `how` selects one of three published variants: `plain`, to the given size; `offset`, by the scale factors
+    (cells + 0.1) / S, which shifts the sampling points slightly (DINO and code derived from it); `antialias`,
+    to the given size with antialiasing.
     """
     side = positions_SSD.shape[0]
     if grid == (side, side):
@@ -223,38 +235,48 @@ def resize_positions(positions_SSD: Tensor, grid: tuple[int, int], how: Resize) 
 
 
 def _split_positions(vit: Any, name: str) -> tuple[Tensor, Tensor]:
-    """Class and register tokens with their positions added (P, D), and the patches' positions (S, S, D)."""
+    """Return class and register tokens with their positions added (P, D), and patch positions (S, S, D)."""
     names = ("cls_token", "dist_token", "reg_token")
     parts = [token.detach()[0] for token in (getattr(vit, n, None) for n in names) if token is not None]
     positions_LD = vit.pos_embed.detach()[0]
     prefix_PD = torch.cat(parts) if parts else positions_LD[:0]
-    # In a published checkpoint the class token may have a position; in timm's models all such tokens or none.
+    # Published checkpoints may have a position for the class token; timm models have one for all or none of
+    # the class and register tokens.
     for count in (0, 1) if vit.no_embed_class else (len(prefix_PD),):
         side = math.isqrt(max(len(positions_LD) - count, 0))
         if count <= len(prefix_PD) and side and side * side == len(positions_LD) - count:
             prefix_PD = torch.cat((prefix_PD[:count] + positions_LD[:count], prefix_PD[count:]))
             return prefix_PD, positions_LD[count:].unflatten(0, (side, side)).clone()
-    raise InputError(f"backbone {name}: {len(positions_LD)} positions are not a square grid of patches")
+    raise InputError(
+        f"backbone {name!r}: the {len(positions_LD)} positions do not form a square grid of patches"
+    )
 
 
-# --- the encoder ------------------------------------------------------------------------------------------
+# --- the encoder ---------------------------------------------------------------------------------------
 
 
 class Backbone(nn.Module):
-    """A frozen ViT that gives the patch tokens after its final norm, without class and register tokens.
+    """A frozen ViT that maps images to their patch tokens after the final norm.
 
-    Cast and move it as a whole (`.to(device, dtype)`). Positions are resized in float32 on the CPU and then
-    cast, so that every device sees the same ones.
+    Class and register tokens are not returned. Use `load_backbone` to create a backbone. Move and cast it as
+    a whole (`.to(device, dtype)`). Positions are resized in float32 on the CPU and then cast, so that they
+    are the same on every device.
 
-    Attributes: name and weights (as asked for), weights_hash (SHA-256 of the parameters as loaded, in
-    float32, whatever the file format), embed_dim, patch_size, image_size, projection_init.
+    Attributes:
+        name: The name that was passed to `load_backbone`.
+        weights: The weights that were passed to `load_backbone`.
+        weights_hash: SHA-256 of the parameters in float32 as loaded, which does not depend on the file
+            format.
+        embed_dim: Embedding dimension D.
+        patch_size: Patch size in pixels.
+        image_size: Side of the square training images in pixels.
+        projection_init: Initialisation of a projection for this backbone (`init` of `Projection`).
     """
 
     positions_ND: Tensor
     prefix_PD: Tensor
 
     def __init__(self, vit: Any, family: Family, *, name: str, weights: str, image_size: int) -> None:
-        """Take over the parts of a timm VisionTransformer; use `load_backbone`."""
         super().__init__()
         self.name, self.weights, self.image_size = name, weights, image_size
         self.weights_hash = hash_state_dict(vit.state_dict())
@@ -265,12 +287,12 @@ class Backbone(nn.Module):
         self._norm_plain = family.norm_plain
 
         self.patch_embed, self.norm_pre, self.blocks = vit.patch_embed, vit.norm_pre, vit.blocks
-        # Models that pool before their last norm (timm's *_gap) keep it in fc_norm.
+        # timm models that pool before the final norm (*_gap) store it as fc_norm.
         self.norm = vit.fc_norm if isinstance(vit.norm, nn.Identity) else vit.norm
 
         side = self.grid(image_size, image_size)[0]
         prefix_PD, checkpoint_SSD = _split_positions(vit, name)
-        # Not a buffer: positions are resized from these float32 values, whatever `.to` was called with.
+        # Not a buffer, so that `.to` does not cast these float32 values, from which positions are resized.
         self._positions_SSD = resize_positions(
             checkpoint_SSD, (side, side), family.resize_once or family.resize
         )
@@ -281,69 +303,94 @@ class Backbone(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What `.to` cast it to, and what its images must be."""
+        """The dtype of the encoder, in which images must be passed."""
         return self.positions_ND.dtype
 
     def train(self, mode: bool = True) -> "Backbone":
-        """Frozen: stays in evaluation mode."""
+        """Stay in evaluation mode, because the encoder is frozen."""
         return super().train(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Backbone":
-        # Moved or cast: resized positions follow at their next use.
+        # Called by `.to`: discard the cached positions of the previous device and dtype.
         self._resized.clear()
         return super()._apply(fn, recurse)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Patches (h, w) of an image of height x width pixels, which must be multiples of the patch size.
+        """Return the token grid (h, w) of an image.
 
-        Any other size is an InputError: tokens that cover only a part of the image would shift label maps.
+        Args:
+            height: Height of the image in pixels.
+            width: Width of the image in pixels.
+
+        Raises:
+            InputError: The size is not a multiple of the patch size. Tokens would then cover a part of the
+                image only, and label maps would be shifted against them.
         """
         patch = self.patch_size
         if height < patch or width < patch or height % patch or width % patch:
             nearest = " x ".join(str(max(1, round(side / patch)) * patch) for side in (height, width))
             raise InputError(
-                f"image of {height} x {width}: {self.name} needs multiples of {patch}; resize it to {nearest}"
+                f"image size {height} x {width}: {self.name} needs multiples of {patch}, such as {nearest}"
             )
         return height // patch, width // patch
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """Position embedding of the patches of a grid (h, w), resized as the family's authors do: (N, D)."""
+        """Return the position embeddings (N, D) of a grid (h, w), resized as in the published code."""
         if grid == self._positions_SSD.shape[:2]:
             return self.positions_ND
         return self._resized_to(grid, self._resize).flatten(0, 1)
 
     def _resized_to(self, grid: tuple[int, int], how: Resize) -> Tensor:
-        """Positions (h, w, D) of a grid, kept for the next call."""
+        """Return the positions (h, w, D) of a grid from a cache."""
         if (grid, how) not in self._resized:
             resized_hwD = resize_positions(self._positions_SSD, grid, how)
             self._resized[grid, how] = resized_hwD.to(self.positions_ND)
         return self._resized[grid, how]
 
     def asymmetric_range(self, ratio: float = 10.0) -> int:
-        """Number of offsets per axis that `asymmetric_positions` takes: 0 <= i < asymmetric_range(ratio)."""
+        """Return the number of valid offsets of `asymmetric_positions` along each axis."""
         side = self._positions_SSD.shape[0]
         return int((1 + ratio) * side) - side + 1
 
     def asymmetric_positions(self, ratio: float = 10.0, *, offset: tuple[int, int]) -> Tensor:
-        """Positions (N, D) of the training grid, cut at `offset` (row, column) from an enlarged map.
+        """Crop the position embeddings of the training grid from an enlarged position map.
 
-        As `interpolate_and_crop_pos_embed` of the published models: S x S positions are resized bicubically
-        to int((1 + ratio) S) squared, in every family without antialiasing, and cropped back to S x S.
+        The S x S positions are resized to int((1 + ratio) S) squared by bicubic interpolation without
+        antialiasing and cropped back to S x S, as in `interpolate_and_crop_pos_embed` of the published
+        implementation.
+
+        Args:
+            ratio: Enlargement of the map: its side is (1 + ratio) S.
+            offset: Row and column of the crop, each in [0, asymmetric_range(ratio)).
+
+        Returns:
+            Position embeddings (N, D) with N = S * S.
+
+        Raises:
+            InputError: The offset is out of range.
         """
         count = self.asymmetric_range(ratio)
         if not all(0 <= start < count for start in offset):
-            raise InputError(
-                f"offset {offset} of the asymmetric positions: expected two numbers in [0, {count})"
-            )
+            raise InputError(f"offset {offset}: expected two integers in [0, {count})")
         side = self._positions_SSD.shape[0]
         large_SSD = self._resized_to((side + count - 1, side + count - 1), "plain")
         row, column = offset
         return large_SSD[row : row + side, column : column + side].reshape(side * side, -1)
 
     def tokens(self, images: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Patch tokens (B, N, D) of ImageNet-normalised images (B, 3, H, W), row by row.
+        """Encode images.
 
-        positions: (N, D), in place of the encoder's own; class and register tokens keep theirs.
+        Args:
+            images: ImageNet-normalised images (B, 3, H, W), in the dtype and on the device of the encoder. H
+                and W must be multiples of the patch size.
+            positions: Position embeddings (N, D) to use for the patches instead of the usual ones, such as
+                those of `asymmetric_positions`.
+
+        Returns:
+            Patch tokens (B, N, D) in row-major order of the grid.
+
+        Raises:
+            InputError: The image size is not a multiple of the patch size.
         """
         grid = self.grid(images.shape[-2], images.shape[-1])
         added_ND = self.positions(grid) if positions is None else positions
@@ -353,10 +400,16 @@ class Backbone(nn.Module):
     forward = tokens
 
     def three_views(self, frames: Tensor, positions: Tensor) -> Tensor:
-        """Tokens (B, 3, N, D), contiguous, of frame 1, frame 2 and frame 1 at other positions.
+        """Encode the three views of a batch of frame pairs without waiting for the device.
 
-        frames: (2, B, 3, H, W), ImageNet-normalised, of the training size; positions: (N, D), asymmetric.
-        One batch of 3 B passes the blocks, frame 1 is cut into patches once; nothing waits for the device.
+        The blocks process one batch of 3 B images, and the patches of frame 1 are embedded once.
+
+        Args:
+            frames: ImageNet-normalised frames (2, B, 3, H, W) of the training image size.
+            positions: Asymmetric position embeddings (N, D).
+
+        Returns:
+            Contiguous tokens (B, 3, N, D) of frame 1, frame 2, and frame 1 with asymmetric positions.
         """
         own_ND = self.positions(self.grid(frames.shape[-2], frames.shape[-1]))
         first_BND, second_BND = self._patches(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).unbind(0)

@@ -1,6 +1,7 @@
-"""Checkpoints: `checkpoints/step_00000500.pt` holds tensors, numbers and text only.
+"""Checkpoints, such as checkpoints/step_00000500.pt after 500 completed steps.
 
-`torch.load(weights_only=True)` reads it. A file appears under its name only when it is whole.
+A checkpoint contains only tensors, numbers and strings, so that `torch.load(weights_only=True)` can read it.
+It is written atomically.
 """
 
 from __future__ import annotations
@@ -19,45 +20,52 @@ from fasttrain.files import write_atomically
 _NAME = re.compile(r"step_(\d{8})\.pt")
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write `state` as the checkpoint after `step` optimiser steps."""
-    path = folder / f"step_{step:08d}.pt"
-    # First to memory: on a full disk torch hides the system's error.
+def save_checkpoint(folder: Path, completed_steps: int, state: dict[str, Any]) -> Path:
+    """Write the checkpoint of `completed_steps` steps and return its path."""
+    path = _path(folder, completed_steps)
+    # Serialised in memory first, because torch.save masks OS errors, such as a full disk.
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_atomically(path, buffer.getbuffer(), fsync=True)
     return path
 
 
-def drop_checkpoints(folder: Path, step: int, *, keep: int) -> None:
-    """Leave the newest `keep` checkpoints up to `step`: later ones are of a run that was cut off."""
+def drop_checkpoints(folder: Path, completed_steps: int, *, keep: int) -> None:
+    """Delete all but the latest `keep` checkpoints up to `completed_steps`, and all later ones.
+
+    Later checkpoints were written by a run that was interrupted before all its backbones had one.
+    """
     steps = saved_steps(folder)
-    kept = [saved for saved in steps if saved <= step][-keep:]
+    kept = [saved for saved in steps if saved <= completed_steps][-keep:]
     for dropped in set(steps) - set(kept):
-        (folder / f"step_{dropped:08d}.pt").unlink()
+        _path(folder, dropped).unlink()
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """The steps that have a checkpoint in `folder`, ascending."""
+    """List the numbers of completed steps for which `folder` has a checkpoint, in ascending order."""
     if not folder.is_dir():
         return []
     return sorted(int(match[1]) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name)))
 
 
-def load_checkpoint(folder: Path, step: int) -> dict[str, Any]:
-    """Read the checkpoint of `step` onto the CPU; InputError if it is damaged."""
-    path = folder / f"step_{step:08d}.pt"
+def load_checkpoint(folder: Path, completed_steps: int) -> dict[str, Any]:
+    """Read the checkpoint of `completed_steps` steps onto the CPU; raise InputError if it is damaged."""
+    path = _path(folder, completed_steps)
     try:
-        # torch does not compare damaged numbers with the checksums that the archive holds.
+        # torch.load does not verify the checksums of the archive.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:
             raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    # Damaged bytes lead Python's and torch's readers to errors of any kind.
+    # Damaged files raise exceptions of any type.
     except Exception as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"checkpoint {str(path)!r} cannot be read ({first_line}); delete it to resume from the one before"
+            f"checkpoint {str(path)!r} cannot be read ({first_line}); delete it to resume from an earlier one"
         ) from error
     return state
+
+
+def _path(folder: Path, completed_steps: int) -> Path:
+    return folder / f"step_{completed_steps:08d}.pt"

@@ -1,4 +1,4 @@
-"""A function of fixed shapes as one CUDA graph: recorded once, replayed with a single launch."""
+"""Record a function of fixed shapes as a CUDA graph, which is then replayed with a single launch."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# torch's own graph helper warms up as often: lazy set-up and autotuning must be over before the recording.
+# Lazy initialisation and autotuning must finish before the recording. torch.cuda.make_graphed_callables warms
+# up three times as well.
 WARM_UPS = 3
 
 
 class CapturedCall:
-    """`function(*inputs)` from a graph. It may write to fixed tensors (gradients), but not wait for the GPU.
+    """Calls `function(*inputs)` by replaying a CUDA graph.
 
-    The outputs are the graph's own tensors: the next call overwrites them, in stream order. They should carry
-    no gradient history: that would keep the gradients' accumulation on the stream of the recording.
-    The warm-up and the recording run `function` for real; the caller undoes what that wrote.
+    `function` may write to fixed tensors, such as gradients, but must not wait for the GPU. The returned
+    tensors belong to the graph, and the next call overwrites them in stream order. They should be detached,
+    because autograd history would tie the accumulation of gradients to the stream of the recording. Warm-up
+    and recording execute `function`, so the caller must reset the tensors that it writes to.
     """
 
     def __init__(self, function: Callable[..., Any], examples: tuple[Tensor, ...]) -> None:
@@ -29,15 +31,15 @@ class CapturedCall:
             for _ in range(WARM_UPS):
                 function(*self._inputs)
         current.wait_stream(side)
-        # A graph that nobody holds any more must not be taken down in the middle of a recording.
+        # Destroying an unreferenced graph during the recording would be an error.
         gc.collect()
         self._graph = torch.cuda.CUDAGraph()
-        # "thread_local": the threads that load data may take memory meanwhile.
+        # With "thread_local", other threads, which load data, may allocate memory during the recording.
         try:
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._outputs = function(*self._inputs)
         except BaseException:
-            # torch leaves the stream of a failed recording behind as the current one.
+            # After a failed recording, torch leaves the recording's stream as the current one.
             torch.cuda.set_stream(current)
             raise
 

@@ -1,6 +1,7 @@
-"""One process or many: the only user of torch.distributed.
+"""Communication among the processes of a run; the only module that uses torch.distributed.
 
-`torchrun` describes each process in the environment; without it a run is a world of one, without a group.
+The environment variables that `torchrun` sets describe each process. Without them, a run has a single process
+and no process group.
 """
 
 from __future__ import annotations
@@ -22,14 +23,22 @@ from fasttrain.errors import InputError
 Key = TypeVar("Key", str, int)
 Item = TypeVar("Item")
 
-# How long processes wait for one another. The default of NCCL, ten minutes, is too short: shards of an
-# evaluation end far apart. When one process dies, torchrun ends the others of its node at once.
+# How long ranks wait for each other. NCCL's default of ten minutes is too short for evaluations, whose ranks
+# finish at very different times. If a process dies, torchrun stops the other processes of the node
+# immediately.
 TIMEOUT = timedelta(hours=2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """This process among all of a run."""
+    """The rank of this process, the number of processes and the device.
+
+    Attributes:
+        rank: Rank of this process among all processes.
+        size: Number of processes.
+        local_size: Number of processes on this node.
+        device: Device of this process.
+    """
 
     rank: int
     size: int
@@ -38,7 +47,7 @@ class World:
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> World:
-        """A world of this process alone."""
+        """Return a world that consists of this process only."""
         return cls(rank=0, size=1, local_size=1, device=torch.device(device))
 
     @property
@@ -46,28 +55,28 @@ class World:
         return self.rank == 0
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """`module` with its gradients averaged over the processes at the end of each backward pass."""
+        """Wrap `module` so that each backward pass averages its gradients over all ranks."""
         if self.size == 1:
             return module
         return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
     def no_sync(self, module: nn.Module) -> AbstractContextManager[None]:
-        """Context in which a wrapped module does not average its gradients (accumulation)."""
+        """Return a context in which a wrapped module accumulates gradients without averaging them."""
         return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
 
     def shard(self, items: Sequence[Item]) -> list[Item]:
-        """This process's share of `items`: every `size`-th."""
+        """Return this rank's share of `items`, which is every `size`-th item."""
         return list(items[self.rank :: self.size])
 
     def mean(self, values: Tensor) -> Tensor:
-        """Mean over the processes, on the device."""
+        """Average `values` over all ranks, in place if there are several, and return them."""
         if self.size > 1:
             dist.all_reduce(values, op=dist.ReduceOp.SUM)
             values /= self.size
         return values
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, by rank. Anything that can be pickled; not for large ones."""
+        """Return the values of all ranks, in the order of the ranks. Values must be small and picklable."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -75,11 +84,11 @@ class World:
         return values
 
     def merge(self, values: dict[Key, Item]) -> dict[Key, Item]:
-        """The entries of all processes together, in the order of their keys."""
+        """Merge the dictionaries of all ranks, sorted by key."""
         return dict(sorted(entry for share in self.gather(values) for entry in share.items()))
 
     def run_on_all(self, function: Callable[[], Any]) -> Any:
-        """`function()` in every process; an InputError in one is raised in all, so that none waits."""
+        """Call `function`, and raise an InputError of any rank on all ranks, so that none waits forever."""
         result, reason = None, None
         try:
             result = function()
@@ -91,23 +100,28 @@ class World:
         return result
 
     def check_same(self, value: Any, what: str) -> None:
-        """InputError in every process where `value` is not the same in all of them."""
+        """Raise InputError, which begins with `what`, on all ranks unless they all have the same `value`."""
         values = self.gather(value)
         for rank, other in enumerate(values):
             if other != values[0]:
-                raise InputError(f"{what}: processes 0 and {rank} differ; all must see the same files")
+                raise InputError(
+                    f"{what}: ranks 0 and {rank} see different files; all ranks need the same files"
+                )
 
     def barrier(self) -> None:
-        """Wait until every process is here."""
+        """Wait for all ranks."""
         if self.size > 1:
             dist.barrier()
 
 
 @contextmanager
 def start(device: Literal["auto", "cuda", "cpu"] = "auto") -> Iterator[World]:
-    """Join the run that torchrun started, with NCCL on GPUs and gloo on CPUs; leave it at the end.
+    """Join the process group of the run that torchrun started, with NCCL on GPUs and Gloo on CPUs.
 
-    Raises InputError without a GPU where `cuda` was asked for, and with fewer GPUs on a node than processes.
+    The group is destroyed when the context ends.
+
+    Raises:
+        InputError: `device` is `cuda`, but no GPU is available; or the node has fewer GPUs than processes.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     own_device = _own_device(device, local_rank)
@@ -132,11 +146,11 @@ def _own_device(device: str, local_rank: int) -> torch.device:
     if device == "cpu" or (device == "auto" and not available):
         return torch.device("cpu")
     if not available:
-        raise InputError("device: 'cuda' was asked for, but torch sees no GPU; use device=cpu")
+        raise InputError("device: 'cuda' is not available, because torch finds no GPU. Use device=cpu")
     if local_rank >= torch.cuda.device_count():
         raise InputError(
-            f"process {local_rank} of this node has no GPU of its own; start at most as many processes as "
-            f"there are GPUs: torchrun --nproc-per-node={torch.cuda.device_count()}"
+            f"local rank {local_rank} has no GPU. Start at most one process per GPU: "
+            f"torchrun --nproc-per-node={torch.cuda.device_count()}"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)

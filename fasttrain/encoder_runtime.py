@@ -1,8 +1,9 @@
-"""How the frozen encoder is run: FP8, attention kernel, compilation, as the recipe's `encoder` section says.
+"""The execution of the frozen encoder: precision, attention kernel, compilation and batching.
 
-`backbones` says what the encoder computes; a switch here changes its speed, and the numbers by rounding only.
+The options of the recipe's section `encoder` affect the speed and memory of the encoder, and its outputs by
+rounding only. `backbones` defines what is computed.
 
-Shape suffixes: B pairs, N tokens, D channels; of a linear layer R rows, K inputs, O outputs.
+Shape suffixes: B pairs, N tokens, D channels; R rows, K inputs and O outputs of a linear layer.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ ATTENTION = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-# Pairs whose three views fit a core's caches: larger batches ran slower (benchmarks/results/step-cpu.json).
+# Larger chunks were slower on a CPU, because their views exceed the caches
+# (benchmarks/results/step-cpu.json).
 CPU_CHUNK = 4
-# Up to this number of tokens plain products are faster than PyTorch's fused attention on a CPU
-# in half precision (3.8 against 6.2 ms for 12 x 3 heads of 197 tokens).
-CPU_PLAIN_TOKENS = 256
+# Up to this number of tokens, unfused attention is faster than PyTorch's fused kernel on a CPU in half
+# precision (3.8 against 6.2 ms for 12 x 3 heads of 197 tokens).
+CPU_UNFUSED_TOKENS = 256
 MAX_PROGRAMS = 64
-# Without Inductor's graphs: cuda_graph.py records more than the encoder.
+# Inductor's own CUDA graphs are not used, because cuda_graph.py records more than the encoder.
 COMPILE_MODES = {"default": None, "max-autotune": "max-autotune-no-cudagraphs"}
 
 FLOAT8 = torch.float8_e4m3fn
@@ -40,9 +42,19 @@ LARGEST = torch.finfo(FLOAT8).max
 
 
 class EncoderRuntime:
-    """The three views of frame pairs through a frozen encoder, computed as the recipe says.
+    """Computes the three views of frame pairs with the execution options of a recipe.
 
-    `encoder` is moved to the device and cast, or quantised, in place. If `compiled`, the first call is slow.
+    Args:
+        encoder: The backbone, which is moved to the device and cast or quantised in place.
+        recipe: The section `encoder` of a recipe.
+        dtype: The training precision, which is also the dtype of the tokens.
+        device: The device of the training.
+
+    Attributes:
+        compiled: Whether the encoder is compiled, in which case the first call is slow.
+
+    Raises:
+        InputError: The device does not support the selected precision.
     """
 
     def __init__(
@@ -54,25 +66,25 @@ class EncoderRuntime:
         if recipe.precision == "fp8":
             if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
                 raise InputError(
-                    f"encoder.precision: 'fp8' needs compute capability 8.9 or more, "
-                    f"{torch.cuda.get_device_name(device)} has less; use auto"
+                    f"encoder.precision: 'fp8' needs a GPU of compute capability 8.9 or newer, which "
+                    f"{torch.cuda.get_device_name(device)} is not. Use encoder.precision=auto"
                 )
             use_float8(encoder.blocks)
         mode = recipe.compile
         if mode == "auto":
             mode = "default" if device.type == "cuda" else "none"
         self.compiled = mode != "none"
-        encode: ThreeViews = encoder.three_views if recipe.batch_views else self._views_apart
+        encode: ThreeViews = encoder.three_views if recipe.batch_views else self._encode_separately
         self._chunk = recipe.chunk or (CPU_CHUNK if device.type == "cpu" else 0)
         if recipe.attention == "auto" and device.type == "cpu" and dtype != torch.float32:
-            _attend_plainly(encoder)
+            _unfuse_attention(encoder)
         if recipe.attention != "auto":
-            encode = _attending(encode, ATTENTION[recipe.attention])
+            encode = _with_attention(encode, ATTENTION[recipe.attention])
         self._encode = compile_fixed(encode, COMPILE_MODES[mode]) if self.compiled else encode
 
     @torch.no_grad()
     def three_views(self, frames: Tensor, positions: Tensor) -> Tensor:
-        """`Backbone.three_views` in the recipe's precision; never waits for the GPU."""
+        """Compute `Backbone.three_views` with the recipe's options, without waiting for the GPU."""
         inputs = frames.to(self.encoder.dtype)
         with torch.autocast(frames.device.type, self._dtype) if self._autocasts else nullcontext():
             if not self._chunk or self._chunk >= inputs.shape[1]:
@@ -80,16 +92,16 @@ class EncoderRuntime:
             parts = [self._encode(part, positions) for part in inputs.split(self._chunk, dim=1)]
             return torch.cat(parts).to(self._dtype)
 
-    def _views_apart(self, frames: Tensor, positions: Tensor) -> Tensor:
+    def _encode_separately(self, frames: Tensor, positions: Tensor) -> Tensor:
         first_BND, second_BND = self.encoder.tokens(frames[0]), self.encoder.tokens(frames[1])
         return torch.stack((first_BND, second_BND, self.encoder.tokens(frames[0], positions)), 1)
 
 
-def _attending(encode: ThreeViews, kernel: SDPBackend) -> ThreeViews:
-    """`encode` with one attention kernel, chosen inside of the compiled function.
+def _with_attention(encode: ThreeViews, kernel: SDPBackend) -> ThreeViews:
+    """Wrap `encode` so that it selects the attention kernel inside of the compiled function.
 
-    PyTorch ignores a choice made outside when it looks for a compiled program: an encoder would get the
-    program, and with it the attention kernel, of another encoder of the same shapes.
+    torch.compile does not guard on a selection outside of the function: an encoder might reuse the program of
+    another encoder with the same shapes, and with it the other attention kernel.
     """
 
     def attend(frames: Tensor, positions: Tensor) -> Tensor:
@@ -99,18 +111,19 @@ def _attending(encode: ThreeViews, kernel: SDPBackend) -> ThreeViews:
     return attend
 
 
-def _attend_plainly(encoder: Backbone) -> None:
-    """Attention as two products and a softmax, where the training images have few tokens."""
-    if len(encoder.positions_ND) + len(encoder.prefix_PD) <= CPU_PLAIN_TOKENS:
+def _unfuse_attention(encoder: Backbone) -> None:
+    """Use unfused attention (two matrix products and a softmax), if the training images have few tokens."""
+    if len(encoder.positions_ND) + len(encoder.prefix_PD) <= CPU_UNFUSED_TOKENS:
         for module in encoder.blocks.modules():
-            # timm's name for whether an attention layer calls PyTorch's fused one.
+            # The attribute by which timm's attention layers select PyTorch's fused attention.
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False
 
 
 def compile_fixed(function: ThreeViews, mode: str | None) -> ThreeViews:
-    """torch.compile for fixed shapes; PyTorch keeps the code from run to run (TORCHINDUCTOR_CACHE_DIR)."""
-    # Each kind of encoder in a process is a program; beyond PyTorch's limit of eight they run uncompiled.
+    """Compile a function for fixed shapes. PyTorch caches the code across runs (TORCHINDUCTOR_CACHE_DIR)."""
+    # Each kind of encoder in a process needs a program. Beyond PyTorch's default limit of 8, they run
+    # uncompiled.
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, MAX_PROGRAMS)
     return torch.compile(function, dynamic=False, mode=mode)
@@ -118,25 +131,25 @@ def compile_fixed(function: ThreeViews, mode: str | None) -> ThreeViews:
 
 # --- FP8 -----------------------------------------------------------------------------------------------
 #
-# Matrix products of the blocks' linear layers in e4m3, for chips that have them: Ada, Hopper and later.
-# Weights are quantised once, with one scale per output channel; activations at every call, one per token. A
-# value x becomes round(x / s) with s = max|x| / 448. The random error of a few percent per product largely
-# averages out (docs/benchmarks.md). The products accumulate in float32 and come out in bfloat16.
+# The blocks' linear layers can use e4m3 matrix products, which GPUs support from Ada and Hopper on. Weights
+# are quantised once, with a scale per output channel, and activations at every call, with a scale per token:
+# a value x becomes round(x / s) with s = max|x| / 448. The random error of a few percent per product largely
+# averages out (docs/benchmarks.md). Products are accumulated in float32 and returned in bfloat16.
 
 
 def quantize_rows(values_RK: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows in e4m3 (R, K) and float32 scales (R, 1): values = quantised x scale. A zero row stays zero."""
+    """Quantise rows to e4m3 (R, K) with float32 scales (R, 1), such that values = quantised * scale."""
     largest_R1 = values_RK.abs().amax(-1, keepdim=True).float()
     scale_R1 = largest_R1.clamp(min=torch.finfo(torch.float32).tiny * LARGEST) / LARGEST
-    # Rounding may lift the largest value just past the range, which would become NaN.
+    # Rounding may push the largest value slightly out of range, which would give NaN.
     quantised = (values_RK.float() / scale_R1).clamp(-LARGEST, LARGEST).to(FLOAT8)
     return quantised, scale_R1
 
 
 class Float8Linear(nn.Module):
-    """A frozen `nn.Linear` whose product runs in FP8; takes and gives the dtype of its input.
+    """A frozen `nn.Linear` with an FP8 matrix product; outputs have the dtype of the inputs.
 
-    Quantise last: a later cast of the module would cast its e4m3 weights too.
+    Do not cast the module afterwards, because that would cast its e4m3 weights as well.
     """
 
     weight_OK: Tensor
@@ -163,7 +176,7 @@ class Float8Linear(nn.Module):
                 use_fast_accum=True,
             )
         else:
-            # PyTorch 2.11 has no scales by row on CPUs.
+            # PyTorch 2.11 does not support scales per row on CPUs.
             out_RO = quantised_RK.float() @ self.weight_OK.float().t() * scale_R1 * self.scale_1O
             out_RO = (out_RO if self.bias_O is None else out_RO + self.bias_O).bfloat16()
         return out_RO.unflatten(0, tokens.shape[:-1]).to(tokens.dtype)

@@ -1,6 +1,6 @@
-"""The one exception for bad input: a wrong recipe, file, weight or folder.
+"""The one exception for bad input, such as a wrong recipe, file, weight or folder.
 
-`__main__` prints its message as one line and exits with code 2. Every other exception is a fault of ours
+`__main__` prints its message as one line and exits with code 2. Every other exception is a bug in fasttrain
 and keeps its traceback.
 """
 
@@ -12,13 +12,13 @@ class InputError(ValueError):
 
 
 class LocalInputError(InputError):
-    """Bad input that this process met and the others did not: it prints its line whatever its rank."""
+    """Bad input on a single rank, which prints the message itself. Rank 0 prints all other errors."""
 
 
-def check_options(arguments: Namespace, **least: float) -> None:
-    """Raises InputError where an option of a command is below its least value."""
-    for name, minimum in least.items():
-        given = getattr(arguments, name, minimum)
-        # Of several numbers each must be; NaN is below everything.
-        if not (min(given) if isinstance(given, list) else given) >= minimum:
-            raise InputError(f"--{name.replace('_', '-')} {given}: expected at least {minimum}")
+def check_options(arguments: Namespace, **minimums: float) -> None:
+    """Raise InputError if a command-line option is below its minimum."""
+    for name, minimum in minimums.items():
+        value = getattr(arguments, name, minimum)
+        # Checks each number of a list. Written as `not >=` so that NaN is refused, too.
+        if not (min(value) if isinstance(value, list) else value) >= minimum:
+            raise InputError(f"--{name.replace('_', '-')} {value}: expected at least {minimum}")

@@ -1,4 +1,4 @@
-"""Files of a user's folder: written whole or not at all, by one process at a time, with clear errors."""
+"""Read and write the user's files: atomic writes, locks between processes, and readable errors."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from fasttrain.errors import InputError
 
 
 def write_atomically(path: Path, content: bytes | memoryview, *, fsync: bool = False) -> None:
-    """Write `content` so that `path` is either the old file or the whole new one; makes the folder."""
+    """Write `content` to `path`, as `open_atomically` does."""
     with open_atomically(path, fsync=fsync) as file:
         file.write(content)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, as `write_atomically` does."""
+    """Write `value` as indented JSON, atomically."""
     write_atomically(path, f"{json.dumps(value, indent=2)}\n".encode())
 
 
 @contextmanager
 def open_atomically(path: Path, *, fsync: bool = False) -> Iterator[BinaryIO]:
-    """A file to write that gets the name `path` at the end; an exception removes it. Makes the folder.
+    """Open a temporary file for writing that replaces `path` when the context ends without an exception.
 
-    Any number of processes may write the same path at once: the last one wins.
-
-    fsync: the file and its name are on the disk when this returns, before anything that is written later.
+    Readers see either the old file or the complete new one. Missing parent folders are created. Several
+    processes may write the same path concurrently; the last one wins. With `fsync`, the file and its
+    directory entry are on disk when the context ends.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not the process's number: those of two containers may be the same.
+    # Random, because processes in different containers may have the same process ID.
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
         with partial.open("wb") as file:
@@ -45,7 +45,7 @@ def open_atomically(path: Path, *, fsync: bool = False) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        # The system names no file where the disk is full, and no user has heard of the partial one.
+        # The error names the temporary file, or no file if the disk is full. Users only know `path`.
         error.filename, error.filename2 = str(path), None
         raise
     finally:
@@ -59,12 +59,12 @@ def open_atomically(path: Path, *, fsync: bool = False) -> Iterator[BinaryIO]:
 
 
 def file_lock(path: Path, refusal: str) -> AbstractContextManager[object]:
-    """Take the lock file `path`, which is made here and stays; the context that is returned frees it.
+    """Lock the file `path`, creating it if necessary. Leaving the returned context releases the lock.
 
-    A lock is also free as soon as its process is dead.
+    The operating system releases it, too, when the process ends. The file itself is never deleted.
 
     Raises:
-        InputError: `refusal`, where another process holds it.
+        InputError: Another process holds the lock. The message is `refusal`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -74,13 +74,13 @@ def file_lock(path: Path, refusal: str) -> AbstractContextManager[object]:
 
 
 def read_lines(path: Path, expected: str = "a text file in UTF-8") -> list[str]:
-    """The non-empty lines of a text file, stripped; InputError where it cannot be read.
+    """Return the stripped, non-empty lines of a text file; raise InputError if it cannot be read.
 
-    Lines end at line feeds only. `str.splitlines` would also break at characters that titles of videos
-    contain, such as U+2028.
+    Lines end at line feeds only: `str.splitlines` also splits at characters such as U+2028, which occur in
+    video titles.
     """
     try:
-        # -sig: editors on Windows begin a file with a byte order mark. In text mode \r\n is \n.
+        # utf-8-sig skips a byte order mark, which some Windows editors write. Text mode reads \r\n as \n.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}); expected {expected}") from error
@@ -88,5 +88,5 @@ def read_lines(path: Path, expected: str = "a text file in UTF-8") -> list[str]:
 
 
 def os_reason(error: Exception) -> str:
-    """What went wrong with a file, in a few words. ffmpeg's errors have a `strerror`, too."""
+    """Return the reason of an OS error or an FFmpeg error in a few words, without the path."""
     return (getattr(error, "strerror", None) or str(error)).lower()

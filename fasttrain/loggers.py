@@ -1,4 +1,4 @@
-"""How a run is going: metrics.jsonl, TensorBoard, the terminal."""
+"""Logging of a run: metrics.jsonl, TensorBoard, and the terminal."""
 
 from __future__ import annotations
 
@@ -15,37 +15,38 @@ from rich.table import Column
 
 from fasttrain.files import write_atomically
 
-# The event that ends the log of a backbone whose loss is not finite.
+# The event at the end of the log of a backbone whose loss is not finite.
 NON_FINITE = "non-finite loss"
 
 
 class MetricsLog:
-    """`metrics.jsonl` and TensorBoard events of one run folder.
+    """Writes the metrics of one run folder to metrics.jsonl and, if `tensorboard`, to TensorBoard events.
 
-    Lines after `first_step`, which a run that was cut off wrote after its last checkpoint, are removed.
+    Records of steps after `completed_steps` are removed: an interrupted run wrote them after its last
+    checkpoint.
     """
 
-    def __init__(self, folder: Path, *, first_step: int, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, *, completed_steps: int, tensorboard: bool) -> None:
         path = folder / "metrics.jsonl"
-        kept = [record for record in read_records(path) if record["step"] <= first_step]
+        kept = [record for record in read_records(path) if record["step"] <= completed_steps]
         write_atomically(path, "".join(f"{json.dumps(record)}\n" for record in kept).encode())
         self._file = path.open("a", encoding="utf-8")
         self._writer = None
         if tensorboard:
-            # Imported late: it costs a second that a run without it need not pay.
+            # Imported on demand, because the import takes about a second.
             from torch.utils.tensorboard import SummaryWriter
 
-            # TensorBoard purges from this step on; what was written at the checkpoint itself stays.
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+            # TensorBoard discards events from `purge_step` on.
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=completed_steps + 1)
 
-    def write(self, step: int, record: dict[str, Any]) -> None:
-        """Append one line; numbers go to TensorBoard as well."""
-        self._file.write(json.dumps({"step": step, **record}) + "\n")
+    def write(self, completed_steps: int, record: dict[str, Any]) -> None:
+        """Append a record to metrics.jsonl, and its numbers to TensorBoard."""
+        self._file.write(json.dumps({"step": completed_steps, **record}) + "\n")
         self._file.flush()
         if self._writer is not None:
             for name, value in record.items():
                 if isinstance(value, int | float):
-                    self._writer.add_scalar(name, value, step)
+                    self._writer.add_scalar(name, value, completed_steps)
 
     def close(self) -> None:
         self._file.close()
@@ -54,30 +55,30 @@ class MetricsLog:
 
 
 def last_event(folder: Path) -> str | None:
-    """The event that the log of a run folder ends with, if it ends with one."""
+    """Return the event in the last record of a run folder's log, or None."""
     records = read_records(folder / "metrics.jsonl")
     return records[-1].get("event") if records else None
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a log."""
+    """Read the records of a metrics.jsonl; the list is empty if the file does not exist."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        # The last line may have been cut off with its run.
+        # The last line may be incomplete, if the run was killed.
         with suppress(json.JSONDecodeError):
             records.append(json.loads(line))
     return records
 
 
 def say(line: str, console: Console | None = None) -> None:
-    """Print a line as it is: without markup, which brackets in a path would be, and without line breaks."""
+    """Print a line without interpreting brackets as markup and without wrapping it."""
     (console or Console()).print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class Progress:
-    """How far a long piece of work is: a bar on a terminal, elsewhere a line a minute.
+    """The progress of a long task: a bar on a terminal, otherwise a line per minute.
 
-    Use it as a context. Silent unless `enabled`: of several processes the main one shows its progress.
+    Use it as a context manager. Pass `enabled=False` on all ranks but one.
     """
 
     SECONDS_BETWEEN_LINES = 60.0
@@ -92,14 +93,14 @@ class Progress:
             TextColumn(f"[bold]{unit}"),
             MofNCompleteColumn(),
             BarColumn(bar_width=10),
-            # The first to be cut on a narrow terminal: the count and the time left stay whole.
+            # The only column that is truncated on a narrow terminal.
             TextColumn("{task.fields[status]}", table_column=Column(ratio=1, no_wrap=True), markup=False),
             TextColumn("left"),
             self._remaining,
             console=self._console,
             expand=True,
             disable=self._console.quiet or not self._console.is_terminal,
-            # Videos may take half a minute each.
+            # Long, because a single video may take half a minute.
             speed_estimate_period=600,
         )
         self._task = self._bar.add_task(unit, total=total, completed=done, status="")
@@ -113,7 +114,7 @@ class Progress:
         self._bar.stop()
 
     def advance(self, count: int = 1, status: str | None = None) -> None:
-        """`count` more are done; from now on `status` is shown beside the bar."""
+        """Add `count` completed items; `status` replaces the text next to the bar."""
         self._bar.advance(self._task, count)
         if status is not None:
             self._bar.update(self._task, status=status)
@@ -121,7 +122,7 @@ class Progress:
             self._print()
 
     def show(self, status: str) -> None:
-        """Show `status` now: in the bar on a terminal, elsewhere as a line."""
+        """Show `status` immediately: next to the bar on a terminal, otherwise as a line."""
         self._bar.update(self._task, status=status)
         self._print()
 

@@ -1,7 +1,8 @@
-"""Optimiser and learning-rate schedule: torch's fused AdamW, or NVIDIA Apex's fused optimisers.
+"""The optimiser and the learning-rate schedule (Co-Settle, section 4.1).
 
-Weight decay acts on matrices only; the schedule is a linear warm-up from 0 and one cosine down to 0, per step
-(Co-Settle, section 4.1, after MAE's `lr_sched.py`).
+The optimiser is PyTorch's fused AdamW or a fused optimiser of NVIDIA Apex; weight decay applies to matrices
+only. The learning rate is updated at every step: linear warm-up from 0, then a cosine decay to 0, as in MAE's
+`lr_sched.py`.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ APEX = {"apex_fused_adam": "FusedAdam", "apex_fused_lamb": "FusedLAMB"}
 
 
 def build_optimizer(recipe: OptimizerRecipe, module: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser of all trainable parameters of `module`. The learning rate starts at 0.
+    """Create the optimiser for all trainable parameters of `module`, with an initial learning rate of 0.
 
-    Raises InputError if an Apex optimiser was asked for, and NVIDIA Apex or the GPU is absent.
+    Raises:
+        InputError: The recipe selects an Apex optimiser, but NVIDIA Apex is not installed or there is no GPU.
     """
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [
@@ -34,20 +36,20 @@ def build_optimizer(recipe: OptimizerRecipe, module: nn.Module) -> torch.optim.O
         fused = getattr(importlib.import_module("apex.optimizers"), APEX[recipe.name])
     except ImportError:
         raise InputError(
-            f"optimizer.name: {recipe.name!r} needs NVIDIA Apex with its CUDA extensions. It is not on PyPI, "
-            f"where `apex` is an unrelated project (pip uninstall apex): build it from its repository "
-            f"(github.com/NVIDIA/apex, with --cuda_ext), or use optimizer.name=adamw"
+            f"optimizer.name: {recipe.name!r} needs NVIDIA Apex with its CUDA extensions, which is not on PyPI "
+            f"(the package `apex` there is an unrelated project). Build it from github.com/NVIDIA/apex with "
+            f"--cuda_ext, or use optimizer.name=adamw"
         ) from None
     if not all(parameter.is_cuda for parameter in trainable):
-        raise InputError(f"optimizer.name: {recipe.name!r} runs on GPUs only; use optimizer.name=adamw here")
+        raise InputError(f"optimizer.name: {recipe.name!r} needs a GPU. Use optimizer.name=adamw on a CPU")
     optimizer: torch.optim.Optimizer = fused(groups, lr=0.0, betas=recipe.betas, eps=recipe.eps)
     return optimizer
 
 
-def learning_rate_factor(recipe: TrainRecipe, step: int, total_steps: int) -> float:
-    """Share of the peak rate at `step` (0-based) of `total_steps`, which take the recipe's epochs."""
+def learning_rate_factor(recipe: TrainRecipe, step_index: int, total_steps: int) -> float:
+    """Return the learning rate of a step as a fraction of its peak. `total_steps` span the recipe's epochs."""
     epochs, warmup = recipe.epochs, recipe.warmup_epochs
-    epoch = step / total_steps * epochs
+    epoch = step_index / total_steps * epochs
     if epoch < warmup:
         return epoch / warmup
     return 0.5 * (1.0 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))

@@ -1,9 +1,9 @@
-"""Where a step's time goes: a Chrome trace of a few steps, and from it a table by span.
+"""Profiling: a Chrome trace of a few steps, and a summary of the time by span.
 
-`trainer` and `backbone_trainer` name the spans of a step; `StepProfiler` records some early steps of a run
-(`train --profile`) and writes `profile/trace.json` (for chrome://tracing or Perfetto) and
-`profile/summary.json`. On a GPU a kernel belongs to the span during which the host launched it, on whatever
-thread; on a CPU the spans' own durations are taken.
+`trainer` and `backbone_trainer` mark the spans of a step. With `train --profile`, `StepProfiler` records some
+early steps of a run and writes profile/trace.json (for chrome://tracing or Perfetto) and
+profile/summary.json. On a GPU, the time of a kernel is attributed to the span in which the host launched it,
+on any thread; on a CPU, the time of a span is its duration.
 """
 
 import json
@@ -17,32 +17,32 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from fasttrain.files import write_json
 
-# Encoder, head and backward pass in one, where a CUDA graph replays them.
+# Replaces the spans of encoder, head and backward pass when a CUDA graph replays all three.
 RECORDED_PASS = "recorded pass"
 SPANS = ("data", "encoder", "head and loss", "backward", RECORDED_PASS, "meters", "optimiser")
-# After the first steps, which still fill caches; short enough for a trace that a browser opens.
+# Skips the first steps, which fill caches, and keeps the trace small enough for a browser.
 SKIPPED, RECORDED = 3, 4
 STEP = "step"
 _ON_DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
 _HOST = {"cpu_op", "user_annotation"}
 _LAUNCHES = {"cuda_runtime", "cuda_driver"}
-# What to count within the steps. The host reads a number from the device by `_local_scalar_dense`: on a GPU
-# each one waits for all work before it.
+# Events to count within the steps. `_local_scalar_dense` copies a scalar to the host; on a GPU, it waits for
+# all previous work.
 _COUNTED = {
     "waits": {"cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize"},
     "scalar_reads": {"aten::_local_scalar_dense"},
     "allocations": {"cudaMalloc", "cudaMallocAsync", "cudaFree", "cudaHostAlloc"},
 }
 
-# A context that names what is inside for the profiler; next to free without one.
+# A context that names a span for the profiler. Its overhead is negligible if no profiler is active.
 span = record_function
 
 
 class StepProfiler(profile):
-    """Records steps SKIPPED .. SKIPPED + RECORDED - 1 of a run, or those of them that it has.
+    """Records the steps from index SKIPPED up to SKIPPED + RECORDED - 1, or fewer if the run is shorter.
 
-    Use it as a context, and call `step` after each step. Where it recorded any, it writes its two files and
-    passes the summary as a table to `say`.
+    Use it as a context manager and call `step` after each step. If any steps were recorded, it writes both
+    files to `folder` and passes the summary table to `say`.
     """
 
     def __init__(self, folder: Path, device: torch.device, say: Callable[[str], None]) -> None:
@@ -54,9 +54,9 @@ class StepProfiler(profile):
         )
 
     def step(self) -> None:
-        """A step is over: begin or end the recording where it is time."""
+        """End a step; start or stop the recording if it is due."""
         if self._on_gpu and self.step_num + 1 == SKIPPED:
-            # What was launched before must not run during the recording.
+            # Work that was launched earlier must not run during the recording.
             torch.cuda.synchronize()
         super().step()
 
@@ -74,16 +74,20 @@ class StepProfiler(profile):
         steps = self.step_num
         super().__exit__(*error)
         if steps <= SKIPPED:
-            self.say(f"nothing recorded: a profile takes more than {SKIPPED} steps")
+            self.say(f"no profile: the run has at most {SKIPPED} steps, which are skipped")
 
 
 def summarise(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """A step's time by span, from a Chrome trace's events (times in microseconds).
+    """Summarise the events of a Chrome trace (times in microseconds).
 
-    Returns `device` (cuda | cpu), `steps`, `step_ms`, `parts` (span -> {"ms", "share"} a step: device time on
-    a GPU, host time on a CPU), `outside_ms` (work of no span), and of the steps' own time, on threads that
-    run PyTorch, `waits`, `scalar_reads` and `allocations` a step; on a GPU also `busy_share`, the share of
-    the recorded time in which at least one kernel ran.
+    Returns:
+        A dictionary with the keys
+
+        - `device`: `cuda` or `cpu`. - `steps`: Number of recorded steps. - `step_ms`: Mean duration of a
+        step. - `parts`: For each span, `ms` per step and `share` of the total, in device time on a GPU and
+        host time on a CPU. - `outside_ms`: Time per step outside of all spans. - `waits`, `scalar_reads`,
+        `allocations`: Events per step on threads that run PyTorch. - `busy_share` (GPU only): Fraction of the
+        recorded time during which at least one kernel ran.
     """
     complete = [event for event in events if event.get("ph") == "X"]
     ranges = sorted(
@@ -95,24 +99,24 @@ def summarise(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
     span_ranges = [each for each in ranges if each[2] in SPANS]
     steps = len(step_ranges)
     work = [event for event in complete if event.get("cat") in _ON_DEVICE]
-    # Of every piece of work its span, if any, and how long it took.
-    owned: list[tuple[str | None, float]]
+    # Pairs of a span (or None) and a duration.
+    durations: list[tuple[str | None, float]]
     if work:
-        launched = {
+        launch_times = {
             event["args"].get("correlation"): event["ts"]
             for event in complete
             if event.get("cat") in _LAUNCHES
         }
-        owned = [
-            (_range_at(span_ranges, launched.get(event["args"]["correlation"])), event["dur"])
+        durations = [
+            (_range_at(span_ranges, launch_times.get(event["args"]["correlation"])), event["dur"])
             for event in work
         ]
-        total = sum(duration for _, duration in owned)
+        total = sum(duration for _, duration in durations)
     else:
-        owned = [(name, end - start) for start, end, name in span_ranges]
+        durations = [(name, end - start) for start, end, name in span_ranges]
         total = sum(end - start for start, end, _ in step_ranges)
-    times = {name: sum(duration for owner, duration in owned if owner == name) for name in SPANS}
-    # A loader's own threads may wait: the step's do not wait for them.
+    times = {name: sum(duration for owner, duration in durations if owner == name) for name in SPANS}
+    # Excludes the threads of a data loader, whose waiting does not delay a step.
     threads = {event.get("tid") for event in complete if event.get("cat") in _HOST}
     within = [
         event["name"]
@@ -129,30 +133,30 @@ def summarise(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
     }
     if work:
         starts, ends = np.array(sorted((event["ts"], event["ts"] + event["dur"]) for event in work)).T
-        reach = np.maximum.accumulate(ends)
-        # Between the end of all work so far and the start of the next.
-        idle = np.maximum(0, starts[1:] - reach[:-1]).sum()
-        summary["busy_share"] = float(1 - idle / (reach[-1] - starts[0]))
+        latest_ends = np.maximum.accumulate(ends)
+        # The device is idle between the end of all previous work and the start of the next.
+        idle = np.maximum(0, starts[1:] - latest_ends[:-1]).sum()
+        summary["busy_share"] = float(1 - idle / (latest_ends[-1] - starts[0]))
     return summary
 
 
 def _range_at(ranges: list[tuple[float, float, str]], time: float | None) -> str | None:
-    """Name of the range of the host that holds `time`, if any; they do not overlap."""
+    """Return the name of the range that contains `time`, or None. Ranges do not overlap."""
     return next((name for start, end, name in ranges if time is not None and start <= time <= end), None)
 
 
 def summary_table(summary: dict[str, Any]) -> str:
-    """The summary as lines for a terminal."""
+    """Format the summary as a table for the terminal."""
     lines = [
-        f"{summary['step_ms']:.2f} ms a step, mean of {summary['steps']}; "
-        f"{'GPU' if summary['device'] == 'cuda' else 'host'} time by span:"
+        f"{summary['step_ms']:.2f} ms per step (mean of {summary['steps']} steps); "
+        f"{'GPU' if summary['device'] == 'cuda' else 'CPU'} time by span:"
     ]
     rows = {name: part["ms"] for name, part in summary["parts"].items()} | {"outside": summary["outside_ms"]}
     total = sum(rows.values())
     lines += [f"  {name:<14}{ms:>10.3f} ms{ms / total:>8.1%}" for name, ms in rows.items()]
     lines.append(
-        f"a step: {summary['waits']:g} waits for the device, "
-        f"{summary['scalar_reads']:g} numbers read from it, {summary['allocations']:g} allocations"
+        f"per step: {summary['waits']:g} waits for the device, "
+        f"{summary['scalar_reads']:g} scalar reads, {summary['allocations']:g} allocations"
     )
     if "busy_share" in summary:
         lines.append(f"GPU busy {summary['busy_share']:.1%} of the time")

@@ -1,7 +1,7 @@
-"""The projection head g, the only part that is trained: parameters, files, import of published checkpoints.
+"""The projection, which is the only trained module: its architecture, its files, and published checkpoints.
 
-A trained projection is one safetensors file. Its metadata names the encoder that it belongs to
-(`video_encoder` reads it).
+A trained projection is stored as a safetensors file, whose metadata describe the backbone that it belongs to
+(see `video_encoder`).
 """
 
 import re
@@ -25,17 +25,28 @@ _DEPTH: dict[Head, int] = {"linear": 1, "mlp2": 2, "mlp3": 3}
 
 
 class Projection(nn.Module):
-    """The head g of the paper (`ST_adapter.py` of github.com/yafeng19/Co-Settle).
+    """The projection g of the paper (`ST_adapter.py` of github.com/yafeng19/Co-Settle).
+
+    The module maps tokens (..., D) to tokens (..., D), which are not L2-normalised. All linear layers are D x
+    D:
 
         linear:  Linear, tanh, LayerNorm
         mlp2:    Linear, tanh, Linear, LayerNorm
         mlp3:    Linear, tanh, Linear, tanh, Linear, LayerNorm
 
-    All layers are D to D. Tokens (..., D) come out as (..., D), before L2 normalisation.
+    Args:
+        dim: Embedding dimension D.
+        head: Architecture: `linear`, `mlp2` or `mlp3`.
+        init: Initialisation of the linear layers: `trunc_normal` (standard deviation 0.02, zero bias),
+            `xavier_uniform` (zero bias), or `default` (that of `nn.Linear`). The published implementation
+            uses a different one for some backbones (`Backbone.projection_init`).
+        seed: Seed of the initialisation. The global generator is not affected.
 
-    init: how the weights start, in which the published models differ (`Backbone.projection_init`):
-    trunc_normal (std 0.02, zero bias) | xavier_uniform (zero bias) | default (of `nn.Linear`).
-    The parameters are a function of `seed`; the global generator is not touched.
+    Attributes:
+        metadata: The metadata of the file that the projection was loaded from.
+
+    Raises:
+        InputError: `head` is not one of the architectures.
     """
 
     def __init__(
@@ -43,7 +54,7 @@ class Projection(nn.Module):
     ) -> None:
         super().__init__()
         if head not in _DEPTH:
-            raise InputError(f"head {head!r}: expected one of {', '.join(_DEPTH)}")
+            raise InputError(f"head {head!r} is not one of: {', '.join(_DEPTH)}")
         self.dim = dim
         self.head: Head = head
         self.metadata: dict[str, str] = {}
@@ -52,13 +63,16 @@ class Projection(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Project tokens (..., D); the output is not L2-normalised."""
         out = self._last_linear(self._hidden(tokens))
         return self.norm(out.tanh() if self.head == "linear" else out)
 
     def split(self, tokens: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """The product of the last linear layer without its bias, and the further arguments of the kernel.
+        """Split the forward pass for the fused kernel, which computes what follows the last matrix product.
 
-        `forward(tokens)` is norm(tanh(product + bias)), without the tanh where `rest["tanh"]` is false.
+        Returns the output of the last linear layer without its bias, and the remaining arguments of the
+        kernel. `forward(tokens)` equals norm(tanh(output + bias)), or norm(output + bias) if `rest["tanh"]`
+        is False.
         """
         rest = {
             "bias": self._last_linear.bias,
@@ -74,46 +88,65 @@ class Projection(nn.Module):
         return cast(nn.Linear, self.linears[-1])
 
     def _hidden(self, tokens: Tensor) -> Tensor:
-        """The input of the last linear layer, (..., D): the tokens themselves for the linear head."""
+        """Return the input (..., D) of the last linear layer."""
         for linear in self.linears[:-1]:
             tokens = linear(tokens).tanh()
         return tokens
 
     def save(self, path: str | Path, metadata: dict[str, str] | None = None) -> None:
-        """Write the parameters as safetensors, atomically: `path` is the old file or the whole new one.
+        """Save the projection as a safetensors file, atomically.
 
-        metadata: what `load` gives back as `.metadata`; the head is always added.
+        Args:
+            path: The file to write. Missing parent folders are created.
+            metadata: Strings to store in the file, in addition to the head. `load` returns them as
+                `.metadata`.
         """
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         write_atomically(Path(path), save(tensors, {**(metadata or {}), "head": self.head}))
 
     @classmethod
     def load(cls, path: str | Path) -> "Projection":
-        """The projection that `save` wrote, on the CPU, with its `.metadata`.
+        """Load a projection that `save` or a training run has written.
 
-        Raises InputError for any other file.
+        Args:
+            path: A safetensors file.
+
+        Returns:
+            The projection on the CPU, with its `.metadata`.
+
+        Raises:
+            InputError: The file cannot be read, or does not contain a projection.
         """
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                # An open file is not a mapping: it cannot be iterated itself.
+                # The file is not a mapping and cannot be iterated.
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise InputError(
-                f"projection {path} cannot be read ({error}); give one that training wrote"
+                f"projection '{path}' cannot be read ({error}); pass projection.safetensors of a run folder"
             ) from error
         if metadata.get("head") not in _DEPTH or "norm.weight" not in state:
-            raise InputError(f"projection {path} is a safetensors file, but no projection of fasttrain")
-        projection = _from_state_dict(cast(Head, metadata["head"]), state, f"projection {path}")
+            raise InputError(
+                f"projection '{path}' was not written by fasttrain; pass projection.safetensors of a run "
+                f"folder"
+            )
+        projection = _from_state_dict(cast(Head, metadata["head"]), state, f"projection '{path}'")
         projection.metadata = metadata
         return projection
 
     @classmethod
     def from_cosettle(cls, path: str | Path) -> "Projection":
-        """The projection of a checkpoint that the paper's authors published (`ckpts/ours/<family>+ours`).
+        """Load the projection of a checkpoint that the paper's authors published (`ckpts/ours`).
 
-        path: a local file or hf://owner/repo/path. The head follows from the keys. Raises InputError for a
-        file without `adapter.adapter.*`.
+        Args:
+            path: A local file or `hf://owner/repo/path`.
+
+        Returns:
+            The projection on the CPU. Its head is inferred from the keys of the checkpoint.
+
+        Raises:
+            InputError: The file cannot be read, or does not contain a projection (keys `adapter.adapter.*`).
         """
         prefix = "adapter.adapter.adapter_"
         published = find_state_dict(read_checkpoint(find_file(str(path))), str(path), ("model",))
@@ -125,12 +158,12 @@ class Projection(nn.Module):
         depth = sum(key.startswith("linears.") and key.endswith(".weight") for key in state)
         head = next((head for head, layers in _DEPTH.items() if layers == depth), None)
         if head is None or "norm.weight" not in state:
-            raise InputError(f"checkpoint {path} holds no Co-Settle projection (keys {prefix}*)")
-        return _from_state_dict(head, state, f"checkpoint {path}")
+            raise InputError(f"checkpoint '{path}' contains no Co-Settle projection (keys {prefix}*)")
+        return _from_state_dict(head, state, f"checkpoint '{path}'")
 
 
 def _own_name(published: str) -> str:
-    """A single layer is called `linear`, those of an MLP `linear1`, `linear2`, `linear3`."""
+    """Translate a published key, such as `linear.weight` (head `linear`) or `linear2.weight` (MLP heads)."""
     name = re.sub(r"^linear(\d?)\.", lambda match: f"linears.{int(match[1] or 1) - 1}.", published)
     return name.replace("layer_norm1.", "norm.")
 

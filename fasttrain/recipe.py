@@ -1,9 +1,10 @@
-"""A recipe: strict YAML into frozen pydantic dataclasses. Every default is here, and only here.
+"""Recipes: the keys, defaults and checks of a run's configuration.
 
-`load_recipe(path, overrides)` reads a file (and the file it names under `base`), applies `key=value`
-overrides, and checks every key, type and range. An error names the dotted path and the nearest known key.
-The defaults are the paper's (Co-Settle, arXiv 2603.26597). The text beneath a field is its documentation;
-the table in docs/recipes.md and the JSON schema for editors are made from it.
+A recipe is a YAML file that is parsed strictly into frozen pydantic dataclasses. `load_recipe(path,
+overrides)` reads the file and the one that it names under `base`, applies `key=value` overrides, and checks
+the name, type and range of every key. All defaults are defined here; they are the paper's (Co-Settle, arXiv
+2603.26597). The string below a field documents the key. The table of keys in the documentation and the JSON
+schema (recipes/schema.json) are generated from these strings.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ CONFIG = ConfigDict(
     extra="forbid", strict=True, validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
 )
 
-# Marks a key that may change when a run is resumed: it does not alter what is computed, or the trainer
-# compares its effect (`Trainer.facts`).
+# Marks a key that may change when a run is resumed, because it does not affect the result or because the
+# trainer checks its effect itself (`Trainer.facts`).
 MAY_CHANGE = "may change on resume"
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
-# Small enough for the product of two to be a 64-bit number.
+# Bounded, so that the product of two counts fits into 64 bits.
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveFraction = Annotated[float, Field(gt=0, le=1)]
@@ -51,91 +52,91 @@ BelowOne = Annotated[float, Field(ge=0, lt=1)]
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class BackboneRecipe:
     name: str = "dinov2"
-    """The frozen encoder: mae, ijepa, clip, blip, mocov3, ibot, dino, dinov2, or the name of a timm ViT."""
+    """Frozen encoder: mae, ijepa, clip, blip, mocov3, ibot, dino, dinov2, or the name of a timm ViT."""
     weights: str = "random"
-    """Where its weights come from: `hf://repo/path`, `timm://name`, a local file, or `random`."""
+    """Pretrained weights: `hf://owner/repo/path`, `timm://name`, a local file, or `random`."""
     patch_size: Count | None = None
-    """Patch size in pixels; null reads it from the weights (16 for `random`)."""
+    """Patch size in pixels; null: read from the weights (16 for `random`)."""
     embed_dim: Count | None = None
-    """Width D of a token; null reads it from the weights (768 for `random`)."""
+    """Embedding dimension of the tokens; null: read from the weights (768 for `random`)."""
     depth: Count | None = None
-    """Number of transformer blocks; null reads it from the weights (12 for `random`)."""
+    """Number of transformer blocks; null: read from the weights (12 for `random`)."""
     num_heads: Count | None = None
-    """Number of attention heads; null means embed_dim / 64."""
+    """Number of attention heads; null: embed_dim / 64."""
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class EncoderRecipe:
     precision: Literal["auto", "fp8"] = "auto"
-    """Format of the frozen blocks' matrix products: train.precision, or FP8 (Ada, Hopper and later)."""
+    """Precision of the frozen blocks' linear layers; `auto`: train.precision; `fp8`: Ada, Hopper or later."""
     compile: Annotated[Literal["auto", "none", "default", "max-autotune"], MAY_CHANGE] = "auto"
-    """torch.compile: not at all, usual, or with a search for the fastest kernels; `auto`: usual on GPUs."""
+    """Mode of torch.compile for the encoder; `auto`: `default` on a GPU, `none` on a CPU."""
     cuda_graph: Annotated[bool, MAY_CHANGE] = False
-    """Replay each pass as one CUDA graph; with several processes or fp16, the encoder only."""
+    """Replay a forward and backward pass as one CUDA graph; several processes or fp16: the encoder only."""
     attention: Annotated[Literal["auto", "cudnn", "flash", "efficient", "math"], MAY_CHANGE] = "auto"
-    """Kernel of the scaled-dot-product attention; `auto`: PyTorch's choice, on a CPU the faster one."""
+    """Scaled dot-product attention kernel; `auto`: PyTorch's choice, or unfused on a CPU if faster."""
     batch_views: Annotated[bool, MAY_CHANGE] = True
-    """Three views in one batch, frame 1 cut into patches once; false takes three passes, less memory."""
+    """Encode the three views in one batch, which is faster; false: one pass per view, in less memory."""
     chunk: Annotated[int, Field(ge=0), MAY_CHANGE] = 0
-    """Pairs that go through the encoder at a time, which bounds its memory; 0: all on a GPU, 4 on a CPU."""
+    """Frame pairs that are encoded at a time, to limit memory; 0: all on a GPU, 4 on a CPU."""
     cast_weights: Annotated[bool, MAY_CHANGE] = True
-    """Cast the frozen weights to train.precision once; false keeps float32 and casts at every step."""
+    """Cast the frozen weights to train.precision once; false: keep float32 weights and use autocast."""
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class ProjectionRecipe:
     head: Literal["linear", "mlp2", "mlp3"] = "linear"
-    """The trained head: one, two or three linear layers, tanh between, LayerNorm at the end."""
+    """Architecture: Linear-tanh-LayerNorm, or 2 or 3 Linear layers with tanh in between, then LayerNorm."""
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class ObjectiveRecipe:
     temperature: Positive = 0.03
-    """Temperature of the affinities' softmax."""
+    """Temperature of the affinity softmax."""
     window: Count = 2
-    """Side of the pooling window on the token grid before the affinities; 1 pools nothing."""
+    """Side of the average-pooling window on the token grid before the affinities; 1: no pooling."""
     lambda_reg: NonNegative = 3.0
-    """Weight of the separability term."""
+    """Weight of the separability loss."""
     regularizer: Literal["kl", "mse"] = "kl"
-    """The separability term: KL over channels, or the mean squared difference of normalised tokens."""
+    """Separability loss: KL divergence over channels, or mean squared error of the normalised tokens."""
     asymmetric_ratio: NonNegative = 10.0
-    """Frame 1's second view takes its positions from a map enlarged (1 + ratio) times; 0 turns it off."""
+    """Enlargement (1 + ratio) of the position map from which view 3 is cropped; 0: plain positions."""
     backend: Annotated[Literal["auto", "triton", "eager"], MAY_CHANGE] = "auto"
-    """Who computes the losses: Triton kernels, eager PyTorch, or the faster one present."""
+    """Implementation of the losses; `auto`: Triton kernels on a GPU if Triton is installed, else eager."""
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class DataRecipe:
     source: Annotated[str, MAY_CHANGE] = ""
-    """Frame folders, a text file that lists them, a folder of video files, or a packed set."""
+    """Training videos: a folder of frame folders or video files, a frame list, or a packed set."""
     kind: Annotated[Literal["auto", "folders", "list", "videos", "packed"], MAY_CHANGE] = "auto"
-    """How to read the source; `auto` looks."""
+    """Type of the source; `auto`: detect it."""
     image_size: Annotated[int, Field(ge=1, le=2**14)] = 224
-    """Side of the square crop in pixels that the encoder sees."""
+    """Side of the square training crop in pixels."""
     gap: Fraction = 0.15
-    """Distance of the two frames as a share of the video's length."""
+    """Distance between the two frames, as a fraction of the video's length."""
     crop_area: tuple[PositiveFraction, PositiveFraction] = (0.5, 1.0)
-    """Range of the crop's area as a share of the frame."""
+    """Range of the crop's area, as a fraction of the frame."""
     crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
-    """Range of the crop's aspect ratio, drawn log-uniformly."""
+    """Range of the crop's aspect ratio, sampled log-uniformly."""
     flip: Fraction = 0.5
-    """Probability of a horizontal flip, the same for both frames."""
+    """Probability of flipping both frames horizontally."""
     pairs_per_video: Count = 1
-    """Frame pairs that an epoch draws from each video."""
+    """Frame pairs drawn from each video per epoch."""
     decoder: Annotated[Literal["auto", "cpu", "mixed"], MAY_CHANGE] = "auto"
-    """Where training decodes: on the host (`cpu`; `auto` is the same) or the GPU (`mixed`: nvJPEG, NVDEC)."""
+    """Decode on the CPU (`cpu`; `auto` is the same) or on the GPU with nvJPEG and NVDEC (`mixed`)."""
     jpeg_engine_load: Annotated[Fraction, MAY_CHANGE] = 0.65
-    """With `mixed`, the share of JPEG frames for the GPU's JPEG engine; its CUDA cores get the rest."""
+    """With `mixed`, fraction of the JPEG frames for the GPU's JPEG engine; CUDA cores decode the rest."""
     num_threads: Annotated[int, Field(ge=0, le=2**12), MAY_CHANGE] = 0
-    """Decoding threads of each process; 0 shares the machine's cores among its processes."""
+    """Decoding threads per process; 0: the machine's CPU cores divided among its processes."""
     prefetch: Annotated[Count, MAY_CHANGE] = 2
-    """Batches that are decoded ahead."""
+    """Number of batches to decode ahead."""
     max_bad_fraction: Annotated[Fraction, MAY_CHANGE] = 0.01
-    """Share of unreadable samples past which the run stops; fewer are replaced, counted and named."""
+    """Stop if more than this fraction of samples is unreadable; fewer are replaced, counted and logged."""
 
     @field_validator("crop_area", "crop_ratio")
     @classmethod
-    def _is_a_range(cls, pair: tuple[float, float]) -> tuple[float, float]:
+    def _check_range(cls, pair: tuple[float, float]) -> tuple[float, float]:
         if pair[0] > pair[1]:
             raise ValueError("expected the smaller number first")
         return pair
@@ -144,50 +145,50 @@ class DataRecipe:
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class OptimizerRecipe:
     name: Literal["adamw", "apex_fused_adam", "apex_fused_lamb"] = "adamw"
-    """torch's fused AdamW, or a fused optimiser of NVIDIA Apex where that is installed."""
+    """PyTorch's fused AdamW, or a fused optimiser of NVIDIA Apex, which must be installed."""
     lr: Positive = 1e-4
-    """Learning rate for a global batch of 256 pairs; it is scaled linearly with the global batch."""
+    """Peak learning rate for a global batch of 256 frame pairs; scales linearly with the global batch."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
-    """Decay of the running averages."""
+    """Decay rates of the running averages of the gradient and its square."""
     eps: Positive = 1e-8
-    """Term that keeps the division stable."""
+    """Term added to the denominator for numerical stability."""
     weight_decay: NonNegative = 0.05
-    """Decoupled weight decay, on matrices only."""
+    """Decoupled weight decay, applied to matrices only."""
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class TrainRecipe:
     epochs: Positive = 5.0
-    """Passes over the data; also the unit of the learning-rate schedule."""
+    """Number of epochs; may be fractional."""
     steps: Count | None = None
-    """Optimiser steps; null means as many as `epochs` takes. The schedule is stretched over them."""
+    """Number of optimiser steps; null: as many as `epochs` takes. The schedule is rescaled to fit."""
     warmup_epochs: NonNegative = 1.0
-    """Part of `epochs` in which the learning rate rises from 0; a cosine to 0 follows."""
+    """Epochs of linear learning-rate warm-up from 0; a cosine decay to 0 follows."""
     batch_size: Annotated[Count, MAY_CHANGE] = 128
     """Frame pairs per process and forward pass. Global batch = batch_size x accumulate x processes."""
     accumulate: Annotated[Count, MAY_CHANGE] = 1
-    """Forward passes whose gradients make one optimiser step."""
+    """Forward passes whose gradients are accumulated for one optimiser step."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Number format of the encoder and of the head's matrix products; fp16 comes with loss scaling."""
+    """Precision of the encoder and of the projection's matrix products; fp16 uses loss scaling."""
     log_every: Annotated[Count, MAY_CHANGE] = 20
-    """Steps between two lines of metrics; between them the host never waits for the device."""
+    """Steps between log lines; the host does not wait for the device in between."""
     save_every: Annotated[Count, MAY_CHANGE] = 500
-    """Steps between two checkpoints; the last step always writes one."""
+    """Steps between checkpoints; the last step always writes one."""
     keep: Annotated[Count, MAY_CHANGE] = 2
-    """Checkpoints that are kept."""
+    """Number of checkpoints to keep."""
     tensorboard: Annotated[bool, MAY_CHANGE] = True
-    """Write TensorBoard events beside metrics.jsonl."""
+    """Write TensorBoard events in addition to metrics.jsonl."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """`precision` as PyTorch names it."""
+        """`precision` as a torch.dtype."""
         import torch
 
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 
     @field_validator("warmup_epochs")
     @classmethod
-    def _leaves_epochs_to_train(cls, warmup_epochs: float, info: ValidationInfo) -> float:
+    def _check_warmup(cls, warmup_epochs: float, info: ValidationInfo) -> float:
         if warmup_epochs >= info.data.get("epochs", math.inf):
             raise ValueError(f"expected fewer than train.epochs={info.data['epochs']:g}")
         return warmup_epochs
@@ -196,58 +197,60 @@ class TrainRecipe:
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class EvalRecipe:
     every: Annotated[int, Field(ge=0), MAY_CHANGE] = 0
-    """Steps between two validations (consistency and separability, before and after); 0 means never."""
+    """Steps between validations (consistency and separability, before and after); 0: never."""
     num_videos: Annotated[int, Field(ge=2), MAY_CHANGE] = 16
-    """Videos of the training source that a validation looks at."""
+    """Number of training videos used for validation."""
     num_frames: Annotated[int, Field(ge=8), MAY_CHANGE] = 20
-    """Frames of each of these videos."""
+    """Number of frames per validation video."""
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class Recipe:
-    """One run. `backbones` is empty for a single backbone; otherwise all of them train from one stream."""
+    """The configuration of one run; `load_recipe` reads it from a file.
+
+    If `backbones` is empty, the run trains a projection for `backbone`, otherwise one for each of
+    `backbones`.
+    """
 
     output: Annotated[str, MAY_CHANGE] = "runs/run"
-    """Folder of the run; `~` is the home folder."""
+    """Run folder; `~` expands to the home folder."""
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] = 0
-    """Seed of the head's weights, the sample order, the pairs, the crops and the position offsets."""
+    """Seed of the initial weights, sample order, frame pairs, crops and position offsets."""
     resume: Annotated[Literal["auto", "never"], MAY_CHANGE] = "auto"
-    """`auto` continues from the last checkpoint in `output`; `never` refuses a folder that holds a run."""
+    """`auto`: continue from the last checkpoint in `output`; `never`: refuse a folder that holds a run."""
     device: Annotated[Literal["auto", "cuda", "cpu"], MAY_CHANGE] = "auto"
-    """Where to train; `auto` takes the GPU if there is one."""
+    """Device to train on; `auto`: a GPU if available, else the CPU."""
     backbone: BackboneRecipe = field(default_factory=BackboneRecipe)
-    """The one backbone of this run."""
+    """The frozen encoder."""
     backbones: tuple[BackboneRecipe, ...] = ()
-    """Several backbones, trained together from one stream of frames; each writes `output/NAME`."""
+    """Several backbones, trained together on the same frames; each writes to `output/NAME`."""
     encoder: EncoderRecipe = field(default_factory=EncoderRecipe)
-    """How the frozen encoder is run."""
+    """Execution of the frozen encoder."""
     projection: ProjectionRecipe = field(default_factory=ProjectionRecipe)
-    """What is trained."""
+    """The trained projection."""
     objective: ObjectiveRecipe = field(default_factory=ObjectiveRecipe)
-    """What it is trained for."""
+    """The training objective."""
     data: DataRecipe = field(default_factory=DataRecipe)
-    """What it is trained on."""
+    """The training data and its augmentation."""
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
-    """What takes the steps."""
+    """The optimiser."""
     train: TrainRecipe = field(default_factory=TrainRecipe)
-    """How long, how fast, how precise."""
+    """Length, batch size, precision and logging."""
     eval: EvalRecipe = field(default_factory=EvalRecipe)
     """Validation during training."""
 
     @field_validator("output")
     @classmethod
-    def _names_a_folder(cls, output: str) -> str:
+    def _check_output(cls, output: str) -> str:
         if not output:
-            raise ValueError("expected a folder, such as output=runs/mine")
+            raise ValueError("expected a folder, such as output=runs/dinov2")
         return os.path.expanduser(output)
 
     @field_validator("backbones")
     @classmethod
-    def _differ_in_name(cls, backbones: tuple[BackboneRecipe, ...]) -> tuple[BackboneRecipe, ...]:
-        names = [backbone.name for backbone in backbones]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"each writes a folder of its name, and {name!r} is listed twice")
+    def _check_names(cls, backbones: tuple[BackboneRecipe, ...]) -> tuple[BackboneRecipe, ...]:
+        if len({backbone.name for backbone in backbones}) < len(backbones):
+            raise ValueError("expected distinct names, because each backbone writes to output/NAME")
         return backbones
 
 
@@ -258,14 +261,14 @@ _RECIPE = TypeAdapter(Recipe)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as people mean it: `1e-4` is a float, and duplicate keys raise."""
+    """A YAML loader that reads `1e-4` as a float and refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(
-                    problem=f"duplicate key {key!r} in one mapping; keep one", problem_mark=node.start_mark
+                    problem=f"duplicate key {key!r}; remove one", problem_mark=node.start_mark
                 )
         return super().construct_mapping(node, deep=deep)
 
@@ -278,15 +281,22 @@ _Loader.add_implicit_resolver(
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read the recipe at `path`, apply `key=value` overrides in order, and check everything.
+    """Read a recipe, apply overrides, and check all keys.
 
-    Where the current folder has no `path`, such as recipes/dinov2.yaml, it is the project's own.
+    Args:
+        path: A YAML file. If it does not exist relative to the current folder, a recipe that ships with
+            fasttrain is used, such as recipes/dinov2.yaml.
+        overrides: Assignments such as `train.epochs=1`, applied in order. Values are parsed as YAML.
+
+    Returns:
+        The recipe, with the default of every key that neither the file nor its `base` nor an override sets.
 
     Raises:
-        InputError: the file is missing or no YAML mapping; a key is unknown, mistyped or out of range.
+        InputError: The file does not exist or is not a YAML mapping, or a key is unknown, has the wrong type
+            or is out of range.
     """
     package = Path(__file__).parent
-    # Where it lies in an installed package, and in a checkout.
+    # Recipes are inside of an installed package, but next to it in a source checkout.
     candidates = (Path(path), package / path, package.parent / path)
     tree = _read_tree(next((file for file in candidates if file.is_file()), candidates[0]))
     for override in overrides:
@@ -295,32 +305,33 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def recipe_from_dict(tree: Mapping[str, Any]) -> Recipe:
-    """Build a checked recipe from nested mappings (what `to_dict` returns, or any part of it)."""
+    """Check nested mappings, complete or partial, and build a recipe from them; the inverse of `to_dict`."""
     try:
-        # Of JSON, pydantic's strict mode takes mappings as sections and lists as tuples. A date is a string.
+        # In strict mode, pydantic accepts mappings as dataclasses and lists as tuples in JSON input only.
+        # `default=str` turns dates, which YAML parses, back into strings.
         return _RECIPE.validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         raise InputError(_first_error(error)) from None
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """Every key with its value, as plain lists and mappings."""
+    """Return all keys and values as nested dictionaries and lists."""
     return _RECIPE.dump_python(recipe, mode="json")
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The resolved recipe: reading this text gives an equal recipe."""
+    """Return the resolved recipe as YAML text, from which an equal recipe can be read."""
     return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True)
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """Hash of all keys that decide what a run computes. Runs of equal hash may resume each other."""
+    """Hash the keys that determine the result of a run. A run is resumed only if its hash is unchanged."""
     decisive = json.dumps(_decisive(recipe), sort_keys=True, default=asdict)
     return hashlib.sha256(decisive.encode()).hexdigest()[:16]
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
-    """The keys that matter to `recipe_hash` and differ, as `key: old -> new`."""
+    """List the keys of `recipe_hash` that differ, as `key: old -> new`."""
     after = _decisive(new)
     return [
         f"{path}: {value!r} -> {after[path]!r}"
@@ -330,7 +341,7 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
 
 def keys_table() -> str:
-    """Every recipe key with type, default and meaning, as the Markdown table in docs/recipes.md."""
+    """Return all recipe keys with their types, defaults and meanings as a Markdown table."""
     lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for path, key in _keys(Recipe):
         schema = TypeAdapter(key.rebuild_annotation()).json_schema()
@@ -340,54 +351,60 @@ def keys_table() -> str:
 
 
 def json_schema() -> dict[str, Any]:
-    """What a recipe's file may hold, as JSON schema, by which editors complete and check keys."""
+    """Return the JSON schema of recipe files, with which editors complete and check keys."""
     schema = _RECIPE.json_schema()
-    base = {"type": "string", "description": "A recipe beside this file, whose keys this one changes."}
+    base = {"type": "string", "description": "Path, relative to this file, of a recipe to inherit from."}
     return schema | {"properties": {"base": base} | schema["properties"]}
 
 
 def _read_tree(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}  # a SafeLoader underneath
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}  # derived from SafeLoader
     except OSError as error:
-        raise InputError(f"cannot read recipe {str(path)!r}: {error.strerror}; give a YAML file") from None
-    # Text in another encoding, a 30th of February, a number of thousands of digits are ValueErrors.
+        raise InputError(
+            f"recipe {str(path)!r} cannot be read: {str(error.strerror).lower()}; pass a YAML file"
+        ) from None
+    # ValueErrors: text in another encoding, an impossible date, an integer of thousands of digits.
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise InputError(f"recipe {str(path)!r} holds a {type(tree).__name__}; expected `key: value` lines")
+        raise InputError(f"recipe {str(path)!r}: expected `key: value` lines, got a {type(tree).__name__}")
     base = tree.pop("base", None)
     return tree if base is None else _merge(_read_tree(path.parent / str(base)), tree)
 
 
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`below` with the keys of `above`, which win; sections are merged key by key."""
-    merged = below | above
-    for key, value in above.items():
-        if isinstance(value, dict) and isinstance(below.get(key), dict):
-            merged[key] = _merge(below[key], value)
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` updated with `changes`, recursively for sections."""
+    merged = base | changes
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            merged[key] = _merge(base[key], value)
     return merged
 
 
 def _override(tree: dict[str, Any], argument: str) -> dict[str, Any]:
-    """`tree` with the `key=value` of the command line. A section as value changes the keys it names."""
+    """Return `tree` with a `key=value` assignment applied. A section as the value is merged key by key."""
     key, equals, text = argument.partition("=")
     if not equals or not key:
-        raise InputError(f"cannot read argument {argument!r}; expected key=value, such as train.epochs=5")
+        raise InputError(f"argument {argument!r}: expected key=value, such as train.epochs=5")
     value: Any = text
-    # A path such as 2024 or `on` is a string whatever YAML makes of it.
-    if not any(path == key and known.annotation is str for path, known in _keys(Recipe)):
+    # The value of a string key stays a string, even if YAML would read it as a number or a boolean (2024,
+    # on).
+    if not any(path == key and info.annotation is str for path, info in _keys(Recipe)):
         with suppress(yaml.YAMLError, ValueError):
-            value = yaml.load(text, Loader=_Loader)  # a SafeLoader underneath
+            value = yaml.load(text, Loader=_Loader)  # derived from SafeLoader
     if key == "backbones" and isinstance(value, list):
-        # A name, as in `backbones=[mae, dino]`, picks the recipe's own entry.
+        # A name, as in `backbones=[mae, dino]`, selects an entry of the recipe.
         entries = {entry.get("name"): entry for entry in tree.get(key) or [] if isinstance(entry, dict)}
         for name in value:
             if isinstance(name, str) and name not in entries:
-                listed = ", ".join(map(str, entries)) or "none"
+                if not entries:
+                    problem = "names no entry, because the recipe does not list any backbones"
+                else:
+                    problem = f"is not one of the recipe's backbones: {', '.join(map(str, entries))}"
                 raise InputError(
-                    f"backbones: {name!r} is not in the recipe's list ({listed}); name some of these, or "
-                    f"give whole entries: backbones=[{{name: mae, weights: PATH}}]"
+                    f"backbones: {name!r} {problem}. To add one, pass a complete entry: "
+                    f"backbones=[{{name: mae, weights: PATH}}]"
                 )
         value = [entries[entry] if isinstance(entry, str) else entry for entry in value]
     for name in reversed(key.split(".")):
@@ -395,24 +412,42 @@ def _override(tree: dict[str, Any], argument: str) -> dict[str, Any]:
     return _merge(tree, value)
 
 
+# Patterns of pydantic's messages, and how we word them.
+_WORDING = (
+    (r"^Input should be an object$", "expected a section of keys"),
+    (r"^Input should be (greater|less)", r"expected a value \1"),
+    (r"^Input should be", "expected"),
+    (r"^Field required$", "expected a value"),
+    (r"^Tuple should have at most (\d+) items.*", r"expected \1 values"),
+    (r"a valid array$", "a list"),
+)
+
+
 def _first_error(error: ValidationError) -> str:
-    """One line about the first error that pydantic found: its key, what was expected, what was given."""
+    """Describe the first error that pydantic reports in one line: the key, the expectation and the value."""
     first = error.errors(include_url=False)[0]
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])[1:]
     if first["type"] == "unexpected_keyword_argument":
-        # The nearest known key, first of all one of the same name in another section.
+        # Prefers a key of the same name in another section, then the most similar one.
         name = path.rpartition(".")[2]
         nearest = max(
-            (known for known, _ in _keys(Recipe)),
-            key=lambda known: (known.endswith(f".{name}"), SequenceMatcher(None, path, known).ratio()),
+            (key for key, _ in _keys(Recipe)),
+            key=lambda key: (key.endswith(f".{name}"), SequenceMatcher(None, path, key).ratio()),
         )
-        return f"unknown recipe key {path!r}; did you mean {nearest!r}?"
+        return (
+            f"unknown recipe key {path!r}; did you mean {nearest!r}? `fasttrain train --keys` lists all keys"
+        )
+    if first["type"] == "literal_error":
+        choices = first["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
+        return f"{path}: {first['input']!r} is not one of: {choices}"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{path}: {message[0].lower()}{message[1:]}, got {first['input']!r}"
+    for pydantics, ours in _WORDING:
+        message = re.sub(pydantics, ours, message)
+    return f"{path}: {message}, got {first['input']!r}"
 
 
 def _keys(section: Any, path: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every key with its dotted path."""
+    """Yield the dotted path and the field of every key."""
     for name, key in section.__pydantic_fields__.items():
         if is_dataclass(key.annotation):
             yield from _keys(key.annotation, f"{path}{name}.")
@@ -421,5 +456,5 @@ def _keys(section: Any, path: str = "") -> Iterator[tuple[str, FieldInfo]]:
 
 
 def _decisive(recipe: Recipe) -> dict[str, Any]:
-    """The values that decide what a run computes, by dotted path."""
+    """Return the values that determine the result of a run, by dotted path."""
     return {path: attrgetter(path)(recipe) for path, key in _keys(Recipe) if MAY_CHANGE not in key.metadata}

@@ -1,10 +1,11 @@
-"""Training: set-up, the loop, one step.
+"""The training loop: set-up, steps, logs, checkpoints and resuming.
 
-A `Trainer` feeds one stream of frame pairs to one `BackboneTrainer` (a backbone with its head) or to many.
-What a run computes is a function of recipe, data and seed: every random number follows from (seed, step).
+A `Trainer` feeds one stream of frame pairs to one or several `BackboneTrainer`s. The result of a run depends
+on the recipe, the data and the seed only, because every random number is derived from the seed and the step
+index.
 
-The path of a frame pair: `PairLoader` -> `Trainer.train_step` -> `BackboneTrainer.forward_backward` ->
-`EncoderRuntime.three_views`, the frozen tokens -> `CosettleObjective`, the head and its losses.
+A frame pair passes through `PairLoader`, `Trainer.train_step`, `BackboneTrainer.forward_backward`,
+`EncoderRuntime.three_views` (frozen tokens) and `CosettleObjective` (projection and losses).
 """
 
 from __future__ import annotations
@@ -34,33 +35,38 @@ from fasttrain.optimizer import learning_rate_factor
 from fasttrain.profiling import STEP, StepProfiler, span
 from fasttrain.recipe import Recipe, differences, load_recipe, recipe_hash, to_yaml
 
-# The share of bad samples is taken of at least so many, or the first bad one would stop a run.
+# Minimum denominator of the fraction of bad samples, so that one bad sample at the start does not stop a run.
 MIN_SEEN = 1000
 
 
 class Trainer:
-    """One run of this process of `world`. `step` is the number of the current step, 0 before the first.
+    """The training run of a recipe, in one process of `world`.
+
+    Step indices count from 0. `completed_steps` is the number of steps taken so far, including those before a
+    resume; logs and checkpoints are labelled with it.
 
     Args:
-        profile: record some steps into `output/profile` and print where their time went.
+        recipe: What to train, on which data, and where to write.
+        world: This process among those of the run.
+        profile: Whether to profile some early steps, write the trace to `output/profile` and print a summary.
 
     Raises:
-        InputError: the recipe, its data, its weights or its folder are not fit to train.
+        InputError: The recipe, data, weights or run folder cannot be used.
     """
 
-    # Set by `_opened`, while the loop runs. Only the main process has logs and a profiler.
+    # Set by `_open_run` for the duration of the loop. Only rank 0 has logs and a profiler.
     loader: PairLoader
     batches: Iterator[FramePairs]
     logs: dict[str, MetricsLog]
     progress: Progress
     profiler: StepProfiler | None
     _start: float
-    _last_report: tuple[int, float]
+    _last_report: tuple[int, float]  # completed steps and time
 
     def __init__(self, recipe: Recipe, world: World, *, profile: bool = False) -> None:
         self.recipe, self.world = recipe, world
         if recipe.eval.every:
-            # Only where it is used: it brings Matplotlib, and may be missing.
+            # Imported on demand, because it needs Matplotlib, which is optional.
             from fasttrain.evaluation.consistency import validate
 
             self.validate = validate
@@ -76,54 +82,60 @@ class Trainer:
         self.steps_per_epoch = samples_per_epoch / self.global_batch
         self.total_steps = train.steps or max(1, int(train.epochs * samples_per_epoch) // self.global_batch)
         self.peak_lr = recipe.optimizer.lr * self.global_batch / 256
-        # What a resumed run must find unchanged, beside the recipe.
+        # Must not change when the run is resumed, in addition to the recipe's keys.
         self.facts = {"global_batch": self.global_batch, "data": self.index.fingerprint()}
-        # A file that only some processes can read would silently give them different samples.
+        # If only some ranks could read a file, the ranks would silently draw from different sets of videos.
         world.check_same(self.facts["data"], f"data.source: {recipe.data.source}")
-        self.backbone_trainers = [BackboneTrainer(one, world) for one in recipes]
-        # Of all processes up to the last report; a resumed run adds to those of its checkpoint.
+        self.backbone_trainers = [BackboneTrainer(each, world) for each in recipes]
+        # Total of all ranks up to the last report, including the steps before a resume.
         self.bad_samples = 0
-        self.step = self._resume()
-        # Of this process, since the last report.
+        self.completed_steps = self._resume()
+        # Bad samples of this rank since the last report.
         self._new_bad_samples: list[str] = []
         self._profile = profile and world.is_main
-        # Whether a signal came to this process; whether it had come to any at the last report.
+        # Whether this rank has received a signal, and whether any rank had by the last report.
         self._stop_requested = self._stopping = False
 
     def train(self) -> dict[str, dict[str, Any]]:
-        """Train to the end; returns the last readings by backbone, nothing where all steps were done before.
+        """Train up to `total_steps`.
+
+        Returns:
+            The last metrics of each backbone by name; empty if the run had been completed before.
 
         Raises:
-            InputError: the data or the losses do not allow training to continue.
-            KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint was written.
+            InputError: The loss is not finite, or too many samples are unreadable.
+            KeyboardInterrupt: SIGINT or SIGTERM was received. A checkpoint has been written.
         """
-        if self.step >= self.total_steps:
-            self.say(f"{self.recipe.output} is trained: all {self.total_steps} steps are done")
+        if self.completed_steps >= self.total_steps:
+            self.say(f"{self.recipe.output} is already trained: {self.total_steps} steps are completed")
             return {}
         results: dict[str, dict[str, Any]] = {}
-        with self._opened():
-            while self.step < self.total_steps and not self._stopping:
-                self.step += 1
-                reports = self._is_report_due()
+        with self._open_run():
+            while self.completed_steps < self.total_steps and not self._stopping:
+                reports = self._is_report_due(self.completed_steps + 1)
                 with span(STEP):
-                    self.train_step(diagnostics=reports)
+                    self.train_step(self.completed_steps, diagnostics=reports)
+                self.completed_steps += 1
                 self.progress.advance()
                 if self.profiler is not None:
                     self.profiler.step()
                 if reports:
                     results = self._report()
-                # Every save follows a report, which removes a head that a non-finite loss has spoilt.
-                if self._stopping or self._is_due(self.recipe.train.save_every):
+                # A report precedes every save, so that a projection with a non-finite loss is never saved.
+                if self._stopping or self._is_due(self.recipe.train.save_every, self.completed_steps):
                     self._save()
                 if reports:
-                    self._last_report = self.step, time.perf_counter()
-        if self.step < self.total_steps:
-            self.say(f"stopped after step {self.step}; the same command continues from there")
+                    self._last_report = self.completed_steps, time.perf_counter()
+        if self.completed_steps < self.total_steps:
+            self.say(
+                f"stopped after {self.completed_steps} of {self.total_steps} steps; "
+                f"repeat the command to continue"
+            )
             raise KeyboardInterrupt
         return results
 
-    def train_step(self, *, diagnostics: bool) -> None:
-        """One optimiser step of every backbone, on the same frames."""
+    def train_step(self, step_index: int, *, diagnostics: bool) -> None:
+        """Take one optimiser step with every backbone, on the same frames."""
         passes = self.recipe.train.accumulate
         for i in range(passes):
             with span("data"):
@@ -131,63 +143,64 @@ class Trainer:
             self._new_bad_samples += pairs.bad_samples
             for trainer in self.backbone_trainers:
                 trainer.forward_backward(
-                    pairs.frames, self.step - 1, last=i == passes - 1, diagnostics=diagnostics
+                    pairs.frames, step_index, last=i == passes - 1, diagnostics=diagnostics
                 )
         for trainer in self.backbone_trainers:
-            trainer.update(self._lr())
+            trainer.update(self._lr(step_index))
 
-    def _lr(self) -> float:
-        return self.peak_lr * learning_rate_factor(self.recipe.train, self.step - 1, self.total_steps)
+    def _lr(self, step_index: int) -> float:
+        return self.peak_lr * learning_rate_factor(self.recipe.train, step_index, self.total_steps)
 
-    def _is_due(self, every: int) -> bool:
-        """Whether something that happens every `every` steps (0: never) and at the end happens now."""
-        return every > 0 and (self.step % every == 0 or self.step == self.total_steps)
+    def _is_due(self, every: int, completed_steps: int) -> bool:
+        """Whether an action is due that repeats every `every` steps (0: never) and at the last step."""
+        return every > 0 and (completed_steps % every == 0 or completed_steps == self.total_steps)
 
-    def _is_report_due(self) -> bool:
-        """Whether this step's readings are taken."""
+    def _is_report_due(self, completed_steps: int) -> bool:
+        """Whether metrics are due when `completed_steps` steps are completed."""
         train = self.recipe.train
-        # Several processes get their signal at different times: they stop at a report that all take.
+        # Ranks receive their signals at different times, so they stop together at the next regular report.
         stops = self._stop_requested and self.world.size == 1
-        return stops or any(map(self._is_due, (train.log_every, train.save_every, self.recipe.eval.every)))
+        intervals = (train.log_every, train.save_every, self.recipe.eval.every)
+        return stops or any(self._is_due(every, completed_steps) for every in intervals)
 
     def request_stop(self, signal_number: int, frame: FrameType | None) -> None:
-        """Signal handler: finish the step, write a checkpoint, leave."""
+        """Handle a signal: write a checkpoint after one of the next steps, and stop."""
         self._stop_requested = True
 
-    # --- readings and files ----------------------------------------------------------------------------
+    # --- metrics and files -----------------------------------------------------------------------------
 
     def _report(self) -> dict[str, dict[str, Any]]:
-        """Read all meters and write them down. Only here does the host wait for the device."""
-        readings = [(trainer, *trainer.meter.read(self.world)) for trainer in self.backbone_trainers]
+        """Read, log and return the metrics. The host waits for the device nowhere else."""
+        measured = [(trainer, *trainer.meter.read(self.world)) for trainer in self.backbone_trainers]
         now = time.perf_counter()
-        last_step, last_time = self._last_report
-        rate = (self.step - last_step) * self.global_batch / (now - last_time)
+        last_report_steps, last_report_time = self._last_report
+        rate = (self.completed_steps - last_report_steps) * self.global_batch / (now - last_report_time)
         shares, stops = zip(*self.world.gather((self._new_bad_samples, self._stop_requested)), strict=True)
         self._new_bad_samples, self._stopping = [], any(stops)
         bad_samples = [line for share in shares for line in share]
         self.bad_samples += len(bad_samples)
         for line in bad_samples:
-            self.say(f"replaced a sample that cannot be read: {line}")
+            self.say(f"replaced an unreadable sample: {line}")
         common = {
-            "epoch": self.step / self.steps_per_epoch,
-            "lr": self._lr(),
+            "epoch": self.completed_steps / self.steps_per_epoch,
+            "lr": self._lr(self.completed_steps - 1),
             "pairs_per_second": rate,
             "seconds": now - self._start,
             "bad_samples": self.bad_samples,
             "bad_files": len(self.index.skipped),
         }
         records: dict[str, dict[str, Any]] = {}
-        for trainer, values, bad_step in readings:
-            if bad_step is not None:
-                self._drop_non_finite(trainer, bad_step)
+        for trainer, metrics, bad_step_index in measured:
+            if bad_step_index is not None:
+                self._drop_non_finite(trainer, bad_step_index)
                 continue
-            record: dict[str, Any] = {**values, **common}
+            record: dict[str, Any] = {**metrics, **common}
             if self.world.is_main:
-                if self._is_due(self.recipe.eval.every):
-                    head, device = trainer.projection, self.world.device
-                    record |= self.validate(trainer.encoder, head, self.index, device, self.recipe)
+                if self._is_due(self.recipe.eval.every, self.completed_steps):
+                    projection, device = trainer.projection, self.world.device
+                    record |= self.validate(trainer.encoder, projection, self.index, device, self.recipe)
                 faults = {"faults": bad_samples} if bad_samples else {}
-                self.logs[trainer.name].write(self.step, record | faults)
+                self.logs[trainer.name].write(self.completed_steps, record | faults)
             self.progress.show(
                 f"{trainer.name}  {rate:.1f} pairs/s  "
                 f"loss {record['loss']:.4f}  cycle {record['cycle']:.4f}  "
@@ -196,42 +209,45 @@ class Trainer:
             )
             records[trainer.name] = record
         if bad_samples:
-            # After they were written down; all processes come to the same answer. Each was replaced.
-            seen = self.step * self.global_batch + self.bad_samples
+            # Checked after logging. All ranks have the same list, so they stop together. Each bad sample was
+            # replaced by another one, so that more samples were read than trained on.
+            seen = self.completed_steps * self.global_batch + self.bad_samples
             limit = self.recipe.data.max_bad_fraction
             check_bad_fraction(self.bad_samples, seen, limit, bad_samples[-1])
-        if self.world.is_main and self.step == self.total_steps:
-            # Ahead of the last checkpoint, with which a run counts as trained.
+        if self.world.is_main and self.completed_steps == self.total_steps:
+            # Written before the last checkpoint, because a run that has that checkpoint counts as completed.
             for trainer in self.backbone_trainers:
                 record = {"backbone": trainer.name, **records[trainer.name]}
                 write_json(trainer.folder / "train.json", record)
         return records
 
-    def _drop_non_finite(self, trainer: BackboneTrainer, bad_step: int) -> None:
-        """Name step and samples; a run of several backbones continues without this one."""
-        ids, names = self.loader.samples_of_step(bad_step)
+    def _drop_non_finite(self, trainer: BackboneTrainer, bad_step_index: int) -> None:
+        """Report a non-finite loss and drop the backbone; raise InputError if no other backbone is left."""
+        number = bad_step_index + 1
+        ids, names = self.loader.samples_of_step(bad_step_index)
         if self.world.is_main:
             event = {"event": NON_FINITE, "samples": [int(i) for i in ids], "names": names}
-            self.logs[trainer.name].write(bad_step + 1, event)
+            self.logs[trainer.name].write(number, event)
         shown = ", ".join(f"{i} ({name})" for i, name in list(zip(ids, names, strict=True))[:8])
-        line = (
-            f"{trainer.name}: the loss is not finite in step {bad_step + 1}; look at its samples {shown} "
-            f"(metrics.jsonl has all, the lines above name replacements), lower optimizer.lr, or use "
-            f"train.precision=fp32"
+        message = (
+            f"{trainer.name}: the loss of step {number} is not finite. Lower optimizer.lr, use "
+            f"train.precision=fp32, or check the samples of the step: {shown} (all are in metrics.jsonl; "
+            f"replacements are listed above)"
         )
         self.backbone_trainers.remove(trainer)
         if not self.backbone_trainers:
-            raise InputError(line)
-        self.say(f"dropped {line}")
+            raise InputError(message)
+        self.say(f"dropped {message}")
 
     def _save(self) -> None:
         if self.world.is_main:
             facts = self.facts | {"bad_samples": self.bad_samples}
             for trainer in self.backbone_trainers:
-                trainer.save(self.step, facts)
-            # Only now: the backbones must always have a checkpoint in common.
+                trainer.save(self.completed_steps, facts)
+            # Old checkpoints are deleted last, so that the backbones have a checkpoint in common at any time.
             for trainer in self.backbone_trainers:
-                drop_checkpoints(trainer.folder / "checkpoints", self.step, keep=self.recipe.train.keep)
+                folder = trainer.folder / "checkpoints"
+                drop_checkpoints(folder, self.completed_steps, keep=self.recipe.train.keep)
         self.world.barrier()
 
     # --- set-up ----------------------------------------------------------------------------------------
@@ -239,79 +255,94 @@ class Trainer:
     def _open_source(self) -> FrameIndex:
         data = self.recipe.data
         if not data.source:
-            raise InputError("data.source is not set; expected frame folders or videos: data.source=PATH")
+            raise InputError(
+                "data.source is not set. Pass a folder of videos or frame folders, a frame list, or a packed "
+                "set: data.source=PATH"
+            )
         self.world.check_same(Path(data.source).expanduser().exists(), f"data.source: {data.source}")
         index = open_source(data.source, kind=data.kind, world=self.world)
         for name, reason in index.skipped:
             self.say(f"skipped {name}: {reason}")
         single = int((index.num_frames == 1).sum())
         if single:
-            self.say(f"{single} of {len(index)} videos have a single frame, which is then both views")
+            self.say(
+                f"{single} of {len(index)} videos have a single frame; both views of their pairs will be "
+                f"identical"
+            )
         return index
 
     def _resume(self) -> int:
-        """Load the newest checkpoint that all backbones have; returns the steps that are done.
+        """Load the newest checkpoint that all backbones have in common; return the number of completed steps.
 
-        Of several backbones, one that was dropped stays dropped: the others have continued without it.
+        A backbone that was dropped earlier stays dropped, because the others have continued without it.
         """
         dropped = [trainer for trainer in self.backbone_trainers if last_event(trainer.folder) == NON_FINITE]
         if len(dropped) < len(self.backbone_trainers):
             for trainer in dropped:
                 self.backbone_trainers.remove(trainer)
-                self.say(f"dropped {trainer.name}: its loss was not finite in an earlier part of this run")
+                self.say(f"dropped {trainer.name}: its loss was not finite before the run was resumed")
         saved = {
             trainer.name: saved_steps(trainer.folder / "checkpoints") for trainer in self.backbone_trainers
         }
-        # Only the main process writes. Processes that do not see its folder would start at another step.
+        # Rank 0 writes the checkpoints. A rank that does not see its folder would start at another step.
         self.world.check_same(saved, f"output: the checkpoints in {self.recipe.output}")
         common = set.intersection(*(set(steps) for steps in saved.values()))
         if not common:
             if any(saved.values()):
                 last = ", ".join(f"{name}: {max(steps, default='none')}" for name, steps in saved.items())
                 raise InputError(
-                    f"output: the backbones in {self.recipe.output!r} share no checkpoint (last steps: "
-                    f"{last}); name those to continue together, backbones=[...], or give another output=DIR"
+                    f"output: the backbones in {self.recipe.output!r} have no checkpoint in common (last "
+                    f"steps: {last}). Select those that can continue together with backbones=[NAME,...], or "
+                    f"use another output=DIR"
                 )
             return 0
-        step = max(common)
+        completed_steps = max(common)
         for trainer in self.backbone_trainers:
-            state = load_checkpoint(trainer.folder / "checkpoints", step)
+            state = load_checkpoint(trainer.folder / "checkpoints", completed_steps)
             for key, value in (self.facts | trainer.facts).items():
-                # Checkpoints of earlier versions lack the hash of the weights.
+                # Checkpoints of earlier versions lack `weights_hash`.
                 if state.get(key, value) != value:
                     raise InputError(
-                        f"{trainer.folder}: its run had {key} {state[key]!r}, this one has {value!r}; give "
-                        f"the batch, data and weights that it began with, or another folder with output=DIR"
+                        f"output: the run in {str(trainer.folder)!r} was trained with {key} {state[key]!r}, "
+                        f"but this command has {value!r}. Use the same global batch, data and weights, or "
+                        f"another output=DIR"
                     )
             trainer.load_state(state)
-            # Checkpoints of earlier versions lack it.
+            # Checkpoints of earlier versions lack `bad_samples`.
             self.bad_samples = state.get("bad_samples", 0)
-        self.say(f"resuming after step {step} of {self.total_steps}")
-        return step
+        self.say(f"resuming after {completed_steps} of {self.total_steps} steps")
+        return completed_steps
 
     @contextmanager
-    def _opened(self) -> Iterator[None]:
-        """Loader, run folders, logs and signal handlers while the loop runs; compiled and warmed up."""
+    def _open_run(self) -> Iterator[None]:
+        """Open the loader, run folders, logs and signal handlers for the loop, and warm up the backbones."""
         with ExitStack() as stack:
             self.loader = PairLoader(
                 index=self.index,
                 recipe=self.recipe,
                 world=self.world,
-                first_step=self.step,
-                num_steps=self.total_steps - self.step,
+                first_step=self.completed_steps,
+                num_steps=self.total_steps - self.completed_steps,
             )
             stack.callback(self.loader.close)
             self.logs = {}
             tensorboard = self.recipe.train.tensorboard
             if tensorboard and importlib.util.find_spec("tensorboard") is None:
-                self.say("no TensorBoard events: TensorBoard is not installed; see metrics.jsonl instead")
+                self.say(
+                    "TensorBoard is not installed, so no events are written; metrics are in metrics.jsonl"
+                )
                 tensorboard = False
             for trainer in self.backbone_trainers if self.world.is_main else ():
-                # Two runs in one folder would take each other's half-written files.
-                refusal = f"output: another run writes {trainer.folder}; wait for it, or use output=DIR"
+                # Two runs in one folder would overwrite each other's files.
+                refusal = (
+                    f"output: another run is writing to {str(trainer.folder)!r}. Wait until it ends, or use "
+                    f"another output=DIR"
+                )
                 stack.enter_context(file_lock(trainer.folder / "run.lock", refusal))
                 write_atomically(trainer.folder / "recipe.yaml", to_yaml(trainer.recipe).encode())
-                log = MetricsLog(trainer.folder, first_step=self.step, tensorboard=tensorboard)
+                log = MetricsLog(
+                    trainer.folder, completed_steps=self.completed_steps, tensorboard=tensorboard
+                )
                 self.logs[trainer.name] = stack.enter_context(closing(log))
             for number in (signal.SIGINT, signal.SIGTERM):
                 stack.callback(signal.signal, number, signal.signal(number, self.request_stop))
@@ -324,39 +355,42 @@ class Trainer:
                 folder = Path(self.recipe.output) / "profile"
                 self.profiler = stack.enter_context(StepProfiler(folder, self.world.device, self.say))
             self.progress = stack.enter_context(
-                Progress("step", self.total_steps, done=self.step, console=self.console)
+                Progress("step", self.total_steps, done=self.completed_steps, console=self.console)
             )
             self.batches = iter(self.loader)
             self._start = time.perf_counter()
-            self._last_report = self.step, self._start
+            self._last_report = self.completed_steps, self._start
             yield
 
 
 def check_run_folder(recipe: Recipe) -> None:
-    """Refuse a folder that holds another recipe's run, or any run where the recipe says `resume: never`."""
+    """Raise InputError if the run folder holds a run that must not be resumed with this recipe."""
     folder = Path(recipe.output)
     path = folder / "recipe.yaml"
     if not path.exists():
         return
     if recipe.resume == "never":
         raise InputError(
-            f"output: {str(folder)!r} holds a run; continue it with resume=auto, or use output=DIR"
+            f"output: {str(folder)!r} already holds a run. Continue it with resume=auto, or use another "
+            f"output=DIR"
         )
     try:
-        there = load_recipe(path)
+        existing = load_recipe(path)
     except InputError as error:
         raise InputError(
-            f"output: {path} is not a recipe of this version ({error}); use output=DIR"
+            f"output: {str(path)!r} is not a recipe of this version ({error}). Use another output=DIR"
         ) from None
-    if recipe_hash(there) != recipe_hash(recipe):
-        changed = "; ".join(differences(there, recipe)[:4])
-        raise InputError(f"output: {str(folder)!r} holds another recipe's run ({changed}); use output=DIR")
+    if recipe_hash(existing) != recipe_hash(recipe):
+        changed = "; ".join(differences(existing, recipe)[:4])
+        raise InputError(
+            f"output: {str(folder)!r} holds a run of another recipe ({changed}). Use another output=DIR"
+        )
 
 
 def check_bad_fraction(bad: int, seen: int, limit: float, last: str) -> None:
-    """Raise InputError where more than `limit` of the samples seen could not be read."""
+    """Raise InputError if more than the fraction `limit` of all samples is unreadable."""
     if bad > limit * max(seen, MIN_SEEN):
         raise InputError(
-            f"{bad} of {seen} samples could not be read, more than data.max_bad_fraction={limit:g} allows; "
-            f"the last: {last}"
+            f"data.max_bad_fraction: {bad} of {seen} samples are unreadable, more than the fraction of "
+            f"{limit:g} that is allowed. Last unreadable sample: {last}"
         )

@@ -1,7 +1,9 @@
-"""The frozen backbone and its trained projection as one video encoder.
+"""The video encoder: a frozen backbone with its trained projection.
 
-Training writes `projection_metadata` into `projection.safetensors`, and `load_video_encoder` reads it from
-the run folder. Shape suffixes: B videos, T frames, H and W pixels, N patch tokens, D channels.
+Training stores `projection_metadata` in projection.safetensors, from which `load_video_encoder` rebuilds the
+encoder.
+
+Shape suffixes: B videos, T frames, H and W pixels, N patch tokens, D channels.
 """
 
 import json
@@ -20,7 +22,14 @@ PROJECTION_FILE = "projection.safetensors"
 
 
 class VideoEncoder(nn.Module):
-    """Frames to projected patch tokens. Frozen and in evaluation mode; move it with `.to(device)`."""
+    """A frozen backbone and its projection, which map the frames of videos to patch tokens.
+
+    The module has no trainable parameters and is in evaluation mode. Move it with `.to(device)`.
+
+    Args:
+        encoder: The frozen backbone.
+        projection: The projection that was trained for it.
+    """
 
     def __init__(self, encoder: Backbone, projection: Projection) -> None:
         super().__init__()
@@ -28,19 +37,42 @@ class VideoEncoder(nn.Module):
         self.requires_grad_(False).eval()
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Patches (h, w) of a frame of height x width pixels; N = h w."""
+        """Return the token grid (h, w) of a frame in pixels, with h * w = N.
+
+        Raises:
+            InputError: The size is not a multiple of the patch size.
+        """
         return self.encoder.grid(height, width)
 
     def frozen(self, frames: Tensor) -> Tensor:
-        """The backbone's own tokens (B, T, N, D), before the projection."""
+        """Encode frames without the projection.
+
+        Args:
+            frames: As for `forward`.
+
+        Returns:
+            Tokens (B, T, N, D) of the frozen backbone.
+
+        Raises:
+            InputError: The frames have another shape, or their size is not a multiple of the patch size.
+        """
         if frames.ndim != 5 or frames.shape[2] != 3:
-            raise InputError(f"frames of shape {tuple(frames.shape)}: expected (B, T, 3, H, W)")
+            raise InputError(f"frames have shape {tuple(frames.shape)}, expected (B, T, 3, H, W)")
         return self.encoder.tokens(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
 
     def forward(self, frames: Tensor, *, normalize: bool = False) -> Tensor:
-        """Projected tokens (B, T, N, D) of ImageNet-normalised frames (B, T, 3, H, W), row by row.
+        """Encode frames.
 
-        normalize: divide every token by its L2 norm, as the losses and the label propagation do.
+        Args:
+            frames: ImageNet-normalised frames (B, T, 3, H, W) on the encoder's device and in its dtype. H and
+                W must be multiples of the patch size.
+            normalize: Whether to divide every token by its L2 norm, as the losses and label propagation do.
+
+        Returns:
+            Projected tokens (B, T, N, D) in row-major order of the grid.
+
+        Raises:
+            InputError: The frames have another shape, or their size is not a multiple of the patch size.
         """
         tokens_BTND = self.projection(self.frozen(frames))
         return F.normalize(tokens_BTND, dim=-1) if normalize else tokens_BTND
@@ -49,9 +81,13 @@ class VideoEncoder(nn.Module):
 def projection_metadata(
     backbone_settings: dict[str, Any], encoder: Backbone, projection: Projection, recipe: dict[str, Any]
 ) -> dict[str, str]:
-    """Metadata of a projection file: which encoder it was trained on, and how.
+    """Return the metadata of a projection file, which describe its backbone and training.
 
-    backbone_settings: the arguments that `load_backbone` got; recipe: the resolved recipe as plain data.
+    Args:
+        backbone_settings: The arguments of `load_backbone`.
+        encoder: The backbone that it returned.
+        projection: The trained projection.
+        recipe: The resolved recipe (`recipe.to_dict`).
     """
     return {
         "backbone": json.dumps(backbone_settings),
@@ -65,25 +101,38 @@ def projection_metadata(
 def load_video_encoder(
     run: str | Path, device: str | torch.device | None = None, *, weights: str | None = None
 ) -> VideoEncoder:
-    """The video encoder that training left in the folder `run`, in float32 on `device` (default: the CPU).
+    """Load the video encoder that a training run has produced.
 
-    weights: where the backbone's weights are now, if they moved; their hash must be that of the training.
-    Raises InputError where the folder holds no projection, or the weights cannot be read or differ.
+    Args:
+        run: The run folder (`output` of the recipe; with several backbones, `output/NAME`).
+        device: The device to load it on. None: the CPU.
+        weights: The backbone's weights, if they are no longer where they were during training. Their hash
+            must be the same as in training.
+
+    Returns:
+        The encoder in float32.
+
+    Raises:
+        InputError: The folder contains no projection, or the weights cannot be read or are not those of the
+            training.
     """
     path = Path(run) / PROJECTION_FILE
     if not path.is_file():
         raise InputError(
-            f"run {run}: no {PROJECTION_FILE} there; give the output folder of a training run (with several "
-            "backbones, output/NAME)"
+            f"run '{run}': no {PROJECTION_FILE} in this folder. Pass the output folder of a training run "
+            f"(with several backbones, output/NAME)"
         )
     projection = Projection.load(path)
     if "backbone" not in projection.metadata:
-        raise InputError(f"projection {path}: its metadata names no backbone as training writes it")
+        raise InputError(
+            f"projection '{path}' does not name its backbone; pass the output folder of a training run"
+        )
     settings: dict[str, Any] = json.loads(projection.metadata["backbone"])
     encoder = load_backbone(**settings | ({"weights": weights} if weights else {}))
     if encoder.weights_hash != projection.metadata.get("weights_hash"):
         raise InputError(
-            f"run {run}: weights {encoder.weights} of {encoder.name} are not those it was trained on (their "
-            f"hash differs); give the same file, or for random weights the same version of torch and timm"
+            f"run '{run}': the weights {encoder.weights!r} of {encoder.name} are not those of the training "
+            f"(their hash differs). Pass the original weights; random weights need the original versions of "
+            f"torch and timm"
         )
     return VideoEncoder(encoder, projection).to(device)

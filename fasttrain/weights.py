@@ -1,7 +1,7 @@
-"""Where weights come from: a local file, the Hugging Face Hub, timm, or a seed.
+"""Reading weights from local files, the Hugging Face Hub and timm, and drawing random ones from a seed.
 
-`backbones` and `projection` read every checkpoint through this file, as one state dict in timm's names, and
-draw their random weights with `seeded`.
+`backbones` and `projection` load all checkpoints through this module, which converts them to state dicts with
+the key names of timm's VisionTransformer.
 """
 
 import argparse
@@ -28,8 +28,8 @@ StateDict = dict[str, Tensor]
 
 SOURCES = "a local path, hf://owner/repo/path, timm://name, or random"
 
-# What published checkpoints hold besides tensors. Allowed by name, because `torch.load` runs with
-# `weights_only=True`; any other class makes the file an error that names it.
+# Classes that published checkpoints contain besides tensors. `torch.load` with `weights_only=True` refuses
+# all others.
 _NUMPY_SCALAR = np.float64(0).__reduce__()[0]
 _SAFE_GLOBALS: list[Any] = [
     argparse.Namespace,
@@ -39,13 +39,13 @@ _SAFE_GLOBALS: list[Any] = [
     *((_NUMPY_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 ]
 
-# Parts of a checkpoint that patch tokens never pass through: MAE's decoder, mask tokens, classification and
-# projection heads, and the projection that a Co-Settle release keeps beside the encoder.
+# Parts of a checkpoint that do not affect the patch tokens: MAE's decoder, mask tokens, classification and
+# projection heads, and the projection in the checkpoints of the Co-Settle release.
 _NOT_ENCODER = re.compile(
     r"(adapter|decoder_\w+|head|head_dist|attn_pool|mask_token|masked_embed|proj)(\.|$)"
 )
 
-# OpenAI's CLIP and Meta's DINOv2 (registers, block chunks) in the names of timm's VisionTransformer.
+# Translates the keys of OpenAI's CLIP and Meta's DINOv2 (registers, block chunks) to those of timm.
 _TIMM_NAMES = [
     (re.compile(pattern), name)
     for pattern, name in [
@@ -67,12 +67,16 @@ _TIMM_NAMES = [
 
 
 def load_encoder_weights(weights: str, containers: tuple[str, ...], prefix: str) -> StateDict:
-    """The encoder's tensors at `weights`, float32 on the CPU, in the names of timm's VisionTransformer.
+    """Load the tensors of an encoder in float32 on the CPU, with the key names of timm's VisionTransformer.
 
-    `weights` is one of `SOURCES` but `random`. The state dict is the first entry of the checkpoint that is
-    named in `containers` or, as in the paper's release of every family, `model`; else the checkpoint itself.
-    If any of its keys starts with `prefix`, only those keys are the encoder's. Raises InputError where the
-    weights cannot be had or hold no state dict.
+    Args:
+        weights: One of `SOURCES`, except `random`.
+        containers: Entries of the checkpoint that may hold the state dict. The entry `model`, which the
+            paper's release uses for every family, and the checkpoint itself are tried last.
+        prefix: Prefix of the encoder's keys. If no key has it, all keys belong to the encoder.
+
+    Raises:
+        InputError: The weights cannot be loaded, or contain no state dict.
     """
     if weights.startswith("timm://"):
         checkpoint: Any = _load_timm(weights)
@@ -83,7 +87,7 @@ def load_encoder_weights(weights: str, containers: tuple[str, ...], prefix: str)
         state = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
     tensors = {_timm_name(key): t.float() for key, t in state.items() if not _NOT_ENCODER.match(key)}
     for embedding in {"cls_token", "pos_embed"} & tensors.keys():
-        # CLIP's have no batch axis.
+        # Those of CLIP have no batch dimension.
         tensors[embedding] = tensors[embedding].reshape(1, -1, tensors[embedding].shape[-1])
     return tensors
 
@@ -95,97 +99,108 @@ def _timm_name(key: str) -> str:
 
 
 def find_state_dict(checkpoint: Any, weights: str, containers: tuple[str, ...]) -> StateDict:
-    """The tensors of the first container present, else of the checkpoint itself, without DDP's `module.`."""
+    """Return the tensors of the first of `containers` that exists, or of the checkpoint itself.
+
+    The prefix `module.`, which DistributedDataParallel adds, is removed from the keys.
+    """
     if not isinstance(checkpoint, Mapping):
-        raise InputError(f"weights {weights} hold a {type(checkpoint).__name__}, not a state dict")
-    found = next(
+        raise InputError(f"weights {weights!r}: expected a state dict, got a {type(checkpoint).__name__}")
+    container = next(
         (checkpoint[name] for name in containers if isinstance(checkpoint.get(name), Mapping)), checkpoint
     )
     state = {
-        str(key).removeprefix("module."): value for key, value in found.items() if torch.is_tensor(value)
+        str(key).removeprefix("module."): value for key, value in container.items() if torch.is_tensor(value)
     }
     if not state:
+        keys = ", ".join(map(str, list(checkpoint)[:5])) or "none"
         raise InputError(
-            f"weights {weights} hold no state dict: looked under {', '.join(containers)} and at the top, "
-            f"found only {', '.join(map(str, list(checkpoint)[:5])) or 'nothing'}"
+            f"weights {weights!r}: no tensors at the top level or in {', '.join(containers)} (keys: {keys})"
         )
     return state
 
 
 def find_file(weights: str) -> Path:
-    """The local file that a path or `hf://owner/repo[@revision]/path` names, downloaded if need be."""
+    """Return the local file of a path or `hf://owner/repo[@revision]/path`; download it if necessary."""
     if weights.startswith("hf://"):
         return _download(weights)
     path = Path(weights).expanduser()
     if not path.is_file():
-        raise InputError(f"weights {weights}: no such file; expected {SOURCES}")
+        raise InputError(f"weights {weights!r}: no such file; expected {SOURCES}")
     return path
 
 
 def _download(weights: str) -> Path:
     match = re.fullmatch(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", weights)
     if match is None:
-        raise InputError(f"weights {weights}: expected hf://owner/repo/path or hf://owner/repo@revision/path")
+        raise InputError(
+            f"weights {weights!r}: expected hf://owner/repo/path or hf://owner/repo@revision/path"
+        )
     repo, revision, path = match.groups()
     files = [path]
     try:
-        # The paper's release is named by folder, one checkpoint in each.
+        # A folder with a single file may be given, because each checkpoint of the paper's release has a
+        # folder.
         if not PurePosixPath(path).suffix:
-            every = huggingface_hub.list_repo_files(repo, revision=revision)
-            files = [file for file in every if file == path or file.startswith(path + "/")]
+            all_files = huggingface_hub.list_repo_files(repo, revision=revision)
+            files = [file for file in all_files if file == path or file.startswith(path + "/")]
         if len(files) == 1:
             return Path(huggingface_hub.hf_hub_download(repo, files[0], revision=revision))
-    # Without a network some of the client's functions raise errors of its HTTP library, whichever that is.
+    # The type of network errors depends on the HTTP library that huggingface_hub uses.
     except Exception as error:
         file = f"https://huggingface.co/{repo}/resolve/{revision or 'main'}/{path}"
-        raise _without_the_hub(weights, file, error) from error
-    names = ", ".join(files[:5]) or "no files there"
-    raise InputError(f"weights {weights}: expected the path of one file in the repository ({names})")
+        raise _download_error(weights, file, error) from error
+    if not files:
+        raise InputError(f"weights {weights!r}: the repository has no such file or folder")
+    raise InputError(
+        f"weights {weights!r}: the folder has several files; pass the path of one: {', '.join(files[:5])}"
+    )
 
 
 def _load_timm(weights: str) -> StateDict:
     name = weights.removeprefix("timm://")
     if not timm.is_model(name) or not timm.is_model_pretrained(name):
-        raise InputError(f"weights {weights}: timm has no such pretrained model")
+        raise InputError(f"weights {weights!r}: timm has no pretrained model of this name")
     try:
         return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
     except (HfHubHTTPError, OSError) as error:
         file = f"model.safetensors of https://huggingface.co/timm/{name}"
-        raise _without_the_hub(weights, file, error) from error
+        raise _download_error(weights, file, error) from error
 
 
-def _without_the_hub(weights: str, file: str, error: Exception) -> InputError:
+def _download_error(weights: str, file: str, error: Exception) -> InputError:
     return InputError(
-        f"weights {weights} could not be downloaded ({type(error).__name__}); without the Hub, download "
-        f"{file} elsewhere, copy it here and give its local path as the weights"
+        f"weights {weights!r} cannot be downloaded ({type(error).__name__}). Without access to the Hub, "
+        f"download {file} elsewhere, copy it to this machine and pass its local path"
     )
 
 
 def read_checkpoint(path: Path) -> Any:
-    """What a .safetensors file, a TorchScript archive or a `torch.save` file holds, on the CPU.
+    """Read a .safetensors file, a TorchScript archive or a `torch.save` file onto the CPU.
 
-    Pickles are read with `weights_only=True`. Raises InputError for a damaged file or one that is none of
-    these.
+    Pickles are read with `weights_only=True`, so that they cannot run code.
+
+    Raises:
+        InputError: The file is damaged, has another format, or contains objects that are not safe to load.
     """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         if _is_torchscript(path):
             with warnings.catch_warnings():
-                # torch advises against making such archives; OpenAI's CLIP is published as one.
+                # torch.jit is deprecated, but OpenAI publishes CLIP as TorchScript archives.
                 warnings.filterwarnings("ignore", message=".*torch.jit.load", category=FutureWarning)
                 return torch.jit.load(path, map_location="cpu").state_dict()
         with torch.serialization.safe_globals(_SAFE_GLOBALS):
             return torch.load(path, map_location="cpu", weights_only=True)
-    # Damaged bytes, or text, lead the readers to errors of any kind.
+    # Damaged files raise exceptions of any type.
     except Exception as error:
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
         if unsafe:
-            problem = f"hold {unsafe[1]}, which is not loaded for safety; save their state dict alone"
+            problem = f"contains {unsafe[1]}, which is not safe to load; save the state dict alone"
         else:
             reason = re.split(r"\. |\n", str(error))[0] or type(error).__name__
-            problem = f"are damaged or no checkpoint ({reason})"
-        raise InputError(f"weights {path} {problem}") from error
+            problem = f"is damaged or not a checkpoint ({reason})"
+        raise InputError(f"weights '{path}': the file {problem}") from error
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -196,7 +211,7 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def hash_state_dict(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and values in the order of the names; the same for every file format."""
+    """Hash names, shapes, dtypes and values with SHA-256, independently of the order of the entries."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -207,8 +222,8 @@ def hash_state_dict(state: Mapping[str, Tensor]) -> str:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draws on the CPU inside are a function of `seed` alone; the global generator is left as it was."""
+    """Seed random numbers on the CPU within the context, and restore the generator's state afterwards."""
     with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which would reseed the GPUs as well, and for good.
+        # torch.manual_seed would reseed the GPUs as well, and their state is not restored.
         torch.default_generator.manual_seed(seed)
         yield
