@@ -117,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "overrides",
         nargs="*",
         metavar="KEY=VALUE",
-        help="recipe keys to override, such as data.source=PATH train.epochs=1",
+        help="recipe keys to override, such as data.source=PATH train.epochs=3",
     )
     parser.add_argument(
         "--profile",
@@ -136,7 +136,18 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def train(recipe: Recipe, *, profile: bool = False) -> None:
-    """Train in this process, plot the learning curves, and print where the result is."""
+    """Train the projection of a recipe, plot the learning curves, and print where the result is.
+
+    Under torchrun, call it in every process.
+
+    Args:
+        recipe: The recipe, as `load_recipe` returns it.
+        profile: Whether to profile a few early steps and write the trace to `output/profile`.
+
+    Raises:
+        InputError: The recipe, data, weights or run folder cannot be used, or training cannot continue.
+        KeyboardInterrupt: SIGINT or SIGTERM was received. A checkpoint has been written.
+    """
     from fasttrain import distributed
     from fasttrain.trainer import Trainer
 

@@ -104,9 +104,7 @@ class World:
         values = self.gather(value)
         for rank, other in enumerate(values):
             if other != values[0]:
-                raise InputError(
-                    f"{what}: ranks 0 and {rank} see different files; all ranks need the same files"
-                )
+                raise InputError(f"{what}: ranks 0 and {rank} differ; all ranks must see the same files")
 
     def barrier(self) -> None:
         """Wait for all ranks."""

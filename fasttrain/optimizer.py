@@ -36,9 +36,9 @@ def build_optimizer(recipe: OptimizerRecipe, module: nn.Module) -> torch.optim.O
         fused = getattr(importlib.import_module("apex.optimizers"), APEX[recipe.name])
     except ImportError:
         raise InputError(
-            f"optimizer.name: {recipe.name!r} needs NVIDIA Apex with its CUDA extensions, which is not on PyPI "
-            f"(the package `apex` there is an unrelated project). Build it from github.com/NVIDIA/apex with "
-            f"--cuda_ext, or use optimizer.name=adamw"
+            f"optimizer.name: {recipe.name!r} needs NVIDIA Apex with its CUDA extensions. It is not on PyPI, "
+            f"where `apex` is an unrelated project. Build it from github.com/NVIDIA/apex with --cuda_ext, or "
+            f"use optimizer.name=adamw"
         ) from None
     if not all(parameter.is_cuda for parameter in trainable):
         raise InputError(f"optimizer.name: {recipe.name!r} needs a GPU. Use optimizer.name=adamw on a CPU")
@@ -47,7 +47,7 @@ def build_optimizer(recipe: OptimizerRecipe, module: nn.Module) -> torch.optim.O
 
 
 def learning_rate_factor(recipe: TrainRecipe, step_index: int, total_steps: int) -> float:
-    """Return the learning rate of a step as a fraction of its peak. `total_steps` span the recipe's epochs."""
+    """Return the learning rate of a step as a fraction of its peak; `total_steps` cover all epochs."""
     epochs, warmup = recipe.epochs, recipe.warmup_epochs
     epoch = step_index / total_steps * epochs
     if epoch < warmup:

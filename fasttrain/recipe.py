@@ -286,7 +286,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Args:
         path: A YAML file. If it does not exist relative to the current folder, a recipe that ships with
             fasttrain is used, such as recipes/dinov2.yaml.
-        overrides: Assignments such as `train.epochs=1`, applied in order. Values are parsed as YAML.
+        overrides: Assignments such as `train.epochs=3`, applied in order. Values are parsed as YAML.
 
     Returns:
         The recipe, with the default of every key that neither the file nor its `base` nor an override sets.

@@ -1,4 +1,4 @@
-"""One backbone in training: meters, offsets, warm-up, state. Steps of whole runs are in test_trainer.py."""
+"""The training of one backbone: meters, position offsets, warm-up and state."""
 
 import math
 from typing import Any
@@ -26,26 +26,27 @@ def losses(*values: float, diagnostics: Tensor | None = None) -> CosettleLoss:
     return CosettleLoss(*(torch.tensor(value) for value in values), diagnostics, diagnostics)
 
 
-def test_meter_reads_means_and_starts_again() -> None:
+def test_meter_returns_means_and_resets() -> None:
     meter = Meter()
     meter.add(0, losses(1, 2, 3))
     meter.add(1, losses(3, 4, 5, diagnostics=torch.tensor(0.5)))
-    readings = {"loss": 2, "cycle": 3, "separability": 4, "cycle_accuracy": 0.5, "identity_similarity": 0.5}
-    assert meter.read(World.single()) == (readings, None)
+    means = {"loss": 2, "cycle": 3, "separability": 4, "cycle_accuracy": 0.5, "identity_similarity": 0.5}
+    assert meter.read(World.single()) == (means, None)
     meter.add(2, losses(7, 7, 7))
     assert meter.read(World.single()) == ({"loss": 7, "cycle": 7, "separability": 7}, None)
 
 
 @pytest.mark.parametrize("bad", [0, 1])
-def test_meter_remembers_the_first_bad_step(bad: int) -> None:
+def test_meter_returns_the_first_step_with_a_non_finite_loss(bad: int) -> None:
     meter = Meter()
-    for step in range(4):
-        meter.add(step, losses(math.nan if step == bad else math.inf if step == 3 else 1.0, 0, 0))
+    for step_index in range(4):
+        loss = math.nan if step_index == bad else math.inf if step_index == 3 else 1.0
+        meter.add(step_index, losses(loss, 0, 0))
     assert meter.read(World.single())[1] == bad
 
 
-def test_warm_up_leaves_no_trace() -> None:
-    """Compiled on the CPU: weights, optimiser state, meters and the random state are as before."""
+def test_warm_up_has_no_side_effects() -> None:
+    """With compilation on the CPU, it leaves weights, optimiser state and random state unchanged."""
     trainer = make_trainer(encoder={"compile": "default"})
     before = [p.clone() for p in trainer.projection.parameters()]
     random_state = torch.get_rng_state()
@@ -58,7 +59,7 @@ def test_warm_up_leaves_no_trace() -> None:
         assert not parameter.grad.any()
 
 
-def test_the_loss_scale_is_part_of_the_state() -> None:
+def test_the_state_includes_the_loss_scale() -> None:
     trainer = make_trainer(train={"batch_size": 2, "precision": "fp16"})
     state = trainer.state()
     state["scaler"] = {**state["scaler"], "scale": 8.0, "_growth_tracker": 5}
@@ -66,9 +67,9 @@ def test_the_loss_scale_is_part_of_the_state() -> None:
     assert trainer.state()["scaler"] == state["scaler"]
 
 
-def test_offsets_are_a_function_of_seed_and_step_and_cover_the_range() -> None:
-    drawn = {asymmetric_offset(0, step, 3) for step in range(200)}
-    assert drawn == {(row, column) for row in range(3) for column in range(3)}
+def test_offsets_depend_on_seed_and_step_and_cover_the_range() -> None:
+    offsets = {asymmetric_offset(0, step_index, 3) for step_index in range(200)}
+    assert offsets == {(row, column) for row in range(3) for column in range(3)}
     assert asymmetric_offset(0, 5, 100) == asymmetric_offset(0, 5, 100)
     assert asymmetric_offset(-1, 5, 2**30) == asymmetric_offset(2**64 - 1, 5, 2**30)
     assert asymmetric_offset(0, 5, 2**30) != asymmetric_offset(1, 5, 2**30)

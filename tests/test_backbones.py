@@ -1,4 +1,4 @@
-"""The frozen encoders against the published code's numbers, timm's own models and plain formulas."""
+"""The frozen encoders against golden vectors of the published implementation, timm models and formulas."""
 
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def published(shared: Path, family: str, kind: str = "pretrained", image_size: i
 
 @pytest.mark.parametrize("kind", ["pretrained", "cosettle"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_are_those_of_the_published_code(shared: Path, family: str, kind: str) -> None:
+def test_tokens_match_the_published_implementation(shared: Path, family: str, kind: str) -> None:
     golden = np.load(shared / "golden" / "backbones" / f"{family}.npz")
     encoder = published(shared, family, kind)
     row, column = (int(start) for start in golden["crop_offset"])
@@ -51,7 +51,7 @@ def test_tokens_are_those_of_the_published_code(shared: Path, family: str, kind:
         "tokens2": encoder.tokens(frames[1]),
         "tokens1_asym": encoder.tokens(frames[0], positions=positions),
     }
-    # The published MAE code cannot run at other sizes.
+    # The published MAE code supports a single image size.
     if "other_tokens" in golden:
         tokens["other_tokens"] = encoder.tokens(normalised(golden["other_frame"]))
     for name, value in tokens.items():
@@ -62,16 +62,16 @@ def test_tokens_are_those_of_the_published_code(shared: Path, family: str, kind:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_three_views_are_one_batch_of_the_separate_tokens(family: str) -> None:
+def test_three_views_equal_separate_passes(family: str) -> None:
     encoder = load_backbone(family, **TINY)
     frames = random_images(2, 3, 3, 64, 64)
     positions = encoder.asymmetric_positions(offset=(3, 29))
-    cut, passed = [], []
-    encoder.patch_embed.register_forward_hook(lambda module, args, out: cut.append(len(out)))
-    encoder.blocks.register_forward_hook(lambda module, args, out: passed.append(len(out)))
+    embedded, encoded = [], []
+    encoder.patch_embed.register_forward_hook(lambda module, args, out: embedded.append(len(out)))
+    encoder.blocks.register_forward_hook(lambda module, args, out: encoded.append(len(out)))
     views_B3ND = encoder.three_views(frames, positions)
-    # Two frames are cut into patches, three views pass the blocks.
-    assert (cut, passed) == ([6], [9])
+    # One batch each: the patches of two frames are embedded, and the blocks process three views.
+    assert (embedded, encoded) == ([6], [9])
     assert views_B3ND.shape == (3, 3, 16, 32)
     assert views_B3ND.is_contiguous()
     separate = [encoder.tokens(frames[0]), encoder.tokens(frames[1]), encoder.tokens(frames[0], positions)]
@@ -91,13 +91,13 @@ def test_three_views_in_half_precision(family: str, dtype: torch.dtype) -> None:
     assert views_B3ND.is_contiguous()
     frames = frames.to(dtype)
     separate = [encoder.tokens(frames[0]), encoder.tokens(frames[1]), encoder.tokens(frames[0], positions)]
-    # One batch must lose no more than three do.
-    lost_by_three = relative_error(torch.stack(separate, 1).double(), expected)
-    assert relative_error(views_B3ND.double(), expected) < 1.1 * lost_by_three
+    # One batch of three views may not be less accurate than three passes.
+    error_of_separate = relative_error(torch.stack(separate, 1).double(), expected)
+    assert relative_error(views_B3ND.double(), expected) < 1.1 * error_of_separate
 
 
 @pytest.mark.parametrize("first_use_before_cast", [True, False])
-def test_positions_are_resized_in_float32_and_then_cast(first_use_before_cast: bool) -> None:
+def test_positions_are_resized_in_float32_before_casting(first_use_before_cast: bool) -> None:
     exact = load_backbone("dino", **TINY)
     encoder = load_backbone("dino", **TINY)
     if first_use_before_cast:
@@ -113,7 +113,7 @@ def test_positions_are_resized_in_float32_and_then_cast(first_use_before_cast: b
 
 
 @pytest.mark.parametrize("family", ["ijepa", "clip", "dinov2"])
-def test_three_views_trace_into_one_graph(family: str) -> None:
+def test_three_views_compile_without_graph_breaks(family: str) -> None:
     encoder = load_backbone(family, **(TINY | {"depth": 1}))
     frames, positions = random_images(2, 1, 3, 64, 64), encoder.asymmetric_positions(offset=(0, 1))
     compiled = torch.compile(encoder.three_views, backend="eager", fullgraph=True)
@@ -134,9 +134,9 @@ def test_asymmetric_positions_are_a_crop_of_the_enlarged_map(data: st.DataObject
     assert torch.equal(encoder.asymmetric_positions(ratio, offset=(row, column)), expected_ND)
 
 
-def test_asymmetric_positions_of_the_paper() -> None:
+def test_asymmetric_positions_with_the_papers_sizes() -> None:
     encoder = load_backbone("dino", embed_dim=32, num_heads=2, depth=1)
-    # 154 x 154 positions hold 141 x 141 crops of 14 x 14.
+    # A map of 154 x 154 positions has 141 x 141 crops of 14 x 14.
     assert encoder.asymmetric_range() == 141
     assert encoder.asymmetric_positions(offset=(140, 140)).shape == (196, 32)
     for offset in [(141, 0), (0, 141), (-1, 0)]:
@@ -145,26 +145,26 @@ def test_asymmetric_positions_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize("family", ["mae", "ijepa", "mocov3"])
-def test_random_positions_are_those_of_the_published_code(shared: Path, family: str) -> None:
+def test_sine_cosine_positions_match_the_published_implementation(shared: Path, family: str) -> None:
     expected_ND = published(shared, family).positions((4, 4))
     torch.testing.assert_close(
         load_backbone(family, **TINY).positions((4, 4)), expected_ND, rtol=0, atol=1e-6
     )
 
 
-def test_random_weights_are_a_function_of_the_seed() -> None:
+def test_random_weights_depend_on_the_seed_only() -> None:
     state = torch.get_rng_state()
     hashes = [load_backbone("dinov2", seed=seed, **TINY).weights_hash for seed in (0, 0, 1)]
     assert hashes[0] == hashes[1] != hashes[2]
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_defaults_are_vit_base_of_patch_16() -> None:
+def test_the_default_sizes_are_those_of_vit_b_16() -> None:
     encoder = load_backbone("dinov2", depth=1)
     assert (encoder.embed_dim, encoder.patch_size, encoder.image_size) == (768, 16, 224)
     assert encoder.blocks[0].attn.num_heads == 12
     assert encoder.blocks[0].mlp.fc1.out_features == 4 * 768
-    # Class token and four registers.
+    # The class token and four register tokens.
     assert encoder.prefix_PD.shape == (5, 768)
     assert encoder.grid(224, 448) == (14, 28)
     assert (encoder.name, encoder.weights) == ("dinov2", "random")
@@ -180,10 +180,11 @@ def test_sizes_are_read_from_the_checkpoint(shared: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_positions_of_a_checkpoint_follow_the_image_size(shared: Path, family: str) -> None:
+def test_positions_of_a_checkpoint_are_resized_to_the_image_size(shared: Path, family: str) -> None:
     own_441D = published(shared, family).positions((4, 4)).view(4, 4, 32)
     encoder = published(shared, family, image_size=96)
-    # BLIP's authors resize without antialiasing when they load, with it in the forward pass.
+    # The published BLIP code resizes without antialiasing when loading, and with antialiasing in the forward
+    # pass.
     how = "plain" if family == "blip" else FAMILIES[family].resize
     assert torch.equal(encoder.positions((6, 6)), resize_positions(own_441D, (6, 6), how).flatten(0, 1))
     assert encoder.asymmetric_positions(offset=(60, 60)).shape == (36, 32)
@@ -201,7 +202,7 @@ def test_positions_of_a_checkpoint_follow_the_image_size(shared: Path, family: s
         ("vit_base_patch16_siglip_224", {"embed_dim": 64, "num_heads": 2}),
     ],
 )
-def test_a_timm_vit_by_name_gives_timms_tokens(name: str, sizes: dict[str, int]) -> None:
+def test_a_timm_vit_returns_the_tokens_of_timm(name: str, sizes: dict[str, int]) -> None:
     encoder = load_backbone(name, image_size=64, depth=2, seed=3, **sizes)
     with seeded(3):
         reference = timm.create_model(
@@ -218,24 +219,27 @@ def test_a_timm_vit_by_name_gives_timms_tokens(name: str, sizes: dict[str, int])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "dinov3"}, "'dinov3'.*mae, ijepa, .*dinov2"),
-        ({"name": "resnet18"}, "resnet18 is not a plain timm ViT"),
+        (
+            {"name": "dinov3"},
+            "backbone 'dinov3' is not one of: mae, ijepa, .*dinov2, or the name of a timm ViT",
+        ),
+        ({"name": "resnet18"}, "'resnet18' is not a plain timm ViT"),
         ({"name": "vit_tiny_patch16_224.mine"}, "Invalid pretrained tag"),
-        ({"name": "vit_tiny_patch16_224", "embed_dim": 100}, "vit_tiny_patch16_224 .* num_heads"),
-        ({"name": "eva02_tiny_patch14_224"}, "eva02_tiny_patch14_224 is a Eva"),
-        ({"name": "mae", "image_size": 100}, "100 x 100: mae needs multiples of 16; resize it to 96 x 96"),
-        ({"name": "mae", "embed_dim": 32}, "embed_dim 32 .*: give num_heads"),
-        ({"name": "mae", "embed_dim": 32, "num_heads": 3}, "embed_dim 32 .* num_heads 3"),
+        ({"name": "vit_tiny_patch16_224", "embed_dim": 100}, "'vit_tiny_patch16_224' .* num_heads"),
+        ({"name": "eva02_tiny_patch14_224"}, "'eva02_tiny_patch14_224' is a timm Eva"),
+        ({"name": "mae", "image_size": 100}, "100 x 100: mae needs multiples of 16, such as 96 x 96"),
+        ({"name": "mae", "embed_dim": 32}, "embed_dim 32 .*; set num_heads"),
+        ({"name": "mae", "embed_dim": 32, "num_heads": 3}, "embed_dim 32 .* num_heads=3"),
     ],
 )
-def test_impossible_backbones(arguments: dict[str, Any], message: str) -> None:
+def test_invalid_backbones_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_backbone(**arguments)
 
 
-def test_images_that_do_not_fit() -> None:
+def test_invalid_image_sizes_are_refused() -> None:
     encoder = load_backbone("dino", **TINY)
-    with pytest.raises(InputError, match="50 x 64: dino needs multiples of 16; resize it to 48 x 64"):
+    with pytest.raises(InputError, match="50 x 64: dino needs multiples of 16, such as 48 x 64"):
         encoder.tokens(random_images(1, 3, 50, 64))
 
 
@@ -249,8 +253,8 @@ def test_the_encoder_is_frozen() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_on_the_gpu(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The patch embedding would otherwise round its inputs to TensorFloat-32, PyTorch's default there.
+def test_tokens_on_a_gpu_match_those_on_the_cpu(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # By default, PyTorch uses TensorFloat-32 for the convolution of the patch embedding.
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     encoder = load_backbone(family, **TINY)
     frames = random_images(2, 2, 3, 64, 64)

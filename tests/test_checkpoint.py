@@ -1,4 +1,4 @@
-"""Checkpoints appear whole or not at all."""
+"""Writing, deleting and reading checkpoints."""
 
 from pathlib import Path
 
@@ -9,9 +9,9 @@ from fasttrain.checkpoint import drop_checkpoints, load_checkpoint, save_checkpo
 from fasttrain.errors import InputError
 
 
-def test_keeps_the_newest_and_reads_them_back(tmp_path: Path) -> None:
-    for step in (1, 2, 10):
-        save_checkpoint(tmp_path, step, {"weight": torch.full((2,), float(step))})
+def test_the_latest_checkpoints_are_kept_and_read(tmp_path: Path) -> None:
+    for steps in (1, 2, 10):
+        save_checkpoint(tmp_path, steps, {"weight": torch.full((2,), float(steps))})
     drop_checkpoints(tmp_path, 10, keep=2)
     assert saved_steps(tmp_path) == [2, 10]
     assert torch.equal(load_checkpoint(tmp_path, 10)["weight"], torch.tensor([10.0, 10.0]))
@@ -20,7 +20,7 @@ def test_keeps_the_newest_and_reads_them_back(tmp_path: Path) -> None:
     assert saved_steps(tmp_path / "nowhere") == []
 
 
-def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+def test_the_message_about_a_damaged_file_names_it(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 3, {"weight": torch.zeros(1000)})
     content = path.read_bytes()
     middle = content.index(bytes(4000)) + 2000

@@ -1,4 +1,4 @@
-"""Recorded steps against plain ones; needs a GPU, where alone graphs exist."""
+"""CUDA graphs against eager execution. All tests need a GPU."""
 
 import dataclasses
 from pathlib import Path
@@ -15,7 +15,7 @@ RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "dino.yaml"
 
 
 @pytest.mark.gpu
-def test_a_captured_call_follows_its_inputs() -> None:
+def test_a_captured_call_uses_its_new_inputs() -> None:
     weight = torch.randn(8, 8, device="cuda")
     call = CapturedCall(lambda x: x @ weight, (torch.zeros(4, 8, device="cuda"),))
     for _ in range(2):
@@ -24,14 +24,14 @@ def test_a_captured_call_follows_its_inputs() -> None:
 
 
 @pytest.mark.gpu
-def test_recorded_steps_are_the_plain_steps() -> None:
-    """Three steps with a log step among them leave the same head, to the rounding of its sums."""
+def test_recorded_steps_equal_eager_steps() -> None:
+    """Three steps, of which one computes diagnostics, give the same projection up to rounding errors."""
     overrides = [
         "backbone.weights=random", "backbone.embed_dim=128", "backbone.depth=2", "data.image_size=64",
         "train.batch_size=4", "train.accumulate=1", "encoder.compile=none",
     ]  # fmt: skip
     frames = torch.randn(3, 2, 4, 3, 64, 64, device="cuda", dtype=torch.bfloat16)
-    heads = []
+    trained = []
     with distributed.start("cuda") as world:
         for graph in (False, True):
             recipe = load_recipe(RECIPE, overrides)
@@ -40,10 +40,12 @@ def test_recorded_steps_are_the_plain_steps() -> None:
             )
             trainer = BackboneTrainer(recipe, world)
             assert (trainer.warm_up() > 0) == graph
-            for step in range(3):
-                trainer.forward_backward(frames[step], step, last=True, diagnostics=step == 1)
+            for step_index in range(3):
+                trainer.forward_backward(
+                    frames[step_index], step_index, last=True, diagnostics=step_index == 1
+                )
                 trainer.update(1e-3)
-            heads.append(torch.cat([p.detach().flatten() for p in trainer.projection.parameters()]))
+            trained.append(torch.cat([p.detach().flatten() for p in trainer.projection.parameters()]))
     start = BackboneTrainer(load_recipe(RECIPE, overrides), world).projection
-    moved = heads[0] - torch.cat([p.detach().flatten() for p in start.parameters()])
-    assert (heads[1] - heads[0]).norm() < torch.finfo(torch.bfloat16).eps * moved.norm()
+    change = trained[0] - torch.cat([p.detach().flatten() for p in start.parameters()])
+    assert (trained[1] - trained[0]).norm() < torch.finfo(torch.bfloat16).eps * change.norm()

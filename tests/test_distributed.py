@@ -1,4 +1,4 @@
-"""How processes join a run."""
+"""Communication among ranks, simulated in one process."""
 
 import dataclasses
 
@@ -10,23 +10,23 @@ from fasttrain.errors import InputError
 
 
 def fail() -> None:
-    raise InputError("not here")
+    raise InputError("not found")
 
 
-def test_what_fails_in_one_process_fails_in_all() -> None:
+def test_an_error_on_one_rank_is_raised_on_all() -> None:
     assert OneOfTwo(None).run_on_all(lambda: 5) == 5
-    for world, function in [(OneOfTwo(None), fail), (OneOfTwo("not here"), lambda: 5)]:
-        with pytest.raises(InputError, match="not here"):
+    for world, function in [(OneOfTwo(None), fail), (OneOfTwo("not found"), lambda: 5)]:
+        with pytest.raises(InputError, match="not found"):
             world.run_on_all(function)
 
 
-def test_what_differs_between_processes_is_refused() -> None:
+def test_values_that_differ_between_ranks_are_refused() -> None:
     OneOfTwo([1]).check_same([1], "the files")
-    with pytest.raises(InputError, match="the files: processes 0 and 1 differ"):
+    with pytest.raises(InputError, match="the files: ranks 0 and 1 differ"):
         OneOfTwo([2]).check_same([1], "the files")
 
 
-def test_every_item_is_in_one_shard() -> None:
+def test_every_item_is_in_exactly_one_shard() -> None:
     worlds = [dataclasses.replace(World.single(), rank=rank, size=3) for rank in range(3)]
     assert [world.shard(range(5)) for world in worlds] == [[0, 3], [1, 4], [2]]
     assert World.single().shard("ab") == ["a", "b"]

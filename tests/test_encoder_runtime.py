@@ -1,4 +1,4 @@
-"""Every switch of the encoder against the plain encoder, and FP8 against its own maths."""
+"""The execution options of the encoder against plain execution, and FP8 against its formulas."""
 
 from typing import Any
 
@@ -15,15 +15,15 @@ from fasttrain.recipe import EncoderRecipe
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {"image_size": 64, "patch_size": 16, "embed_dim": 128, "depth": 2, "num_heads": 2}
-# Half the spacing of e4m3 values relative to the value: three stored bits of mantissa.
+# The relative rounding error of e4m3, which stores three bits of the mantissa.
 E4M3_ROUNDING = 2.0**-4
 
 
 def views(
-    dtype: torch.dtype = torch.float32, name: str = "dinov2", device: torch.device = CPU, **switches: Any
+    dtype: torch.dtype = torch.float32, name: str = "dinov2", device: torch.device = CPU, **options: Any
 ) -> Tensor:
     encoder = load_backbone(name, **TINY)
-    runtime = EncoderRuntime(encoder, EncoderRecipe(**switches), dtype=dtype, device=device)
+    runtime = EncoderRuntime(encoder, EncoderRecipe(**options), dtype=dtype, device=device)
     frames = torch.randn(2, 3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     return runtime.three_views(frames.to(device), encoder.asymmetric_positions(offset=(3, 5)))
 
@@ -32,10 +32,10 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
     return ((value.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-# In float32 no switch may change more than the order of sums.
+# In float32, the options only change the order of sums.
 @pytest.mark.parametrize("name", ["dinov2", "ijepa"])
 @pytest.mark.parametrize(
-    "switches",
+    "options",
     [
         {"batch_views": False},
         {"chunk": 2},
@@ -46,20 +46,20 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
     ],
     ids=str,
 )
-def test_switches_agree_with_the_plain_encoder(name: str, switches: dict[str, Any]) -> None:
-    tokens = views(name=name, **switches)
+def test_options_do_not_change_the_tokens(name: str, options: dict[str, Any]) -> None:
+    tokens = views(name=name, **options)
     assert tokens.shape == (3, 3, 16, 128)
     assert relative_error(tokens, views(name=name, compile="none")) < 1e-6
 
 
-def test_every_kind_of_encoder_in_a_process_is_compiled() -> None:
+def test_several_kinds_of_encoders_are_compiled_in_one_process() -> None:
     with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
         for name in ("dinov2", "ijepa"):
             assert relative_error(views(name=name, compile="default"), views(name=name)) < 1e-6
 
 
 @pytest.mark.parametrize(
-    ("dtype", "switches", "image_size", "fused"),
+    ("dtype", "options", "image_size", "fused"),
     [
         (torch.bfloat16, {}, 64, False),
         (torch.bfloat16, {}, 256, True),
@@ -67,29 +67,29 @@ def test_every_kind_of_encoder_in_a_process_is_compiled() -> None:
         (torch.bfloat16, {"attention": "flash"}, 64, True),
     ],
 )
-def test_a_cpu_attends_plainly_where_that_is_faster(
-    dtype: torch.dtype, switches: dict[str, Any], image_size: int, fused: bool
+def test_attention_is_unfused_on_a_cpu_for_few_tokens_in_half_precision(
+    dtype: torch.dtype, options: dict[str, Any], image_size: int, fused: bool
 ) -> None:
-    """Few tokens in half precision; a kernel that was asked for is taken."""
+    """A kernel that the recipe selects is used nevertheless."""
     encoder = load_backbone("dino", **(TINY | {"image_size": image_size}))
-    runtime = EncoderRuntime(encoder, EncoderRecipe(**switches), dtype=dtype, device=CPU)
+    runtime = EncoderRuntime(encoder, EncoderRecipe(**options), dtype=dtype, device=CPU)
     assert all(block.attn.fused_attn == fused for block in encoder.blocks)
     assert not runtime.compiled
 
 
-def test_half_precision_rounds_alike_with_every_switch() -> None:
+def test_options_do_not_increase_rounding_errors() -> None:
     exact = views()
-    plain, fused = views(torch.bfloat16), views(torch.bfloat16, attention="flash")
-    always = views(torch.bfloat16, cast_weights=False)
-    assert plain.dtype == always.dtype == torch.bfloat16
-    assert relative_error(plain, exact) < 2 * relative_error(fused, exact)
-    # Autocast keeps norms and the residual in float32, so it may only be the more exact one.
-    assert relative_error(always, exact) <= 1.1 * relative_error(plain, exact)
-    assert relative_error(plain, exact) < 4 * torch.finfo(torch.bfloat16).eps
+    unfused, fused = views(torch.bfloat16), views(torch.bfloat16, attention="flash")
+    autocast = views(torch.bfloat16, cast_weights=False)
+    assert unfused.dtype == autocast.dtype == torch.bfloat16
+    assert relative_error(unfused, exact) < 2 * relative_error(fused, exact)
+    # Autocast keeps norms and the residual stream in float32, so it must not be less accurate.
+    assert relative_error(autocast, exact) <= 1.1 * relative_error(unfused, exact)
+    assert relative_error(unfused, exact) < 4 * torch.finfo(torch.bfloat16).eps
 
 
-def test_another_attention_kernel_is_another_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch looks programs up by what the function saw: a choice made outside of it would not count."""
+def test_each_attention_kernel_has_its_own_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile does not guard on a kernel that is selected outside of the compiled function."""
     programs: list[torch.fx.GraphModule] = []
 
     def record(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
@@ -108,32 +108,32 @@ def test_another_attention_kernel_is_another_program(monkeypatch: pytest.MonkeyP
     assert counts == [1, 2, 2, 3]
 
 
-def test_fp8_tokens_stay_near_bf16() -> None:
+def test_the_error_of_fp8_is_bounded() -> None:
     exact = views()
     error = relative_error(views(torch.bfloat16, precision="fp8"), exact)
     assert relative_error(views(torch.bfloat16), exact) < error < E4M3_ROUNDING
 
 
 @given(st.lists(st.lists(st.floats(-1e4, 1e4, width=32), min_size=4, max_size=4), min_size=1, max_size=5))
-def test_quantised_rows_come_back_within_half_a_step(rows: list[list[float]]) -> None:
+def test_the_error_of_quantised_rows_is_bounded(rows: list[list[float]]) -> None:
     values = torch.tensor(rows)
     quantised, scale = quantize_rows(values)
-    back = quantised.double() * scale.double()
-    assert back.isfinite().all()
+    dequantised = quantised.double() * scale.double()
+    assert dequantised.isfinite().all()
     # Below the smallest normal value, 2^-6, the spacing is a fixed 2^-9 of the scale.
     bound = (values.abs().double() * E4M3_ROUNDING).maximum(scale.double() * 2.0**-10) * (1 + 1e-6)
-    assert ((back - values.double()).abs() <= bound).all()
+    assert ((dequantised - values.double()).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-30, 3e4, 1e30])
-def test_a_row_of_one_value_is_exact_at_any_magnitude(value: float) -> None:
+def test_constant_rows_are_exact_at_any_magnitude(value: float) -> None:
     quantised, scale = quantize_rows(torch.full((2, 16), value))
     assert torch.equal(quantised.float(), torch.full((2, 16), LARGEST if value else 0.0))
     assert torch.allclose(quantised.float() * scale, torch.full((2, 16), value), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_float8_linear_is_the_dequantised_product(bias: bool) -> None:
+def test_float8_linear_equals_the_dequantised_product(bias: bool) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(64, 48, bias=bias)
     tokens = torch.randn(2, 5, 64)
@@ -143,13 +143,13 @@ def test_float8_linear_is_the_dequantised_product(bias: bool) -> None:
     expected = (rows.double() * row_scale.double()) @ weight.t()
     if bias:
         expected += linear.bias.double()
-    # The product comes out in bfloat16.
+    # The product is returned in bfloat16.
     assert relative_error(layer(tokens), expected.unflatten(0, (2, 5))) < torch.finfo(torch.bfloat16).eps
     exact = tokens.double() @ linear.weight.double().t() + (linear.bias.double() if bias else 0)
     assert relative_error(layer(tokens), exact) < E4M3_ROUNDING
 
 
-def test_linear_layers_of_whole_tiles_are_replaced() -> None:
+def test_only_linear_layers_with_multiples_of_16_are_replaced() -> None:
     module = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 10))
     use_float8(module)
     assert isinstance(module[0], Float8Linear)
@@ -159,12 +159,12 @@ def test_linear_layers_of_whole_tiles_are_replaced() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "switches", [{"compile": "default"}, {"attention": "cudnn"}, {"precision": "fp8"}], ids=str
+    "options", [{"compile": "default"}, {"attention": "cudnn"}, {"precision": "fp8"}], ids=str
 )
-def test_switches_agree_on_the_gpu(switches: dict[str, Any]) -> None:
-    """bf16 tokens of a ViT with heads of 64 channels, against float32 on the CPU."""
-    if "precision" in switches and torch.cuda.get_device_capability() < (8, 9):
+def test_options_on_a_gpu(options: dict[str, Any]) -> None:
+    """The bf16 tokens of a ViT with 64 channels per head agree with float32 on the CPU."""
+    if "precision" in options and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("FP8 needs compute capability 8.9")
-    tokens = views(torch.bfloat16, "dino", torch.device("cuda"), **switches)
-    bound = E4M3_ROUNDING if "precision" in switches else 4 * torch.finfo(torch.bfloat16).eps
+    tokens = views(torch.bfloat16, "dino", torch.device("cuda"), **options)
+    bound = E4M3_ROUNDING if "precision" in options else 4 * torch.finfo(torch.bfloat16).eps
     assert relative_error(tokens.cpu(), views(name="dino")) < bound

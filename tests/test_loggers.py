@@ -13,7 +13,7 @@ from fasttrain.loggers import MetricsLog, Progress
 def test_log_drops_what_came_after_the_last_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    log = MetricsLog(tmp_path, first_step=2, tensorboard=False)
+    log = MetricsLog(tmp_path, completed_steps=2, tensorboard=False)
     log.write(3, {"loss": 0.5})
     log.close()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -23,10 +23,10 @@ def test_log_drops_what_came_after_the_last_checkpoint(tmp_path: Path) -> None:
 def test_tensorboard_gets_the_numbers_and_after_a_resume_no_step_twice(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for first_step, steps in ((0, (2, 4, 5)), (4, (5, 6))):
-        log = MetricsLog(tmp_path, first_step=first_step, tensorboard=True)
+    for completed_steps, steps in ((0, (2, 4, 5)), (4, (5, 6))):
+        log = MetricsLog(tmp_path, completed_steps=completed_steps, tensorboard=True)
         for step in steps:
-            log.write(step, {"loss": first_step + 0.25, "faults": ["a name"]})
+            log.write(step, {"loss": completed_steps + 0.25, "faults": ["a name"]})
         log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()

@@ -1,4 +1,4 @@
-"""The command line: every command has help; bad input is one line and exit code 2."""
+"""The command line: help texts, and one-line errors with exit code 2 for bad input."""
 
 import errno
 import io
@@ -19,9 +19,9 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 def test_every_command_is_listed_and_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     assert f"\n  {name} " in capsys.readouterr().out
-    with pytest.raises(SystemExit) as leave:
+    with pytest.raises(SystemExit) as exit_error:
         main([name, "--help"])
-    assert leave.value.code == 0
+    assert exit_error.value.code == 0
     assert f"usage: fasttrain {name}" in capsys.readouterr().out
 
 
@@ -30,21 +30,28 @@ def test_every_command_is_listed_and_has_help(name: str, capsys: pytest.CaptureF
     [
         ([RECIPES / "dinov2.yaml", "train.epochz=3"], "'train.epochs'"),
         ([RECIPES / "quickstart.yaml", "data.source=nowhere"], "nowhere"),
-        (["nowhere.yaml"], "cannot read recipe 'nowhere.yaml': No such file or directory; give a YAML file"),
-        # Options may stand between words.
+        (
+            ["nowhere.yaml"],
+            "recipe 'nowhere.yaml' cannot be read: no such file or directory; pass a YAML file",
+        ),
+        (
+            ["trian"],
+            "'trian' is neither a command nor a recipe file; did you mean 'train'? Commands: train, ",
+        ),
+        # Options between positional arguments.
         ([RECIPES / "dino.yaml", "--profile", "data.source=nowhere"], "nowhere"),
         (["pack", "nowhere", "--frames", "2", "packed"], "nowhere"),
-        # Paths that the system refuses.
-        ([RECIPES / "quickstart.yaml", f"data.source={'a' * 300}"], "aaa: file name too long; give another"),
-        (["report", ".", "--output", "metrics.jsonl/page.html"], "not a directory; give another"),
+        # Paths that the operating system refuses.
+        ([RECIPES / "quickstart.yaml", f"data.source={'a' * 300}"], "aaa: file name too long; use another"),
+        (["report", ".", "--output", "metrics.jsonl/page.html"], "not a directory; use another path"),
         pytest.param(
             [RECIPES / "quickstart.yaml", "device=cuda"],
-            "'cuda' was asked for",
+            "device: 'cuda' is not available",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU"),
         ),
     ],
 )
-def test_bad_input_is_one_line_and_code_2(
+def test_bad_input_prints_one_line_and_exits_with_code_2(
     words: list[Path | str],
     part: str,
     tmp_path: Path,
@@ -60,33 +67,35 @@ def test_bad_input_is_one_line_and_code_2(
     assert part in error
 
 
-def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_prints_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("fasttrain.tools.doctor.run", fail)
     assert main(["doctor"]) == 2
-    wanted = "the results: no space left on device; make room and run the same command again"
-    assert capsys.readouterr().err == f"fasttrain: {wanted}\n"
+    expected = "the results: no space left on device; free some space and repeat the command"
+    assert capsys.readouterr().err == f"fasttrain: {expected}\n"
 
 
-def test_names_that_the_terminal_cannot_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_the_terminal_cannot_encode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n')
-    shown = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii", write_through=True))
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii", write_through=True))
     assert main(["report", str(tmp_path), "--output", str(tmp_path / "ü.html")]) == 0
-    assert shown.getvalue().decode("ascii").endswith("?.html\n")
+    assert out.getvalue().decode("ascii").endswith("?.html\n")
 
 
 @pytest.mark.parametrize(
-    ("absent", "word", "message"),
+    ("package", "word", "message"),
     [
         ("scipy", "eval", "package 'scipy' is not installed. Install it with: pip install 'fasttrain.eval.'"),
         ("nvidia.dali", "recipes/dino.yaml", "DALI is not installed, .*cuda12.* or 'fasttrain.cuda13.'"),
     ],
 )
-def test_a_missing_extra_is_one_line(absent: str, word: str, message: str) -> None:
-    program = f"import sys; sys.modules[{absent!r}] = None; from fasttrain import __main__ as module; "
+def test_a_missing_optional_package_prints_one_line(package: str, word: str, message: str) -> None:
+    program = f"import sys; sys.modules[{package!r}] = None; from fasttrain import __main__ as module; "
     command = [sys.executable, "-c", f"{program} sys.exit(module.main([{word!r}]))"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2

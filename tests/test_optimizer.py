@@ -64,5 +64,5 @@ def test_the_real_apex_is_refused_on_the_cpu(monkeypatch: pytest.MonkeyPatch) ->
     real.FusedAdam = torch.optim.Adam
     monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
     monkeypatch.setitem(sys.modules, "apex.optimizers", real)
-    with pytest.raises(InputError, match="GPUs only"):
+    with pytest.raises(InputError, match="needs a GPU"):
         build_optimizer(OptimizerRecipe(name="apex_fused_adam"), torch.nn.Linear(2, 2))

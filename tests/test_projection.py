@@ -1,4 +1,4 @@
-"""The projection head: its formulas, its files, and the published code's losses and gradients through it."""
+"""The projection: its formulas and files, and losses and gradients of the published implementation."""
 
 import argparse
 from pathlib import Path
@@ -21,7 +21,7 @@ STD_311 = torch.tensor((0.229, 0.224, 0.225))[:, None, None]
 
 
 def published_name(name: str, head: Head) -> str:
-    """A parameter's name in the published checkpoints, from `linears.I.*` or `norm.*`."""
+    """Translate a parameter name (`linears.I.*` or `norm.*`) to that in published checkpoints."""
     layer, parameter = name.rsplit(".", 1)
     if layer == "norm":
         return f"adapter_layer_norm1.{parameter}"
@@ -30,7 +30,7 @@ def published_name(name: str, head: Head) -> str:
 
 
 def save_release(path: Path, parameters: dict[str, Tensor]) -> None:
-    """A checkpoint in the layout of the paper's release."""
+    """Write a checkpoint in the layout of the paper's release."""
     model = {f"adapter.adapter.{name}": tensor for name, tensor in parameters.items()}
     encoder = {"cls_token": torch.zeros(1, 1, 4)}
     torch.save({"model": encoder | model, "args": argparse.Namespace(lr=1e-4), "epoch": 4}, path)
@@ -41,7 +41,7 @@ def relative_error(value: Tensor, expected: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_losses_and_gradients_of_the_published_code(shared: Path, family: str) -> None:
+def test_losses_and_gradients_match_the_published_implementation(shared: Path, family: str) -> None:
     folder = shared / "golden" / "backbones"
     golden = np.load(folder / f"{family}.npz")
     encoder = load_backbone(
@@ -62,8 +62,8 @@ def test_losses_and_gradients_of_the_published_code(shared: Path, family: str) -
         regularizer="kl",
         backend="eager",
     )
-    found = {"loss": out.loss, "cycle_loss": out.cycle, "separability_loss": out.separability}
-    for name, value in found.items():
+    losses = {"loss": out.loss, "cycle_loss": out.cycle, "separability_loss": out.separability}
+    for name, value in losses.items():
         assert value.item() == pytest.approx(float(golden[name]), rel=1e-5)
     out.loss.backward()
     for name, parameter in projection.named_parameters():
@@ -73,7 +73,7 @@ def test_losses_and_gradients_of_the_published_code(shared: Path, family: str) -
 
 
 @pytest.mark.parametrize(("case", "head"), [("linear_kl", "linear"), ("mlp2", "mlp2"), ("mlp3", "mlp3")])
-def test_published_heads_give_the_published_loss(shared: Path, case: str, head: Head, tmp_path: Path) -> None:
+def test_losses_of_all_published_heads(shared: Path, case: str, head: Head, tmp_path: Path) -> None:
     golden = np.load(shared / "golden" / "loss" / f"{case}.npz")
     prefix = "projection."
     parameters = {k.removeprefix(prefix): torch.from_numpy(golden[k]) for k in golden if k.startswith(prefix)}
@@ -96,7 +96,7 @@ def test_published_heads_give_the_published_loss(shared: Path, case: str, head: 
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_heads_written_out(head: Head) -> None:
+def test_heads_match_their_formulas(head: Head) -> None:
     projection = Projection(6, head=head, seed=1).double()
     with torch.no_grad():
         projection.norm.weight.uniform_(0.5, 2)
@@ -107,7 +107,7 @@ def test_heads_written_out(head: Head) -> None:
     for i, linear in enumerate(layers):
         assert isinstance(linear, nn.Linear)
         x = x @ linear.weight.detach().numpy().T + linear.bias.detach().numpy()
-        # The last layer of an MLP goes into the norm as it is.
+        # The last linear layer of an MLP is not followed by tanh.
         if head == "linear" or i < len(layers) - 1:
             x = np.tanh(x)
     centred = x - x.mean(-1, keepdims=True)
@@ -118,7 +118,7 @@ def test_heads_written_out(head: Head) -> None:
 
 
 @pytest.mark.parametrize("init", get_args(Init))
-def test_parameters_are_a_function_of_the_seed(init: Init) -> None:
+def test_parameters_depend_on_the_seed_only(init: Init) -> None:
     state = torch.get_rng_state()
     first, again, other = (Projection(64, head="mlp3", init=init, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), state)
@@ -127,9 +127,9 @@ def test_parameters_are_a_function_of_the_seed(init: Init) -> None:
     for i in range(3):
         weight = first.get_parameter(f"linears.{i}.weight")
         assert not torch.equal(weight, other.get_parameter(f"linears.{i}.weight"))
-        # The layers of one head differ as well.
+        # The layers of a head differ from each other, too.
         assert not torch.equal(weight, first.get_parameter(f"linears.{(i + 1) % 3}.weight"))
-        # Standard deviations: 0.02; sqrt(2 / (64 + 64)); uniform on +- 1 / sqrt(64).
+        # Standard deviations: 0.02; sqrt(2 / (64 + 64)); that of a uniform distribution on +- 1 / sqrt(64).
         expected = {"trunc_normal": 0.02, "xavier_uniform": 0.125, "default": 0.125 / 3**0.5}[init]
         assert weight.std().item() == pytest.approx(expected, rel=0.05)
         assert (first.get_parameter(f"linears.{i}.bias").abs().max() == 0) == (init != "default")
@@ -148,7 +148,7 @@ def test_save_and_load(head: Head, tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_files_that_are_no_projection(tmp_path: Path) -> None:
+def test_messages_about_files_without_a_projection(tmp_path: Path) -> None:
     whole = tmp_path / "whole.safetensors"
     projection = Projection(8)
     projection.save(whole)
@@ -160,8 +160,8 @@ def test_files_that_are_no_projection(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "other_model", {"head": "linear"})
     messages = {
         "truncated": "cannot be read",
-        "no_metadata": "no projection of fasttrain",
-        "other_model": "no projection of fasttrain",
+        "no_metadata": "was not written by fasttrain",
+        "other_model": "was not written by fasttrain",
         "no_linear": "does not fit a linear head: .*linears.0.weight",
         "other_head": "does not fit a mlp2 head: .*linears.1.weight",
         "missing": "cannot be read .*No such file",
@@ -172,19 +172,19 @@ def test_files_that_are_no_projection(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_releases_that_hold_no_projection(tmp_path: Path) -> None:
+def test_messages_about_checkpoints_without_a_projection(tmp_path: Path) -> None:
     path = tmp_path / "ours.pth"
-    whole = {published_name(k, "mlp2"): t for k, t in Projection(8, head="mlp2").state_dict().items()}
-    for left_out, message in [
-        ("adapter_", "holds no Co-Settle projection"),
-        ("adapter_layer_norm1", "holds no Co-Settle projection"),
+    complete = {published_name(k, "mlp2"): t for k, t in Projection(8, head="mlp2").state_dict().items()}
+    for omitted, message in [
+        ("adapter_", "contains no Co-Settle projection"),
+        ("adapter_layer_norm1", "contains no Co-Settle projection"),
         ("adapter_linear1", "does not fit a linear head"),
         ("adapter_linear2.bias", "does not fit a mlp2 head: .*linears.1.bias"),
     ]:
-        save_release(path, {k: t for k, t in whole.items() if not k.startswith(left_out)})
+        save_release(path, {k: t for k, t in complete.items() if not k.startswith(omitted)})
         with pytest.raises(InputError, match=message):
             Projection.from_cosettle(path)
     with pytest.raises(InputError, match="no such file"):
         Projection.from_cosettle(tmp_path / "nowhere.pth")
-    with pytest.raises(InputError, match="head 'mlp4': expected one of linear, mlp2, mlp3"):
+    with pytest.raises(InputError, match="head 'mlp4' is not one of: linear, mlp2, mlp3"):
         Projection(8, head="mlp4")

@@ -1,4 +1,4 @@
-"""A run folder read back as one video encoder."""
+"""Loading a video encoder from a run folder."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from fasttrain.projection import Projection
 from fasttrain.video_encoder import PROJECTION_FILE, load_video_encoder
 
 
-def test_frames_to_projected_tokens(tmp_path: Path) -> None:
+def test_the_encoder_applies_backbone_and_projection_to_every_frame(tmp_path: Path) -> None:
     encoder = load_video_encoder(write_run(tmp_path))
     projection, backbone = Projection.load(tmp_path / PROJECTION_FILE), load_backbone(**SETTINGS)
     video_BTCHW = torch.randn(2, 3, 3, 64, 96, generator=torch.Generator().manual_seed(0))
@@ -28,12 +28,12 @@ def test_frames_to_projected_tokens(tmp_path: Path) -> None:
             torch.testing.assert_close(tokens_BTND[video, t], projection(frozen_1ND)[0].detach())
     torch.testing.assert_close(encoder(video_BTCHW, normalize=True), F.normalize(tokens_BTND, dim=-1))
     assert not tokens_BTND.requires_grad
-    with pytest.raises(InputError, match=r"\(3, 3, 64, 96\): expected \(B, T, 3, H, W\)"):
+    with pytest.raises(InputError, match=r"\(3, 3, 64, 96\), expected \(B, T, 3, H, W\)"):
         encoder(video_BTCHW[0])
 
 
 def write_weights(path: Path, shift: float = 0.0) -> str:
-    """A checkpoint of the synthetic encoder: its parameters, the class token and the positions."""
+    """Write a checkpoint of the test encoder; `shift` changes the weights."""
     encoder = load_backbone(**SETTINGS)
     prefix_1D, positions_ND = encoder.get_buffer("prefix_PD"), encoder.get_buffer("positions_ND")
     state: dict[str, Tensor] = {
@@ -45,25 +45,25 @@ def write_weights(path: Path, shift: float = 0.0) -> str:
     return str(path)
 
 
-def test_weights_may_have_moved_but_not_changed(tmp_path: Path) -> None:
-    # The sizes are read from the weights again.
+def test_moved_weights_are_accepted_and_changed_ones_refused(tmp_path: Path) -> None:
+    # Without sizes in the metadata, they are read from the weights.
     weights = write_weights(tmp_path / "dino.pth")
     run = write_run(tmp_path / "run", weights=weights, embed_dim=None, depth=None)
     assert load_video_encoder(str(run), "cpu").encoder.embed_dim == 32
     moved = tmp_path / "moved.pth"
     (tmp_path / "dino.pth").rename(moved)
-    with pytest.raises(InputError, match=r"dino\.pth: no such file"):
+    with pytest.raises(InputError, match=r"dino\.pth': no such file"):
         load_video_encoder(run)
     assert load_video_encoder(run, weights=str(moved)).encoder.weights == str(moved)
     write_weights(moved, shift=1.0)
-    with pytest.raises(InputError, match=r"moved\.pth of dino are not those it was trained on"):
+    with pytest.raises(InputError, match=r"moved\.pth' of dino are not those of the training"):
         load_video_encoder(run, weights=str(moved))
 
 
-def test_folders_without_a_run(tmp_path: Path) -> None:
+def test_folders_without_a_run_are_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(InputError, match=f"run {folder}: no projection.safetensors"):
+        with pytest.raises(InputError, match=f"run '{folder}': no projection.safetensors"):
             load_video_encoder(folder)
     Projection(32).save(tmp_path / PROJECTION_FILE)
-    with pytest.raises(InputError, match=r"projection\.safetensors: its metadata names no backbone"):
+    with pytest.raises(InputError, match=r"projection\.safetensors' does not name its backbone"):
         load_video_encoder(tmp_path)

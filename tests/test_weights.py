@@ -1,4 +1,4 @@
-"""Weights from every source and in every published layout; whatever cannot be had is a clear error."""
+"""Loading weights from every source and in every published layout, and messages about invalid ones."""
 
 import argparse
 import os
@@ -25,7 +25,7 @@ WIDTH = 32
 
 
 def timm_state(**options: Any) -> dict[str, Tensor]:
-    """A random plain ViT in timm's names: image 64, patch 16, width 32, depth 2."""
+    """The state dict of a random timm ViT with image size 64, patch size 16, width 32 and depth 2."""
     with seeded(7):
         vit = VisionTransformer(
             img_size=64, embed_dim=WIDTH, depth=2, num_heads=2, num_classes=0, global_pool="", **options
@@ -43,7 +43,7 @@ def state() -> dict[str, Tensor]:
 
 
 class Node(nn.Module):
-    """A module with a child or parameter for every part of dotted names."""
+    """A module with the parameters of a state dict, nested by their dotted names."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Node(nn.Module):
         return x
 
 
-def test_one_file_in_every_format_is_one_encoder(state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_all_file_formats_give_the_same_encoder(state: dict[str, Tensor], tmp_path: Path) -> None:
     torch.save(state, tmp_path / "plain.pth")
     torch.save({"model": state, "args": argparse.Namespace(lr=1e-4)}, tmp_path / "release.pth")
     torch.save({"teacher": {f"backbone.{k}": t for k, t in state.items()}}, tmp_path / "teacher.pth")
@@ -72,7 +72,7 @@ def test_one_file_in_every_format_is_one_encoder(state: dict[str, Tensor], tmp_p
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:FutureWarning")
-def test_clip_as_a_torchscript_archive_in_half_precision(shared: Path, tmp_path: Path) -> None:
+def test_torchscript_archive_of_clip_in_half_precision(shared: Path, tmp_path: Path) -> None:
     published = read_checkpoint(shared / "golden" / "backbones" / "clip.pretrained.pth")
     archive = {key: tensor.half() for key, tensor in published.items()}
     torch.save(archive, tmp_path / "clip.pth")
@@ -86,12 +86,12 @@ def in_block_chunks(state: dict[str, Tensor]) -> dict[str, Any]:
     return {"teacher": {f"backbone.{re.sub('^blocks.', 'blocks.0.', k)}": t for k, t in state.items()}}
 
 
-def of_the_teacher(state: dict[str, Tensor]) -> dict[str, Any]:
+def with_a_student(state: dict[str, Tensor]) -> dict[str, Any]:
     student = {f"module.backbone.{k}": t + 1 for k, t in state.items()}
     return {"student": student, "teacher": {f"backbone.{k}": t for k, t in state.items()}}
 
 
-def beside_the_online_encoder(state: dict[str, Tensor]) -> dict[str, Any]:
+def with_a_base_encoder(state: dict[str, Tensor]) -> dict[str, Any]:
     momentum = {f"module.momentum_encoder.{k}": t for k, t in state.items()}
     return {"state_dict": momentum | {f"module.base_encoder.{k}": t + 1 for k, t in state.items()}}
 
@@ -106,8 +106,8 @@ def with_other_parts(state: dict[str, Tensor]) -> dict[str, Any]:
     ("family", "options", "layout"),
     [
         ("dinov2", {"init_values": 1.0}, in_block_chunks),
-        ("mocov3", {}, beside_the_online_encoder),
-        ("ibot", {}, of_the_teacher),
+        ("mocov3", {}, with_a_base_encoder),
+        ("ibot", {}, with_a_student),
         ("mae", {}, with_other_parts),
     ],
 )
@@ -120,7 +120,9 @@ def test_the_encoder_is_found_in_published_layouts(
 
 
 @pytest.mark.parametrize("registers", [0, 2])
-def test_dinov2_has_any_number_of_registers_but_always_layer_scale(registers: int, tmp_path: Path) -> None:
+def test_dinov2_needs_layer_scale_and_supports_any_number_of_registers(
+    registers: int, tmp_path: Path
+) -> None:
     state = timm_state(init_values=1.0) | ({"register_tokens": torch.ones(1, 2, WIDTH)} if registers else {})
     torch.save(state, tmp_path / "dinov2.pth")
     assert len(load(tmp_path / "dinov2.pth", "dinov2").prefix_PD) == 1 + registers
@@ -138,11 +140,11 @@ def test_dinov2_has_any_number_of_registers_but_always_layer_scale(registers: in
         ({"blocks.0.attn.gate": torch.zeros(3)}, r'Unexpected key\(s\) .*: "blocks\.0\.attn\.gate"\.$'),
         ({"norm.weight": torch.zeros(7)}, r"size mismatch for norm\.weight: .*\[7\].*\[32\]"),
         ({"blocks.2.norm1.weight": torch.zeros(32)}, r'Missing key\(s\) .*: "blocks\.2\..* \.\.\.$'),
-        ({"pos_embed": torch.zeros(1, 19, 32)}, "19 positions are not a square grid"),
+        ({"pos_embed": torch.zeros(1, 19, 32)}, "19 positions do not form a square grid"),
         ({"pos_embed": torch.zeros(1, 17, 8)}, r"size mismatch for pos_embed: .*\[1, 17, 8\]"),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_names_the_keys(
+def test_the_message_about_a_mismatched_checkpoint_names_the_keys(
     state: dict[str, Tensor], changes: dict[str, Tensor | None], message: str, tmp_path: Path
 ) -> None:
     changed = {key: tensor for key, tensor in (state | changes).items() if tensor is not None}
@@ -152,7 +154,7 @@ def test_a_checkpoint_that_does_not_fit_names_the_keys(
     assert "\n" not in str(caught.value)
 
 
-def test_sizes_that_contradict_the_checkpoint(state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_sizes_that_contradict_the_checkpoint_are_refused(state: dict[str, Tensor], tmp_path: Path) -> None:
     torch.save(state, tmp_path / "dino.pth")
     arguments = {"weights": str(tmp_path / "dino.pth"), "image_size": 64, "num_heads": 2}
     with pytest.raises(InputError, match=r'Unexpected key\(s\) .*: "blocks\.1\.'):
@@ -162,7 +164,7 @@ def test_sizes_that_contradict_the_checkpoint(state: dict[str, Tensor], tmp_path
 
 
 class Harmful:
-    """Unpickled, it would make a folder."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -171,22 +173,22 @@ class Harmful:
         return os.mkdir, (str(self.path),)
 
 
-def test_pickles_run_no_code(state: dict[str, Tensor], tmp_path: Path) -> None:
-    torch.save({"model": state, "extra": Harmful(tmp_path / "made")}, tmp_path / "bad.pth")
-    with pytest.raises(InputError, match=r"bad\.pth hold \w+\.mkdir, which is not loaded for safety"):
+def test_pickles_cannot_run_code(state: dict[str, Tensor], tmp_path: Path) -> None:
+    torch.save({"model": state, "extra": Harmful(tmp_path / "created")}, tmp_path / "bad.pth")
+    with pytest.raises(InputError, match=r"bad\.pth'.* contains \w+\.mkdir, which is not safe to load"):
         load(tmp_path / "bad.pth")
-    assert not (tmp_path / "made").exists()
+    assert not (tmp_path / "created").exists()
 
 
-def test_what_published_checkpoints_hold_besides_tensors(tmp_path: Path) -> None:
-    facts = {
+def test_objects_of_published_checkpoints_are_loaded(tmp_path: Path) -> None:
+    objects = {
         "args": argparse.Namespace(lr=1e-4, output_dir=Path("runs")),
         "epoch": np.int64(4),
         "loss": np.float64(0.5),
         "accuracy": np.float32(0.25),
     }
-    torch.save(facts, tmp_path / "facts.pth")
-    assert read_checkpoint(tmp_path / "facts.pth") == facts
+    torch.save(objects, tmp_path / "objects.pth")
+    assert read_checkpoint(tmp_path / "objects.pth") == objects
 
 
 @pytest.mark.parametrize(
@@ -202,7 +204,7 @@ def test_what_published_checkpoints_hold_besides_tensors(tmp_path: Path) -> None
     ],
 )
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_files_that_are_no_checkpoint(
+def test_messages_about_damaged_and_other_files(
     state: dict[str, Tensor], name: str, content: object, tmp_path: Path
 ) -> None:
     path = tmp_path / name
@@ -219,21 +221,23 @@ def test_files_that_are_no_checkpoint(
 
 
 @pytest.mark.parametrize("weights", ["nowhere.pth", "rnadom", ""])
-def test_missing_files(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_message_about_a_missing_file_lists_the_sources(
+    weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    for asked in (weights, f"{tmp_path}/{weights}"):
+    for path in (weights, f"{tmp_path}/{weights}"):
         with pytest.raises(InputError, match="no such file; expected a local path, hf://"):
-            load_backbone("mae", weights=asked)
+            load_backbone("mae", weights=path)
 
 
 def test_hub_files_by_path_and_by_folder(
     state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.save({"model": state}, tmp_path / "checkpoint.pth")
-    asked = []
+    requests = []
 
     def download(repo: str, path: str, revision: str | None = None) -> str:
-        asked.append((repo, path, revision))
+        requests.append((repo, path, revision))
         return str(tmp_path / "checkpoint.pth")
 
     files = ["README.md", "ckpts/base/MAE/checkpoint.pth", "two/a.pth", "two/b.pth"]
@@ -243,13 +247,13 @@ def test_hub_files_by_path_and_by_folder(
         encoder = load_backbone("mae", weights=weights, image_size=64, num_heads=2)
         assert encoder.weights_hash == hash_state_dict(state)
         assert encoder.weights == weights
-    assert asked == [
+    assert requests == [
         ("owner/repo", "x/checkpoint.pth", "main"),
         ("owner/repo", "ckpts/base/MAE/checkpoint.pth", None),
     ]
     for path, message in [
-        ("/two", r"/two: expected the path of one file .* \(two/a\.pth, two/b\.pth\)"),
-        ("/other", r"/other: expected the path of one file .* \(no files there\)"),
+        ("/two", r"/two': the folder has several files.*: two/a\.pth, two/b\.pth"),
+        ("/other", "/other': the repository has no such file or folder"),
         ("", "expected hf://owner/repo/path"),
     ]:
         with pytest.raises(InputError, match=message):
@@ -271,16 +275,16 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ("timm://vit_tiny_patch16_224.augreg_in21k", r"https://huggingface\.co/timm/vit_tiny_patch16_224"),
     ],
 )
-def test_without_the_hub_the_error_says_what_to_download(weights: str, file: str) -> None:
+def test_the_message_of_a_failed_download_names_the_file(weights: str, file: str) -> None:
     with pytest.raises(
-        InputError, match=rf"{weights} could not be downloaded .* download .*{file}.* local path"
+        InputError, match=rf"{weights}' cannot be downloaded .* download .*{file}.* local path"
     ):
         load_backbone("mae", weights=weights)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224.nonsense", "nonsense"])
-def test_timm_names_that_have_no_weights(name: str) -> None:
-    with pytest.raises(InputError, match=f"timm://{name}: timm has no such pretrained model"):
+def test_timm_names_without_pretrained_weights(name: str) -> None:
+    with pytest.raises(InputError, match=f"timm://{name}': timm has no pretrained model of this name"):
         load_backbone("mae", weights=f"timm://{name}")
 
 
@@ -297,11 +301,13 @@ def test_timm_names_that_have_no_weights(name: str) -> None:
         ("vit_medium_patch16_gap_240", "vit_medium_patch16_gap_240.sw_in12k"),
     ],
 )
-def test_timm_weights_give_timms_tokens(family: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timm_weights_give_the_tokens_of_timm(
+    family: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     create = timm.create_model
 
     def small(model: str, *, pretrained: bool = False, **options: Any) -> nn.Module:
-        """timm's model, made shallow; what would be downloaded is drawn from one seed."""
+        """Create a shallow timm model; pretrained weights are random and not downloaded."""
         with seeded(11 if pretrained else 0):
             return create(model, **(options | {"depth": 1}))
 
@@ -318,7 +324,7 @@ def test_timm_weights_give_timms_tokens(family: str, name: str, monkeypatch: pyt
     torch.testing.assert_close(encoder.tokens(images), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_hash_sees_names_shapes_and_values() -> None:
+def test_the_hash_depends_on_names_shapes_dtypes_and_values() -> None:
     state = {"b": torch.arange(6.0), "a": torch.ones(())}
     variants = [
         state,

@@ -1,1 +1,1 @@
-"""Commands around training: export, doctor, demo, and the synthetic video that demo and tests use."""
+"""Commands other than training and evaluation, and synthetic video for the demo and the tests."""

@@ -1,10 +1,11 @@
-"""Train recipes/quickstart.yaml on synthetic video and show, on clips that it never saw, what that bought.
+"""Train recipes/quickstart.yaml on synthetic video, and evaluate it on held-out clips before and after.
 
-Nothing is downloaded: scenes with known masks are rendered and encoded as H.264, the backbone is a randomly
-initialised ViT. It ends with a table and a picture; demo.json in the run folder has the same figures.
-
-Shape suffixes: V videos, T frames, H W pixels, h w grid, P = h * w tokens, D channels, C labels.
+Nothing is downloaded: the videos are rendered with known masks and encoded as H.264, and the backbone is a
+randomly initialised ViT. The results are printed as a table and written to demo.json and figures/demo.png in
+the run folder.
 """
+
+# Shape suffixes: V videos, T frames, H and W pixels, h x w grid, P = h * w tokens, D channels, C labels.
 
 import argparse
 from collections.abc import Callable
@@ -31,7 +32,7 @@ HELD_OUT_SCENES = range(100, 104)
 NUM_FRAMES = 24
 SHOWN_SCENE = 1
 SHOWN_FRAMES = evenly_spaced(NUM_FRAMES, 6)
-# The figures of the table: ▲ higher is better, ▼ lower is better.
+# Rows of the table (▲ higher is better, ▼ lower is better).
 HEADINGS = {
     "J": "label propagation J, mean over held-out objects ▲",
     "cycle_accuracy": "cycle accuracy ▲",
@@ -42,8 +43,15 @@ HEADINGS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted recipe keys")
-    parser.add_argument("--recipe", default="recipes/quickstart.yaml", help="default: %(default)s")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="recipe keys to override, such as train.epochs=3"
+    )
+    parser.add_argument(
+        "--recipe",
+        metavar="RECIPE",
+        default="recipes/quickstart.yaml",
+        help="YAML file (default: %(default)s)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -54,17 +62,17 @@ def run(arguments: argparse.Namespace) -> None:
     encoder = load_video_encoder(recipe.output)
     before, labels_before = measure(scenes, encoder, encoder.frozen)
     after, labels_after = measure(scenes, encoder, encoder)
-    figures = {"before": before, "after": after}
-    write_json(Path(recipe.output) / "demo.json", figures)
+    results = {"before": before, "after": after}
+    write_json(Path(recipe.output) / "demo.json", results)
     picture = Path(recipe.output) / "figures" / "demo.png"
     draw(scenes[SHOWN_SCENE], labels_before[SHOWN_SCENE], labels_after[SHOWN_SCENE], picture)
     weights = recipe.backbone.weights
     note = "randomly initialised, not pretrained" if weights == "random" else f"weights {weights}"
     title = f"{recipe.backbone.name} ViT, {note}; {len(scenes)} held-out synthetic videos"
-    shown = {variant: {HEADINGS[key]: one[key] for key in HEADINGS} for variant, one in figures.items()}
-    print_table(title, with_difference(shown))
+    table = {name: {HEADINGS[key]: metrics[key] for key in HEADINGS} for name, metrics in results.items()}
+    print_table(title, with_difference(table))
     print(f"picture: {picture}")
-    print(f"run: {recipe.output}  (load_video_encoder({recipe.output!r}))")
+    print(f"run folder: {recipe.output}")
 
 
 def draw(scene: Scene, before_THW: np.ndarray, after_THW: np.ndarray, path: Path) -> None:
@@ -90,7 +98,7 @@ def make_videos(folder: Path) -> None:
 def measure(
     scenes: list[Scene], encoder: VideoEncoder, encode: Callable[[Tensor], Tensor]
 ) -> tuple[dict[str, float], list[np.ndarray]]:
-    """Mean J of propagated masks and the paper's analysis, over all scenes; each scene's masks (T, H, W)."""
+    """Return the mean J and the consistency metrics, and the propagated masks (T, H, W) of each scene."""
     features_VTPD, labels_VTHW, similarities = [], [], []
     for scene in scenes:
         truth_THW = scene.labels_THW
@@ -106,7 +114,7 @@ def measure(
             for label in range(1, int(truth_THW.max()) + 1)
             for t in range(1, len(labels_THW) - 1)
         ]
-        # The analysis is defined on squares: the middle of the grid.
+        # The consistency metrics are defined on square grids, so use the centre square.
         side = min(grid)
         top, left = (grid[0] - side) // 2, (grid[1] - side) // 2
         features_VTPD.append(tokens_ThwD[:, top : top + side, left : left + side].flatten(1, 2))

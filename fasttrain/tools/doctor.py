@@ -1,4 +1,4 @@
-"""Say what this machine has, what it lacks, and what each missing thing costs."""
+"""List what fasttrain needs and finds on this machine, and the consequences of what is missing."""
 
 import argparse
 import importlib.metadata
@@ -16,74 +16,73 @@ from rich.table import Table
 
 from fasttrain.errors import InputError
 
-DALI_COST = "no frames can be loaded: pip install 'fasttrain[cuda12]', or 'fasttrain[cuda13]'"
-NVJPEG_COST = "data.decoder=mixed decodes JPEGs on the CPU all the same: pip install nvidia-nvjpeg-cu12"
-COMPILER_COST = (
-    "on a GPU neither Triton nor torch.compile can start: install gcc and Python's headers (python3-dev), or "
-    "set objective.backend=eager encoder.compile=none"
+DALI = "frames cannot be loaded; pip install 'fasttrain[cuda12]' or 'fasttrain[cuda13]'"
+NVJPEG = "data.decoder=mixed decodes JPEG on the CPU; pip install nvidia-nvjpeg-cu12"
+COMPILER = (
+    "Triton and torch.compile do not work on a GPU; install gcc and the Python headers (python3-dev), or set "
+    "objective.backend=eager encoder.compile=none"
 )
-EVAL_COST = "no evaluation, no report, no learning curves at a run's end: pip install 'fasttrain[eval]'"
-APEX_COST = (
-    "only optimizer.name=apex_fused_adam and apex_fused_lamb; it is built from its repository with "
-    "--cuda_ext, and PyPI's `apex` is an unrelated project; torch's fused AdamW is the default"
+EVAL = "no evaluation, reports or learning curves; pip install 'fasttrain[eval]'"
+APEX = (
+    "optimizer.name=apex_fused_adam and apex_fused_lamb are not available; build NVIDIA Apex from its "
+    "repository with --cuda_ext (`apex` on PyPI is an unrelated project)"
 )
-TENSORBOARD_COST = "set train.tensorboard=false, or pip install 'fasttrain[tensorboard]'"
+TENSORBOARD = "no TensorBoard events; pip install 'fasttrain[tensorboard]'"
 
 
-class Finding(NamedTuple):
-    """One thing that fasttrain can use; `found` is None where it is missing, which then costs `cost`."""
+class Component(NamedTuple):
+    """Something that fasttrain uses. If it is missing, `detected` is None, and `consequence` follows."""
 
     name: str
-    found: str | None
-    cost: str = ""
+    detected: str | None
+    consequence: str = ""
     required: bool = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """No arguments: the machine is the input."""
+    """Add no arguments: the command has none."""
 
 
 def run(arguments: argparse.Namespace) -> None:
-    findings = examine()
+    components = check_machine()
     table = Table(title="fasttrain doctor")
-    for column in ("", "part", "found", "what it costs that it is missing"):
+    for column in ("status", "component", "detected", "if missing"):
         table.add_column(column, overflow="fold")
-    for name, found, cost, required in findings:
-        missing = "[red]missing[/]" if required else "[yellow]absent[/]"
-        table.add_row("[green]ok[/]" if found else missing, name, found or "-", "" if found else cost)
+    for name, detected, consequence, required in components:
+        absent = "[red]required[/]" if required else "[yellow]missing[/]"
+        status = "[green]ok[/]" if detected else absent
+        table.add_row(status, name, detected or "-", "" if detected else consequence)
     Console().print(table)
-    lacking = [name for name, found, _, required in findings if required and not found]
-    if lacking:
-        raise InputError(
-            f"cannot train without {', '.join(lacking)}; install the project again: make install"
-        )
+    missing = [name for name, detected, _, required in components if required and not detected]
+    if missing:
+        raise InputError(f"required but not installed: {', '.join(missing)}. Install fasttrain again")
 
 
-def examine() -> list[Finding]:
-    """All findings, in the order in which a training run needs them."""
-    # Only NVIDIA's Apex has this compiled extension; PyPI's project of that name is another.
+def check_machine() -> list[Component]:
+    """Return all components, in the order in which a training run needs them."""
+    # NVIDIA Apex has this compiled extension, but the unrelated project `apex` on PyPI does not.
     apex = _version("apex") if importlib.util.find_spec("amp_C") else None
     return [
-        Finding("Python", platform.python_version(), required=True),
-        Finding("CPU cores", str(len(os.sched_getaffinity(0)))),
-        Finding("torch", _version("torch"), "nothing runs", required=True),
-        Finding("GPU", _gpu(), "training runs on the CPU, with small models only"),
-        Finding("NVDEC", _nvdec(), "videos are packed on the CPU"),
-        Finding("DALI", _version("nvidia-dali-cuda120", "nvidia-dali-cuda130"), DALI_COST, required=True),
-        Finding("nvJPEG", _version("nvidia-nvjpeg-cu12", "nvidia-nvjpeg"), NVJPEG_COST),
-        Finding("PyAV", _version("av"), "videos cannot be indexed, nor decoded on the CPU", required=True),
-        Finding("Triton", _version("triton"), "the losses run in eager PyTorch, slower and in more memory"),
-        Finding("C compiler", _compiler(), COMPILER_COST),
-        Finding("timm", _version("timm"), "no backbone can be built", required=True),
-        Finding("Matplotlib", _version("matplotlib"), EVAL_COST),
-        Finding("SciPy", _version("scipy"), EVAL_COST),
-        Finding("NVIDIA Apex", apex, APEX_COST),
-        Finding("TensorBoard", _version("tensorboard"), TENSORBOARD_COST),
+        Component("Python", platform.python_version(), required=True),
+        Component("CPU cores", str(len(os.sched_getaffinity(0)))),
+        Component("torch", _version("torch"), "nothing works", required=True),
+        Component("GPU", _gpu(), "training runs on the CPU, which is practical for small models only"),
+        Component("NVDEC", _nvdec(), "videos are packed on the CPU"),
+        Component("DALI", _version("nvidia-dali-cuda120", "nvidia-dali-cuda130"), DALI, required=True),
+        Component("nvJPEG", _version("nvidia-nvjpeg-cu12", "nvidia-nvjpeg"), NVJPEG),
+        Component("PyAV", _version("av"), "videos cannot be indexed or decoded on the CPU", required=True),
+        Component("Triton", _version("triton"), "the losses run in eager PyTorch, which is slower"),
+        Component("C compiler", _compiler(), COMPILER),
+        Component("timm", _version("timm"), "backbones cannot be built", required=True),
+        Component("Matplotlib", _version("matplotlib"), EVAL),
+        Component("SciPy", _version("scipy"), EVAL),
+        Component("NVIDIA Apex", apex, APEX),
+        Component("TensorBoard", _version("tensorboard"), TENSORBOARD),
     ]
 
 
 def _version(*distributions: str) -> str | None:
-    """The version of the first that is installed, with its name where several are asked for."""
+    """Return the version of the first distribution that is installed, with its name if there are several."""
     for name in distributions:
         with suppress(importlib.metadata.PackageNotFoundError):
             version = importlib.metadata.version(name)
@@ -104,15 +103,15 @@ def _gpu() -> str | None:
 def _nvdec() -> str | None:
     if importlib.util.find_spec("av") is None:
         return None
-    # Imports PyAV.
+    # Imported on demand, because it needs PyAV.
     from fasttrain.data.nvdec import has_nvdec
 
     return "libnvcuvid.so.1" if has_nvdec() else None
 
 
 def _compiler() -> str | None:
-    """What Triton builds its launchers with: the compiler that it takes, and Python's headers."""
+    """Return the C compiler that Triton uses, or None if it or the Python headers are missing."""
     if not Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h").is_file():
         return None
-    named = os.environ.get("CC")
-    return next(filter(None, map(shutil.which, [named] if named else ["gcc", "clang"])), None)
+    chosen = os.environ.get("CC")
+    return next(filter(None, map(shutil.which, [chosen] if chosen else ["gcc", "clang"])), None)

@@ -1,7 +1,7 @@
-"""Write a trained video encoder as one self-contained file, a `torch.export` program.
+"""Export a trained video encoder as one self-contained file (a torch.export program).
 
-It needs torch alone: `torch.export.load("encoder.pt2").module()(frames)` maps ImageNet-normalised frames
-(T, 3, H, W) to projected tokens (T, N, D). T is free, H and W are fixed by --size.
+Using the file requires torch only: `torch.export.load("encoder.pt2").module()(frames)` maps
+ImageNet-normalised frames (T, 3, H, W) to projected tokens (T, N, D). T may vary; --size fixes H and W.
 """
 
 import argparse
@@ -17,13 +17,15 @@ from fasttrain.video_encoder import VideoEncoder, load_video_encoder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", help="output folder of a training run")
-    parser.add_argument("file", help="what to write, such as encoder.pt2")
+    parser.add_argument("run", metavar="RUN", help="output folder of a training run")
+    parser.add_argument("file", metavar="FILE", help="file to write, such as encoder.pt2")
     parser.add_argument(
         "--size", type=int, nargs=2, metavar=("H", "W"),
-        help="frame size in pixels, multiples of the patch size; default: the training crop",
+        help="frame size in pixels, a multiple of the patch size (default: the training crop)",
     )  # fmt: skip
-    parser.add_argument("--weights", help="where the backbone's weights are now, if they moved")
+    parser.add_argument(
+        "--weights", metavar="PATH", help="weights of the backbone (default: those of the training)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -32,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 class _PerFrame(nn.Module):
-    """Frames (T, 3, H, W) -> tokens (T, N, D): one free dimension is what torch.export follows reliably."""
+    """Maps frames (T, 3, H, W) to tokens (T, N, D), with one dynamic dimension for torch.export."""
 
     def __init__(self, encoder: VideoEncoder) -> None:
         super().__init__()
@@ -46,24 +48,35 @@ class _PerFrame(nn.Module):
 def export(
     run: str | Path, file: str | Path, *, size: tuple[int, int] | None = None, weights: str | None = None
 ) -> Path:
-    """Export the encoder of the run folder `run` to `file`, atomically.
+    """Export the video encoder of a run.
 
-    Raises InputError where `run` holds no projection, `size` does not fit the patches, or `file` is no .pt2.
+    Args:
+        run: The run folder.
+        file: The file to write, with the suffix .pt2. It is written atomically.
+        size: Height and width of the frames in pixels. None: the training crop.
+        weights: The backbone's weights, if they are no longer where they were during training.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        InputError: The run cannot be loaded, the size is not a multiple of the patch size, or the suffix is
+            wrong.
     """
     path = Path(file)
     if path.suffix != ".pt2":
-        raise InputError(f"cannot export to {str(path)!r}; expected a file name that ends in .pt2")
+        raise InputError(f"cannot export to {str(path)!r}; expected a file name with the suffix .pt2")
     encoder = load_video_encoder(run, weights=weights)
     height, width = size or (encoder.encoder.image_size,) * 2
-    # Resized before the tracing, the positions are a constant of the program.
+    # Cache the resized positions before tracing, so that the program contains them as a constant.
     encoder.encoder.positions(encoder.grid(height, width))
-    # Two frames: torch.export takes a size of one for a constant.
+    # torch.export would specialise on a dimension of size 1.
     frames = torch.zeros(2, 3, height, width)
     with torch.no_grad():
         program = torch.export.export(
             _PerFrame(encoder), (frames,), dynamic_shapes=({0: torch.export.Dim("frames")},)
         )
-    # Given a path, torch would raise an error of its own kind for a folder that cannot be written.
+    # With a path, torch.export.save would mask OS errors.
     with open_atomically(path) as opened:
         torch.export.save(program, opened)
     return path

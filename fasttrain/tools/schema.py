@@ -1,7 +1,7 @@
-"""Print the JSON schema of recipes, by which editors complete and check their keys.
+"""Print the JSON schema of recipes, with which editors complete and check keys.
 
-The project's recipes name recipes/schema.json in their first line. For a recipe of your own, write the
-schema beside it (`fasttrain schema > schema.json`) and begin it as they do.
+The first line of each recipe in recipes/ refers to recipes/schema.json. For your own recipes, save the schema
+in their folder (`fasttrain schema > schema.json`) and copy that line.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from fasttrain.recipe import json_schema
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """No arguments: the schema follows from fasttrain/recipe.py."""
+    """Add no arguments: the command has none."""
 
 
 def run(arguments: argparse.Namespace) -> None:

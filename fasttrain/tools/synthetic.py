@@ -1,7 +1,6 @@
-"""Synthetic video with known masks: textured shapes that drift, turn and grow over a panning background.
+"""Synthetic video with known masks: textured shapes that move, rotate and grow over a panning background.
 
-Everything is a function of the seed. `write_scene` encodes a real H.264 file. Shape suffixes: T frames, H
-height, W width, C colours.
+A scene depends on its seed only. Shape suffixes: T frames, H height, W width, C colours.
 """
 
 from collections.abc import Callable
@@ -16,18 +15,19 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """A rendered clip and what is where in it."""
+    """A rendered clip with its label maps."""
 
     frames_THWC: NDArray[np.uint8]
     labels_THW: NDArray[np.uint8]
-    """0 is background, 1.. are the objects, nearer ones later."""
+    """0 is the background; objects are numbered from 1, from back to front."""
 
 
 def render_scene(
     seed: int, *, num_frames: int = 40, height: int = 192, width: int = 256, num_objects: int = 2
 ) -> Scene:
-    """Render scene `seed`. Coordinates run over [-1, 1] of the height."""
+    """Render the scene of a seed."""
     rng = np.random.default_rng(seed)
+    # The vertical coordinate ranges from -1 to 1, and pixels are square.
     y_HW, x_HW = np.mgrid[0:height, 0:width].astype(np.float64)
     y_HW = 2 * y_HW / height - 1
     x_HW = (2 * x_HW - width) / height
@@ -49,11 +49,11 @@ def render_scene(
 
 
 def write_scene(scene: Scene, path: Path) -> None:
-    """Encode the frames as H.264, 24 a second."""
-    # Brings Matplotlib, which rendering alone does not need.
+    """Encode the frames as an H.264 file with 24 frames per second."""
+    # Imported on demand, because it needs Matplotlib, unlike rendering.
     from fasttrain.evaluation.frames import write_video
 
-    # One thread: the file is then the same on every machine with the same encoder.
+    # With a single thread, the same encoder writes the same file on every machine.
     write_video(list(scene.frames_THWC), path, rate=24, crf="18", g="12", threads="1")
 
 
@@ -62,7 +62,7 @@ MovingObject = Callable[[Array, Array, float], tuple[NDArray[np.bool_], Array]]
 
 
 def _texture(rng: np.random.Generator, *, scale: float) -> Texture:
-    """A colour for every point of the plane: a base colour and a sum of random waves, coarse to fine."""
+    """Create a texture, which maps points of the plane to colours: a base colour plus random waves."""
     base = rng.uniform(0.25, 0.75, size=3)
     waves = 6
     frequency = scale * rng.uniform(0.5, 3.0, size=waves)
@@ -81,7 +81,7 @@ def _texture(rng: np.random.Generator, *, scale: float) -> Texture:
 
 
 def _moving_object(rng: np.random.Generator, aspect: float) -> MovingObject:
-    """A star-shaped blob with a texture of its own on a smooth path."""
+    """Create a textured, star-shaped object that moves along a smooth path."""
     texture = _texture(rng, scale=9.0)
     radius = rng.uniform(0.3, 0.45)
     lobes, depth = rng.integers(2, 6), rng.uniform(0.05, 0.3)
@@ -90,7 +90,7 @@ def _moving_object(rng: np.random.Generator, aspect: float) -> MovingObject:
     sway, turn, growth = rng.uniform(0.0, 0.2), rng.uniform(-1.5, 1.5), rng.uniform(0.8, 1.25)
 
     def appearance(x_HW: Array, y_HW: Array, time: float) -> tuple[NDArray[np.bool_], Array]:
-        # Back and forth about the start, so that the object stays in sight.
+        # Moves to both sides of the start, so that the object stays in view.
         swing = np.sin(np.pi * (time - 0.5)) / 2
         center_x = start[0] + travel[0] * swing
         center_y = start[1] + travel[1] * swing + sway * np.sin(2 * np.pi * time)

@@ -5,18 +5,18 @@ from pathlib import Path
 import pytest
 
 from fasttrain.__main__ import main
-from fasttrain.tools.doctor import examine
+from fasttrain.tools.doctor import check_machine
 
 
 def test_doctor_finds_what_is_required(capsys: pytest.CaptureFixture[str]) -> None:
-    assert all(finding.found for finding in examine() if finding.required)
+    assert all(component.detected for component in check_machine() if component.required)
     assert main(["doctor"]) == 0
     assert "torch" in capsys.readouterr().out
 
 
 def test_doctor_looks_for_what_triton_builds_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def found() -> str | None:
-        return next(finding.found for finding in examine() if finding.name == "C compiler")
+        return next(component.detected for component in check_machine() if component.name == "C compiler")
 
     headers, compiler = tmp_path / "Python.h", tmp_path / "clang"
     monkeypatch.delenv("CC", raising=False)
