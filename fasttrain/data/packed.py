@@ -271,8 +271,8 @@ def check_shard(path: Path) -> tuple[int, list[str]]:
     """Verify a shard. Returns its number of frames and a description of each problem."""
     try:
         index = ShardIndex.read(path)
-    except InputError as error:
-        return 0, [str(error)]
+    except InputError:
+        return 0, [f"{path.with_suffix('.npz').name} is damaged or cannot be read"]
     names = [(name, k) for name, count in zip(index.names, index.lengths, strict=True) for k in range(count)]
     problems = []
     try:

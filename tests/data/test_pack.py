@@ -309,8 +309,8 @@ def flip_bit(position: int, suffix: str = ".tar") -> Callable[[Path], None]:
         (lambda shard: os.truncate(shard, shard.stat().st_size - 600), "bytes, expected"),
         (lambda shard: shard.unlink(), "has a missing shard"),
         (lambda shard: shard.with_suffix(".npz").unlink(), "has a missing shard"),
-        (lambda shard: shard.with_suffix(".npz").write_text("{}"), "npz' is damaged"),
-        (flip_bit(300, ".npz"), "npz' is damaged"),
+        (lambda shard: shard.with_suffix(".npz").write_text("{}"), "npz'? is damaged"),
+        (flip_bit(300, ".npz"), "npz'? is damaged"),
         (lambda shard: (shard.parent / "pack-1of1.json").write_text("{"), "json' is damaged"),
     ],
 )
