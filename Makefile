@@ -1,4 +1,4 @@
-# The whole project from one shell: `make demo` shows it, `make test` proves it.
+# Common tasks. Each target first installs the project with its development tools in .venv, except gpu-check and clean.
 
 PYTHON ?= python3
 VENV := .venv
@@ -17,13 +17,13 @@ $(VENV)/.installed: setup.py pyproject.toml
 demo: install
 	$(BIN)/python -m fasttrain demo
 
-# A process a core, each with one thread: most tests are too small for more.
+# One single-threaded process per core, because most tests are too small to use several threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 
 test: install
 	$(PYTEST) -m "not slow"
 
-# Only what `make test` leaves out.
+# The tests that `make test` omits.
 test-slow: install
 	$(PYTEST) -m slow
 
@@ -36,11 +36,12 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The site, in build/site; a broken link or an undocumented parameter is an error.
+# Build the documentation in build/site. Broken links and undocumented parameters are errors.
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
-# Installs nothing: PYTHON is an interpreter that has torch; parts that need more are reported and skipped.
+# Run the GPU tests and benchmarks with an interpreter that has torch (PYTHON), without installing anything. Parts whose
+# dependencies are missing are skipped and reported.
 gpu-check:
 	sh benchmarks/gpu_check.sh $(PYTHON) $(OUT)
 

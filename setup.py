@@ -1,4 +1,4 @@
-"""All metadata is in pyproject.toml."""
+"""Build script; all metadata is in pyproject.toml."""
 
 from setuptools import setup
 

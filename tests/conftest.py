@@ -1,4 +1,4 @@
-"""Fixtures for the whole suite: the shared reference data, where this checkout has it."""
+"""Fixtures and hooks of the whole test suite."""
 
 from collections.abc import Generator
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-# A run of the suite is a function of the code: the same examples on every machine.
+# Hypothesis generates the same examples in every run and on every machine.
 settings.register_profile("fixed", derandomize=True)
 settings.load_profile("fixed")
 
@@ -16,34 +16,34 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of golden vectors and real videos beside the checkout; skips where there is none."""
+    """The folder of golden vectors and real videos next to the checkout; the test is skipped without it."""
     if not SHARED.is_dir():
-        pytest.skip(f"needs the reference data at {SHARED}, which this machine does not have")
+        pytest.skip(f"needs the reference data in {SHARED}")
     return SHARED
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reads what another, or the user, has cached."""
+    """Give every test a cache folder of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
-# A machine that only lends its GPU may lack these; elsewhere they are installed with the project.
-SPARED = ("av", "matplotlib", "nvidia", "nvidia.dali", "pydantic", "rich", "scipy")
+# Dependencies that may be missing on a GPU machine on which fasttrain is not installed.
+OPTIONAL = ("av", "matplotlib", "nvidia", "nvidia.dali", "pydantic", "rich", "scipy")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(
     collector: pytest.Collector,
 ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    """Skip the files that need what is absent, so that the others still run."""
+    """Skip test files whose optional dependencies are missing."""
     report = yield
-    absent = [
-        name for name in SPARED if f"ModuleNotFoundError: No module named '{name}'" in str(report.longrepr)
+    missing = [
+        name for name in OPTIONAL if f"ModuleNotFoundError: No module named '{name}'" in str(report.longrepr)
     ]
-    if report.failed and absent:
+    if report.failed and missing:
         report.outcome = "skipped"
-        report.longrepr = (str(collector.path), 1, f"needs the package {absent[-1]}, which is not installed")
+        report.longrepr = (str(collector.path), 1, f"needs the package {missing[-1]}, which is not installed")
     return report
 
 

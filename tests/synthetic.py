@@ -1,6 +1,6 @@
-"""All synthetic data of the tests: pictures, videos, frame folders, loaders, tiny data sets and run folders.
+"""Deterministic test data: images, videos, frame folders, loaders, tiny data sets and run folders.
 
-The data sets have the layouts of the published ones. Everything is a function of its arguments.
+The data sets have the layouts of the published ones.
 """
 
 import io
@@ -28,11 +28,11 @@ from fasttrain.recipe import Recipe, TrainRecipe, recipe_from_dict
 from fasttrain.tools.synthetic import Scene, render_scene, write_scene
 from fasttrain.video_encoder import PROJECTION_FILE, projection_metadata
 
-# --- pictures, frame folders and videos for training ---
+# --- images, frame folders and videos for training ---
 
 
 def picture(video: int, frame: int, height: int = 48, width: int = 64) -> np.ndarray:
-    """A smooth picture that no other (video, frame) has: (height, width, 3) uint8."""
+    """Return a smooth image (height, width, 3) in uint8 that is unique to (video, frame)."""
     y, x = np.mgrid[0:height, 0:width]
     phase = 0.7 * video + 0.31 * frame
     waves = [np.sin(x / 9 + phase), np.cos(y / 7 - phase), np.sin((x + y) / 11 + 2 * phase)]
@@ -40,7 +40,7 @@ def picture(video: int, frame: int, height: int = 48, width: int = 64) -> np.nda
 
 
 def write_folders(root: Path, lengths: list[int], suffix: str = ".jpg") -> Path:
-    """Frame folders class_K/video_K under a root, one per length."""
+    """Write one frame folder class_K/video_N per length."""
     for video, length in enumerate(lengths):
         folder = root / f"class_{video % 2}" / f"video_{video}"
         folder.mkdir(parents=True)
@@ -50,7 +50,11 @@ def write_folders(root: Path, lengths: list[int], suffix: str = ".jpg") -> Path:
 
 
 def encode_video(path: Path, frames: list[np.ndarray], codec: str = "libx264", **options: Any) -> Path:
-    """Write RGB frames to a video file. options: pix_fmt, time_base, times (in it), and the encoder's own."""
+    """Write RGB frames to a video file.
+
+    `options` may contain `pix_fmt`, `time_base`, `times` (the time stamps of the frames), and encoder
+    options.
+    """
     options = {"pix_fmt": "yuv420p", "time_base": Fraction(1, 1000), "times": None} | options
     pix_fmt, time_base, times = (options.pop(key) for key in ("pix_fmt", "time_base", "times"))
     with av.open(str(path), "w") as container:
@@ -75,7 +79,10 @@ def remux(
     shift: int = 0,
     **options: str,
 ) -> Path:
-    """Copy a file's packets, each as change(number, bytes) makes it (None: left out), `shift` ms later."""
+    """Copy the packets of a video to another file, delayed by `shift` milliseconds.
+
+    Each packet is replaced by `change(number, content)`, or omitted if that is None.
+    """
     with av.open(str(source)) as old, av.open(str(target), "w", options=options) as new:
         stream = new.add_stream_from_template(old.streams.video[0])
         later = round(shift / 1000 / old.streams.video[0].time_base)
@@ -90,7 +97,7 @@ def remux(
     return target
 
 
-# --- frames that are damaged, or unusual ---
+# --- damaged and unusual frames ---
 
 
 def encoded(image: Image.Image, form: str = "JPEG", **options) -> bytes:
@@ -100,7 +107,7 @@ def encoded(image: Image.Image, form: str = "JPEG", **options) -> bytes:
 
 
 def with_thumbnail(jpeg: bytes) -> bytes:
-    """With a small whole JPEG in its header, as cameras write it."""
+    """Embed a thumbnail in the header of a JPEG file, as cameras do."""
     small = encoded(Image.fromarray(picture(3, 0)).resize((16, 12)))
     segment = b"\xff\xe1" + (len(small) + 2).to_bytes(2, "big") + small
     return jpeg[:2] + segment + jpeg[2:]
@@ -108,7 +115,7 @@ def with_thumbnail(jpeg: bytes) -> bytes:
 
 JPEG = encoded(Image.fromarray(picture(3, 0)), quality=95)
 PNG = encoded(Image.fromarray(picture(3, 0)), "PNG")
-# By case: the file, its type, and words of the reason that is given.
+# For each case: the content of the file, its suffix, and a part of the expected reason.
 BROKEN_FRAMES: dict[str, tuple[bytes, str, str]] = {
     "truncated jpeg": (JPEG[:-200], ".jpg", "truncated JPEG"),
     "jpeg cut in its header": (JPEG[:30], ".jpg", "truncated JPEG"),
@@ -122,14 +129,16 @@ BROKEN_FRAMES: dict[str, tuple[bytes, str, str]] = {
 
 
 def odd_frames() -> dict[str, list[bytes]]:
-    """Videos of unusual frames, all of which must work."""
+    """Return the frames of videos with unusual but valid images."""
     frames = [Image.fromarray(picture(5, t)) for t in range(8)]
     turned = Image.Exif()
     turned[0x0112] = 6
     grey16 = [np.asarray(frame.convert("L")).astype(np.uint16) * 257 for frame in frames]
     modes = [("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG"), ("RGBA", "PNG"), ("LA", "PNG"), ("1", "PNG")]
     return {
-        **{f"{mode} {form}": [encoded(one.convert(mode), form) for one in frames] for mode, form in modes},
+        **{
+            f"{mode} {form}": [encoded(frame.convert(mode), form) for frame in frames] for mode, form in modes
+        },
         "turned": [encoded(frame, exif=turned) for frame in frames],
         "thumbnail and a tail": [with_thumbnail(encoded(frame)) + bytes(999) for frame in frames],
         "progressive": [encoded(frame, progressive=True) for frame in frames],
@@ -144,7 +153,7 @@ def odd_frames() -> dict[str, list[bytes]]:
 
 
 class OneOfTwo(World):
-    """A process whose partner has `other` to say where this one has a value of a type."""
+    """Rank 0 of two, which gathers `other` from rank 1 for values of a type, and its own value otherwise."""
 
     def __init__(self, other: Any, instead_of: type = object) -> None:
         super().__init__(**vars(World.single()))
@@ -155,7 +164,7 @@ class OneOfTwo(World):
 
 
 def make_recipe(seed: int = 0, **changes: Any) -> Recipe:
-    """A small recipe on the CPU; `changes` are keys of its sections `data` and `train`."""
+    """Return a small recipe; `changes` are keys of its sections `data` and `train`."""
     data: dict[str, Any] = {"image_size": 32, "num_threads": 2, "max_bad_fraction": 0.5}
     train: dict[str, Any] = {"batch_size": 2, "precision": "fp32"}
     for key, value in changes.items():
@@ -187,10 +196,10 @@ def make_loader(
 
 NAMES = ("alpha", "beta", "gamma")
 FRAMES = 5
-# timm's smallest ViT, whose random weights are a function of the seed, and the width of its tokens.
+# The smallest ViT of timm, and its embedding dimension.
 MODEL = ("--backbone", "test_vit", "--device", "cpu")
 WIDTH = 64
-# Options that keep each task small.
+# Options with which each evaluation is fast.
 SMALL = {
     "davis": ("--height", "64", "--width", "96"),
     "vip": ("--long-side", "96"),
@@ -208,7 +217,7 @@ def make_scene(seed: int, frames: int = FRAMES) -> Scene:
 
 
 def write_frames(scene: Scene, folder: Path, name: str = "{:05d}.jpg", first: int = 0) -> None:
-    """`name` is a format of the frame's number, counted from `first`, and ends in the file type."""
+    """Write the frames of a scene as images. `name` is a format string; frames are numbered from `first`."""
     folder.mkdir(parents=True)
     for number, frame in enumerate(scene.frames_THWC, start=first):
         Image.fromarray(frame).save(folder / name.format(number), quality=95)
@@ -230,7 +239,7 @@ def write_vip(root: Path) -> Path:
         scene = make_scene(seed)
         write_frames(scene, base / "Images" / name, "{:012d}.jpg")
         for number, labels in enumerate(scene.labels_THW):
-            # Any parts will do: the objects as hair and as pants.
+            # Label the two objects as hair and pants.
             parts = np.array([0, 2, 8], dtype=np.uint8)[labels]
             write_label_map(parts, base / "Annotations/Category_ids" / name / f"{number:012d}.png")
     write_lines(base / "lists/val_videos.txt", NAMES)
@@ -238,11 +247,11 @@ def write_vip(root: Path) -> Path:
 
 
 def pose(labels_THW: np.ndarray) -> np.ndarray:
-    """(2, 15, T) pixels counted from 1: a fan of points about the middle of each frame's first object."""
+    """Return joint positions (2, 15, T) in one-based pixels: points around the centre of the first object."""
     angle = np.linspace(0, 2 * np.pi, 15, endpoint=False)
-    fan = np.linspace(4, 14, 15) * np.stack([np.cos(angle), np.sin(angle)])
-    middles = [np.argwhere(labels == 1).mean(0)[::-1] for labels in labels_THW]
-    return np.stack([middle[:, None] + fan + 1 for middle in middles], axis=-1)
+    offsets = np.linspace(4, 14, 15) * np.stack([np.cos(angle), np.sin(angle)])
+    centres = [np.argwhere(labels == 1).mean(0)[::-1] for labels in labels_THW]
+    return np.stack([centre[:, None] + offsets + 1 for centre in centres], axis=-1)
 
 
 def write_jhmdb(root: Path) -> Path:
@@ -257,7 +266,7 @@ def write_jhmdb(root: Path) -> Path:
 
 
 def write_videos(root: Path, frames: int = 9) -> Path:
-    """Frame folders, as training reads them."""
+    """Write frame folders for training."""
     for seed, name in enumerate(NAMES):
         write_frames(make_scene(seed, frames), root / name)
     return root
@@ -269,7 +278,7 @@ def write_projection(path: Path) -> Path:
     return path
 
 
-# --- labelled videos, action segmentation, and a run folder ---
+# --- run folders, labelled videos and action segmentation ---
 
 CLASSES = ("Archery", "Bowling", "Surfing")
 TRAIN, TEST = 3, 2
@@ -286,7 +295,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def write_run(folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """A run folder with a tiny random encoder and a random projection. changes: of its SETTINGS."""
+    """Write a run folder with a tiny random encoder and projection; `changes` override `SETTINGS`."""
     settings = {**SETTINGS, **changes}
     encoder = load_backbone(**settings)
     projection = Projection(encoder.embed_dim, init="xavier_uniform", seed=seed)
@@ -296,7 +305,7 @@ def write_run(folder: Path, seed: int = 0, **changes: Any) -> Path:
 
 @lru_cache
 def clips(label: int) -> list[Scene]:
-    """Clips of one class: parts of one scene, so that even a random encoder tells the classes apart."""
+    """Return the clips of a class, cut from one scene so that even a random encoder can classify them."""
     count = TRAIN + TEST
     scene = render_scene(20 + label, num_frames=CLIP_FRAMES * count, height=64, width=80, num_objects=1)
     parts = [slice(i * CLIP_FRAMES, (i + 1) * CLIP_FRAMES) for i in range(count)]
@@ -304,14 +313,14 @@ def clips(label: int) -> list[Scene]:
 
 
 def labelled_clips() -> Iterator[tuple[int, str, int, str, Scene]]:
-    """Label, its name, number in the class, `train` or `test`, and the clip."""
+    """Yield label, class name, number within the class, `train` or `test`, and clip."""
     for label, name in enumerate(CLASSES):
         for number, scene in enumerate(clips(label)):
             yield label, name, number, "train" if number < TRAIN else "test", scene
 
 
 def ucf101(root: Path) -> Path:
-    """Video files; lists in ucfTrainTestlist."""
+    """Write video files, with lists in ucfTrainTestlist."""
     lists: dict[str, list[str]] = {"train": [], "test": []}
     for label, name, number, half, scene in labelled_clips():
         video = f"{name}/v_{name}_g{number:02d}_c01.avi"
@@ -325,7 +334,7 @@ def ucf101(root: Path) -> Path:
 
 
 def hmdb51(root: Path) -> Path:
-    """Frame folders that stand in for video files; a video of mark 0 that does not exist."""
+    """Write frame folders in place of video files; the lists name an unused video that does not exist."""
     lists = {name: ["unused_0.avi 0 "] for name in CLASSES}
     for _, name, number, half, scene in labelled_clips():
         video = f"#{number} {name.lower()}_np1_{number}"
@@ -337,7 +346,7 @@ def hmdb51(root: Path) -> Path:
 
 
 def kinetics(root: Path) -> Path:
-    """CSV lists, class folders named after labels with spaces."""
+    """Write CSV lists, and class folders whose names contain spaces."""
     header = "label,youtube_id,time_start,time_end,split"
     lists = {"train": [header], "val": [header]}
     for label, name, number, half, scene in labelled_clips():
@@ -351,7 +360,7 @@ def kinetics(root: Path) -> Path:
 
 
 def ssv2(root: Path) -> Path:
-    """JSON lists with templates; videos by number."""
+    """Write JSON lists with templates, and videos named by number."""
     lists: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
     for label, name, number, half, scene in labelled_clips():
         video = f"{label}0{number}"
@@ -365,7 +374,7 @@ def ssv2(root: Path) -> Path:
 
 
 def plain(root: Path) -> Path:
-    """`path label` per line, paths with spaces."""
+    """Write lists with a `path label` per line, where paths contain spaces."""
     lists: dict[str, list[str]] = {"train": ["# a comment"], "test": []}
     for label, _, number, half, scene in labelled_clips():
         video = f"some videos/{label} {number}.mp4"
@@ -386,7 +395,7 @@ LAYOUTS: dict[str, Callable[[Path], Path]] = {
 
 
 def segmentation(root: Path, *, as_breakfast: bool = False) -> Path:
-    """Videos made of actions (one scene each) and background, in the layout of MS-TCN."""
+    """Write videos that consist of actions (one scene each) and background, in the layout of MS-TCN."""
     names = ["background", "cut", "stir", "pour"]
     write_lines(root / "mapping.txt", [f"{label} {name}" for label, name in enumerate(names)])
     scenes = [
@@ -398,7 +407,7 @@ def segmentation(root: Path, *, as_breakfast: bool = False) -> Path:
         name = f"P0{number}_cam01_P0{number}_tea" if as_breakfast else f"S{number}_Tea_C1"
         labels = [label for label in order for _ in range(5 + number)]
         frames = [scenes[label].frames_THWC[(7 * number + t) % 40] for t, label in enumerate(labels)]
-        # The last annotation is one frame short, as published ones are.
+        # The last annotation lacks a frame, as some published ones do.
         written = labels[: len(labels) - (number == 4)]
         write_lines(root / "groundTruth" / f"{name}.txt", [names[label] for label in written])
         parts = name.split("_", 2) if as_breakfast else ["videos", name]

@@ -1,4 +1,4 @@
-"""Who may import whom: the rules in docs/architecture.md."""
+"""The rules about which module may import which (see docs/architecture.md)."""
 
 import ast
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# A module, or folder, imports only from those after it.
+# A module or package may import only from itself and from later entries.
 ORDER = (
     "tools",
     "__main__",
@@ -32,7 +32,7 @@ ORDER = (
     "files",
     "errors",
 )
-# Packages that one file alone may import.
+# Packages that only one module may import.
 ONLY_USER = {
     "fasttrain_kernels": "objective.py",
     "nvidia": "dali.py",
@@ -42,7 +42,7 @@ ONLY_USER = {
 
 
 def imports(path: Path) -> set[str]:
-    """Every name that a file imports, anywhere in it, by its full path; relative imports start with a dot."""
+    """Return the dotted path of every imported name; paths of relative imports begin with a dot."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -56,26 +56,26 @@ def modules(folder: str) -> list[Path]:
     return sorted((ROOT / folder).rglob("*.py"))
 
 
-def test_every_module_has_its_place() -> None:
+def test_the_order_lists_every_module() -> None:
     names = {path.name.removesuffix(".py") for path in (ROOT / "fasttrain").iterdir()}
     assert names - {"__init__", "__pycache__", "py.typed"} == set(ORDER)
 
 
 @pytest.mark.parametrize("path", modules("fasttrain"), ids=lambda path: path.stem)
-def test_imports_run_one_way(path: Path) -> None:
+def test_modules_import_only_later_modules(path: Path) -> None:
     name = path.relative_to(ROOT / "fasttrain").parts[0].removesuffix(".py")
     if name != "__init__":
         own = {module.split(".")[1] for module in imports(path) if module.startswith("fasttrain.")}
         assert own <= {name, *ORDER[ORDER.index(name) :]}
 
 
-def test_recipe_and_distributed_are_leaves() -> None:
+def test_recipe_and_distributed_import_only_errors() -> None:
     for name in ("recipe", "distributed"):
         own = {module for module in imports(ROOT / f"fasttrain/{name}.py") if module.startswith("fasttrain.")}
         assert all(module.startswith("fasttrain.errors.") for module in own)
 
 
-def test_kernels_need_torch_and_triton_only() -> None:
+def test_kernels_import_only_torch_and_triton() -> None:
     allowed = sys.stdlib_module_names | {"torch", "triton"}
     for path in modules("kernels"):
         for module in imports(path):
@@ -83,7 +83,7 @@ def test_kernels_need_torch_and_triton_only() -> None:
 
 
 @pytest.mark.parametrize("package", ONLY_USER)
-def test_a_package_has_one_user(package: str) -> None:
+def test_a_package_is_imported_by_one_module(package: str) -> None:
     users = {
         path.name
         for path in modules("fasttrain")
@@ -98,8 +98,8 @@ def test_nothing_imports_benchmarks_tests_or_recipes() -> None:
         assert not roots & {"benchmarks", "tests", "recipes"}, path
 
 
-def test_an_evaluation_needs_no_dali() -> None:
-    """A machine may lack it, and its import takes a second."""
+def test_evaluation_does_not_import_dali() -> None:
+    """DALI may not be installed, and its import takes a second."""
     program = "import sys; sys.modules['nvidia'] = None; import fasttrain.evaluation.command"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Files of a user's folder: whole or not at all, one process at a time, lines as files end them."""
+"""Atomic writes, file locks and reading lines."""
 
 import os
 import subprocess
@@ -12,13 +12,13 @@ from fasttrain.files import file_lock, open_atomically, read_lines, write_atomic
 
 
 @pytest.mark.parametrize("fsync", [False, True])
-def test_a_file_appears_whole_or_not_at_all(fsync: bool, tmp_path: Path) -> None:
+def test_a_file_is_replaced_completely_or_not_at_all(fsync: bool, tmp_path: Path) -> None:
     path = tmp_path / "folder" / "file"
     write_atomically(path, b"old", fsync=fsync)
     with pytest.raises(TypeError), open_atomically(path, fsync=fsync) as file:
         file.write(b"half" + None)
     assert path.read_bytes() == b"old"
-    # Two writers at once: the last one wins.
+    # With two concurrent writers, the last one wins.
     with open_atomically(path, fsync=fsync) as file:
         file.write(b"last")
         write_atomically(path, memoryview(b"first"), fsync=fsync)
@@ -27,7 +27,7 @@ def test_a_file_appears_whole_or_not_at_all(fsync: bool, tmp_path: Path) -> None
     assert os.listdir(path.parent) == ["file"]
 
 
-def test_a_lock_is_held_by_one_process_and_freed_by_its_death(tmp_path: Path) -> None:
+def test_a_lock_is_exclusive_and_released_when_its_process_ends(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "run.lock"
     code = (
         "import sys, os, pathlib; from fasttrain.files import file_lock\n"
@@ -44,7 +44,7 @@ def test_a_lock_is_held_by_one_process_and_freed_by_its_death(tmp_path: Path) ->
         pass
 
 
-def test_lines_end_where_files_end_them(tmp_path: Path) -> None:
+def test_lines_are_split_at_line_feeds_only(tmp_path: Path) -> None:
     path = tmp_path / "list.txt"
     path.write_bytes("\ufeffone\r\n\n two\u2028three \nnext\x85line".encode())
     assert read_lines(path) == ["one", "two\u2028three", "next\x85line"]

@@ -1,4 +1,4 @@
-"""Logs, and the progress of long work on the terminal."""
+"""Metrics logs, and the progress of long tasks on the terminal."""
 
 import io
 import json
@@ -10,7 +10,7 @@ from rich.console import Console
 from fasttrain.loggers import MetricsLog, Progress
 
 
-def test_log_drops_what_came_after_the_last_checkpoint(tmp_path: Path) -> None:
+def test_records_after_the_last_checkpoint_are_removed(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     log = MetricsLog(tmp_path, completed_steps=2, tensorboard=False)
@@ -20,7 +20,7 @@ def test_log_drops_what_came_after_the_last_checkpoint(tmp_path: Path) -> None:
     assert lines == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 0.5}]
 
 
-def test_tensorboard_gets_the_numbers_and_after_a_resume_no_step_twice(tmp_path: Path) -> None:
+def test_tensorboard_events_are_not_duplicated_after_a_resume(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for completed_steps, steps in ((0, (2, 4, 5)), (4, (5, 6))):
@@ -36,19 +36,19 @@ def test_tensorboard_gets_the_numbers_and_after_a_resume_no_step_twice(tmp_path:
     ]  # fmt: skip
 
 
-def test_a_terminal_of_80_columns_shows_count_and_time_left() -> None:
+def test_a_terminal_with_80_columns_shows_count_and_time_left() -> None:
     out = io.StringIO()
     console = Console(file=out, width=80, force_terminal=True, color_system=None)
     with Progress("step", 46875, done=10, console=console) as progress:
         progress.show("dinov2 [bold] 12.5 pairs/s  loss 1.2500")
         progress.advance(19990)
-    # The last state of the bar, then the cursor comes back.
+    # The final state of the bar is followed by a line that restores the cursor.
     last = out.getvalue().splitlines()[-2]
     for part in ("step", "20000/46875", "dinov2 [bold]", "12.5 pairs/s", "loss 1.2500", "left -:--:--"):
         assert part in last
 
 
-def test_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_are_printed_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
     with Progress("video", 10, console=Console(file=out, width=30)) as progress:
         progress.advance()
@@ -62,7 +62,7 @@ def test_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> No
     ]
 
 
-def test_other_processes_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
+def test_disabled_progress_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress("step", 10, enabled=False) as progress:
         progress.show("something")
         progress.advance()

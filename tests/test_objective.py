@@ -1,4 +1,4 @@
-"""The objective module is head and loss; the fused way and the plain one are the same function."""
+"""The objective: the fused computation agrees with the separate projection and losses."""
 
 from typing import Literal, get_args
 
@@ -13,7 +13,7 @@ from fasttrain_kernels import cosettle_loss
 
 @pytest.mark.parametrize("head", get_args(Head))
 @pytest.mark.parametrize("regularizer", ["kl", "mse"])
-def test_equals_the_loss_of_the_heads_output(head: Head, regularizer: Literal["kl", "mse"]) -> None:
+def test_the_objective_equals_projection_and_losses(head: Head, regularizer: Literal["kl", "mse"]) -> None:
     generator = torch.Generator().manual_seed(0)
     frozen = torch.randn(2, 3, 16, 24, generator=generator, dtype=torch.float64)
     projection = Projection(24, head=head).double()
@@ -22,14 +22,14 @@ def test_equals_the_loss_of_the_heads_output(head: Head, regularizer: Literal["k
     out.loss.backward()
     gradients = [parameter.grad.clone() for parameter in projection.parameters()]
     projection.zero_grad()
-    plain = cosettle_loss(frozen, projection(frozen), (4, 4), regularizer=regularizer)
-    plain.loss.backward()
-    torch.testing.assert_close(out, plain)
+    separate = cosettle_loss(frozen, projection(frozen), (4, 4), regularizer=regularizer)
+    separate.loss.backward()
+    torch.testing.assert_close(out, separate)
     for fused, parameter in zip(gradients, projection.parameters(), strict=True):
         torch.testing.assert_close(fused, parameter.grad)
 
 
-def test_diagnostics_are_formed_only_when_asked_for() -> None:
+def test_diagnostics_are_computed_only_if_requested() -> None:
     objective = CosettleObjective(Projection(8), ObjectiveRecipe())
     out = objective(torch.randn(1, 3, 4, 8), (2, 2), False)
     assert out.cycle_accuracy is None

@@ -1,4 +1,4 @@
-"""Optimiser and schedule."""
+"""The optimiser and the learning-rate schedule."""
 
 import math
 import sys
@@ -14,7 +14,7 @@ from fasttrain.optimizer import build_optimizer, learning_rate_factor
 from fasttrain.recipe import OptimizerRecipe, TrainRecipe
 
 
-def test_weight_decay_acts_on_matrices_only() -> None:
+def test_weight_decay_applies_to_matrices_only() -> None:
     module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
     optimizer = build_optimizer(OptimizerRecipe(weight_decay=0.5), module)
     for group in optimizer.param_groups:
@@ -32,7 +32,7 @@ def test_weight_decay_acts_on_matrices_only() -> None:
 @given(total=st.integers(2, 5000), epochs=st.floats(1.5, 100), warmup=st.floats(0, 1))
 def test_schedule_rises_from_zero_to_one_and_falls_to_zero(total: int, epochs: float, warmup: float) -> None:
     recipe = TrainRecipe(epochs=epochs, warmup_epochs=warmup)
-    factors = [learning_rate_factor(recipe, step, total) for step in range(total + 1)]
+    factors = [learning_rate_factor(recipe, step_index, total) for step_index in range(total + 1)]
     assert all(0 <= factor <= 1 for factor in factors)
     assert factors[0] == (0 if warmup > 0 else 1)
     assert math.isclose(factors[-1], 0, abs_tol=1e-12)
@@ -42,15 +42,15 @@ def test_schedule_rises_from_zero_to_one_and_falls_to_zero(total: int, epochs: f
 
 
 def test_schedule_values_of_the_paper() -> None:
-    """Five epochs of ten steps, one of warm-up: half-way up, the peak, and half-way down the cosine."""
-    factor = [learning_rate_factor(TrainRecipe(), step, 50) for step in range(50)]
+    """With five epochs of ten steps, the first for warm-up: half-way up, the peak, and half-way down."""
+    factor = [learning_rate_factor(TrainRecipe(), step_index, 50) for step_index in range(50)]
     assert factor[5] == 0.5
     assert factor[10] == 1.0
     assert math.isclose(factor[30], 0.5)
 
 
-@pytest.mark.parametrize("installed", [None, types.ModuleType("apex")], ids=["absent", "that of PyPI"])
-def test_without_the_real_apex_the_line_says_how_to_get_it(
+@pytest.mark.parametrize("installed", [None, types.ModuleType("apex")], ids=["missing", "PyPI"])
+def test_the_message_about_a_missing_nvidia_apex(
     installed: types.ModuleType | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "apex", installed)
@@ -59,7 +59,7 @@ def test_without_the_real_apex_the_line_says_how_to_get_it(
             build_optimizer(OptimizerRecipe(name=name), torch.nn.Linear(2, 2))
 
 
-def test_the_real_apex_is_refused_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvidia_apex_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     real = types.ModuleType("apex.optimizers")
     real.FusedAdam = torch.optim.Adam
     monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))

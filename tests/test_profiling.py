@@ -1,4 +1,4 @@
-"""The table of a trace: on synthetic events with known answers, and on a real recording."""
+"""The summary of a trace, for synthetic events and for real recordings."""
 
 import json
 from pathlib import Path
@@ -21,8 +21,8 @@ def kernel(correlation: int, ts: float, dur: float) -> dict[str, Any]:
     return host("k", ts, dur, "kernel", correlation=correlation)
 
 
-# Two kernels launched in `encoder` run later and overlap a copy on another stream, which belongs to `data`;
-# one kernel is launched during `backward` by another thread; one outside of all parts.
+# A copy is launched in `data`, and two kernels in `encoder`, of which one overlaps the copy on another
+# stream. A kernel is launched in `backward` by another thread, and one outside of all spans.
 GPU_EVENTS = [
     host(STEP, 0, 100),
     host("data", 0, 10),
@@ -44,7 +44,7 @@ GPU_EVENTS = [
 ]
 
 
-def test_device_time_goes_to_the_span_that_launched_it() -> None:
+def test_device_time_is_attributed_to_the_span_of_the_launch() -> None:
     summary = summarise(GPU_EVENTS)
     milliseconds = {name: row["ms"] for name, row in summary["parts"].items()}
     assert milliseconds == pytest.approx(
@@ -52,15 +52,15 @@ def test_device_time_goes_to_the_span_that_launched_it() -> None:
     )
     assert summary["outside_ms"] == pytest.approx(0.005)
     assert sum(row["share"] for row in summary["parts"].values()) == pytest.approx(130 / 135)
-    # 100..180 and 190..205 of 100..205.
+    # Busy from 100 to 180 and from 190 to 205.
     assert summary["busy_share"] == pytest.approx(95 / 105)
-    # Not the wait after the step, nor one of a loader's thread.
+    # Waits after the step or on other threads are not counted.
     assert (summary["waits"], summary["scalar_reads"], summary["allocations"]) == (1, 0, 0)
     waiting = {**host("cudaEventSynchronize", 20, 1, "cuda_runtime", correlation=9), "tid": 2}
     assert summarise([*GPU_EVENTS, waiting])["waits"] == 1
 
 
-def test_host_time_is_taken_without_a_device() -> None:
+def test_host_time_is_used_on_a_cpu() -> None:
     events = [host(STEP, 0, 100), host("encoder", 10, 60), host("aten::_local_scalar_dense", 80, 1, "cpu_op")]
     summary = summarise(events)
     assert summary["device"] == "cpu"
@@ -73,7 +73,7 @@ def test_host_time_is_taken_without_a_device() -> None:
     ("count", "recorded"),
     [(SKIPPED + 2, 2), (SKIPPED + RECORDED + 2, RECORDED)],
 )
-def test_a_recording_of_what_steps_there_are(count: int, recorded: int, tmp_path: Path) -> None:
+def test_short_and_long_runs_are_recorded(count: int, recorded: int, tmp_path: Path) -> None:
     lines: list[str] = []
     with StepProfiler(tmp_path / "profile", torch.device("cpu"), lines.append) as profiler:
         for _ in range(count):
@@ -90,7 +90,7 @@ def test_a_recording_of_what_steps_there_are(count: int, recorded: int, tmp_path
 @pytest.mark.gpu
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_steps_on_a_gpu_neither_wait_nor_allocate(cuda_graph: bool, tmp_path: Path) -> None:
-    """Between log steps the host never waits for the device, and after the first steps memory is reused."""
+    """Between log steps, the host does not wait for the device, and no memory is allocated."""
     recipe = recipe_from_dict(
         {
             "device": "cuda",
@@ -105,9 +105,9 @@ def test_steps_on_a_gpu_neither_wait_nor_allocate(cuda_graph: bool, tmp_path: Pa
         trainer = BackboneTrainer(recipe, world)
         trainer.warm_up()
         frames = torch.randn(2, 4, 3, 64, 64, device="cuda", dtype=torch.bfloat16)
-        for step in range(SKIPPED + RECORDED):
+        for step_index in range(SKIPPED + RECORDED):
             with span(STEP):
-                trainer.forward_backward(frames, step, last=True, diagnostics=False)
+                trainer.forward_backward(frames, step_index, last=True, diagnostics=False)
                 trainer.update(1e-4)
             profiler.step()
     summary = json.loads((tmp_path / "summary.json").read_text())

@@ -354,7 +354,7 @@ def test_damage_after_opening_is_an_unreadable_frame(
         (["nowhere", "out"], "does not exist"),
         (["empty", "out"], "contains no frame folders and no video files"),
         (["frames", "frames/class_0/video_0/00000.jpg"], "file exists; use another path"),
-        (["frames", "frames/class_0/video_0/00000.jpg/x"], "not a directory; give another path"),
+        (["frames", "frames/class_0/video_0/00000.jpg/x"], "not a directory; use another path"),
         (["broken", "out"], r"contains no readable video \(2 skipped, first a\.mp4: "),
         (["--check", "frames"], "is not a packed set"),
         (["--check", "nowhere"], "is not a packed set"),

@@ -1,4 +1,4 @@
-"""The demonstration from rendered scenes to its table, cut short."""
+"""The demo with fewer scenes and steps."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from fasttrain.__main__ import main
 from fasttrain.tools import demo
 
 
-def test_the_demonstration_ends_with_figures_and_a_picture(
+def test_the_demo_writes_results_and_a_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(demo, "TRAINING_SCENES", range(2))
@@ -17,8 +17,10 @@ def test_the_demonstration_ends_with_figures_and_a_picture(
     run = tmp_path / "run"
     overrides = [f"output={run}", f"data.source={tmp_path / 'videos'}", "train.steps=2", "train.batch_size=2"]
     assert main(["demo", *overrides, "backbone.patch_size=16", "train.tensorboard=false"]) == 0
-    figures = json.loads((run / "demo.json").read_text())
-    assert set(figures) == {"before", "after"}
-    assert set(demo.HEADINGS) <= set(figures["after"])
+    results = json.loads((run / "demo.json").read_text())
+    assert set(results) == {"before", "after"}
+    assert set(demo.HEADINGS) <= set(results["after"])
     assert (run / "figures" / "demo.png").is_file()
-    assert "effective rank" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"saved {run}/projection.safetensors; load with fasttrain.load_video_encoder('{run}')" in out
+    assert "effective rank" in out

@@ -1,4 +1,4 @@
-"""The exported program computes what the run's encoder does."""
+"""Exporting a video encoder."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("run"), name="dinov2", image_size=32, depth=2)
 
 
-def test_the_program_agrees_at_another_length_and_size(run: Path, tmp_path: Path) -> None:
+def test_the_exported_program_computes_the_encoders_tokens(run: Path, tmp_path: Path) -> None:
     path = export(run, tmp_path / "new" / "encoder.pt2", size=(32, 48))
     frames = torch.randn(5, 3, 32, 48, generator=torch.Generator().manual_seed(0))
     tokens = torch.export.load(path).module()(frames)
@@ -29,7 +29,7 @@ def test_the_program_agrees_at_another_length_and_size(run: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("file", "size", "part"), [("encoder.onnx", None, "pt2"), ("encoder.pt2", (32, 40), "40")]
 )
-def test_bad_input_writes_nothing(
+def test_bad_input_is_refused_before_the_file_is_written(
     file: str, size: tuple[int, int] | None, part: str, run: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=part):
