@@ -33,11 +33,9 @@ Metrics = Mapping[str, float | None]
 # The palette of Okabe and Ito, which colour-blind readers can tell apart; its black is left to text.
 OKABE_ITO = ("#0072B2", "#D55E00", "#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#F0E442")
 CORRECT, WRONG = OKABE_ITO[:2]
-_DASHES = ("-", "--", "-.", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 0.6)))
-RUN_STYLES: list[dict[str, Any]] = [
-    {"color": color, "linestyle": dashes, "marker": marker}
-    for color, dashes, marker in zip(OKABE_ITO, _DASHES, "os^DvP", strict=False)
-]
+# Runs differ in dashes and markers, too. Yellow is too light for lines.
+_LINE_COLORS, _MARKERS = OKABE_ITO[:6], "os^DvPX"
+_DASHES = ("-", "--", "-.", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)))
 # Widths in inches. Printed at half size, they fill a column or a page, and the text has 7 points.
 COLUMN, PAGE = 7, 14
 STYLE: dict[Any, Any] = {
@@ -78,10 +76,9 @@ DESCRIPTIONS = {
     "effective_rank": ("effective rank", HIGHER),
     "intra_normalized_95": ("intra-video distance / 95 % diameter", LOWER),
     "inter_normalized_95": ("inter-video distance / 95 % diameter", HIGHER),
-    "lr": ("learning rate", ""),
-    "pairs_per_second": ("frame pairs per second", HIGHER),
 }
-_BOOKKEEPING = ("step", "epoch", "seconds", "bad_samples", "bad_files")
+# Recorded, but not learned.
+_BOOKKEEPING = ("step", "epoch", "seconds", "pairs_per_second", "lr", "bad_samples", "bad_files")
 _TRADE_OFF = ("intra_normalized_95", "inter_normalized_95")
 _WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
 # The names of more classes would overlap, or fill the legend.
@@ -101,13 +98,17 @@ class Row(NamedTuple):
 def overlay_masks(frame_HWC: Frame, labels_HW: Labels) -> Frame:
     """Tint every object in its colour, outlined in white and black, and turn the background grey."""
     labels_HW = np.asarray(labels_HW).astype(np.uint8)
-    grey_HW1 = frame_HWC.mean(axis=-1, keepdims=True)
-    tinted_HWC = 0.4 * grey_HW1 + 153 * _palette(256)[labels_HW]
-    picture_HWC = np.where(labels_HW[..., None] > 0, tinted_HWC, grey_HW1).astype(np.uint8)
-    width = max(1, round(labels_HW.shape[1] / 170))
+    picture_HWC = _grey(frame_HWC)
+    tinted_HWC = 0.4 * picture_HWC + 153 * _palette(256)[labels_HW]
+    picture_HWC = np.where(labels_HW[..., None] > 0, tinted_HWC, picture_HWC).astype(np.uint8)
+    width = max(1, round(labels_HW.shape[1] / 250))
     for distance, color in ((2 * width, _BLACK), (width, _WHITE)):
         picture_HWC[_near_edge(labels_HW, distance)] = color
     return picture_HWC
+
+
+def _grey(frame_HWC: Frame) -> Frame:
+    return np.repeat(frame_HWC.mean(axis=-1, keepdims=True).astype(np.uint8), 3, axis=-1)
 
 
 def _near_edge(labels_HW: Labels, distance: int) -> npt.NDArray[np.bool_]:
@@ -120,9 +121,9 @@ def _near_edge(labels_HW: Labels, distance: int) -> npt.NDArray[np.bool_]:
 
 
 def overlay_pose(frame_HWC: Frame, joints_2J: npt.ArrayLike) -> Frame:
-    """Draw the limbs and joints of one pose (pixels); joints at a negative x are left out."""
+    """Draw the limbs and joints of one pose (pixels) on grey; joints at a negative x are left out."""
     joints_J2 = np.asarray(joints_2J, dtype=float).T
-    image = Image.fromarray(frame_HWC)
+    image = Image.fromarray(_grey(frame_HWC))
     draw = ImageDraw.Draw(image)
     size = max(2, round(min(image.size) / 70))
     for start, end in LIMBS:
@@ -142,8 +143,8 @@ def contact_sheet(
     """Rows of pictures under the headings `columns`. A legend maps names to colours."""
     count = max(len(row.pictures) for row in rows)
     height, width = rows[0].pictures[0].shape[:2]
-    tile_height = COLUMN / count * height / width
-    figure = Figure(figsize=(COLUMN, len(rows) * (tile_height + 0.4)))
+    note_heights = sum(0.3 for row in rows if row.notes)
+    figure = Figure(figsize=(COLUMN, len(rows) * (COLUMN / count * height / width) + note_heights + 0.5))
     figure.set_layout_engine("compressed", w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     grid = figure.subplots(len(rows), count, squeeze=False)
     for axes_of_row, row in zip(grid, rows, strict=True):
@@ -171,24 +172,25 @@ def correspondence_arrows(
     first frame and x, y in the second, as fractions of width and height. `columns` names the two frames.
     """
     height, width = rows[0][1].shape[:2]
-    figure = Figure(figsize=(COLUMN, len(rows) * (COLUMN / 2 * height / width + 0.5) + 0.5))
+    figure = Figure(figsize=(COLUMN, len(rows) * (COLUMN / 2 * height / width + 0.3) + 0.5))
     styles: dict[bool, dict[str, Any]] = {
         True: {"color": CORRECT, "linestyle": "-", "label": "correct match"},
         False: {"color": WRONG, "linestyle": (0, (3, 1.5)), "label": "wrong match"},
     }
-    halo = [withStroke(linewidth=2.4, foreground="white")]
+    halo = [withStroke(linewidth=2.2, foreground="white")]
     grid = figure.subplots(len(rows), squeeze=False)[:, 0]
     for axes, (name, first_HWC, second_HWC, matches_M4, is_correct_M) in zip(grid, rows, strict=True):
         height, width = first_HWC.shape[:2]
         offset = round(1.02 * width)
         gap_HWC = np.full((height, offset - width, 3), 255, dtype=np.uint8)
-        axes.imshow(np.concatenate([first_HWC, gap_HWC, second_HWC], axis=1))
+        axes.imshow(np.concatenate([_grey(first_HWC), gap_HWC, _grey(second_HWC)], axis=1))
         for (x, y, x_match, y_match), is_correct in zip(matches_M4.tolist(), is_correct_M, strict=True):
             style = styles[bool(is_correct)]
             start, end = (x * width, y * height), (offset + x_match * width, y_match * height)
             arrow = {"arrowstyle": "->", "shrinkA": 0, "shrinkB": 0, "linewidth": 1.2, "path_effects": halo}
             arrow |= {"color": style["color"], "linestyle": style["linestyle"]}
             axes.annotate("", end, start, arrowprops=arrow)
+            axes.plot(*start, "o", color=style["color"], markeredgecolor="white", markersize=5)
         axes.set_xticks([])
         axes.set(yticks=[], frame_on=False, ylabel=name)
         axes.set_xlabel(f"{sum(map(bool, is_correct_M))} of {len(matches_M4)} matches are correct")
@@ -208,15 +210,15 @@ def framed(picture_HWC: Frame, correct: bool | None = None) -> Frame:
 
 @rc_context(STYLE)
 def learning_curves(runs: Sequence[Path], path: Path) -> None:
-    """Everything that the runs' `metrics.jsonl` recorded over the steps: one panel per quantity."""
-    panels: dict[str, dict[tuple[int, bool], list[tuple[int, float]]]] = {}
+    """Draw each metric in the runs' `metrics.jsonl` over the steps. Raises InputError if there are none."""
+    panels: dict[tuple[str, bool], dict[tuple[int, bool], list[tuple[int, float]]]] = {}
     for number, run in enumerate(runs):
         for record in read_records(run / "metrics.jsonl"):
             for key, value in record.items():
                 variant, _, name = key.rpartition("/")
                 if name not in _BOOKKEEPING and isinstance(value, int | float):
-                    curve = panels.setdefault(name, {}).setdefault((number, variant == "before"), [])
-                    curve.append((record["step"], value))
+                    curves = panels.setdefault((name, bool(variant)), {})
+                    curves.setdefault((number, variant == "before"), []).append((record["step"], value))
     if not panels:
         raise InputError(
             f"no metrics in the metrics.jsonl of {', '.join(map(str, runs))}; train some steps first"
@@ -226,14 +228,14 @@ def learning_curves(runs: Sequence[Path], path: Path) -> None:
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(PAGE / 3 * columns, 3.3 * rows + 0.5))
     lines: dict[str, Line2D] = {}
-    for position, (key, curves) in enumerate(panels.items(), start=1):
+    for position, ((key, is_validation), curves) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(rows, columns, position, xlabel="step")
         title, direction = DESCRIPTIONS.get(key, (key.replace("_", " "), ""))
-        axes.set(title=title, ylabel=direction)
+        axes.set(title=title, ylabel=f"validation, {direction}" if is_validation else direction)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.grid()
         for (number, is_before), points in curves.items():
-            style = RUN_STYLES[number % len(RUN_STYLES)] | ({"linestyle": ":"} if is_before else {})
+            style = _run_style(number) | ({"linestyle": ":"} if is_before else {})
             label = f"{names[number]}, before (frozen encoder)" if is_before else names[number]
             style["marker"] = style["marker"] if len(points) < 30 and not is_before else None
             (lines[label],) = axes.plot(*zip(*points, strict=True), label=label, **style)
@@ -248,10 +250,10 @@ def trade_off(points: Sequence[tuple[str, Metrics, Metrics]], path: Path) -> Non
 
     A point is (name, before, after), each with the keys of `consistency_separability`.
     """
-    figure = Figure(figsize=(COLUMN, 5.6))
+    figure = Figure(figsize=(COLUMN, 5.2 + 0.15 * len(points)))
     axes = figure.add_subplot()
     for number, (name, before, after) in enumerate(points):
-        style = RUN_STYLES[number % len(RUN_STYLES)]
+        style = _run_style(number)
         (x, y), (x_after, y_after) = np.array(
             [[metrics[key] for key in _TRADE_OFF] for metrics in (before, after)], dtype=float
         )
@@ -262,10 +264,11 @@ def trade_off(points: Sequence[tuple[str, Metrics, Metrics]], path: Path) -> Non
     for label, fill in {"before (frozen encoder)": "white", "after (with projection)": "0.5"}.items():
         axes.plot([], [], "o", markerfacecolor=fill, markeredgecolor="0.5", label=label)
     axes.margins(0.1)
+    axes.locator_params(nbins=5)
     x_label, y_label = ("{}\n({})".format(*DESCRIPTIONS[key]) for key in _TRADE_OFF)
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.grid()
-    figure.legend(loc="outside lower center", ncols=2)
+    figure.legend(loc="outside lower center", ncols=2, handlelength=1)
     _save(figure, path)
 
 
@@ -281,12 +284,13 @@ def confusion_maps(counts: Mapping[str, Any], classes: Sequence[str], path: Path
     side = float(np.clip(0.3 * len(classes), 4.5, 6))
     figure = Figure(figsize=(side * len(counts) + 3, side + 2))
     grid = figure.subplots(1, len(counts), squeeze=False, sharey=True)[0]
-    scale = ScalarMappable(Normalize(0, 1), "viridis")
+    scale = ScalarMappable(Normalize(0, 1), "Blues")
     for axes, (variant, counts_CC) in zip(grid, counts.items(), strict=True):
         counts_CC = np.asarray(counts_CC, dtype=float)
         # A class without a test video is an empty row.
         fractions_CC = counts_CC / np.maximum(counts_CC.sum(axis=1, keepdims=True), 1)
         axes.imshow(fractions_CC, norm=scale.norm, cmap=scale.cmap, interpolation="nearest")
+        axes.spines[:].set_visible(True)
         accuracy = 100 * np.trace(counts_CC) / max(1, counts_CC.sum())
         axes.set(title=f"{variant}: {accuracy:.1f} % correct", xlabel="predicted class")
         if len(classes) <= _MAX_NAMES:
@@ -333,6 +337,11 @@ def run_names(runs: Sequence[Path]) -> list[str]:
     """Name each run by its folder, or by the given path if two folders have the same name."""
     names = [run.resolve().name for run in runs]
     return [name if names.count(name) == 1 else str(run) for name, run in zip(names, runs, strict=True)]
+
+
+def _run_style(number: int) -> dict[str, Any]:
+    color, marker = _LINE_COLORS[number % len(_LINE_COLORS)], _MARKERS[number % len(_MARKERS)]
+    return {"color": color, "marker": marker, "linestyle": _DASHES[number % len(_DASHES)]}
 
 
 def _palette(count: int) -> npt.NDArray[np.float64]:

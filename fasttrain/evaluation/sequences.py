@@ -41,7 +41,7 @@ from fasttrain.loggers import Progress
 SHOWN_FRAMES = 6
 # The maximum height of the frames in contact sheets and videos.
 PICTURE_HEIGHT = 480
-MAX_MATCHES = 20
+MAX_MATCHES = 12
 
 LabelMap = npt.NDArray[np.uint8]
 # The result of `find_matches`, which `plots.correspondence_arrows` draws.
@@ -163,12 +163,18 @@ def find_matches(first_hwD: Tensor, second_hwD: Tensor, labels_hwC: Tensor) -> M
     """Match labelled cells of the first frame to the most similar cells of the second.
 
     Returns (M, 4): x and y of a cell's centre in the first frame, then in the second, as fractions of width
-    and height. At most MAX_MATCHES cells are chosen, evenly among those whose most likely label is not
-    background.
+    and height. At most MAX_MATCHES cells are chosen, among those whose most likely label is not background.
+    Each is from another row, so that few arrows overlap in a picture.
     """
     height, width = first_hwD.shape[:2]
-    labelled_M = labels_hwC.flatten(0, 1).argmax(-1).nonzero().flatten()
-    chosen_M = labelled_M[evenly_spaced(len(labelled_M), MAX_MATCHES)]
+    is_labelled_hw = labels_hwC.argmax(-1) > 0
+    rows = is_labelled_hw.any(1).nonzero().flatten()
+    chosen = []
+    for number, row in enumerate(rows[evenly_spaced(len(rows), MAX_MATCHES)].tolist()):
+        columns = is_labelled_hw[row].nonzero().flatten().tolist()
+        # Multiples of the golden ratio are spread evenly over the columns.
+        chosen.append(row * width + columns[int(0.618 * number % 1 * len(columns))])
+    chosen_M = torch.tensor(chosen, dtype=torch.long, device=first_hwD.device)
     query_MD = functional.normalize(first_hwD.flatten(0, 1)[chosen_M].float(), dim=-1)
     nearest_M = (query_MD @ functional.normalize(second_hwD.flatten(0, 1).float(), dim=-1).T).argmax(-1)
     cells_M2 = torch.stack([chosen_M, nearest_M], dim=1)
