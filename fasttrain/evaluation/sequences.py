@@ -6,7 +6,6 @@ Shape suffixes: T frames, H W pixels, h w grid, N = h * w tokens, D channels, C 
 """
 
 import argparse
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,7 +221,7 @@ def save_masks(
         for name, maps in {"truth": truth, **masks}.items()
     }
     notes = {
-        name: [f"J {mean_similarity(maps[t], truth[t]):.2f}" for t in shown_frames(len(frames))]
+        name: [similarity_note(maps[t], truth[t]) for t in shown_frames(len(frames))]
         for name, maps in masks.items()
     }
     ends = truth[0], truth[len(frames) // 2]
@@ -235,12 +234,12 @@ def shown_frames(length: int) -> list[int]:
     return evenly_spaced(length, SHOWN_FRAMES)
 
 
-def mean_similarity(labels_HW: LabelMap, truth_HW: LabelMap) -> float:
-    """Compute the mean J over the true labels, unlabelled pixels (255) excluded; NaN if there are none."""
+def similarity_note(labels_HW: LabelMap, truth_HW: LabelMap) -> str:
+    """Format the mean J over the true labels, unlabelled pixels (255) excluded; empty if there are none."""
     predicted_HW = np.where(truth_HW == 255, 0, labels_HW)
     shown = np.setdiff1d(truth_HW, (0, 255))
     values = [region_similarity(predicted_HW == label, truth_HW == label) for label in shown]
-    return float(np.mean(values)) if values else math.nan
+    return f"J {np.mean(values):.2f}" if values else ""
 
 
 def keep_their_label(matches_M4: Matches, first_HW: LabelMap, second_HW: LabelMap) -> list[bool]:

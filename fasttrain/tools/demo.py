@@ -21,7 +21,7 @@ from fasttrain.evaluation import consistency_separability, propagate_labels, reg
 from fasttrain.evaluation.frames import normalise
 from fasttrain.evaluation.plots import Row, contact_sheet, overlay_masks
 from fasttrain.evaluation.results import print_table, with_difference
-from fasttrain.evaluation.sequences import hard_labels, mean_similarity, soft_labels
+from fasttrain.evaluation.sequences import hard_labels, similarity_note, soft_labels
 from fasttrain.files import write_json
 from fasttrain.recipe import load_recipe
 from fasttrain.tools.synthetic import Scene, render_scene, write_scene
@@ -80,8 +80,7 @@ def draw(scene: Scene, before_THW: np.ndarray, after_THW: np.ndarray, path: Path
     sheet = []
     for name, labels_THW in {"truth": scene.labels_THW, "before": before_THW, "after": after_THW}.items():
         pictures = [overlay_masks(scene.frames_THWC[t], labels_THW[t]) for t in SHOWN_FRAMES]
-        similarities = [mean_similarity(labels_THW[t], scene.labels_THW[t]) for t in SHOWN_FRAMES]
-        notes = [f"J {similarity:.2f}" for similarity in similarities]
+        notes = [similarity_note(labels_THW[t], scene.labels_THW[t]) for t in SHOWN_FRAMES]
         sheet.append(Row(name, pictures, () if name == "truth" else notes))
     contact_sheet(sheet, path, columns=[f"frame {t + 1}" for t in SHOWN_FRAMES])
 

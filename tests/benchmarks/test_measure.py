@@ -71,3 +71,8 @@ def test_a_failed_measurement_does_not_affect_the_others(tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["step-cpu", "loaders-cpu", "propagation-cpu"])
 def test_recorded_results_can_be_drawn(tmp_path: Path, name: str) -> None:
     assert plot(Path(shutil.copy(measure.RESULTS / f"{name}.json", tmp_path))).stat().st_size > 0
+
+
+def test_results_without_timings_cannot_be_drawn() -> None:
+    with pytest.raises(ValueError, match=r"kernels_compile\.json has no timings to draw"):
+        plot(measure.RESULTS / "kernels_compile.json")

@@ -1,0 +1,137 @@
+"""Pictures: legible text, colours that mark what they should, and which matches count as correct."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import rcParams
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from fasttrain.errors import InputError
+from fasttrain.evaluation import plots
+from fasttrain.evaluation.jhmdb import JOINTS, end_at_their_joint
+from fasttrain.evaluation.sequences import find_matches, keep_their_label, similarity_note
+
+FRAME = np.full((30, 40, 3), (200, 100, 0), dtype=np.uint8)
+TRADE_OFF = {"intra_normalized_95": 0.4, "inter_normalized_95": 0.7}
+HISTORY = """{"step": 1, "loss": 2, "cycle_accuracy": 0.1, "seconds": 3, "bad_samples": 0}
+{"step": 2, "loss": 1, "before/cycle_accuracy": 0.4, "after/cycle_accuracy": 0.5, "grad_norm": 0.3}
+"""
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that a test saves."""
+    saved: list[Figure] = []
+    save = plots._save
+    monkeypatch.setattr(plots, "_save", lambda figure, path: (saved.append(figure), save(figure, path)))
+    return saved
+
+
+def write_history(run: Path) -> Path:
+    run.mkdir()
+    (run / "metrics.jsonl").write_text(HISTORY)
+    return run
+
+
+def draw_arrows(path: Path) -> None:
+    matches = np.array([[0.1, 0.1, 0.9, 0.9], [0.5, 0.5, 0.5, 0.5]])
+    rows = [("before", FRAME, FRAME, matches, [True, False]), ("after", FRAME, FRAME, matches[:0], [])]
+    plots.correspondence_arrows(rows, ("frame 1", "frame 5"), path)
+
+
+def draw_sheet(path: Path) -> None:
+    rows = [plots.Row("truth", [FRAME, FRAME]), plots.Row("before", [FRAME], ["J 0.50"])]
+    plots.contact_sheet(rows, path, ["frame 1", "frame 2"], plots.POSE_LEGEND)
+
+
+def draw_segments(path: Path) -> None:
+    labels = {"truth": np.array([0, 0, 1, 2]), "before": np.array([0, 1, 1, 2])}
+    plots.segment_bars([("video", labels)], ["none", "cut", "pour"], path, background=[0])
+
+
+DRAWINGS: dict[str, Callable[[Path], None]] = {
+    "sheet": draw_sheet,
+    "arrows": draw_arrows,
+    "segments": draw_segments,
+    "trade-off": lambda path: plots.trade_off([(f"run {i}", TRADE_OFF, TRADE_OFF) for i in range(9)], path),
+    "curves": lambda path: plots.learning_curves([write_history(path.parent / "run")], path),
+    "confusion": lambda path: plots.confusion_maps({"before": np.eye(3), "after": np.eye(3)}, "abc", path),
+}
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_text_is_legible_at_half_size(tmp_path: Path, figures: list[Figure], name: str) -> None:
+    settings = dict(rcParams)
+    DRAWINGS[name](tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 0
+    texts: list[Any] = figures[0].findobj(Text)
+    assert min(text.get_fontsize() for text in texts if text.get_text()) >= 14
+    # The style does not leak into the user's own figures.
+    assert dict(rcParams) == settings
+
+
+def test_runs_have_different_markers_and_colours() -> None:
+    styles = [plots._run_style(number) for number in range(8)]
+    assert len({(style["color"], style["marker"]) for style in styles}) == 8
+
+
+def test_masks_are_tinted_and_outlined() -> None:
+    labels = np.zeros((30, 40), dtype=np.uint8)
+    labels[5:25, 5:20], labels[5:25, 20:35] = 1, 2
+    picture = plots.overlay_masks(FRAME, labels)
+    assert picture[0, 0].tolist() == [100, 100, 100]
+    assert picture[15, [5, 20]].min() == 255
+    assert picture[15, 3].tolist() == [0, 0, 0]
+    for x, color in ((12, plots.OKABE_ITO[1]), (28, plots.OKABE_ITO[2])):
+        np.testing.assert_allclose(picture[15, x], 40 + 153 * np.array(to_rgb(color)), atol=1)
+
+
+def test_training_and_validation_metrics_have_separate_panels(tmp_path: Path, figures: list[Figure]) -> None:
+    plots.learning_curves([write_history(tmp_path / "run")], tmp_path / "curves.png")
+    panels = [(axes.get_title(loc="left"), axes.get_ylabel(), len(axes.lines)) for axes in figures[0].axes]
+    assert panels == [
+        ("total loss", "lower is better", 1),
+        ("cycle accuracy", "higher is better", 1),
+        ("cycle accuracy", "validation, higher is better", 2),
+        ("grad norm", "", 1),
+    ]
+    with pytest.raises(InputError, match="train some steps first"):
+        plots.learning_curves([tmp_path], tmp_path / "none.png")
+
+
+def test_matches_are_judged_by_the_label_where_they_end() -> None:
+    first, second = np.zeros((2, 20, 40), dtype=np.uint8)
+    first[5:15, 10:20], second[5:15, 20:30] = 1, 1
+    matches = np.array([[0.3, 0.5, 0.6, 0.5], [0.6, 0.5, 0.2, 0.5], [0.3, 0.5, 0.9, 0.5]])
+    assert keep_their_label(matches, first, second) == [True, True, False]
+
+
+def test_matches_start_in_different_rows() -> None:
+    labels = torch.zeros(16, 8, 2)
+    labels[2:14, 1:7, 1], labels[..., 0] = 1, 0.5
+    features = torch.eye(128).view(16, 8, 128)
+    matches = find_matches(features, features, labels)
+    np.testing.assert_array_equal(matches[:, :2], matches[:, 2:])
+    assert len(np.unique(matches[:, 1])) == len(matches) == 12
+    assert len(np.unique(matches[:, 0])) > 3
+    assert find_matches(features, features, labels.flip(-1)[:, :, :1]).shape == (0, 4)
+
+
+def test_matches_of_a_pose_are_judged_by_the_distance_to_the_same_joint() -> None:
+    first = np.stack([np.arange(len(JOINTS)) * 10.0, np.zeros(len(JOINTS))])
+    second = first + np.array([[5.0], [50.0]])
+    # The person measures 0.6 * 140 = 84 pixels, of which 20 % are 16.8.
+    matches = np.array([[21, 1, 25, 50], [21, 1, 25, 66], [21, 1, 25, 68], [21, 1, 21, 1]], dtype=float)
+    assert end_at_their_joint(matches, first, second) == [True, True, False, False]
+
+
+def test_notes_leave_out_unlabelled_pixels() -> None:
+    truth = np.array([[0, 1, 1, 255]], dtype=np.uint8)
+    assert similarity_note(np.array([[0, 1, 0, 1]], dtype=np.uint8), truth) == "J 0.50"
+    assert similarity_note(truth, np.zeros_like(truth)) == ""
