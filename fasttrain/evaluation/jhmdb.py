@@ -188,7 +188,7 @@ def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation) -> dict[s
             for variant, matches in matches_M4.items()
         }
         folder = evaluation.output / "figures"
-        sequences.draw(sequence.name, pictures, overlays, judged, folder, legend=plots.POSE_LEGEND)
+        sequences.draw(sequence.name, pictures, overlays, judged, folder, legend=plots.LIMB_COLORS)
     return {variant: metrics.count_correct(pose_2JT, truth_2JT) for variant, pose_2JT in poses.items()}
 
 

@@ -21,6 +21,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageOps
+from scipy.ndimage import maximum_filter, minimum_filter
 
 from fasttrain.data.images import Frame
 from fasttrain.errors import InputError
@@ -44,10 +45,8 @@ STYLE: dict[Any, Any] = {
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.axisbelow": True,
     "grid.color": "0.9",
     "lines.linewidth": 2,
-    "lines.markersize": 7,
     "legend.frameon": False,
     "figure.titlesize": "medium",
     "figure.constrained_layout.use": True,
@@ -63,8 +62,7 @@ LIMBS = (
     *((0, 1), (0, 2), (0, 3), (0, 4), (1, 5), (1, 6), (3, 7), (4, 8)),
     *((5, 9), (6, 10), (7, 11), (8, 12), (9, 13), (10, 14)),
 )
-TRUNK, RIGHT_LIMBS, LEFT_LIMBS = OKABE_ITO[6], OKABE_ITO[1], OKABE_ITO[2]
-POSE_LEGEND = {"trunk": TRUNK, "right limbs": RIGHT_LIMBS, "left limbs": LEFT_LIMBS}
+LIMB_COLORS = {"trunk": OKABE_ITO[6], "right limbs": OKABE_ITO[1], "left limbs": OKABE_ITO[2]}
 # What the metrics are called in pictures, and which direction is better.
 LOWER, HIGHER = "lower is better", "higher is better"
 DESCRIPTIONS = {
@@ -80,10 +78,8 @@ DESCRIPTIONS = {
 # Recorded, but not learned.
 _BOOKKEEPING = ("step", "epoch", "seconds", "pairs_per_second", "lr", "bad_samples", "bad_files")
 _TRADE_OFF = ("intra_normalized_95", "inter_normalized_95")
-_WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
-# The names of more classes would overlap, or fill the legend.
-_MAX_NAMES = 20
-_MAX_CLASSES = 40
+# The names of more classes would overlap along an axis, or fill the legend.
+_MAX_TICKS, _MAX_HANDLES = 20, 40
 
 
 class Row(NamedTuple):
@@ -98,26 +94,18 @@ class Row(NamedTuple):
 def overlay_masks(frame_HWC: Frame, labels_HW: Labels) -> Frame:
     """Tint every object in its colour, outlined in white and black, and turn the background grey."""
     labels_HW = np.asarray(labels_HW).astype(np.uint8)
-    picture_HWC = _grey(frame_HWC)
-    tinted_HWC = 0.4 * picture_HWC + 153 * _palette(256)[labels_HW]
-    picture_HWC = np.where(labels_HW[..., None] > 0, tinted_HWC, picture_HWC).astype(np.uint8)
+    grey_HWC = _grey(frame_HWC)
+    tinted_HWC = 0.4 * grey_HWC + 153 * _palette(256)[labels_HW]
+    picture_HWC = np.where(labels_HW[..., None] > 0, tinted_HWC, grey_HWC).astype(np.uint8)
     width = max(1, round(labels_HW.shape[1] / 250))
-    for distance, color in ((2 * width, _BLACK), (width, _WHITE)):
-        picture_HWC[_near_edge(labels_HW, distance)] = color
+    for distance, brightness in ((2 * width, 0), (width, 255)):
+        window = 2 * distance + 1
+        picture_HWC[maximum_filter(labels_HW, window) != minimum_filter(labels_HW, window)] = brightness
     return picture_HWC
 
 
 def _grey(frame_HWC: Frame) -> Frame:
     return np.repeat(frame_HWC.mean(axis=-1, keepdims=True).astype(np.uint8), 3, axis=-1)
-
-
-def _near_edge(labels_HW: Labels, distance: int) -> npt.NDArray[np.bool_]:
-    """Mark the pixels with another label at `distance` pixels above, below, left or right."""
-    height, width = labels_HW.shape
-    padded = np.pad(labels_HW, distance, mode="edge")
-    middle, end = slice(distance, -distance), 2 * distance
-    shifted = (padded[:height, middle], padded[end:, middle], padded[middle, :width], padded[middle, end:])
-    return np.any([other_HW != labels_HW for other_HW in shifted], axis=0)
 
 
 def overlay_pose(frame_HWC: Frame, joints_2J: npt.ArrayLike) -> Frame:
@@ -128,11 +116,11 @@ def overlay_pose(frame_HWC: Frame, joints_2J: npt.ArrayLike) -> Frame:
     size = max(2, round(min(image.size) / 70))
     for start, end in LIMBS:
         if joints_J2[start, 0] >= 0 and joints_J2[end, 0] >= 0:
-            color = TRUNK if start < 3 else RIGHT_LIMBS if end % 2 else LEFT_LIMBS
-            for fill, width in ((_BLACK, size + 2), (color, size)):
+            limbs = "trunk" if start < 3 else "right limbs" if end % 2 else "left limbs"
+            for fill, width in (("black", size + 2), (LIMB_COLORS[limbs], size)):
                 draw.line([*joints_J2[start], *joints_J2[end]], fill=fill, width=width)
     for joint in joints_J2[joints_J2[:, 0] >= 0]:
-        draw.circle(tuple(joint), size, fill=_WHITE, outline=_BLACK)
+        draw.circle(tuple(joint), size, fill="white", outline="black")
     return np.asarray(image)
 
 
@@ -173,10 +161,10 @@ def correspondence_arrows(
     """
     height, width = rows[0][1].shape[:2]
     figure = Figure(figsize=(COLUMN, len(rows) * (COLUMN / 2 * height / width + 0.3) + 0.5))
-    styles: dict[bool, dict[str, Any]] = {
-        True: {"color": CORRECT, "linestyle": "-", "label": "correct match"},
-        False: {"color": WRONG, "linestyle": (0, (3, 1.5)), "label": "wrong match"},
-    }
+    styles: list[dict[str, Any]] = [
+        {"color": WRONG, "linestyle": (0, (3, 1.5)), "linewidth": 1.2},
+        {"color": CORRECT, "linestyle": "-", "linewidth": 1.2},
+    ]
     halo = [withStroke(linewidth=2.2, foreground="white")]
     grid = figure.subplots(len(rows), squeeze=False)[:, 0]
     for axes, (name, first_HWC, second_HWC, matches_M4, is_correct_M) in zip(grid, rows, strict=True):
@@ -185,19 +173,17 @@ def correspondence_arrows(
         gap_HWC = np.full((height, offset - width, 3), 255, dtype=np.uint8)
         axes.imshow(np.concatenate([_grey(first_HWC), gap_HWC, _grey(second_HWC)], axis=1))
         for (x, y, x_match, y_match), is_correct in zip(matches_M4.tolist(), is_correct_M, strict=True):
-            style = styles[bool(is_correct)]
+            style = styles[is_correct]
             start, end = (x * width, y * height), (offset + x_match * width, y_match * height)
-            arrow = {"arrowstyle": "->", "shrinkA": 0, "shrinkB": 0, "linewidth": 1.2, "path_effects": halo}
-            arrow |= {"color": style["color"], "linestyle": style["linestyle"]}
+            arrow = {"arrowstyle": "->", "shrinkA": 0, "shrinkB": 0, "path_effects": halo, **style}
             axes.annotate("", end, start, arrowprops=arrow)
             axes.plot(*start, "o", color=style["color"], markeredgecolor="white", markersize=5)
-        axes.set_xticks([])
-        axes.set(yticks=[], frame_on=False, ylabel=name)
-        axes.set_xlabel(f"{sum(map(bool, is_correct_M))} of {len(matches_M4)} matches are correct")
-    grid[0].tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
+        axes.set(xticks=[], yticks=[], frame_on=False, ylabel=name)
+        axes.set_xlabel(f"{sum(is_correct_M)} of {len(matches_M4)} matches are correct")
+    grid[0].tick_params(labeltop=True, labelbottom=False, length=0)
     grid[0].set_xticks([width / 2, offset + width / 2], columns)
-    handles = [Line2D([], [], linewidth=2, **style) for style in styles.values()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    wrong, correct = (Line2D([], [], **style) for style in styles)
+    figure.legend([correct, wrong], ["correct match", "wrong match"], loc="outside lower center", ncols=2)
     _save(figure, path)
 
 
@@ -293,7 +279,7 @@ def confusion_maps(counts: Mapping[str, Any], classes: Sequence[str], path: Path
         axes.spines[:].set_visible(True)
         accuracy = 100 * np.trace(counts_CC) / max(1, counts_CC.sum())
         axes.set(title=f"{variant}: {accuracy:.1f} % correct", xlabel="predicted class")
-        if len(classes) <= _MAX_NAMES:
+        if len(classes) <= _MAX_TICKS:
             names = [shorten(name) for name in classes]
             axes.set_xticks(range(len(classes)), names, rotation=90)
             axes.set_yticks(range(len(classes)), names)
@@ -329,7 +315,7 @@ def segment_bars(
             axes.axhline(border - 0.5, color="white", linewidth=4)
     grid[-1].set_xlabel("frame")
     handles = [Patch(color=palette[label], label=shorten(classes[label])) for label in seen]
-    figure.legend(handles=handles[:_MAX_CLASSES], loc="outside lower center", ncols=4)
+    figure.legend(handles=handles[:_MAX_HANDLES], loc="outside lower center", ncols=4)
     _save(figure, path)
 
 

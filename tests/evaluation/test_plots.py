@@ -47,7 +47,7 @@ def draw_arrows(path: Path) -> None:
 
 def draw_sheet(path: Path) -> None:
     rows = [plots.Row("truth", [FRAME, FRAME]), plots.Row("before", [FRAME], ["J 0.50"])]
-    plots.contact_sheet(rows, path, ["frame 1", "frame 2"], plots.POSE_LEGEND)
+    plots.contact_sheet(rows, path, ["frame 1", "frame 2"], plots.LIMB_COLORS)
 
 
 def draw_segments(path: Path) -> None:
