@@ -180,7 +180,7 @@ class Trainer:
         bad_samples = [line for share in shares for line in share]
         self.bad_samples += len(bad_samples)
         for line in bad_samples:
-            self.say(f"replaced an unreadable sample: {line}")
+            self.say(f"unreadable sample: {line}")
         common = {
             "epoch": self.completed_steps / self.steps_per_epoch,
             "lr": self._lr(self.completed_steps - 1),
