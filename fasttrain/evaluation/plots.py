@@ -131,8 +131,8 @@ def contact_sheet(
     """Rows of pictures under the headings `columns`. A legend maps names to colours."""
     count = max(len(row.pictures) for row in rows)
     height, width = rows[0].pictures[0].shape[:2]
-    note_heights = sum(0.3 for row in rows if row.notes)
-    figure = Figure(figsize=(COLUMN, len(rows) * (COLUMN / count * height / width) + note_heights + 0.5))
+    lines = sum(bool(row.notes) for row in rows) + 1.4 * bool(legend)
+    figure = Figure(figsize=(COLUMN, len(rows) * COLUMN / count * height / width + 0.3 * lines + 0.5))
     figure.set_layout_engine("compressed", w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     grid = figure.subplots(len(rows), count, squeeze=False)
     for axes_of_row, row in zip(grid, rows, strict=True):
