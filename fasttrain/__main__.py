@@ -165,10 +165,10 @@ def train(recipe: Recipe, *, profile: bool = False) -> None:
             else:
                 for folder in folders:
                     learning_curves([folder], folder / "figures" / "learning.png")
-        trainer.say(_where_to_find(folders))
+        trainer.say(result_line(folders))
 
 
-def _where_to_find(folders: list[Path]) -> str:
+def result_line(folders: list[Path]) -> str:
     """Name the trained projections of the run folders in one line that also shows how to load them."""
     from fasttrain.video_encoder import PROJECTION_FILE
 

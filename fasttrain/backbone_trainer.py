@@ -77,8 +77,7 @@ class BackboneTrainer:
         encoder: The recipe's backbone, if it is already loaded. It is moved and cast in place.
 
     Raises:
-        InputError: The weights cannot be loaded, or a key of the recipe does not fit the backbone or the
-            device.
+        InputError: The weights cannot be loaded, or the recipe does not fit the backbone or the device.
     """
 
     def __init__(self, recipe: Recipe, world: World, encoder: Backbone | None = None) -> None:
@@ -96,7 +95,6 @@ class BackboneTrainer:
                 f"objective.window: {recipe.objective.window} is larger than the token grid of {self.name} "
                 f"({self.grid[0]} x {self.grid[1]}); expected at most {min(self.grid)}"
             )
-
         self.runtime = EncoderRuntime(self.encoder, recipe.encoder, dtype=self.dtype, device=world.device)
         self.projection = Projection(
             self.encoder.embed_dim,

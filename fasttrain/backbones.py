@@ -157,8 +157,7 @@ def _build_family(family: Family, *, embed_dim: int = 768, num_heads: int | None
 def _build_timm(name: str, **sizes: Any) -> Any:
     try:
         vit = timm.create_model(name, num_classes=0, dynamic_img_size=True, **sizes)
-    # Other architectures do not accept the arguments, assertions reject invalid sizes, and the tag may be
-    # unknown.
+    # Raised for architectures that do not accept these arguments, for invalid sizes, and for unknown tags.
     except (TypeError, AssertionError, RuntimeError) as error:
         raise InputError(f"backbone {name!r} is not a plain timm ViT of these sizes ({error})") from error
     if not isinstance(vit, VisionTransformer) or vit.pos_embed is None:
@@ -265,8 +264,7 @@ class Backbone(nn.Module):
     Attributes:
         name: The name that was passed to `load_backbone`.
         weights: The weights that were passed to `load_backbone`.
-        weights_hash: SHA-256 of the parameters in float32 as loaded, which does not depend on the file
-            format.
+        weights_hash: SHA-256 of the parameters in float32, which does not depend on the file format.
         embed_dim: Embedding dimension D.
         patch_size: Patch size in pixels.
         image_size: Side of the square training images in pixels.

@@ -15,7 +15,7 @@ WARM_UPS = 3
 
 
 class CapturedCall:
-    """Calls `function(*inputs)` by replaying a CUDA graph.
+    """A function that is called by replaying a CUDA graph.
 
     `function` may write to fixed tensors, such as gradients, but must not wait for the GPU. The returned
     tensors belong to the graph, and the next call overwrites them in stream order. They should be detached,

@@ -24,14 +24,13 @@ Key = TypeVar("Key", str, int)
 Item = TypeVar("Item")
 
 # How long ranks wait for each other. NCCL's default of ten minutes is too short for evaluations, whose ranks
-# finish at very different times. If a process dies, torchrun stops the other processes of the node
-# immediately.
+# finish at very different times. If a process dies, torchrun stops the others on its node immediately.
 TIMEOUT = timedelta(hours=2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """The rank of this process, the number of processes and the device.
+    """This process among the processes of a run.
 
     Attributes:
         rank: Rank of this process among all processes.

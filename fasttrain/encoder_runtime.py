@@ -27,8 +27,7 @@ ATTENTION = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-# Larger chunks were slower on a CPU, because their views exceed the caches
-# (benchmarks/results/step-cpu.json).
+# Larger chunks exceed the caches of a CPU and were slower (benchmarks/results/step-cpu.json).
 CPU_CHUNK = 4
 # Up to this number of tokens, unfused attention is faster than PyTorch's fused kernel on a CPU in half
 # precision (3.8 against 6.2 ms for 12 x 3 heads of 197 tokens).
@@ -42,7 +41,7 @@ LARGEST = torch.finfo(FLOAT8).max
 
 
 class EncoderRuntime:
-    """Computes the three views of frame pairs with the execution options of a recipe.
+    """A frozen encoder with the execution options of a recipe.
 
     Args:
         encoder: The backbone, which is moved to the device and cast or quantised in place.
@@ -122,8 +121,7 @@ def _unfuse_attention(encoder: Backbone) -> None:
 
 def compile_fixed(function: ThreeViews, mode: str | None) -> ThreeViews:
     """Compile a function for fixed shapes. PyTorch caches the code across runs (TORCHINDUCTOR_CACHE_DIR)."""
-    # Each kind of encoder in a process needs a program. Beyond PyTorch's default limit of 8, they run
-    # uncompiled.
+    # Each kind of encoder needs a program. Beyond PyTorch's default limit of 8, they would not be compiled.
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, MAX_PROGRAMS)
     return torch.compile(function, dynamic=False, mode=mode)

@@ -20,7 +20,7 @@ NON_FINITE = "non-finite loss"
 
 
 class MetricsLog:
-    """Writes the metrics of one run folder to metrics.jsonl and, if `tensorboard`, to TensorBoard events.
+    """The log of a run folder: metrics.jsonl and, if `tensorboard`, TensorBoard events.
 
     Records of steps after `completed_steps` are removed: an interrupted run wrote them after its last
     checkpoint.

@@ -39,7 +39,7 @@ span = record_function
 
 
 class StepProfiler(profile):
-    """Records the steps from index SKIPPED up to SKIPPED + RECORDED - 1, or fewer if the run is shorter.
+    """A profiler of the steps from index SKIPPED up to SKIPPED + RECORDED - 1, or fewer in a shorter run.
 
     Use it as a context manager and call `step` after each step. If any steps were recorded, it writes both
     files to `folder` and passes the summary table to `say`.
@@ -74,7 +74,7 @@ class StepProfiler(profile):
         steps = self.step_num
         super().__exit__(*error)
         if steps <= SKIPPED:
-            self.say(f"no profile: the run has at most {SKIPPED} steps, which are skipped")
+            self.say(f"no profile: the run took only {steps} steps, and the first {SKIPPED} are not recorded")
 
 
 def summarise(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -83,11 +83,13 @@ def summarise(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
     Returns:
         A dictionary with the keys
 
-        - `device`: `cuda` or `cpu`. - `steps`: Number of recorded steps. - `step_ms`: Mean duration of a
-        step. - `parts`: For each span, `ms` per step and `share` of the total, in device time on a GPU and
-        host time on a CPU. - `outside_ms`: Time per step outside of all spans. - `waits`, `scalar_reads`,
-        `allocations`: Events per step on threads that run PyTorch. - `busy_share` (GPU only): Fraction of the
-        recorded time during which at least one kernel ran.
+        - `device`: `cuda` or `cpu`.
+        - `steps`: Number of recorded steps.
+        - `step_ms`: Mean duration of a step.
+        - `parts`: For each span, `ms` per step and `share` of the total (device time on a GPU).
+        - `outside_ms`: Time per step outside of all spans.
+        - `waits`, `scalar_reads`, `allocations`: Events per step on threads that run PyTorch.
+        - `busy_share`: Fraction of the recorded time during which at least one kernel ran (GPU only).
     """
     complete = [event for event in events if event.get("ph") == "X"]
     ranges = sorted(

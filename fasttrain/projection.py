@@ -27,8 +27,8 @@ _DEPTH: dict[Head, int] = {"linear": 1, "mlp2": 2, "mlp3": 3}
 class Projection(nn.Module):
     """The projection g of the paper (`ST_adapter.py` of github.com/yafeng19/Co-Settle).
 
-    The module maps tokens (..., D) to tokens (..., D), which are not L2-normalised. All linear layers are D x
-    D:
+    The module maps tokens (..., D) to tokens (..., D), which are not L2-normalised. All linear layers have D
+    inputs and D outputs:
 
         linear:  Linear, tanh, LayerNorm
         mlp2:    Linear, tanh, Linear, LayerNorm
@@ -38,8 +38,8 @@ class Projection(nn.Module):
         dim: Embedding dimension D.
         head: Architecture: `linear`, `mlp2` or `mlp3`.
         init: Initialisation of the linear layers: `trunc_normal` (standard deviation 0.02, zero bias),
-            `xavier_uniform` (zero bias), or `default` (that of `nn.Linear`). The published implementation
-            uses a different one for some backbones (`Backbone.projection_init`).
+            `xavier_uniform` (zero bias), or `default` (that of `nn.Linear`). The choice of the
+            published implementation depends on the backbone (`Backbone.projection_init`).
         seed: Seed of the initialisation. The global generator is not affected.
 
     Attributes:
@@ -70,9 +70,9 @@ class Projection(nn.Module):
     def split(self, tokens: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Split the forward pass for the fused kernel, which computes what follows the last matrix product.
 
-        Returns the output of the last linear layer without its bias, and the remaining arguments of the
-        kernel. `forward(tokens)` equals norm(tanh(output + bias)), or norm(output + bias) if `rest["tanh"]`
-        is False.
+        Returns the output of the last linear layer without its bias, and the remaining arguments `rest` of
+        the kernel. `forward(tokens)` equals norm(tanh(output + bias)), or norm(output + bias) if
+        `rest["tanh"]` is False.
         """
         rest = {
             "bias": self._last_linear.bias,
@@ -128,8 +128,7 @@ class Projection(nn.Module):
             ) from error
         if metadata.get("head") not in _DEPTH or "norm.weight" not in state:
             raise InputError(
-                f"projection '{path}' was not written by fasttrain; pass projection.safetensors of a run "
-                f"folder"
+                f"projection '{path}' is not from fasttrain; pass projection.safetensors of a run folder"
             )
         projection = _from_state_dict(cast(Head, metadata["head"]), state, f"projection '{path}'")
         projection.metadata = metadata
@@ -184,5 +183,7 @@ def _from_state_dict(head: Head, state: dict[str, Tensor], source: str) -> Proje
     try:
         projection.load_state_dict(state)
     except RuntimeError as error:
-        raise InputError(f"{source} does not fit a {head} head: {' '.join(str(error).split())}") from error
+        raise InputError(
+            f"{source} does not fit the head {head!r}: {' '.join(str(error).split())}"
+        ) from error
     return projection

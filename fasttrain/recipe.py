@@ -68,17 +68,17 @@ class BackboneRecipe:
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class EncoderRecipe:
     precision: Literal["auto", "fp8"] = "auto"
-    """Precision of the frozen blocks' linear layers; `auto`: train.precision; `fp8`: Ada, Hopper or later."""
+    """Precision of the frozen linear layers; `auto`: train.precision; `fp8`: Ada, Hopper or later GPUs."""
     compile: Annotated[Literal["auto", "none", "default", "max-autotune"], MAY_CHANGE] = "auto"
     """Mode of torch.compile for the encoder; `auto`: `default` on a GPU, `none` on a CPU."""
     cuda_graph: Annotated[bool, MAY_CHANGE] = False
-    """Replay a forward and backward pass as one CUDA graph; several processes or fp16: the encoder only."""
+    """Replay forward and backward pass as a CUDA graph; with several processes or fp16, the encoder only."""
     attention: Annotated[Literal["auto", "cudnn", "flash", "efficient", "math"], MAY_CHANGE] = "auto"
     """Scaled dot-product attention kernel; `auto`: PyTorch's choice, or unfused on a CPU if faster."""
     batch_views: Annotated[bool, MAY_CHANGE] = True
     """Encode the three views in one batch, which is faster; false: one pass per view, in less memory."""
     chunk: Annotated[int, Field(ge=0), MAY_CHANGE] = 0
-    """Frame pairs that are encoded at a time, to limit memory; 0: all on a GPU, 4 on a CPU."""
+    """Number of frame pairs to encode at a time, which limits memory; 0: all on a GPU, 4 on a CPU."""
     cast_weights: Annotated[bool, MAY_CHANGE] = True
     """Cast the frozen weights to train.precision once; false: keep float32 weights and use autocast."""
 
@@ -100,7 +100,7 @@ class ObjectiveRecipe:
     regularizer: Literal["kl", "mse"] = "kl"
     """Separability loss: KL divergence over channels, or mean squared error of the normalised tokens."""
     asymmetric_ratio: NonNegative = 10.0
-    """Enlargement (1 + ratio) of the position map from which view 3 is cropped; 0: plain positions."""
+    """View 3's positions are cropped from a map enlarged by 1 + ratio; 0: the usual positions."""
     backend: Annotated[Literal["auto", "triton", "eager"], MAY_CHANGE] = "auto"
     """Implementation of the losses; `auto`: Triton kernels on a GPU if Triton is installed, else eager."""
 
@@ -108,7 +108,7 @@ class ObjectiveRecipe:
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class DataRecipe:
     source: Annotated[str, MAY_CHANGE] = ""
-    """Training videos: a folder of frame folders or video files, a frame list, or a packed set."""
+    """Training videos: a folder of videos or frame folders, a text file that lists them, or a packed set."""
     kind: Annotated[Literal["auto", "folders", "list", "videos", "packed"], MAY_CHANGE] = "auto"
     """Type of the source; `auto`: detect it."""
     image_size: Annotated[int, Field(ge=1, le=2**14)] = 224
@@ -147,7 +147,7 @@ class OptimizerRecipe:
     name: Literal["adamw", "apex_fused_adam", "apex_fused_lamb"] = "adamw"
     """PyTorch's fused AdamW, or a fused optimiser of NVIDIA Apex, which must be installed."""
     lr: Positive = 1e-4
-    """Peak learning rate for a global batch of 256 frame pairs; scales linearly with the global batch."""
+    """Peak learning rate for a global batch of 256 frame pairs, scaled linearly with the global batch."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
     """Decay rates of the running averages of the gradient and its square."""
     eps: Positive = 1e-8
@@ -159,9 +159,9 @@ class OptimizerRecipe:
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class TrainRecipe:
     epochs: Positive = 5.0
-    """Number of epochs; may be fractional."""
+    """Number of epochs, which may be fractional."""
     steps: Count | None = None
-    """Number of optimiser steps; null: as many as `epochs` takes. The schedule is rescaled to fit."""
+    """Number of optimiser steps; null: derived from `epochs`. The schedule always spans all steps."""
     warmup_epochs: NonNegative = 1.0
     """Epochs of linear learning-rate warm-up from 0; a cosine decay to 0 follows."""
     batch_size: Annotated[Count, MAY_CHANGE] = 128
@@ -171,7 +171,7 @@ class TrainRecipe:
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Precision of the encoder and of the projection's matrix products; fp16 uses loss scaling."""
     log_every: Annotated[Count, MAY_CHANGE] = 20
-    """Steps between log lines; the host does not wait for the device in between."""
+    """Steps between log lines, which are the only steps at which the host waits for the device."""
     save_every: Annotated[Count, MAY_CHANGE] = 500
     """Steps between checkpoints; the last step always writes one."""
     keep: Annotated[Count, MAY_CHANGE] = 2
@@ -208,8 +208,7 @@ class EvalRecipe:
 class Recipe:
     """The configuration of one run; `load_recipe` reads it from a file.
 
-    If `backbones` is empty, the run trains a projection for `backbone`, otherwise one for each of
-    `backbones`.
+    A run trains one projection for `backbone`, or one for each of `backbones` if there are any.
     """
 
     output: Annotated[str, MAY_CHANGE] = "runs/run"

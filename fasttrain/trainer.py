@@ -256,8 +256,8 @@ class Trainer:
         data = self.recipe.data
         if not data.source:
             raise InputError(
-                "data.source is not set. Pass a folder of videos or frame folders, a frame list, or a packed "
-                "set: data.source=PATH"
+                "data.source is not set. Pass a folder of videos or frame folders, a text file that lists "
+                "them, or a packed set: data.source=PATH"
             )
         self.world.check_same(Path(data.source).expanduser().exists(), f"data.source: {data.source}")
         index = open_source(data.source, kind=data.kind, world=self.world)
@@ -265,10 +265,7 @@ class Trainer:
             self.say(f"skipped {name}: {reason}")
         single = int((index.num_frames == 1).sum())
         if single:
-            self.say(
-                f"{single} of {len(index)} videos have a single frame; both views of their pairs will be "
-                f"identical"
-            )
+            self.say(f"{single} of {len(index)} videos have a single frame, which their pairs contain twice")
         return index
 
     def _resume(self) -> int:

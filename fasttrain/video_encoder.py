@@ -37,7 +37,11 @@ class VideoEncoder(nn.Module):
         self.requires_grad_(False).eval()
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Return the token grid (h, w) of a frame in pixels, with h * w = N.
+        """Return the token grid (h, w) of a frame, with h * w = N.
+
+        Args:
+            height: Height of the frame in pixels.
+            width: Width of the frame in pixels.
 
         Raises:
             InputError: The size is not a multiple of the patch size.
@@ -113,8 +117,7 @@ def load_video_encoder(
         The encoder in float32.
 
     Raises:
-        InputError: The folder contains no projection, or the weights cannot be read or are not those of the
-            training.
+        InputError: The folder contains no projection, or the weights cannot be read or have changed.
     """
     path = Path(run) / PROJECTION_FILE
     if not path.is_file():

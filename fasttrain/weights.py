@@ -28,8 +28,7 @@ StateDict = dict[str, Tensor]
 
 SOURCES = "a local path, hf://owner/repo/path, timm://name, or random"
 
-# Classes that published checkpoints contain besides tensors. `torch.load` with `weights_only=True` refuses
-# all others.
+# Classes in published checkpoints other than tensors. `torch.load(weights_only=True)` refuses all others.
 _NUMPY_SCALAR = np.float64(0).__reduce__()[0]
 _SAFE_GLOBALS: list[Any] = [
     argparse.Namespace,
@@ -138,8 +137,7 @@ def _download(weights: str) -> Path:
     repo, revision, path = match.groups()
     files = [path]
     try:
-        # A folder with a single file may be given, because each checkpoint of the paper's release has a
-        # folder.
+        # In the paper's release, each checkpoint is the only file of a folder.
         if not PurePosixPath(path).suffix:
             all_files = huggingface_hub.list_repo_files(repo, revision=revision)
             files = [file for file in all_files if file == path or file.startswith(path + "/")]
@@ -163,7 +161,7 @@ def _load_timm(weights: str) -> StateDict:
     try:
         return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
     except (HfHubHTTPError, OSError) as error:
-        file = f"model.safetensors of https://huggingface.co/timm/{name}"
+        file = f"model.safetensors from https://huggingface.co/timm/{name}"
         raise _download_error(weights, file, error) from error
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fasttrain.__main__ import COMMANDS, main
+from fasttrain.__main__ import COMMANDS, main, result_line
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
@@ -65,6 +65,15 @@ def test_bad_input_prints_one_line_and_exits_with_code_2(
     assert error.startswith("fasttrain: ")
     assert error.count("\n") == 1
     assert part in error
+
+
+@pytest.mark.parametrize(
+    ("names", "file"),
+    [(["mae"], "mae/projection.safetensors"), (["mae", "dino"], "{mae,dino}/projection.safetensors")],
+)
+def test_training_ends_with_the_location_of_the_result(names: list[str], file: str) -> None:
+    line = result_line([Path("runs") / name for name in names])
+    assert line == f"saved runs/{file}; load with fasttrain.load_video_encoder('runs/mae')"
 
 
 def test_a_full_disk_prints_one_line(

@@ -160,10 +160,10 @@ def test_messages_about_files_without_a_projection(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "other_model", {"head": "linear"})
     messages = {
         "truncated": "cannot be read",
-        "no_metadata": "was not written by fasttrain",
-        "other_model": "was not written by fasttrain",
-        "no_linear": "does not fit a linear head: .*linears.0.weight",
-        "other_head": "does not fit a mlp2 head: .*linears.1.weight",
+        "no_metadata": "is not from fasttrain",
+        "other_model": "is not from fasttrain",
+        "no_linear": "does not fit the head 'linear': .*linears.0.weight",
+        "other_head": "does not fit the head 'mlp2': .*linears.1.weight",
         "missing": "cannot be read .*No such file",
     }
     for name, message in messages.items():
@@ -178,8 +178,8 @@ def test_messages_about_checkpoints_without_a_projection(tmp_path: Path) -> None
     for omitted, message in [
         ("adapter_", "contains no Co-Settle projection"),
         ("adapter_layer_norm1", "contains no Co-Settle projection"),
-        ("adapter_linear1", "does not fit a linear head"),
-        ("adapter_linear2.bias", "does not fit a mlp2 head: .*linears.1.bias"),
+        ("adapter_linear1", "does not fit the head 'linear'"),
+        ("adapter_linear2.bias", "does not fit the head 'mlp2': .*linears.1.bias"),
     ]:
         save_release(path, {k: t for k, t in complete.items() if not k.startswith(omitted)})
         with pytest.raises(InputError, match=message):

@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 class _PerFrame(nn.Module):
-    """Maps frames (T, 3, H, W) to tokens (T, N, D), with one dynamic dimension for torch.export."""
+    """A module from frames (T, 3, H, W) to tokens (T, N, D), with T as the only dynamic dimension."""
 
     def __init__(self, encoder: VideoEncoder) -> None:
         super().__init__()
@@ -60,8 +60,7 @@ def export(
         The path of the file.
 
     Raises:
-        InputError: The run cannot be loaded, the size is not a multiple of the patch size, or the suffix is
-            wrong.
+        InputError: The run cannot be loaded, or the size or the suffix of the file is invalid.
     """
     path = Path(file)
     if path.suffix != ".pt2":
