@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fasttrain.errors import InputError
+from fasttrain.errors import InputError, LocalInputError
 
 Key = TypeVar("Key", str, int)
 Item = TypeVar("Item")
@@ -145,7 +145,7 @@ def _own_device(device: str, local_rank: int) -> torch.device:
     if not available:
         raise InputError("device: 'cuda' is not available, because torch finds no GPU. Use device=cpu")
     if local_rank >= torch.cuda.device_count():
-        raise InputError(
+        raise LocalInputError(
             f"local rank {local_rank} has no GPU. Start at most one process per GPU: "
             f"torchrun --nproc-per-node={torch.cuda.device_count()}"
         )

@@ -53,7 +53,7 @@ class EncoderRuntime:
         compiled: Whether the encoder is compiled, in which case the first call is slow.
 
     Raises:
-        InputError: The device does not support the selected precision.
+        InputError: The device does not support the selected precision or attention kernel.
     """
 
     def __init__(
@@ -77,6 +77,11 @@ class EncoderRuntime:
         self._chunk = recipe.chunk or (CPU_CHUNK if device.type == "cpu" else 0)
         if recipe.attention == "auto" and device.type == "cpu" and dtype != torch.float32:
             _unfuse_attention(encoder)
+        if recipe.attention in ("cudnn", "efficient") and device.type == "cpu":
+            raise InputError(
+                f"encoder.attention: {recipe.attention!r} needs a GPU, but this run is on the CPU. Use "
+                f"encoder.attention=auto"
+            )
         if recipe.attention != "auto":
             encode = _with_attention(encode, ATTENTION[recipe.attention])
         self._encode = compile_fixed(encode, COMPILE_MODES[mode]) if self.compiled else encode

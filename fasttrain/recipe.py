@@ -387,8 +387,7 @@ def _override(tree: dict[str, Any], argument: str) -> dict[str, Any]:
     if not equals or not key:
         raise InputError(f"argument {argument!r}: expected key=value, such as train.epochs=5")
     value: Any = text
-    # The value of a string key stays a string, even if YAML would read it as a number or a boolean (2024,
-    # on).
+    # String keys keep the text, even if YAML would read it as a number or a boolean (2024, on).
     if not any(path == key and info.annotation is str for path, info in _keys(Recipe)):
         with suppress(yaml.YAMLError, ValueError):
             value = yaml.load(text, Loader=_Loader)  # derived from SafeLoader
@@ -411,7 +410,7 @@ def _override(tree: dict[str, Any], argument: str) -> dict[str, Any]:
     return _merge(tree, value)
 
 
-# Patterns of pydantic's messages, and how we word them.
+# Replacements for the wording of pydantic's messages.
 _WORDING = (
     (r"^Input should be an object$", "expected a section of keys"),
     (r"^Input should be (greater|less)", r"expected a value \1"),

@@ -183,8 +183,7 @@ def test_sizes_are_read_from_the_checkpoint(shared: Path) -> None:
 def test_positions_of_a_checkpoint_are_resized_to_the_image_size(shared: Path, family: str) -> None:
     own_441D = published(shared, family).positions((4, 4)).view(4, 4, 32)
     encoder = published(shared, family, image_size=96)
-    # The published BLIP code resizes without antialiasing when loading, and with antialiasing in the forward
-    # pass.
+    # The published BLIP code resizes positions without antialiasing when it loads a checkpoint.
     how = "plain" if family == "blip" else FAMILIES[family].resize
     assert torch.equal(encoder.positions((6, 6)), resize_positions(own_441D, (6, 6), how).flatten(0, 1))
     assert encoder.asymmetric_positions(offset=(60, 60)).shape == (36, 32)

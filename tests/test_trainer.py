@@ -290,8 +290,7 @@ def test_no_scalars_are_read_between_log_steps(frames: Path, tmp_path: Path) -> 
     summary = json.loads((tmp_path / "profile" / "summary.json").read_text())
     assert summary["steps"] == RECORDED
     assert all(summary["parts"][name]["ms"] > 0 for name in SPANS if name != RECORDED_PASS)
-    # On a CPU, torch's fused AdamW reads its step counter once for each of the four parameters of the
-    # projection.
+    # On a CPU, torch's fused AdamW reads a step counter for each of the projection's four parameters.
     assert summary["scalar_reads"] <= 4
 
 
@@ -340,6 +339,7 @@ def test_the_encoder_and_a_finished_run_are_not_modified(frames: Path, tmp_path:
         ({"train": {"batch_size": 7}}, "7"),
         ({"objective": {"window": 5}}, "objective.window"),
         ({"objective": {"backend": "triton"}}, "objective.backend: 'triton' needs"),
+        ({"encoder": {"attention": "cudnn"}}, "encoder.attention: 'cudnn' needs a GPU"),
         ({"data": {"image_size": 60}}, "60"),
         ({"backbone": {"weights": "nowhere.pth"}}, "nowhere.pth"),
     ],
