@@ -206,9 +206,8 @@ def learning_curves(runs: Sequence[Path], path: Path) -> None:
                     curves = panels.setdefault((name, bool(variant)), {})
                     curves.setdefault((number, variant == "before"), []).append((record["step"], value))
     if not panels:
-        raise InputError(
-            f"no metrics in the metrics.jsonl of {', '.join(map(str, runs))}; train some steps first"
-        )
+        paths = ", ".join(f"'{run}'" for run in runs)
+        raise InputError(f"{paths}: no metrics in metrics.jsonl. Train some steps first.")
     names = run_names(runs)
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)

@@ -105,7 +105,7 @@ def test_invalid_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert report(tmp_path, run) == 2
     assert f"--output: '{tmp_path}' is a folder" in capsys.readouterr().err
     assert report(page, write_history(tmp_path / "fresh", "")) == 2
-    assert "train some steps first" in capsys.readouterr().err
+    assert "no metrics in metrics.jsonl" in capsys.readouterr().err
     (tmp_path / "nothing").mkdir()
     assert report(page, tmp_path / "nothing") == 2
     assert "has neither metrics.jsonl nor eval" in capsys.readouterr().err
