@@ -101,7 +101,7 @@ def test_training_and_validation_metrics_have_separate_panels(tmp_path: Path, fi
         ("cycle accuracy", "validation, higher is better", 2),
         ("grad norm", "", 1),
     ]
-    with pytest.raises(InputError, match="no metrics in metrics.jsonl"):
+    with pytest.raises(InputError, match="no metrics"):
         plots.learning_curves([tmp_path], tmp_path / "none.png")
 
 
