@@ -1,5 +1,7 @@
-"""Draw result files as bar charts: `python -m benchmarks.plot benchmarks/results/step-cuda.json ...` writes
-`step-cuda.png` next to the file."""
+"""Draw result files as bar charts, each in a PNG next to the file.
+
+python -m benchmarks.plot benchmarks/results/step-cuda.json ...
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ METRICS = {
     "ms": "time in ms (lower is better)",
     "pairs_per_second": "frame pairs per second (higher is better)",
 }
-# Keys of the JSON that say nothing in a title.
+# Keys of the JSON that are left out of titles.
 CONTAINERS = ("cases", "rows", "time", "timings")
 
 Rows = dict[str, dict[str, Any]]

@@ -1,7 +1,6 @@
-"""Pictures: masks, poses and matches drawn on frames, nearest videos, curves and charts.
+"""Pictures: contact sheets of masks and poses, matches between frames, and charts.
 
-The functions need no model. Frames are uint8 RGB. Shape suffixes: T frames, H height, W width, C colours or
-classes, J joints, M matches.
+Frames are uint8 RGB. Shape suffixes: T frames, H height, W width, C colours or classes, J joints, M matches.
 """
 
 import math
@@ -31,13 +30,13 @@ Labels = npt.NDArray[Any]
 Matches = npt.NDArray[np.floating[Any]]
 Metrics = Mapping[str, float | None]
 
-# The palette of Okabe and Ito, which colour-blind readers can tell apart; its black is left to text.
+# The palette of Okabe and Ito, which colour-blind readers can tell apart. Black is reserved for text.
 OKABE_ITO = ("#0072B2", "#D55E00", "#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#F0E442")
 CORRECT, WRONG = OKABE_ITO[:2]
-# Runs differ in dashes and markers, too. Yellow is too light for lines.
+# Dashes and markers also distinguish the runs. Yellow is too light for lines.
 _LINE_COLORS, _MARKERS = OKABE_ITO[:6], "os^DvPX"
 _DASHES = ("-", "--", "-.", (0, (6, 1)), (0, (3, 1, 1, 1, 1, 1)))
-# Widths in inches. Printed at half size, they fill a column or a page, and the text has 7 points.
+# Widths in inches. At half size, a picture fills a column or a page of print, and its text is 7 pt.
 COLUMN, PAGE = 7, 14
 STYLE: dict[Any, Any] = {
     "font.size": 14,
@@ -57,13 +56,13 @@ STYLE: dict[Any, Any] = {
     "text.parse_math": False,
 }
 
-# Limbs of a JHMDB pose as pairs of joints (`jhmdb.JOINTS`). From the shoulders on, odd joints are right ones.
+# Limbs of a JHMDB pose as pairs of joints (`jhmdb.JOINTS`). From the shoulders on, odd joints are right.
 LIMBS = (
     *((0, 1), (0, 2), (0, 3), (0, 4), (1, 5), (1, 6), (3, 7), (4, 8)),
     *((5, 9), (6, 10), (7, 11), (8, 12), (9, 13), (10, 14)),
 )
 LIMB_COLORS = {"trunk": OKABE_ITO[6], "right limbs": OKABE_ITO[1], "left limbs": OKABE_ITO[2]}
-# What the metrics are called in pictures, and which direction is better.
+# The name of each metric in pictures, and the direction that is better.
 LOWER, HIGHER = "lower is better", "higher is better"
 DESCRIPTIONS = {
     "loss": ("total loss", LOWER),
@@ -75,7 +74,7 @@ DESCRIPTIONS = {
     "intra_normalized_95": ("intra-video distance / 95 % diameter", LOWER),
     "inter_normalized_95": ("inter-video distance / 95 % diameter", HIGHER),
 }
-# Recorded, but not learned.
+# Keys of metrics.jsonl that are not drawn.
 _BOOKKEEPING = ("step", "epoch", "seconds", "pairs_per_second", "lr", "bad_samples", "bad_files")
 _TRADE_OFF = ("intra_normalized_95", "inter_normalized_95")
 # The names of more classes would overlap along an axis, or fill the legend.
@@ -128,7 +127,7 @@ def overlay_pose(frame_HWC: Frame, joints_2J: npt.ArrayLike) -> Frame:
 def contact_sheet(
     rows: Sequence[Row], path: Path, columns: Sequence[str] = (), legend: Mapping[str, str] | None = None
 ) -> None:
-    """Rows of pictures under the headings `columns`. A legend maps names to colours."""
+    """Draw rows of pictures under the headings `columns`; `legend` maps names to colours."""
     count = max(len(row.pictures) for row in rows)
     height, width = rows[0].pictures[0].shape[:2]
     lines = sum(bool(row.notes) for row in rows) + 1.4 * bool(legend)
@@ -188,7 +187,7 @@ def correspondence_arrows(
 
 
 def framed(picture_HWC: Frame, correct: bool | None = None) -> Frame:
-    """The picture with a border: blue if it is correct, orange if it is wrong, white if it is neither."""
+    """Add a border: blue if the picture is correct, orange if it is wrong, white if it is neither."""
     image = Image.fromarray(picture_HWC)
     color = "white" if correct is None else CORRECT if correct else WRONG
     return np.asarray(ImageOps.expand(image, max(2, round(image.width / 20)), color))
@@ -231,7 +230,7 @@ def learning_curves(runs: Sequence[Path], path: Path) -> None:
 
 @rc_context(STYLE)
 def trade_off(points: Sequence[tuple[str, Metrics, Metrics]], path: Path) -> None:
-    """Intra- against inter-video distance (over the 95 % diameter), an arrow from before to after per run.
+    """Draw intra- against inter-video distance, with an arrow from before to after per run.
 
     A point is (name, before, after), each with the keys of `consistency_separability`.
     """
@@ -270,7 +269,7 @@ def has_trade_off(results: Mapping[str, Metrics]) -> bool:
 
 @rc_context(STYLE)
 def confusion_maps(counts: Mapping[str, Any], classes: Sequence[str], path: Path) -> None:
-    """Side by side per variant: the fraction of each true class (row) that was predicted as each class."""
+    """Draw a confusion matrix per variant, side by side, each row as fractions of its true class."""
     side = float(np.clip(0.3 * len(classes), 4.5, 6))
     figure = Figure(figsize=(side * len(counts) + 3, side + 2))
     grid = figure.subplots(1, len(counts), squeeze=False, sharey=True)[0]
@@ -299,7 +298,7 @@ def segment_bars(
     path: Path,
     background: Sequence[int] = (),
 ) -> None:
-    """Per video a stack of colour bars over time, one for each row (truth, before, after) of labels (T,).
+    """Draw the labels of each video over time, one colour bar per row (truth, before, after) of labels (T,).
 
     The background is light grey; classes that do not occur are omitted from the legend.
     """
@@ -335,7 +334,7 @@ def _run_style(number: int) -> dict[str, Any]:
 
 
 def _palette(count: int) -> npt.NDArray[np.float64]:
-    """(count, 3) colours: the seven of Okabe and Ito, their shades and tints, and so on from the start."""
+    """(count, 3) colours: the seven of Okabe and Ito, then darker and lighter ones, then the same again."""
     colors = np.array([to_rgb(color) for color in OKABE_ITO])
     return np.resize(np.concatenate([colors, 0.55 * colors, 0.5 + 0.5 * colors]), (count, 3))
 
