@@ -1,6 +1,6 @@
 """Draw result files as bar charts, each in a PNG next to the file.
 
-python -m benchmarks.plot benchmarks/results/step-cuda.json ...
+    python -m benchmarks.plot benchmarks/results/step-cuda.json ...
 """
 
 from __future__ import annotations
