@@ -1,6 +1,6 @@
-"""Draw result files as bar charts, each in a PNG next to the file.
+"""Draw result files as bar charts: `python -m benchmarks.plot benchmarks/results/step-cuda.json ...`.
 
-    python -m benchmarks.plot benchmarks/results/step-cuda.json ...
+Each chart is written next to its file, as a PNG.
 """
 
 from __future__ import annotations
