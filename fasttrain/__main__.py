@@ -174,7 +174,7 @@ def result_line(folders: list[Path]) -> str:
 
     first, names = folders[0], ",".join(folder.name for folder in folders)
     path = (first if len(folders) == 1 else first.with_name(f"{{{names}}}")) / PROJECTION_FILE
-    return f"saved {path}; load with fasttrain.load_video_encoder({str(first)!r})"
+    return f"saved {path}; load it with fasttrain.load_video_encoder({str(first)!r})"
 
 
 if __name__ == "__main__":

@@ -307,7 +307,8 @@ class Trainer:
             trainer.load_state(state)
             # Checkpoints of earlier versions lack `bad_samples`.
             self.bad_samples = state.get("bad_samples", 0)
-        self.say(f"resuming after {completed_steps} of {self.total_steps} steps")
+        if completed_steps < self.total_steps:
+            self.say(f"resuming after {completed_steps} of {self.total_steps} steps")
         return completed_steps
 
     @contextmanager

@@ -73,7 +73,7 @@ def test_bad_input_prints_one_line_and_exits_with_code_2(
 )
 def test_training_ends_with_the_location_of_the_result(names: list[str], file: str) -> None:
     line = result_line([Path("runs") / name for name in names])
-    assert line == f"saved runs/{file}; load with fasttrain.load_video_encoder('runs/mae')"
+    assert line == f"saved runs/{file}; load it with fasttrain.load_video_encoder('runs/mae')"
 
 
 def test_a_full_disk_prints_one_line(
