@@ -4,13 +4,14 @@ It has the structure of the code at github.com/yafeng19/Co-Settle:
 
 - eager autocast over float32 weights;
 - a separate pass through the encoder for each of the three views;
-- enlarged positions that are resized again at every step;
+- asymmetric positions that are enlarged again at every step;
 - the complete cycle matrix and both diagnostics at every step;
-- losses from functions of PyTorch, and the default AdamW;
+- losses from torch.nn.functional, and AdamW with PyTorch's default implementation;
 - three values read from the device at every step, followed by a synchronisation.
 
-Its frames come from `benchmarks.loaders` (PIL, which decodes four frames and uses two). Its attention stores
-the L x L matrix, as in the published ViTs, unless `fused_attention` selects PyTorch's fused kernel.
+When training with data, frames come from the PIL loader of `benchmarks.loaders`, which decodes four frames
+and uses two. Attention stores the L x L matrix of all L tokens, as in the published ViTs, unless
+`fused_attention` selects PyTorch's fused kernel.
 
 Shape suffixes: B pairs, N tokens, M tokens after pooling, D channels.
 """
@@ -45,9 +46,9 @@ class BaselineStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
 
     def __call__(self, frames: Tensor, positions: Tensor | None = None) -> tuple[float, float, float]:
-        """Run one step and return (loss, cycle accuracy, identity similarity), for which the host waits.
+        """Run one step and return (loss, cycle accuracy, identity similarity), waiting for the device.
 
-        `positions` (N, D) are asymmetric positions to use instead of random ones.
+        `positions` (N, D) replaces the random asymmetric positions.
         """
         enabled = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype, enabled=enabled):

@@ -10,7 +10,7 @@
 python=$1
 mkdir -p "$2" && out=$(realpath "$2") && cd "$(dirname "$0")/.." || exit 2
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    echo "skipped: PyTorch finds no CUDA GPU"
+    echo "skipped: no CUDA GPU is available to PyTorch"
     exit 0
 fi
 # Make the project importable without installing it, including `kernels/` under its import name.
@@ -21,7 +21,7 @@ export PYTHONPATH="$PWD:$names:$PYTHONPATH" PYTHONUNBUFFERED=1
 deadline=$(date +%s)
 code=0
 
-# step SECONDS WORDS...: run `python WORDS` for at most SECONDS plus the time that earlier steps did not use.
+# step SECONDS ARGUMENTS...: run `python ARGUMENTS` for at most SECONDS plus the time that earlier steps did not use.
 step() {
     deadline=$((deadline + $1))
     shift
@@ -41,7 +41,7 @@ step() {
     echo "$outcome: $* ($last)" | tee -a "$out/gpu-check.txt"
 }
 
-# benchmark NAME SECONDS WORDS...: a step whose last quarter starts no new measurement.
+# benchmark NAME SECONDS ARGUMENTS...: run a benchmark as a step. It starts no new measurement in the last quarter of its time.
 benchmark() {
     name=$1 seconds=$2
     shift 2

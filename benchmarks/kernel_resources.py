@@ -1,14 +1,14 @@
 """Record the registers, spills, shared memory and tensor-core instructions of the compiled kernels.
 
-    python -m benchmarks.kernel_resources     update results/kernels_compile.json for the installed Triton
+    python -m benchmarks.kernel_resources     # updates benchmarks/results/kernels_compile.json
 
-No GPU is needed: the launchers run on meta tensors, and Triton compiles the kernels without running them.
-Registers and stack are read from the binary. docs/benchmarks.md shows the results for D = 768, bf16 and
-sm_90.
+The file has one table per version of Triton. No GPU is needed: the launchers run on meta tensors, and Triton
+compiles the kernels without running them. docs/benchmarks.md shows the results for D = 768, bf16 and sm_90.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -31,14 +31,14 @@ from fasttrain_kernels import affinity, cycle, primitives, separability
 from fasttrain_kernels.separability import Epilogue
 
 ARCHITECTURES = (80, 90, 100)
-# Channels and dtype. fp32 is compiled only at the paper's width.
+# Channels and dtype. float32 is compiled only for the paper's number of channels.
 FORMS = ((384, torch.bfloat16), (768, torch.bfloat16), (1024, torch.bfloat16), (768, torch.float32))
 TENSOR_CORES = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma": "mma.sync"}
 
 
 @contextmanager
 def compiled_only(architecture: int) -> Iterator[list[Any]]:
-    """Collect the kernels that the block would launch on sm_`architecture`, compiled but not run."""
+    """Yield a list of the kernels that the block launches, compiled for sm_`architecture` but not run."""
     compiled: list[Any] = []
     run = JITFunction.run
 
@@ -60,7 +60,7 @@ def compiled_only(architecture: int) -> Iterator[list[Any]]:
 
 
 def compiled_at(channels: int, dtype: torch.dtype, architecture: int, only: str = "") -> dict[str, list[Any]]:
-    """Compile what the library launches for 128 samples of 14 x 14 tokens (18 x 18 for streaming kernels).
+    """Compile the kernels of each case for 128 samples, at the paper's grid or with 324 tokens per view.
 
     `only` is a regular expression that selects cases by name.
     """
@@ -92,7 +92,7 @@ def compiled_at(channels: int, dtype: torch.dtype, architecture: int, only: str 
 
 
 def resources(compiled: Any) -> dict[str, Any]:
-    """Return the resources of a compiled kernel; `spill_bytes` is the stack that each thread needs."""
+    """Read the resources of a compiled kernel; `spill_bytes` is the stack per thread."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -110,6 +110,11 @@ def resources(compiled: Any) -> dict[str, Any]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.kernel_resources",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     rows = [
         {
             "case": case,

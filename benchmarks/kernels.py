@@ -1,14 +1,18 @@
 """Measure the fused objective against eager PyTorch and `torch.compile` of the eager code.
 
-    python -m benchmarks.kernels [--short]     write results/kernels-cuda.json
+    python -m benchmarks.kernels [--short]     # needs an NVIDIA GPU
 
-Each contender runs what a training step runs between the frozen tokens and the optimiser: the head's linear
-layer, its epilogue, both losses, and (except in `forward`) the gradients of all parameters. As in training,
-frozen tokens are bf16, and the head's parameters are fp32 under autocast.
+A step computes what a training step computes between the frozen tokens and the optimiser: the head's linear
+layer, its epilogue (bias, tanh and layer norm), both losses, and the gradients of all parameters. As in
+training, frozen tokens are bf16, and the head's parameters are fp32 under autocast. The results have three
+timings:
 
-`step` calls a contender from Python. `graph` replays the same step as a CUDA graph, which excludes the time
-of the host. The goals in docs/benchmarks.md refer to `graph`, because in training the host runs ahead while
-the GPU computes the encoder.
+    forward   the losses without gradients
+    step      a step called from Python
+    graph     the same step replayed as a CUDA graph, which excludes the time of the host
+
+The goals in docs/benchmarks.md refer to `graph`, because in training the host runs ahead while the GPU
+computes the encoder.
 """
 
 from __future__ import annotations
@@ -21,8 +25,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Results, copy_ceiling, interleave, parser, peak_bytes, speedup
+from benchmarks.measure import (
+    Results,
+    command_line,
+    copy_ceiling,
+    interleave,
+    peak_bytes,
+    run_command,
+    speedup,
+)
 from fasttrain.cuda_graph import CapturedCall
+from fasttrain.errors import InputError
 from fasttrain.projection import Projection
 from fasttrain_kernels import cosettle_head_loss
 
@@ -57,7 +70,7 @@ CONTENDERS = ("fused", "compiled", "eager")
 
 
 class Contender:
-    """The linear head and the objective in one implementation."""
+    """One implementation of the linear head and the objective: `fused`, `compiled` or `eager`."""
 
     def __init__(self, name: str, shape: Shape, device: torch.device) -> None:
         self.name, self.shape, self.projection = name, shape, Projection(shape.channels).to(device)
@@ -84,7 +97,7 @@ class Contender:
 
 
 def moved_bytes(shape: Shape, *, backward: bool) -> int:
-    """Minimum memory traffic, if each launch reads and writes every tensor once (see docs/benchmarks.md)."""
+    """Memory traffic in bytes if each launch reads and writes its tensors once (see docs/benchmarks.md)."""
     pooled = 1 / shape.window**2
     maps = 9 + 4 * pooled if backward else 4 + 2 * pooled
     return int(maps * shape.map_bytes)
@@ -110,7 +123,7 @@ def measure_shape(
 ) -> dict[str, Any]:
     """Measure the contenders at one shape. Contenders that fail are skipped.
 
-    Raises RuntimeError if the fused gradients are wrong.
+    Raises RuntimeError if the fused gradients differ from the eager ones by 10 % or more.
     """
     torch.compiler.reset()
     frozen = torch.randn(shape.batch, 3, shape.tokens, shape.channels, device=device).bfloat16()
@@ -150,12 +163,14 @@ def measure_shape(
 
 
 def main() -> None:
-    given = parser(__doc__).parse_args()
-    device = torch.device(given.device)
-    results = Results("kernels", given, copy_bytes_per_second=copy_ceiling(device))
-    for shape in SHORT if given.short else SHAPES:
+    args = command_line("kernels", __doc__).parse_args()
+    device = torch.device(args.device)
+    if device.type != "cuda":
+        raise InputError(f"--device: the kernels need an NVIDIA GPU, got {args.device!r}.")
+    results = Results("kernels", args, copy_bytes_per_second=copy_ceiling(device))
+    for shape in SHORT if args.short else SHAPES:
         # torch.compile is slow, so --short includes it only at the paper's shape.
-        names = CONTENDERS if not given.short or shape == PAPER else ("fused", "eager")
+        names = CONTENDERS if not args.short or shape == PAPER else ("fused", "eager")
         # Larger shapes take tens of milliseconds per call.
         calls = 10 if shape.map_bytes < 2**29 else 2
         results.record(shape.label, partial(measure_shape, shape, results, device, names, calls=calls))
@@ -163,4 +178,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

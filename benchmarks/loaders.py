@@ -1,9 +1,9 @@
-"""Measure loaders of frame pairs on the same videos: fasttrain, the published implementation, torchcodec.
+"""Compare loaders of frame pairs on the same videos: fasttrain, the published implementation, torchcodec.
 
-    python -m benchmarks.loaders [--short] [--source SOURCE]     write results/loaders-{cpu,cuda}.json
+    python -m benchmarks.loaders [--short] [--source SOURCE]
 
-Each loader runs in a separate process. CPU time includes that of its workers. Without --source, the videos
-are synthetic scenes. step.py measures how much a training step slows down because it waits for data.
+Each loader runs in a separate process. CPU time includes that of its workers. torchcodec is measured only if
+it is installed. `benchmarks.step` measures how much a training step slows down because it waits for data.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -27,7 +25,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode, RandomResizedCrop, functional
 
-from benchmarks.measure import WARM_UPS, Results, in_own_process, interleave, parser, run_command
+from benchmarks.measure import (
+    WARM_UPS,
+    Results,
+    command_line,
+    in_own_process,
+    interleave,
+    run_command,
+    run_fasttrain,
+)
 from fasttrain.data.images import IMAGENET_MEAN, IMAGENET_STD, Frame
 from fasttrain.data.loader import PairLoader
 from fasttrain.data.sources import open_source
@@ -42,8 +48,8 @@ GAP, AREA, RATIO = 0.15, (0.5, 1.0), (3 / 4, 4 / 3)
 # The loader of the published implementation, with which the others are compared.
 BASELINE = "PIL, four frames (published)"
 OURS, OUR_VIDEO = "ours, packed", "ours, video"
-# Other settings of our loader, for GPUs. The JPEG engine decodes the given share of the images, and CUDA
-# cores the rest.
+# Other settings of fasttrain's loader, measured on GPUs only. The JPEG engine decodes the given share of the
+# images, and CUDA cores decode the rest.
 SWEEP: dict[str, dict[str, Any]] = {
     **{f"JPEG engine {n:.0%}": {"decoder": "mixed", "jpeg_engine_load": n} for n in (0.65, 0.9, 1.0)},
     **{f"prefetch {n}": {"prefetch": n} for n in (3, 4)},
@@ -52,7 +58,7 @@ SWEEP: dict[str, dict[str, Any]] = {
 
 
 def our_batches(recipe: Recipe, world: World, batches: int) -> Generator[Tensor, None, None]:
-    """Yield frames (2, B, 3, S, S) of the recipe's source."""
+    """Yield batches of frames (2, B, 3, S, S) that fasttrain loads from the recipe's source."""
     index = open_source(recipe.data.source)
     loader = PairLoader(index=index, recipe=recipe, world=world, first_step=0, num_steps=batches)
     try:
@@ -65,7 +71,7 @@ def our_batches(recipe: Recipe, world: World, batches: int) -> Generator[Tensor,
 def worker_batches(
     folder: str, load: Callable[[str], Tensor], batch_size: int, batches: int, device: torch.device
 ) -> Generator[Tensor, None, None]:
-    """Yield frames (B, 2, 3, S, S) that PyTorch's DataLoader creates with `load` from entries of a folder."""
+    """Yield frames (B, 2, 3, S, S) from a DataLoader that calls `load` on the entries of a folder."""
     entries = sorted(map(str, Path(folder).iterdir()))
     loader = DataLoader(
         [entries[number % len(entries)] for number in range(batches * batch_size)],
@@ -87,7 +93,7 @@ def published_pair(folder: str) -> Tensor:
     """Load two frames of a folder with PIL. Like the published implementation, decode four and use two."""
     files = sorted(os.listdir(folder))
     squares = []
-    # All four are resized twice, first to the square and then from the crop. The second and fourth are used.
+    # All four are resized twice: the whole frame to a square, then its crop. The second and fourth are used.
     for frame in [frame - back for frame in draw_pair(len(files)) for back in (1, 0)]:
         with Image.open(os.path.join(folder, files[frame])) as image:
             square = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR)
@@ -153,18 +159,17 @@ def measure(name: str, setting: dict[str, Any]) -> dict[str, float]:
     """Measure the wall time and CPU time per batch of one loader."""
     batch, rounds = setting["batch"], setting["rounds"]
     calls = max(1, setting["pairs"] // batch)
-    # Loaders prefetch. Extra batches keep them working in the last round.
+    # Loaders prefetch. Extra batches keep them busy until the end of the last round.
     batches = contenders(setting, WARM_UPS + rounds * calls + 16)[name]()
     timing = interleave({name: lambda: next(batches)}, rounds=rounds, calls=calls)[name]
     for _ in batches:
-        # Consume the rest, because workers may abort if they are stopped in the middle of a batch.
-        pass
+        pass  # Consume the rest: workers that are stopped in the middle of a batch may abort.
     result = timing.result(batch)
     return {**result, "pairs_per_cpu_second": 1e3 * batch / result["cpu_ms"]}
 
 
 def prepare(root: Path, source: Path | None, num_videos: int) -> dict[str, str]:
-    """Write the same frames as JPEG folders, H.264 files and a packed set, and return the paths."""
+    """Write the same videos as frame folders (JPEG), H.264 files and a packed set; return the three paths."""
     frames, videos, packed = root / "frames", root / "videos", root / "packed"
     videos.mkdir(parents=True)
     for number, clip in enumerate(clips(source, num_videos)):
@@ -178,8 +183,7 @@ def prepare(root: Path, source: Path | None, num_videos: int) -> dict[str, str]:
                 image.save(frames / name / f"{frame:05d}.jpg", quality=90)
                 container.mux(stream.encode(av.VideoFrame.from_image(image)))
             container.mux(stream.encode(None))
-    command = [sys.executable, "-m", "fasttrain", "pack", "--kind", "folders", str(frames), str(packed)]
-    subprocess.run(command, check=True, capture_output=True)
+    run_fasttrain("pack", "--kind", "folders", str(frames), str(packed))
     return {"frames": str(frames), "videos": str(videos), "packed": str(packed)}
 
 
@@ -195,32 +199,35 @@ def clips(source: Path | None, num_videos: int) -> Iterator[list[Frame]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parser(__doc__)
-    options.add_argument(
-        "--source", type=Path, metavar="SOURCE", help="videos or frame folders (default: synthetic scenes)"
+    parser = command_line("loaders", __doc__)
+    parser.add_argument(
+        "--source",
+        type=Path,
+        metavar="SOURCE",
+        help="videos or frame folders to load (default: synthetic scenes)",
     )
-    options.add_argument(
+    parser.add_argument(
         "--pairs",
         type=int,
         metavar="N",
         help="pairs per round (default: 768, or 384 with --short; 4 times as many on a GPU)",
     )
-    options.add_argument(
+    parser.add_argument(
         "--batch", type=int, metavar="N", help="pairs per batch (default: 64 on a CPU, 128 on a GPU)"
     )
-    given = options.parse_args(arguments)
-    on_gpu = given.device == "cuda"
+    args = parser.parse_args(arguments)
+    on_gpu = args.device == "cuda"
     setting: dict[str, Any] = {
-        "batch": given.batch or (128 if on_gpu else 64),
-        "pairs": given.pairs or (384 if given.short else 768) * (4 if on_gpu else 1),
+        "batch": args.batch or (128 if on_gpu else 64),
+        "pairs": args.pairs or (384 if args.short else 768) * (4 if on_gpu else 1),
         "rounds": 3,
         "threads": len(os.sched_getaffinity(0)),
-        "device": given.device,
+        "device": args.device,
     }
-    source = "/".join(given.source.parts[-2:]) if given.source else "synthetic scenes"
-    results = Results("loaders", given, frame=f"{WIDTH} x {HEIGHT} JPEG", source=source, setting=setting)
+    source = "/".join(args.source.parts[-2:]) if args.source else "synthetic scenes"
+    results = Results("loaders", args, frame=f"{WIDTH} x {HEIGHT} JPEG", source=source, setting=setting)
     with tempfile.TemporaryDirectory() as folder:
-        setting = {**setting, **prepare(Path(folder), given.source, 4 if given.short else 16)}
+        setting = {**setting, **prepare(Path(folder), args.source, 4 if args.short else 16)}
         for name in contenders(setting):
             left = results.deadline - time.monotonic()
             run = partial(in_own_process, measure, name, setting, seconds=left)

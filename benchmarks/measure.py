@@ -1,7 +1,7 @@
 """Shared by all benchmarks: interleaved timing, separate processes, result files, command-line options.
 
 All contenders run in every round, so that other work on a shared machine affects them equally. CPU time
-counts only the work of the benchmark. On a GPU, many calls are queued between two synchronisations, so that
+excludes other processes on the machine. On a GPU, many calls are queued between two synchronisations, so that
 wall time is the time of the device.
 """
 
@@ -89,7 +89,7 @@ def interleave(contenders: dict[str, Callable[[], Any]], *, rounds: int, calls: 
 
 
 def speedup(slow: Timing, fast: Timing) -> dict[str, float]:
-    """Speedup per round: median, least and most for wall time, and median for CPU time."""
+    """Compute `slow` / `fast` per round: median, least and most for wall time, and median for CPU time."""
     wall = [a / b for a, b in zip(slow.wall, fast.wall, strict=True)]
     cpu = [a / b for a, b in zip(slow.cpu, fast.cpu, strict=True)]
     extremes = {"wall_least": min(wall), "wall_most": max(wall)}
@@ -114,9 +114,9 @@ def cpu_seconds() -> float:
 
 
 def in_own_process(function: Callable[..., Any], *arguments: Any, seconds: float | None = None) -> Any:
-    """Run `function(*arguments)` in a new process, which leaves no threads or caches behind.
+    """Run `function(*arguments)` in a new process, so that no threads or caches are left behind.
 
-    Returns its result or raises its exception. After `seconds`, kills the process and raises TimeoutError.
+    Returns its result or raises its exception. Kills the process and raises TimeoutError after `seconds`.
     """
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
@@ -128,10 +128,21 @@ def in_own_process(function: Callable[..., Any], *arguments: Any, seconds: float
             raise
 
 
-def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
-    """Peak memory during `call`, beyond the memory in use before.
+def run_fasttrain(*arguments: str) -> None:
+    """Run a fasttrain command. If it fails, print its stderr and raise RuntimeError with the last line."""
+    command = [sys.executable, "-m", "fasttrain", *arguments]
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    if result.returncode:
+        sys.stderr.write(result.stderr)
+        reason = (result.stderr.splitlines() or [f"exit code {result.returncode}"])[-1]
+        raise RuntimeError(f"fasttrain {arguments[0]} failed: {reason}")
 
-    This is GPU memory, or on a CPU the resident memory of the process, which must be new.
+
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
+    """Peak memory during `call`, in bytes beyond the memory in use before.
+
+    On a GPU, this is the allocated memory. On a CPU, it is the resident memory, and the process must be new,
+    because the peak cannot be reset.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -191,30 +202,39 @@ def environment() -> dict[str, Any]:
     }
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """Create a parser with the options that all benchmarks share."""
-    raw = argparse.RawDescriptionHelpFormatter
-    options = argparse.ArgumentParser(description=description, formatter_class=raw)
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    options.add_argument(
-        "--out", type=Path, metavar="FILE", help="result file (default: benchmarks/results/NAME-DEVICE.json)"
+def command_line(name: str, description: str | None) -> argparse.ArgumentParser:
+    """Create the parser of a benchmark, with the options that all benchmarks share."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    options.add_argument("--short", action="store_true", help="run fewer rounds and cases")
-    options.add_argument(
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help=f"result file (default: benchmarks/results/{name}-DEVICE.json)",
+    )
+    parser.add_argument("--short", action="store_true", help="measure fewer cases, in fewer rounds")
+    parser.add_argument(
         "--limit",
         type=float,
         default=100_000,
         metavar="SECONDS",
-        help="time after which no further measurement starts (default: %(default)s)",
+        help="start no further measurement after this time (default: %(default)s)",
     )
-    options.add_argument(
-        "--device", choices=("cpu", "cuda"), default=default, help="device to measure (default: %(default)s)"
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default=default,
+        help="device to measure (default: cuda if a GPU is available, otherwise cpu)",
     )
-    return options
+    return parser
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Call `main`. Invalid input ends in one line and exit code 2, as in the command line of fasttrain."""
+    """Call `main`. On invalid input, print one line and exit with code 2, as the fasttrain command does."""
     try:
         main()
     except InputError as error:
@@ -225,13 +245,13 @@ def run_command(main: Callable[[], None]) -> None:
 class Results:
     """A result file that is written after every measurement, so that no result is lost.
 
-    Measurements that fail, cannot run on this machine or do not start in time are listed under `skipped` with
-    the reason.
+    `skipped` contains, with the reason, the measurements that failed, cannot run on this machine or did not
+    start in time.
     """
 
-    def __init__(self, name: str, options: argparse.Namespace, **facts: Any) -> None:
-        self.path: Path = options.out or RESULTS / f"{name}-{options.device}.json"
-        self.deadline = time.monotonic() + options.limit
+    def __init__(self, name: str, args: argparse.Namespace, **facts: Any) -> None:
+        self.path: Path = args.out or RESULTS / f"{name}-{args.device}.json"
+        self.deadline = time.monotonic() + args.limit
         self.skipped: dict[str, str] = {}
         self.content: dict[str, Any] = {"environment": environment(), **facts, "skipped": self.skipped}
 
@@ -253,7 +273,7 @@ class Results:
             self.skipped[name] = "out of time"
         except InputError as error:
             self.skipped[name] = str(error)
-        # Any other error: the remaining measurements are still valid.
+        # Continue after any other error, because it does not affect the remaining measurements.
         except Exception as error:
             traceback.print_exc()
             self.skipped[name] = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
@@ -272,7 +292,7 @@ class Results:
         print(f"{name}: {self.skipped.get(name, 'done')}", flush=True)
 
     def finish(self) -> None:
-        """Print the path of the file. Raises SystemExit if a measurement failed."""
+        """Print the path of the file. Exit with an error message if a measurement failed."""
         print(self.path)
         failed = [f"{name} {why}" for name, why in self.skipped.items() if why.startswith("failed")]
         if failed:

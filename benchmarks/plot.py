@@ -1,10 +1,11 @@
-"""Draw result files as bar charts: `python -m benchmarks.plot benchmarks/results/step-cuda.json ...`.
+"""Draw result files as bar charts: `python -m benchmarks.plot benchmarks/results/step-cpu.json ...`.
 
-Each chart is written next to its file, as a PNG.
+Each chart is written as a PNG next to its JSON file.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -16,19 +17,19 @@ from matplotlib.figure import Figure
 
 from fasttrain.evaluation.plots import OKABE_ITO, PAGE, STYLE
 
-# The metric to draw: the first of these that the rows have.
+# Metrics that can be drawn, in order of preference.
 METRICS = {
     "ms": "time in ms (lower is better)",
     "pairs_per_second": "frame pairs per second (higher is better)",
 }
-# Keys of the JSON that are left out of titles.
+# JSON keys that are left out of titles.
 CONTAINERS = ("cases", "rows", "time", "timings")
 
 Rows = dict[str, dict[str, Any]]
 
 
 def panels(results: Any, title: str = "") -> Iterator[tuple[str, str, Rows]]:
-    """Find the groups of comparable rows: a title, the metric that the rows share, and the rows by name."""
+    """Yield each group of comparable rows: a title, the metric to draw, and the rows by name."""
     if isinstance(results, list):
         results = {label(row): row for row in results if isinstance(row, dict)}
     rows = {name: row for name, row in results.items() if isinstance(row, dict)}
@@ -44,14 +45,14 @@ def panels(results: Any, title: str = "") -> Iterator[tuple[str, str, Rows]]:
 
 
 def label(row: dict[str, Any]) -> str:
-    """The name of a row in a list, or the integers that distinguish it from the others."""
+    """Name of a row in a list: that of its case, or the integers that distinguish it from other rows."""
     case = row.get("case")
     integers = [f"{key} {value}" for key, value in row.items() if isinstance(value, int)]
     return str(case["name"]) if isinstance(case, dict) else ", ".join(integers)
 
 
 def spread(row: dict[str, Any], metric: str) -> tuple[float, float]:
-    """How far the lowest and the highest round are from the median."""
+    """Distances of the lowest and the highest round from the median."""
     rounds = [one[metric] for one in row.get("rounds", ()) if metric in one] or [row[metric]]
     lowest, highest = row.get(f"{metric}_least", min(rounds)), row.get(f"{metric}_most", max(rounds))
     return row[metric] - lowest, highest - row[metric]
@@ -59,11 +60,11 @@ def spread(row: dict[str, Any], metric: str) -> tuple[float, float]:
 
 @rc_context(STYLE)
 def plot(path: Path) -> Path:
-    """Draw the panels of bars in one or two columns. Raises ValueError if the file has no timings."""
+    """Draw a result file and return the path of the picture. Raises ValueError if the file has no timings."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    found = list(panels(content))
-    # A single bar compares nothing.
-    drawn = [panel for panel in found if len(panel[2]) > 1] or found
+    groups = list(panels(content))
+    # Leave out panels with a single bar, which compare nothing, unless there are no others.
+    drawn = [group for group in groups if len(group[2]) > 1] or groups
     if not drawn:
         raise ValueError(f"{path} has no timings to draw")
     columns = 2 if len(drawn) > 1 else 1
@@ -102,10 +103,16 @@ def plot(path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    if not sys.argv[1:] or not all(argument.endswith(".json") for argument in sys.argv[1:]):
-        sys.exit("usage: python -m benchmarks.plot benchmarks/results/NAME-DEVICE.json ...")
-    for argument in sys.argv[1:]:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.plot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON file of a benchmark")
+    for file in parser.parse_args().files:
+        if file.suffix != ".json" or not file.is_file():
+            parser.error(f"{str(file)!r} is not a JSON file. Pass a file of benchmarks/results.")
         try:
-            print(plot(Path(argument)))
+            print(plot(file))
         except ValueError as error:
-            print(error)
+            print(error, file=sys.stderr)

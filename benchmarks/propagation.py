@@ -1,15 +1,16 @@
-"""Measure the speed and peak memory of label propagation against the research script in common use.
+"""Compare the speed and peak memory of label propagation with those of a common research script.
 
-    python -m benchmarks.propagation [--short]     write results/propagation-{cpu,cuda}.json
+    python -m benchmarks.propagation [--short]
 
 `ResearchScript` is a plain version of the script of ajabri/videowalk and its descendants. It gathers the
 context of all frames at once. Then it computes, for two frames and a hundred query pixels at a time, the
-affinity with the whole context, the radius mask, top-k, softmax and the label product. The features of both
-contenders are a noisy pan over random points. Times are those of the last two frames of a sequence, whose
-context is full. Memory is the peak beyond the features.
+affinity with the whole context, the radius mask, top-k, softmax and the label product. Both contenders get
+the same features, a noisy pan over random points. Times are per frame, measured on the last two frames of a
+sequence, which have a full context. Memory is the peak beyond the features.
 
-The last section runs `fasttrain eval davis` before and after a projection of a ViT-B/16 with random weights.
-It estimates the time for the 30 sequences of DAVIS 2017 from a few synthetic sequences of the same length.
+The last section, `davis`, estimates the time of `fasttrain eval davis` on the 30 validation sequences of
+DAVIS 2017, with a randomly initialised backbone and projection. It evaluates one and then five synthetic
+sequences.
 """
 
 # Shape suffixes: T frames, H W grid, N = H * W tokens, D channels, C classes, S context frames, k sources.
@@ -18,8 +19,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,17 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.measure import WARM_UPS, Results, in_own_process, interleave, parser, peak_bytes, speedup
+from benchmarks.measure import (
+    WARM_UPS,
+    Results,
+    command_line,
+    in_own_process,
+    interleave,
+    peak_bytes,
+    run_command,
+    run_fasttrain,
+    speedup,
+)
 from fasttrain.backbones import load_backbone
 from fasttrain.evaluation.propagation import (
     CONTEXT,
@@ -69,7 +78,10 @@ CASES = (
 
 
 class ResearchScript:
-    """The research script. Features and labels are in host memory; affinities are computed on the device."""
+    """A plain version of the research script.
+
+    Features and labels stay in host memory, and affinities are computed on the device.
+    """
 
     def __init__(
         self, features_THWD: Tensor, device: torch.device, settings: tuple[int, float, int, float] = SETTINGS
@@ -84,13 +96,13 @@ class ResearchScript:
         self.keys_DTSN = padded_DTHW[:, self.bank_TS].flatten(-2)
         self.query_DTN = padded_DTHW[:, self.context :].flatten(-2)
         cell_N2 = torch.cartesian_prod(torch.arange(height), torch.arange(width)).float()
-        # Exact distances: the default mode uses matrix products, whose rounding errors matter at the radius.
+        # The default mode uses matrix products, whose rounding errors matter for distances near the radius.
         distance_NN = torch.cdist(cell_N2, cell_N2, compute_mode="donot_use_mm_for_euclid_dist")
         self.mask_NN = torch.where(distance_NN < radius, 0.0, -1e10)
         self.device = device
 
     def step(self, labels_THWC: Tensor, start: int) -> None:
-        """Write the labels of frames `start` and `start` + 1, given those of the frames before."""
+        """Compute the labels of frames `start` and `start` + 1 from those of earlier frames, in place."""
         padded_TNC = torch.cat([labels_THWC[:1].expand(self.context, -1, -1, -1), labels_THWC]).flatten(1, 2)
         frames = slice(start, start + FRAMES_AT_ONCE)
         keys_DtSN = self.keys_DTSN[:, frames].to(self.device)
@@ -115,7 +127,7 @@ class ResearchScript:
 
 
 def make_sequence(case: Case) -> tuple[Tensor, Tensor]:
-    """Create the features (T, H, W, D) and the first labels (H, W, C)."""
+    """Create the features (T, H, W, D) and the labels of the first frame (H, W, C)."""
     generator = torch.Generator().manual_seed(0)
     height, width = case.grid
     points = torch.randn(height, width + case.frames, case.channels, generator=generator)
@@ -176,27 +188,26 @@ def measure_case(case: Case, device: torch.device, rounds: int) -> dict[str, Any
 
 
 def measure_davis(backbone: str, frames: int, device: str) -> dict[str, Any]:
-    """Estimate the seconds that `fasttrain eval davis` needs for the whole data set."""
+    """Estimate the seconds that `fasttrain eval davis` takes on the validation set of DAVIS 2017."""
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:
         head = Path(folder) / "projection.safetensors"
         Projection(load_backbone(backbone, weights="random").embed_dim).save(head)
         encoder = ["--backbone", backbone, "--projection", str(head), "--device", device]
-        # The difference between the two runs excludes loading and warm-up, and leaves four sequences and one
-        # picture.
+        # The difference between the two runs is the time of four sequences and one picture, without loading
+        # and warm-up.
         for count, pictures in ((1, 1), (5, 2)):
             root = Path(folder) / f"davis{count}"
             write_davis(root, count, frames)
             output = ["--root", str(root), "--output", str(root), "--pictures", str(pictures)]
-            command = [sys.executable, "-m", "fasttrain", "eval", "davis", *output, *encoder]
-            subprocess.run(command, check=True, capture_output=True)
+            run_fasttrain("eval", "davis", *output, *encoder)
             seconds[count] = json.loads((root / "davis.json").read_text(encoding="utf-8"))["seconds"]
     data_set = SEQUENCES * FRAMES / frames * (seconds[5] - seconds[1]) / 4
     return {"backbone": backbone, "frames": frames, "seconds": seconds, "data_set_seconds": data_set}
 
 
 def write_davis(root: Path, count: int, frames: int) -> None:
-    """Write `count` identical sequences in the layout of DAVIS; each repeats eight rendered frames."""
+    """Write `count` identical sequences in the layout of DAVIS, in which eight rendered frames repeat."""
     # Imported here because it needs PyAV.
     from fasttrain.tools.synthetic import render_scene
 
@@ -216,26 +227,26 @@ def write_davis(root: Path, count: int, frames: int) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parser(__doc__)
-    options.add_argument(
+    parser = command_line("propagation", __doc__)
+    parser.add_argument(
         "--backbone",
         default="dino",
         metavar="NAME",
-        help="backbone of the DAVIS evaluation (default: %(default)s)",
+        help="backbone for the section davis (default: %(default)s)",
     )
-    given = options.parse_args(arguments)
-    device = torch.device(given.device)
-    results = Results("propagation", given, threads=torch.get_num_threads())
-    rounds = 2 if given.short else 5
+    args = parser.parse_args(arguments)
+    device = torch.device(args.device)
+    results = Results("propagation", args, threads=torch.get_num_threads())
+    rounds = 2 if args.short else 5
     # On larger grids, the script takes minutes on a CPU.
-    small = given.short and device.type == "cpu"
+    small = args.short and device.type == "cpu"
     for case in CASES[:1] if small else CASES:
-        case = case._replace(frames=24 if given.short else case.frames)
+        case = case._replace(frames=24 if args.short else case.frames)
         results.record(case.name, partial(measure_case, case, device, rounds), group="cases")
-    frames = (4 if small else 20) if given.short else FRAMES
-    results.record("davis", partial(measure_davis, given.backbone, frames, given.device))
+    frames = (4 if small else 20) if args.short else FRAMES
+    results.record("davis", partial(measure_davis, args.backbone, frames, args.device))
     results.finish()
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,6 +1,14 @@
-"""Measure the training step of a recipe against hardware limits and the published implementation.
+"""Compare a training step with the published implementation and with the limits of the hardware.
 
-    python -m benchmarks.step [--short] RECIPE [KEY=VALUE ...]     write results/step-{cpu,cuda}.json
+    python -m benchmarks.step [--short] RECIPE [KEY=VALUE ...]
+
+The sections are:
+
+    steps         a step of fasttrain and of the published implementation
+    parts         the encoder, the head with the losses, and the optimiser separately
+    end_to_end    training with data
+    switches      variants of the encoder settings
+    scaling       several batch sizes and resolutions
 
 Weights are random, since they do not affect the speed. On a CPU, only the ratios are meaningful, and a
 smaller ViT keeps the run short:
@@ -30,10 +38,10 @@ from benchmarks.measure import (
     WARM_UPS,
     Results,
     Timing,
+    command_line,
     copy_ceiling,
     interleave,
     matrix_ceiling,
-    parser,
     run_command,
     speedup,
     synchronize,
@@ -69,7 +77,7 @@ Step = Callable[[], Any]
 
 
 class Run:
-    """A recipe on a device, and the number of rounds of each measurement."""
+    """What all sections share: the recipe, the device, the results and the number of rounds."""
 
     def __init__(self, recipe: Recipe, world: World, results: Results, *, short: bool) -> None:
         self.recipe, self.world, self.results, self.short = recipe, world, results, short
@@ -95,7 +103,7 @@ class Run:
         return partial(take_step, self.trainer(recipe), self.frames(recipe))
 
     def time(self, makers: dict[str, Callable[[], Step]]) -> dict[str, Timing]:
-        """Time all contenders that can be created and called, interleaved."""
+        """Time the contenders, interleaved. Those that cannot be created or called are skipped."""
 
         def called_once(make: Callable[[], Step]) -> Step:
             contender = make()
@@ -116,7 +124,7 @@ def random_encoder(settings: tuple[tuple[str, Any], ...]) -> Backbone:
 
 
 def take_step(trainer: BackboneTrainer, frames: Tensor) -> None:
-    """Run one training step that logs nothing."""
+    """Run one training step without diagnostics."""
     trainer.forward_backward(frames, 1, last=True, diagnostics=False)
     trainer.update(1e-4)
 
@@ -152,7 +160,7 @@ def steps(run: Run) -> dict[str, Any]:
 def parts(run: Run) -> dict[str, Any]:
     """Measure the encoder, the head with the losses (forward and backward) and the optimiser separately.
 
-    The encoder is compared with the speed of a matrix product, and the losses with that of a copy.
+    Compare the encoder with the speed of a large matrix product, and the losses with the speed of a copy.
     """
     trainer, frames = run.trainer(run.recipe), run.frames(run.recipe)
     positions = trainer.asymmetric_positions(0)
@@ -174,7 +182,7 @@ def parts(run: Run) -> dict[str, Any]:
     tflops = encoder_flops(trainer, frames, positions) * run.pairs / result["encoder"]["ms"] / 1e9
     ceiling = matrix_ceiling(trainer.dtype, run.device) / 1e12
     result["encoder"] |= {"tflops": tflops, "matrix_tflops": ceiling, "utilisation": tflops / ceiling}
-    # Minimum traffic: the forward and the backward read the frozen tokens once, and products stay on chip.
+    # Minimum traffic: the forward and the backward each read the frozen tokens once, and nothing else.
     moved_gb = 2 * frozen_B3ND.numel() * frozen_B3ND.element_size() / 1e9
     rate = moved_gb / result["head and loss"]["ms"] * 1e3
     copy_rate = copy_ceiling(run.device) / 1e9
@@ -190,7 +198,7 @@ def encoder_flops(trainer: BackboneTrainer, frames: Tensor, positions: Tensor) -
 
 
 def switches(run: Run) -> dict[str, Any]:
-    """Measure the recipe (`as it is`) and each change of a single encoder setting."""
+    """Measure the recipe (`as it is`), and variants in which encoder settings are changed."""
     choices = {**SWITCHES, **({} if run.short else LONG_SWITCHES)}
     choices |= GPU_SWITCHES if run.on_gpu else CPU_SWITCHES
     recipes = {name: with_changes(run.recipe, "encoder", **choice) for name, choice in choices.items()}
@@ -218,7 +226,7 @@ def scaling(run: Run) -> dict[str, Any]:
 
 
 def end_to_end(run: Run) -> dict[str, Any]:
-    """Measure training with data: ours from a packed set, the baseline from frame folders with PIL.
+    """Measure training with data: fasttrain on a packed set, the baseline on frame folders with PIL.
 
     Contenders run one after the other, not interleaved. Otherwise the workers of one contender would work
     during the turn of another.
@@ -265,23 +273,23 @@ def read_recipe(path: str, overrides: list[str]) -> Recipe:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = parser(__doc__)
-    options.add_argument("recipe", metavar="RECIPE", help="recipe file")
-    options.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe keys to override")
-    options.add_argument(
+    parser = command_line("step", __doc__)
+    parser.add_argument("recipe", metavar="RECIPE", help="recipe file")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe keys to override")
+    parser.add_argument(
         "--only",
         nargs="+",
         choices=list(SECTIONS),
         default=list(SECTIONS),
         metavar="SECTION",
-        help=f"sections to measure: {', '.join(SECTIONS)} (default: all)",
+        help="sections to measure (default: all)",
     )
-    given = options.parse_args(arguments)
-    recipe = read_recipe(given.recipe, [*given.overrides, f"device={given.device}"])
-    results = Results("step", given, recipe=to_dict(recipe), threads=torch.get_num_threads())
+    args = parser.parse_args(arguments)
+    recipe = read_recipe(args.recipe, [*args.overrides, f"device={args.device}"])
+    results = Results("step", args, recipe=to_dict(recipe), threads=torch.get_num_threads())
     with distributed.start(recipe.device) as world:
-        run = Run(recipe, world, results, short=given.short)
-        for name in given.only:
+        run = Run(recipe, world, results, short=args.short)
+        for name in args.only:
             results.record(name, partial(SECTIONS[name], run))
     results.finish()
 

@@ -1,8 +1,8 @@
 """Transition probabilities between two sets of tokens: A = softmax(query key^T / tau) over the keys.
 
-The kernel stores nothing but A. Each program computes the rows of one block of queries in two passes over the
-keys: the first accumulates the maximum and the sum of each row, as FlashAttention does (Dao et al., arXiv
-2205.14135), and the second writes A in fp32. The backward is plain PyTorch:
+Each program of the kernel computes the rows of one block of queries in two passes over the keys. The first
+accumulates the maximum and the sum of each row, as FlashAttention does (Dao et al., arXiv 2205.14135). The
+second recomputes the logits and writes A in fp32. The backward is plain PyTorch:
 
     dlogits = A * (dA - sum_k A * dA),   dquery = dlogits key / tau,   dkey = dlogits^T query / tau
 
@@ -97,23 +97,23 @@ def affinity_softmax(
 ) -> Tensor:
     """Compute the transition probabilities softmax(query key^T / temperature) over the keys.
 
-    Source: arXiv 2603.26597, section 3. The tokens are compared by their dot products: normalise them first
-    if you want cosine similarities.
+    Tokens are compared by their dot products: L2-normalise them first if you want cosine similarities.
+    Source: arXiv 2603.26597, section 3.
 
     Args:
         query: (B, M, D) tokens in float16, bfloat16, float32 or (eager only) float64.
         key: (B, K, D) tokens of the same dtype and on the same device.
         temperature: Divisor of the logits, greater than 0.
-        backend: `"auto"` uses Triton if it is installed and supports the tensors, and eager PyTorch
-            otherwise. `"triton"` and `"eager"` force one of the two.
+        backend: `"triton"`, `"eager"` (plain PyTorch), or `"auto"`, which selects Triton if it is installed
+            and the tensors are on an NVIDIA GPU of compute capability 8.0 or higher and not in float64.
 
     Returns:
         The probabilities (B, M, K) in float32, or float64 for float64 tokens. Each row sums to one. The
         result is differentiable with respect to `query` and `key`.
 
     Raises:
-        ValueError: If an argument has an invalid shape, dtype, device or value, or if `backend="triton"` does
-            not support the tensors.
+        ValueError: If an argument has an invalid shape, dtype, device or value, or one that
+            `backend="triton"` does not support.
     """
     check_tensors(query=(query, "BMD"), key=(key, "BKD"))
     if key.dtype != query.dtype:

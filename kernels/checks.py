@@ -15,10 +15,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_tensors(**tensors: tuple[Tensor, str]) -> None:
-    """Check the shapes, dtypes and devices of tensors, each given with its dimensions, such as "B3ND".
+    """Check tensors given as `name=(tensor, dimensions)`, for example `frozen=(frozen, "B3ND")`.
 
-    Dimensions with the same letter must have the same size. All tensors must be non-empty, have a
-    floating-point dtype and be on the same device.
+    Each character of `dimensions` is a fixed size or a letter; the same letter must have the same size in all
+    tensors. All tensors must be non-empty, have a floating-point dtype and be on the same device.
     """
     first_name, (first, _) = next(iter(tensors.items()))
     sizes = {"3": 3}

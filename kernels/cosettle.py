@@ -1,14 +1,14 @@
-"""The complete objective: `cosettle_loss` of projected tokens, `cosettle_head_loss` with the head fused in.
+"""The complete objective: `cosettle_loss` for projected tokens, `cosettle_head_loss` with a fused head.
 
     loss = cycle + lambda_reg * separability
 
 On the Triton backend both functions call the same operator. Its first kernel (separability.py) reads every
 token once and writes the separability terms and the pooled tokens. Its second kernel (cycle.py) computes the
 cycle loss of the pooled tokens together with its gradient. The backward is a single kernel, which recomputes
-each projected token and writes its gradient.
+the projected tokens and writes the gradients of the inputs.
 
-Besides its inputs, the operator stores the pooled tokens, their gradient for the backward, and six numbers
-per token. With 2 x 2 windows, pooled tokens take a quarter of the memory of the tokens.
+Besides its inputs, the operator stores the pooled tokens, their gradient, and six numbers per token for the
+backward. With 2 x 2 windows, the pooled tokens take a quarter of the memory of the tokens.
 
 Source: arXiv 2603.26597, section 3.
 
@@ -58,14 +58,12 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     *epilogue, _temperature, diagnostics, keep = arguments
-    given = Epilogue(*epilogue)
-    samples, views, _, channels = given.inputs.shape
-    pooled = (samples, views, given.whole_cells, channels) if keep else (0,)
-    shapes = ((), (), (2 if diagnostics else 0,), pooled, statistics_shape(given.inputs, keep))
-    dtypes = (torch.float32, torch.float32, torch.float32, pooled_dtype(given.inputs.dtype), torch.float32)
-    return tuple(
-        given.inputs.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)
-    )
+    inputs, whole_cells = epilogue[0], Epilogue(*epilogue).whole_cells
+    samples, views, _, channels = inputs.shape
+    pooled = (samples, views, whole_cells, channels) if keep else (0,)
+    shapes = ((), (), (2 if diagnostics else 0,), pooled, statistics_shape(inputs, keep))
+    dtypes = (torch.float32, torch.float32, torch.float32, pooled_dtype(inputs.dtype), torch.float32)
+    return tuple(inputs.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
 
 
 def _backward(
@@ -115,13 +113,13 @@ def _save(
 def _gradients(
     grad_cycle: Tensor, grad_separability: Tensor, grad_pooled: Tensor, statistics: Tensor, *arguments: Any
 ) -> tuple[Tensor | None, ...]:
-    """Compute the gradients of the inputs and of the head's parameters; that of the frozen tokens is None."""
+    """Compute the gradients of the inputs and of the head's parameters, with None for the frozen tokens."""
     *epilogue, _temperature = arguments
     grad_inputs, grad_parameters = _cosettle_backward(
         grad_cycle, grad_separability, grad_pooled, statistics, *arguments
     )
-    of_head = zip(Epilogue(*epilogue).head, grad_parameters, strict=False)
-    return grad_inputs, None, *(grad.to(parameter.dtype) for parameter, grad in of_head)
+    head_grads = zip(Epilogue(*epilogue).head, grad_parameters, strict=False)
+    return grad_inputs, None, *(grad.to(parameter.dtype) for parameter, grad in head_grads)
 
 
 differentiate(_cosettle, _gradients, losses=2, save=_save)
@@ -140,7 +138,11 @@ def _objective(
     norm_eps: float = 0.0,
     tanh: bool = False,
 ) -> CosettleLoss:
-    """Compute the objective of `tensors`: projected tokens, or a linear product and the head's parameters."""
+    """Check the arguments and compute the objective.
+
+    `tensors` maps the argument names of the public function to its tensors: `projected` alone, or `linear`
+    followed by the head's parameters.
+    """
     shapes = {name: "D" if name in ("bias", "norm_weight", "norm_bias") else "B3ND" for name in tensors}
     check_tensors(frozen=(frozen, "B3ND"), **{name: (tensors[name], shapes[name]) for name in tensors})
     check_grid(grid, window, frozen.shape[2])
@@ -202,13 +204,13 @@ def cosettle_loss(
             dtype may differ from that of `frozen`.
         grid: Height and width of the token grid, with h * w = N.
         temperature: Temperature of the transition probabilities, greater than 0.
-        window: Side of the square windows over which the projected tokens are averaged before the cycle, in
-            tokens. 1 disables pooling.
+        window: Side in tokens of the square windows over which the projected tokens are averaged for the
+            cycle loss. 1 disables pooling.
         lambda_reg: Weight of the separability term, at least 0.
         regularizer: Form of the separability term: `"kl"` (Kullback-Leibler divergence) or `"mse"` (mean
             squared difference).
-        backend: `"auto"` uses Triton if it is installed and supports the tensors, and eager PyTorch
-            otherwise. `"triton"` and `"eager"` force one of the two.
+        backend: `"triton"`, `"eager"` (plain PyTorch), or `"auto"`, which selects Triton if it is installed
+            and the tensors are on an NVIDIA GPU of compute capability 8.0 or higher and not in float64.
         diagnostics: Whether to compute cycle accuracy and identity similarity, which need the complete cycle
             matrix.
 
@@ -216,8 +218,8 @@ def cosettle_loss(
         A `CosettleLoss` of 0-d tensors, in float32 or (for float64 tokens) float64.
 
     Raises:
-        ValueError: If an argument has an invalid shape, dtype, device or value, or if `backend="triton"` does
-            not support the tensors.
+        ValueError: If an argument has an invalid shape, dtype, device or value, or one that
+            `backend="triton"` does not support.
     """
     options = (grid, temperature, window, lambda_reg, regularizer, backend, diagnostics)
     return _objective(frozen, {"projected": projected}, *options)
@@ -240,7 +242,7 @@ def cosettle_head_loss(
     tanh: bool = True,
     diagnostics: bool = True,
 ) -> CosettleLoss:
-    """Compute `cosettle_loss` of layer_norm(tanh(linear + bias)) without storing these projected tokens.
+    """Compute `cosettle_loss` of layer_norm(tanh(linear + bias)) without storing the projected tokens.
 
     Gradients flow into `linear`, `bias`, `norm_weight` and `norm_bias`.
 
@@ -252,11 +254,11 @@ def cosettle_head_loss(
         norm_bias: (D,) bias of the layer norm.
         grid: Height and width of the token grid, with h * w = N.
         temperature: Temperature of the transition probabilities, greater than 0.
-        window: Side of the pooling windows in tokens; 1 disables pooling.
+        window: Side of the pooling windows in tokens. 1 disables pooling.
         lambda_reg: Weight of the separability term, at least 0.
         regularizer: Form of the separability term, `"kl"` or `"mse"`.
-        backend: `"auto"` uses Triton if it is installed and supports the tensors, and eager PyTorch
-            otherwise. `"triton"` and `"eager"` force one of the two.
+        backend: `"triton"`, `"eager"` (plain PyTorch), or `"auto"`, which selects Triton if it is installed
+            and the tensors are on an NVIDIA GPU of compute capability 8.0 or higher and not in float64.
         norm_eps: Epsilon of the layer norm, at least 0.
         tanh: Whether to apply tanh. Without it, the projected tokens are layer_norm(linear + bias).
         diagnostics: Whether to compute cycle accuracy and identity similarity, which need the complete cycle
@@ -266,8 +268,8 @@ def cosettle_head_loss(
         A `CosettleLoss` of 0-d tensors, in float32 or (for float64 tokens) float64.
 
     Raises:
-        ValueError: If an argument has an invalid shape, dtype, device or value, or if `backend="triton"` does
-            not support the tensors.
+        ValueError: If an argument has an invalid shape, dtype, device or value, or one that
+            `backend="triton"` does not support.
     """
     tensors = {"linear": linear, "bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
     options = (grid, temperature, window, lambda_reg, regularizer, backend, diagnostics)

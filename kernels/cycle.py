@@ -3,8 +3,8 @@
     A_k = softmax(p_k p_{k+1}^T / tau),  C = A_1 A_2 ... A_{T-1}
     loss = mean over tokens i of  log(1 + M e) - log(C_ii + e),  e = 1e-6
 
-This is the cross-entropy of the logits log(C_i + e) against target i, whose normaliser is constant because
-the rows of C sum to one.
+Here p_k are the tokens of view k. The loss is the cross-entropy of the logits log(C_i + e) against target i,
+where C_i is row i of C. As the rows of C sum to one, the normaliser of the softmax is the constant 1 + M e.
 
 For three views, as in Co-Settle, the loss needs only the diagonal of C. With A = A_1 and A' = A_2,
 
@@ -18,17 +18,17 @@ W_j = sum_i w_ij. Then
     dloss / d(p2_j . p3_i) = (A'_ji W_j - w_ij) / (tau B M)
 
 Both numerators are bounded by M at any temperature, so half precision can represent them. A single kernel
-handles up to 64 tokens, and the kernels of cycle_streaming.py handle more; neither stores an M x M matrix.
-The diagnostics compute all of C.
+handles up to 64 tokens per view, and the kernels of cycle_streaming.py handle more. Neither stores an M x M
+matrix. The diagnostics need all of C.
 
-Other walks multiply the transition matrices of affinity.py and store M x M numbers per step. Instead of the
-last product, only its diagonal is computed.
+For other numbers of views, the transition matrices of affinity.py are stored and multiplied. Of the last
+product, only the diagonal is computed.
 
-Source: arXiv 2603.26597, section 3. Walks there and back through a clip are from Jabri et al., "Space-Time
+Source: arXiv 2603.26597, section 3. The walk there and back through a clip is from Jabri et al., "Space-Time
 Correspondence as a Contrastive Random Walk", NeurIPS 2020.
 
 Shape suffixes: B samples, T views, M tokens of a view, D channels. Inside the kernel: I tokens of the first
-or third view, J tokens of the second view, K channels of one step of the loop.
+or third view, J tokens of the second view, K channels of one loop iteration.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def softmax(logits, exists, AXIS):
 def row_is_correct(cycle_IJ, BLOCK):
     """Return 1 for each row whose arg-max is the diagonal, else 0. Masked entries must be -1.
 
-    Of several equal maxima, the first is the arg-max.
+    Ties go to the first maximum, as in torch.argmax.
     """
     row = tl.arange(0, BLOCK)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
@@ -126,7 +126,7 @@ def _cycle_kernel(
         tl.store(metrics, tl.log(1.0 + tokens * EPS) - tl.log(return_I + EPS), mask=exists)
         if DIAGNOSTICS:
             tl.store(metrics + 3 * stride, return_I, mask=exists)
-            # Rows beyond the last token hold the softmax of zeros; columns beyond it must not be the arg-max.
+            # Columns beyond the last token must not be the arg-max. Rows beyond it are not stored.
             zero_II = tl.zeros([BLOCK_M, BLOCK_M], dtype=tl.float32)
             cycle_II = dot(there_IJ, tl.trans(back_IJ), zero_II)
             cycle_II = tl.where(exists[None, :], cycle_II, 0.0)
@@ -166,10 +166,10 @@ def _cycle_kernel(
 
 
 def grad_scale(tokens: int) -> float:
-    """Scale of the gradients that the cycle kernels store, as a multiple of tau B M times the true gradient.
+    """Factor s such that the cycle kernels store the gradient times s tau B M.
 
-    The unscaled values are at most 4 M times the largest component of a token. Scaled, they are at most 16384
-    for components up to one, so that fp16 can represent the largest and loses few of the smallest.
+    The gradient times tau B M is at most 4 M times the largest component of a token. For components up to
+    one, the stored values are at most 16384, so that none overflows in fp16 and few underflow.
     """
     return 4096.0 / triton.next_power_of_2(tokens)
 
@@ -179,9 +179,9 @@ def launch_cycle(
 ) -> tuple[Tensor, Tensor]:
     """Run the cycle kernels on three contiguous views.
 
-    Returns metrics (4, B, M) of each row of C in fp32, and the gradient (B, 3, M, D). The metrics are the
+    Returns metrics (4, B, M) in fp32, one per row of C, and the gradient (B, 3, M, D). The metrics are the
     cross-entropy and, with `diagnostics`, whether the arg-max is the diagonal (1 or 0), the sum of squares,
-    and the diagonal. The gradient is that of the mean cross-entropy times grad_scale(M) tau B M. Without
+    and the diagonal. The gradient is that of the mean cross-entropy, times grad_scale(M) tau B M. Without
     `grad_dtype` it is empty.
     """
     samples, _, tokens, channels = walk_B3MD.shape
@@ -223,9 +223,9 @@ def _three_views(walk: Tensor, temperature: float, keep: bool) -> tuple[Tensor, 
 
 
 def _scaled_gradient(grad: Tensor, loss: Tensor, grad_walk: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiply the walk's gradient by that of the loss.
+    """Multiply the gradient of the walk by the incoming gradient of the loss.
 
-    The unused argument `loss` depends on the walk, which makes a second derivative an error.
+    The argument `loss` is unused, but it depends on the walk. A second derivative therefore raises an error.
     """
     return (grad * grad_walk).to(dtype)
 
@@ -246,11 +246,11 @@ _cycle_three_views_backward = operator(
 
 
 def _save(inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Any]]:
-    walk, _temperature, _grad = inputs
+    walk, _temperature, _keep = inputs
     return output, (walk.dtype,)
 
 
-differentiate(_cycle_three_views, lambda *given: (_cycle_three_views_backward(*given),), losses=1, save=_save)
+differentiate(_cycle_three_views, lambda *args: (_cycle_three_views_backward(*args),), losses=1, save=_save)
 
 
 def cycle_consistency_loss(
@@ -267,17 +267,17 @@ def cycle_consistency_loss(
             (eager only) float64. Normalise and pool the tokens first. The walk of Co-Settle visits frame 1,
             frame 2, and frame 1 with asymmetric positions.
         temperature: Temperature of the transition probabilities, greater than 0.
-        there_and_back: Whether to continue from the last view through the others back to the first, which
-            makes 2 T - 2 steps in total.
-        backend: `"auto"` uses Triton if it is installed and supports the tensors, and eager PyTorch
-            otherwise. `"triton"` and `"eager"` force one of the two.
+        there_and_back: Whether the walk returns from the last view through the others to the first, which
+            makes 2 T - 2 transitions in total.
+        backend: `"triton"`, `"eager"` (plain PyTorch), or `"auto"`, which selects Triton if it is installed
+            and the tensors are on an NVIDIA GPU of compute capability 8.0 or higher and not in float64.
 
     Returns:
         The mean over tokens and samples as a 0-d tensor, in float32 or (for float64 tokens) float64.
 
     Raises:
-        ValueError: If an argument has an invalid shape, dtype, device or value, or if `backend="triton"` does
-            not support the tensors.
+        ValueError: If an argument has an invalid shape, dtype, device or value, or one that
+            `backend="triton"` does not support.
     """
     check_tensors(walk=(walk, "BTMD"))
     if walk.shape[1] < 2:

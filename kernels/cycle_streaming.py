@@ -14,8 +14,8 @@ Here s_ij = p1_i . p2_j / tau and t_ij = p2_j . p3_i / tau. Steps 1 and 2 keep a
 FlashAttention does (Dao et al., 2022, arXiv 2205.14135).
 
 Shape suffixes: B samples, M tokens of a view, D channels. Inside the kernels: I tokens of the first or third
-view, J tokens of the second view, E tokens of the third view where a walk ends, K channels of one step of the
-loop, O channels of the gradient. Logarithms in the kernels are to base 2.
+view, J tokens of the second view, E tokens of the third view where a walk ends, K channels of one loop
+iteration, O channels of the gradient. Logarithms in the kernels are to base 2.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .runtime import inline, jit, on_device, tl, triton
 
 @inline
 def _views(walk_ptr, sample, tokens, D):
-    """Pointers to the three views of a sample."""
+    """Return pointers to the three views of a sample."""
     first_ptr = walk_ptr + sample * 3 * tokens * D
     second_ptr = first_ptr + tokens * D
     third_ptr = second_ptr + tokens * D
@@ -236,12 +236,12 @@ def launch_streaming(
     grad_scale: float,
     diagnostics: bool,
 ) -> None:
-    """Compute the results of `cycle.launch_cycle` in place; an empty gradient is not computed."""
+    """Write the results of `cycle.launch_cycle` into the given tensors; skip the gradient if it is empty."""
     samples, _, tokens, channels = walk_B3MD.shape
     loss_BM, correct_BM, squares_BM, return_BM = metrics_4BM.unbind()
     there_BM, back_BM, through_BM = metrics_4BM.new_empty((3, samples, tokens)).unbind()
     tile, half = tile_options(walk_B3MD), walk_B3MD.element_size() == 2
-    # Fewer channels per step of the loop leave more registers for the sums of a kernel.
+    # Loading fewer channels per loop iteration leaves more registers for the accumulators.
     narrow = {**tile, "BLOCK_K": min(tile["BLOCK_K"], 32)}
     launch = (triton.cdiv(tokens, tile["BLOCK"]) * samples,)
     sizes = (tokens, LOG2_E / temperature)

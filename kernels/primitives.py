@@ -20,9 +20,9 @@ LOG2_E = 1.4426950408889634
 def tile_options(tokens: Tensor) -> dict[str, Any]:
     """Choose the launch options of a kernel that computes tiles of the logits of `tokens`.
 
-    Tiles are as large as the registers allow. Those of float32 are smaller, because three tf32 products need
-    three times the operands. GPUs before Hopper also need smaller tiles, because their tensor cores read all
-    operands from registers.
+    Tiles are as large as the registers allow. They are smaller for float32, because three tf32 products need
+    more registers for their operands, and on GPUs before Hopper, whose tensor cores read all operands from
+    registers.
     """
     half = tokens.element_size() == 2
     wide = half and compute_capability(tokens.device) >= (9, 0)
@@ -36,9 +36,8 @@ def tile_options(tokens: Tensor) -> dict[str, Any]:
     }
 
 
-# When compiled, each of these scalar functions is a single GPU instruction, where the equivalent in Triton
-# needs four more to handle denormal numbers. They are accurate to a few units in the last place of fp32,
-# `_tanh_half` to half precision.
+# When compiled, `exp2`, `reciprocal` and `_tanh_half` are single GPU instructions, whereas Triton's own
+# functions need several more, for example to handle denormal numbers.
 if INTERPRETED:
 
     def exp2(x):
@@ -127,7 +126,7 @@ def load_tokens(tokens_ptr, rows, channels, tokens, D):
 
 @inline
 def logits_tile(query_ptr, key_ptr, rows, columns, queries, keys, scale, D, BLOCK, BLOCK_K):
-    """Compute scale * query key^T, (BLOCK, BLOCK) in fp32, over BLOCK_K channels at a time."""
+    """Compute a tile (BLOCK, BLOCK) of scale * query key^T in fp32, BLOCK_K channels at a time."""
     logits_QK = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
     for start in range(0, D, BLOCK_K):
         channels = start + tl.arange(0, BLOCK_K)
@@ -139,7 +138,7 @@ def logits_tile(query_ptr, key_ptr, rows, columns, queries, keys, scale, D, BLOC
 
 @inline
 def own_block(blocks, BLOCK):
-    """Return the sample of this program and the tokens of its block.
+    """Return the sample that this program processes, and the tokens of its block.
 
     All (block, sample) pairs are on the first axis of the grid, since the other axes are limited to 65,535
     programs. Blocks of the same sample have consecutive program ids.

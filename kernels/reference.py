@@ -1,7 +1,7 @@
 """The eager reference: the Co-Settle objective in plain PyTorch.
 
 The public functions use it on CPUs and wherever else Triton cannot run, and the tests of the kernels take
-their expected values from it. float16 and bfloat16 inputs are computed in float32, others in their own dtype.
+their expected values from it. float16 and bfloat16 inputs are converted to float32; others keep their dtype.
 No function synchronises with the GPU.
 
 Source: Liu et al., "From Static to Dynamic: Exploring Self-supervised Image-to-Video Representation Transfer
@@ -60,7 +60,7 @@ def unit(tokens_BTND: Tensor) -> Tensor:
 def pool_tokens(tokens_BTND: Tensor, grid: tuple[int, int], window: int) -> Tensor:
     """Average the tokens over windows: (B, T, h * w, D) -> (B, T, M, D).
 
-    Rows and columns at the far edges that do not fill a window are dropped.
+    Rows at the bottom and columns at the right that do not fill a window are dropped.
     """
     if window == 1:
         return tokens_BTND
@@ -136,7 +136,7 @@ def separability_loss(frozen_BTND: Tensor, projected_BTND: Tensor, regularizer: 
 def head_epilogue(
     linear_BTND: Tensor, bias_D: Tensor, norm_weight_D: Tensor, norm_bias_D: Tensor, eps: float, tanh: bool
 ) -> Tensor:
-    """Compute the rest of the head after its last matrix product: layer_norm(tanh(linear + bias))."""
+    """Compute what follows the last matrix product of the head: layer_norm(tanh(linear + bias))."""
     hidden = at_least_float32(linear_BTND) + bias_D
     if tanh:
         hidden = hidden.tanh()

@@ -10,7 +10,7 @@ from .runtime import inline, tl, triton
 
 
 def row_blocks(channels: int) -> tuple[int, int]:
-    """Choose BLOCK and CHUNKS with the least padding: one power of two, or three powers of at least 128."""
+    """Choose BLOCK and CHUNKS with the least padding: one block, or three blocks of at least 128 channels."""
     whole = triton.next_power_of_2(channels)
     third = whole // 4
     return (third, 3) if third >= 128 and 3 * third >= channels else (max(whole, 32), 1)
@@ -52,7 +52,7 @@ def zero_row(BLOCK, CHUNKS):
 
 @inline
 def sum_chunks(row):
-    """Add the blocks of a row, which gives a single block."""
+    """Add the blocks of a row elementwise, which gives a single block."""
     total = row[0]
     for c in tl.static_range(1, len(row)):
         total += row[c]

@@ -1,7 +1,7 @@
-"""The import of Triton, the choice of the backend, the registration of operators, and launch helpers.
+"""Helpers that import Triton, choose the backend, register operators and launch kernels.
 
-All modules import `jit`, `tl` and `triton` from here, so that the package can be imported without Triton. The
-kernels are then plain Python functions, which are never called.
+All modules import `jit`, `tl` and `triton` from here, so that the package can be imported without Triton. In
+that case, the kernels are plain Python functions that are never called.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _obstacle(tensors: dict[str, Tensor]) -> str | None:
         if not INTERPRETED and not _is_supported(tensor.device):
             expected = "an NVIDIA GPU of compute capability 8.0 or higher for backend='triton'"
             return f"{name} must be on {expected}, got {tensor.device}. Move it, or pass backend='eager'."
-        # Operators would silently drop the tangent. (torch.compile does not support forward-mode anyway.)
+        # The operators would silently drop the tangent. (torch.compile does not support forward-mode anyway.)
         if not torch.compiler.is_compiling() and unpack_dual(tensor).tangent is not None:
             return (
                 f"{name} has a forward-mode tangent, but backend='triton' does not support forward-mode "
@@ -107,12 +107,12 @@ def differentiate(
 ) -> None:
     """Register the gradient of an operator that returns losses.
 
-    The first `losses` outputs of `forward` must be the losses, and its last input (`keep` in the schemas)
-    whether a gradient will be needed.
+    The first `losses` outputs of `forward` must be the losses. Its last input (`keep` in the schemas) must
+    be a flag that says whether a gradient will be needed.
 
-    `save` maps the inputs and outputs of `forward` to tensors and constants. `backward` receives the
-    gradients of the losses followed by these, and returns the gradients of the first inputs. It should call
-    an operator that has no gradient, so that a second derivative is an error.
+    `save` maps the inputs and outputs of `forward` to tensors and constants to keep for `backward`, which
+    receives the gradients of the losses, these tensors and these constants, and returns the gradients of the
+    first inputs. It should call an operator that has no gradient, so that a second derivative is an error.
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -130,12 +130,12 @@ def differentiate(
                 "it was called or exported. (Under torch.vmap, no input does.) Pass backend='eager', or "
                 "export with inputs that require gradients."
             )
-        given = [grad for grad in grads if grad is not None]
-        if not given:
+        defined = [grad for grad in grads if grad is not None]
+        if not defined:
             return (None,) * ctx.inputs
-        of_losses = [torch.zeros_like(given[0]) if grad is None else grad for grad in grads[:losses]]
-        of_inputs = backward(*of_losses, *ctx.saved_tensors, *ctx.constants)
-        return (*of_inputs, *(None,) * (ctx.inputs - len(of_inputs)))
+        loss_grads = [torch.zeros_like(defined[0]) if grad is None else grad for grad in grads[:losses]]
+        input_grads = backward(*loss_grads, *ctx.saved_tensors, *ctx.constants)
+        return (*input_grads, *(None,) * (ctx.inputs - len(input_grads)))
 
     forward.register_autograd(gradients, setup_context=setup_context)
 
@@ -161,5 +161,5 @@ def compute_capability(device: torch.device) -> tuple[int, int]:
 
 
 def on_device(tensor: Tensor) -> torch.cuda.device:
-    """Context manager that selects the tensor's GPU for kernel launches; does nothing for CPU tensors."""
+    """Return a context manager that makes the tensor's GPU current; it does nothing for CPU tensors."""
     return torch.cuda.device(tensor.device if tensor.is_cuda else -1)

@@ -20,8 +20,7 @@ in fp32: for a divergence of 3e-5 over 768 channels, its relative error was 5e-5
 interpreter).
 
 The backward starts from the gradient s of each separability term and the gradient G of the pooled tokens. It
-recomputes the rows from x and z, with the help of six sums over channels that the forward stores (24 bytes
-per token):
+recomputes the rows from x and z and from six numbers per token that the forward stores (24 bytes):
 
     dp = s (softmax(p) - q)  or  2 s (p - y),  plus  G / window^2
     dv = (dp - p (p . dp)) / ||v||                           (dp / 1e-12 if ||v|| is below 1e-12)
@@ -34,8 +33,8 @@ channels (768 in the backward with a head) need two or more warps.
 
 Source: arXiv 2603.26597, section 3.
 
-Shape suffixes: B samples, T views, N tokens, M whole windows, D channels. Variables without a suffix inside
-the kernels are rows, which hold one token.
+Shape suffixes: B samples, T views, N tokens, M whole windows, D channels. Inside the kernels, rows (see
+rows.py) hold one token and have no suffix.
 """
 
 from __future__ import annotations
@@ -86,8 +85,8 @@ STATISTICS = 6
 class Epilogue(NamedTuple):
     """Inputs of both kernels: tokens (B, T, N, D), the parameters (D,) of a head or None, and options.
 
-    The grid is divided into cells, each of which covers one window of tokens. Cells at the far edges may be
-    partial.
+    The grid is divided into cells, each of which covers one window of tokens. Cells at the bottom and at the
+    right may be partial.
     """
 
     inputs: Tensor
@@ -123,7 +122,7 @@ class Epilogue(NamedTuple):
 
 @inline
 def _token_of_cell(cell, slot, height, width, WINDOW_H, WINDOW_W):
-    """Index on the grid of a cell's token number `slot`, and whether it exists (cells may be partial)."""
+    """Return the grid index of token `slot` of a cell, and whether it exists, since cells may be partial."""
     cells_wide = tl.cdiv(width, WINDOW_W)
     row = cell // cells_wide * WINDOW_H + slot // WINDOW_W
     column = cell % cells_wide * WINDOW_W + slot % WINDOW_W
@@ -132,7 +131,7 @@ def _token_of_cell(cell, slot, height, width, WINDOW_H, WINDOW_W):
 
 @inline
 def _whole_cell(cell, height, width, WINDOW_H, WINDOW_W):
-    """Index of a cell among the whole cells, and whether it is whole."""
+    """Return the index of a cell among the whole cells, and whether it is whole."""
     cells_wide = tl.cdiv(width, WINDOW_W)
     row = cell // cells_wide
     column = cell % cells_wide
@@ -299,7 +298,7 @@ def _backward_kernel(
                 hidden = _hidden(values, bias, TANH, HALF)
                 standard = scale_row(_centred(hidden, mean, D, BLOCK), inverse_std)
                 values = multiply_add_rows(standard, norm_weight, norm_bias)
-            # A scale of 0 suppresses the gradient that the head's bias gives to tokens that do not exist.
+            # For tokens that do not exist, a scale of 0 leaves the head's gradients unchanged.
             scale = tl.load(statistics + 2, mask=exists, other=0.0)
             unit = scale_row(values, UNIT * scale)
             frozen_scale = tl.load(statistics + 3, mask=exists, other=0.0)
@@ -356,30 +355,30 @@ def statistics_shape(inputs_BTND: Tensor, keep: bool) -> tuple[int, ...]:
     return (*inputs_BTND.shape[:3], STATISTICS) if keep else (0,)
 
 
-def launch_forward(given: Epilogue, *, pool: bool, statistics: bool) -> tuple[Tensor, Tensor, Tensor]:
+def launch_forward(epilogue: Epilogue, *, pool: bool, statistics: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Run the forward kernel.
 
     Returns the separability loss (0-d), the pooled tokens (B, T, M, D), which are empty without `pool`, and
     the statistics (B, T, N, 6) for `launch_backward`, which are empty without `statistics`.
     """
-    inputs = given.inputs
+    inputs = epilogue.inputs
     samples, views, tokens, channels = inputs.shape
-    tensors, strides, constants = _shared_arguments(given, pool, channels_per_warp=1024)
+    tensors, strides, constants = _shared_arguments(epilogue, pool, channels_per_warp=1024)
     terms_BTN = inputs.new_empty((samples, views, tokens), dtype=torch.float32)
     statistics_BTNS = inputs.new_empty(statistics_shape(inputs, statistics), dtype=torch.float32)
-    pooled_shape = (samples, views, given.whole_cells, channels) if pool else (0,)
+    pooled_shape = (samples, views, epilogue.whole_cells, channels) if pool else (0,)
     pooled_BTMD = inputs.new_empty(pooled_shape, dtype=pooled_dtype(inputs.dtype))
     with on_device(inputs):
-        _forward_kernel[(given.cells * samples * views,)](
-            *tensors, terms_BTN, statistics_BTNS, pooled_BTMD, *strides, views, given.height, given.width,
-            given.whole_cells, given.norm_eps, _term_scale(given),
+        _forward_kernel[(epilogue.cells * samples * views,)](
+            *tensors, terms_BTN, statistics_BTNS, pooled_BTMD, *strides, views,
+            epilogue.height, epilogue.width, epilogue.whole_cells, epilogue.norm_eps, _term_scale(epilogue),
             STATISTICS=STATISTICS if statistics else 0, **constants,
         )  # fmt: skip
     return terms_BTN.sum(), pooled_BTMD, statistics_BTNS
 
 
 def launch_backward(
-    given: Epilogue,
+    epilogue: Epilogue,
     statistics_BTNS: Tensor,
     grad_separability: Tensor,
     grad_cycle: Tensor | None = None,
@@ -391,11 +390,11 @@ def launch_backward(
     The gradient of the pooled tokens is grad_pooled * grad_cycle * pooled_scale. `grad_separability` and
     `grad_cycle` are 0-d tensors, which the kernel reads on the device.
     """
-    inputs, head = given.inputs, given.head
+    inputs, head = epilogue.inputs, epilogue.head
     samples, views, _, channels = inputs.shape
     pool = grad_pooled_BTMD is not None
-    tensors, strides, constants = _shared_arguments(given, pool, channels_per_warp=768 if head else 1024)
-    programs = given.cells * samples * views
+    tensors, strides, constants = _shared_arguments(epilogue, pool, channels_per_warp=768 if head else 1024)
+    programs = epilogue.cells * samples * views
     if head:
         # Launch only as many programs as fit on the GPU at once, since each writes partial sums of its own.
         threads = 32 * constants["num_warps"]
@@ -409,31 +408,31 @@ def launch_backward(
         _backward_kernel[(programs,)](
             *tensors, statistics_BTNS, grad_separability, grad_cycle if pool else grad_separability,
             grad_pooled_BTMD if pool else unused, grad_BTND, partial_P3D if head else unused, *strides,
-            samples, views, given.height, given.width, given.whole_cells, _term_scale(given), pooled_scale,
-            STATISTICS=STATISTICS, **constants,
+            samples, views, epilogue.height, epilogue.width, epilogue.whole_cells, _term_scale(epilogue),
+            pooled_scale, STATISTICS=STATISTICS, **constants,
         )  # fmt: skip
     return grad_BTND, None if partial_P3D is None else partial_P3D.sum(0)
 
 
-def _term_scale(given: Epilogue) -> float:
+def _term_scale(epilogue: Epilogue) -> float:
     """Factor that turns the sum of the separability terms into the loss."""
-    return 1.0 / (given.inputs.shape[0] if given.kl else given.inputs.numel())
+    return 1.0 / (epilogue.inputs.shape[0] if epilogue.kl else epilogue.inputs.numel())
 
 
 def _shared_arguments(
-    given: Epilogue, pool: bool, channels_per_warp: int
+    epilogue: Epilogue, pool: bool, channels_per_warp: int
 ) -> tuple[list[Tensor], tuple[int, ...], dict[str, Any]]:
     """Arguments that both kernels share: the first tensors, the strides, and the compile-time constants."""
-    inputs, frozen = unit_stride(given.inputs), unit_stride(given.frozen)
+    inputs, frozen = unit_stride(epilogue.inputs), unit_stride(epilogue.frozen)
     block, chunks = row_blocks(inputs.shape[-1])
-    parameters = [parameter.contiguous() for parameter in given.head] or [inputs] * 3
+    parameters = [parameter.contiguous() for parameter in epilogue.head] or [inputs] * 3
     constants = {
-        "D": inputs.shape[-1], "WINDOW_H": given.window_height, "WINDOW_W": given.window_width,
-        "HEAD": bool(given.head), "TANH": given.tanh, "KL": given.kl, "POOL": pool,
+        "D": inputs.shape[-1], "WINDOW_H": epilogue.window_height, "WINDOW_W": epilogue.window_width,
+        "HEAD": bool(epilogue.head), "TANH": epilogue.tanh, "KL": epilogue.kl, "POOL": pool,
         "HALF": inputs.dtype != torch.float32, "UNIT": LOG2_E, "BLOCK": block, "CHUNKS": chunks,
         # Enough warps to hold a row in registers without spilling.
         "num_warps": triton.next_power_of_2(triton.cdiv(block * chunks, channels_per_warp)),
-        # Since 3.10, Triton does not fuse multiplications and additions by default.
+        # Newer versions of Triton fuse multiplications and additions only on request (triton PR 11270).
         "enable_fp_fusion": True,
     }  # fmt: skip
     strides = (*inputs.stride()[:3], *frozen.stride()[:3])
@@ -444,7 +443,7 @@ def _shared_arguments(
 
 
 def _epilogue(projected: Tensor, frozen: Tensor, kl: bool) -> Epilogue:
-    """Inputs for the loss alone: without pooling the grid is arbitrary; each program takes four tokens."""
+    """Build the inputs for the loss alone: without pooling, any grid will do. Use cells of four tokens."""
     return Epilogue(
         projected, frozen, bias=None, norm_weight=None, norm_bias=None, norm_eps=0.0, tanh=False,
         height=1, width=projected.shape[2], window_height=1, window_width=4, kl=kl,
@@ -479,7 +478,7 @@ _separability_backward = operator(
     _backward,
     fake=lambda grad, statistics, projected, frozen, kl: projected.new_empty(projected.shape),
 )
-differentiate(_separability, lambda *given: (_separability_backward(*given),), losses=1, save=_save)
+differentiate(_separability, lambda *args: (_separability_backward(*args),), losses=1, save=_save)
 
 
 def separability_loss(
@@ -497,15 +496,15 @@ def separability_loss(
         projected: (B, T, N, D) output of the projection for the same tokens, before L2 normalisation. Its
             dtype may differ from that of `frozen`.
         regularizer: `"kl"` or `"mse"`.
-        backend: `"auto"` uses Triton if it is installed and supports the tensors, and eager PyTorch
-            otherwise. `"triton"` and `"eager"` force one of the two.
+        backend: `"triton"`, `"eager"` (plain PyTorch), or `"auto"`, which selects Triton if it is installed
+            and the tensors are on an NVIDIA GPU of compute capability 8.0 or higher and not in float64.
 
     Returns:
         The loss as a 0-d tensor, in float32 or (for float64 tokens) float64.
 
     Raises:
-        ValueError: If an argument has an invalid shape, dtype, device or value, or if `backend="triton"` does
-            not support the tensors.
+        ValueError: If an argument has an invalid shape, dtype, device or value, or one that
+            `backend="triton"` does not support.
     """
     check_tensors(frozen=(frozen, "BTND"), projected=(projected, "BTND"))
     check_choice("regularizer", regularizer, Regularizer)

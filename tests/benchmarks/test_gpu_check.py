@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu_check.sh"
-# Replaces Python on a machine with a GPU.
+# Stands in for Python on a machine with a GPU.
 STUB = """#!/bin/sh
 case "$*" in
 *benchmarks.kernels*) echo "CUDA error"; exit 1 ;;

@@ -30,7 +30,7 @@ def test_speedup_is_computed_per_round() -> None:
     assert fast.result(4, steps=2)["ms"] == 1000.0
 
 
-def test_another_process_returns_raises_or_times_out_and_its_cpu_time_counts() -> None:
+def test_a_separate_process_returns_raises_or_times_out_and_its_cpu_time_counts() -> None:
     begun = cpu_seconds()
     assert in_own_process(sum, range(3_000_000)) == sum(range(3_000_000))
     # Starting an interpreter takes several clock ticks, the resolution of CPU time.
@@ -45,7 +45,9 @@ def test_a_failed_measurement_does_not_affect_the_others(tmp_path: Path) -> None
     def fail(error: Exception) -> dict[str, Any]:
         raise error
 
-    results = measure.Results("step", measure.parser(None).parse_args(["--out", str(tmp_path / "step.json")]))
+    results = measure.Results(
+        "step", measure.command_line("step", None).parse_args(["--out", str(tmp_path / "step.json")])
+    )
     results.record("good", lambda: {"ms": 1.0})
     results.record("absent", lambda: fail(ModuleNotFoundError("no av", name="av")))
     results.record("refused", lambda: fail(InputError("fp8 needs Ada")))

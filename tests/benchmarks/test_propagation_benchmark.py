@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("name", ["propagation", "propagation_wide"])
-def test_both_match_the_golden_vectors(shared: Path, name: str) -> None:
+def test_script_and_fasttrain_match_the_golden_vectors(shared: Path, name: str) -> None:
     golden = np.load(shared / "golden" / "eval" / f"{name}.npz")
     settings = tuple(golden[key].item() for key in ("context", "radius", "topk", "temperature"))
     features, first = (torch.from_numpy(golden[key]) for key in ("features", "first_labels"))

@@ -38,7 +38,7 @@ def test_the_baseline_computes_the_same_losses(regularizer: str) -> None:
     torch.manual_seed(0)
     row, column = torch.randint(0, ours.encoder.asymmetric_range(10.0), (2,)).tolist()
     assert torch.equal(crop, ours.encoder.asymmetric_positions(ratio=10.0, offset=(row, column)))
-    # 2 L (4 D^2 + 8 D^2) + 4 L^2 D per block and view, plus the patch embedding of two frames.
+    # 2 L (4 D^2 + 8 D^2) + 4 L^2 D per block and view with L tokens, plus the patch embedding of two frames.
     blocks = 2 * (24 * 17 * 64**2 + 4 * 17**2 * 64)
     flops = 3 * blocks + 2 * 16 * 2 * 3 * 16**2 * 64
     assert benchmark.encoder_flops(ours, frames, ours.asymmetric_positions(0)) == flops

@@ -8,8 +8,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    # A test in another folder may have imported them already. Objects that it imported continue to work.
-    # Triton's extension module cannot be loaded twice, and does not need to be.
+    # Tests in other folders may have imported Triton and the kernels already, so import both again. What
+    # those tests imported continues to work. Triton's extension module cannot be loaded twice.
     for name in list(sys.modules):
         if name.partition(".")[0] in ("triton", "fasttrain_kernels") and not name.startswith("triton._C"):
             del sys.modules[name]

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks import kernels as benchmark
-from benchmarks.measure import Results, parser
+from benchmarks.measure import Results, command_line
 from benchmarks.plot import plot
 
 
@@ -22,8 +22,8 @@ def test_a_shape_is_measured_and_plotted(
 
     monkeypatch.setattr(torch, "compile", lambda function: no_compiler)
     shape = benchmark.Shape(1, (2, 2), 16)
-    options = parser(None).parse_args(["--out", str(tmp_path / "kernels.json")])
-    results = Results("kernels", options, copy_bytes_per_second=1e9)
+    args = command_line("kernels", None).parse_args(["--out", str(tmp_path / "kernels.json")])
+    results = Results("kernels", args, copy_bytes_per_second=1e9)
     results.record(
         shape.label,
         lambda: benchmark.measure_shape(shape, results, torch.device(device), rounds=2, calls=1),
@@ -38,5 +38,5 @@ def test_a_shape_is_measured_and_plotted(
     assert plot(results.path).stat().st_size > 0
 
 
-def test_the_minimum_traffic_of_the_papers_shape_is_that_of_the_performance_model() -> None:
+def test_memory_traffic_at_the_papers_shape_matches_the_documentation() -> None:
     assert benchmark.moved_bytes(benchmark.PAPER, backward=True) == pytest.approx(1.16e9, rel=0.005)

@@ -1,4 +1,4 @@
-"""Tests of the memory of the Triton backend: no M x M tensor, and a fraction of what the eager backend needs.
+"""Tests that the Triton backend allocates no M x M tensor, and much less memory than the eager backend.
 
 Memory is counted rather than measured: the tests record every tensor that an operation returns, and replace
 the kernels by functions that do nothing.
@@ -33,7 +33,7 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace == "fasttrain_kernels":
-            # Run the implementation of the operator with this mode enabled, to see its allocations.
+            # Run the operator's implementation with this mode enabled, to record its allocations.
             with self:
                 result = function.redispatch(self.keys, *args, **(kwargs or {}))
         else:
@@ -101,9 +101,9 @@ def test_a_walk_through_three_views_allocates_no_quadratic_tensor(
 def test_peak_memory_at_the_papers_shape_is_at_most_a_fifth_of_eager(
     launches: list[tuple[int, ...]], device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Linear layer, loss and gradients in mixed precision. Two samples suffice, as memory is per sample."""
-    # On a real GPU, the partial sums of all programs would dominate two samples. They do not grow with the
-    # batch.
+    """Linear layer, loss and gradients in mixed precision. Two samples suffice: memory grows linearly."""
+    # With the multiprocessors of a real GPU, the partial sums of all programs would need more memory than two
+    # samples. They do not grow with the batch.
     monkeypatch.setattr(separability, "multiprocessors", lambda device: 1)
     weight = torch.randn(768, 768, device=device, requires_grad=True)
     parameters = [torch.randn(768, device=device, requires_grad=True) for _ in range(3)]
@@ -124,13 +124,13 @@ def test_peak_memory_at_the_papers_shape_is_at_most_a_fifth_of_eager(
             parameter.grad = None
         del out
     assert peaks["triton"] <= peaks["eager"] / 5
-    # The product of the linear layer, its gradient, and a quarter map for the gradient of the pooled tokens.
-    # The rest is copies of the weight.
+    # One map for the product of the linear layer, one for its gradient, and a quarter for the gradient of the
+    # pooled tokens. The rest is mostly copies of the weight.
     assert 2.25 < peaks["triton"] < 2.7
 
 
 def test_any_number_of_samples_can_be_launched(launches: list[tuple[int, ...]]) -> None:
-    """The second and third axes of a grid are limited to 65,535 programs."""
+    """CUDA limits the second and third axes of a launch grid to 65,535."""
     for tokens in (49, 70):
         walk = torch.empty(100_000, 3, tokens, 8, device="meta")
         cycle.launch_cycle(walk, 0.1, grad_dtype=torch.float32, diagnostics=True)

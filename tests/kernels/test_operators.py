@@ -60,7 +60,7 @@ LOSSES = [fused, fused_head, walk_there_and_back, separability]
 
 
 def inputs_of(loss: Loss, device: str) -> tuple[Tensor, Tensor]:
-    """Frozen and projected tokens of three views (two for a walk there and back, which then has three)."""
+    """Frozen and projected tokens of three views (of two for the walk there and back, which visits three)."""
     frozen, projected = torch.randn(2, 1, 2 if loss is walk_there_and_back else 3, 4, 16, device=device)
     return frozen, projected.clone()
 
@@ -113,7 +113,7 @@ def test_an_exported_program_gives_the_same_loss(device: str, backend: str, tmp_
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_backward_of_a_program_exported_without_gradients_is_an_error(device: str, loss: Loss) -> None:
-    """It would read statistics that the forward did not write."""
+    """The backward would read statistics that the forward did not write."""
     frozen, projected = inputs_of(loss, device)
     program = torch.export.export(AsModule(loss), (frozen, projected)).module()
     with pytest.raises(RuntimeError, match="saved nothing for the backward pass"):
@@ -127,7 +127,7 @@ def test_the_backward_of_a_program_exported_without_gradients_is_an_error(device
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_second_derivatives_are_errors(device: str, loss: Loss) -> None:
-    """Otherwise a gradient penalty would be silently wrong. The incoming gradient is a constant here."""
+    """Otherwise a gradient penalty would be silently wrong, because the incoming gradient is a constant."""
     frozen, projected = inputs_of(loss, device)
     projected.requires_grad_()
     total = loss(frozen, projected) + projected.square().sum()
@@ -188,7 +188,7 @@ def test_operators_pass_opcheck(device: str) -> None:
 
 
 def test_use_in_another_project(tmp_path: Path) -> None:
-    """All parts run in one process, because importing torch takes seconds. Each part prints its result."""
+    """All checks run in one process, because importing torch takes seconds. Each prints its result."""
     code = """
 import sys, torch, fasttrain_kernels, their_losses
 frozen, projected = torch.randn(2, 1, 3, 4, 8)

@@ -25,7 +25,7 @@ def _apply(
 
 
 def test_functions_are_accurate_to_a_few_units_in_the_last_place(device: str) -> None:
-    """From -0.9 to 20, and near zero, where a difference of exponentials would lose all digits."""
+    """x covers -0.9 to 20 and values near 0, where a difference of exponentials would lose all digits."""
     small = torch.logspace(-7, -0.05, SIZE // 4)
     x = torch.cat([small, -small, torch.linspace(0.9, 20, SIZE // 2)]).to(device)
     both, hyperbolic, logarithm = (torch.empty(count * SIZE, device=device) for count in (2, 1, 1))

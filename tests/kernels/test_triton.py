@@ -32,7 +32,7 @@ Loss = Callable[..., tuple[Tensor, ...]]
 def norm_error(value: Tensor, truth: Tensor) -> float:
     """Norm of the error relative to the norm of the truth.
 
-    Losses are means of logarithms, so their errors are relative to at least 0.1.
+    For losses, which are means of logarithms and can be near 0, the divisor is at least 0.1.
     """
     scale = truth.double().norm().item()
     if truth.ndim == 0:
@@ -43,7 +43,7 @@ def norm_error(value: Tensor, truth: Tensor) -> float:
 
 
 def evaluate(loss: Loss, backend: str, dtype: torch.dtype, tensors: list[Tensor]) -> list[Tensor]:
-    """Return the results of `loss`, and the gradients of the first result for all tensors that have one."""
+    """Return the results of `loss`, and the gradients of the first result (weighted, if it is no scalar)."""
     leaves = [tensor.to(dtype).detach().requires_grad_() for tensor in tensors]
     results = loss(backend, *leaves)
     weights = torch.linspace(0.5, 1.5, results[0].numel(), dtype=results[0].dtype, device=results[0].device)
@@ -67,8 +67,8 @@ def check_against_eager(loss: Loss, dtype: torch.dtype, *tensors: Tensor) -> Non
     fused = evaluate(loss, "triton", dtype, rounded)
     # Logits are of the order of 1 / temperature, and their rounding error carries over to the probabilities.
     # On tensor cores, three tf32 products have a relative error of about 2^-21.
-    of_logits = 4 * torch.finfo(torch.float32).eps / 0.01
-    floor = max(8 * torch.finfo(dtype).eps, of_logits)
+    logit_error = 4 * torch.finfo(torch.float32).eps / 0.01
+    floor = max(8 * torch.finfo(dtype).eps, logit_error)
     for index, (true, baseline, value) in enumerate(zip(truth, eager, fused, strict=True)):
         allowed = max(4 * norm_error(baseline, true), floor)
         assert norm_error(value, true) <= allowed, f"result {index}"
@@ -89,7 +89,7 @@ def head_objective(grid: tuple[int, int], **options: object) -> Loss:
 
 
 def tokens(*shape: int, device: str, common: float = 2.0) -> Tensor:
-    """Random tokens with a component that all views share, as frames of one video do."""
+    """Random tokens with a component that all views share, like tokens from frames of one video."""
     generator = torch.Generator().manual_seed(sum(shape))
     values = torch.randn(shape, generator=generator)
     if common:
@@ -115,8 +115,8 @@ def test_widths_of_vision_transformers(device: str, channels: int) -> None:
 
 
 @pytest.fixture(params=["fused", "streaming"])
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Choose the cycle kernels. Streaming starts at nine tokens instead of 65, as the interpreter is slow."""
+def cycle_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Select the cycle kernels. As the interpreter is slow, streaming starts at 9 tokens instead of 65."""
     if request.param == "streaming":
         monkeypatch.setattr(cycle, "MAX_FUSED_TOKENS", 8)
     return request.param
@@ -144,7 +144,7 @@ def test_streaming_matches_the_fused_kernel(
     assert norm_error(streamed_grad, fused_grad) < 16 * torch.finfo(dtype).eps
 
 
-def test_diagnostics(device: str, form: str) -> None:
+def test_diagnostics(device: str, cycle_kernels: str) -> None:
     frozen, projected = (tokens(1, 3, 16, 32, device=device, common=0.6) for _ in range(2))
     truth = cosettle_loss(frozen.double(), projected.double(), (4, 4), window=1, backend="eager")
     value = cosettle_loss(frozen, projected, (4, 4), window=1, backend="triton")
@@ -260,7 +260,7 @@ def check_part(
     inputs = frozen[:, :1].repeat(1, views, 1, 1) if content == "identical frames" else frozen + 0.2
     if content == "zero tokens":
         frozen[:, :, 0] = 0
-    # Walks and affinities take normalised tokens. A zero token stays zero.
+    # Walks and affinities expect normalised tokens. A zero token stays zero.
     unit = torch.nn.functional.normalize(frozen if content == "zero tokens" else inputs, dim=-1)
 
     def loss(backend: str, *given: Tensor) -> tuple[Tensor, ...]:
@@ -319,8 +319,8 @@ def test_single_losses_of_any_shape_layout_and_extreme(case: dict[str, Any]) -> 
     check_part(**case)
 
 
-def test_low_temperature_with_the_head(device: str, form: str) -> None:
-    """Logits are of the order of 1 / 0.01. The grid is odd, and the number of channels no power of two."""
+def test_low_temperature_with_the_head(device: str, cycle_kernels: str) -> None:
+    """Logits are of the order of 100, the grid is odd, and 50 channels are not a power of two."""
     linear = 0.5 * tokens(1, 3, 15, 50, device=device)
     parameters = [tokens(50, device=device, common=0.0) for _ in range(3)]
     loss = head_objective((3, 5), window=1, temperature=0.01, regularizer="mse")
@@ -328,7 +328,7 @@ def test_low_temperature_with_the_head(device: str, form: str) -> None:
 
 
 def test_opposite_views_do_not_overflow_beyond_the_last_token(device: str) -> None:
-    """All logits are near -1 / 0.01, but 0 in the padding of a tile, whose exponentials must be masked."""
+    """Logits are near -100, but 0 in the padding of a tile, where the exponentials must be masked."""
     noise = torch.randn(1, 3, 70, 24, generator=torch.Generator().manual_seed(0))
     views = torch.tensor([1.0, -1.0, 1.0]).view(1, 3, 1, 1) + 0.1 * noise
     walk = torch.nn.functional.normalize(views, dim=-1).to(device)
