@@ -45,7 +45,8 @@ def compiled_only(architecture: int) -> Iterator[list[Any]]:
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
         compiled.append(run(self, *arguments, grid=grid, warmup=True, **options))
 
-    # Triton queries the driver before it compiles, and caches compiled kernels per device.
+    # Triton queries the driver before it compiles, so replace it. Triton also caches compiled kernels per
+    # device, so use the architecture as the number of the device.
     driver = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", architecture, 32),
         get_current_device=lambda: architecture,

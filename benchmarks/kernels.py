@@ -63,7 +63,7 @@ class Shape(NamedTuple):
 
 
 PAPER = Shape(128, (14, 14), 768)
-# Shapes with a goal come first, because time may run out.
+# The most important shapes come first, because time may run out.
 SHORT = [PAPER, Shape(128, (37, 37), 768, window=1), Shape(128, (37, 37), 768), Shape(32, (16, 16), 384)]
 SHAPES = [*SHORT, *(Shape(batch, (14, 14), width) for width in (384, 768, 1024) for batch in (32, 256))]
 CONTENDERS = ("fused", "compiled", "eager")
@@ -171,7 +171,7 @@ def main() -> None:
     for shape in SHORT if args.short else SHAPES:
         # torch.compile is slow, so --short includes it only at the paper's shape.
         names = CONTENDERS if not args.short or shape == PAPER else ("fused", "eager")
-        # Larger shapes take tens of milliseconds per call.
+        # A call takes long at large shapes, so a few are enough.
         calls = 10 if shape.map_bytes < 2**29 else 2
         results.record(shape.label, partial(measure_shape, shape, results, device, names, calls=calls))
     results.finish()

@@ -135,7 +135,7 @@ def run_fasttrain(*arguments: str) -> None:
     if result.returncode:
         sys.stderr.write(result.stderr)
         reason = (result.stderr.splitlines() or [f"exit code {result.returncode}"])[-1]
-        raise RuntimeError(f"fasttrain {arguments[0]} failed: {reason}")
+        raise RuntimeError(f"fasttrain {arguments[0]} failed: {reason.removeprefix('fasttrain: ')}")
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
@@ -179,7 +179,7 @@ def copy_ceiling(device: torch.device) -> float:
 
 
 def environment() -> dict[str, Any]:
-    """Describe machine and software: `device`, `cpu`, `versions`, `commit` and `date` (UTC, ISO 8601).
+    """Describe the machine and software: `device`, `cpu`, `versions`, `commit` and `date` (UTC, ISO 8601).
 
     `commit` ends in `-dirty` if tracked files have changes. Without a git repository, it is the value of the
     environment variable FASTTRAIN_COMMIT.

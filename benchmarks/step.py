@@ -54,7 +54,7 @@ from fasttrain.recipe import Recipe, load_recipe, to_dict
 
 Switches = dict[str, dict[str, Any]]
 SWITCHES: Switches = {"as it is": {}, "not compiled": {"compile": "none"}, "fp8": {"precision": "fp8"}}
-# Not measured with --short, because each takes half a minute to compile on a GPU.
+# Not measured with --short, because they take long to compile.
 LONG_SWITCHES: Switches = {
     "three passes": {"batch_views": False},
     "weights cast at every step": {"cast_weights": False},
@@ -68,7 +68,7 @@ GPU_SWITCHES: Switches = {
     "CUDA graph": {"cuda_graph": True},
     "CUDA graph, fp8": {"cuda_graph": True, "precision": "fp8"},
 }
-# On a GPU, all pairs are processed at once by default.
+# Not measured on a GPU, where all pairs are processed at once by default.
 CPU_SWITCHES: Switches = {
     "fused attention": {"attention": "flash"},
     "all pairs at once": {"chunk": 1_000_000},
@@ -136,7 +136,7 @@ def with_changes(recipe: Recipe, section: str, **values: Any) -> Recipe:
 
 
 def steps(run: Run) -> dict[str, Any]:
-    """Measure a training step of fasttrain and of the published implementation, at the same precision."""
+    """Measure a step of fasttrain, and of the baseline at the same precision and, on a GPU, in fp16."""
     recipe, frames = run.recipe, run.frames(run.recipe)
     makers: dict[str, Callable[[], Step]] = {
         "ours": lambda: run.stepper(recipe),

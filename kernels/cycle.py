@@ -19,7 +19,7 @@ W_j = sum_i w_ij. Then
 
 Both numerators are bounded by M at any temperature, so half precision can represent them. A single kernel
 handles up to 64 tokens per view, and the kernels of cycle_streaming.py handle more. Neither stores an M x M
-matrix. The diagnostics need all of C.
+matrix, not even for the diagnostics, which need all of C.
 
 For other numbers of views, the transition matrices of affinity.py are stored and multiplied. Of the last
 product, only the diagonal is computed.
@@ -291,4 +291,4 @@ def cycle_consistency_loss(
         loss: Tensor = _cycle_three_views(walk, temperature, needs_grad(walk))[0]
         return loss
     steps = [affinity_softmax(*step, temperature, backend) for step in pairwise(walk.unbind(1))]
-    return reference.cycle_loss_of(reference.return_probability(steps))
+    return reference.cycle_loss_from_diagonal(reference.return_probability(steps))

@@ -92,7 +92,7 @@ def return_probability(affinities: list[Tensor]) -> Tensor:
     return (forward * back.transpose(-1, -2)).sum(-1)
 
 
-def cycle_loss_of(return_BM: Tensor) -> Tensor:
+def cycle_loss_from_diagonal(return_BM: Tensor) -> Tensor:
     """Compute the mean cross-entropy of the logits log(C_i + 1e-6) against target i from C's diagonal (B, M).
 
     The rows of C sum to one, so the denominator of the softmax is the constant 1 + M * 1e-6.
@@ -103,7 +103,7 @@ def cycle_loss_of(return_BM: Tensor) -> Tensor:
 
 def cycle_consistency_loss(walk_BTMD: Tensor, temperature: float) -> Tensor:
     """Compute the cycle consistency loss (0-d) of a walk through T >= 2 views in the given order."""
-    return cycle_loss_of(return_probability(cycle_affinities(walk_BTMD, temperature)))
+    return cycle_loss_from_diagonal(return_probability(cycle_affinities(walk_BTMD, temperature)))
 
 
 def cycle_diagnostics(affinities: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -158,6 +158,6 @@ def cosettle_loss(
     frozen, projected = unit(frozen_BTND.detach()), unit(projected_BTND)
     separability = separability_loss(frozen, projected, regularizer)
     affinities = cycle_affinities(pool_tokens(projected, grid, window), temperature)
-    cycle = cycle_loss_of(return_probability(affinities))
+    cycle = cycle_loss_from_diagonal(return_probability(affinities))
     accuracy, similarity = cycle_diagnostics(affinities) if diagnostics else (None, None)
     return CosettleLoss(cycle + lambda_reg * separability, cycle, separability, accuracy, similarity)

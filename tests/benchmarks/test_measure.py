@@ -41,6 +41,12 @@ def test_a_separate_process_returns_raises_or_times_out_and_its_cpu_time_counts(
         in_own_process(time.sleep, 600, seconds=0.1)
 
 
+def test_a_failing_fasttrain_command_shows_its_errors(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RuntimeError, match="fasttrain pack failed: 'absent' does not exist"):
+        measure.run_fasttrain("pack", "absent", "packed")
+    assert "'absent' does not exist" in capfd.readouterr().err
+
+
 def test_a_failed_measurement_does_not_affect_the_others(tmp_path: Path) -> None:
     def fail(error: Exception) -> dict[str, Any]:
         raise error

@@ -43,7 +43,7 @@ def norm_error(value: Tensor, truth: Tensor) -> float:
 
 
 def evaluate(loss: Loss, backend: str, dtype: torch.dtype, tensors: list[Tensor]) -> list[Tensor]:
-    """Return the results of `loss`, and the gradients of the first result (weighted, if it is no scalar)."""
+    """Return the results of `loss`, and the gradients of a weighted sum of the first result."""
     leaves = [tensor.to(dtype).detach().requires_grad_() for tensor in tensors]
     results = loss(backend, *leaves)
     weights = torch.linspace(0.5, 1.5, results[0].numel(), dtype=results[0].dtype, device=results[0].device)
