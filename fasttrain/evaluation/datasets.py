@@ -146,8 +146,8 @@ def read_split(arguments: argparse.Namespace) -> VideoSplit:
     shared = train_names & test_names
     if shared:
         raise InputError(
-            f"video {min(shared)!r} is in both the training and the test list ({len(shared)} videos in "
-            "total). Remove it from one of them."
+            f"video {min(shared)!r} is in both the training and the test list ({len(shared)} in total). "
+            "Remove it from one of them."
         )
     numbers = {label: number for number, label in enumerate(classes)}
     root = arguments.videos or arguments.root
@@ -160,8 +160,8 @@ def read_split(arguments: argparse.Namespace) -> VideoSplit:
             unknown = set(entry.labels) - set(numbers)
             if unknown:
                 raise InputError(
-                    f"video {entry.name!r} has label {min(unknown)!r}; expected one of the {len(classes)} "
-                    "labels of the dataset"
+                    f"video {entry.name!r} has label {min(unknown)!r}; expected a label of the dataset "
+                    f"({len(classes)} in total)"
                 )
             path = _find_video(root, entry.name, by_end) or _find_video(root, entry.alias, by_end)
             if path is None:
@@ -171,7 +171,7 @@ def read_split(arguments: argparse.Namespace) -> VideoSplit:
                 videos.append(LabelledVideo(entry.name, path, labels_T))
     if missing and not (arguments.allow_missing and train and test):
         raise InputError(
-            f"{len(missing)} listed videos are missing in '{root}' or match several files (for example "
+            f"listed videos that are missing in '{root}' or match several files: {len(missing)} (for example "
             f"{', '.join(missing[:3])}). Pass their folder as --videos"
             + ("." if layout == "frames" else ", or skip them with --allow-missing.")
         )

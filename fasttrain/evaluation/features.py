@@ -128,7 +128,7 @@ def extract_split(
     if untrained:
         raise InputError(
             f"class {split.classes[min(untrained)]!r} has test videos but no training videos "
-            f"({len(untrained)} classes in total). Pass two lists of the same split."
+            f"({len(untrained)} in total). Pass two lists of the same split."
         )
     videos = {video.name: video.path for video in (*split.train, *split.test)}
     extracted = extract(videos, arguments, model, output, world)

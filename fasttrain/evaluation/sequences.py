@@ -302,14 +302,14 @@ def find_pairs(name: str, frames: Path, annotations: Path, fewest: int) -> Video
     images, masks = numbered(frames, ".jpg"), numbered(annotations, ".png")
     if len(images) < fewest:
         raise InputError(
-            f"sequence {name!r} has {len(images)} frames in '{frames}'; expected at least {fewest}. Restore "
-            "it or remove it from the list."
+            f"sequence {name!r}: expected at least {fewest} frames in '{frames}', found {len(images)}. "
+            "Restore them or remove the sequence from the list."
         )
     unpaired = {path.stem for path in images} ^ {path.stem for path in masks}
     if unpaired:
         raise InputError(
             f"sequence {name!r}: frame {min(unpaired)} is missing its image or its annotation "
-            f"({len(unpaired)} frames in total). Compare '{frames}' and '{annotations}'."
+            f"({len(unpaired)} in total). Compare '{frames}' and '{annotations}'."
         )
     return VideoSequence(name, images, masks)
 

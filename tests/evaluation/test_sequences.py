@@ -355,7 +355,7 @@ def shorten(*folders: Path) -> None:
         (
             "davis",
             lambda root: shorten(root / DAVIS_FRAMES, root / DAVIS_MASKS),
-            "sequence 'beta' has 1 frames",
+            "sequence 'beta': expected at least 3 frames",
         ),
         ("davis", lambda root: write_label_map(EMPTY, root / DAVIS_MASKS / "00000.png"), "has no object"),
         (
