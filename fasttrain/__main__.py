@@ -1,7 +1,8 @@
-"""Train the projection of a recipe, in one process or under torchrun.
+"""Train a projection as a recipe describes, in one process or under torchrun.
 
-The run folder (`output`) receives recipe.yaml, projection.safetensors, checkpoints/, metrics.jsonl,
-tensorboard/, figures/ and train.json. To continue an interrupted run, repeat the same command.
+The results are written to the run folder (recipe key `output`): recipe.yaml, projection.safetensors,
+checkpoints/, metrics.jsonl, tensorboard/, figures/ and train.json. To continue an interrupted run, repeat the
+same command.
 """
 
 # Each command is a module that defines `add_arguments(parser)` and `run(arguments)`, and whose docstring
@@ -30,13 +31,13 @@ if TYPE_CHECKING:
 # The module of a command is imported when the command runs, so that most --help texts need not load torch.
 COMMANDS = {
     "train": (__name__, "train a projection (the default command)"),
-    "pack": ("fasttrain.data.pack", "convert videos or frame folders to shards for fast random access"),
-    "eval": ("fasttrain.evaluation.command", "evaluate a run on a benchmark, before and after"),
+    "pack": ("fasttrain.data.pack", "convert videos or frame folders into a packed set for fast access"),
+    "eval": ("fasttrain.evaluation.command", "evaluate a run on a benchmark, before and after projection"),
     "report": ("fasttrain.evaluation.report", "summarise runs in one HTML page"),
-    "export": ("fasttrain.tools.export", "write a trained video encoder as one self-contained file"),
-    "doctor": ("fasttrain.tools.doctor", "list what is installed, what is missing and what that costs"),
+    "export": ("fasttrain.tools.export", "export a trained video encoder to a single self-contained file"),
+    "doctor": ("fasttrain.tools.doctor", "list installed and missing components and what they affect"),
     "schema": ("fasttrain.tools.schema", "print the JSON schema of recipes, for editors"),
-    "demo": ("fasttrain.tools.demo", "train on synthetic video and compare before and after"),
+    "demo": ("fasttrain.tools.demo", "train on synthetic video and compare the features before and after"),
 }
 USAGE = """\
 usage: fasttrain RECIPE [KEY=VALUE ...]
@@ -58,7 +59,18 @@ ADVICE = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _run_command(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of stdout has exited (`fasttrain schema | head`). Python will flush stdout again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run_command(words: list[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A file name that the terminal cannot encode must not end a run after hours of work.
         sys.stdout.reconfigure(errors="replace")
@@ -116,13 +128,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides",
         nargs="*",
+        # Without a default, argparse would call this argument required in its error messages.
+        default=[],
         metavar="KEY=VALUE",
         help="recipe keys to override, such as data.source=PATH train.epochs=3",
     )
     parser.add_argument(
         "--profile",
         action="store_true",
-        help="profile a few early steps; write a Chrome trace and a summary to output/profile",
+        help="profile a few early steps, and write a Chrome trace and a summary to OUTPUT/profile",
     )
     parser.add_argument(
         "--keys", action="version", version=keys_table(), help="print all recipe keys as a table and exit"
@@ -136,7 +150,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def train(recipe: Recipe, *, profile: bool = False) -> None:
-    """Train the projection of a recipe, plot the learning curves, and print where the result is.
+    """Train a projection as a recipe describes, plot the learning curves, and print the path of the result.
 
     Under torchrun, call it in every process.
 
@@ -169,7 +183,7 @@ def train(recipe: Recipe, *, profile: bool = False) -> None:
 
 
 def result_line(folders: list[Path]) -> str:
-    """Name the trained projections of the run folders in one line that also shows how to load them."""
+    """Return a line that names the saved projections and shows how to load the first one."""
     from fasttrain.video_encoder import PROJECTION_FILE
 
     first, names = folders[0], ",".join(folder.name for folder in folders)

@@ -3,7 +3,7 @@
 `trainer` feeds frame pairs to one or several `BackboneTrainer`s, each with a run folder. This module does not
 read data, so that benchmarks can run it on frames that are already on the device.
 
-Shape suffixes: B pairs, N tokens, D channels, P passes.
+Shape suffixes: B pairs, S pixels per image side, N tokens, D channels, P passes.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class BackboneTrainer:
         self.dtype = recipe.train.dtype
         self.backbone_settings = backbone_settings(recipe)
         self.encoder: Backbone = encoder or world.run_on_all(lambda: load_backbone(**self.backbone_settings))
-        # Must not change when the run is resumed. The file of the weights may have been replaced.
+        # Must not change when the run is resumed, but the file of the weights may have been replaced.
         self.facts = {"weights_hash": self.encoder.weights_hash}
         self.grid = self.encoder.grid(recipe.data.image_size, recipe.data.image_size)
         if recipe.objective.window > min(self.grid):
@@ -117,7 +117,7 @@ class BackboneTrainer:
         self._recorded_pass: CapturedCall | None = None
 
     def warm_up(self) -> float:
-        """Compile the model and record CUDA graphs, if the recipe enables them; return the seconds this took.
+        """Compile the model and record CUDA graphs if the recipe enables them; return the elapsed seconds.
 
         Weights, optimiser state, meter and the global random state are unchanged; gradients are zero.
         """
@@ -233,7 +233,7 @@ def backbone_recipes(recipe: Recipe) -> list[Recipe]:
 
 
 def asymmetric_offset(seed: int, step_index: int, count: int) -> tuple[int, int]:
-    """Draw the offset (row, column) of view 3's positions in a step, each uniform on [0, count).
+    """Draw the offset (row, column) of the third view's positions in a step, each uniform on [0, count).
 
     The offset is the same on all ranks and in all accumulated passes, so that a step does not depend on how
     its global batch is divided.

@@ -80,7 +80,7 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
-# Any other timm ViT, which resizes positions as timm does.
+# All other timm ViTs; their positions are resized as timm does it.
 _TIMM = Family(("state_dict",), resize="antialias")
 
 
@@ -188,7 +188,7 @@ def _sizes(state: StateDict) -> dict[str, Any]:
 
 
 def _fill(vit: Any, state: StateDict, problem: str) -> None:
-    """Load a state dict strictly, with its own number of positions; raise InputError if it does not fit."""
+    """Load a state dict strictly, for any number of positions; raise InputError if it does not fit."""
     if "pos_embed" in state:
         vit.pos_embed = nn.Parameter(torch.empty(1, state["pos_embed"].shape[1], vit.embed_dim))
     try:
@@ -321,8 +321,8 @@ class Backbone(nn.Module):
             width: Width of the image in pixels.
 
         Raises:
-            InputError: The size is not a multiple of the patch size. Tokens would then cover a part of the
-                image only, and label maps would be shifted against them.
+            InputError: The size is not a multiple of the patch size. Tokens would then cover only
+                part of the image, and label maps would be misaligned with them.
         """
         patch = self.patch_size
         if height < patch or width < patch or height % patch or width % patch:
@@ -339,7 +339,7 @@ class Backbone(nn.Module):
         return self._resized_to(grid, self._resize).flatten(0, 1)
 
     def _resized_to(self, grid: tuple[int, int], how: Resize) -> Tensor:
-        """Return the positions (h, w, D) of a grid from a cache."""
+        """Return the resized positions (h, w, D) of a grid, which are cached."""
         if (grid, how) not in self._resized:
             resized_hwD = resize_positions(self._positions_SSD, grid, how)
             self._resized[grid, how] = resized_hwD.to(self.positions_ND)

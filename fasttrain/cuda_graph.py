@@ -1,4 +1,4 @@
-"""Record a function of fixed shapes as a CUDA graph, which is then replayed with a single launch."""
+"""Record a function with inputs of fixed shapes as a CUDA graph, which a single launch replays."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class CapturedCall:
     """A function that is called by replaying a CUDA graph.
 
     `function` may write to fixed tensors, such as gradients, but must not wait for the GPU. The returned
-    tensors belong to the graph, and the next call overwrites them in stream order. They should be detached,
-    because autograd history would tie the accumulation of gradients to the stream of the recording. Warm-up
-    and recording execute `function`, so the caller must reset the tensors that it writes to.
+    tensors belong to the graph, and the next call overwrites them in stream order. `function` should detach
+    them, because autograd history would tie the accumulation of gradients to the stream of the recording.
+    Warm-up and recording execute `function`, so the caller must reset the tensors that it writes to.
     """
 
     def __init__(self, function: Callable[..., Any], examples: tuple[Tensor, ...]) -> None:

@@ -30,7 +30,7 @@ TIMEOUT = timedelta(hours=2)
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """This process among the processes of a run.
+    """The rank of this process, and its communication with the other processes of the run.
 
     Attributes:
         rank: Rank of this process among all processes.
@@ -99,7 +99,7 @@ class World:
         return result
 
     def check_same(self, value: Any, what: str) -> None:
-        """Raise InputError, which begins with `what`, on all ranks unless they all have the same `value`."""
+        """Raise InputError on all ranks if their values differ. The message begins with `what`."""
         values = self.gather(value)
         for rank, other in enumerate(values):
             if other != values[0]:
@@ -143,7 +143,7 @@ def _own_device(device: str, local_rank: int) -> torch.device:
     if device == "cpu" or (device == "auto" and not available):
         return torch.device("cpu")
     if not available:
-        raise InputError("device: 'cuda' is not available, because torch finds no GPU. Use device=cpu")
+        raise InputError("device: 'cuda' is not available, because no GPU was detected. Use device=cpu")
     if local_rank >= torch.cuda.device_count():
         raise LocalInputError(
             f"local rank {local_rank} has no GPU. Start at most one process per GPU: "

@@ -1,7 +1,7 @@
 """The execution of the frozen encoder: precision, attention kernel, compilation and batching.
 
-The options of the recipe's section `encoder` affect the speed and memory of the encoder, and its outputs by
-rounding only. `backbones` defines what is computed.
+The options of the recipe's section `encoder` affect the speed and memory use of the encoder; its outputs
+change only by rounding errors. `backbones` defines what is computed.
 
 Shape suffixes: B pairs, N tokens, D channels; R rows, K inputs and O outputs of a linear layer.
 """
@@ -27,10 +27,10 @@ ATTENTION = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-# Larger chunks exceed the caches of a CPU and were slower (benchmarks/results/step-cpu.json).
+# Larger chunks exceed the caches of a CPU and are slower (docs/benchmarks.md).
 CPU_CHUNK = 4
 # Up to this number of tokens, unfused attention is faster than PyTorch's fused kernel on a CPU in half
-# precision (3.8 against 6.2 ms for 12 x 3 heads of 197 tokens).
+# precision (docs/benchmarks.md).
 CPU_UNFUSED_TOKENS = 256
 MAX_PROGRAMS = 64
 # Inductor's own CUDA graphs are not used, because cuda_graph.py records more than the encoder.
@@ -47,7 +47,7 @@ class EncoderRuntime:
         encoder: The backbone, which is moved to the device and cast or quantised in place.
         recipe: The section `encoder` of a recipe.
         dtype: The training precision, which is also the dtype of the tokens.
-        device: The device of the training.
+        device: The training device.
 
     Attributes:
         compiled: Whether the encoder is compiled, in which case the first call is slow.
@@ -116,7 +116,7 @@ def _with_attention(encode: ThreeViews, kernel: SDPBackend) -> ThreeViews:
 
 
 def _unfuse_attention(encoder: Backbone) -> None:
-    """Use unfused attention (two matrix products and a softmax), if the training images have few tokens."""
+    """Use unfused attention (two matrix products and a softmax) if the training images have few tokens."""
     if len(encoder.positions_ND) + len(encoder.prefix_PD) <= CPU_UNFUSED_TOKENS:
         for module in encoder.blocks.modules():
             # The attribute by which timm's attention layers select PyTorch's fused attention.
@@ -126,7 +126,7 @@ def _unfuse_attention(encoder: Backbone) -> None:
 
 def compile_fixed(function: ThreeViews, mode: str | None) -> ThreeViews:
     """Compile a function for fixed shapes. PyTorch caches the code across runs (TORCHINDUCTOR_CACHE_DIR)."""
-    # Each kind of encoder needs a program. Beyond PyTorch's default limit of 8, they would not be compiled.
+    # Each kind of encoder is compiled to its own program, and PyTorch stops compiling after 8 by default.
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, MAX_PROGRAMS)
     return torch.compile(function, dynamic=False, mode=mode)

@@ -1,7 +1,7 @@
-"""The one exception for bad input, such as a wrong recipe, file, weight or folder.
+"""Exceptions for bad input, such as an invalid recipe, checkpoint or folder.
 
-`__main__` prints its message as one line and exits with code 2. Every other exception is a bug in fasttrain
-and keeps its traceback.
+`__main__` prints their message as one line and exits with code 2. Any other exception is a bug in fasttrain
+and is shown with its traceback.
 """
 
 from argparse import Namespace
@@ -12,13 +12,13 @@ class InputError(ValueError):
 
 
 class LocalInputError(InputError):
-    """Bad input on a single rank, which prints the message itself. Rank 0 prints all other errors."""
+    """Bad input that only some ranks encounter. Each of them prints it; rank 0 prints all other errors."""
 
 
 def check_options(arguments: Namespace, **minimums: float) -> None:
     """Raise InputError if a command-line option is below its minimum."""
     for name, minimum in minimums.items():
         value = getattr(arguments, name, minimum)
-        # Checks each number of a list. Written as `not >=` so that NaN is refused, too.
+        # Options may be lists of numbers. The condition is `not >=` so that NaN is refused, too.
         if not (min(value) if isinstance(value, list) else value) >= minimum:
             raise InputError(f"--{name.replace('_', '-')} {value}: expected at least {minimum}")

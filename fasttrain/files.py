@@ -1,4 +1,4 @@
-"""Read and write the user's files: atomic writes, locks between processes, and readable errors."""
+"""File access: atomic writes, file locks, and text files of the user."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def open_atomically(path: Path, *, fsync: bool = False) -> Iterator[BinaryIO]:
     """Open a temporary file for writing that replaces `path` when the context ends without an exception.
 
     Readers see either the old file or the complete new one. Missing parent folders are created. Several
-    processes may write the same path concurrently; the last one wins. With `fsync`, the file and its
-    directory entry are on disk when the context ends.
+    processes may write to the same path concurrently; the last one to finish wins. With `fsync`, the file and
+    its directory entry are on disk when the context ends.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Random, because processes in different containers may have the same process ID.
@@ -61,7 +61,7 @@ def open_atomically(path: Path, *, fsync: bool = False) -> Iterator[BinaryIO]:
 def file_lock(path: Path, refusal: str) -> AbstractContextManager[object]:
     """Lock the file `path`, creating it if necessary. Leaving the returned context releases the lock.
 
-    The operating system releases it, too, when the process ends. The file itself is never deleted.
+    The operating system also releases it when the process ends. The file itself is never deleted.
 
     Raises:
         InputError: Another process holds the lock. The message is `refusal`.
@@ -83,10 +83,10 @@ def read_lines(path: Path, expected: str = "a text file in UTF-8") -> list[str]:
         # utf-8-sig skips a byte order mark, which some Windows editors write. Text mode reads \r\n as \n.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}); expected {expected}") from error
+        raise InputError(f"{str(path)!r} cannot be read ({os_reason(error)}); expected {expected}") from error
     return [line.strip() for line in lines if line.strip()]
 
 
 def os_reason(error: Exception) -> str:
-    """Return the reason of an OS error or an FFmpeg error in a few words, without the path."""
+    """Return the reason for an OS error or an FFmpeg error in a few words, without the path."""
     return (getattr(error, "strerror", None) or str(error)).lower()

@@ -15,7 +15,7 @@ from rich.table import Column
 
 from fasttrain.files import write_atomically
 
-# The event at the end of the log of a backbone whose loss is not finite.
+# The last event in the log of a backbone that was dropped because its loss was not finite.
 NON_FINITE = "non-finite loss"
 
 
@@ -61,10 +61,10 @@ def last_event(folder: Path) -> str | None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Read the records of a metrics.jsonl; the list is empty if the file does not exist."""
+    """Read the records of a metrics.jsonl file; the list is empty if the file does not exist."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        # The last line may be incomplete, if the run was killed.
+        # If the run was killed, the last line may be incomplete.
         with suppress(json.JSONDecodeError):
             records.append(json.loads(line))
     return records

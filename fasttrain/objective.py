@@ -15,7 +15,7 @@ class CosettleObjective(nn.Module):
     """The projection and its losses in one module (Co-Settle, arXiv 2603.26597, section 3).
 
     Args:
-        projection: The projection to train, on the device of the training.
+        projection: The projection to train, on the training device.
         recipe: The section `objective` of a recipe.
 
     Raises:
@@ -41,10 +41,10 @@ class CosettleObjective(nn.Module):
         Args:
             frozen_B3ND: Tokens of frame 1, frame 2, and frame 1 with asymmetric positions, (B, 3, N, D).
             grid: The token grid (h, w) with h * w = N.
-            diagnostics: Whether to compute cycle accuracy and identity similarity, too, which need the full
+            diagnostics: Whether to also compute cycle accuracy and identity similarity, which need the full
                 N x N cycle matrix.
         """
-        # Bias, tanh and LayerNorm of the head are fused with the losses; their outputs are never stored.
+        # Bias, tanh and LayerNorm of the head are fused with the losses, so their outputs are never stored.
         linear_B3ND, rest = self.projection.split(frozen_B3ND)
         return cosettle_head_loss(
             frozen_B3ND,

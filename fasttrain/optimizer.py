@@ -47,7 +47,7 @@ def build_optimizer(recipe: OptimizerRecipe, module: nn.Module) -> torch.optim.O
 
 
 def learning_rate_factor(recipe: TrainRecipe, step_index: int, total_steps: int) -> float:
-    """Return the learning rate of a step as a fraction of its peak; `total_steps` cover all epochs."""
+    """Return the learning rate of a step as a fraction of the peak. The schedule spans `total_steps`."""
     epochs, warmup = recipe.epochs, recipe.warmup_epochs
     epoch = step_index / total_steps * epochs
     if epoch < warmup:

@@ -20,7 +20,7 @@ from fasttrain.files import write_json
 # Replaces the spans of encoder, head and backward pass when a CUDA graph replays all three.
 RECORDED_PASS = "recorded pass"
 SPANS = ("data", "encoder", "head and loss", "backward", RECORDED_PASS, "meters", "optimiser")
-# Skips the first steps, which fill caches, and keeps the trace small enough for a browser.
+# The first steps, which fill caches, are skipped. Few steps keep the trace small enough for a browser.
 SKIPPED, RECORDED = 3, 4
 STEP = "step"
 _ON_DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
@@ -54,7 +54,7 @@ class StepProfiler(profile):
         )
 
     def step(self) -> None:
-        """End a step; start or stop the recording if it is due."""
+        """End a step, and start or stop the recording if the next step requires it."""
         if self._on_gpu and self.step_num + 1 == SKIPPED:
             # Work that was launched earlier must not run during the recording.
             torch.cuda.synchronize()

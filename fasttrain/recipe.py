@@ -1,10 +1,10 @@
 """Recipes: the keys, defaults and checks of a run's configuration.
 
 A recipe is a YAML file that is parsed strictly into frozen pydantic dataclasses. `load_recipe(path,
-overrides)` reads the file and the one that it names under `base`, applies `key=value` overrides, and checks
-the name, type and range of every key. All defaults are defined here; they are the paper's (Co-Settle, arXiv
-2603.26597). The string below a field documents the key. The table of keys in the documentation and the JSON
-schema (recipes/schema.json) are generated from these strings.
+overrides)` reads the file and the recipe that it inherits from (`base`), applies `key=value` overrides, and
+checks the name, type and range of every key. All defaults are defined here; they are the paper's (Co-Settle,
+arXiv 2603.26597). The string below a field documents the key. The table of keys in the documentation and the
+JSON schema (recipes/schema.json) are generated from these strings.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class ObjectiveRecipe:
     regularizer: Literal["kl", "mse"] = "kl"
     """Separability loss: KL divergence over channels, or mean squared error of the normalised tokens."""
     asymmetric_ratio: NonNegative = 10.0
-    """View 3's positions are cropped from a map enlarged by 1 + ratio; 0: the usual positions."""
+    """The third view's positions are cropped from a map enlarged by 1 + ratio; 0: the usual positions."""
     backend: Annotated[Literal["auto", "triton", "eager"], MAY_CHANGE] = "auto"
     """Implementation of the losses; `auto`: Triton kernels on a GPU if Triton is installed, else eager."""
 
@@ -124,9 +124,9 @@ class DataRecipe:
     pairs_per_video: Count = 1
     """Frame pairs drawn from each video per epoch."""
     decoder: Annotated[Literal["auto", "cpu", "mixed"], MAY_CHANGE] = "auto"
-    """Decode on the CPU (`cpu`; `auto` is the same) or on the GPU with nvJPEG and NVDEC (`mixed`)."""
+    """Where to decode; `cpu` or `auto`: always the CPU in training; `mixed`: the GPU (nvJPEG and NVDEC)."""
     jpeg_engine_load: Annotated[Fraction, MAY_CHANGE] = 0.65
-    """With `mixed`, fraction of the JPEG frames for the GPU's JPEG engine; CUDA cores decode the rest."""
+    """With `mixed`, fraction of JPEG frames decoded by the GPU's JPEG engine; CUDA cores decode the rest."""
     num_threads: Annotated[int, Field(ge=0, le=2**12), MAY_CHANGE] = 0
     """Decoding threads per process; 0: the machine's CPU cores divided among its processes."""
     prefetch: Annotated[Count, MAY_CHANGE] = 2
@@ -171,7 +171,7 @@ class TrainRecipe:
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Precision of the encoder and of the projection's matrix products; fp16 uses loss scaling."""
     log_every: Annotated[Count, MAY_CHANGE] = 20
-    """Steps between log lines, which are the only steps at which the host waits for the device."""
+    """Steps between log lines; the host waits for the device only to log, save or validate."""
     save_every: Annotated[Count, MAY_CHANGE] = 500
     """Steps between checkpoints; the last step always writes one."""
     keep: Annotated[Count, MAY_CHANGE] = 2
@@ -350,13 +350,16 @@ def keys_table() -> str:
 
 
 def json_schema() -> dict[str, Any]:
-    """Return the JSON schema of recipe files, with which editors complete and check keys."""
+    """Return the JSON schema of recipe files, which editors use to complete and check keys."""
     schema = _RECIPE.json_schema()
     base = {"type": "string", "description": "Path, relative to this file, of a recipe to inherit from."}
     return schema | {"properties": {"base": base} | schema["properties"]}
 
 
-def _read_tree(path: Path) -> dict[str, Any]:
+def _read_tree(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a recipe and, recursively, its `base`. `heirs` are the recipes that inherit from this one."""
+    if path.resolve() in heirs:
+        raise InputError(f"base: recipe {str(path)!r} inherits from itself; remove or correct its `base`")
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}  # derived from SafeLoader
     except OSError as error:
@@ -369,7 +372,9 @@ def _read_tree(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise InputError(f"recipe {str(path)!r}: expected `key: value` lines, got a {type(tree).__name__}")
     base = tree.pop("base", None)
-    return tree if base is None else _merge(_read_tree(path.parent / str(base)), tree)
+    if base is None:
+        return tree
+    return _merge(_read_tree(path.parent / str(base), (*heirs, path.resolve())), tree)
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -454,5 +459,5 @@ def _keys(section: Any, path: str = "") -> Iterator[tuple[str, FieldInfo]]:
 
 
 def _decisive(recipe: Recipe) -> dict[str, Any]:
-    """Return the values that determine the result of a run, by dotted path."""
+    """Return the values of the keys that determine the result of a run, by dotted path."""
     return {path: attrgetter(path)(recipe) for path, key in _keys(Recipe) if MAY_CHANGE not in key.metadata}

@@ -1,8 +1,8 @@
 """The training loop: set-up, steps, logs, checkpoints and resuming.
 
-A `Trainer` feeds one stream of frame pairs to one or several `BackboneTrainer`s. The result of a run depends
-on the recipe, the data and the seed only, because every random number is derived from the seed and the step
-index.
+A `Trainer` feeds one stream of frame pairs to one or several `BackboneTrainer`s. All random numbers are
+derived from the seed and the position in the run, so a resumed run gives the same result as an uninterrupted
+one.
 
 A frame pair passes through `PairLoader`, `Trainer.train_step`, `BackboneTrainer.forward_backward`,
 `EncoderRuntime.three_views` (frozen tokens) and `CosettleObjective` (projection and losses).
@@ -82,12 +82,12 @@ class Trainer:
         self.steps_per_epoch = samples_per_epoch / self.global_batch
         self.total_steps = train.steps or max(1, int(train.epochs * samples_per_epoch) // self.global_batch)
         self.peak_lr = recipe.optimizer.lr * self.global_batch / 256
-        # Must not change when the run is resumed, in addition to the recipe's keys.
+        # In addition to the recipe's keys, these values must not change when the run is resumed.
         self.facts = {"global_batch": self.global_batch, "data": self.index.fingerprint()}
         # If only some ranks could read a file, the ranks would silently draw from different sets of videos.
         world.check_same(self.facts["data"], f"data.source: {recipe.data.source}")
         self.backbone_trainers = [BackboneTrainer(each, world) for each in recipes]
-        # Total of all ranks up to the last report, including the steps before a resume.
+        # The count of all ranks up to the last report, including the steps before a resume.
         self.bad_samples = 0
         self.completed_steps = self._resume()
         # Bad samples of this rank since the last report.
@@ -107,7 +107,7 @@ class Trainer:
             KeyboardInterrupt: SIGINT or SIGTERM was received. A checkpoint has been written.
         """
         if self.completed_steps >= self.total_steps:
-            self.say(f"{self.recipe.output} is already trained: {self.total_steps} steps are completed")
+            self.say(f"training in {self.recipe.output!r} is already complete ({self.total_steps} steps)")
             return {}
         results: dict[str, dict[str, Any]] = {}
         with self._open_run():
@@ -170,7 +170,7 @@ class Trainer:
     # --- metrics and files -----------------------------------------------------------------------------
 
     def _report(self) -> dict[str, dict[str, Any]]:
-        """Read, log and return the metrics. The host waits for the device nowhere else."""
+        """Read, log and return the metrics. Elsewhere, the host waits for the device only in `_save`."""
         measured = [(trainer, *trainer.meter.read(self.world)) for trainer in self.backbone_trainers]
         now = time.perf_counter()
         last_report_steps, last_report_time = self._last_report
@@ -210,7 +210,7 @@ class Trainer:
             records[trainer.name] = record
         if bad_samples:
             # Checked after logging. All ranks have the same list, so they stop together. Each bad sample was
-            # replaced by another one, so that more samples were read than trained on.
+            # replaced by another one, so more samples were read than trained on.
             seen = self.completed_steps * self.global_batch + self.bad_samples
             limit = self.recipe.data.max_bad_fraction
             check_bad_fraction(self.bad_samples, seen, limit, bad_samples[-1])
@@ -244,7 +244,7 @@ class Trainer:
             facts = self.facts | {"bad_samples": self.bad_samples}
             for trainer in self.backbone_trainers:
                 trainer.save(self.completed_steps, facts)
-            # Old checkpoints are deleted last, so that the backbones have a checkpoint in common at any time.
+            # Old checkpoints are deleted last, so that the backbones always have a checkpoint in common.
             for trainer in self.backbone_trainers:
                 folder = trainer.folder / "checkpoints"
                 drop_checkpoints(folder, self.completed_steps, keep=self.recipe.train.keep)
@@ -256,16 +256,19 @@ class Trainer:
         data = self.recipe.data
         if not data.source:
             raise InputError(
-                "data.source is not set. Pass a folder of videos or frame folders, a text file that lists "
+                "data.source: not set. Pass a folder of videos or frame folders, a text file that lists "
                 "them, or a packed set: data.source=PATH"
             )
         self.world.check_same(Path(data.source).expanduser().exists(), f"data.source: {data.source}")
-        index = open_source(data.source, kind=data.kind, world=self.world)
+        try:
+            index = open_source(data.source, kind=data.kind, world=self.world)
+        except InputError as error:
+            raise InputError(f"data.source: {error}") from None
         for name, reason in index.skipped:
             self.say(f"skipped {name}: {reason}")
         single = int((index.num_frames == 1).sum())
         if single:
-            self.say(f"{single} of {len(index)} videos have a single frame, which their pairs contain twice")
+            self.say(f"{single} of {len(index)} videos have a single frame; their pairs contain it twice")
         return index
 
     def _resume(self) -> int:
@@ -289,8 +292,8 @@ class Trainer:
                 last = ", ".join(f"{name}: {max(steps, default='none')}" for name, steps in saved.items())
                 raise InputError(
                     f"output: the backbones in {self.recipe.output!r} have no checkpoint in common (last "
-                    f"steps: {last}). Select those that can continue together with backbones=[NAME,...], or "
-                    f"use another output=DIR"
+                    f"steps: {last}). Use backbones=[NAME,...] to select those that can continue together, "
+                    f"or use another output=DIR"
                 )
             return 0
         completed_steps = max(common)
@@ -389,6 +392,6 @@ def check_bad_fraction(bad: int, seen: int, limit: float, last: str) -> None:
     """Raise InputError if more than the fraction `limit` of all samples is unreadable."""
     if bad > limit * max(seen, MIN_SEEN):
         raise InputError(
-            f"data.max_bad_fraction: {bad} of {seen} samples are unreadable, more than the fraction of "
-            f"{limit:g} that is allowed. Last unreadable sample: {last}"
+            f"data.max_bad_fraction: {bad} of {seen} samples are unreadable, which exceeds the allowed "
+            f"fraction of {limit:g}. Repair the data or raise the limit. Last unreadable sample: {last}"
         )

@@ -117,7 +117,7 @@ def load_video_encoder(
         The encoder in float32.
 
     Raises:
-        InputError: The folder contains no projection, or the weights cannot be read or have changed.
+        InputError: The folder does not contain a projection, or the weights cannot be read or have changed.
     """
     path = Path(run) / PROJECTION_FILE
     if not path.is_file():
@@ -134,7 +134,7 @@ def load_video_encoder(
     encoder = load_backbone(**settings | ({"weights": weights} if weights else {}))
     if encoder.weights_hash != projection.metadata.get("weights_hash"):
         raise InputError(
-            f"run '{run}': the weights {encoder.weights!r} of {encoder.name} are not those of the training "
+            f"run '{run}': the weights {encoder.weights!r} of {encoder.name} are not those used in training "
             f"(their hash differs). Pass the original weights; random weights need the original versions of "
             f"torch and timm"
         )

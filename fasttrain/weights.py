@@ -1,4 +1,4 @@
-"""Reading weights from local files, the Hugging Face Hub and timm, and drawing random ones from a seed.
+"""Load weights from local files, the Hugging Face Hub and timm, and seed random ones.
 
 `backbones` and `projection` load all checkpoints through this module, which converts them to state dicts with
 the key names of timm's VisionTransformer.
@@ -28,7 +28,8 @@ StateDict = dict[str, Tensor]
 
 SOURCES = "a local path, hf://owner/repo/path, timm://name, or random"
 
-# Classes in published checkpoints other than tensors. `torch.load(weights_only=True)` refuses all others.
+# The classes, other than tensors, that occur in published checkpoints. `torch.load(weights_only=True)`
+# refuses all others.
 _NUMPY_SCALAR = np.float64(0).__reduce__()[0]
 _SAFE_GLOBALS: list[Any] = [
     argparse.Namespace,
@@ -86,7 +87,7 @@ def load_encoder_weights(weights: str, containers: tuple[str, ...], prefix: str)
         state = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
     tensors = {_timm_name(key): t.float() for key, t in state.items() if not _NOT_ENCODER.match(key)}
     for embedding in {"cls_token", "pos_embed"} & tensors.keys():
-        # Those of CLIP have no batch dimension.
+        # CLIP stores them without a batch dimension.
         tensors[embedding] = tensors[embedding].reshape(1, -1, tensors[embedding].shape[-1])
     return tensors
 

@@ -1,6 +1,6 @@
-"""Deterministic test data: images, videos, frame folders, loaders, tiny data sets and run folders.
+"""Deterministic test data: images, videos, frame folders, tiny datasets, run folders and loaders.
 
-The data sets have the layouts of the published ones.
+The datasets have the layouts of the published ones.
 """
 
 import io
@@ -81,7 +81,8 @@ def remux(
 ) -> Path:
     """Copy the packets of a video to another file, delayed by `shift` milliseconds.
 
-    Each packet is replaced by `change(number, content)`, or omitted if that is None.
+    The content of each packet is replaced with `change(number, content)`; if that is None, the packet is
+    omitted.
     """
     with av.open(str(source)) as old, av.open(str(target), "w", options=options) as new:
         stream = new.add_stream_from_template(old.streams.video[0])
@@ -153,7 +154,7 @@ def odd_frames() -> dict[str, list[bytes]]:
 
 
 class OneOfTwo(World):
-    """Rank 0 of two, which gathers `other` from rank 1 for values of a type, and its own value otherwise."""
+    """Rank 0 of two simulated ranks. Rank 1 has `other` instead of values of the type `instead_of`."""
 
     def __init__(self, other: Any, instead_of: type = object) -> None:
         super().__init__(**vars(World.single()))
@@ -199,7 +200,7 @@ FRAMES = 5
 # The smallest ViT of timm, and its embedding dimension.
 MODEL = ("--backbone", "test_vit", "--device", "cpu")
 WIDTH = 64
-# Options with which each evaluation is fast.
+# Options that make each evaluation fast.
 SMALL = {
     "davis": ("--height", "64", "--width", "96"),
     "vip": ("--long-side", "96"),
@@ -305,7 +306,7 @@ def write_run(folder: Path, seed: int = 0, **changes: Any) -> Path:
 
 @lru_cache
 def clips(label: int) -> list[Scene]:
-    """Return the clips of a class, cut from one scene so that even a random encoder can classify them."""
+    """Return the clips of a class. Cut from one scene, they can be classified by a random encoder."""
     count = TRAIN + TEST
     scene = render_scene(20 + label, num_frames=CLIP_FRAMES * count, height=64, width=80, num_objects=1)
     parts = [slice(i * CLIP_FRAMES, (i + 1) * CLIP_FRAMES) for i in range(count)]
@@ -313,7 +314,7 @@ def clips(label: int) -> list[Scene]:
 
 
 def labelled_clips() -> Iterator[tuple[int, str, int, str, Scene]]:
-    """Yield label, class name, number within the class, `train` or `test`, and clip."""
+    """Yield label, class name, number within the class, split (`train` or `test`), and scene of each clip."""
     for label, name in enumerate(CLASSES):
         for number, scene in enumerate(clips(label)):
             yield label, name, number, "train" if number < TRAIN else "test", scene
@@ -334,7 +335,7 @@ def ucf101(root: Path) -> Path:
 
 
 def hmdb51(root: Path) -> Path:
-    """Write frame folders in place of video files; the lists name an unused video that does not exist."""
+    """Write frame folders instead of video files. The lists also name unused videos that do not exist."""
     lists = {name: ["unused_0.avi 0 "] for name in CLASSES}
     for _, name, number, half, scene in labelled_clips():
         video = f"#{number} {name.lower()}_np1_{number}"
@@ -346,7 +347,7 @@ def hmdb51(root: Path) -> Path:
 
 
 def kinetics(root: Path) -> Path:
-    """Write CSV lists, and class folders whose names contain spaces."""
+    """Write CSV lists, and videos in class folders whose names contain spaces."""
     header = "label,youtube_id,time_start,time_end,split"
     lists = {"train": [header], "val": [header]}
     for label, name, number, half, scene in labelled_clips():
@@ -360,7 +361,7 @@ def kinetics(root: Path) -> Path:
 
 
 def ssv2(root: Path) -> Path:
-    """Write JSON lists with templates, and videos named by number."""
+    """Write JSON lists with templates, and frame folders named by number."""
     lists: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
     for label, name, number, half, scene in labelled_clips():
         video = f"{label}0{number}"
@@ -374,7 +375,7 @@ def ssv2(root: Path) -> Path:
 
 
 def plain(root: Path) -> Path:
-    """Write lists with a `path label` per line, where paths contain spaces."""
+    """Write lists with one `path label` per line. The paths contain spaces."""
     lists: dict[str, list[str]] = {"train": ["# a comment"], "test": []}
     for label, _, number, half, scene in labelled_clips():
         video = f"some videos/{label} {number}.mp4"

@@ -1,4 +1,4 @@
-"""The rules about which module may import which (see docs/architecture.md)."""
+"""Rules for imports among modules (see docs/architecture.md)."""
 
 import ast
 import subprocess
@@ -32,7 +32,7 @@ ORDER = (
     "files",
     "errors",
 )
-# Packages that only one module may import.
+# Packages that a single module may import, with the file name of that module.
 ONLY_USER = {
     "fasttrain_kernels": "objective.py",
     "nvidia": "dali.py",
@@ -99,7 +99,7 @@ def test_nothing_imports_benchmarks_tests_or_recipes() -> None:
 
 
 def test_evaluation_does_not_import_dali() -> None:
-    """DALI may not be installed, and its import takes a second."""
+    """DALI is optional, and its import takes a second."""
     program = "import sys; sys.modules['nvidia'] = None; import fasttrain.evaluation.command"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

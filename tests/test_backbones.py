@@ -1,4 +1,4 @@
-"""The frozen encoders against golden vectors of the published implementation, timm models and formulas."""
+"""The frozen encoders compared with golden vectors of the published implementation, timm and formulas."""
 
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ def test_three_views_in_half_precision(family: str, dtype: torch.dtype) -> None:
     assert views_B3ND.is_contiguous()
     frames = frames.to(dtype)
     separate = [encoder.tokens(frames[0]), encoder.tokens(frames[1]), encoder.tokens(frames[0], positions)]
-    # One batch of three views may not be less accurate than three passes.
+    # One batch of three views must not be less accurate than three passes.
     error_of_separate = relative_error(torch.stack(separate, 1).double(), expected)
     assert relative_error(views_B3ND.double(), expected) < 1.1 * error_of_separate
 

@@ -1,4 +1,4 @@
-"""CUDA graphs against eager execution. All tests need a GPU."""
+"""CUDA graphs compared with eager execution. All tests need a GPU."""
 
 import dataclasses
 from pathlib import Path
@@ -25,7 +25,7 @@ def test_a_captured_call_uses_its_new_inputs() -> None:
 
 @pytest.mark.gpu
 def test_recorded_steps_equal_eager_steps() -> None:
-    """Three steps, of which one computes diagnostics, give the same projection up to rounding errors."""
+    """Three steps, one of them with diagnostics, give the same projection up to rounding errors."""
     overrides = [
         "backbone.weights=random", "backbone.embed_dim=128", "backbone.depth=2", "data.image_size=64",
         "train.batch_size=4", "train.accumulate=1", "encoder.compile=none",

@@ -1,4 +1,4 @@
-"""Communication among ranks, simulated in one process."""
+"""Communication among ranks that are simulated in one process."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""README and docs: what they name exists, their commands parse, and their Python runs."""
+"""README and docs: commands parse, named files and options exist, and Python snippets run."""
 
 import argparse
 import importlib
@@ -21,7 +21,7 @@ PAGES = [
 ]
 KEYS = set(re.findall(r"^\| `([\w.]+)`", keys_table(), re.MULTILINE))
 SECTIONS = {key.split(".")[0] for key in KEYS if "." in key}
-# Options of programs that are not ours.
+# Options of other programs, such as torchrun.
 FOREIGN_OPTIONS = {
     *("--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--help", "--no-deps"),
     *("--signal", "--requeue"),
@@ -31,7 +31,7 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.re
 
 
 def blocks(page: Path, language: str) -> Iterator[str]:
-    """The fenced code blocks of a page in one language, without those marked `<!-- not run -->`."""
+    """Yield the code blocks of a page in one language, except Python blocks marked `<!-- not run -->`."""
     for marker, body in re.findall(
         rf"(<!-- not run -->\n+)?^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL
     ):
@@ -45,7 +45,7 @@ def inline_code(page: Path) -> set[str]:
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """The words of every shell command on a page, in code blocks and in running text."""
+    """Yield the words of every shell command on a page, in code blocks and in running text."""
     for block in blocks(page, "bash"):
         without_comments = re.sub(r"(^|\s)#.*", "", block.replace("\\\n", " "), flags=re.MULTILINE)
         for line in re.split(r"\n|&&|[>|;]", without_comments):
@@ -64,14 +64,14 @@ def parser_of(command: str) -> argparse.ArgumentParser:
 
 @cache
 def known_options() -> set[str]:
-    """Every option of every command, of the benchmarks and of the programs they are started with."""
+    """Return all options of the commands and benchmarks, and `FOREIGN_OPTIONS`."""
     sources = [*(ROOT / "fasttrain").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
     own = {option for path in sources for option in re.findall(r'"(--[a-z][\w-]*)"', path.read_text())}
     return own | FOREIGN_OPTIONS
 
 
-def words_of_fasttrain(words: list[str]) -> list[str] | None:
-    """What `fasttrain` is given, whether it is started by its name, by python -m or by torchrun."""
+def fasttrain_arguments(words: list[str]) -> list[str] | None:
+    """Return the arguments of a fasttrain command, started by name, python -m or torchrun, or None."""
     if words[0] == "fasttrain":
         return words[1:]
     if words[0] in ("python", "torchrun") and "-m" in words:
@@ -88,22 +88,22 @@ def test_commands_exist_and_parse(page: Path) -> None:
             assert {word for word in words[1:] if "=" not in word} <= targets, words
         elif words[:2] == ["python", "-m"] and words[2].startswith("benchmarks."):
             assert (ROOT / f"{words[2].replace('.', '/')}.py").is_file(), words
-        elif (given := words_of_fasttrain(words)) is not None:
-            check_fasttrain(given[: given.index(">")] if ">" in given else given)
+        elif (arguments := fasttrain_arguments(words)) is not None:
+            check_fasttrain(arguments)
 
 
 def check_fasttrain(words: list[str]) -> None:
-    """Parse the words with the command's own parser; check the keys and the recipe that they name."""
+    """Check that arguments parse, and that the recipe keys and recipe files in them exist."""
     if not words or words == ["RECIPE"] or words[0].startswith("COMMAND") or words == ["--help"]:
         return
     command = words.pop(0) if words[0] in COMMANDS else "train"
     if not words and command in ("train", "eval", "pack", "report", "export"):
-        return  # The command is named, not shown in use.
+        return  # Only the name of the command.
     if "--help" in words or "--keys" in words or words[:1] == ["..."]:
         return
     parser = parser_of(command)
     try:
-        # An evaluation named in running text has none of its options.
+        # Running text may name an evaluation without its required options.
         if command == "eval" and len(words) == 1:
             words += ["--root", "ROOT", "--run", "RUN"]
         parse = parser.parse_args if command == "eval" else parser.parse_intermixed_args
@@ -153,13 +153,13 @@ def resolves(dotted: str) -> bool:
     names = dotted.split(".")
     for count in range(len(names), 0, -1):
         try:
-            found = importlib.import_module(".".join(names[:count]))
+            value = importlib.import_module(".".join(names[:count]))
         except ModuleNotFoundError:
             continue
         for name in names[count:]:
-            if not hasattr(found, name):
+            if not hasattr(value, name):
                 return False
-            found = getattr(found, name)
+            value = getattr(value, name)
         return True
     return False
 
@@ -170,7 +170,7 @@ def resolves(dotted: str) -> bool:
     ids=lambda page: str(page.relative_to(ROOT)),
 )
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The snippets of a page run one after another, beside the files that a user would have by then."""
+    """Run the snippets of a page in order, in a folder with the files that they use."""
     if any(re.search(r"\btrain\(|PairLoader", block) for block in blocks(page, "python")):
         pytest.importorskip("nvidia.dali")
     monkeypatch.chdir(tmp_path)
@@ -178,7 +178,7 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     write_videos(tmp_path / "videos")
     recipe = tmp_path / "recipes/dinov2.yaml"
     recipe.parent.mkdir()
-    # A recipe of the same name, small enough for a test.
+    # Small enough for a test, with the name of a recipe that the snippets use.
     recipe.write_text(
         "backbone: {name: dino, patch_size: 16, embed_dim: 32, depth: 1, num_heads: 2}\n"
         "data: {image_size: 64}\n"

@@ -1,4 +1,4 @@
-"""The execution options of the encoder against plain execution, and FP8 against its formulas."""
+"""The execution options of the encoder compared with the defaults, and FP8 with its formulas."""
 
 from typing import Any
 
@@ -70,7 +70,7 @@ def test_several_kinds_of_encoders_are_compiled_in_one_process() -> None:
 def test_attention_is_unfused_on_a_cpu_for_few_tokens_in_half_precision(
     dtype: torch.dtype, options: dict[str, Any], image_size: int, fused: bool
 ) -> None:
-    """A kernel that the recipe selects is used nevertheless."""
+    """A kernel that the recipe selects takes precedence."""
     encoder = load_backbone("dino", **(TINY | {"image_size": image_size}))
     runtime = EncoderRuntime(encoder, EncoderRecipe(**options), dtype=dtype, device=CPU)
     assert all(block.attn.fused_attn == fused for block in encoder.blocks)

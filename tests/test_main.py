@@ -67,11 +67,24 @@ def test_bad_input_prints_one_line_and_exits_with_code_2(
     assert part in error
 
 
+def test_only_the_recipe_is_a_required_argument(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train"])
+    assert capsys.readouterr().err.endswith("the following arguments are required: RECIPE\n")
+
+
+def test_a_closed_pipe_ends_a_command_without_a_traceback() -> None:
+    command = [sys.executable, "-m", "fasttrain", "schema"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
 @pytest.mark.parametrize(
     ("names", "file"),
     [(["mae"], "mae/projection.safetensors"), (["mae", "dino"], "{mae,dino}/projection.safetensors")],
 )
-def test_training_ends_with_the_location_of_the_result(names: list[str], file: str) -> None:
+def test_the_last_line_of_a_run_shows_how_to_load_the_result(names: list[str], file: str) -> None:
     line = result_line([Path("runs") / name for name in names])
     assert line == f"saved runs/{file}; load it with fasttrain.load_video_encoder('runs/mae')"
 
@@ -88,7 +101,9 @@ def test_a_full_disk_prints_one_line(
     assert capsys.readouterr().err == f"fasttrain: {expected}\n"
 
 
-def test_names_that_the_terminal_cannot_encode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_characters_that_the_terminal_cannot_encode_are_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n')
     out = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii", write_through=True))

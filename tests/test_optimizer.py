@@ -42,7 +42,7 @@ def test_schedule_rises_from_zero_to_one_and_falls_to_zero(total: int, epochs: f
 
 
 def test_schedule_values_of_the_paper() -> None:
-    """With five epochs of ten steps, the first for warm-up: half-way up, the peak, and half-way down."""
+    """Five epochs of ten steps, the first for warm-up: check half-way up, the peak, and half-way down."""
     factor = [learning_rate_factor(TrainRecipe(), step_index, 50) for step_index in range(50)]
     assert factor[5] == 0.5
     assert factor[10] == 1.0

@@ -1,4 +1,4 @@
-"""The summary of a trace, for synthetic events and for real recordings."""
+"""The summary of a profile, for synthetic events and for real recordings."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def kernel(correlation: int, ts: float, dur: float) -> dict[str, Any]:
     return host("k", ts, dur, "kernel", correlation=correlation)
 
 
-# A copy is launched in `data`, and two kernels in `encoder`, of which one overlaps the copy on another
+# A copy is launched in `data`, and two kernels in `encoder`, the first of which overlaps the copy on another
 # stream. A kernel is launched in `backward` by another thread, and one outside of all spans.
 GPU_EVENTS = [
     host(STEP, 0, 100),

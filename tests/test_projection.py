@@ -1,4 +1,4 @@
-"""The projection: its formulas and files, and losses and gradients of the published implementation."""
+"""The projection: formulas and files, and the losses and gradients of the published implementation."""
 
 import argparse
 from pathlib import Path

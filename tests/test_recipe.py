@@ -145,6 +145,7 @@ def test_messages_about_bad_overrides(override: str, parts: tuple[str, ...]) -> 
         ("- 1\n- 2", "got a list"),
         ("seed: 1\nseed: 2", "duplicate key"),
         ("base: nowhere.yaml", "nowhere.yaml"),
+        ("base: recipe.yaml", "recipe.yaml' inherits from itself"),
         (f"seed: {'9' * 5000}", "not valid YAML"),
     ],
 )

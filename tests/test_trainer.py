@@ -133,7 +133,7 @@ def test_files_and_metrics_of_a_run_folder(finished: Path) -> None:
     }  # fmt: skip
     assert expected <= lines[0].keys()
     assert lines[-1]["epoch"] == pytest.approx(16 / VIDEOS)
-    # The learning rate of the second step. The recipe's is for 256 pairs, and the batch has 4.
+    # The learning rate of the second step. That of the recipe is for 256 pairs; the batch has 4.
     factor = learning_rate_factor(TrainRecipe(), 1, 4)
     assert lines[0]["lr"] == pytest.approx(0.1 * 4 / 256 * factor)
     assert lines[0]["loss"] == pytest.approx(lines[0]["cycle"] + 3 * lines[0]["separability"])
@@ -173,7 +173,7 @@ def test_bad_samples_are_counted_across_a_resume(tmp_path: Path) -> None:
 def test_a_run_whose_last_save_fails_can_be_resumed(
     write: int, frames: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk is full when one of the four files is written that two backbones save at the end."""
+    """At the end, two backbones save two files each. The disk is full when one of these is written."""
     both = with_mae(tiny(frames, tmp_path, train={"keep": 1}))
     replace = os.replace
     written: list[Path] = []
@@ -211,8 +211,10 @@ def test_a_signal_writes_a_checkpoint_from_which_the_run_resumes(
 def test_processes_and_accumulated_passes_take_the_same_steps(
     frames: Path, finished: Path, tmp_path: Path
 ) -> None:
-    """Two processes with 2 pairs each and one process with 2 x 2 accumulated pairs agree to the bit, because
-    halving is exact. One batch of 4 pairs is summed in another order and agrees up to rounding errors."""
+    """Two processes with 2 pairs each and one process with 2 x 2 accumulated pairs agree to the bit.
+
+    Halving is exact. One batch of 4 pairs is summed in another order and agrees up to rounding errors.
+    """
     accumulated = tiny(frames, tmp_path / "accumulated", train={"batch_size": 2, "accumulate": 2})
     run(accumulated)
     path = tmp_path / "recipe.yaml"
@@ -268,7 +270,7 @@ def test_adding_a_backbone_to_a_run_is_refused(frames: Path, tmp_path: Path) -> 
 
 def test_the_number_of_steps_follows_from_the_epochs(frames: Path, tmp_path: Path) -> None:
     recipe = tiny(frames, tmp_path, train={"steps": None, "epochs": 2.5, "batch_size": 2})
-    # 15 pairs; the last incomplete batch is dropped.
+    # 15 pairs in 7 batches of 2; the last incomplete batch is dropped.
     assert Trainer(recipe, World.single()).total_steps == 7
 
 
@@ -334,8 +336,8 @@ def test_the_encoder_and_a_finished_run_are_not_modified(frames: Path, tmp_path:
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"data": {"source": ""}}, "data.source"),
-        ({"data": {"source": "nowhere"}}, "nowhere"),
+        ({"data": {"source": ""}}, "^data.source: not set"),
+        ({"data": {"source": "nowhere"}}, "^data.source: 'nowhere' does not exist"),
         ({"train": {"batch_size": 7}}, "7"),
         ({"objective": {"window": 5}}, "objective.window"),
         ({"objective": {"backend": "triton"}}, "objective.backend: 'triton' needs"),

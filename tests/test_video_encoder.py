@@ -56,7 +56,7 @@ def test_moved_weights_are_accepted_and_changed_ones_refused(tmp_path: Path) -> 
         load_video_encoder(run)
     assert load_video_encoder(run, weights=str(moved)).encoder.weights == str(moved)
     write_weights(moved, shift=1.0)
-    with pytest.raises(InputError, match=r"moved\.pth' of dino are not those of the training"):
+    with pytest.raises(InputError, match=r"moved\.pth' of dino are not those used in training"):
         load_video_encoder(run, weights=str(moved))
 
 

@@ -1,4 +1,4 @@
-"""Loading weights from every source and in every published layout, and messages about invalid ones."""
+"""Loading weights from all sources and in all published layouts, and messages about invalid ones."""
 
 import argparse
 import os
@@ -25,7 +25,7 @@ WIDTH = 32
 
 
 def timm_state(**options: Any) -> dict[str, Tensor]:
-    """The state dict of a random timm ViT with image size 64, patch size 16, width 32 and depth 2."""
+    """Return the state dict of a random timm ViT with image size 64, patch size 16, width 32 and depth 2."""
     with seeded(7):
         vit = VisionTransformer(
             img_size=64, embed_dim=WIDTH, depth=2, num_heads=2, num_classes=0, global_pool="", **options
@@ -230,7 +230,7 @@ def test_the_message_about_a_missing_file_lists_the_sources(
             load_backbone("mae", weights=path)
 
 
-def test_hub_files_by_path_and_by_folder(
+def test_hub_files_are_found_by_path_and_by_folder(
     state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.save({"model": state}, tmp_path / "checkpoint.pth")
@@ -283,7 +283,7 @@ def test_the_message_of_a_failed_download_names_the_file(weights: str, file: str
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224.nonsense", "nonsense"])
-def test_timm_names_without_pretrained_weights(name: str) -> None:
+def test_the_message_about_timm_names_without_pretrained_weights(name: str) -> None:
     with pytest.raises(InputError, match=f"timm://{name}': timm has no pretrained model of this name"):
         load_backbone("mae", weights=f"timm://{name}")
 

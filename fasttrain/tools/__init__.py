@@ -1,1 +1,1 @@
-"""Commands other than training and evaluation, and synthetic video for the demo and the tests."""
+"""The commands demo, doctor, export and schema, and synthetic video for the demo and the tests."""

@@ -1,8 +1,8 @@
-"""Train recipes/quickstart.yaml on synthetic video, and evaluate it on held-out clips before and after.
+"""Train recipes/quickstart.yaml on synthetic video, and evaluate it on held-out clips.
 
-Nothing is downloaded: the videos are rendered with known masks and encoded as H.264, and the backbone is a
-randomly initialised ViT. The results are printed as a table and written to demo.json and figures/demo.png in
-the run folder.
+The frozen features (before) are compared with the projected ones (after). Nothing is downloaded: the videos
+are rendered with known masks and encoded as H.264, and the backbone is a randomly initialised ViT. The
+results are printed as a table and written to demo.json and figures/demo.png in the run folder.
 """
 
 # Shape suffixes: V videos, T frames, H and W pixels, h x w grid, P = h * w tokens, D channels, C labels.
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recipe",
         metavar="RECIPE",
         default="recipes/quickstart.yaml",
-        help="YAML file (default: %(default)s)",
+        help="recipe to train (default: %(default)s)",
     )
 
 

@@ -1,4 +1,4 @@
-"""List what fasttrain needs and finds on this machine, and the consequences of what is missing."""
+"""List the components that fasttrain uses, and what does not work because one is missing."""
 
 import argparse
 import importlib.metadata
@@ -31,7 +31,7 @@ TENSORBOARD = "no TensorBoard events; pip install 'fasttrain[tensorboard]'"
 
 
 class Component(NamedTuple):
-    """Something that fasttrain uses. If it is missing, `detected` is None, and `consequence` follows."""
+    """A component that fasttrain uses. `detected` is None if it is missing."""
 
     name: str
     detected: str | None
@@ -40,7 +40,7 @@ class Component(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add no arguments: the command has none."""
+    """Do nothing, because the command has no arguments."""
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     Console().print(table)
     missing = [name for name, detected, _, required in components if required and not detected]
     if missing:
-        raise InputError(f"required but not installed: {', '.join(missing)}. Install fasttrain again")
+        raise InputError(f"required components are missing: {', '.join(missing)}. Install fasttrain again")
 
 
 def check_machine() -> list[Component]:

@@ -1,6 +1,6 @@
 """Export a trained video encoder as one self-contained file (a torch.export program).
 
-Using the file requires torch only: `torch.export.load("encoder.pt2").module()(frames)` maps
+Using the file requires only torch: `torch.export.load("encoder.pt2").module()(frames)` maps
 ImageNet-normalised frames (T, 3, H, W) to projected tokens (T, N, D). T may vary; --size fixes H and W.
 """
 
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="frame size in pixels, a multiple of the patch size (default: the training crop)",
     )  # fmt: skip
     parser.add_argument(
-        "--weights", metavar="PATH", help="weights of the backbone (default: those of the training)"
+        "--weights", metavar="PATH", help="weights of the backbone (default: those used in training)"
     )
 
 

@@ -1,4 +1,4 @@
-"""Print the JSON schema of recipes, with which editors complete and check keys.
+"""Print the JSON schema of recipes, which editors use to complete and check keys.
 
 The first line of each recipe in recipes/ refers to recipes/schema.json. For your own recipes, save the schema
 in their folder (`fasttrain schema > schema.json`) and copy that line.
@@ -11,7 +11,7 @@ from fasttrain.recipe import json_schema
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add no arguments: the command has none."""
+    """Do nothing, because the command has no arguments."""
 
 
 def run(arguments: argparse.Namespace) -> None:

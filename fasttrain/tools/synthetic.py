@@ -1,6 +1,6 @@
-"""Synthetic video with known masks: textured shapes that move, rotate and grow over a panning background.
+"""Synthetic video with known masks: textured shapes that move and rotate over a panning background.
 
-A scene depends on its seed only. Shape suffixes: T frames, H height, W width, C colours.
+A scene is determined by its seed and size. Shape suffixes: T frames, H height, W width, C colours.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ class Scene:
 def render_scene(
     seed: int, *, num_frames: int = 40, height: int = 192, width: int = 256, num_objects: int = 2
 ) -> Scene:
-    """Render the scene of a seed."""
+    """Render the scene that belongs to a seed."""
     rng = np.random.default_rng(seed)
     # The vertical coordinate ranges from -1 to 1, and pixels are square.
     y_HW, x_HW = np.mgrid[0:height, 0:width].astype(np.float64)
@@ -90,7 +90,7 @@ def _moving_object(rng: np.random.Generator, aspect: float) -> MovingObject:
     sway, turn, growth = rng.uniform(0.0, 0.2), rng.uniform(-1.5, 1.5), rng.uniform(0.8, 1.25)
 
     def appearance(x_HW: Array, y_HW: Array, time: float) -> tuple[NDArray[np.bool_], Array]:
-        # Moves to both sides of the start, so that the object stays in view.
+        # The path extends to both sides of `start`, so that the object stays in view.
         swing = np.sin(np.pi * (time - 0.5)) / 2
         center_x = start[0] + travel[0] * swing
         center_y = start[1] + travel[1] * swing + sway * np.sin(2 * np.pi * time)

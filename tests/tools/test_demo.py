@@ -1,4 +1,4 @@
-"""The demo with fewer scenes and steps."""
+"""The demo, with fewer scenes and steps than by default."""
 
 import json
 from pathlib import Path

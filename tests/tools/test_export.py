@@ -1,4 +1,4 @@
-"""Exporting a video encoder."""
+"""The export of a video encoder to a file."""
 
 from pathlib import Path
 
