@@ -5,9 +5,9 @@ checkpoints/, metrics.jsonl, tensorboard/, figures/ and train.json. To continue 
 same command.
 """
 
-# Each command is a module that defines `add_arguments(parser)` and `run(arguments)`, and whose docstring
-# opens its --help text; `train` is this module. Bad input (`InputError`, or a path that the system refuses)
-# prints one line to stderr and exits with code 2. Every other exception is a bug and keeps its traceback.
+# Each command is a module with the functions `add_arguments(parser)` and `run(arguments)`. Its docstring is
+# part of its --help text. `train` is this module. For bad input (an `InputError`, or an OS error in `ADVICE`),
+# one line is printed to stderr, and the exit code is 2. Any other exception is a bug, so its traceback is shown.
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ COMMANDS = {
     "export": ("fasttrain.tools.export", "export a trained video encoder to a single self-contained file"),
     "doctor": ("fasttrain.tools.doctor", "list installed and missing components and what they affect"),
     "schema": ("fasttrain.tools.schema", "print the JSON schema of recipes, for editors"),
-    "demo": ("fasttrain.tools.demo", "train on synthetic video and compare the features before and after"),
+    "demo": ("fasttrain.tools.demo", "train on synthetic video and evaluate before and after projection"),
 }
 USAGE = """\
 usage: fasttrain RECIPE [KEY=VALUE ...]
@@ -88,7 +88,7 @@ def _run_command(words: list[str]) -> int:
         parse = parser.parse_args if name == "eval" else parser.parse_intermixed_args
         module.run(parse(words))
     except InputError as error:
-        # All ranks usually meet the same error, so only rank 0 prints it, unless it is specific to one rank.
+        # All ranks usually raise the same error, so only rank 0 prints it, unless it is specific to a rank.
         if os.environ.get("RANK", "0") == "0" or isinstance(error, LocalInputError):
             print(f"fasttrain: {error}", file=sys.stderr)
         return 2
@@ -104,7 +104,7 @@ def _run_command(words: list[str]) -> int:
 
 
 def _take_command(words: list[str]) -> str:
-    """Remove the command from `words` and return it; a recipe or an option in its position means `train`."""
+    """Remove the command from `words` and return it; return `train` if a recipe or an option comes first."""
     word = words[0]
     if word in COMMANDS:
         return words.pop(0)

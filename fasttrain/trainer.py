@@ -100,7 +100,7 @@ class Trainer:
         """Train up to `total_steps`.
 
         Returns:
-            The last metrics of each backbone by name; empty if the run had been completed before.
+            The last metrics of each backbone by name; empty if the run was already complete.
 
         Raises:
             InputError: The loss is not finite, or too many samples are unreadable.
@@ -152,13 +152,13 @@ class Trainer:
         return self.peak_lr * learning_rate_factor(self.recipe.train, step_index, self.total_steps)
 
     def _is_due(self, every: int, completed_steps: int) -> bool:
-        """Whether an action is due that repeats every `every` steps (0: never) and at the last step."""
+        """Return whether an action is due that is repeated every `every` steps (0: never) and at the end."""
         return every > 0 and (completed_steps % every == 0 or completed_steps == self.total_steps)
 
     def _is_report_due(self, completed_steps: int) -> bool:
-        """Whether metrics are due when `completed_steps` steps are completed."""
+        """Return whether metrics are due after `completed_steps` steps."""
         train = self.recipe.train
-        # Ranks receive their signals at different times, so they stop together at the next regular report.
+        # Several ranks, which receive signals at different times, stop together at the next regular report.
         stops = self._stop_requested and self.world.size == 1
         intervals = (train.log_every, train.save_every, self.recipe.eval.every)
         return stops or any(self._is_due(every, completed_steps) for every in intervals)

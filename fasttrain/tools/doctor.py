@@ -1,4 +1,4 @@
-"""List the components that fasttrain uses, and what does not work because one is missing."""
+"""List the components that fasttrain uses, whether they are installed, and what each missing one affects."""
 
 import argparse
 import importlib.metadata

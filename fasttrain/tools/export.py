@@ -64,7 +64,7 @@ def export(
     """
     path = Path(file)
     if path.suffix != ".pt2":
-        raise InputError(f"cannot export to {str(path)!r}; expected a file name with the suffix .pt2")
+        raise InputError(f"{str(path)!r}: expected a file name with the suffix .pt2, such as encoder.pt2")
     encoder = load_video_encoder(run, weights=weights)
     height, width = size or (encoder.encoder.image_size,) * 2
     # Cache the resized positions before tracing, so that the program contains them as a constant.
