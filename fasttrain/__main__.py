@@ -6,8 +6,9 @@ same command.
 """
 
 # Each command is a module with the functions `add_arguments(parser)` and `run(arguments)`. Its docstring is
-# part of its --help text. `train` is this module. For bad input (an `InputError`, or an OS error in `ADVICE`),
-# one line is printed to stderr, and the exit code is 2. Any other exception is a bug, so its traceback is shown.
+# part of its --help text. `train` is this module. For bad input (an `InputError`, or an OS error in
+# `ADVICE`), one line is printed to stderr, and the exit code is 2. Any other exception is a bug, so its
+# traceback is shown.
 
 from __future__ import annotations
 

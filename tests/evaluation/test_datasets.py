@@ -111,7 +111,7 @@ def test_kinetics_without_class_folders(tmp_path: Path) -> None:
 
 def test_missing_videos(tmp_path: Path) -> None:
     options = lists(tmp_path, "folder/b.mp4 x\n", "b.mp4 x\n")
-    with pytest.raises(InputError, match="listed videos that are missing in .*: 1 "):
+    with pytest.raises(InputError, match=r"listed videos that are missing in .*: 1 "):
         read(tmp_path, **options)
     options = lists(tmp_path, "a.mp4 x\ngone.mp4 x\n", "b.mp4 x\nlost.mp4 x\n")
     with pytest.raises(InputError, match=r": 2 \(for example gone.mp4, lost.mp4\). .*--allow-missing"):
@@ -120,7 +120,7 @@ def test_missing_videos(tmp_path: Path) -> None:
     assert split.missing == ["gone.mp4", "lost.mp4"]
     assert (len(split.train), len(split.test)) == (1, 1)
     (tmp_path / "elsewhere").mkdir()
-    with pytest.raises(InputError, match="listed videos that are missing in .*: 4 "):
+    with pytest.raises(InputError, match=r"listed videos that are missing in .*: 4 "):
         read(tmp_path, **options, videos=tmp_path / "elsewhere", allow_missing=True)
 
 
@@ -153,7 +153,7 @@ def test_unknown_and_ambiguous_layouts(tmp_path: Path) -> None:
     for layout, part in (("ucf101", "classInd.txt"), ("list", "--train-list and --test-list")):
         with pytest.raises(InputError, match=part):
             read(tmp_path, dataset=layout)
-    with pytest.raises(InputError, match=r"nowhere.txt cannot be read"):
+    with pytest.raises(InputError, match=r"nowhere.txt' cannot be read"):
         read(tmp_path, train_list=tmp_path / "nowhere.txt", test_list=tmp_path / "nowhere.txt")
     with pytest.raises(InputError, match=r"a.mp4' is not a folder. Pass .* as --videos"):
         read(tmp_path, **lists(tmp_path, "a.mp4 x\n", "b.mp4 x\n"), videos=tmp_path / "a.mp4")
