@@ -72,7 +72,7 @@ class EncoderRecipe:
     compile: Annotated[Literal["auto", "none", "default", "max-autotune"], MAY_CHANGE] = "auto"
     """Mode of torch.compile for the encoder; `auto`: `default` on a GPU, `none` on a CPU."""
     cuda_graph: Annotated[bool, MAY_CHANGE] = False
-    """Replay forward and backward pass as a CUDA graph; with several processes or fp16, the encoder only."""
+    """Replay forward and backward pass as a CUDA graph; with several processes or fp16, only the encoder."""
     attention: Annotated[Literal["auto", "cudnn", "flash", "efficient", "math"], MAY_CHANGE] = "auto"
     """Scaled dot-product attention kernel; `auto`: PyTorch's choice, or unfused on a CPU if faster."""
     batch_views: Annotated[bool, MAY_CHANGE] = True
@@ -124,7 +124,7 @@ class DataRecipe:
     pairs_per_video: Count = 1
     """Frame pairs drawn from each video per epoch."""
     decoder: Annotated[Literal["auto", "cpu", "mixed"], MAY_CHANGE] = "auto"
-    """Where to decode; `cpu` or `auto`: always the CPU in training; `mixed`: the GPU (nvJPEG and NVDEC)."""
+    """Decode on the CPU (`cpu`, and `auto` in training) or on the GPU with nvJPEG and NVDEC (`mixed`)."""
     jpeg_engine_load: Annotated[Fraction, MAY_CHANGE] = 0.65
     """With `mixed`, fraction of JPEG frames decoded by the GPU's JPEG engine; CUDA cores decode the rest."""
     num_threads: Annotated[int, Field(ge=0, le=2**12), MAY_CHANGE] = 0
@@ -295,7 +295,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             or is out of range.
     """
     package = Path(__file__).parent
-    # Recipes are inside of an installed package, but next to it in a source checkout.
+    # In an installation, the recipes are inside the package; in a source checkout, they are next to it.
     candidates = (Path(path), package / path, package.parent / path)
     tree = _read_tree(next((file for file in candidates if file.is_file()), candidates[0]))
     for override in overrides:
@@ -361,7 +361,7 @@ def _read_tree(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in heirs:
         raise InputError(f"base: recipe {str(path)!r} inherits from itself; remove or correct its `base`")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}  # derived from SafeLoader
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}  # _Loader is a SafeLoader
     except OSError as error:
         raise InputError(
             f"recipe {str(path)!r} cannot be read: {str(error.strerror).lower()}; pass a YAML file"
@@ -395,7 +395,7 @@ def _override(tree: dict[str, Any], argument: str) -> dict[str, Any]:
     # String keys keep the text, even if YAML would read it as a number or a boolean (2024, on).
     if not any(path == key and info.annotation is str for path, info in _keys(Recipe)):
         with suppress(yaml.YAMLError, ValueError):
-            value = yaml.load(text, Loader=_Loader)  # derived from SafeLoader
+            value = yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader
     if key == "backbones" and isinstance(value, list):
         # A name, as in `backbones=[mae, dino]`, selects an entry of the recipe.
         entries = {entry.get("name"): entry for entry in tree.get(key) or [] if isinstance(entry, dict)}
@@ -431,7 +431,7 @@ def _first_error(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])[1:]
     if first["type"] == "unexpected_keyword_argument":
-        # Prefers a key of the same name in another section, then the most similar one.
+        # Suggest a key of the same name in another section or else the most similar key.
         name = path.rpartition(".")[2]
         nearest = max(
             (key for key, _ in _keys(Recipe)),

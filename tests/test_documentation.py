@@ -115,8 +115,9 @@ def check_fasttrain(words: list[str]) -> None:
         for override in overrides:
             assert override.split("=")[0] in KEYS, f"{override}: not a recipe key"
         if (ROOT / arguments.recipe).is_file():
-            placeholders = [word for word in overrides if not re.search(r"=[A-Z_]+$", word)]
-            load_recipe(ROOT / arguments.recipe, placeholders)
+            # Omit placeholders, such as data.source=PATH.
+            concrete = [word for word in overrides if not re.search(r"=[A-Z_]+$", word)]
+            load_recipe(ROOT / arguments.recipe, concrete)
         else:
             assert arguments.recipe.isupper() or not arguments.recipe.startswith("recipes/"), arguments.recipe
 
@@ -136,9 +137,9 @@ def test_options_and_keys_named_in_text_exist(page: Path) -> None:
 def test_files_and_links_exist(page: Path) -> None:
     folders = "|".join(("fasttrain", "kernels", "recipes", "benchmarks", "tests", "docs", "examples"))
     for code in inline_code(page):
-        if written := re.fullmatch(r"benchmarks/results/(\w+)-(?:cpu|cuda)\.json", code):
+        if result := re.fullmatch(r"benchmarks/results/(\w+)-(?:cpu|cuda)\.json", code):
             # Not every benchmark has run on every kind of device.
-            assert (ROOT / f"benchmarks/{written[1]}.py").is_file(), code
+            assert (ROOT / f"benchmarks/{result[1]}.py").is_file(), code
         elif re.fullmatch(rf"(?:{folders})/[\w./-]*", code):
             assert (ROOT / code).exists(), code
         elif re.fullmatch(r"(?:fasttrain|fasttrain_kernels)(?:\.\w+)+", code) and "safetensors" not in code:
@@ -149,7 +150,7 @@ def test_files_and_links_exist(page: Path) -> None:
 
 
 def resolves(dotted: str) -> bool:
-    """Whether a dotted name is a module, or an attribute of one."""
+    """Return whether a dotted name is a module or an attribute of one."""
     names = dotted.split(".")
     for count in range(len(names), 0, -1):
         try:
@@ -169,7 +170,7 @@ def resolves(dotted: str) -> bool:
     [page for page in PAGES if any(blocks(page, "python"))],
     ids=lambda page: str(page.relative_to(ROOT)),
 )
-def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the snippets of a page in order, in a folder with the files that they use."""
     if any(re.search(r"\btrain\(|PairLoader", block) for block in blocks(page, "python")):
         pytest.importorskip("nvidia.dali")

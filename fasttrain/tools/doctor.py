@@ -16,7 +16,7 @@ from rich.table import Table
 
 from fasttrain.errors import InputError
 
-DALI = "frames cannot be loaded; pip install 'fasttrain[cuda12]' or 'fasttrain[cuda13]'"
+DALI = "training data cannot be loaded; pip install 'fasttrain[cuda12]' or 'fasttrain[cuda13]'"
 NVJPEG = "data.decoder=mixed decodes JPEG on the CPU; pip install nvidia-nvjpeg-cu12"
 COMPILER = (
     "Triton and torch.compile do not work on a GPU; install gcc and the Python headers (python3-dev), or set "
