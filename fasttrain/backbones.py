@@ -80,7 +80,7 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
-# All other timm ViTs; their positions are resized as timm does it.
+# All timm ViTs. Their positions are resized as in timm.
 _TIMM = Family(("state_dict",), resize="antialias")
 
 
@@ -103,11 +103,12 @@ def load_backbone(
         weights: A local path, `hf://owner/repo/path`, `timm://name`, or `random`.
         image_size: Side of the square training images in pixels. The positions of a checkpoint for another
             size are resized when it is loaded.
-        patch_size: Patch size in pixels. None: that of the checkpoint, of ViT-B/16 for random weights, or of
-            the timm model that `name` names.
+        patch_size: Patch size in pixels. None: that of the timm model if `name` is one, else of the
+            checkpoint or, for random weights, of ViT-B/16.
         embed_dim: Embedding dimension D. None: as for `patch_size`.
         depth: Number of transformer blocks. None: as for `patch_size`.
-        num_heads: Number of attention heads, which checkpoints do not store. None: embed_dim / 64.
+        num_heads: Number of attention heads, which checkpoints do not store. None: embed_dim / 64, or that of
+            the timm model.
         seed: Seed of random weights.
 
     Returns:
@@ -118,7 +119,7 @@ def load_backbone(
     """
     family = FAMILIES.get(name, _TIMM)
     if name not in FAMILIES and not timm.is_model(name):
-        raise InputError(f"backbone {name!r} is not one of: {', '.join(FAMILIES)}, or the name of a timm ViT")
+        raise InputError(f"backbone {name!r} is neither one of {', '.join(FAMILIES)} nor a timm ViT")
     sizes = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
     given = {size: value for size, value in sizes.items() if value is not None}
     build = partial(_build_family, family) if name in FAMILIES else partial(_build_timm, name)

@@ -56,13 +56,13 @@ class BackboneRecipe:
     weights: str = "random"
     """Pretrained weights: `hf://owner/repo/path`, `timm://name`, a local file, or `random`."""
     patch_size: Count | None = None
-    """Patch size in pixels; null: read from the weights (16 for `random`)."""
+    """Patch size in pixels; null: that of the weights (16 for `random`) or of the timm ViT."""
     embed_dim: Count | None = None
-    """Embedding dimension of the tokens; null: read from the weights (768 for `random`)."""
+    """Embedding dimension of the tokens; null: that of the weights (768 for `random`) or of the timm ViT."""
     depth: Count | None = None
-    """Number of transformer blocks; null: read from the weights (12 for `random`)."""
+    """Number of transformer blocks; null: that of the weights (12 for `random`) or of the timm ViT."""
     num_heads: Count | None = None
-    """Number of attention heads; null: embed_dim / 64."""
+    """Number of attention heads; null: embed_dim / 64, or that of the timm ViT."""
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)

@@ -220,7 +220,7 @@ def test_a_timm_vit_returns_the_tokens_of_timm(name: str, sizes: dict[str, int])
     [
         (
             {"name": "dinov3"},
-            "backbone 'dinov3' is not one of: mae, ijepa, .*dinov2, or the name of a timm ViT",
+            "backbone 'dinov3' is neither one of mae, ijepa, .*dinov2 nor a timm ViT",
         ),
         ({"name": "resnet18"}, "'resnet18' is not a plain timm ViT"),
         ({"name": "vit_tiny_patch16_224.mine"}, "Invalid pretrained tag"),

@@ -55,7 +55,10 @@ def run(arguments: argparse.Namespace) -> None:
     Console().print(table)
     missing = [name for name, detected, _, required in components if required and not detected]
     if missing:
-        raise InputError(f"required components are missing: {', '.join(missing)}. Install fasttrain again")
+        raise InputError(
+            f"required components are missing: {', '.join(missing)}. Install them with: "
+            f"pip install 'fasttrain[cuda12]' or 'fasttrain[cuda13]'"
+        )
 
 
 def check_machine() -> list[Component]:
