@@ -60,7 +60,7 @@ SWEEP: dict[str, dict[str, Any]] = {
 def our_batches(recipe: Recipe, world: World, batches: int) -> Generator[Tensor, None, None]:
     """Yield batches of frames (2, B, 3, S, S) that fasttrain loads from the recipe's source."""
     index = open_source(recipe.data.source)
-    loader = PairLoader(index=index, recipe=recipe, world=world, first_step=0, num_steps=batches)
+    loader = PairLoader(index=index, recipe=recipe, world=world, first_step_index=0, num_steps=batches)
     try:
         for batch in loader:
             yield batch.frames

@@ -322,7 +322,7 @@ class Trainer:
                 index=self.index,
                 recipe=self.recipe,
                 world=self.world,
-                first_step=self.completed_steps,
+                first_step_index=self.completed_steps,
                 num_steps=self.total_steps - self.completed_steps,
             )
             stack.callback(self.loader.close)

@@ -181,7 +181,7 @@ def make_sampling(**changes: Any) -> PairSampling:
 def make_loader(
     index: FrameIndex,
     *,
-    first_step: int = 0,
+    first_step_index: int = 0,
     num_steps: int = 2,
     rank: int = 0,
     world_size: int = 1,
@@ -190,7 +190,9 @@ def make_loader(
 ) -> PairLoader:
     world = World(rank=rank, size=world_size, local_size=1, device=torch.device(device))
     recipe = make_recipe(**changes)
-    return PairLoader(index=index, recipe=recipe, world=world, first_step=first_step, num_steps=num_steps)
+    return PairLoader(
+        index=index, recipe=recipe, world=world, first_step_index=first_step_index, num_steps=num_steps
+    )
 
 
 # --- sequences: DAVIS, VIP, JHMDB ---

@@ -9,8 +9,8 @@ Batches are fed without callbacks, because an exception in a callback would make
 DALI cannot decode a batch, `collect` raises; with the dynamic executor, other batches are not affected.
 
 For a GPU, one DALI graph (`GpuStage`) decodes on the CPU, the JPEG engine or NVDEC, then crops, resizes and
-normalises on the GPU. For a CPU (`HostStage`), DALI only decodes. PyTorch's uint8 kernel crops and resizes,
-because there it is faster than DALI's antialiased bicubic interpolation. Both agree with Pillow.
+normalises on the GPU. For a CPU (`HostStage`), DALI only decodes and PyTorch does the rest, because its
+antialiased bicubic interpolation of uint8 is faster there than DALI's. The tests compare both with Pillow.
 
 Legend: B frame pairs, F frames of a clip, H x W pixels of a frame, S x S pixels of a crop.
 """
@@ -86,7 +86,7 @@ class Graph:
 def decode_images(*, device: str, engine_load: float = 0.0) -> Any:
     """Define the decoder node for JPEG and PNG images.
 
-    It applies the EXIF orientation. On the CPU, the result equals Pillow's bit by bit.
+    It applies the EXIF orientation. On the CPU, its output is identical to Pillow's.
     """
     return fn.decoders.image(
         _bytes_input(),
@@ -141,7 +141,7 @@ class HostStage:
         frames, parameters = self._pending.popleft()
         if self._decoder:
             decoded = self._decoder.collect()
-            # These views keep the buffer of the batch alive, so DALI does not reuse it for the next one.
+            # These views keep the batch's buffer alive, so that DALI does not reuse it for the next batch.
             frames = [np.asarray(decoded[i]) for i in range(len(decoded))]
         out = torch.empty(2, len(parameters), 3, self._size, self._size)
         # `frames` lists all first frames, then all second frames.
@@ -293,7 +293,10 @@ class ClipDecoder:
         self._graph = Graph(define, batch_size=1, device=device)
 
     def decode(self, clip: Bytes, numbers: Sequence[int], short_side: int) -> npt.NDArray[np.uint8]:
-        """Decode frames by number, (F, H, W, 3) uint8, with this short side. Raises RuntimeError."""
+        """Decode frames by number, (F, H, W, 3) uint8, resized to `short_side`.
+
+        Raises RuntimeError if a frame cannot be decoded.
+        """
         self._graph.submit(
             stored=[clip],
             numbers=[np.array(numbers, dtype=np.int32)],

@@ -66,7 +66,7 @@ def decode_image(data: Bytes) -> Frame:
                 grey = np.asarray(upright, dtype=np.float64) / 257
                 return np.repeat(np.rint(grey).astype(np.uint8)[..., None], 3, axis=2)
             return np.asarray(upright.convert("RGB"))
-    # Not Pillow's message: it contains a memory address, so packing would not be reproducible.
+    # Pillow's message contains a memory address, which would make packed sets irreproducible.
     except UnidentifiedImageError as error:
         raise UnreadableFrameError("cannot be decoded: unknown image format") from error
     # Pillow's plugins raise exceptions of many types for damaged files: SyntaxError, struct.error, ...

@@ -1,4 +1,4 @@
-"""Indexes of videos: names, numbers of frames, and access to the frames as they are stored."""
+"""Indexes of videos: their names, their numbers of frames, and access to the stored frames."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from fasttrain.data.images import Bytes, Frame, decode_image, read_encoded
 from fasttrain.data.nvdec import cut_clip
 from fasttrain.data.video import VideoInfo, read_video_frames
 
-# What an index returns for a frame. images: an encoded JPEG or PNG (n,); frames: RGB (H, W, 3); clips: a
-# Matroska file (n,) for the GPU's decoder, with the numbers of the requested frames in that file.
+# The form in which an index returns a frame. images: an encoded JPEG or PNG (n,); frames: RGB (H, W, 3);
+# clips: a Matroska file (n,) for the GPU's decoder, with the numbers of the requested frames in that file.
 Storage = Literal["images", "frames", "clips"]
 # One array per requested frame. For clips: the file and the array of frame numbers.
 StoredFrames = Sequence[npt.NDArray[Any]]

@@ -47,14 +47,14 @@ class _Sample:
     """The state of one sample while it is loaded."""
 
     epoch: Ints  # (1,)
-    id: Ints  # (1,) in the training stream, before any replacement
+    id: Ints  # (1,) sample id, before any replacement
     parameters: SampleParameters  # (1,) of the sample, or of its replacement
     pair: StoredFrames = ()
     bad: list[str] = field(default_factory=list)  # a description of each failed attempt
 
 
 class PairLoader:
-    """The micro-batches of one rank for `num_steps` steps, starting at step index `first_step`.
+    """The micro-batches of one rank for `num_steps` steps, starting at `first_step_index`.
 
     A loader can be iterated only once. With the global batch size G = accumulate * world.size * batch_size,
     step index s consists of positions [s G, (s + 1) G) of the training stream. Micro-batch m of rank r
@@ -69,9 +69,9 @@ class PairLoader:
     """
 
     def __init__(
-        self, *, index: FrameIndex, recipe: Recipe, world: World, first_step: int, num_steps: int
+        self, *, index: FrameIndex, recipe: Recipe, world: World, first_step_index: int, num_steps: int
     ) -> None:
-        self.recipe, self.world, self.first_step = recipe, world, first_step
+        self.recipe, self.world, self.first_step_index = recipe, world, first_step_index
         self.sampling = PairSampling(recipe.data, recipe.seed)
         self.num_samples = len(index) * recipe.data.pairs_per_video
         self.batch_size, self.accumulate = recipe.train.batch_size, recipe.train.accumulate
@@ -120,9 +120,9 @@ class PairLoader:
                 bad_samples=[bad for sample in batch for bad in sample.bad],
             )
 
-    def samples_of_step(self, step: int) -> tuple[Ints, list[str]]:
-        """Return the sample ids (G,) and video names of a step index on all ranks, before replacement."""
-        positions = np.arange(step * self.global_batch, (step + 1) * self.global_batch)
+    def samples_of_step(self, step_index: int) -> tuple[Ints, list[str]]:
+        """Return the sample ids (G,) and video names of a step on all ranks, before replacement."""
+        positions = np.arange(step_index * self.global_batch, (step_index + 1) * self.global_batch)
         _, samples = self.sampling.order(positions, self.num_samples)
         return samples, [self.index.names[i] for i in samples // self.recipe.data.pairs_per_video]
 
@@ -132,10 +132,10 @@ class PairLoader:
         self._stage.close()
 
     def _read_chunk(self, chunk: tuple[int, Ints]) -> list[_Sample]:
-        """Read some rows of a micro-batch of this rank. `chunk` is the micro-batch number and the rows."""
+        """Read some rows of a micro-batch, given as the number of the micro-batch and the rows."""
         number, rows = chunk
         step, micro = divmod(number, self.accumulate)
-        start = (self.first_step + step) * self.global_batch
+        start = (self.first_step_index + step) * self.global_batch
         start += (micro * self.world.size + self.world.rank) * self.batch_size
         epochs, ids = self.sampling.order(start + rows, self.num_samples)
         parameters = self.sampling.draw(self.index.num_frames, epochs, ids)
@@ -146,7 +146,7 @@ class PairLoader:
         return samples
 
     def _read(self, sample: _Sample) -> None:
-        """Read both frames of a sample. While they are unreadable, replace the sample."""
+        """Read both frames of a sample, replacing it until both are readable."""
         while True:
             video, frames = sample.parameters["video"][0], sample.parameters["frames"][0]
             try:
@@ -156,11 +156,11 @@ class PairLoader:
                 self._replace(sample, error.frame, str(error))
 
     def _replace(self, sample: _Sample, frame: int, reason: str) -> None:
-        """Draw a replacement sample and record why."""
+        """Draw a replacement sample and record the reason."""
         name = self.index.names[sample.parameters["video"][0]]
         attempt = len(sample.bad) + 1
         if attempt > MAX_ATTEMPTS:
-            # Local, because other ranks do not raise this error.
+            # LocalInputError, because other ranks do not raise this error.
             raise LocalInputError(
                 f"data.source: {MAX_ATTEMPTS} samples in a row are unreadable; the last one is {name}, frame "
                 f"{frame}: {reason}. Check that the data are present and undamaged."
@@ -177,7 +177,7 @@ class PairLoader:
         while True:
             try:
                 return self._stage.collect()
-            # These are raised by PyTorch and are not caused by a damaged frame.
+            # PyTorch raises these subclasses of RuntimeError, and no damaged frame causes them.
             except (torch.OutOfMemoryError, torch.AcceleratorError):
                 raise
             # DALI raises RuntimeError for all errors; `_repair` raises it again if no frame causes it.
@@ -206,7 +206,8 @@ class PairLoader:
 
     def _undecodable_frame(self, sample: _Sample) -> int | None:
         """Return the number of the frame that the stage cannot decode, or None."""
-        # A clip contains both frames. Images are decoded one by one to identify the damaged one.
+        # Images are decoded one by one to identify the damaged one. A clip contains both frames, so its first
+        # frame is reported.
         clips = self.index.storage == "clips"
         pairs = [sample.pair] if clips else [[stored, stored] for stored in sample.pair]
         for frame, pair in zip(sample.parameters["frames"][0], pairs, strict=False):
@@ -245,7 +246,7 @@ def index_for_decoder(index: FrameIndex, decoder: str, device: torch.device) -> 
     for name, video in videos.items():
         if reason := nvdec_refusal(video):
             raise InputError(
-                f"data.decoder: 'mixed' decodes video files with NVDEC, which does not suit {name!r}: "
+                f"data.decoder: 'mixed' decodes video files with NVDEC, but {name!r} is unsuitable: "
                 f"{reason}. {use_cpu}."
             )
     return ClipIndex(videos, index.skipped)

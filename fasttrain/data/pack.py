@@ -105,14 +105,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "folder or video file per line; with --check, a packed set",
     )
     parser.add_argument(
-        "destination", metavar="DESTINATION", type=Path, nargs="?", help="folder for the packed set"
+        "destination",
+        metavar="DESTINATION",
+        type=Path,
+        nargs="?",
+        help="folder for the packed set; not used with --check",
     )
     kinds = ("auto", "folders", "list", "videos")
     parser.add_argument(
         "--kind", choices=kinds, default="auto", help="kind of the source; auto detects it (default: auto)"
     )
     for option, metavar, default, help in (
-        ("--frames", "K", PackOptions.frames, "evenly spaced frames to keep per video; 0 keeps all"),
+        ("--frames", "K", PackOptions.frames, "number of evenly spaced frames per video; 0 keeps all frames"),
         (
             "--short-side",
             "PIXELS",
@@ -124,9 +128,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "--shard-size",
             "MIB",
             PackOptions.shard_bytes >> 20,
-            "size of each shard file in MiB; the video that reaches this size is the last one in the file",
+            "size of a shard file in MiB; the video that reaches this size is the last one in the file",
         ),
-        ("--workers", "N", 0, "number of videos encoded at the same time in memory; 0 means one per core"),
+        ("--workers", "N", 0, "videos to encode at a time, each held in memory; 0 uses one per core"),
     ):
         help = f"{help} (default: {default})"
         parser.add_argument(option, metavar=metavar, default=default, type=int, help=help)
@@ -144,8 +148,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "cpu", "gpu"),
         default="auto",
         help="where to decode video files: cpu uses PyAV; gpu uses NVDEC, but PyAV for videos that NVDEC "
-        "does not support; auto means gpu if NVDEC and DALI are available, otherwise cpu (in training, "
-        "data.decoder=auto always means cpu) (default: auto)",
+        "does not support; auto uses gpu if NVDEC and DALI are available, otherwise cpu, whereas "
+        "data.decoder=auto in training always uses cpu (default: auto)",
     )
     parser.add_argument(
         "--check", action="store_true", help="verify every frame of the packed set SOURCE instead of packing"
@@ -330,7 +334,7 @@ def _report(videos: Iterator[EncodedVideo], progress: Progress) -> Iterator[Enco
 def _write_shards(
     share: Share, done: list[ShardIndex], videos: Iterator[EncodedVideo], shard_bytes: int
 ) -> Skipped:
-    """Write `videos` to new shards and append these to `done`. Returns the files skipped after the last."""
+    """Write `videos` to new shards and append these to `done`. Returns the files skipped after them."""
     numbered = enumerate(videos, start=1 + (done[-1].videos_done if done else 0))
     skipped: Skipped = []
     for number, video in numbered:
@@ -394,7 +398,7 @@ def _encode_video(path: Path, options: PackOptions) -> list[bytes]:
 
 
 def _encode_folder(name: str, folder: Path, files: Sequence[str], options: PackOptions) -> EncodedVideo:
-    """Encode the readable frames of a frame folder; their numbers have no gaps."""
+    """Encode the readable frames of a frame folder, numbered without gaps."""
     video = EncodedVideo(name, [], [])
     for number in evenly_spaced(len(files), options.frames or len(files)):
         try:
@@ -419,8 +423,8 @@ def _encode_file(path: Path, options: PackOptions) -> bytes:
 def check_jpeg(data: Bytes) -> None:
     """Raise UnreadableFrameError if ffmpeg reports damage in the coded data of a JPEG (n,).
 
-    Pillow and DALI decode such data to garbage without an error. Other image formats are not checked, and not
-    all damage is detected, because damaged data may still be valid code.
+    Pillow and DALI decode such data to garbage without an error. Other image formats are not checked. Damage
+    that happens to form valid codes is not detected.
     """
     if data[:2].tobytes() != b"\xff\xd8":
         return
@@ -448,13 +452,13 @@ def encode_jpeg(frame: Frame, options: PackOptions) -> bytes:
     return buffer.getvalue()
 
 
-# Holds one decoder per thread.
+# One decoder per thread.
 _THREAD = threading.local()
 
 
 def _nvdec_frames(video: VideoInfo, numbers: Sequence[int], options: PackOptions) -> Iterator[Frame]:
     """Decode and downscale frames on the GPU. Raises RuntimeError or UnreadableFrameError."""
-    # Imported here, because packing on a machine without a GPU does not require DALI.
+    # Imported here, so that packing on a machine without a GPU does not require DALI.
     from fasttrain.data.dali import ClipDecoder
 
     if not hasattr(_THREAD, "decoder"):

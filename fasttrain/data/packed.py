@@ -81,8 +81,12 @@ class Share:
     def read_manifest(self) -> dict[str, Any]:
         path = self.manifest_path
         try:
-            manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(manifest, dict):
+                raise ValueError("not a JSON object")
+        except OSError as error:
+            raise InputError(f"{str(path)!r} cannot be read: {os_reason(error)}") from None
+        except ValueError as error:
             raise InputError(
                 f"{str(path)!r} is damaged ({error}). Delete it and run `fasttrain pack` again."
             ) from None
@@ -152,7 +156,7 @@ class ShardIndex:
 
 
 def tar_header(video: str, frame: int, size: int) -> bytes:
-    """Return the tar header of a frame. Its member name never leads out of the folder of extraction."""
+    """Return the tar header of a frame. On extraction, its path never leads out of the target folder."""
     folder = "/".join(name for name in video.split("/") if name not in ("", ".", ".."))
     member = tarfile.TarInfo(f"{folder}/{frame:06d}.jpg")
     member.size = size
@@ -185,7 +189,7 @@ def complete_shares(root: Path) -> list[Share]:
                 f"{share.description} is incomplete or has a missing shard. Run `fasttrain pack` "
                 f"again{option} to complete it."
             )
-        # Shares of different sources or options could contain a video twice or not at all.
+        # If sources or options differed, a video could be in the set twice or not at all.
         manifest = share.read_manifest()
         if differing := [key for key in _COMMON_KEYS if manifest[key] != first[key]]:
             raise InputError(
@@ -262,7 +266,7 @@ def _open_shard(path: Path, num_bytes: int) -> io.FileIO:
         raise InputError(
             f"{str(path)!r} has {size} bytes, expected {num_bytes}. Delete it and run `fasttrain pack` again."
         )
-    # The frames of a pair are far apart, so reading ahead would fetch unneeded data.
+    # The frames of a pair are far apart, so read-ahead would fetch unneeded data.
     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
     return file
 

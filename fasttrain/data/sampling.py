@@ -32,7 +32,7 @@ PARAMETERS = np.dtype(
     ]
 )
 
-# Columns of the random numbers of a sample. All are always drawn, so that none depends on the use of another.
+# Columns of the random numbers of a sample. All are always drawn, so that each has a fixed position.
 _FRAMES, _CROP, _FLIP, _REPLACEMENT, _COUNT = slice(0, 2), slice(2, 6), 6, 7, 8
 
 

@@ -91,7 +91,7 @@ def probe_video(path: Path) -> VideoInfo:
             if not times:
                 raise UnreadableFrameError("the file contains no video frames")
             sorted_times = _sorted(times)
-            # The first frame may have a negative time. The position is in microseconds.
+            # The first frame may have a negative time. `seek` expects microseconds.
             start = sorted_times[0] * (stream.time_base or 0) * av.time_base if sorted_times else 0
             container.seek(min(0, int(start)))
             pictures = container.decode(stream)
@@ -169,7 +169,7 @@ class _FrameReader:
     def _open(self) -> None:
         self.container = open_video(self.video.path)
         self.stream = video_stream(self.container)
-        # Several videos are decoded in parallel, so threads within one would only compete for the cores.
+        # Several videos are decoded in parallel, so threads within a video would only compete for cores.
         self.stream.codec_context.thread_count = 1
         self.pictures = self._decode()
         self.position: int | None = None
@@ -287,7 +287,7 @@ def _quarter_turns(picture: av.VideoFrame) -> int:
 
 
 def _compact(times: list[int]) -> Times:
-    """Represent the times of a constant frame rate as a `range`, which takes hardly any memory."""
+    """Represent the times of a constant frame rate as a `range`, which uses hardly any memory."""
     step = times[1] - times[0] if len(times) > 1 else 1
     regular = range(times[0], times[0] + step * len(times), step) if step > 0 else range(0)
     return regular if list(regular) == times else np.asarray(times, dtype=np.int64)

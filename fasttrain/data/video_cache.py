@@ -50,7 +50,7 @@ def read_cache(source: Path) -> CachedVideos:
     try:
         content = json.loads(gzip.decompress(cache_path(source).read_bytes()))
         entries = content["videos"] if content["header"] == _HEADER else {}
-    except (OSError, EOFError, ValueError, zlib.error):
+    except (OSError, EOFError, LookupError, TypeError, ValueError, zlib.error):
         return {}
     return {name: (tuple(entry["state"]), _from_json(entry["info"])) for name, entry in entries.items()}
 

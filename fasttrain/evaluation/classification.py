@@ -28,12 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=list(metrics.NEIGHBOURS),
         metavar="K",
         help="values of k for k-NN; those above the number of training videos are skipped "
-        "(default: %(default)s)",
+        f"(default: {' '.join(map(str, metrics.NEIGHBOURS))})",
     )
     parser.add_argument(
         "--temperature",
         type=float,
         default=metrics.TEMPERATURE,
+        metavar="T",
         help="temperature of the k-NN votes (default: %(default)s)",
     )
     linear_probe.add_arguments(parser)

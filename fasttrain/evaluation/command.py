@@ -1,8 +1,8 @@
 """Evaluate a training run on a benchmark, before and after its projection.
 
 Prints a table and writes the results to OUTPUT/TASK.json, together with pictures and the predicted masks
-(davis, vip) or poses (jhmdb). Under torchrun, the processes share the sequences or videos. The `--` keeps
-torchrun from reading --run as one of its own options:
+(davis, vip) or poses (jhmdb). Under torchrun, the processes divide the sequences or videos among
+themselves. The `--` keeps torchrun from reading --run as one of its own options:
 
     torchrun --nproc-per-node=8 -m -- fasttrain eval probe --run RUN --root DATASET
 """
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
             "weights_hash": encoder.weights_hash,
             "head": projection.head if projection else None,
         },
-        # The folder may also hold pictures that an earlier evaluation drew of other sequences.
+        # The folder may also contain pictures of other sequences, drawn by an earlier evaluation.
         "pictures": [name for name, mtime in _pictures(output).items() if mtime != old_pictures.get(name)],
         "seconds": time.perf_counter() - start,
     }

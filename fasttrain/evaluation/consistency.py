@@ -32,19 +32,19 @@ RECORDED = ("cycle_accuracy", "effective_rank", "intra_normalized_95", "inter_no
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--num-frames", type=int, default=40, help="evenly spaced frames per video (default: 40)"
-    )
-    parser.add_argument(
-        "--num-videos", type=int, default=1000, help="maximum number of videos, evenly chosen (default: 1000)"
-    )
-    parser.add_argument("--image-size", type=int, default=224, help="side of the centre crop (default: 224)")
+    for option, metavar, default, help in (
+        ("--num-frames", "N", 40, "number of evenly spaced frames per video"),
+        ("--num-videos", "N", 1000, "maximum number of videos, evenly spaced over the source"),
+        ("--image-size", "PIXELS", 224, "side of the centre crop"),
+    ):
+        help = f"{help} (default: {default})"
+        parser.add_argument(option, type=int, metavar=metavar, default=default, help=help)
 
 
 def run(
     arguments: argparse.Namespace, model: EvaluatedModel, output: Path, world: World
 ) -> dict[str, Any] | None:
-    """Evaluate a sample of the videos. Returns the results on the main process and None on the others."""
+    """Evaluate evenly spaced videos. Returns the results on the main process and None on the others."""
     check_options(arguments, num_frames=MIN_FRAMES, num_videos=1, image_size=1)
     index = open_source(arguments.root)
     measured: dict[int, dict[str, VideoMeasures]] = {}
@@ -73,7 +73,7 @@ def run(
     if not measured:
         raise InputError(
             f"--root: no video in '{arguments.root}' can be measured ({'; '.join(reasons[:3])}). Pass videos "
-            f"of at least {MIN_FRAMES} frames."
+            f"with at least {MIN_FRAMES} frames."
         )
     if reasons:
         print(f"skipped videos: {len(reasons)} (for example {reasons[0]})")
@@ -103,9 +103,9 @@ def _read_frames(index: FrameIndex, video: int, num_frames: int, image_size: int
 def validate(
     encoder: Backbone, projection: nn.Module, index: FrameIndex, device: torch.device, recipe: Recipe
 ) -> dict[str, float]:
-    """Measure a sample of the videos of `index`; returns metrics named `before/...` and `after/...`.
+    """Measure evenly spaced videos of `index`; returns metrics named `before/...` and `after/...`.
 
-    Unreadable videos and videos of fewer than 8 frames are skipped. Undefined metrics are omitted, for
+    Unreadable videos and videos with fewer than 8 frames are skipped. Undefined metrics are omitted, for
     example the inter-video distance of a single video. Returns an empty dictionary if no video qualifies.
     """
     measured: dict[str, list[VideoMeasures]] = {"before": [], "after": []}

@@ -9,15 +9,15 @@ Datasets with a label per video, their training and test lists and the paths of 
     list      --train-list and --test-list, `path label` per line        path
 
 The lists may be in --root or in a folder directly below it, the videos anywhere below --root or --videos, or
-in a packed set. A listed video matches the stored video whose path ends with the listed path. A folder of
-frames, or a file with another suffix, can replace a video file of the same name. The class folders may be
+in a packed set. A listed video matches the stored video whose path ends with the listed path. A frame
+folder, or a file with another suffix, can replace a video file of the same name. The class folders may be
 missing, except in plain lists.
 
 Datasets with a label per frame: Breakfast, GTEA and 50Salads as published with MS-TCN
 (github.com/yabufarha/ms-tcn).
 
     mapping.txt                        NUMBER LABEL per line
-    groundTruth/NAME.txt               a label per line, one for each frame of the video
+    groundTruth/NAME.txt               one label per line, for each frame of the video
     splits/train.split1.bundle         NAME.txt per line; likewise test.split1.bundle
     NAME.mp4                           anywhere, as above; for Breakfast also P03/cam01/P03_tea.avi
 """
@@ -102,7 +102,7 @@ def add_frame_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of datasets with a label per frame."""
     parser.set_defaults(dataset="frames", allow_missing=False)
     parser.add_argument(
-        "--split", default="1", metavar="N", help="split, from splits/train.splitN.bundle (default: 1)"
+        "--split", default="1", metavar="N", help="split, listed in splits/*.splitN.bundle (default: 1)"
     )
     _add_list_arguments(parser, "list of training videos to use instead of splits/train.splitN.bundle")
     parser.add_argument(
@@ -214,9 +214,10 @@ def _find_layout(arguments: argparse.Namespace) -> str:
         name for name, (_, pattern) in _LAYOUTS.items() if pattern and _find_lists(arguments.root, pattern)
     ]
     if len(layouts) != 1:
+        lists = f"the lists of {' and '.join(layouts)}" if layouts else "no lists of a supported dataset"
         raise InputError(
-            f"--root: '{arguments.root}' has the lists of {' and '.join(layouts) or 'no known dataset'}. "
-            "Choose one with --dataset, or pass --train-list and --test-list."
+            f"--root: '{arguments.root}' contains {lists}. Choose the layout with --dataset, or pass "
+            "--train-list and --test-list."
         )
     return layouts[0]
 
@@ -280,7 +281,7 @@ def _read_ucf(arguments: argparse.Namespace) -> _Lists:
 
 
 def _read_hmdb(arguments: argparse.Namespace) -> _Lists:
-    """Read HMDB51: a file per class with lines `NAME.avi MARK`, MARK being 1 (training), 2 (test) or 0."""
+    """Read HMDB51: a file per class, `NAME.avi MARK` per line. MARK is 1 (training), 2 (test) or 0."""
     if arguments.train_list or arguments.test_list:
         raise InputError("hmdb51 has a list per class. Leave out --train-list and --test-list.")
     ending = f"_test_split{arguments.split}.txt"
@@ -352,7 +353,7 @@ def _read_plain(arguments: argparse.Namespace) -> _Lists:
 
 
 def _read_frames(arguments: argparse.Namespace) -> _Lists:
-    """Read mapping.txt, splits/*.bundle and the label files that these name, groundTruth/NAME.txt."""
+    """Read mapping.txt, splits/*.bundle and the label files of the listed videos, groundTruth/NAME.txt."""
 
     def parse_class(line: str) -> tuple[int, str]:
         number, name = line.split(maxsplit=1)
@@ -411,7 +412,7 @@ def _videos_by_end(root: Path) -> dict[str, list[StoredVideo]]:
 
 
 def _find_video(root: Path, name: str, by_end: Mapping[str, list[StoredVideo]]) -> StoredVideo | None:
-    """Find the file at this path (absolute or from the root), else the only video whose path ends in it."""
+    """Find the file at this path (absolute or from the root), else the only video whose path ends with it."""
     path = root / name
     if path.is_file():
         return path

@@ -33,11 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--year",
         choices=("2016", "2017"),
         default="2017",
-        help="release; 2016 merges all objects of a sequence (default: 2017)",
+        help="release of the dataset; 2016 merges all objects of a sequence (default: 2017)",
     )
-    parser.add_argument("--subset", default="val", help="name of the list of sequences (default: val)")
-    parser.add_argument("--height", type=int, default=480, help="height of the encoded frames (default: 480)")
-    parser.add_argument("--width", type=int, default=880, help="width of the encoded frames (default: 880)")
+    parser.add_argument(
+        "--subset", default="val", metavar="NAME", help="name of the list of sequences (default: val)"
+    )
+    for option, default in (("--height", 480), ("--width", 880)):
+        help = f"{option[2:]} to which frames are resized (default: {default})"
+        parser.add_argument(option, type=int, metavar="PIXELS", default=default, help=help)
     sequences.add_arguments(parser, topk=TOPK)
 
 
@@ -66,11 +69,11 @@ def find_sequences(root: Path, year: str, subset: str) -> list[VideoSequence]:
     if year == "2016" and not listed.exists():
         listed = root / "ImageSets" / "480p" / f"{subset}.txt"
     sequences.require((frames, annotations, listed), "DAVIS")
-    # A line holds the name of a sequence or, in the 2016 release, the paths of a frame and its annotation.
+    # A line is the name of a sequence or, in the 2016 release, the paths of a frame and its annotation.
     lines = [Path(line.split()[0]) for line in sequences.read_list(listed)]
     names = dict.fromkeys(line.parent.name if line.suffix == ".jpg" else line.name for line in lines)
     # J and F exclude the first and the last frame, so a sequence needs at least three.
-    return [sequences.find_pairs(name, frames / name, annotations / name, fewest=3) for name in names]
+    return [sequences.find_pairs(name, frames / name, annotations / name, min_frames=3) for name in names]
 
 
 def read_objects(annotations: Sequence[Path], year: str) -> LabelMap:

@@ -46,17 +46,19 @@ from fasttrain.weights import hash_state_dict
 
 # Part of every cache key. Increase it when the computation changes.
 FORMAT = 2
-# A video file is identified by its size and this many samples of its bytes, which are fast to read.
-_SAMPLES, _SAMPLE_BYTES = 16, 1 << 12
+# A video file is identified by its size and this many chunks; hashing the whole file would be slow.
+_CHUNKS, _CHUNK_BYTES = 16, 1 << 12
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--image-size", type=int, default=224, help="side of the centre crop (default: 224)")
+    parser.add_argument(
+        "--image-size", type=int, metavar="PIXELS", default=224, help="side of the centre crop (default: 224)"
+    )
     parser.add_argument(
         "--cache",
         type=Path,
         metavar="FOLDER",
-        help="folder of cached features; tasks and runs can share it, and all processes must have access "
+        help="folder of cached features, which tasks and runs can share; all processes need access to it "
         "(default: cache in the output folder)",
     )
     parser.add_argument(
@@ -65,19 +67,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="fp32",
         help="precision of the encoder (default: fp32)",
     )
-    parser.add_argument("--batch-size", type=int, default=32, help="frames per batch (default: 32)")
-    parser.add_argument(
-        "--workers", type=int, default=0, help="decoding threads; 0 uses one per core, up to 16 (default: 0)"
-    )
+    for option, default, help in (
+        ("--batch-size", 32, "number of frames per batch"),
+        ("--workers", 0, "number of decoding threads; 0 uses one per core, up to 16"),
+    ):
+        help = f"{help} (default: {default})"
+        parser.add_argument(option, type=int, metavar="N", default=default, help=help)
 
 
 def add_split_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that `extract_split` uses."""
     add_video_arguments(parser)
     add_arguments(parser)
-    parser.add_argument(
-        "--num-frames", type=int, default=16, help="evenly spaced frames per video (default: 16)"
-    )
+    help = "number of evenly spaced frames per video (default: 16)"
+    parser.add_argument("--num-frames", type=int, metavar="N", default=16, help=help)
 
 
 @dataclass(frozen=True)
@@ -260,26 +263,26 @@ def _describe(model: EvaluatedModel, arguments: argparse.Namespace, variant: str
 
 
 def _choose(length: int, arguments: argparse.Namespace) -> list[int]:
-    """Choose the frames to encode of a video of `length` frames."""
+    """Return the numbers of the frames to encode of a video with `length` frames."""
     if "num_frames" in arguments:
         return evenly_spaced(length, arguments.num_frames)
     return list(range(0, length, arguments.stride))
 
 
 def _digest(path: StoredVideo, arguments: argparse.Namespace) -> bytes:
-    """Hash the encoded bytes of the chosen frames, or the size and samples of the bytes of a video file.
+    """Hash the encoded bytes of the chosen frames, or the size and some chunks of a video file.
 
     Raises OSError or UnreadableFrameError if the video is unreadable.
     """
     digest = hashlib.sha256()
     if isinstance(path, Path):
-        # Unbuffered, because a buffer would read more than each sample.
+        # Unbuffered, because a buffer would read more than each chunk.
         with path.open("rb", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
             digest.update(f"{size} bytes".encode())
-            for sample in range(_SAMPLES):
-                file.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
+            for chunk in range(_CHUNKS):
+                file.seek(max(0, size - _CHUNK_BYTES) * chunk // (_CHUNKS - 1))
+                digest.update(file.read(_CHUNK_BYTES))
     else:
         index, video = path
         digest.update(f"{index.num_frames[video]} frames".encode())

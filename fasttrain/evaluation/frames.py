@@ -100,7 +100,7 @@ def normalise(frames_3HW: Tensor) -> Tensor:
 
 
 def write_video(frames: Sequence[Frame], path: Path, rate: int = 12, **options: str) -> None:
-    """Encode frames of one size as H.264, with `rate` frames per second and `options` of libx264.
+    """Encode frames of equal size as H.264, with `rate` frames per second and `options` of libx264.
 
     The encoder needs even sizes, so an odd last row or column is cropped.
     """

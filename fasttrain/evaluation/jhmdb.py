@@ -43,14 +43,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--list",
         type=Path,
         metavar="FILE",
-        help="list to use instead of --split: CLASS/CLIP, or the paths of a clip, per line",
+        help="list of test clips to use instead of --split: CLASS/CLIP, or the paths of a clip, per line",
     )
     parser.add_argument(
-        "--size", type=int, default=320, help="side of the encoded frames, resized to squares (default: 320)"
+        "--size",
+        type=int,
+        metavar="PIXELS",
+        default=320,
+        help="side of the squares to which frames are resized (default: 320)",
     )
     parser.add_argument(
         "--sigma",
         type=float,
+        metavar="CELLS",
         default=0.5,
         help="standard deviation of a joint's Gaussian, in grid cells (default: 0.5)",
     )
@@ -122,13 +127,15 @@ def clips_of_list(path: Path) -> list[tuple[str, str]]:
         entry = Path(line.split()[0])
         parts = (entry.parent if entry.suffix == ".mat" else entry).parts
         if len(parts) < 2:
-            raise InputError(f"'{path}': {line!r} is not a clip; expected CLASS/CLIP or paths that end in it")
+            raise InputError(
+                f"'{path}': {line!r} is not a clip; expected CLASS/CLIP or paths that end with it"
+            )
         clips.append((parts[-2], parts[-1]))
     return clips
 
 
 def _find_sequence(root: Path, action: str, name: str) -> VideoSequence:
-    """Find the poses and frames of a clip. Frames after the last pose do not belong to it."""
+    """Find the poses and frames of a clip. Frames after the last pose are ignored."""
     poses = root / POSES / action / name / "joint_positions.mat"
     length = read_poses(poses).shape[2]
     frames = [root / FRAMES / action / name / f"{number:05d}.png" for number in range(1, length + 1)]

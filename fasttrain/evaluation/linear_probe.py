@@ -1,4 +1,4 @@
-"""Linear probe: multinomial logistic regression on frozen features, with the L2 chosen on held-out data.
+"""Linear probe: multinomial logistic regression on frozen features with an L2 penalty.
 
 The procedure is that of CLIP's linear probes (Radford et al., ICML 2021, appendix A.3): L-BFGS with at most
 1,000 iterations, a sweep of the L2 strength over a logarithmic grid on held-out training data, then a fit to
@@ -26,7 +26,7 @@ from fasttrain.errors import InputError
 STRENGTHS = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 MAX_ITERATIONS = 1000
 _MIN_DEVIATION = 1e-8
-# End the sweep after this many strengths without improvement: the weaker the penalty, the slower the fit.
+# End the sweep after this many strengths without improvement, because fits with a weaker penalty are slower.
 _PATIENCE = 3
 
 
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-iterations",
         type=int,
+        metavar="N",
         default=MAX_ITERATIONS,
         help="maximum number of L-BFGS iterations (default: %(default)s)",
     )

@@ -1,4 +1,4 @@
-"""Localise actions in time with a linear classifier of single frames, scored by frames and by segments.
+"""Localise actions in time with a linear classifier of single frames: accuracy, F1, edit score and mAP.
 
 Supported datasets are Breakfast, GTEA, 50Salads and others in their layout. The classifier uses one frame at
 a time, so the results reflect the features and not a temporal model.
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=200_000,
         metavar="N",
-        help="fit the classifier to at most N frames, evenly chosen (default: %(default)s)",
+        help="fit the classifier to at most N evenly spaced frames (default: %(default)s)",
     )
     parser.add_argument(
         "--tiou",
@@ -137,7 +137,7 @@ def _trim_labels(
 ) -> list[LabelledVideo]:
     """Trim the labels of each video to its number of frames.
 
-    Videos with far too few or too many labels are left out, with a line for each in `mismatched`. Raises
+    Videos with far too few or too many labels are left out and described in `mismatched`. Raises
     InputError if no video remains.
     """
     trimmed = []

@@ -156,7 +156,8 @@ def confusion(
     counted = (true >= 0) & (true < num_classes)
     predicted_M = predicted[counted].astype(np.int64)
     if len(predicted_M) and not 0 <= predicted_M.min() <= predicted_M.max() < num_classes:
-        raise InputError(f"predicted class {predicted_M.max()}; expected 0 to {num_classes - 1}")
+        wrong = predicted_M.min() if predicted_M.min() < 0 else predicted_M.max()
+        raise InputError(f"predicted class {wrong}; expected 0 to {num_classes - 1}")
     cell_M = num_classes * true[counted].astype(np.int64) + predicted_M
     return np.bincount(cell_M, minlength=num_classes**2).reshape(num_classes, num_classes)
 
@@ -199,14 +200,16 @@ def pck(
         thresholds: Fractions of the person's size.
 
     Returns:
-        Percentages (thresholds,), float64. Joints that were never detected are left out of the mean; it is
-        NaN if there is no other joint.
+        Percentages (thresholds,), float64. Joints that were never detected are left out of the mean,
+        which is NaN if no joint was detected.
 
     Raises:
         InputError: If there are no poses, or if their numbers or shapes differ.
     """
     if len(predictions) != len(truths) or not truths:
-        raise InputError(f"{len(predictions)} predicted and {len(truths)} true poses; expected equal numbers")
+        raise InputError(
+            f"{len(predictions)} predicted and {len(truths)} true poses; expected equal numbers above 0"
+        )
     counts = (count_correct(p, t, thresholds) for p, t in zip(predictions, truths, strict=True))
     return mean_over_joints(percentages(counts))
 
@@ -312,9 +315,8 @@ def knn_classify(
 ) -> dict[int, Tensor]:
     """Sum the votes (S, C) of the k nearest training videos, for each k in `neighbours`.
 
-    Values of k above N are skipped; if all are, k = N is used.
-    The sum for a class without votes is -inf, so that it is never predicted. (DINO ranks such classes last,
-    in arbitrary order.)
+    Values of k above N are skipped; if all are, k = N is used. The sum for a class without votes is -inf, so
+    that it is never predicted. (DINO ranks such classes last, in arbitrary order.)
     """
     ks = [k for k in neighbours if k <= len(train_ND)] or [len(train_ND)]
     similarity_SK, index_SK = nearest(test_SD, train_ND, max(ks))
@@ -339,7 +341,7 @@ def top_accuracy(scores_SC: Tensor, labels_S: Tensor, k: int) -> float:
 
 
 def hold_out(labels_N: Tensor, share: float = 0.2) -> Tensor:
-    """Select (N,) bool the last `share` of each class, at least one video if the class has two or more.
+    """Select the last `share` of each class, as a mask (N,): at least one video if a class has two or more.
 
     The choice follows the order of the list and is not random, because neighbours in a list are often clips
     of the same recording, such as the groups of UCF101, and should not be separated.
@@ -451,7 +453,7 @@ def levenshtein(first: Sequence[int], second: Sequence[int]) -> int:
     for number, label in enumerate(first, start=1):
         replaced = row[:-1] + (second_Y != label)
         best = np.concatenate([[number], np.minimum(row[1:] + 1, replaced)])
-        # Insertions: an entry is the minimum, over the entries before it, of their value plus the distance.
+        # Insertions: an entry is the minimum, over itself and the entries before it, of value plus distance.
         row = np.minimum.accumulate(best - column) + column
     return int(row[-1])
 

@@ -37,23 +37,32 @@ class EvaluatedModel:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     encoder = parser.add_mutually_exclusive_group(required=True)
-    encoder.add_argument("--run", type=Path, help="output folder of a training run")
+    encoder.add_argument("--run", type=Path, metavar="RUN", help="output folder of a training run")
     encoder.add_argument(
-        "--backbone", help="backbone to evaluate without a run: mae, dino, ... or a timm ViT"
+        "--backbone",
+        metavar="NAME",
+        help="backbone to evaluate without a run: mae, dino, ... or a timm ViT",
     )
     parser.add_argument(
         "--weights",
+        metavar="PATH",
         help="weights of the backbone: a path, hf://..., timm://... or random (default: those of the run, or "
         "random for --backbone)",
     )
     parser.add_argument(
-        "--projection", type=Path, metavar="FILE", help="projection.safetensors to use with --backbone"
+        "--projection",
+        type=Path,
+        metavar="FILE",
+        help="projection to use with --backbone (a projection.safetensors)",
     )
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--baseline-only", action="store_true", help="evaluate only the frozen backbone")
     only.add_argument("--projection-only", action="store_true", help="evaluate only the projected features")
     parser.add_argument(
-        "--device", choices=("auto", "cuda", "cpu"), default="auto", help="device (default: auto)"
+        "--device",
+        choices=("auto", "cuda", "cpu"),
+        default="auto",
+        help="device; auto uses cuda if available (default: auto)",
     )
 
 

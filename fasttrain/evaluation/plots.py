@@ -108,7 +108,7 @@ def _grey(frame_HWC: Frame) -> Frame:
 
 
 def overlay_pose(frame_HWC: Frame, joints_2J: npt.ArrayLike) -> Frame:
-    """Draw the limbs and joints of one pose (pixels) on grey; joints at a negative x are left out."""
+    """Draw one pose, in pixels, on the greyscale frame; joints with a negative x are left out."""
     joints_J2 = np.asarray(joints_2J, dtype=float).T
     image = Image.fromarray(_grey(frame_HWC))
     draw = ImageDraw.Draw(image)
@@ -206,7 +206,7 @@ def learning_curves(runs: Sequence[Path], path: Path) -> None:
                     curves.setdefault((number, variant == "before"), []).append((record["step"], value))
     if not panels:
         paths = ", ".join(f"'{run}'" for run in runs)
-        raise InputError(f"{paths}: no metrics in metrics.jsonl. Train some steps first.")
+        raise InputError(f"{paths}: no metrics in metrics.jsonl. Train for some steps first.")
     names = run_names(runs)
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -248,7 +248,7 @@ def trade_off(points: Sequence[tuple[str, Metrics, Metrics]], path: Path) -> Non
     for label, fill in {"before (frozen encoder)": "white", "after (with projection)": "0.5"}.items():
         axes.plot([], [], "o", markerfacecolor=fill, markeredgecolor="0.5", label=label)
     axes.margins(0.1)
-    # A range of at least 20 % of the values keeps a negligible change small.
+    # The axes span at least 20 % of the values, so that a negligible change looks small.
     for limits, set_limits in ((axes.get_xlim(), axes.set_xlim), (axes.get_ylim(), axes.set_ylim)):
         middle = sum(limits) / 2
         margin = max(limits[1] - middle, 0.1 * middle)
@@ -334,7 +334,7 @@ def _run_style(number: int) -> dict[str, Any]:
 
 
 def _palette(count: int) -> npt.NDArray[np.float64]:
-    """(count, 3) colours: the seven of Okabe and Ito, then darker and lighter ones, then the same again."""
+    """Return colours (count, 3): those of Okabe and Ito, then darker and lighter ones, repeated as needed."""
     colors = np.array([to_rgb(color) for color in OKABE_ITO])
     return np.resize(np.concatenate([colors, 0.55 * colors, 0.5 + 0.5 * colors]), (count, 3))
 

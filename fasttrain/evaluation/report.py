@@ -87,7 +87,9 @@ def _read(path: Path) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(path.read_bytes())
         return {key: content[key] for key in ("task", "model", "pictures", "results")}
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"'{path}' is not a result of `fasttrain eval` ({error!r}). Remove it.") from error
+        raise InputError(
+            f"'{path}' is not a result of `fasttrain eval`, or is damaged. Remove it."
+        ) from error
 
 
 def _show(path: Path) -> str:

@@ -49,7 +49,7 @@ def run(
 
 
 def _draw(split: VideoSplit, neighbours: dict[str, Tensor], num_frames: int, output: Path) -> None:
-    """Draw evenly chosen queries, each with its nearest videos by variant."""
+    """Draw evenly spaced queries, each with its nearest videos by variant."""
     sheet = []
     for number in evenly_spaced(len(split.test), SHOWN_QUERIES):
         query = split.test[number]

@@ -75,20 +75,39 @@ class Evaluation:
 def add_arguments(parser: argparse.ArgumentParser, *, topk: int) -> None:
     """Add the propagation settings. The default of `topk` differs between benchmarks."""
     parser.add_argument(
-        "--context", type=int, default=CONTEXT, help="preceding frames to attend to (default: %(default)s)"
+        "--context",
+        type=int,
+        metavar="N",
+        default=CONTEXT,
+        help="number of preceding frames to attend to, besides the first frame (default: %(default)s)",
     )
     parser.add_argument(
         "--radius",
         type=float,
+        metavar="CELLS",
         default=RADIUS,
-        help="radius of the search in the preceding frames, in grid cells (default: %(default)s)",
-    )
-    parser.add_argument("--topk", type=int, default=topk, help="keys per query (default: %(default)s)")
-    parser.add_argument(
-        "--temperature", type=float, default=TEMPERATURE, help="softmax temperature (default: %(default)s)"
+        help="radius of the search in the preceding frames, in grid cells (default: %(default)g)",
     )
     parser.add_argument(
-        "--pictures", type=int, default=8, help="number of sequences to draw, evenly chosen (default: 8)"
+        "--topk",
+        type=int,
+        metavar="K",
+        default=topk,
+        help="number of most similar tokens whose labels are combined (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        default=TEMPERATURE,
+        help="temperature of the softmax that weights these labels (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--pictures",
+        type=int,
+        metavar="N",
+        default=8,
+        help="number of sequences to draw, evenly spaced over the list (default: %(default)s)",
     )
 
 
@@ -282,7 +301,7 @@ def draw(
 
 
 def shrink(frame_HWC: Frame) -> Frame:
-    """Shrink a frame that is higher than PICTURE_HEIGHT."""
+    """Shrink a frame that is taller than PICTURE_HEIGHT."""
     picture = Image.fromarray(frame_HWC)
     picture.thumbnail((picture.width, PICTURE_HEIGHT), Image.Resampling.BILINEAR, reducing_gap=None)
     return np.asarray(picture)
@@ -294,15 +313,15 @@ def resize_labels(labels_HW: LabelMap, size: tuple[int, ...]) -> LabelMap:
     return np.asarray(resized)
 
 
-def find_pairs(name: str, frames: Path, annotations: Path, fewest: int) -> VideoSequence:
+def find_pairs(name: str, frames: Path, annotations: Path, min_frames: int) -> VideoSequence:
     """Find the JPEG frames of a sequence and the annotation `STEM.png` of each.
 
-    Raises InputError if there are fewer than `fewest` frames or if a frame or an annotation is missing.
+    Raises InputError if there are fewer than `min_frames` frames or if a frame or an annotation is missing.
     """
     images, masks = numbered(frames, ".jpg"), numbered(annotations, ".png")
-    if len(images) < fewest:
+    if len(images) < min_frames:
         raise InputError(
-            f"sequence {name!r}: expected at least {fewest} frames in '{frames}', found {len(images)}. "
+            f"sequence {name!r}: expected at least {min_frames} frames in '{frames}', found {len(images)}. "
             "Restore them or remove the sequence from the list."
         )
     unpaired = {path.stem for path in images} ^ {path.stem for path in masks}

@@ -42,9 +42,9 @@ def consistency_separability(
     Returns:
         A dictionary of floats. For X in `intra` and `inter` and q in 90, 95 and 100: `X_original` (the
         distance), `X_diameter_q` (twice the q-th percentile of the features' distances from their mean) and
-        `X_normalized_q` (the distance over such a diameter, for `inter` that of the compared patches). Also
-        `effective_rank` and `cycle_accuracy`. Undefined metrics are NaN: the inter-video distances of a
-        single video, and all metrics of features that are not finite.
+        `X_normalized_q` (the distance divided by such a diameter; for `inter`, by that of the compared
+        patches). Also `effective_rank` and `cycle_accuracy`. Undefined metrics are NaN: the inter-video
+        distances of a single video, and all metrics of features that are not finite.
 
     Raises:
         InputError: If videos have fewer than 8 frames or P is not a square number of at least 4.
@@ -145,7 +145,7 @@ def _effective_rank(features_ND: Tensor) -> float:
 
 
 def _cycle_accuracy(video_TPD: Tensor) -> Tensor:
-    """Compute the share of 2 x 2 windows whose walk to the second frame and back most likely returns."""
+    """Compute the share of 2 x 2 windows to which a walk to the second frame and back most likely returns."""
     frames, patches, channels = video_TPD.shape
     side = int(patches**0.5)
     grid_TDhw = video_TPD.transpose(1, 2).reshape(frames, channels, side, side)

@@ -43,13 +43,23 @@ VOID = 255
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--subset", default="val", help="subset, listed in lists/SUBSET_videos.txt (default: val)"
+        "--subset",
+        default="val",
+        metavar="NAME",
+        help="subset of the videos, listed in lists/NAME_videos.txt (default: val)",
     )
     parser.add_argument(
-        "--list", type=Path, metavar="FILE", help="list to use instead of --subset: a name or path per line"
+        "--list",
+        type=Path,
+        metavar="FILE",
+        help="list of videos to use instead of --subset: a name or path per line",
     )
     parser.add_argument(
-        "--long-side", type=int, default=880, help="long side of the encoded frames (default: 880)"
+        "--long-side",
+        type=int,
+        metavar="PIXELS",
+        default=880,
+        help="long side to which frames are resized (default: 880)",
     )
     sequences.add_arguments(parser, topk=10)
 
@@ -86,7 +96,7 @@ def find_sequences(root: Path, subset: str, listed: Path | None) -> list[VideoSe
         listed = base / "lists" / f"{subset}_videos.txt"
         sequences.require((listed,), "VIP (VIP_Fine)")
     names = dict.fromkeys(Path(line.split()[0]).name for line in sequences.read_list(listed))
-    return [sequences.find_pairs(name, frames / name, annotations / name, fewest=2) for name in names]
+    return [sequences.find_pairs(name, frames / name, annotations / name, min_frames=2) for name in names]
 
 
 def read_parts(path: Path) -> LabelMap:

@@ -127,7 +127,7 @@ def test_a_resumed_loader_continues_with_the_same_samples(tmp_path: Path) -> Non
     index = open_source(write_folders(tmp_path, [6] * 8))
     uninterrupted = samples_of(index, batch_size=3, accumulate=2, num_steps=6)
     for first in (4, 6):
-        rest = samples_of(index, batch_size=3, accumulate=2, first_step=first, num_steps=6 - first)
+        rest = samples_of(index, batch_size=3, accumulate=2, first_step_index=first, num_steps=6 - first)
         assert list(map(list, uninterrupted[2 * first :])) == list(map(list, rest))
 
 
@@ -145,7 +145,9 @@ def test_samples_of_step_covers_all_ranks(tmp_path: Path) -> None:
     ids, names = loader.samples_of_step(5)
     loader.close()
     seen = [
-        samples_of(index, batch_size=2, accumulate=2, world_size=2, rank=rank, first_step=5, num_steps=1)
+        samples_of(
+            index, batch_size=2, accumulate=2, world_size=2, rank=rank, first_step_index=5, num_steps=1
+        )
         for rank in range(2)
     ]
     assert sorted(ids) == sorted(np.concatenate([np.concatenate(part) for part in seen]))
@@ -168,7 +170,7 @@ def test_a_video_with_one_frame_gives_two_identical_frames(tmp_path: Path) -> No
 
 # --- damaged and unusual data ---
 
-GOOD = 7
+NUM_VIDEOS = 7
 PAIRS_PER_VIDEO = 4
 
 
@@ -204,7 +206,7 @@ def check_replaced(index: FrameIndex, reports: list[str], name: str, reason: str
 @pytest.mark.parametrize("case", BROKEN_FRAMES)
 def test_a_damaged_frame_is_replaced_and_reported(tmp_path: Path, case: str) -> None:
     content, suffix, reason = BROKEN_FRAMES[case]
-    root = write_folders(tmp_path, [8] * GOOD)
+    root = write_folders(tmp_path, [8] * NUM_VIDEOS)
     bad = root / "bad"
     bad.mkdir()
     for frame in range(8):
@@ -215,7 +217,7 @@ def test_a_damaged_frame_is_replaced_and_reported(tmp_path: Path, case: str) -> 
 
 
 def test_reports_do_not_depend_on_threads_or_prefetch(tmp_path: Path) -> None:
-    root = write_folders(tmp_path, [8] * GOOD)
+    root = write_folders(tmp_path, [8] * NUM_VIDEOS)
     for frame in range(0, 8, 2):
         (root / "class_0" / "video_0" / f"{frame:05d}.jpg").write_bytes(b"not an image")
         (root / "class_1" / "video_1" / f"{frame:05d}.jpg").write_bytes(b"")
@@ -228,7 +230,7 @@ def test_reports_do_not_depend_on_threads_or_prefetch(tmp_path: Path) -> None:
 
 
 def test_a_damaged_sample_does_not_change_other_samples(tmp_path: Path) -> None:
-    root = write_folders(tmp_path, [8] * GOOD)
+    root = write_folders(tmp_path, [8] * NUM_VIDEOS)
     index = open_source(root)
 
     def run() -> list[FramePairs]:
@@ -251,7 +253,7 @@ def test_a_damaged_sample_does_not_change_other_samples(tmp_path: Path) -> None:
 
 
 def test_files_deleted_during_a_run(tmp_path: Path) -> None:
-    root = write_folders(tmp_path, [8] * GOOD)
+    root = write_folders(tmp_path, [8] * NUM_VIDEOS)
     index = open_source(root)
     loader = make_loader(index, pairs_per_video=PAIRS_PER_VIDEO, num_steps=28, prefetch=1)
     batches = []
@@ -265,7 +267,7 @@ def test_files_deleted_during_a_run(tmp_path: Path) -> None:
 
 
 def test_videos_damaged_after_indexing(tmp_path: Path) -> None:
-    for video in range(GOOD + 1):
+    for video in range(NUM_VIDEOS + 1):
         encode_video(tmp_path / f"{video}.mp4", [picture(video, t) for t in range(8)])
     index = open_source(tmp_path)
     damaged = tmp_path / "0.mp4"

@@ -85,7 +85,7 @@ def test_mixed_requires_nvdec(tmp_path: Path) -> None:
 def test_mixed_names_an_unsuitable_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fasttrain.data.loader.has_nvdec", lambda: True)
     encode_video(tmp_path / "small.mp4", [picture(0, t, 160, 160) for t in range(3)])
-    with pytest.raises(InputError, match=r"'small\.mp4': the CPU decodes small frames"):
+    with pytest.raises(InputError, match=r"'small\.mp4' is unsuitable: the CPU decodes small"):
         index_for_decoder(open_source(tmp_path), "mixed", torch.device("cuda"))
 
 

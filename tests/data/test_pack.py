@@ -70,7 +70,7 @@ def test_a_packed_set_equals_its_source(tmp_path: Path) -> None:
 
 
 def test_shards_are_tar_files(tmp_path: Path) -> None:
-    """The names of their members do not lead out of the folder to which they are extracted."""
+    """On extraction, the paths of their members do not lead out of the target folder."""
     write_folders(tmp_path / "frames", [20, 20])
     (tmp_path / "lists").mkdir()
     listing = tmp_path / "lists" / "videos.txt"
@@ -225,7 +225,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path: Path, number: 
 
 @pytest.mark.parametrize("missing", ["*-000001.*", "*-000001.tar", "*-000001.npz"])
 def test_packing_again_restores_missing_shards(tmp_path: Path, missing: str) -> None:
-    """The number of workers does not matter."""
+    """The restored files do not depend on the number of workers."""
     source = write_folders(tmp_path / "frames", [5] * 12, suffix=".png")
     (source / "class_0" / "video_0" / "00002.png").write_bytes(b"not an image")
     complete = contents(packed(source, tmp_path / "packed", workers=1))
@@ -312,6 +312,7 @@ def flip_bit(position: int, suffix: str = ".tar") -> Callable[[Path], None]:
         (lambda shard: shard.with_suffix(".npz").write_text("{}"), "npz'? is damaged"),
         (flip_bit(300, ".npz"), "npz'? is damaged"),
         (lambda shard: (shard.parent / "pack-1of1.json").write_text("{"), "json' is damaged"),
+        (lambda shard: (shard.parent / "pack-1of1.json").write_text("[]"), r"damaged \(not a JSON object\)"),
     ],
 )
 def test_check_reports_the_damage(tmp_path: Path, damage: Callable[[Path], object], message: str) -> None:

@@ -72,7 +72,7 @@ def test_changed_files_are_scanned_again(folder: Path, scanned: list[str]) -> No
     assert scanned == ["bad.mp4"]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "not gzip", "other format"])
+@pytest.mark.parametrize("damage", ["truncated", "not gzip", "other JSON", "other format"])
 def test_an_unusable_cache_is_rebuilt(folder: Path, scanned: list[str], damage: str) -> None:
     first = open_source(folder)
     path = cache_path(folder)
@@ -81,6 +81,8 @@ def test_an_unusable_cache_is_rebuilt(folder: Path, scanned: list[str], damage: 
         path.write_bytes(data[: len(data) // 2])
     elif damage == "not gzip":
         path.write_bytes(b"nothing")
+    elif damage == "other JSON":
+        path.write_bytes(gzip.compress(b"{}"))
     else:
         content = json.loads(gzip.decompress(data))
         content["header"]["format"] = 0

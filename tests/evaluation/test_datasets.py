@@ -104,7 +104,7 @@ def test_kinetics_without_class_folders(tmp_path: Path) -> None:
     split = read(tmp_path)
     assert split.train[0].path == tmp_path / "train/a_000001_000011.mp4"
     assert split.test[0].path == tmp_path / "val/b_000001_000011.mp4"
-    # The publishers' tool sorts videos into class folders and replaces damaged ones, so these files win.
+    # The publishers' tool sorts videos into class folders and replaces damaged ones, so its files win.
     touch(tmp_path, "videos/train/clay pottery/a_000001_000011.mp4")
     assert read(tmp_path).train[0].path.parent == tmp_path / "videos/train/clay pottery"
 
@@ -148,7 +148,7 @@ def test_invalid_lists(train: str, test: str, part: str, tmp_path: Path) -> None
 
 
 def test_unknown_and_ambiguous_layouts(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"has the lists of no known dataset. Choose one with --dataset"):
+    with pytest.raises(InputError, match=r"contains no lists of a supported dataset\. Choose the layout"):
         read(tmp_path)
     for layout, part in (("ucf101", "classInd.txt"), ("list", "--train-list and --test-list")):
         with pytest.raises(InputError, match=part):

@@ -1,4 +1,4 @@
-"""Pictures: legible text, colours that mark what they should, and which matches count as correct."""
+"""Pictures: the size of text, the colours, and which matches count as correct."""
 
 from collections.abc import Callable
 from pathlib import Path

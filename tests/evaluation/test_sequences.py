@@ -324,7 +324,7 @@ def test_frames_are_sorted_by_number_and_hidden_files_are_left_out(tmp_path: Pat
     for stem in ("1", "2", "9", "10", "11"):
         for name in (f"{stem}.jpg", f"{stem}.png", f"._{stem}.jpg"):
             (tmp_path / name).touch()
-    sequence = find_pairs("name", tmp_path, tmp_path, fewest=3)
+    sequence = find_pairs("name", tmp_path, tmp_path, min_frames=3)
     assert [path.name for path in sequence.frames] == ["1.jpg", "2.jpg", "9.jpg", "10.jpg", "11.jpg"]
     assert [path.name for path in sequence.annotations] == ["1.png", "2.png", "9.png", "10.png", "11.png"]
 

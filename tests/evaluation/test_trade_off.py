@@ -63,6 +63,6 @@ def test_invalid_shapes(shape: tuple[int, ...], message: str) -> None:
 
 
 def test_non_finite_features_give_nan() -> None:
-    """A validation must not end the training because of them."""
+    """They must not raise an error, which would end the training."""
     metrics = consistency_separability(torch.full((2, 9, 16, 4), torch.nan))
     assert all(np.isnan(value) for value in metrics.values())
