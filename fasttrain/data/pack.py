@@ -9,8 +9,8 @@ A packed set is a folder of shard files: tar files of JPEG frames, which any Web
 Training reads two byte ranges per frame pair. Unreadable files are skipped and listed, with the reason,
 in DESTINATION/pack-IofN.json.
 
-You can stop a run at any time (Ctrl-C, SIGTERM, power failure); no file is left half written. To
-continue, run the same command again. The result is the same as without the interruption.
+You can stop a run at any time (Ctrl-C, SIGTERM, power failure). To continue, run the same command again: it
+keeps the complete shard files, and the result is the same as without the interruption.
 
 To divide the work among N machines, run the same command on each, with the same SOURCE and with
 --shard 1/N to --shard N/N. DESTINATION can be a folder that all machines share. If it is a local folder

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="release of the dataset; 2016 merges all objects of a sequence (default: 2017)",
     )
     parser.add_argument(
-        "--subset", default="val", metavar="NAME", help="name of the list of sequences (default: val)"
+        "--subset", default="val", help="subset of the sequences, listed in SUBSET.txt (default: val)"
     )
     for option, default in (("--height", 480), ("--width", 880)):
         help = f"{option[2:]} to which frames are resized (default: {default})"

@@ -2,8 +2,8 @@
 
 The dataset must be in its published layout: joint_positions/CLASS/CLIP/joint_positions.mat,
 Rename_Images/CLASS/CLIP/00001.png (and so on) and splits/CLASS_test_splitN.txt. The protocol is that of
-github.com/ajabri/videowalk, whose lists of clips --list accepts. The predicted poses are written in the
-format of the annotations.
+github.com/ajabri/videowalk; --list also accepts the lists of clips in its format. The predicted poses are
+written in the format of the annotations.
 """
 
 # Shape suffixes: T frames, J joints, H W pixels, h w grid, N = h * w cells, C channels (J + 1) or top cells.
@@ -120,7 +120,7 @@ def clips_of_split(folder: Path, split: int) -> list[tuple[str, str]]:
 def clips_of_list(path: Path) -> list[tuple[str, str]]:
     """Read the class and name of each clip in a list.
 
-    Published lists hold absolute paths of their authors' machines, so only the ends of the paths are used.
+    Published lists contain absolute paths on the authors' machines, so only the ends of the paths are used.
     """
     clips = []
     for line in sequences.read_list(path):
@@ -212,10 +212,10 @@ def end_at_their_joint(
 def joint_maps(joints_2J: npt.ArrayLike, grid: tuple[int, int], sigma: float = 0.5) -> Tensor:
     """Draw each joint as a Gaussian on the grid. Returns (h, w, 1 + J) float32, the background first.
 
-    `joints_2J` holds x and y in cells. A Gaussian has its peak of 1 at the cell nearest to the joint and is
-    cut off at 3 sigma; a map is zero if its Gaussian lies outside the grid. The background is 1 where all
-    joint maps are 0. This is Newell's drawing routine as used in github.com/ajabri/videowalk, except that
-    positions are rounded in the same way at all borders.
+    `joints_2J` holds x and y in cells. A Gaussian has its peak of 1 at the cell nearest to the joint (for the
+    default sigma) and is cut off at 3 sigma; a map is zero if its Gaussian is outside the grid. The
+    background is 1 where all joint maps are 0. This is the drawing routine of Newell et al. (ECCV 2016) as
+    used in github.com/ajabri/videowalk, except that positions are rounded in the same way at all borders.
     """
     middle = (6 * sigma + 1) // 2
 

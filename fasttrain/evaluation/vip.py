@@ -1,9 +1,9 @@
 """Segment body parts on VIP: propagate the first frame's parts and measure mean IoU.
 
-VIP_Fine must be in its published layout: Images/VIDEO/*.jpg, Annotations/Category_ids/VIDEO/*.png and
-lists/SUBSET_videos.txt. The protocol is that of github.com/ajabri/videowalk: all frames are scored, including
-the first one, whose labels are resized to the encoder's grid and back. The predicted masks are written as
-palette PNGs.
+The dataset (VIP_Fine) must be in its published layout: Images/VIDEO/*.jpg,
+Annotations/Category_ids/VIDEO/*.png and lists/SUBSET_videos.txt. The protocol is that of
+github.com/ajabri/videowalk: all frames are scored, including the first one, whose labels are resized to the
+encoder's grid and back. The predicted masks are written as palette PNGs.
 """
 
 # Shape suffixes: H W pixels, C classes.
@@ -45,8 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--subset",
         default="val",
-        metavar="NAME",
-        help="subset of the videos, listed in lists/NAME_videos.txt (default: val)",
+        help="subset of the videos, listed in lists/SUBSET_videos.txt (default: val)",
     )
     parser.add_argument(
         "--list",
