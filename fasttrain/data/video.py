@@ -32,7 +32,7 @@ VIDEO_SUFFIXES = frozenset(
     | {".ts", ".m2ts", ".wmv", ".flv", ".3gp", ".ogv"}
 )
 
-# Values of ffmpeg's AVColorSpace. All other matrices are rare or close to BT.601.
+# Values of ffmpeg's AVColorSpace. Other matrices, which are rare or close to BT.601, are treated as BT.601.
 _MATRICES: dict[int, Matrix] = {1: "bt709", 9: "bt2020", 10: "bt2020"}
 
 # Containers for which ffmpeg guesses the time stamps, incorrectly with B-frames and after a seek.
@@ -196,7 +196,7 @@ class _FrameReader:
             self.container.seek(start, stream=self.stream)
             self.pictures = self._decode()
             yield
-        # If seeking fails, decode from the start of the file.
+        # If no key frame leads to the target, decode from the start of the file.
         self.container.close()
         self._open()
         yield

@@ -56,13 +56,13 @@ STYLE: dict[Any, Any] = {
     "text.parse_math": False,
 }
 
-# Limbs of a JHMDB pose as pairs of joints (`jhmdb.JOINTS`). From the shoulders on, odd joints are right.
+# Limbs of a JHMDB pose as pairs of joints (`jhmdb.JOINTS`). From 3 on, odd joints are on the right side.
 LIMBS = (
     *((0, 1), (0, 2), (0, 3), (0, 4), (1, 5), (1, 6), (3, 7), (4, 8)),
     *((5, 9), (6, 10), (7, 11), (8, 12), (9, 13), (10, 14)),
 )
 LIMB_COLORS = {"trunk": OKABE_ITO[6], "right limbs": OKABE_ITO[1], "left limbs": OKABE_ITO[2]}
-# The name of each metric in pictures, and the direction that is better.
+# The title of each metric in pictures, and which direction is better.
 LOWER, HIGHER = "lower is better", "higher is better"
 DESCRIPTIONS = {
     "loss": ("total loss", LOWER),
@@ -77,7 +77,7 @@ DESCRIPTIONS = {
 # Keys of metrics.jsonl that are not drawn.
 _BOOKKEEPING = ("step", "epoch", "seconds", "pairs_per_second", "lr", "bad_samples", "bad_files")
 _TRADE_OFF = ("intra_normalized_95", "inter_normalized_95")
-# The names of more classes would overlap along an axis, or fill the legend.
+# The maximum numbers of class names along an axis and in the legend.
 _MAX_TICKS, _MAX_HANDLES = 20, 40
 
 
@@ -153,7 +153,7 @@ def contact_sheet(
 def correspondence_arrows(
     rows: Sequence[tuple[str, Frame, Frame, Matches, Sequence[bool]]], columns: tuple[str, str], path: Path
 ) -> None:
-    """Draw arrows from points of one frame to their matches in another, one row per encoder.
+    """Draw arrows from points of one frame to their matches in another, one row per variant.
 
     A row is (name, first HWC, second HWC, matches M4, whether each match is correct); a match is x, y in the
     first frame and x, y in the second, as fractions of width and height. `columns` names the two frames.

@@ -254,7 +254,7 @@ def shown_frames(length: int) -> list[int]:
 
 
 def similarity_note(labels_HW: LabelMap, truth_HW: LabelMap) -> str:
-    """Format the mean J over the true labels, unlabelled pixels (255) excluded; empty if there are none."""
+    """Format the mean J over the true labels, without void pixels (255). Empty if nothing is labelled."""
     predicted_HW = np.where(truth_HW == 255, 0, labels_HW)
     shown = np.setdiff1d(truth_HW, (0, 255))
     values = [region_similarity(predicted_HW == label, truth_HW == label) for label in shown]

@@ -131,7 +131,7 @@ def test_matches_of_a_pose_are_judged_by_the_distance_to_the_same_joint() -> Non
     assert end_at_their_joint(matches, first, second) == [True, True, False, False]
 
 
-def test_notes_leave_out_unlabelled_pixels() -> None:
+def test_notes_leave_out_void_pixels() -> None:
     truth = np.array([[0, 1, 1, 255]], dtype=np.uint8)
     assert similarity_note(np.array([[0, 1, 0, 1]], dtype=np.uint8), truth) == "J 0.50"
     assert similarity_note(truth, np.zeros_like(truth)) == ""
