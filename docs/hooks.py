@@ -1,7 +1,6 @@
 """MkDocs hook: list every error message for bad input, read from the source, on the troubleshooting page."""
 
 import ast
-import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,8 +33,7 @@ def message_lists() -> str:
         heading = next(GROUPS[names] for names in GROUPS if any(map(module.startswith, names.split(" "))))
         groups[heading] |= set(messages(path))
     return "\n\n".join(
-        f"### {heading}\n\n" + "\n".join(f"- ``{message}``" for message in sorted(groups[heading]))
-        for heading in GROUPS.values()
+        f"### {heading}\n\n" + "\n".join(map(_item, sorted(groups[heading]))) for heading in GROUPS.values()
     )
 
 
@@ -63,6 +61,47 @@ def _text(part: ast.expr, constants: dict[str, Any]) -> str:
     assert isinstance(part, ast.FormattedValue)
     if isinstance(part.value, ast.Name) and part.value.id in constants:
         return str(constants[part.value.id])
-    # The last name of an expression says what it is: `recipe.data.source` becomes ‹source›.
-    names = re.findall(r"[a-z_]\w*", re.sub(r"'[^']*'", "", ast.unparse(part.value)), re.IGNORECASE)
-    return f"‹{names[-1].strip('_') if names else '…'}›"
+    return f"‹{_placeholder(part.value).strip('_').lower()}›"
+
+
+def _item(message: str) -> str:
+    """Format a message as a list item. A space keeps a backtick apart from the delimiters of the code."""
+    padding = " " if message.startswith("`") or message.endswith("`") else ""
+    return f"- ``{padding}{message}{padding}``"
+
+
+def _placeholder(expression: ast.expr) -> str:
+    """Return a name for the value of an expression, such as `source` for `recipe.data.source`."""
+    match expression:
+        case ast.Name(id=name):
+            return name
+        case ast.Attribute(attr="__name__"):
+            return "type"
+        case ast.Attribute(attr="strerror"):
+            return "error"
+        case ast.Attribute(attr=name):
+            return name
+        case ast.Subscript(slice=ast.Constant(value=str(key))):
+            return key
+        case ast.Subscript(value=value):
+            return _placeholder(value)
+        case ast.Call(func=ast.Attribute(attr="get"), args=[ast.Constant(value=str(key)), *_]):
+            return key
+        case ast.Call(func=ast.Name(id="len")):
+            return "number"
+        case ast.Call(func=ast.Attribute(value=ast.Constant()) | ast.Name(), args=[argument, *_]):
+            return _placeholder(argument)
+        case ast.Call(func=ast.Attribute(value=value, attr="lower" | "split" | "strip" | "replace" | "item")):
+            return _placeholder(value)
+        case ast.Call(func=function):
+            return _placeholder(function)
+        case ast.ListComp(generators=[first, *_]) | ast.GeneratorExp(generators=[first, *_]):
+            return _placeholder(first.iter)
+        case ast.IfExp(body=ast.Constant(), orelse=value) | ast.IfExp(body=value):
+            return _placeholder(value)
+        case ast.BoolOp(values=[first, *_]) | ast.BinOp(left=first):
+            return _placeholder(first)
+        case ast.Starred(value=value) | ast.NamedExpr(value=value):
+            return _placeholder(value)
+        case _:
+            return "…"

@@ -263,9 +263,9 @@ class Backbone(nn.Module):
     are the same on every device.
 
     Attributes:
-        name: The name that was passed to `load_backbone`.
-        weights: The weights that were passed to `load_backbone`.
-        weights_hash: SHA-256 of the parameters in float32, which does not depend on the file format.
+        name (str): The name that was passed to `load_backbone`.
+        weights (str): The weights that were passed to `load_backbone`.
+        weights_hash (str): SHA-256 of the parameters in float32, which does not depend on the file format.
         embed_dim: Embedding dimension D.
         patch_size: Patch size in pixels.
         image_size: Side of the square training images in pixels.
@@ -334,7 +334,14 @@ class Backbone(nn.Module):
         return height // patch, width // patch
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """Return the position embeddings (N, D) of a grid (h, w), resized as in the published code."""
+        """Resize the position embeddings to a token grid, as the published implementation does.
+
+        Args:
+            grid: The token grid (h, w).
+
+        Returns:
+            Position embeddings (N, D) with N = h * w.
+        """
         if grid == self._positions_SSD.shape[:2]:
             return self.positions_ND
         return self._resized_to(grid, self._resize).flatten(0, 1)
@@ -347,7 +354,11 @@ class Backbone(nn.Module):
         return self._resized[grid, how]
 
     def asymmetric_range(self, ratio: float = 10.0) -> int:
-        """Return the number of valid offsets of `asymmetric_positions` along each axis."""
+        """Return the number of valid offsets of `asymmetric_positions` along each axis.
+
+        Args:
+            ratio: Enlargement of the map, as for `asymmetric_positions`.
+        """
         side = self._positions_SSD.shape[0]
         return int((1 + ratio) * side) - side + 1
 
@@ -359,7 +370,7 @@ class Backbone(nn.Module):
         implementation.
 
         Args:
-            ratio: Enlargement of the map: its side is (1 + ratio) S.
+            ratio: Enlargement of the map, whose side is int((1 + ratio) S).
             offset: Row and column of the crop, each in [0, asymmetric_range(ratio)).
 
         Returns:

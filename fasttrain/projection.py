@@ -63,16 +63,27 @@ class Projection(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Project tokens (..., D); the output is not L2-normalised."""
+        """Project tokens.
+
+        Args:
+            tokens: Tokens (..., D) of the frozen encoder.
+
+        Returns:
+            Projected tokens (..., D), which are not L2-normalised.
+        """
         out = self._last_linear(self._hidden(tokens))
         return self.norm(out.tanh() if self.head == "linear" else out)
 
     def split(self, tokens: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """Split the forward pass for the fused kernel, which computes what follows the last matrix product.
+        """Compute the forward pass up to the last matrix product, for `fasttrain_kernels.cosettle_head_loss`.
 
-        Returns the output of the last linear layer without its bias, and the remaining arguments `rest` of
-        the kernel. `forward(tokens)` equals norm(tanh(output + bias)), or norm(output + bias) if
-        `rest["tanh"]` is False.
+        Args:
+            tokens: Tokens (..., D) of the frozen encoder.
+
+        Returns:
+            The output (..., D) of the last linear layer without its bias, and the remaining arguments `rest`
+                of the loss. `forward(tokens)` equals norm(tanh(output + bias)), or norm(output + bias) if
+                `rest["tanh"]` is False.
         """
         rest = {
             "bias": self._last_linear.bias,

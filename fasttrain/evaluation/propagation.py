@@ -45,11 +45,11 @@ def propagate_labels(
     Args:
         features_THWD: Features of T frames on a grid of H x W tokens; they need not be normalised.
         first_labels_HWC: Soft or one-hot labels of the first frame over C classes.
-        context: Number of preceding frames to attend to, besides the first frame.
+        context: Number of preceding frames to attend to, besides the first frame (default: 20).
         radius: Tokens of the preceding frames are candidates if their distance on the grid is below this
-            number of cells. It does not apply to the first frame.
-        topk: Number of tokens whose labels are combined.
-        temperature: Divisor of the cosine similarities before the softmax.
+            number of cells (default: 20). It does not apply to the first frame.
+        topk: Number of tokens whose labels are combined (default: 7).
+        temperature: Divisor of the cosine similarities before the softmax (default: 0.7).
 
     Returns:
         Soft labels (T, H, W, C), float32, on the device of the features. Frame 0 has `first_labels_HWC`.
