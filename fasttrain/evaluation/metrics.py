@@ -197,7 +197,7 @@ def pck(
     Args:
         predictions: Predicted poses (2, joints, T), one per video: x and y in pixels.
         truths: True poses in the same format.
-        thresholds: Fractions of the person's size.
+        thresholds: Fractions of the person's size (default: 0.1, 0.2, 0.3, 0.4 and 0.5).
 
     Returns:
         Percentages (thresholds,), float64. Joints that were never detected are left out of the mean,
