@@ -66,8 +66,9 @@ def find_sequences(root: Path, year: str, subset: str) -> list[VideoSequence]:
     """Find the sequences of a subset. Raises InputError if part of the layout is missing."""
     frames, annotations = root / "JPEGImages" / "480p", root / "Annotations" / "480p"
     listed = root / "ImageSets" / year / f"{subset}.txt"
-    if year == "2016" and not listed.exists():
-        listed = root / "ImageSets" / "480p" / f"{subset}.txt"
+    original = root / "ImageSets" / "480p" / f"{subset}.txt"
+    if year == "2016" and not listed.exists() and original.exists():
+        listed = original
     sequences.require((frames, annotations, listed), "DAVIS")
     # A line is the name of a sequence or, in the 2016 release, the paths of a frame and its annotation.
     lines = [Path(line.split()[0]) for line in sequences.read_list(listed)]

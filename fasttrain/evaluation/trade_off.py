@@ -40,11 +40,11 @@ def consistency_separability(
             patches, drawn with seed 42.
 
     Returns:
-        A dictionary of floats. For X in `intra` and `inter` and q in 90, 95 and 100: `X_original` (the
-        distance), `X_diameter_q` (twice the q-th percentile of the features' distances from their mean) and
-        `X_normalized_q` (the distance divided by such a diameter; for `inter`, by that of the compared
-        patches). Also `effective_rank` and `cycle_accuracy`. Undefined metrics are NaN: the inter-video
-        distances of a single video, and all metrics of features that are not finite.
+        The metrics by name. `X_original` is the distance, where X is `intra` or `inter`; `X_diameter_q` is
+            twice the q-th percentile (q is 90, 95 or 100) of the features' distances from their mean;
+            `X_normalized_q` is the distance divided by such a diameter (for `inter`, that of the compared
+            patches). The others are `effective_rank` and `cycle_accuracy`. Metrics are NaN if the features
+            are not finite; the distances between videos are also NaN for a single video.
 
     Raises:
         InputError: If videos have fewer than 8 frames or P is not a square number of at least 4.
