@@ -2,7 +2,7 @@
 
 All contenders run in every round, so that other work on a shared machine affects them equally. CPU time
 excludes other processes on the machine. On a GPU, many calls are queued between two synchronisations, so that
-wall time is the time of the device.
+wall time measures the device and not the launches.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Timing:
     cpu: list[float] = field(default_factory=list)
 
     def result(self, pairs: int, *, steps: int = 1) -> dict[str, float]:
-        """Return milliseconds (median, least, most) and CPU milliseconds per step, and pairs per second.
+        """Return milliseconds (median, minimum, maximum) and CPU milliseconds per step, and pairs per second.
 
         Each call runs `steps` steps of `pairs` pairs.
         """
@@ -89,7 +89,7 @@ def interleave(contenders: dict[str, Callable[[], Any]], *, rounds: int, calls: 
 
 
 def speedup(slow: Timing, fast: Timing) -> dict[str, float]:
-    """Compute `slow` / `fast` per round: median, least and most for wall time, and median for CPU time."""
+    """Compute `slow` / `fast` per round: median, minimum and maximum for wall time, median for CPU time."""
     wall = [a / b for a, b in zip(slow.wall, fast.wall, strict=True)]
     cpu = [a / b for a, b in zip(slow.cpu, fast.cpu, strict=True)]
     extremes = {"wall_least": min(wall), "wall_most": max(wall)}

@@ -10,8 +10,8 @@ recomputes the logits from the tokens and stores only a few numbers per token fo
     5. gradient of p2, as a sum over i
     6. diagnostics, from tiles of C
 
-Here s_ij = p1_i . p2_j / tau and t_ij = p2_j . p3_i / tau. Steps 1 and 2 keep a running maximum, as
-FlashAttention does (Dao et al., 2022, arXiv 2205.14135).
+Here s_ij = p1_i . p2_j / tau and t_ij = p2_j . p3_i / tau; cycle.py defines A, A', C and w. Steps 1 and 2
+keep a running maximum, as FlashAttention does (Dao et al., 2022, arXiv 2205.14135).
 
 Shape suffixes: B samples, M tokens of a view, D channels. Inside the kernels: I tokens of the first or third
 view, J tokens of the second view, E tokens of the third view where a walk ends, K channels of one loop
@@ -236,7 +236,7 @@ def launch_streaming(
     grad_scale: float,
     diagnostics: bool,
 ) -> None:
-    """Write the results of `cycle.launch_cycle` into the given tensors; skip the gradient if it is empty."""
+    """Write the results of `cycle.launch_cycle` into the given tensors; skip an empty `grad_B3MD`."""
     samples, _, tokens, channels = walk_B3MD.shape
     loss_BM, correct_BM, squares_BM, return_BM = metrics_4BM.unbind()
     there_BM, back_BM, through_BM = metrics_4BM.new_empty((3, samples, tokens)).unbind()

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--list",
         type=Path,
         metavar="FILE",
-        help="list of test clips to use instead of --split: CLASS/CLIP, or the paths of a clip, per line",
+        help="list of test clips to use instead of --split, one per line (CLASS/CLIP or videowalk's format)",
     )
     parser.add_argument(
         "--size",

@@ -182,7 +182,7 @@ def find_matches(first_hwD: Tensor, second_hwD: Tensor, labels_hwC: Tensor) -> M
 
     Returns (M, 4): x and y of a cell's centre in the first frame, then in the second, as fractions of width
     and height. At most MAX_MATCHES cells are chosen, among those whose most likely label is not background.
-    Each is from another row, so that few arrows overlap in a picture.
+    Each is from a different row, so that few arrows overlap in a picture.
     """
     height, width = first_hwD.shape[:2]
     is_labelled_hw = labels_hwC.argmax(-1) > 0
