@@ -442,7 +442,7 @@ def _shared_arguments(
 
 
 def _epilogue(projected: Tensor, frozen: Tensor, kl: bool) -> Epilogue:
-    """Build the inputs for the loss alone: without pooling, any grid will do. Use cells of four tokens."""
+    """Build the inputs for the loss alone. The grid matters only for pooling: use a row of 4-token cells."""
     return Epilogue(
         projected, frozen, bias=None, norm_weight=None, norm_bias=None, norm_eps=0.0, tanh=False,
         height=1, width=projected.shape[2], window_height=1, window_width=4, kl=kl,

@@ -1,4 +1,4 @@
-"""The execution options of the encoder compared with the defaults, and FP8 with its formulas."""
+"""The execution options of the encoder compared with the defaults, and FP8 layers with float64 arithmetic."""
 
 from typing import Any
 
@@ -149,7 +149,7 @@ def test_float8_linear_equals_the_dequantised_product(bias: bool) -> None:
     assert relative_error(layer(tokens), exact) < E4M3_ROUNDING
 
 
-def test_only_linear_layers_with_multiples_of_16_are_replaced() -> None:
+def test_only_linear_layers_whose_sizes_are_multiples_of_16_are_replaced() -> None:
     module = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 10))
     use_float8(module)
     assert isinstance(module[0], Float8Linear)
