@@ -17,7 +17,7 @@ GROUPS = {
     "backbones weights projection video_encoder": "Backbones, weights and projections",
     "": "Training, devices and files",
 }
-# Unreadable frames are skipped or replaced, and named in the log.
+# UnreadableFrameError is included because its message appears in the log, although it does not end a run.
 ERRORS = ("InputError", "LocalInputError", "UnreadableFrameError", "ValueError")
 
 

@@ -58,7 +58,7 @@ def boundary_accuracy(mask: npt.ArrayLike | Tensor, truth: npt.ArrayLike | Tenso
         truth: True mask (H, W).
 
     Returns:
-        F, from 0 to 1; 1 if both masks are empty, 0 if only one is.
+        F, from 0 to 1; 1 if neither mask has a contour, 0 if only one has.
 
     Raises:
         InputError: If the masks are not two-dimensional or their shapes differ.

@@ -35,7 +35,7 @@ CLASSES = (
     *("gloves", "scarf", "skirt", "torso-skin", "face", "right-arm", "left-arm", "right-leg", "left-leg"),
     *("right-shoe", "left-shoe"),
 )
-# The short side of the encoded frames is rounded down to a multiple of this.
+# The short side of the encoded frames is rounded down to a multiple of this number.
 SHORT_SIDE_STEP = 64
 # The label of pixels that are not scored.
 VOID = 255
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--list",
         type=Path,
         metavar="FILE",
-        help="list of videos to use instead of --subset: a name or path per line",
+        help="text file with one video name or path per line, used instead of --subset",
     )
     parser.add_argument(
         "--long-side",
