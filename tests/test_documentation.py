@@ -9,10 +9,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from synthetic import write_run, write_videos
 
 from fasttrain.__main__ import COMMANDS
 from fasttrain.recipe import keys_table, load_recipe
-from tests.synthetic import write_run, write_videos
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
