@@ -1,4 +1,4 @@
-"""The JSON file and the table of an evaluation."""
+"""Tests of the JSON file and the table that an evaluation writes."""
 
 import json
 from pathlib import Path
