@@ -46,7 +46,7 @@ def compiled_only(architecture: int) -> Iterator[list[Any]]:
         compiled.append(run(self, *arguments, grid=grid, warmup=True, **options))
 
     # Triton queries the driver before it compiles, so replace it. Triton also caches compiled kernels per
-    # device, so use the architecture as the number of the device.
+    # device, so use the architecture as the device index.
     driver = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", architecture, 32),
         get_current_device=lambda: architecture,

@@ -179,10 +179,10 @@ def launch_cycle(
 ) -> tuple[Tensor, Tensor]:
     """Run the cycle kernels on three contiguous views.
 
-    Returns metrics (4, B, M) in fp32, one per row of C, and the gradient (B, 3, M, D). The metrics are the
-    cross-entropy and, with `diagnostics`, whether the arg-max is the diagonal (1 or 0), the sum of squares,
-    and the diagonal. The gradient is that of the mean cross-entropy, times grad_scale(M) tau B M. Without
-    `grad_dtype` it is empty.
+    Returns four metrics of each row of C, (4, B, M) in fp32, and the gradient (B, 3, M, D). The metrics
+    are the cross-entropy and, with `diagnostics`, whether the arg-max is the diagonal (1 or 0), the sum
+    of squares, and the diagonal. The gradient is that of the mean cross-entropy, times grad_scale(M) tau
+    B M. Without `grad_dtype` it is empty.
     """
     samples, _, tokens, channels = walk_B3MD.shape
     metrics_4BM = walk_B3MD.new_empty((4, samples, tokens), dtype=torch.float32)

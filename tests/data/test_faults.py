@@ -48,7 +48,7 @@ def make_recipe(folder: Path, source: Path, max_bad_fraction: float = 1.0) -> Re
 
 
 def check_faults(folder: Path, output: str) -> list[str]:
-    """Check that metrics.jsonl and the output report the same faults and their number. Returns the faults."""
+    """Check that the output has every fault in metrics.jsonl and `bad_samples` their number. Returns them."""
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     assert [record["step"] for record in records] == list(range(5, STEPS + 1, 5))
