@@ -1,6 +1,8 @@
 """MkDocs hook: list every error message for bad input, read from the source, on the troubleshooting page."""
 
 import ast
+import builtins
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,37 +73,7 @@ def _item(message: str) -> str:
 
 
 def _placeholder(expression: ast.expr) -> str:
-    """Return a name for the value of an expression, such as `source` for `recipe.data.source`."""
-    match expression:
-        case ast.Name(id=name):
-            return name
-        case ast.Attribute(attr="__name__"):
-            return "type"
-        case ast.Attribute(attr="strerror"):
-            return "error"
-        case ast.Attribute(attr=name):
-            return name
-        case ast.Subscript(slice=ast.Constant(value=str(key))):
-            return key
-        case ast.Subscript(value=value):
-            return _placeholder(value)
-        case ast.Call(func=ast.Attribute(attr="get"), args=[ast.Constant(value=str(key)), *_]):
-            return key
-        case ast.Call(func=ast.Name(id="len")):
-            return "number"
-        case ast.Call(func=ast.Attribute(value=ast.Constant()) | ast.Name(), args=[argument, *_]):
-            return _placeholder(argument)
-        case ast.Call(func=ast.Attribute(value=value, attr="lower" | "split" | "strip" | "replace" | "item")):
-            return _placeholder(value)
-        case ast.Call(func=function):
-            return _placeholder(function)
-        case ast.ListComp(generators=[first, *_]) | ast.GeneratorExp(generators=[first, *_]):
-            return _placeholder(first.iter)
-        case ast.IfExp(body=ast.Constant(), orelse=value) | ast.IfExp(body=value):
-            return _placeholder(value)
-        case ast.BoolOp(values=[first, *_]) | ast.BinOp(left=first):
-            return _placeholder(first)
-        case ast.Starred(value=value) | ast.NamedExpr(value=value):
-            return _placeholder(value)
-        case _:
-            return "…"
+    """Return the last name in an expression, such as `source` for `recipe.data.source`, or an ellipsis."""
+    names = re.findall(r"[a-zA-Z_]\w*", re.sub(r"'[^']*'", "", ast.unparse(expression)))
+    ignored = {*dir(builtins), *dir(str)}  # functions and methods that format the value
+    return next((name for name in reversed(names) if name not in ignored), "…")

@@ -19,7 +19,6 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        # The reader of stdout has exited (`fasttrain schema | head`). Python will flush stdout again at exit.
+        # The reader of stdout, the only pipe that fasttrain writes to, has exited (`fasttrain schema | head`).
+        # Python will flush stdout again at exit (see "Note on SIGPIPE" in the documentation of `signal`).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
@@ -110,10 +110,8 @@ def _take_command(words: list[str]) -> str:
     if word in COMMANDS:
         return words.pop(0)
     if not word.startswith("-") and Path(word).suffix not in (".yaml", ".yml") and not Path(word).is_file():
-        similar = get_close_matches(word, COMMANDS, n=1)
-        guess = f"; did you mean {similar[0]!r}?" if similar else "."
         raise InputError(
-            f"{word!r} is neither a command nor a recipe file{guess} Commands: {', '.join(COMMANDS)}. "
+            f"{word!r} is neither a command nor a recipe file. Commands: {', '.join(COMMANDS)}. "
             f"Recipes are YAML files, such as recipes/dinov2.yaml"
         )
     return "train"

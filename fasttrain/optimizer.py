@@ -23,7 +23,7 @@ def build_optimizer(recipe: OptimizerRecipe, module: nn.Module) -> torch.optim.O
     """Create the optimiser for all trainable parameters of `module`, with an initial learning rate of 0.
 
     Raises:
-        InputError: The recipe selects an Apex optimiser, but NVIDIA Apex is not installed or there is no GPU.
+        InputError: The recipe selects an Apex optimiser, but NVIDIA Apex or a GPU is missing.
     """
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [

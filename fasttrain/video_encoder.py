@@ -110,8 +110,8 @@ def load_video_encoder(
     Args:
         run: The run folder (`output` of the recipe; with several backbones, `output/NAME`).
         device: The device to load it on. None: the CPU.
-        weights: The backbone's weights, if they are no longer where they were during training. Their hash
-            must be the same as in training.
+        weights: The new location of the backbone's weights, if they have been moved since training. Their
+            hash must be the same as in training.
 
     Returns:
         The encoder in float32.

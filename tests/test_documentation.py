@@ -22,10 +22,7 @@ PAGES = [
 KEYS = set(re.findall(r"^\| `([\w.]+)`", keys_table(), re.MULTILINE))
 SECTIONS = {key.split(".")[0] for key in KEYS if "." in key}
 # Options of other programs, such as torchrun.
-FOREIGN_OPTIONS = {
-    *("--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--help", "--no-deps"),
-    *("--signal", "--requeue"),
-}
+FOREIGN_OPTIONS = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--help", "--no-deps"}
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 

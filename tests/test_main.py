@@ -36,7 +36,7 @@ def test_every_command_is_listed_and_has_help(name: str, capsys: pytest.CaptureF
         ),
         (
             ["trian"],
-            "'trian' is neither a command nor a recipe file; did you mean 'train'? Commands: train, ",
+            "'trian' is neither a command nor a recipe file. Commands: train, ",
         ),
         # Options between positional arguments.
         ([RECIPES / "dino.yaml", "--profile", "data.source=nowhere"], "nowhere"),

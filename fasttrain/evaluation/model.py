@@ -93,5 +93,5 @@ def load_model(arguments: argparse.Namespace, device: torch.device) -> Evaluated
         if not arguments.baseline_only:
             variants = ("after",) if arguments.projection_only else ("before", "after")
     elif arguments.projection_only:
-        raise InputError("--projection-only: there is no projection. Pass --run or --projection.")
+        raise InputError("--projection-only requires a projection. Pass --run or --projection.")
     return EvaluatedModel(encoder=encoder.to(device), projection=projection, variants=variants)

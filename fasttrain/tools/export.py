@@ -54,7 +54,7 @@ def export(
         run: The run folder.
         file: The file to write, with the suffix .pt2. It is written atomically.
         size: Height and width of the frames in pixels. None: the training crop.
-        weights: The backbone's weights, if they are no longer where they were during training.
+        weights: The new location of the backbone's weights, if they have been moved since training.
 
     Returns:
         The path of the file.
