@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        # The reader of stdout, the only pipe that fasttrain writes to, has exited (`fasttrain schema | head`).
+        # The reader of stdout has exited (`fasttrain schema | head`). fasttrain writes to no other pipe.
         # Python will flush stdout again at exit (see "Note on SIGPIPE" in the documentation of `signal`).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
