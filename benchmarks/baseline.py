@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fasttrain.backbone_trainer import backbone_settings
-from fasttrain.backbones import load_backbone, resize_positions
+from fasttrain.backbones import load_backbone
+from fasttrain.positions import resize_positions
 from fasttrain.projection import Projection
 from fasttrain.recipe import Recipe
 
@@ -70,7 +71,7 @@ class BaselineStep:
 
     def asymmetric_positions(self) -> Tensor:
         side = self.encoder.grid(self.size, self.size)[0]
-        positions_SSD = self.encoder.positions_ND.unflatten(0, (side, side))
+        positions_SSD = self.encoder.positions_NC.unflatten(0, (side, side))
         large = int((1 + self.objective.asymmetric_ratio) * side)
         enlarged = resize_positions(positions_SSD, (large, large), "plain")
         row, column = torch.randint(0, large - side + 1, (2,)).tolist()

@@ -34,10 +34,11 @@ from benchmarks.measure import (
     run_command,
     run_fasttrain,
 )
-from fasttrain.data.images import IMAGENET_MEAN, IMAGENET_STD, Frame
+from fasttrain.data.images import Frame
 from fasttrain.data.loader import PairLoader
 from fasttrain.data.sources import open_source
 from fasttrain.distributed import World
+from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD
 from fasttrain.recipe import Recipe, recipe_from_dict
 from fasttrain.tools.synthetic import render_scene
 

@@ -1,33 +1,33 @@
-"""The frozen image encoders: eight published families of ViTs, and any timm ViT by name.
+"""The frozen image encoders: eight published families of ViTs, and any plain timm ViT by name.
 
-`load_backbone` builds a timm VisionTransformer and loads its weights. Training encodes three views of each
-frame pair (`Backbone.three_views`); evaluation and inference need plain tokens (`Backbone.tokens`).
+`load_backbone` builds a timm VisionTransformer or Eva and loads its weights. Training encodes three views of
+each frame pair (`Backbone.three_views`); evaluation and inference need plain tokens (`Backbone.tokens`).
 
-Shape suffixes: B images, C colours, H and W pixels, N patch tokens on an h x w grid, P class and register
-tokens, L tokens in total, S cells per side of the square grid of the training images, D channels.
+Shape suffixes: B images, H and W pixels, N patch tokens on an h x w grid, P class and register tokens, L all
+tokens, S cells per side of a square grid, D channels, C channels of the positions (see `positions`).
 """
 
 import math
-import re
-import textwrap
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
-from timm.layers import QuickGELU
+from timm.layers import GluMlp, PatchEmbed, QuickGELU, SwiGLUPacked
+from timm.layers.pos_embed_sincos import RotaryEmbeddingMixed
+from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from fasttrain.errors import InputError
+from fasttrain.layouts import ACTIVATIONS, Config, StateDict, as_convolution, fit_names
+from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD, Triple
+from fasttrain.positions import Axis, PositionEncoding, Resize, sincos_positions
 from fasttrain.projection import Init
-from fasttrain.weights import StateDict, hash_state_dict, load_encoder_weights, seeded
-
-Axis = Literal["row", "column"]
-Resize = Literal["plain", "offset", "antialias"]
+from fasttrain.weights import hash_state_dict, load_encoder_weights, seeded, timm_config
 
 
 @dataclass(frozen=True)
@@ -35,53 +35,81 @@ class Family:
     """The properties of a family of backbones, as published in github.com/yafeng19/Co-Settle.
 
     Attributes:
-        containers: Entries of published checkpoints that may hold the state dict.
-        prefix: Prefix of the encoder's keys in the state dict.
+        prefer: Names in a checkpoint that decide between several encoders, such as `teacher`.
         vit: Arguments of timm's VisionTransformer other than the sizes.
         layer_norm_eps: Epsilon of every LayerNorm.
+        heads: Published numbers of attention heads by width, if they differ from `HEADS`.
         sincos: If set, position embeddings are initialised with fixed sines and cosines, and the first half
             of the channels encodes this axis.
         norm_plain: Whether the final norm is applied to tokens with the usual positions. The published I-JEPA
             code applies it to the asymmetric view only, both in training and in evaluation.
         resize: How positions are resized to other image sizes (see `resize_positions`).
-        resize_once: How the positions of a checkpoint are resized to the training image size when it is
-            loaded (None: as `resize`).
+        resize_once: How the positions of a checkpoint are resized to the training image size (None: as
+            `resize`).
+        resize_without_registers: How models without register tokens resize positions (None: as `resize`).
         projection_init: How the weights of the projection are initialised.
     """
 
-    containers: tuple[str, ...]
-    prefix: str = ""
+    prefer: tuple[str, ...] = ()
     vit: dict[str, Any] = field(default_factory=dict)
     layer_norm_eps: float = 1e-6
+    heads: dict[int, int] = field(default_factory=dict)
     sincos: Axis | None = None
     norm_plain: bool = True
     resize: Resize = "offset"
     resize_once: Resize | None = None
+    resize_without_registers: Resize | None = None
     projection_init: Init = "trunc_normal"
 
 
+# The numbers of heads of ViT-Ti, S, B and L by width, from github.com/google-research/vision_transformer and
+# github.com/facebookresearch/deit.
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16}
+
 FAMILIES: dict[str, Family] = {
-    "mae": Family(("model",), sincos="column", projection_init="xavier_uniform"),
-    "ijepa": Family(("encoder",), vit={"class_token": False}, sincos="column", norm_plain=False),
+    "mae": Family(
+        heads={1280: 16},  # models_mae.py of github.com/facebookresearch/mae
+        sincos="column",
+        projection_init="xavier_uniform",
+    ),
+    "ijepa": Family(
+        ("encoder",),
+        vit={"class_token": False},
+        # src/models/vision_transformer.py of github.com/facebookresearch/ijepa
+        heads={1280: 16, 1408: 16, 1664: 16},
+        sincos="column",
+        norm_plain=False,
+    ),
     "clip": Family(
-        ("state_dict",),
-        "visual.",
+        ("visual",),
         vit={"pre_norm": True, "act_layer": QuickGELU},
         layer_norm_eps=1e-5,
+        # src/open_clip/model_configs of github.com/mlfoundations/open_clip: ViT-H, g and bigG
+        heads={1280: 16, 1408: 16, 1664: 16},
         resize="antialias",
         projection_init="default",
     ),
-    "blip": Family(("model",), "visual_encoder.", resize="antialias", resize_once="plain"),
-    "mocov3": Family(("state_dict",), "momentum_encoder.", sincos="row", projection_init="xavier_uniform"),
-    "ibot": Family(("state_dict", "teacher"), "backbone."),
-    "dino": Family(("teacher",), "backbone."),
+    "blip": Family(("visual_encoder",), resize="antialias", resize_once="plain"),
+    "mocov3": Family(
+        ("momentum_encoder",),
+        heads={384: 12},  # vits.py of github.com/facebookresearch/moco-v3
+        sincos="row",
+        projection_init="xavier_uniform",
+    ),
+    "ibot": Family(("teacher",)),
+    "dino": Family(("teacher",)),
     "dinov2": Family(
-        ("teacher",), "backbone.", vit={"reg_tokens": 4, "init_values": 1.0}, resize="antialias"
+        ("teacher",),
+        vit={"reg_tokens": 4, "init_values": 1.0},
+        heads={1536: 24},  # dinov2/models/vision_transformer.py of github.com/facebookresearch/dinov2
+        resize="antialias",
+        # dinov2/hub/backbones.py: an offset of 0.1 without registers, antialiasing with them.
+        resize_without_registers="offset",
     ),
 }
 
 # All timm ViTs. Their positions are resized as in timm.
-_TIMM = Family(("state_dict",), resize="antialias")
+_TIMM = Family(resize="antialias")
 
 
 def load_backbone(
@@ -93,22 +121,28 @@ def load_backbone(
     embed_dim: int | None = None,
     depth: int | None = None,
     num_heads: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     seed: int = 0,
 ) -> "Backbone":
     """Load a frozen encoder.
 
     Args:
         name: `mae`, `ijepa`, `clip`, `blip`, `mocov3`, `ibot`, `dino`, `dinov2`, or the name of a timm ViT
-            with absolute position embeddings, such as `vit_tiny_patch16_224`.
-        weights: A local path, `hf://owner/repo/path`, `timm://name`, or `random`.
-        image_size: Side of the square training images in pixels. The positions of a checkpoint for another
-            size are resized when it is loaded.
+            with absolute or rotary positions, such as `vit_base_patch16_dinov3`.
+        weights: A local file or folder, `hf://owner/repo` with an optional path, `timm://name`, or `random`.
+            `#entry` at the end chooses one of several encoders in a checkpoint.
+        image_size: Side of the square training images in pixels. Positions are resized from the
+            checkpoint's own grid.
         patch_size: Patch size in pixels. None: that of the timm model if `name` is one, else of the
             checkpoint or, for random weights, of ViT-B/16.
         embed_dim: Embedding dimension D. None: as for `patch_size`.
         depth: Number of transformer blocks. None: as for `patch_size`.
-        num_heads: Number of attention heads, which checkpoints do not store. None: embed_dim / 64, or that of
-            the timm model.
+        num_heads: Number of attention heads, which checkpoints do not store. None: from the configuration of
+            the weights or the timm model, else the published number for this family and embedding dimension.
+        mean: Mean of the RGB values (0 to 1) by which images are normalised. None: from the configuration
+            of the weights or the timm model, else that of ImageNet, which the paper uses for its families.
+        std: Standard deviation of the RGB values. None: as for `mean`.
         seed: Seed of random weights.
 
     Returns:
@@ -119,127 +153,253 @@ def load_backbone(
     """
     family = FAMILIES.get(name, _TIMM)
     if name not in FAMILIES and not timm.is_model(name):
-        raise InputError(f"backbone {name!r} is neither one of {', '.join(FAMILIES)} nor a timm ViT")
+        raise InputError(
+            f"backbone {name!r} is neither one of {', '.join(FAMILIES)} nor a timm ViT{_similar(name)}"
+        )
     sizes = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
     given = {size: value for size, value in sizes.items() if value is not None}
-    build = partial(_build_family, family) if name in FAMILIES else partial(_build_timm, name)
+    state: StateDict = {}
+    config, found = Config(), ""
+    if weights != "random":
+        state, config, found = load_encoder_weights(weights, family.prefer)
+        _check_config(config, state, weights)
     with seeded(seed):
-        if weights == "random":
-            vit = build(img_size=image_size, **given)
+        if name in FAMILIES:
+            vit = _build_family(name, state, config, given, image_size)
         else:
-            state = load_encoder_weights(weights, family.containers, family.prefix)
-            vit = build(**((_sizes(state) if name in FAMILIES else {}) | given))
-            _fill(vit, state, f"weights {weights!r} do not fit {name}")
-    return Backbone(vit, family, name=name, weights=weights, image_size=image_size)
+            vit = _build_timm(name, state, config, given, image_size)
+    if state:
+        _load_state(vit, state, config, f"weights {weights!r} ({found}) do not fit {name}")
+    defaults = timm_config(vit) if name not in FAMILIES else Config()
+    if isinstance(vit, NaFlexVit):
+        family = replace(family, resize="bilinear")
+    return Backbone(
+        vit,
+        family,
+        name=name,
+        weights=weights,
+        image_size=image_size,
+        mean=mean or config.mean or defaults.mean or IMAGENET_MEAN,
+        std=std or config.std or defaults.std or IMAGENET_STD,
+    )
+
+
+def _similar(name: str) -> str:
+    modules = ("vision_transformer", "eva")
+    similar = [model for module in modules for model in timm.list_models(f"*{name}*", module=module)]
+    return f"; did you mean {' or '.join(similar[:6])}?" if similar else ""
 
 
 # --- building an encoder with random weights -----------------------------------------------------------
 
 
-def _build_family(family: Family, *, embed_dim: int = 768, num_heads: int | None = None, **sizes: Any) -> Any:
-    if embed_dim % (num_heads or 64):
-        divisor = f"num_heads={num_heads}" if num_heads else "64, the default width of a head; set num_heads"
-        raise InputError(f"embed_dim {embed_dim} is not a multiple of {divisor}")
+def _build_family(name: str, state: StateDict, config: Config, given: dict[str, int], image_size: int) -> Any:
+    family = FAMILIES[name]
+    options: dict[str, Any] = family.vit | _sizes(state) | given
+    width = options.setdefault("embed_dim", 768)
+    heads = given.get("num_heads", config.num_heads) or (HEADS | family.heads).get(width)
+    if heads is None and not state and width % 64 == 0:
+        heads = width // 64  # Any number is right for random weights.
+    if heads is None or width % heads:
+        problem = "no published number of heads" if heads is None else f"no multiple of num_heads={heads}"
+        raise InputError(f"backbone {name!r}: the width {width} has {problem}; set backbone.num_heads")
+    options["num_heads"] = heads
     vit: Any = VisionTransformer(
-        embed_dim=embed_dim,
-        num_heads=num_heads or embed_dim // 64,
         norm_layer=partial(nn.LayerNorm, eps=family.layer_norm_eps),
         no_embed_class=True,
         num_classes=0,
         global_pool="",
         dynamic_img_size=True,
-        **(family.vit | sizes),
+        img_size=image_size,
+        **options,
     )
+    _set_activation(vit, config)
     if family.sincos:
-        vit.pos_embed.data.copy_(sincos_positions(vit.patch_embed.grid_size, embed_dim, family.sincos))
+        vit.pos_embed.data.copy_(sincos_positions(vit.patch_embed.grid_size, width, family.sincos))
     return vit
 
 
-def _build_timm(name: str, **sizes: Any) -> Any:
+def _build_timm(name: str, state: StateDict, config: Config, given: dict[str, int], image_size: int) -> Any:
+    sizes: dict[str, Any] = ({"num_heads": config.num_heads} if config.num_heads else {}) | given
+    # NaFlexVit accepts images of all sizes.
+    if not name.startswith("naflexvit"):
+        sizes |= {"img_size": image_size, "dynamic_img_size": True}
     try:
-        vit = timm.create_model(name, num_classes=0, dynamic_img_size=True, **sizes)
+        vit: Any = timm.create_model(name, num_classes=0, **sizes)
     # Raised for architectures that do not accept these arguments, for invalid sizes, and for unknown tags.
     except (TypeError, AssertionError, RuntimeError) as error:
         raise InputError(f"backbone {name!r} is not a plain timm ViT of these sizes ({error})") from error
-    if not isinstance(vit, VisionTransformer) or vit.pos_embed is None:
+    # Attention pooling does not affect the patch tokens, and its weights are not loaded.
+    vit.attn_pool = None
+    kind = type(vit).__name__
+    if not isinstance(vit, VisionTransformer | Eva | NaFlexVit):
         raise InputError(
-            f"backbone {name!r} is a timm {type(vit).__name__}; expected a ViT with absolute positions"
+            f"backbone {name!r} is a timm {kind}; expected a VisionTransformer, Eva or NaFlexVit, in which "
+            f"every block attends to all patches and positions are embedded or rotary"
         )
-    # SigLIP's attention pooling does not affect the patch tokens, and its weights are not loaded.
-    del vit.attn_pool
+    if isinstance(vit, NaFlexVit):
+        _unify_embeddings_of_naflex(vit, name)
+    if vit.pos_embed is None and getattr(vit, "rope", None) is None:
+        raise InputError(f"backbone {name!r} has neither position embeddings nor rotary positions")
+    if isinstance(vit.rope if hasattr(vit, "rope") else None, RotaryEmbeddingMixed):
+        raise InputError(
+            f"backbone {name!r} has rotary positions with frequencies per block and head (mixed RoPE), which "
+            f"are not supported; expected embedded or axial rotary positions"
+        )
+    stem: Any = vit.patch_embed
+    if not isinstance(stem.proj, nn.Conv2d) or stem.proj.kernel_size != stem.proj.stride:
+        raise InputError(
+            f"backbone {name!r} has a convolutional stem; expected an embedding of separate patches"
+        )
+    _set_activation(vit, config)
+    if isinstance(vit, Eva):
+        _join_biases_of_eva(vit)
     return vit
+
+
+def _unify_embeddings_of_naflex(vit: Any, name: str) -> None:
+    """Give a NaFlexVit the embeddings of a VisionTransformer, which for images compute the same."""
+    embeds = vit.embeds
+    if embeds.pos_embed is None or embeds.pos_embed_ar_preserving:
+        raise InputError(
+            f"backbone {name!r} has positions that are factorised or depend on the aspect ratio; expected a "
+            f"map of positions"
+        )
+    vit.patch_embed = PatchEmbed(
+        img_size=None,
+        patch_size=embeds.patch_size,
+        embed_dim=vit.embed_dim,
+        bias=embeds.proj.bias is not None,
+        output_fmt="NHWC",
+    )
+    vit.patch_embed.proj.weight.data = as_convolution(embeds.proj.weight.detach())
+    if embeds.proj.bias is not None:
+        vit.patch_embed.proj.bias = embeds.proj.bias
+    vit.cls_token, vit.reg_token, vit.no_embed_class = embeds.cls_token, embeds.reg_token, True
+    vit.pos_embed = nn.Parameter(embeds.pos_embed.detach().flatten(1, 2))
+    del vit.embeds
+
+
+def _set_activation(vit: Any, config: Config) -> None:
+    if config.activation is not None and not isinstance(vit, Eva):
+        block: Any
+        for block in vit.blocks:
+            if not isinstance(block.mlp, GluMlp):
+                block.mlp.act = ACTIVATIONS[config.activation][0]()
+
+
+def _join_biases_of_eva(vit: Eva) -> None:
+    """Move the biases of queries and values, which timm concatenates at each call, to the linear layer."""
+    attention: Any
+    for attention in (block.attn for block in vit.blocks):
+        if attention.qkv is not None and attention.qkv.bias is None:
+            bias = torch.zeros(attention.qkv.out_features)
+            if attention.q_bias is not None:
+                bias = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias)).detach()
+            attention.qkv.bias = nn.Parameter(bias)
+            attention.q_bias = attention.k_bias = attention.v_bias = None
 
 
 # --- loading the weights of a checkpoint ---------------------------------------------------------------
 
 
 def _sizes(state: StateDict) -> dict[str, Any]:
-    """Infer the sizes of a ViT from its state dict; `_fill` reports missing keys."""
+    """Infer the sizes of a ViT from its state dict; `_load_state` reports missing keys."""
+    if not state:
+        return {}
     sizes: dict[str, Any] = {"reg_tokens": state["reg_token"].shape[1] if "reg_token" in state else 0}
-    blocks = [int(match[1]) for key in state if (match := re.match(r"blocks\.(\d+)\.", key))]
-    if blocks:
-        sizes["depth"] = max(blocks) + 1
-    if "patch_embed.proj.weight" in state:
-        sizes["embed_dim"], *_, sizes["patch_size"] = state["patch_embed.proj.weight"].shape
-        if "blocks.0.mlp.fc1.weight" in state:
-            # May be fractional (48 / 11 in I-JEPA's ViT-g). timm truncates the product with the embedding
-            # dimension; adding a half protects it from rounding errors.
-            sizes["mlp_ratio"] = (len(state["blocks.0.mlp.fc1.weight"]) + 0.5) / sizes["embed_dim"]
+    sizes["embed_dim"], *_, sizes["patch_size"] = state["patch_embed.proj.weight"].shape
+    depth = _depth(state)
+    if depth:
+        sizes["depth"] = depth
+    hidden = state.get("blocks.0.mlp.fc1.weight")
+    gate = state.get("blocks.0.mlp.fc1_g.weight")
+    rows = 2 * len(gate) if gate is not None else len(hidden) if hidden is not None else 0
+    if rows:
+        # May be fractional (48 / 11 in I-JEPA's ViT-g). timm truncates the product with the embedding
+        # dimension; adding a half protects it from rounding errors.
+        sizes["mlp_ratio"] = (rows + 0.5) / sizes["embed_dim"]
+    output = state.get("blocks.0.mlp.fc2.weight")
+    if output is not None and rows == 2 * output.shape[1]:
+        sizes |= {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
     return sizes
 
 
-def _fill(vit: Any, state: StateDict, problem: str) -> None:
+def _depth(state: StateDict) -> int:
+    return 1 + max((int(key.split(".")[1]) for key in state if key.startswith("blocks.")), default=-1)
+
+
+def _check_config(config: Config, state: StateDict, weights: str) -> None:
+    """Raise InputError if the configuration contradicts the tensors."""
+    width, *_, patch = state["patch_embed.proj.weight"].shape
+    for key, told, actual in (
+        ("width", config.embed_dim, width),
+        ("depth", config.depth, _depth(state)),
+        ("patch size", config.patch_size, patch),
+    ):
+        if told not in (None, actual):
+            raise InputError(
+                f"weights {weights!r}: the configuration says {key} {told}, but the tensors have {key} "
+                f"{actual}; pass the configuration that belongs to the weights"
+            )
+    if config.num_heads and width % config.num_heads:
+        raise InputError(
+            f"weights {weights!r}: the configuration says {config.num_heads} heads, which do not divide the "
+            f"width {width} of the tensors; pass the configuration that belongs to the weights"
+        )
+
+
+# The families of weights by the model type in the configuration of transformers.
+_FAMILY_OF = {
+    "vit_mae": "mae",
+    "ijepa": "ijepa",
+    "clip": "clip",
+    "clip_vision_model": "clip",
+    "dinov2": "dinov2",
+    "dinov2_with_registers": "dinov2",
+    "dinov3_vit": "vit_base_patch16_dinov3 or another of timm's dinov3",
+    "siglip": "vit_base_patch16_siglip_224 or another of timm's siglip",
+    "siglip_vision_model": "vit_base_patch16_siglip_224 or another of timm's siglip",
+    "vit": "dino (if DINO trained it) or vit_base_patch16_224",
+}
+
+
+def _load_state(vit: Any, state: StateDict, config: Config, problem: str) -> None:
     """Load a state dict strictly, for any number of positions; raise InputError if it does not fit."""
-    if "pos_embed" in state:
+    state = fit_names(state, vit)
+    if "pos_embed" in state and vit.pos_embed is not None:
         vit.pos_embed = nn.Parameter(torch.empty(1, state["pos_embed"].shape[1], vit.embed_dim))
-    try:
-        vit.load_state_dict(state)
-    except RuntimeError as error:
-        reasons = textwrap.shorten(str(error), 300, placeholder=" ...")
-        raise InputError(f"{problem} (width {vit.embed_dim}, depth {len(vit.blocks)}): {reasons}") from error
+    expected = vit.state_dict()
+    reasons = [
+        f"{key} has the shape {list(state[key].shape)}, expected {list(expected[key].shape)}"
+        for key in expected
+        if key in state and state[key].shape != expected[key].shape
+    ]
+    for what, keys in (("missing", expected.keys() - state), ("unexpected", state.keys() - expected.keys())):
+        if keys:
+            first, *others = sorted(keys)
+            reasons.append(f"{what} {first}" + (f" and {len(others)} more" if others else ""))
+    if reasons:
+        hint = _FAMILY_OF.get(config.model or "", "")
+        hint = "" if problem.endswith(f" {hint}") else hint
+        raise InputError(
+            f"{problem} (width {vit.embed_dim}, depth {len(vit.blocks)}): {'; '.join(reasons[:4])}"
+            + (f". They are weights of {config.model}: use backbone.name={hint}" if hint else "")
+        )
+    vit.load_state_dict(state)
 
 
 # --- positions -----------------------------------------------------------------------------------------
 
 
-def sincos_positions(grid: tuple[int, int], dim: int, first: Axis) -> Tensor:
-    """Compute the fixed position embeddings (N, D) of MAE, I-JEPA and MoCo v3.
-
-    The channels are sin(x f), cos(x f), sin(y f), cos(y f), a quarter each, with D / 4 frequencies
-    f = 10000^(-4 i / D). x is the index of a cell along the axis `first`, y along the other axis.
-    """
-    frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    cells_N2 = torch.cartesian_prod(*(torch.arange(side, dtype=torch.float64) for side in grid))
-    x, y = (cells_N2[:, axis, None] * frequencies for axis in ((0, 1) if first == "row" else (1, 0)))
-    return torch.cat((x.sin(), x.cos(), y.sin(), y.cos()), 1).float()
-
-
-def resize_positions(positions_SSD: Tensor, grid: tuple[int, int], how: Resize) -> Tensor:
-    """Resize positions on an S x S grid to (h, w, D) by bicubic interpolation.
-
-    `how` selects one of three published variants: `plain`, to the given size; `offset`, by the scale factors
-    (cells + 0.1) / S, which shifts the sampling points slightly (DINO and code derived from it); `antialias`,
-    to the given size with antialiasing.
-    """
-    side = positions_SSD.shape[0]
-    if grid == (side, side):
-        return positions_SSD
-    size: dict[str, Any] = {"size": grid}
-    if how == "offset":
-        size = {"scale_factor": tuple((cells + 0.1) / side for cells in grid)}
-    positions_1DSS = positions_SSD.permute(2, 0, 1)[None]
-    resized_1Dhw = F.interpolate(
-        positions_1DSS, **size, mode="bicubic", align_corners=False, antialias=how == "antialias"
-    )
-    return resized_1Dhw[0].permute(1, 2, 0).contiguous()
-
-
-def _split_positions(vit: Any, name: str) -> tuple[Tensor, Tensor]:
+def _split_positions(vit: Any, name: str) -> tuple[Tensor, Tensor | None]:
     """Return class and register tokens with their positions added (P, D), and patch positions (S, S, D)."""
     names = ("cls_token", "dist_token", "reg_token")
     parts = [token.detach()[0] for token in (getattr(vit, n, None) for n in names) if token is not None]
+    prefix_PD = torch.cat(parts) if parts else torch.zeros(0, vit.embed_dim)
+    if vit.pos_embed is None:
+        return prefix_PD, None
     positions_LD = vit.pos_embed.detach()[0]
-    prefix_PD = torch.cat(parts) if parts else positions_LD[:0]
     # Published checkpoints may have a position for the class token; timm models have one for all or none of
     # the class and register tokens.
     for count in (0, 1) if vit.no_embed_class else (len(prefix_PD),):
@@ -268,42 +428,61 @@ class Backbone(nn.Module):
         weights_hash (str): SHA-256 of the parameters in float32, which does not depend on the file format.
         embed_dim: Embedding dimension D.
         patch_size: Patch size in pixels.
+        num_heads: Number of attention heads.
         image_size: Side of the square training images in pixels.
+        mean (tuple[float, float, float]): Mean of the RGB values (0 to 1) by which images are normalised.
+        std (tuple[float, float, float]): Standard deviation of the RGB values.
         projection_init: Initialisation of a projection for this backbone (`init` of `Projection`).
     """
 
-    positions_ND: Tensor
+    positions_NC: Tensor
     prefix_PD: Tensor
 
-    def __init__(self, vit: Any, family: Family, *, name: str, weights: str, image_size: int) -> None:
+    def __init__(
+        self,
+        vit: Any,
+        family: Family,
+        *,
+        name: str,
+        weights: str,
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
         super().__init__()
         self.name, self.weights, self.image_size = name, weights, image_size
+        self.mean, self.std = _triple("mean", mean), _triple("std", std)
         self.weights_hash = hash_state_dict(vit.state_dict())
         self.embed_dim: int = vit.embed_dim
         self.patch_size: int = vit.patch_embed.feat_ratio()
+        self.num_heads = _num_heads(vit)
         self.projection_init: Init = family.projection_init
-        self._resize: Resize = family.resize
         self._norm_plain = family.norm_plain
 
         self.patch_embed, self.norm_pre, self.blocks = vit.patch_embed, vit.norm_pre, vit.blocks
         # timm models that pool before the final norm (*_gap) store it as fc_norm.
         self.norm = vit.fc_norm if isinstance(vit.norm, nn.Identity) else vit.norm
 
-        side = self.grid(image_size, image_size)[0]
-        prefix_PD, checkpoint_SSD = _split_positions(vit, name)
-        # Not a buffer, so that `.to` does not cast these float32 values, from which positions are resized.
-        self._positions_SSD = resize_positions(
-            checkpoint_SSD, (side, side), family.resize_once or family.resize
+        prefix_PD, positions_SSD = _split_positions(vit, name)
+        without_registers = family.resize_without_registers if vit.reg_token is None else None
+        # Not a module, so that `.to` does not cast the float32 values from which positions are computed.
+        self._encoding = PositionEncoding(
+            positions_SSD,
+            getattr(vit, "rope", None),
+            side=self.grid(image_size, image_size)[0],
+            resize=without_registers or family.resize,
+            resize_once=family.resize_once,
         )
-        self._resized: dict[tuple[tuple[int, int], Resize], Tensor] = {}
+        self._cached: dict[Any, Tensor] = {}
         self.register_buffer("prefix_PD", prefix_PD, persistent=False)
-        self.register_buffer("positions_ND", self._positions_SSD.flatten(0, 1), persistent=False)
+        training_grid = (self._encoding.side, self._encoding.side)
+        self.register_buffer("positions_NC", self._encoding.on_grid(training_grid), persistent=False)
         self.requires_grad_(False).eval()
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the encoder, in which images must be passed."""
-        return self.positions_ND.dtype
+        return self.positions_NC.dtype
 
     def train(self, mode: bool = True) -> "Backbone":
         """Stay in evaluation mode, because the encoder is frozen."""
@@ -311,7 +490,7 @@ class Backbone(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Backbone":
         # Called by `.to`: discard the cached positions of the previous device and dtype.
-        self._resized.clear()
+        self._cached.clear()
         return super()._apply(fn, recurse)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -334,24 +513,23 @@ class Backbone(nn.Module):
         return height // patch, width // patch
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """Resize the position embeddings to a token grid, as the published implementation does.
+        """Return the usual positions on a token grid, as the authors of the encoder compute them.
 
         Args:
             grid: The token grid (h, w).
 
         Returns:
-            Position embeddings (N, D) with N = h * w.
+            Positions (N, C) with N = h * w: position embeddings (N, D), rotary positions, or both.
         """
-        if grid == self._positions_SSD.shape[:2]:
-            return self.positions_ND
-        return self._resized_to(grid, self._resize).flatten(0, 1)
+        if grid == (self._encoding.side, self._encoding.side):
+            return self.positions_NC
+        return self._cast(grid, partial(self._encoding.on_grid, grid))
 
-    def _resized_to(self, grid: tuple[int, int], how: Resize) -> Tensor:
-        """Return the resized positions (h, w, D) of a grid, which are cached."""
-        if (grid, how) not in self._resized:
-            resized_hwD = resize_positions(self._positions_SSD, grid, how)
-            self._resized[grid, how] = resized_hwD.to(self.positions_ND)
-        return self._resized[grid, how]
+    def _cast(self, key: Any, compute: Callable[[], Tensor]) -> Tensor:
+        """Return computed positions on the device and in the dtype of the encoder; cache them by `key`."""
+        if key not in self._cached:
+            self._cached[key] = compute().to(self.positions_NC)
+        return self._cached[key]
 
     def asymmetric_range(self, ratio: float = 10.0) -> int:
         """Return the number of valid offsets of `asymmetric_positions` along each axis.
@@ -359,22 +537,23 @@ class Backbone(nn.Module):
         Args:
             ratio: Enlargement of the map, as for `asymmetric_positions`.
         """
-        side = self._positions_SSD.shape[0]
+        side = self._encoding.side
         return int((1 + ratio) * side) - side + 1
 
     def asymmetric_positions(self, ratio: float = 10.0, *, offset: tuple[int, int]) -> Tensor:
-        """Crop the position embeddings of the training grid from an enlarged position map.
+        """Crop the positions of the training grid from an enlarged position map.
 
-        The S x S positions are resized to int((1 + ratio) S) squared by bicubic interpolation without
-        antialiasing and cropped back to S x S, as in `interpolate_and_crop_pos_embed` of the published
-        implementation.
+        The S x S positions are enlarged to int((1 + ratio) S) squared and cropped back to S x S. Position
+        embeddings are resized by bicubic interpolation without antialiasing, as in
+        `interpolate_and_crop_pos_embed` of the published implementation. Rotary positions are those
+        of a grid of as many cells over the same extent.
 
         Args:
             ratio: Enlargement of the map, whose side is int((1 + ratio) S).
             offset: Row and column of the crop, each in [0, asymmetric_range(ratio)).
 
         Returns:
-            Position embeddings (N, D) with N = S * S.
+            Positions (N, C) with N = S * S.
 
         Raises:
             InputError: The offset is out of range.
@@ -382,19 +561,20 @@ class Backbone(nn.Module):
         count = self.asymmetric_range(ratio)
         if not all(0 <= start < count for start in offset):
             raise InputError(f"offset {offset}: expected two integers in [0, {count})")
-        side = self._positions_SSD.shape[0]
-        large_SSD = self._resized_to((side + count - 1, side + count - 1), "plain")
+        side = self._encoding.side
+        large = side + count - 1
+        enlarged_LLC = self._cast(large, partial(self._encoding.enlarged, large))
         row, column = offset
-        return large_SSD[row : row + side, column : column + side].reshape(side * side, -1)
+        return enlarged_LLC[row : row + side, column : column + side].reshape(side * side, -1)
 
     def tokens(self, images: Tensor, positions: Tensor | None = None) -> Tensor:
         """Encode images.
 
         Args:
-            images: ImageNet-normalised images (B, 3, H, W), in the dtype and on the device of the encoder. H
-                and W must be multiples of the patch size.
-            positions: Position embeddings (N, D) to use for the patches instead of the usual ones, such as
-                those of `asymmetric_positions`.
+            images: Images (B, 3, H, W), normalised with `mean` and `std`, in the dtype and on the device of
+                the encoder. H and W must be multiples of the patch size.
+            positions: Positions (N, C) to use for the patches instead of the usual ones, such as those of
+                `asymmetric_positions`.
 
         Returns:
             Patch tokens (B, N, D) in row-major order of the grid.
@@ -403,8 +583,8 @@ class Backbone(nn.Module):
             InputError: The image size is not a multiple of the patch size.
         """
         grid = self.grid(images.shape[-2], images.shape[-1])
-        added_ND = self.positions(grid) if positions is None else positions
-        tokens_BND = self._blocks(self._patches(images) + added_ND)
+        added_ND, rotary_NR = self._split(self.positions(grid) if positions is None else positions)
+        tokens_BND = self._blocks(self._patches(images) + added_ND, rotary_NR)
         return tokens_BND if positions is None and not self._norm_plain else self.norm(tokens_BND)
 
     forward = tokens
@@ -415,17 +595,19 @@ class Backbone(nn.Module):
         The blocks process one batch of 3 B images, and the patches of frame 1 are embedded once.
 
         Args:
-            frames: ImageNet-normalised frames (2, B, 3, H, W) of the training image size.
-            positions: Asymmetric position embeddings (N, D).
+            frames: Frames (2, B, 3, H, W) of the training image size, normalised with `mean` and `std`.
+            positions: Asymmetric positions (N, C).
 
         Returns:
             Contiguous tokens (B, 3, N, D) of frame 1, frame 2, and frame 1 with asymmetric positions.
         """
-        own_ND = self.positions(self.grid(frames.shape[-2], frames.shape[-1]))
+        own_NC = self.positions(self.grid(frames.shape[-2], frames.shape[-1]))
         first_BND, second_BND = self._patches(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).unbind(0)
         patches_B3ND = torch.stack((first_BND, second_BND, first_BND), 1)
-        inputs_B3ND = patches_B3ND + torch.stack((own_ND, own_ND, positions))
-        views_B3ND = self._blocks(inputs_B3ND.flatten(0, 1)).unflatten(0, inputs_B3ND.shape[:2])
+        added_3ND, rotary_3NR = self._split(torch.stack((own_NC, own_NC, positions)))
+        inputs_B3ND = patches_B3ND + added_3ND
+        rotary = None if rotary_3NR is None else rotary_3NR.expand(len(first_BND), -1, -1, -1).flatten(0, 1)
+        views_B3ND = self._blocks(inputs_B3ND.flatten(0, 1), rotary).unflatten(0, inputs_B3ND.shape[:2])
         if self._norm_plain:
             return self.norm(views_B3ND).contiguous()
         return torch.cat((views_B3ND[:, :2], self.norm(views_B3ND[:, 2:])), 1)
@@ -433,7 +615,31 @@ class Backbone(nn.Module):
     def _patches(self, images_BCHW: Tensor) -> Tensor:
         return self.patch_embed(images_BCHW).flatten(1, 2)
 
-    def _blocks(self, patches_BND: Tensor) -> Tensor:
+    def _split(self, positions: Tensor) -> tuple[Tensor | float, Tensor | None]:
+        """Split positions (..., N, C) into embeddings to add (..., N, D) and a rotary table (..., N, R)."""
+        added, rotary = positions.split(self._encoding.channels, dim=-1)
+        return added if added.shape[-1] else 0.0, rotary if rotary.shape[-1] else None
+
+    def _blocks(self, patches_BND: Tensor, rotary: Tensor | None) -> Tensor:
         prefix_BPD = self.prefix_PD.to(patches_BND.dtype).expand(patches_BND.shape[0], -1, -1)
         sequence = self.norm_pre(torch.cat((prefix_BPD, patches_BND), 1))
-        return self.blocks(sequence)[:, len(self.prefix_PD) :]
+        if rotary is None:
+            for block in self.blocks:
+                sequence = block(sequence)
+        else:
+            # A table per image needs a dimension for the heads.
+            rope = rotary if rotary.ndim == 2 else rotary[:, None]
+            for block in self.blocks:
+                sequence = block(sequence, rope=rope)
+        return sequence[:, len(self.prefix_PD) :]
+
+
+def _num_heads(vit: Any) -> int:
+    return next(part.num_heads for part in vit.blocks[0].modules() if hasattr(part, "num_heads"))
+
+
+def _triple(name: str, values: Sequence[float]) -> Triple:
+    if len(values) != 3 or (name == "std" and min(values) <= 0):
+        kind = "positive numbers" if name == "std" else "numbers"
+        raise InputError(f"backbone.{name}: {list(values)}; expected three {kind}, one per colour")
+    return float(values[0]), float(values[1]), float(values[2])

@@ -19,7 +19,7 @@ from fasttrain.backbones import Backbone
 from fasttrain.errors import InputError
 from fasttrain.recipe import EncoderRecipe
 
-# Frames (2, B, 3, H, W) and asymmetric positions (N, D) -> tokens (B, 3, N, D).
+# Frames (2, B, 3, H, W) and asymmetric positions (N, C) -> tokens (B, 3, N, D).
 ThreeViews = Callable[[Tensor, Tensor], Tensor]
 ATTENTION = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -117,7 +117,7 @@ def _with_attention(encode: ThreeViews, kernel: SDPBackend) -> ThreeViews:
 
 def _unfuse_attention(encoder: Backbone) -> None:
     """Use unfused attention (two matrix products and a softmax) if the training images have few tokens."""
-    if len(encoder.positions_ND) + len(encoder.prefix_PD) <= CPU_UNFUSED_TOKENS:
+    if len(encoder.positions_NC) + len(encoder.prefix_PD) <= CPU_UNFUSED_TOKENS:
         for module in encoder.blocks.modules():
             # The attribute by which timm's attention layers select PyTorch's fused attention.
             if hasattr(module, "fused_attn"):

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from fasttrain.errors import InputError
 from fasttrain.files import write_atomically
-from fasttrain.weights import find_file, find_state_dict, read_checkpoint, seeded
+from fasttrain.weights import find_file, flatten_checkpoint, read_checkpoint, seeded
 
 Head = Literal["linear", "mlp2", "mlp3"]
 Init = Literal["trunc_normal", "xavier_uniform", "default"]
@@ -159,11 +159,11 @@ class Projection(nn.Module):
             InputError: The file cannot be read, or does not contain a projection (keys `adapter.adapter.*`).
         """
         prefix = "adapter.adapter.adapter_"
-        published = find_state_dict(read_checkpoint(find_file(str(path))), str(path), ("model",))
+        published = flatten_checkpoint(read_checkpoint(find_file(str(path))), str(path))
         state = {
-            _own_name(key.removeprefix(prefix)): tensor.float()
+            _own_name(key.partition(prefix)[2]): tensor.float()
             for key, tensor in published.items()
-            if key.startswith(prefix)
+            if prefix in key
         }
         depth = sum(key.startswith("linears.") and key.endswith(".weight") for key in state)
         head = next((head for head, layers in _DEPTH.items() if layers == depth), None)

@@ -1,16 +1,17 @@
 """Load weights from local files, the Hugging Face Hub and timm, and seed random ones.
 
-`backbones` and `projection` load all checkpoints through this module, which converts them to state dicts with
-the key names of timm's VisionTransformer.
+`backbones` and `projection` load all checkpoints through this module; `layouts` finds the encoder in them.
 """
 
 import argparse
 import hashlib
+import json
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PosixPath, PurePosixPath
 from typing import Any
 
@@ -23,10 +24,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fasttrain.errors import InputError
+from fasttrain.layouts import ACTIVATIONS, Config, StateDict, flatten, read_config, select_encoder
 
-StateDict = dict[str, Tensor]
-
-SOURCES = "a local path, hf://owner/repo/path, timm://name, or random"
+SOURCES = "a local file or folder, hf://owner/repo[/path], timm://name, or random"
+# The files of weights in a folder, most preferred first, and of their configuration.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "open_clip_model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "open_clip_pytorch_model.bin",
+)
+CONFIG_FILES = ("config.json", "preprocessor_config.json", "open_clip_config.json")
+SUFFIXES = {".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".tar"}
 
 # The classes, other than tensors, that occur in published checkpoints. `torch.load(weights_only=True)`
 # refuses all others.
@@ -39,131 +50,201 @@ _SAFE_GLOBALS: list[Any] = [
     *((_NUMPY_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 ]
 
-# Parts of a checkpoint that do not affect the patch tokens: MAE's decoder, mask tokens, classification and
-# projection heads, and the projection in the checkpoints of the Co-Settle release.
-_NOT_ENCODER = re.compile(
-    r"(adapter|decoder_\w+|head|head_dist|attn_pool|mask_token|masked_embed|proj)(\.|$)"
-)
 
-# Translates the keys of OpenAI's CLIP and Meta's DINOv2 (registers, block chunks) to those of timm.
-_TIMM_NAMES = [
-    (re.compile(pattern), name)
-    for pattern, name in [
-        (r"^class_embedding$", "cls_token"),
-        (r"^positional_embedding$", "pos_embed"),
-        (r"^conv1\.", "patch_embed.proj."),
-        (r"^ln_pre\.", "norm_pre."),
-        (r"^ln_post\.", "norm."),
-        (r"^transformer\.resblocks\.", "blocks."),
-        (r"\.ln_([12])\.", r".norm\1."),
-        (r"\.attn\.in_proj_", ".attn.qkv."),
-        (r"\.attn\.out_proj\.", ".attn.proj."),
-        (r"\.mlp\.c_fc\.", ".mlp.fc1."),
-        (r"\.mlp\.c_proj\.", ".mlp.fc2."),
-        (r"^register_tokens$", "reg_token"),
-        (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),
-    ]
-]
+@dataclass(frozen=True)
+class Source:
+    """A local folder or a folder of a repository on the Hugging Face Hub."""
+
+    weights: str
+    """The location as the user wrote it, for messages."""
+    folder: Path | None = None
+    repo: str = ""
+    revision: str | None = None
+    path: str = ""
+
+    def names(self) -> list[str]:
+        """List the files of the folder. Raises InputError if it cannot be read."""
+        if self.folder is not None:
+            return sorted(path.name for path in self.folder.iterdir() if path.is_file())
+        try:
+            files = huggingface_hub.list_repo_files(self.repo, revision=self.revision)
+        # The type of network errors depends on the HTTP library that huggingface_hub uses.
+        except Exception as error:
+            files = self._cached_files()
+            if not files:
+                raise self._download_error(self.path, error) from error
+        prefix = f"{self.path}/" if self.path else ""
+        return [file.removeprefix(prefix) for file in files if file.startswith(prefix)]
+
+    def fetch(self, name: str) -> Path:
+        """Return the local path of a file of the folder; download it if necessary."""
+        if self.folder is not None:
+            return self.folder / name
+        file = f"{self.path}/{name}" if self.path else name
+        try:
+            return Path(huggingface_hub.hf_hub_download(self.repo, file, revision=self.revision))
+        except Exception as error:
+            raise self._download_error(file, error) from error
+
+    def configuration(self, names: Collection[str] | None = None) -> dict[str, Any]:
+        """Read the configuration files of the folder, as far as they exist."""
+        files = {}
+        for name in CONFIG_FILES:
+            if names is not None and name not in names:
+                continue
+            try:
+                path = self.fetch(name)
+            except InputError:
+                continue
+            if path.is_file():
+                files[name] = read_json(path)
+        return files
+
+    def _cached_files(self) -> list[str]:
+        try:
+            snapshot = huggingface_hub.snapshot_download(
+                self.repo, revision=self.revision, local_files_only=True
+            )
+        except (OSError, ValueError):
+            return []
+        return [str(path.relative_to(snapshot)) for path in Path(snapshot).rglob("*") if path.is_file()]
+
+    def _download_error(self, file: str, error: Exception) -> InputError:
+        address = f"https://huggingface.co/{self.repo}/resolve/{self.revision or 'main'}/{file}"
+        return _download_error(self.weights, address.removesuffix("/"), error)
 
 
-def load_encoder_weights(weights: str, containers: tuple[str, ...], prefix: str) -> StateDict:
-    """Load the tensors of an encoder in float32 on the CPU, with the key names of timm's VisionTransformer.
+def load_encoder_weights(weights: str, prefer: tuple[str, ...]) -> tuple[StateDict, Config, str]:
+    """Load the tensors of an encoder in float32 on the CPU, with the parameter names of timm.
 
     Args:
-        weights: One of `SOURCES`, except `random`.
-        containers: Entries of the checkpoint that may hold the state dict. The entry `model`, which the
-            paper's release uses for every family, and the checkpoint itself are tried last.
-        prefix: Prefix of the encoder's keys. If no key has it, all keys belong to the encoder.
+        weights: One of `SOURCES`, except `random`. `#entry` at the end chooses one of several encoders.
+        prefer: Names that decide between several encoders in a checkpoint (see `select_encoder`).
+
+    Returns:
+        The tensors, the configuration, and a description of where the tensors were found.
 
     Raises:
-        InputError: The weights cannot be loaded, or contain no state dict.
+        InputError: The weights cannot be loaded, or contain no encoder.
     """
-    if weights.startswith("timm://"):
-        checkpoint: Any = _load_timm(weights)
+    location, _, entry = weights.partition("#")
+    if location.startswith("timm://"):
+        tensors, config = _load_timm(location)
     else:
-        checkpoint = read_checkpoint(find_file(weights))
-    state = find_state_dict(checkpoint, weights, (*containers, "model"))
-    if any(key.startswith(prefix) for key in state):
-        state = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
-    tensors = {_timm_name(key): t.float() for key, t in state.items() if not _NOT_ENCODER.match(key)}
-    for embedding in {"cls_token", "pos_embed"} & tensors.keys():
-        # CLIP stores them without a batch dimension.
-        tensors[embedding] = tensors[embedding].reshape(1, -1, tensors[embedding].shape[-1])
-    return tensors
+        tensors, config = _load_files(location)
+    state, found = select_encoder(tensors, weights, prefer=prefer, entry=entry)
+    return state, config, found
 
 
-def _timm_name(key: str) -> str:
-    for pattern, name in _TIMM_NAMES:
-        key = pattern.sub(name, key)
-    return key
+def _load_files(weights: str) -> tuple[StateDict, Config]:
+    source, name = _find(weights)
+    if name:
+        # Only these names belong to a configuration in the same folder.
+        files = source.configuration() if name in WEIGHT_FILES else {}
+    else:
+        names = source.names()
+        name = _choose_file(weights, names)
+        files = source.configuration(names)
+    path = source.fetch(name)
+    if path.name.endswith(".index.json"):
+        shards = sorted(set(read_json(path).get("weight_map", {}).values()))
+        tensors = {
+            key: tensor for shard in shards for key, tensor in read_checkpoint(source.fetch(shard)).items()
+        }
+    else:
+        tensors = read_checkpoint(path)
+    return flatten_checkpoint(tensors, weights), read_config(files, weights)
 
 
-def find_state_dict(checkpoint: Any, weights: str, containers: tuple[str, ...]) -> StateDict:
-    """Return the tensors of the first of `containers` that exists, or of the checkpoint itself.
+def _find(weights: str) -> tuple[Source, str]:
+    """Split a location into its folder and the name of a file, which is empty for a whole folder."""
+    if not weights.startswith("hf://"):
+        path = Path(weights).expanduser()
+        if path.is_dir() and weights:
+            return Source(weights, path), ""
+        if not path.is_file():
+            raise InputError(f"weights {weights!r}: no such file; expected {SOURCES}")
+        return Source(weights, path.parent), path.name
+    match = re.fullmatch(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?", weights)
+    if match is None:
+        raise InputError(
+            f"weights {weights!r}: expected hf://owner/repo, hf://owner/repo/path or "
+            f"hf://owner/repo@revision/path"
+        )
+    repo, revision, inside = match[1], match[2], PurePosixPath(match[3] or "")
+    # A folder of the Hub, such as those of the paper's release, has no suffix.
+    folder, name = (inside.parent, inside.name) if inside.suffix else (inside, "")
+    return Source(weights, None, repo, revision, "" if folder == PurePosixPath(".") else str(folder)), name
 
-    The prefix `module.`, which DistributedDataParallel adds, is removed from the keys.
-    """
+
+def _choose_file(weights: str, names: list[str]) -> str:
+    """Choose the file of weights in a folder."""
+    standard = [name for name in WEIGHT_FILES if name in names]
+    others = [name for name in names if PurePosixPath(name).suffix in SUFFIXES]
+    if not others and len(names) == 1:
+        # A file of the paper's release may lack a suffix.
+        others = names
+    if not standard and len(others) != 1:
+        problem = f"has several files of weights ({', '.join(others[:5])})" if others else "has no weights"
+        raise InputError(
+            f"weights {weights!r}: the folder {problem}; pass the path of one file, or a folder with one of "
+            f"{', '.join(WEIGHT_FILES)}"
+        )
+    return (standard or others)[0]
+
+
+def flatten_checkpoint(checkpoint: Any, weights: str) -> StateDict:
+    """Return all tensors of a checkpoint by their dotted keys. Raises InputError if there are none."""
     if not isinstance(checkpoint, Mapping):
         raise InputError(f"weights {weights!r}: expected a state dict, got a {type(checkpoint).__name__}")
-    container = next(
-        (checkpoint[name] for name in containers if isinstance(checkpoint.get(name), Mapping)), checkpoint
-    )
-    state = {
-        str(key).removeprefix("module."): value for key, value in container.items() if torch.is_tensor(value)
-    }
-    if not state:
+    tensors = flatten(checkpoint)
+    if not tensors:
         keys = ", ".join(map(str, list(checkpoint)[:5])) or "none"
-        raise InputError(
-            f"weights {weights!r}: no tensors at the top level or in {', '.join(containers)} (keys: {keys})"
-        )
-    return state
+        raise InputError(f"weights {weights!r} contain no tensors (keys: {keys})")
+    return tensors
 
 
 def find_file(weights: str) -> Path:
     """Return the local file of a path or `hf://owner/repo[@revision]/path`; download it if necessary."""
-    if weights.startswith("hf://"):
-        return _download(weights)
-    path = Path(weights).expanduser()
-    if not path.is_file():
-        raise InputError(f"weights {weights!r}: no such file; expected {SOURCES}")
-    return path
+    source, name = _find(weights)
+    return source.fetch(name or _choose_file(weights, source.names()))
 
 
-def _download(weights: str) -> Path:
-    match = re.fullmatch(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", weights)
-    if match is None:
-        raise InputError(
-            f"weights {weights!r}: expected hf://owner/repo/path or hf://owner/repo@revision/path"
-        )
-    repo, revision, path = match.groups()
-    files = [path]
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises InputError if the file has other contents."""
     try:
-        # In the paper's release, each checkpoint is the only file of a folder.
-        if not PurePosixPath(path).suffix:
-            all_files = huggingface_hub.list_repo_files(repo, revision=revision)
-            files = [file for file in all_files if file == path or file.startswith(path + "/")]
-        if len(files) == 1:
-            return Path(huggingface_hub.hf_hub_download(repo, files[0], revision=revision))
-    # The type of network errors depends on the HTTP library that huggingface_hub uses.
-    except Exception as error:
-        file = f"https://huggingface.co/{repo}/resolve/{revision or 'main'}/{path}"
-        raise _download_error(weights, file, error) from error
-    if not files:
-        raise InputError(f"weights {weights!r}: the repository has no such file or folder")
-    raise InputError(
-        f"weights {weights!r}: the folder has several files; pass the path of one: {', '.join(files[:5])}"
-    )
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"'{path}' is not valid JSON ({error}); download the file again") from error
+    if not isinstance(value, dict):
+        raise InputError(f"'{path}': expected a JSON object, got a {type(value).__name__}")
+    return value
 
 
-def _load_timm(weights: str) -> StateDict:
+def _load_timm(weights: str) -> tuple[StateDict, Config]:
     name = weights.removeprefix("timm://")
     if not timm.is_model(name) or not timm.is_model_pretrained(name):
         raise InputError(f"weights {weights!r}: timm has no pretrained model of this name")
     try:
-        return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+        model: Any = timm.create_model(name, pretrained=True, num_classes=0)
     except (HfHubHTTPError, OSError) as error:
         file = f"model.safetensors from https://huggingface.co/timm/{name}"
         raise _download_error(weights, file, error) from error
+    return model.state_dict(), timm_config(model)
+
+
+def timm_config(model: Any) -> Config:
+    """Return the configuration of a timm model."""
+    pretrained = getattr(model, "pretrained_cfg", None) or {}
+    block = next(iter(getattr(model, "blocks", ())), None)
+    activation = type(getattr(getattr(block, "mlp", None), "act", None))
+    return Config(
+        model=pretrained.get("architecture"),
+        num_heads=getattr(getattr(block, "attn", None), "num_heads", None),
+        activation=next((n for n, kinds in ACTIVATIONS.items() if activation in kinds), None),
+        mean=pretrained.get("mean"),
+        std=pretrained.get("std"),
+    )
 
 
 def _download_error(weights: str, file: str, error: Exception) -> InputError:

@@ -21,7 +21,9 @@ ORDER = (
     "backbones",
     "objective",
     "projection",
+    "positions",
     "weights",
+    "layouts",
     "optimizer",
     "cuda_graph",
     "checkpoint",
@@ -30,6 +32,7 @@ ORDER = (
     "recipe",
     "distributed",
     "files",
+    "normalization",
     "errors",
 )
 # Packages that a single module may import, with the file name of that module.

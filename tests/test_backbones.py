@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fasttrain.backbones import FAMILIES, Backbone, load_backbone, resize_positions
+from fasttrain.backbones import FAMILIES, Backbone, load_backbone
 from fasttrain.errors import InputError
+from fasttrain.positions import resize_positions
 from fasttrain.weights import seeded
 
 TINY: dict[str, Any] = {"image_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -68,7 +69,7 @@ def test_three_views_equal_separate_passes(family: str) -> None:
     positions = encoder.asymmetric_positions(offset=(3, 29))
     embedded, encoded = [], []
     encoder.patch_embed.register_forward_hook(lambda module, args, out: embedded.append(len(out)))
-    encoder.blocks.register_forward_hook(lambda module, args, out: encoded.append(len(out)))
+    encoder.blocks[0].register_forward_hook(lambda module, args, out: encoded.append(len(out)))
     views_B3ND = encoder.three_views(frames, positions)
     # One batch each: the patches of two frames are embedded, and the blocks process three views.
     assert (embedded, encoded) == ([6], [9])

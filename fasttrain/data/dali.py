@@ -27,11 +27,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fasttrain.data.images import IMAGENET_MEAN, IMAGENET_STD, Bytes, Frame
+from fasttrain.data.images import Bytes, Frame
 from fasttrain.data.index import ClipIndex, FrameIndex, Storage, StoredFrames
 from fasttrain.data.nvdec import rgb_correction
 from fasttrain.data.sampling import SampleParameters, pixel_box
 from fasttrain.errors import InputError
+from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD
 from fasttrain.recipe import Recipe
 
 try:

@@ -15,8 +15,6 @@ Bytes = npt.NDArray[np.uint8]  # (n,), the content of a file
 Frame = npt.NDArray[np.uint8]  # (H, W, 3) RGB
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _JPEG_START, _JPEG_SCAN, _JPEG_END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"

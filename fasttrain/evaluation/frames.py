@@ -15,11 +15,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from fasttrain.data.images import IMAGENET_MEAN, IMAGENET_STD, Frame, UnreadableFrameError, decode_image
+from fasttrain.data.images import Frame, UnreadableFrameError, decode_image
 from fasttrain.data.index import FrameIndex, VideoIndex
 from fasttrain.data.video import stream_video_frames
 from fasttrain.errors import InputError
 from fasttrain.files import open_atomically
+from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD
 
 
 def read_image(path: Path) -> Frame:

@@ -19,12 +19,12 @@ from synthetic import (
     write_folders,
 )
 
-from fasttrain.data.images import IMAGENET_MEAN, IMAGENET_STD
 from fasttrain.data.index import FrameIndex
 from fasttrain.data.loader import MAX_ATTEMPTS, FramePairs
 from fasttrain.data.sampling import Ints, PairSampling, pixel_box
 from fasttrain.data.sources import open_source
 from fasttrain.errors import InputError
+from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD
 
 
 def samples_of(index: FrameIndex, **changes) -> list[np.ndarray]:

@@ -1,0 +1,329 @@
+"""The layouts of published checkpoints: where the encoder is in a file, and what its parameters are called.
+
+`select_encoder` finds the encoder among all tensors of a checkpoint by its patch embedding, whatever
+wrappers and containers surround it, and renames its parameters to those of timm. `fit_names` then adapts
+the few names that differ between timm's classes. `read_config` reads the configuration files of Hugging Face
+repositories. `describe` says what a checkpoint is likely to contain if it is not a ViT.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.layers import QuickGELU
+from timm.layers.activations import GELU, GELUTanh
+from timm.models.eva import Eva
+from torch import Tensor, nn
+
+from fasttrain.errors import InputError
+from fasttrain.normalization import Triple
+
+StateDict = dict[str, Tensor]
+
+# Names that wrappers insert anywhere in a key: DistributedDataParallel, torch.compile, FSDP, checkpointing.
+_WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+# The weight of the patch embedding, by which an encoder is recognised, and the layout that has this name.
+_TRANSFORMERS = "Hugging Face transformers"
+_PATCH_EMBEDDINGS = {
+    "patch_embed.proj.weight": "timm",
+    "conv1.weight": "CLIP",
+    "embeds.proj.weight": "timm's NaFlexVit",
+    "embeddings.patch_embeddings.projection.weight": _TRANSFORMERS,
+    "embeddings.patch_embeddings.weight": _TRANSFORMERS,
+    "embeddings.patch_embedding.weight": _TRANSFORMERS,
+}
+# A moving average of the weights, which some training scripts store next to them. timm prefers it as well.
+_AVERAGES = ("state_dict_ema", "model_ema", "ema")
+
+# Parts of an encoder's state dict that do not affect the patch tokens: MAE's decoder, mask tokens, heads,
+# pooling, constants of rotary embeddings, and the projection in the checkpoints of the Co-Settle release.
+_NOT_ENCODER = re.compile(
+    r"(adapter|decoder\w*|head|head_dist|fc|classifier|pooler|attn_pool|proj|projectors|mask_token|masked_embed"
+    r"|lm_head|local_cls_norm|rope_embed|rope_embeddings|embeddings\.position_ids)(\.|$)|(.*\.)?(rope\.freqs_\w+|periods|bias_mask)$"
+)
+
+# Translates the keys of other layouts to those of timm's VisionTransformer. In order, they are those of
+# OpenAI's CLIP and Meta's Perception Encoder, Meta's DINOv2 and DINOv3, BAAI's EVA, timm's NaFlexVit, and
+# transformers.
+_TIMM_NAMES = [
+    (re.compile(pattern), name)
+    for pattern, name in [
+        (r"^class_embedding$", "cls_token"),
+        (r"^positional_embedding$", "pos_embed"),
+        (r"^conv1\.", "patch_embed.proj."),
+        (r"^ln_pre\.", "norm_pre."),
+        (r"^ln_post\.", "norm."),
+        (r"^transformer\.resblocks\.", "blocks."),
+        (r"\.ln_([12])\.", r".norm\1."),
+        (r"\.ls_([12])\.", r".ls\1."),
+        (r"\.attn\.in_proj_", ".attn.qkv."),
+        (r"\.attn\.out_proj\.", ".attn.proj."),
+        (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+        (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+        (r"^(register_tokens|storage_tokens)$", "reg_token"),
+        (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),
+        (r"\.mlp\.w12\.", ".mlp.fc1."),
+        (r"\.mlp\.w1\.", ".mlp.fc1_g."),
+        (r"\.mlp\.w2\.", ".mlp.fc1_x."),
+        (r"\.mlp\.w3\.", ".mlp.fc2."),
+        (r"\.mlp\.ffn_ln\.", ".mlp.norm."),
+        (r"\.attn\.inner_attn_ln\.", ".attn.norm."),
+        (r"^embeds\.proj\.", "patch_embed.proj."),
+        (r"^embeds\.(cls_token|reg_token|pos_embed)$", r"\1"),
+        (r"^embeddings\.(cls_token|class_embedding)$", "cls_token"),
+        (r"^embeddings\.(position_embeddings|position_embedding\.weight)$", "pos_embed"),
+        (r"^embeddings\.register_tokens$", "reg_token"),
+        (r"^embeddings\.mask_token$", "mask_token"),
+        (r"^embeddings\.(patch_embeddings\.projection|patch_embeddings?)\.", "patch_embed.proj."),
+        (r"^pre_layrnorm\.", "norm_pre."),
+        (r"^(layernorm|post_layernorm)\.", "norm."),
+        (r"^(encoder\.|model\.)?layers?\.(\d+)\.", r"blocks.\2."),
+        (r"\.(layernorm_before|layer_norm1)\.", ".norm1."),
+        (r"\.(layernorm_after|layer_norm2)\.", ".norm2."),
+        (r"\.attention\.attention\.(q|k|v)(uery|ey|alue)\.", r".attn.\1_proj."),
+        (r"\.(attention|self_attn)\.(q|k|v)_proj\.", r".attn.\2_proj."),
+        (r"\.(attention\.output\.dense|attention\.o_proj|self_attn\.out_proj)\.", ".attn.proj."),
+        (r"\.(intermediate\.dense|mlp\.weights_in)\.", ".mlp.fc1."),
+        (r"\.(output\.dense|mlp\.weights_out|mlp\.down_proj)\.", ".mlp.fc2."),
+        (r"\.mlp\.gate_proj\.", ".mlp.fc1_g."),
+        (r"\.mlp\.up_proj\.", ".mlp.fc1_x."),
+        (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+    ]
+]
+
+# The default number of heads and activation function of models in transformers, if not 12 and `gelu`.
+_DEFAULTS = {
+    "clip": (12, "quick_gelu"),
+    "dinov3_vit": (6, "gelu"),
+    "siglip": (12, "gelu_pytorch_tanh"),
+    "siglip2": (12, "gelu_pytorch_tanh"),
+}
+
+# What a checkpoint without a ViT is likely to contain, by a pattern of its keys.
+_OTHER_MODELS = [
+    (r"(^|\.)(decoder_embed|decoder_blocks\.0)\.", "the decoder of a masked autoencoder"),
+    (r"(embed_tokens|wte|word_embeddings|token_embedding)\.weight$", "a language model or text encoder"),
+    (r"(^|\.)(up_blocks|down_blocks|quant_conv)\.", "the autoencoder or U-Net of a diffusion model"),
+    (r"(^|\.)patch_embed(dings)?\.(proj\.\d|projection\.\d|stem|conv)", "a ViT with a convolutional stem"),
+    (r"(^|\.)(downsample_layers|stages\.\d)\.", "a convolutional network such as ConvNeXt"),
+    (r"(^|\.)layer1\.0\.conv1\.", "a ResNet"),
+    (r"relative_position_bias_table$", "a model with relative position biases, such as BEiT or Swin"),
+    (r"(^|\.)_?flat_param", "a shard of a model that was trained with FSDP; export the whole state dict"),
+]  # fmt: skip
+
+# The classes of the activation functions, of which the first is used, by their names in transformers.
+ACTIVATIONS: dict[str, tuple[type[nn.Module], ...]] = {
+    "gelu": (nn.GELU, GELU),
+    "quick_gelu": (QuickGELU,),
+    "gelu_pytorch_tanh": (GELUTanh,),
+    "gelu_new": (GELUTanh,),
+    "gelu_fast": (GELUTanh,),
+    "silu": (nn.SiLU,),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What the configuration of weights says. None: it says nothing."""
+
+    model: str | None = None
+    """transformers' `model_type`, or the name of a timm model."""
+    embed_dim: int | None = None
+    depth: int | None = None
+    patch_size: int | None = None
+    num_heads: int | None = None
+    activation: str | None = None
+    """The activation function of the MLPs, one of `ACTIVATIONS`."""
+    mean: Triple | None = None
+    std: Triple | None = None
+
+
+def read_config(files: Mapping[str, Any], weights: str) -> Config:
+    """Read the configuration files of a repository.
+
+    Args:
+        files: Those that exist of `config.json` (of transformers or timm), `preprocessor_config.json` (of
+            transformers) and `open_clip_config.json`, parsed.
+        weights: The location of the weights, for messages.
+
+    Raises:
+        InputError: The activation function is unknown.
+    """
+    config, preprocessing = files.get("config.json", {}), files.get("preprocessor_config.json", {})
+    open_clip = files.get("open_clip_config.json", {})
+    vision = config.get("vision_config", config)
+    model = vision.get("model_type", config.get("model_type"))
+    # transformers omits values that equal the defaults of the model's class.
+    defaults = (_DEFAULTS.get(model.removesuffix("_vision_model")) or (12, "gelu")) if model else (None, None)
+    known: dict[str, Any] = {
+        "model": model or config.get("architecture"),
+        "embed_dim": vision.get("hidden_size"),
+        "depth": vision.get("num_hidden_layers"),
+        "patch_size": vision.get("patch_size"),
+        "num_heads": vision.get("num_attention_heads", defaults[0]),
+        "activation": vision.get("hidden_act", defaults[1]),
+    }
+    if "model_cfg" in open_clip and not model:
+        tower = open_clip["model_cfg"].get("vision_cfg", {})
+        known |= {"embed_dim": tower.get("width"), "depth": tower.get("layers")}
+        known |= {"patch_size": tower.get("patch_size"), "model": tower.get("timm_model_name")}
+        if "width" in tower:
+            known["num_heads"] = tower["width"] // tower.get("head_width", 64)
+            known["activation"] = "quick_gelu" if open_clip["model_cfg"].get("quick_gelu") else "gelu"
+    if known["activation"] not in (None, *ACTIVATIONS):
+        raise InputError(
+            f"weights {weights!r}: config.json names the activation {known['activation']!r}; expected one of "
+            f"{', '.join(ACTIVATIONS)}"
+        )
+    pretrained = config.get("pretrained_cfg", {}) | open_clip.get("preprocess_cfg", {})
+    mean = preprocessing.get("image_mean", pretrained.get("mean"))
+    std = preprocessing.get("image_std", pretrained.get("std"))
+    if preprocessing.get("do_normalize", True) and mean is not None and std is not None:
+        known |= {"mean": tuple(mean), "std": tuple(std)}
+    return Config(**known)
+
+
+def flatten(checkpoint: Any) -> StateDict:
+    """Return all tensors of nested mappings, by their dotted keys without the names of wrappers."""
+    return {_WRAPPERS.sub("", key): tensor for key, tensor in _tensors(checkpoint, "")}
+
+
+def _tensors(value: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    if torch.is_tensor(value):
+        yield prefix.removesuffix("."), value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _tensors(inner, f"{prefix}{key}.")
+
+
+def select_encoder(
+    tensors: StateDict, weights: str, *, prefer: tuple[str, ...] = (), entry: str = ""
+) -> tuple[StateDict, str]:
+    """Find the encoder in a checkpoint and rename its parameters to those of timm.
+
+    Args:
+        tensors: All tensors of the checkpoint (`flatten`).
+        weights: The location of the weights, for messages.
+        prefer: Names in the path of an encoder that decide between several encoders, such as `teacher`.
+        entry: The path of the encoder, if the user chose one.
+
+    Returns:
+        The tensors of the encoder in float32, and a description of where they were found.
+
+    Raises:
+        InputError: There is no encoder, or there are several and neither `prefer` nor `entry` decides.
+    """
+    found = {root: layout for key in tensors for root, layout in _encoder_of(key, tensors)}
+    if not found:
+        raise InputError(f"weights {weights!r} contain no ViT that fasttrain can read: {describe(tensors)}")
+    roots = [root for root in found if f".{root}".startswith(f".{entry}." if entry else "")]
+    for name in (*prefer, *_AVERAGES):
+        named = [root for root in roots if name in root.split(".")]
+        roots = named or roots
+    if len(roots) != 1:
+        choices = ", ".join(repr(root.removesuffix(".")) for root in found)
+        problem = f"have no encoder {entry!r}" if not roots else "contain several encoders"
+        raise InputError(
+            f"weights {weights!r} {problem}: {choices}. Append one of them after #, as in "
+            f"{weights}#{next(iter(found)).removesuffix('.')}"
+        )
+    (root,) = roots
+    inner = {key.removeprefix(root): tensor for key, tensor in tensors.items() if key.startswith(root)}
+    renamed = {_timm_name(key): tensor.float() for key, tensor in inner.items()}
+    if "blocks.0.attn.qkv.bias_mask" in renamed:
+        # DINOv3 has no bias of the keys; the mask is one for queries and values.
+        for key in [key for key in renamed if key.endswith("qkv.bias_mask")]:
+            bias = key.removesuffix("_mask")
+            renamed[bias] = torch.where(renamed[key] == 1, renamed[bias], 0.0)
+    state = {key: tensor for key, tensor in renamed.items() if not _NOT_ENCODER.match(key)}
+    patch = state["patch_embed.proj.weight"]
+    if patch.ndim == 2:
+        # A linear layer on flattened patches (rows, columns, colours), as in SigLIP 2 with NaFlex.
+        side = math.isqrt(patch.shape[1] // 3)
+        state["patch_embed.proj.weight"] = (
+            patch.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2).contiguous()
+        )
+    for embedding in {"cls_token", "reg_token", "pos_embed"} & state.keys():
+        # CLIP stores them without a batch dimension.
+        state[embedding] = state[embedding].reshape(1, -1, state[embedding].shape[-1])
+    place = f"entry {root.removesuffix('.')!r}, " if root else ""
+    return state, f"{place}layout of {found[root]}"
+
+
+def as_convolution(weight: Tensor) -> Tensor:
+    """Reshape the weight of a linear layer on patches (rows, columns, colours), as in NaFlex, for a convolution."""
+    if weight.ndim == 4:
+        return weight
+    side = math.isqrt(weight.shape[1] // 3)
+    return weight.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2).contiguous()
+
+
+def _encoder_of(key: str, tensors: StateDict) -> Iterator[tuple[str, str]]:
+    for name, layout in _PATCH_EMBEDDINGS.items():
+        if f".{key}".endswith(f".{name}") and tensors[key].ndim in (2, 4):
+            root = key.removesuffix(name)
+            # A ResNet has a `conv1` as well.
+            if layout != "CLIP" or f"{root}transformer.resblocks.0.ln_1.weight" in tensors:
+                yield root, layout
+
+
+def _timm_name(key: str) -> str:
+    for pattern, name in _TIMM_NAMES:
+        key = pattern.sub(name, key)
+    return key
+
+
+def describe(tensors: Mapping[str, Tensor]) -> str:
+    """Say in a few words what a checkpoint seems to contain."""
+    if any(re.search(r"patch_embed.*weight$", key) and t.ndim == 5 for key, t in tensors.items()):
+        return "their patches span several frames, as in a video model"
+    for pattern, model in _OTHER_MODELS:
+        if any(re.search(pattern, key) for key in tensors):
+            return f"they look like {model}"
+    shown = ", ".join(list(tensors)[:4])
+    return (
+        f"their keys are {shown}{', ...' if len(tensors) > 4 else ''}" if tensors else "they have no tensors"
+    )
+
+
+def fit_names(state: StateDict, vit: Any) -> StateDict:
+    """Adapt an encoder's tensors to the names of a model's class.
+
+    timm's Eva names LayerScale `gamma_1`. Queries, keys and values, and the two halves of a gated MLP, are
+    stored apart in some layouts and together in others; a missing bias of the keys is zero.
+    """
+    state = dict(state)
+    for index, block in enumerate(vit.blocks):
+        prefix = f"blocks.{index}."
+        qkv, qkv_bias = f"{prefix}attn.qkv.", f"{prefix}attn.qkv.bias"
+        attention = getattr(block, "attn", None)
+        if getattr(attention, "qkv", None) is not None:
+            parts = [f"{prefix}attn.{name}_proj." for name in "qkv"]
+            if f"{parts[0]}weight" in state:
+                state[f"{qkv}weight"] = torch.cat([state.pop(f"{part}weight") for part in parts])
+                biases = [f"{part}bias" for part in parts]
+                _join_biases(state, qkv_bias, *biases)
+            _join_biases(state, qkv_bias, *(f"{prefix}attn.{name}_bias" for name in "qkv"))
+            if isinstance(vit, Eva) and f"{qkv}weight" in state:
+                # DINOv3 was released with biases that are all zero, and timm has models without them.
+                state.setdefault(qkv_bias, torch.zeros(len(state[f"{qkv}weight"])))
+        if hasattr(block.mlp, "fc1"):
+            for kind in ("weight", "bias"):
+                halves = [f"{prefix}mlp.fc1_{half}.{kind}" for half in "gx"]
+                if joined := [state.pop(half) for half in halves if half in state]:
+                    state[f"{prefix}mlp.fc1.{kind}"] = torch.cat(joined)
+        if isinstance(vit, Eva):
+            for number in "12":
+                if (scale := f"{prefix}ls{number}.gamma") in state:
+                    state[f"{prefix}gamma_{number}"] = state.pop(scale)
+    return state
+
+
+def _join_biases(state: StateDict, joined: str, query: str, key: str, value: str) -> None:
+    if query in state:
+        zero = torch.zeros_like(state[query])
+        state[joined] = torch.cat([state.pop(query), state.pop(key, zero), state.pop(value)])
