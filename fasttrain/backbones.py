@@ -171,7 +171,7 @@ def load_backbone(
     if state:
         _load_state(vit, state, config, f"weights {weights!r} ({found}) do not fit {name}")
     defaults = timm_config(vit) if name not in FAMILIES else Config()
-    if isinstance(vit, NaFlexVit):
+    if isinstance(vit, NaFlexVit) and vit.embeds.pos_embed_interp_mode == "bilinear":
         family = replace(family, resize="bilinear")
     return Backbone(
         vit,
@@ -277,7 +277,8 @@ def _unify_embeddings_of_naflex(vit: Any, name: str) -> None:
         vit.patch_embed.proj.bias = embeds.proj.bias
     vit.cls_token, vit.reg_token, vit.no_embed_class = embeds.cls_token, embeds.reg_token, True
     vit.pos_embed = nn.Parameter(embeds.pos_embed.detach().flatten(1, 2))
-    del vit.embeds
+    # The module keeps no parameters, but the mode by which it resizes positions.
+    embeds.proj = embeds.pos_embed = embeds.cls_token = embeds.reg_token = None
 
 
 def _set_activation(vit: Any, config: Config) -> None:
@@ -367,6 +368,10 @@ _FAMILY_OF = {
 def _load_state(vit: Any, state: StateDict, config: Config, problem: str) -> None:
     """Load a state dict strictly, for any number of positions; raise InputError if it does not fit."""
     state = fit_names(state, vit)
+    # The published DINOv3 stores the periods of its rotary positions, rounded to bfloat16.
+    periods = state.pop("rope.periods", None)
+    if periods is not None and hasattr(getattr(vit, "rope", None), "periods"):
+        vit.rope.periods.copy_(periods)
     if "pos_embed" in state and vit.pos_embed is not None:
         vit.pos_embed = nn.Parameter(torch.empty(1, state["pos_embed"].shape[1], vit.embed_dim))
     expected = vit.state_dict()

@@ -43,7 +43,7 @@ _AVERAGES = ("state_dict_ema", "model_ema", "ema")
 # pooling, constants of rotary embeddings, and the projection in the checkpoints of the Co-Settle release.
 _NOT_ENCODER = re.compile(
     r"(adapter|decoder\w*|head|head_dist|fc|classifier|pooler|attn_pool|proj|projectors|mask_token|masked_embed"
-    r"|lm_head|local_cls_norm|rope_embed|rope_embeddings|embeddings\.position_ids)(\.|$)|(.*\.)?(rope\.freqs_\w+|periods|bias_mask)$"
+    r"|lm_head|local_cls_norm|rope_embeddings|embeddings\.position_ids)(\.|$)|(.*\.)?(rope\.freqs_\w+|bias_mask)$"
 )
 
 # Translates the keys of other layouts to those of timm's VisionTransformer. In order, they are those of
@@ -66,10 +66,12 @@ _TIMM_NAMES = [
         (r"\.mlp\.c_proj\.", ".mlp.fc2."),
         (r"^(register_tokens|storage_tokens)$", "reg_token"),
         (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),
+        (r"^rope_embed\.periods$", "rope.periods"),
         (r"\.mlp\.w12\.", ".mlp.fc1."),
         (r"\.mlp\.w1\.", ".mlp.fc1_g."),
         (r"\.mlp\.w2\.", ".mlp.fc1_x."),
         (r"\.mlp\.w3\.", ".mlp.fc2."),
+        (r"\.attn\.([qkv])_bias$", r".attn.\1_proj.bias"),
         (r"\.mlp\.ffn_ln\.", ".mlp.norm."),
         (r"\.attn\.inner_attn_ln\.", ".attn.norm."),
         (r"^embeds\.proj\.", "patch_embed.proj."),
@@ -240,13 +242,10 @@ def select_encoder(
             bias = key.removesuffix("_mask")
             renamed[bias] = torch.where(renamed[key] == 1, renamed[bias], 0.0)
     state = {key: tensor for key, tensor in renamed.items() if not _NOT_ENCODER.match(key)}
-    patch = state["patch_embed.proj.weight"]
-    if patch.ndim == 2:
-        # A linear layer on flattened patches (rows, columns, colours), as in SigLIP 2 with NaFlex.
-        side = math.isqrt(patch.shape[1] // 3)
-        state["patch_embed.proj.weight"] = (
-            patch.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2).contiguous()
-        )
+    if not any(".mlp.fc1_g." in key for key in state):
+        # DINOv3 in transformers names the first layer of an MLP without a gate `up_proj`.
+        state = {key.replace(".mlp.fc1_x.", ".mlp.fc1."): tensor for key, tensor in state.items()}
+    state["patch_embed.proj.weight"] = as_convolution(state["patch_embed.proj.weight"])
     for embedding in {"cls_token", "reg_token", "pos_embed"} & state.keys():
         # CLIP stores them without a batch dimension.
         state[embedding] = state[embedding].reshape(1, -1, state[embedding].shape[-1])
@@ -255,7 +254,7 @@ def select_encoder(
 
 
 def as_convolution(weight: Tensor) -> Tensor:
-    """Reshape the weight of a linear layer on patches (rows, columns, colours), as in NaFlex, for a convolution."""
+    """Reshape the weight of a linear layer on patches (rows, columns, colours) for a convolution."""
     if weight.ndim == 4:
         return weight
     side = math.isqrt(weight.shape[1] // 3)
@@ -293,37 +292,30 @@ def describe(tensors: Mapping[str, Tensor]) -> str:
 def fit_names(state: StateDict, vit: Any) -> StateDict:
     """Adapt an encoder's tensors to the names of a model's class.
 
-    timm's Eva names LayerScale `gamma_1`. Queries, keys and values, and the two halves of a gated MLP, are
-    stored apart in some layouts and together in others; a missing bias of the keys is zero.
+    Queries, keys and values, and the two halves of a gated MLP, are stored apart in some layouts and together
+    in others. The final norm and LayerScale have two names in timm.
     """
     state = dict(state)
     for index, block in enumerate(vit.blocks):
-        prefix = f"blocks.{index}."
-        qkv, qkv_bias = f"{prefix}attn.qkv.", f"{prefix}attn.qkv.bias"
-        attention = getattr(block, "attn", None)
-        if getattr(attention, "qkv", None) is not None:
-            parts = [f"{prefix}attn.{name}_proj." for name in "qkv"]
-            if f"{parts[0]}weight" in state:
-                state[f"{qkv}weight"] = torch.cat([state.pop(f"{part}weight") for part in parts])
-                biases = [f"{part}bias" for part in parts]
-                _join_biases(state, qkv_bias, *biases)
-            _join_biases(state, qkv_bias, *(f"{prefix}attn.{name}_bias" for name in "qkv"))
-            if isinstance(vit, Eva) and f"{qkv}weight" in state:
-                # DINOv3 was released with biases that are all zero, and timm has models without them.
-                state.setdefault(qkv_bias, torch.zeros(len(state[f"{qkv}weight"])))
-        if hasattr(block.mlp, "fc1"):
+        attn, mlp = f"blocks.{index}.attn.", f"blocks.{index}.mlp."
+        if getattr(getattr(block, "attn", None), "qkv", None) is not None:
             for kind in ("weight", "bias"):
-                halves = [f"{prefix}mlp.fc1_{half}.{kind}" for half in "gx"]
-                if joined := [state.pop(half) for half in halves if half in state]:
-                    state[f"{prefix}mlp.fc1.{kind}"] = torch.cat(joined)
-        if isinstance(vit, Eva):
-            for number in "12":
-                if (scale := f"{prefix}ls{number}.gamma") in state:
-                    state[f"{prefix}gamma_{number}"] = state.pop(scale)
+                _join(state, f"{attn}qkv.{kind}", [f"{attn}{name}_proj.{kind}" for name in "qkv"])
+            if isinstance(vit, Eva):
+                # DINOv3 was released with biases of zero, and timm has models with and without them.
+                state.setdefault(f"{attn}qkv.bias", torch.zeros(block.attn.qkv.out_features))
+        if hasattr(getattr(block, "mlp", None), "fc1"):
+            for kind in ("weight", "bias"):
+                _join(state, f"{mlp}fc1.{kind}", [f"{mlp}fc1_{half}.{kind}" for half in "gx"])
+    if isinstance(vit, Eva):
+        state = {re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", key): tensor for key, tensor in state.items()}
+    if isinstance(vit.norm, nn.Identity):
+        state = {re.sub(r"^norm\.", "fc_norm.", key): tensor for key, tensor in state.items()}
     return state
 
 
-def _join_biases(state: StateDict, joined: str, query: str, key: str, value: str) -> None:
-    if query in state:
-        zero = torch.zeros_like(state[query])
-        state[joined] = torch.cat([state.pop(query), state.pop(key, zero), state.pop(value)])
+def _join(state: StateDict, joined: str, parts: list[str]) -> None:
+    """Concatenate the parts of a parameter, if it is stored in parts. A missing bias is zero."""
+    present = [state[part] for part in parts if part in state]
+    if present:
+        state[joined] = torch.cat([state.pop(part, torch.zeros_like(present[0])) for part in parts])
