@@ -23,8 +23,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from fasttrain.errors import InputError
-from fasttrain.layouts import ACTIVATIONS, Config, StateDict, as_convolution, fit_names
-from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD, Triple
+from fasttrain.layouts import ACTIVATIONS, Config, StateDict, as_convolution, fit_names, triple
+from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD
 from fasttrain.positions import Axis, PositionEncoding, Resize, sincos_positions
 from fasttrain.projection import Init
 from fasttrain.weights import hash_state_dict, load_encoder_weights, seeded, timm_config
@@ -110,6 +110,19 @@ FAMILIES: dict[str, Family] = {
 
 # All timm ViTs. Their positions are resized as in timm.
 _TIMM = Family(resize="antialias")
+
+
+# timm's modules of ViTs in which every block attends to all patches, and positions are embedded or rotary.
+TIMM_MODULES = ("vision_transformer", "deit", "eva", "naflexvit")
+_REASONS = {
+    "beit": ", whose positions are biases of the attention",
+    "vision_transformer_relpos": ", whose positions are biases of the attention",
+    "vision_transformer_hybrid": ", which has a convolutional stem",
+    "vision_transformer_sam": ", whose attention is limited to windows",
+    "swin_transformer": ", whose attention is limited to windows",
+    "swin_transformer_v2": ", whose attention is limited to windows",
+    "hiera": ", whose attention is limited to windows",
+}
 
 
 def load_backbone(
@@ -220,6 +233,13 @@ def _build_family(name: str, state: StateDict, config: Config, given: dict[str, 
 
 
 def _build_timm(name: str, state: StateDict, config: Config, given: dict[str, int], image_size: int) -> Any:
+    module = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
+    if module not in TIMM_MODULES:
+        reason = _REASONS.get(module, "")
+        raise InputError(
+            f"backbone {name!r} is a model of timm's {module}{reason}; expected a ViT of "
+            f"{', '.join(TIMM_MODULES)}"
+        )
     sizes: dict[str, Any] = ({"num_heads": config.num_heads} if config.num_heads else {}) | given
     # NaFlexVit accepts images of all sizes.
     if not name.startswith("naflexvit"):
@@ -231,12 +251,6 @@ def _build_timm(name: str, state: StateDict, config: Config, given: dict[str, in
         raise InputError(f"backbone {name!r} is not a plain timm ViT of these sizes ({error})") from error
     # Attention pooling does not affect the patch tokens, and its weights are not loaded.
     vit.attn_pool = None
-    kind = type(vit).__name__
-    if not isinstance(vit, VisionTransformer | Eva | NaFlexVit):
-        raise InputError(
-            f"backbone {name!r} is a timm {kind}; expected a VisionTransformer, Eva or NaFlexVit, in which "
-            f"every block attends to all patches and positions are embedded or rotary"
-        )
     if isinstance(vit, NaFlexVit):
         _unify_embeddings_of_naflex(vit, name)
     if vit.pos_embed is None and getattr(vit, "rope", None) is None:
@@ -245,11 +259,6 @@ def _build_timm(name: str, state: StateDict, config: Config, given: dict[str, in
         raise InputError(
             f"backbone {name!r} has rotary positions with frequencies per block and head (mixed RoPE), which "
             f"are not supported; expected embedded or axial rotary positions"
-        )
-    stem: Any = vit.patch_embed
-    if not isinstance(stem.proj, nn.Conv2d) or stem.proj.kernel_size != stem.proj.stride:
-        raise InputError(
-            f"backbone {name!r} has a convolutional stem; expected an embedding of separate patches"
         )
     _set_activation(vit, config)
     if isinstance(vit, Eva):
@@ -456,7 +465,8 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.weights, self.image_size = name, weights, image_size
-        self.mean, self.std = _triple("mean", mean), _triple("std", std)
+        self.mean = triple("backbone.mean", mean)
+        self.std = triple("backbone.std", std, positive=True)
         self.weights_hash = hash_state_dict(vit.state_dict())
         self.embed_dim: int = vit.embed_dim
         self.patch_size: int = vit.patch_embed.feat_ratio()
@@ -641,10 +651,3 @@ class Backbone(nn.Module):
 
 def _num_heads(vit: Any) -> int:
     return next(part.num_heads for part in vit.blocks[0].modules() if hasattr(part, "num_heads"))
-
-
-def _triple(name: str, values: Sequence[float]) -> Triple:
-    if len(values) != 3 or (name == "std" and min(values) <= 0):
-        kind = "positive numbers" if name == "std" else "numbers"
-        raise InputError(f"backbone.{name}: {list(values)}; expected three {kind}, one per colour")
-    return float(values[0]), float(values[1]), float(values[2])

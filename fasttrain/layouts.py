@@ -105,6 +105,8 @@ _DEFAULTS = {
     "siglip2": (12, "gelu_pytorch_tanh"),
 }
 
+# Names of relative positions, which only models that fasttrain cannot read have.
+_RELATIVE = re.compile(r"relative_position_bias_table$|\.rel_pos(_|\.|$)")
 # What a checkpoint without a ViT is likely to contain, by a pattern of its keys.
 _OTHER_MODELS = [
     (r"(^|\.)(decoder_embed|decoder_blocks\.0)\.", "the decoder of a masked autoencoder"),
@@ -113,7 +115,7 @@ _OTHER_MODELS = [
     (r"(^|\.)patch_embed(dings)?\.(proj\.\d|projection\.\d|stem|conv)", "a ViT with a convolutional stem"),
     (r"(^|\.)(downsample_layers|stages\.\d)\.", "a convolutional network such as ConvNeXt"),
     (r"(^|\.)layer1\.0\.conv1\.", "a ResNet"),
-    (r"relative_position_bias_table$", "a model with relative position biases, such as BEiT or Swin"),
+    (r"(^|\.)encoder_layer_0\.", "torchvision's ViT; use weights of timm or another library"),
     (r"(^|\.)_?flat_param", "a shard of a model that was trained with FSDP; export the whole state dict"),
 ]  # fmt: skip
 
@@ -169,6 +171,11 @@ def read_config(files: Mapping[str, Any], weights: str) -> Config:
         "num_heads": vision.get("num_attention_heads", defaults[0]),
         "activation": vision.get("hidden_act", defaults[1]),
     }
+    for name, size in list(known.items())[1:5]:
+        if size is not None and not (isinstance(size, int) and size > 0):
+            raise InputError(
+                f"weights {weights!r}: config.json says {name} {size!r}; expected a positive integer"
+            )
     if "model_cfg" in open_clip and not model:
         tower = open_clip["model_cfg"].get("vision_cfg", {})
         known |= {"embed_dim": tower.get("width"), "depth": tower.get("layers")}
@@ -185,8 +192,19 @@ def read_config(files: Mapping[str, Any], weights: str) -> Config:
     mean = preprocessing.get("image_mean", pretrained.get("mean"))
     std = preprocessing.get("image_std", pretrained.get("std"))
     if preprocessing.get("do_normalize", True) and mean is not None and std is not None:
-        known |= {"mean": tuple(mean), "std": tuple(std)}
+        known["mean"] = triple(f"weights {weights!r}: the configured mean", mean)
+        known["std"] = triple(f"weights {weights!r}: the configured std", std, positive=True)
     return Config(**known)
+
+
+def triple(what: str, values: Any, *, positive: bool = False) -> Triple:
+    """Return three numbers, one per colour. Raises InputError if `values` are not."""
+    numbers = list(values) if isinstance(values, list | tuple) else []
+    valid = all(isinstance(number, int | float) and (number > 0 or not positive) for number in numbers)
+    if len(numbers) != 3 or not valid:
+        kind = "positive numbers" if positive else "numbers"
+        raise InputError(f"{what} is {values!r}; expected three {kind}, one per colour")
+    return float(numbers[0]), float(numbers[1]), float(numbers[2])
 
 
 def flatten(checkpoint: Any) -> StateDict:
@@ -220,7 +238,7 @@ def select_encoder(
         InputError: There is no encoder, or there are several and neither `prefer` nor `entry` decides.
     """
     found = {root: layout for key in tensors for root, layout in _encoder_of(key, tensors)}
-    if not found:
+    if not found or any(_RELATIVE.search(key) for key in tensors):
         raise InputError(f"weights {weights!r} contain no ViT that fasttrain can read: {describe(tensors)}")
     roots = [root for root in found if f".{root}".startswith(f".{entry}." if entry else "")]
     for name in (*prefer, *_AVERAGES):
@@ -280,6 +298,8 @@ def describe(tensors: Mapping[str, Tensor]) -> str:
     """Say in a few words what a checkpoint seems to contain."""
     if any(re.search(r"patch_embed.*weight$", key) and t.ndim == 5 for key, t in tensors.items()):
         return "their patches span several frames, as in a video model"
+    if any(_RELATIVE.search(key) for key in tensors):
+        return "their positions are relative, as in BEiT, Swin or SAM; expected embedded or rotary positions"
     for pattern, model in _OTHER_MODELS:
         if any(re.search(pattern, key) for key in tensors):
             return f"they look like {model}"

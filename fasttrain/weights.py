@@ -79,6 +79,8 @@ class Source:
     def fetch(self, name: str) -> Path:
         """Return the local path of a file of the folder; download it if necessary."""
         if self.folder is not None:
+            if not (self.folder / name).is_file():
+                raise InputError(f"weights {self.weights!r}: the folder has no file {name!r}")
             return self.folder / name
         file = f"{self.path}/{name}" if self.path else name
         try:
@@ -86,19 +88,9 @@ class Source:
         except Exception as error:
             raise self._download_error(file, error) from error
 
-    def configuration(self, names: Collection[str] | None = None) -> dict[str, Any]:
-        """Read the configuration files of the folder, as far as they exist."""
-        files = {}
-        for name in CONFIG_FILES:
-            if names is not None and name not in names:
-                continue
-            try:
-                path = self.fetch(name)
-            except InputError:
-                continue
-            if path.is_file():
-                files[name] = read_json(path)
-        return files
+    def configuration(self, names: Collection[str]) -> dict[str, Any]:
+        """Read those configuration files that the folder has."""
+        return {name: read_json(self.fetch(name)) for name in CONFIG_FILES if name in names}
 
     def _cached_files(self) -> list[str]:
         try:
@@ -127,7 +119,7 @@ def load_encoder_weights(weights: str, prefer: tuple[str, ...]) -> tuple[StateDi
     Raises:
         InputError: The weights cannot be loaded, or contain no encoder.
     """
-    location, _, entry = weights.partition("#")
+    location, _, entry = (weights, "", "") if Path(weights).is_file() else weights.partition("#")
     if location.startswith("timm://"):
         tensors, config = _load_timm(location)
     else:
@@ -138,13 +130,13 @@ def load_encoder_weights(weights: str, prefer: tuple[str, ...]) -> tuple[StateDi
 
 def _load_files(weights: str) -> tuple[StateDict, Config]:
     source, name = _find(weights)
-    if name:
-        # Only these names belong to a configuration in the same folder.
-        files = source.configuration() if name in WEIGHT_FILES else {}
-    else:
-        names = source.names()
-        name = _choose_file(weights, names)
-        files = source.configuration(names)
+    # A file with another name does not belong to a configuration in the same folder.
+    names = source.names() if not name or name in WEIGHT_FILES else []
+    name = name or _choose_file(weights, names)
+    if re.search(r"-\d+-of-\d+\.", name):
+        raise InputError(
+            f"weights {weights!r} are one of several shards; pass the folder that contains them all"
+        )
     path = source.fetch(name)
     if path.name.endswith(".index.json"):
         shards = sorted(set(read_json(path).get("weight_map", {}).values()))
@@ -153,7 +145,7 @@ def _load_files(weights: str) -> tuple[StateDict, Config]:
         }
     else:
         tensors = read_checkpoint(path)
-    return flatten_checkpoint(tensors, weights), read_config(files, weights)
+    return flatten_checkpoint(tensors, weights), read_config(source.configuration(names), weights)
 
 
 def _find(weights: str) -> tuple[Source, str]:
@@ -181,8 +173,7 @@ def _choose_file(weights: str, names: list[str]) -> str:
     """Choose the file of weights in a folder."""
     standard = [name for name in WEIGHT_FILES if name in names]
     others = [name for name in names if PurePosixPath(name).suffix in SUFFIXES]
-    if not others and len(names) == 1:
-        # A file of the paper's release may lack a suffix.
+    if not others and len(names) == 1 and not PurePosixPath(names[0]).suffix:
         others = names
     if not standard and len(others) != 1:
         problem = f"has several files of weights ({', '.join(others[:5])})" if others else "has no weights"
@@ -275,7 +266,11 @@ def read_checkpoint(path: Path) -> Any:
     # Damaged files raise exceptions of any type.
     except Exception as error:
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
-        if unsafe:
+        with path.open("rb") as file:
+            is_pointer = file.read(20) == b"version https://git-"
+        if is_pointer:
+            problem = "is a pointer of Git LFS, not the weights; run `git lfs pull` in its repository"
+        elif unsafe:
             problem = f"contains {unsafe[1]}, which is not safe to load; save the state dict alone"
         else:
             reason = re.split(r"\. |\n", str(error))[0] or type(error).__name__
