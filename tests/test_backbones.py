@@ -200,6 +200,13 @@ def test_positions_of_a_checkpoint_are_resized_to_the_image_size(shared: Path, f
         ("vit_medium_patch16_gap_240", {}),
         ("vit_base_patch16_clip_quickgelu_224", {"embed_dim": 64, "num_heads": 2}),
         ("vit_base_patch16_siglip_224", {"embed_dim": 64, "num_heads": 2}),
+        ("vit_small_plus_patch16_dinov3_qkvb", {}),
+        ("eva02_tiny_patch14_224", {"patch_size": 16}),
+        ("vit_pe_core_small_patch16_384", {}),
+        ("vit_pe_spatial_tiny_patch16_512", {}),
+        ("vit_small_patch16_rope_ape_224", {}),
+        ("vit_base_patch16_rope_reg1_gap_256", {"embed_dim": 64, "num_heads": 2}),
+        ("vit_base_patch16_xp_224", {"embed_dim": 64, "num_heads": 2}),
     ],
 )
 def test_a_timm_vit_returns_the_tokens_of_timm(name: str, sizes: dict[str, int]) -> None:
@@ -221,15 +228,29 @@ def test_a_timm_vit_returns_the_tokens_of_timm(name: str, sizes: dict[str, int])
     [
         (
             {"name": "dinov3"},
-            "backbone 'dinov3' is neither one of mae, ijepa, .*dinov2 nor a timm ViT",
+            "'dinov3' is neither one of mae, .*dinov2 nor a timm ViT; did you mean .*vit_base_patch16_dinov3 or",
         ),
-        ({"name": "resnet18"}, "'resnet18' is not a plain timm ViT"),
+        (
+            {"name": "resnet18"},
+            "'resnet18' is a model of timm's resnet; expected a ViT of vision_transformer",
+        ),
+        ({"name": "beit_base_patch16_224"}, "timm's beit, whose positions are biases of the attention"),
+        (
+            {"name": "samvit_base_patch16"},
+            "timm's vision_transformer_sam, whose attention is limited to windows",
+        ),
+        (
+            {"name": "vit_small_r26_s32_224"},
+            "timm's vision_transformer_hybrid, which has a convolutional stem",
+        ),
+        ({"name": "vit_small_patch16_rope_mixed_224"}, "mixed RoPE"),
+        ({"name": "naflexvit_base_patch16_par_gap"}, "positions that .* depend on the aspect ratio"),
+        ({"name": "mae", "std": (0.5, 0, 0.5)}, r"backbone\.std is .*expected three positive numbers"),
         ({"name": "vit_tiny_patch16_224.mine"}, "Invalid pretrained tag"),
         ({"name": "vit_tiny_patch16_224", "embed_dim": 100}, "'vit_tiny_patch16_224' .* num_heads"),
-        ({"name": "eva02_tiny_patch14_224"}, "'eva02_tiny_patch14_224' is a timm Eva"),
         ({"name": "mae", "image_size": 100}, "100 x 100: mae needs multiples of 16, such as 96 x 96"),
-        ({"name": "mae", "embed_dim": 32}, "embed_dim 32 .*; set num_heads"),
-        ({"name": "mae", "embed_dim": 32, "num_heads": 3}, "embed_dim 32 .* num_heads=3"),
+        ({"name": "mae", "embed_dim": 32}, "the width 32 .*; set backbone.num_heads"),
+        ({"name": "mae", "embed_dim": 32, "num_heads": 3}, "the width 32 .* num_heads=3"),
     ],
 )
 def test_invalid_backbones_are_refused(arguments: dict[str, Any], message: str) -> None:

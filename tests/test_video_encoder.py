@@ -35,7 +35,7 @@ def test_the_encoder_applies_backbone_and_projection_to_every_frame(tmp_path: Pa
 def write_weights(path: Path, shift: float = 0.0) -> str:
     """Write a checkpoint of the test encoder; `shift` changes the weights."""
     encoder = load_backbone(**SETTINGS)
-    prefix_1D, positions_ND = encoder.get_buffer("prefix_PD"), encoder.get_buffer("positions_ND")
+    prefix_1D, positions_ND = encoder.get_buffer("prefix_PD"), encoder.get_buffer("positions_NC")
     state: dict[str, Tensor] = {
         **encoder.state_dict(),
         "cls_token": prefix_1D[None],

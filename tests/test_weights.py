@@ -127,21 +127,21 @@ def test_dinov2_needs_layer_scale_and_supports_any_number_of_registers(
     torch.save(state, tmp_path / "dinov2.pth")
     assert len(load(tmp_path / "dinov2.pth", "dinov2").prefix_PD) == 1 + registers
     torch.save(timm_state(), tmp_path / "dino.pth")
-    with pytest.raises(InputError, match=r'Missing key\(s\) .*"blocks\.0\.ls1\.gamma"'):
+    with pytest.raises(InputError, match=r"missing blocks\.0\.ls1\.gamma and 3 more"):
         load(tmp_path / "dino.pth", "dinov2")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"blocks.1.attn.qkv.bias": None}, r'Missing key\(s\) .*: "blocks\.1\.attn\.qkv\.bias"\.$'),
-        ({"pos_embed": None}, r'Missing key\(s\) .*: "pos_embed"'),
-        ({"patch_embed.proj.weight": None}, r'Missing key\(s\) .*: "patch_embed\.proj\.weight"'),
-        ({"blocks.0.attn.gate": torch.zeros(3)}, r'Unexpected key\(s\) .*: "blocks\.0\.attn\.gate"\.$'),
-        ({"norm.weight": torch.zeros(7)}, r"size mismatch for norm\.weight: .*\[7\].*\[32\]"),
-        ({"blocks.2.norm1.weight": torch.zeros(32)}, r'Missing key\(s\) .*: "blocks\.2\..* \.\.\.$'),
+        ({"blocks.1.attn.qkv.bias": None}, r"missing blocks\.1\.attn\.qkv\.bias$"),
+        ({"pos_embed": None}, "missing pos_embed$"),
+        ({"patch_embed.proj.weight": None}, "contain no ViT .*: their keys are cls_token, pos_embed, "),
+        ({"blocks.0.attn.gate": torch.zeros(3)}, r"unexpected blocks\.0\.attn\.gate$"),
+        ({"norm.weight": torch.zeros(7)}, r"norm\.weight has the shape \[7\], expected \[32\]"),
+        ({"blocks.2.norm1.weight": torch.zeros(32)}, r"missing blocks\.2\.attn\.proj\.bias and 10 more"),
         ({"pos_embed": torch.zeros(1, 19, 32)}, "19 positions do not form a square grid"),
-        ({"pos_embed": torch.zeros(1, 17, 8)}, r"size mismatch for pos_embed: .*\[1, 17, 8\]"),
+        ({"pos_embed": torch.zeros(1, 17, 8)}, r"pos_embed has the shape \[1, 17, 8\]"),
     ],
 )
 def test_the_message_about_a_mismatched_checkpoint_names_the_keys(
@@ -157,9 +157,9 @@ def test_the_message_about_a_mismatched_checkpoint_names_the_keys(
 def test_sizes_that_contradict_the_checkpoint_are_refused(state: dict[str, Tensor], tmp_path: Path) -> None:
     torch.save(state, tmp_path / "dino.pth")
     arguments = {"weights": str(tmp_path / "dino.pth"), "image_size": 64, "num_heads": 2}
-    with pytest.raises(InputError, match=r'Unexpected key\(s\) .*: "blocks\.1\.'):
+    with pytest.raises(InputError, match=r"unexpected blocks\.1\."):
         load_backbone("dino", depth=1, **arguments)
-    with pytest.raises(InputError, match=r"size mismatch for patch_embed.*\[32, 3, 16, 16\].*3, 8, 8\]"):
+    with pytest.raises(InputError, match=r"patch_embed.*\[32, 3, 16, 16\], expected \[32, 3, 8, 8\]"):
         load_backbone("dino", patch_size=8, **arguments)
 
 
@@ -226,7 +226,7 @@ def test_the_message_about_a_missing_file_lists_the_sources(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for path in (weights, f"{tmp_path}/{weights}"):
-        with pytest.raises(InputError, match="no such file; expected a local path, hf://"):
+        with pytest.raises(InputError, match="no such file; expected a local file or folder, hf://"):
             load_backbone("mae", weights=path)
 
 
@@ -252,9 +252,10 @@ def test_hub_files_are_found_by_path_and_by_folder(
         ("owner/repo", "ckpts/base/MAE/checkpoint.pth", None),
     ]
     for path, message in [
-        ("/two", r"/two': the folder has several files.*: two/a\.pth, two/b\.pth"),
-        ("/other", "/other': the repository has no such file or folder"),
-        ("", "expected hf://owner/repo/path"),
+        ("/two", r"/two': the folder has several files of weights \(a\.pth, b\.pth\)"),
+        ("/other", "/other': the folder has no weights"),
+        ("", "repo': the folder has no weights"),
+        ("@", "expected hf://owner/repo"),
     ]:
         with pytest.raises(InputError, match=message):
             load_backbone("mae", weights=f"hf://owner/repo{path}")

@@ -1,0 +1,409 @@
+"""Checkpoints in other layouts, compared with transformers, and messages about other models."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fasttrain.backbones import FAMILIES, Backbone, load_backbone
+from fasttrain.errors import InputError
+from fasttrain.layouts import flatten, read_config, select_encoder
+from fasttrain.weights import hash_state_dict, seeded
+
+# Heads of 16 channels, so that a number of heads inferred from the width would be wrong.
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+    "image_size": 64,
+    "patch_size": 16,
+}
+TIMM_SIZES = {"embed_dim": 64, "depth": 2}
+MODELS: dict[str, tuple[Callable[[], Any], str]] = {
+    "dinov2": (lambda: transformers.Dinov2Model(transformers.Dinov2Config(**SIZES)), "dinov2"),
+    "dinov2 swiglu": (
+        lambda: transformers.Dinov2Model(transformers.Dinov2Config(**SIZES, use_swiglu_ffn=True)),
+        "dinov2",
+    ),
+    "dinov2 registers": (
+        lambda: transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(**SIZES)),
+        "dinov2",
+    ),
+    "dinov3": (
+        lambda: transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**SIZES, num_register_tokens=4)),
+        "vit_small_patch16_dinov3",
+    ),
+    "dinov3 gated": (
+        lambda: transformers.DINOv3ViTModel(
+            transformers.DINOv3ViTConfig(
+                **SIZES, num_register_tokens=4, use_gated_mlp=True, hidden_act="silu"
+            )
+        ),
+        "vit_small_plus_patch16_dinov3",
+    ),
+    "vit": (lambda: transformers.ViTModel(transformers.ViTConfig(**SIZES)), "dino"),
+    "vit classifier": (
+        lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**SIZES)),
+        "vit_tiny_patch16_224",
+    ),
+    "mae": (
+        lambda: transformers.ViTMAEForPreTraining(
+            transformers.ViTMAEConfig(**(SIZES | {"intermediate_size": 160}), mask_ratio=0.0)
+        ),
+        "mae",
+    ),
+    "clip": (lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**SIZES)), "clip"),
+    "clip gelu": (
+        lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**SIZES, hidden_act="gelu")),
+        "clip",
+    ),
+    "siglip": (
+        lambda: transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SIZES)),
+        "vit_base_patch16_siglip_224",
+    ),
+    "ijepa": (lambda: transformers.IJepaModel(transformers.IJepaConfig(**SIZES)), "ijepa"),
+}
+
+
+def random_model(kind: str) -> Any:
+    """Build a model of transformers with weights large enough for mistakes to show."""
+    with seeded(5):
+        model = MODELS[kind][0]().eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def load(kind: str, path: Path, **options: Any) -> Backbone:
+    name = MODELS[kind][1]
+    sizes = {} if name in FAMILIES else TIMM_SIZES
+    return load_backbone(name, weights=str(path), image_size=64, **sizes, **options)
+
+
+def tokens_of(model: Any, images: Tensor) -> Tensor:
+    """Return the patch tokens of a model of transformers after its final norm."""
+    base = getattr(model, "vit", model)
+    options = {"noise": torch.arange(16.0).expand(len(images), -1)} if "MAE" in type(base).__name__ else {}
+    with torch.no_grad():
+        hidden = base(pixel_values=images, **options).last_hidden_state
+        if isinstance(base, transformers.CLIPVisionModel):
+            hidden = base.post_layernorm(hidden)
+    return hidden[:, -(images.shape[-2] // 16) * (images.shape[-1] // 16) :]
+
+
+def random_images(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    return ((value - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_tokens_match_transformers(kind: str, tmp_path: Path) -> None:
+    model = random_model(kind)
+    model.save_pretrained(tmp_path)
+    encoder = load(kind, tmp_path)
+    assert encoder.num_heads == 4
+    images = random_images(2, 3, 64, 64)
+    tokens = encoder.tokens(images)
+    if kind == "ijepa":
+        # The paper's code omits the final norm.
+        tokens = encoder.norm(tokens)
+    assert relative_error(tokens, tokens_of(model, images)) < 1e-5
+    # The parameters of a model in memory have other names than its files.
+    torch.save(model.state_dict(), tmp_path / "in_memory.pth")
+    if kind != "clip gelu":
+        named = load(kind, tmp_path / "in_memory.pth", num_heads=4)
+        assert named.weights_hash == encoder.weights_hash
+        if kind != "siglip":
+            torch.testing.assert_close(named.tokens(images), encoder.tokens(images))
+
+
+@pytest.mark.parametrize("kind", ["dinov2 registers", "dinov3", "dinov3 gated"])
+def test_tokens_of_other_image_sizes_match_transformers(kind: str, tmp_path: Path) -> None:
+    model = random_model(kind)
+    model.save_pretrained(tmp_path)
+    images = random_images(1, 3, 48, 112)
+    assert relative_error(load(kind, tmp_path).tokens(images), tokens_of(model, images)) < 1e-5
+
+
+def test_numbers_of_heads_come_from_the_published_models() -> None:
+    """MoCo v3's ViT-S has 12 heads, and the larger MAE and I-JEPA have 16, of more than 64 channels."""
+    for family, width, heads in [
+        ("mocov3", 384, 12), ("dino", 384, 6), ("mae", 1280, 16), ("ijepa", 1408, 16), ("dinov2", 1536, 24),
+    ]:  # fmt: skip
+        encoder = load_backbone(family, embed_dim=width, depth=1, image_size=32)
+        assert encoder.num_heads == heads
+
+
+def test_a_width_without_a_published_number_of_heads_is_refused(tmp_path: Path) -> None:
+    state = load_backbone("dino", embed_dim=320, num_heads=10, depth=1, image_size=32).state_dict()
+    names = {
+        key: tensor for key, tensor in state.items() if key.startswith(("patch_embed", "blocks", "norm"))
+    }
+    torch.save(
+        names | {"cls_token": torch.zeros(1, 1, 320), "pos_embed": torch.zeros(1, 5, 320)}, tmp_path / "w"
+    )
+    with pytest.raises(InputError, match=r"width 320 .*; set backbone\.num_heads"):
+        load_backbone("dino", weights=str(tmp_path / "w"))
+    assert load_backbone("dino", weights=str(tmp_path / "w"), num_heads=5, image_size=32).num_heads == 5
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_dinov2_resizes_positions_as_its_authors_do(registers: int, tmp_path: Path) -> None:
+    kind = "dinov2 registers" if registers else "dinov2"
+    model = random_model(kind)
+    model.save_pretrained(tmp_path)
+    encoder = load(kind, tmp_path)
+    own_1DSS = model.embeddings.position_embeddings[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    for grid in [(6, 5), (3, 4)]:
+        size: dict[str, Any] = (
+            {"size": grid} if registers else {"scale_factor": ((grid[0] + 0.1) / 4, (grid[1] + 0.1) / 4)}
+        )
+        expected = nn.functional.interpolate(own_1DSS, mode="bicubic", antialias=registers > 0, **size)
+        torch.testing.assert_close(encoder.positions(grid), expected[0].flatten(1).T)
+
+
+# --- wrappers and containers ---------------------------------------------------------------------------
+
+
+def small_state() -> dict[str, Tensor]:
+    """Return an encoder with the names of timm: two parameters suffice to find it."""
+    return {"patch_embed.proj.weight": torch.ones(8, 3, 2, 2), "blocks.0.attn.qkv.weight": torch.ones(24, 8)}
+
+
+def behind(prefix: str, value: float = 0.0) -> dict[str, Tensor]:
+    return {f"{prefix}{key}": tensor + value for key, tensor in small_state().items()}
+
+
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        behind("_orig_mod."),
+        behind("module._orig_mod."),
+        {"state_dict": behind("model."), "optimizer_states": [{"state": {}}], "epoch": 3},
+        {"state_dict": behind("model._orig_mod.backbone.")},
+        {"teacher": behind("backbone.")},
+        {"net": behind("")},
+        {"ema": behind("module.")},
+        {"model": behind("", 1.0), "model_ema": behind("")},
+        {"state_dict": behind("", 1.0), "state_dict_ema": behind(""), "arch": "vit_tiny_patch16_224"},
+        {"app": {"model": behind("encoder.vision."), "step": torch.ones(())}},
+        {key.replace("blocks.0.", "blocks.0._fsdp_wrapped_module."): t for key, t in small_state().items()},
+        behind("visual.trunk.") | {"visual.head.proj.weight": torch.ones(3), "logit_scale": torch.ones(())},
+    ],
+)
+def test_an_encoder_is_found_in_any_wrapper(checkpoint: dict[str, Any]) -> None:
+    state, _ = select_encoder(flatten(checkpoint), "weights")
+    assert hash_state_dict(state) == hash_state_dict(small_state())
+
+
+STUDENT_AND_TEACHER = {"student": behind("backbone.", 1.0), "teacher": behind("backbone.")}
+
+
+@pytest.mark.parametrize(
+    "choice", [{"prefer": ("teacher",)}, {"entry": "teacher"}, {"entry": "teacher.backbone"}]
+)
+def test_one_of_several_encoders_is_chosen(choice: dict[str, Any]) -> None:
+    state, found = select_encoder(flatten(STUDENT_AND_TEACHER), "weights", **choice)
+    assert hash_state_dict(state) == hash_state_dict(small_state())
+    assert found == "entry 'teacher.backbone', layout of timm"
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("", "contain several encoders"),
+        ("other", "have no encoder 'other'"),
+        ("teach", "have no encoder 'teach'"),
+    ],
+)
+def test_several_encoders_need_a_choice(entry: str, message: str) -> None:
+    with pytest.raises(
+        InputError, match=rf"{message}: 'student\.backbone', 'teacher\.backbone'\. Append .*#"
+    ):
+        select_encoder(flatten(STUDENT_AND_TEACHER), "weights", entry=entry)
+
+
+def test_an_entry_is_chosen_in_the_location_of_the_weights(tmp_path: Path) -> None:
+    name, sizes = "vit_small_patch16_224", {"embed_dim": 64, "depth": 1, "num_heads": 1}
+    states = {}
+    for seed, entry in enumerate(("student", "teacher")):
+        with seeded(seed):
+            states[entry] = timm.create_model(name, num_classes=0, img_size=32, **sizes).state_dict()
+    torch.save(states, tmp_path / "both.pth")
+    for entry, state in states.items():
+        encoder = load_backbone(name, weights=f"{tmp_path}/both.pth#{entry}", image_size=32, **sizes)
+        assert encoder.weights_hash == hash_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "message"),
+    [
+        ("model.embed_tokens.weight", (9, 4), "they look like a language model"),
+        ("decoder_blocks.0.norm1.weight", (4,), "the decoder of a masked autoencoder"),
+        ("decoder.up_blocks.0.resnets.0.norm1.weight", (4,), "the autoencoder or U-Net of a diffusion model"),
+        ("layer1.0.conv1.weight", (4, 4, 1, 1), "a ResNet"),
+        ("stages.0.0.gamma", (4,), "a convolutional network"),
+        ("patch_embed.proj.0.weight", (4, 3, 3, 3), "a ViT with a convolutional stem"),
+        ("patch_embed.proj.weight", (4, 3, 2, 16, 16), "their patches span several frames"),
+        ("blocks.0.attn.relative_position_bias_table", (9, 2), "their positions are relative"),
+        ("anything.else", (4,), r"their keys are anything\.else"),
+    ],
+)
+def test_the_message_says_what_other_checkpoints_contain(
+    key: str, shape: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(InputError, match=f"weights 'x' contain no ViT .*: .*{message}"):
+        select_encoder({key: torch.zeros(shape)}, "x")
+
+
+def test_the_message_names_the_family_of_other_weights(tmp_path: Path) -> None:
+    random_model("dinov2").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"do not fit mae .*weights of dinov2: use backbone\.name=dinov2"):
+        load_backbone("mae", weights=str(tmp_path), image_size=64)
+
+
+# --- configurations ------------------------------------------------------------------------------------
+
+
+def test_normalisation_and_heads_come_from_the_configuration(tmp_path: Path) -> None:
+    random_model("siglip").save_pretrained(tmp_path)
+    processor = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.25, 0.3]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    encoder = load("siglip", tmp_path)
+    assert (encoder.mean, encoder.std) == ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+    # An explicit value takes precedence, and the file itself stands for its folder.
+    encoder = load("siglip", tmp_path / "model.safetensors", mean=(0, 0, 0))
+    assert (encoder.mean, encoder.std, encoder.num_heads) == ((0, 0, 0), (0.2, 0.25, 0.3), 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "mean"),
+    [("dino", 0.485), ("clip", 0.485), ("vit_tiny_patch16_224", 0.5), ("vit_small_patch16_dinov3", 0.485)],
+)
+def test_the_normalisation_without_a_configuration(name: str, mean: float) -> None:
+    """The paper uses ImageNet's for its families, and timm's models have their own."""
+    assert load_backbone(name, depth=1, image_size=32).mean[0] == mean
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"model_type": "siglip", "vision_config": {}}, (12, "gelu_pytorch_tanh")),
+        ({"model_type": "clip", "vision_config": {"num_attention_heads": 16}}, (16, "quick_gelu")),
+        ({"model_type": "dinov2", "num_attention_heads": 6, "hidden_act": "silu"}, (6, "silu")),
+        ({"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {}}, (None, None)),
+        ({}, (None, None)),
+    ],
+)
+def test_values_that_transformers_omits_are_its_defaults(
+    config: dict[str, Any], expected: tuple[Any, Any]
+) -> None:
+    read = read_config({"config.json": config}, "weights")
+    assert (read.num_heads, read.activation) == expected
+
+
+def test_the_configuration_of_open_clip() -> None:
+    vision = {"width": 1280, "layers": 32, "head_width": 80, "patch_size": 14}
+    config = {
+        "model_cfg": {"embed_dim": 1024, "vision_cfg": vision},
+        "preprocess_cfg": {"mean": [0.48, 0.45, 0.4], "std": [0.26, 0.26, 0.27]},
+    }
+    read = read_config({"open_clip_config.json": config}, "weights")
+    assert (read.embed_dim, read.depth, read.patch_size, read.num_heads) == (1280, 32, 14, 16)
+    assert (read.activation, read.mean) == ("gelu", (0.48, 0.45, 0.4))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 128}, "the configuration says width 128, but the tensors have width 64"),
+        ({"num_hidden_layers": 12}, "depth 12, but the tensors have depth 2"),
+        ({"patch_size": 14}, "patch size 14, but the tensors have patch size 16"),
+        ({"num_attention_heads": 7}, "7 heads, which do not divide the width 64"),
+        ({"num_attention_heads": "4"}, "num_heads '4'; expected a positive integer"),
+        ({"hidden_act": "relu6"}, "the activation 'relu6'; expected one of gelu"),
+        ("[]", "expected a JSON object, got a list"),
+        ("{", "is not valid JSON"),
+    ],
+)
+def test_configurations_that_contradict_the_tensors(change: Any, message: str, tmp_path: Path) -> None:
+    random_model("dinov2").save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(
+        change if isinstance(change, str) else json.dumps(json.loads(config.read_text()) | change)
+    )
+    with pytest.raises(InputError, match=message) as caught:
+        load("dinov2", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+# --- folders and repositories --------------------------------------------------------------------------
+
+
+def test_a_repository_is_loaded_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random_model("dinov2").save_pretrained(tmp_path)
+    requests = []
+
+    def download(repo: str, path: str, revision: str | None = None) -> str:
+        requests.append(path)
+        return str(tmp_path / path)
+
+    files = [path.name for path in tmp_path.iterdir()]
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo, revision=None: [*files, "other.bin"])
+    encoder = load_backbone("dinov2", weights="hf://owner/repo", image_size=64)
+    assert (encoder.num_heads, sorted(requests)) == (4, ["config.json", "model.safetensors"])
+    assert encoder.weights_hash == load("dinov2", tmp_path).weights_hash
+
+
+def test_a_downloaded_repository_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random_model("dinov2").save_pretrained(tmp_path)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", fail)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, path, **_: str(tmp_path / path))
+    assert load_backbone("dinov2", weights="hf://owner/repo", image_size=64).num_heads == 4
+
+
+def test_shards_are_joined(tmp_path: Path) -> None:
+    model = random_model("dinov2")
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    shards = sorted((tmp_path / "shards").glob("model-*"))
+    assert len(shards) > 1
+    encoder = load("dinov2", tmp_path / "shards")
+    assert encoder.weights_hash == load("dinov2", tmp_path / "whole").weights_hash
+    with pytest.raises(InputError, match="one of several shards; pass the folder"):
+        load("dinov2", shards[0])
+    shards[0].unlink()
+    with pytest.raises(InputError, match=f"the folder has no file '{re.escape(shards[0].name)}'"):
+        load("dinov2", tmp_path / "shards")
+
+
+def test_folders_without_weights_and_pointers_of_git_lfs(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="the folder has no weights"):
+        load_backbone("mae", weights=str(tmp_path))
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(InputError, match="a pointer of Git LFS"):
+        load_backbone("mae", weights=str(tmp_path))
+    save_file({"embed_tokens.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="a language model"):
+        load_backbone("mae", weights=str(tmp_path))
