@@ -172,14 +172,15 @@ def _find(weights: str) -> tuple[Source, str]:
 def _choose_file(weights: str, names: list[str]) -> str:
     """Choose the file of weights in a folder."""
     standard = [name for name in WEIGHT_FILES if name in names]
-    others = [name for name in names if PurePosixPath(name).suffix in SUFFIXES]
+    with_suffix = [name for name in names if PurePosixPath(name).suffix in SUFFIXES]
+    others = [name for name in with_suffix if "/" not in name] or with_suffix
     if not others and len(names) == 1 and not PurePosixPath(names[0]).suffix:
         others = names
     if not standard and len(others) != 1:
         problem = f"has several files of weights ({', '.join(others[:5])})" if others else "has no weights"
         raise InputError(
-            f"weights {weights!r}: the folder {problem}; pass the path of one file, or a folder with one of "
-            f"{', '.join(WEIGHT_FILES)}"
+            f"weights {weights!r}: the folder {problem}; pass the path of one file, or a folder with "
+            f"model.safetensors or pytorch_model.bin"
         )
     return (standard or others)[0]
 
