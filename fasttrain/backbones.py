@@ -191,6 +191,7 @@ def load_backbone(
         family,
         name=name,
         weights=weights,
+        found=found,
         image_size=image_size,
         mean=mean or config.mean or defaults.mean or IMAGENET_MEAN,
         std=std or config.std or defaults.std or IMAGENET_STD,
@@ -400,6 +401,9 @@ def _load_state(vit: Any, state: StateDict, config: Config, problem: str) -> Non
             f"{problem} (width {vit.embed_dim}, depth {len(vit.blocks)}): {'; '.join(reasons[:4])}"
             + (f". They are weights of {config.model}: use backbone.name={hint}" if hint else "")
         )
+    broken = next((key for key, tensor in state.items() if not tensor.isfinite().all()), None)
+    if broken is not None:
+        raise InputError(f"{problem}: {broken} has values that are not finite; expected intact weights")
     vit.load_state_dict(state)
 
 
@@ -459,12 +463,14 @@ class Backbone(nn.Module):
         *,
         name: str,
         weights: str,
+        found: str,
         image_size: int,
         mean: Sequence[float],
         std: Sequence[float],
     ) -> None:
         super().__init__()
         self.name, self.weights, self.image_size = name, weights, image_size
+        self._found = found
         self.mean = triple("backbone.mean", mean)
         self.std = triple("backbone.std", std, positive=True)
         self.weights_hash = hash_state_dict(vit.state_dict())
@@ -493,6 +499,17 @@ class Backbone(nn.Module):
         training_grid = (self._encoding.side, self._encoding.side)
         self.register_buffer("positions_NC", self._encoding.on_grid(training_grid), persistent=False)
         self.requires_grad_(False).eval()
+
+    @property
+    def summary(self) -> str:
+        """A sentence on the architecture, where the weights were found, and the normalisation of frames."""
+        found = f" ({self._found})" if self._found else ""
+        mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
+        return (
+            f"{self.name}: width {self.embed_dim}, depth {len(self.blocks)}, {self.num_heads} heads, patch size "
+            f"{self.patch_size}; weights {self.weights!r}{found}; frames normalised with mean ({mean}) and std "
+            f"({std})"
+        )
 
     @property
     def dtype(self) -> torch.dtype:

@@ -249,20 +249,27 @@ def select_encoder(
         problem = f"have no encoder {entry!r}" if not roots else "contain several encoders"
         raise InputError(
             f"weights {weights!r} {problem}: {choices}. Append one of them after #, as in "
-            f"{weights}#{next(iter(found)).removesuffix('.')}"
+            f"{weights.removesuffix(f'#{entry}')}#{next(iter(found)).removesuffix('.')}"
         )
     (root,) = roots
     inner = {key.removeprefix(root): tensor for key, tensor in tensors.items() if key.startswith(root)}
-    renamed = {_timm_name(key): tensor.float() for key, tensor in inner.items()}
+    renamed = {_timm_name(key): tensor for key, tensor in inner.items()}
     if "blocks.0.attn.qkv.bias_mask" in renamed:
         # DINOv3 has no bias of the keys; the mask is one for queries and values.
         for key in [key for key in renamed if key.endswith("qkv.bias_mask")]:
             bias = key.removesuffix("_mask")
-            renamed[bias] = torch.where(renamed[key] == 1, renamed[bias], 0.0)
+            renamed[bias] = torch.where(renamed[key] == 1, renamed[bias], 0)
     state = {key: tensor for key, tensor in renamed.items() if not _NOT_ENCODER.match(key)}
     if not any(".mlp.fc1_g." in key for key in state):
         # DINOv3 in transformers names the first layer of an MLP without a gate `up_proj`.
         state = {key.replace(".mlp.fc1_x.", ".mlp.fc1."): tensor for key, tensor in state.items()}
+    quantised = next((key for key, tensor in state.items() if not tensor.is_floating_point()), None)
+    if quantised is not None:
+        raise InputError(
+            f"weights {weights!r}: {quantised} has the dtype {state[quantised].dtype}; expected floating-point "
+            f"weights, not quantised ones"
+        )
+    state = {key: tensor.float() for key, tensor in state.items()}
     state["patch_embed.proj.weight"] = as_convolution(state["patch_embed.proj.weight"])
     for embedding in {"cls_token", "reg_token", "pos_embed"} & state.keys():
         # CLIP stores them without a batch dimension.

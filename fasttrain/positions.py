@@ -115,9 +115,9 @@ class PositionEncoding:
 def _rescaled(rotary: nn.Module, scale: float) -> nn.Module:
     """Return a rotary module whose coordinates on an enlarged grid span the range of the original grid.
 
-    DINOv3 divides coordinates by the size of the grid, and EVA-02 and the Perception Encoder rescale them to
-    a reference grid: they span the same range on any grid. The other modules number the cells, so their
-    frequencies are scaled instead.
+    DINOv3 divides coordinates by the size of the grid, and timm rescales those of EVA-02 and the Perception
+    Encoder to a reference grid, so that they span the same range on any grid. The other modules number the
+    cells, so their frequencies are scaled instead.
     """
     rotary = copy.deepcopy(rotary)
     if getattr(rotary, "ref_feat_shape", None) is None:

@@ -54,7 +54,7 @@ class BackboneRecipe:
     name: str = "dinov2"
     """Frozen encoder: mae, ijepa, clip, blip, mocov3, ibot, dino, dinov2, or the name of a timm ViT."""
     weights: str = "random"
-    """Pretrained weights: `hf://owner/repo/path`, `timm://name`, a local file, or `random`."""
+    """Pretrained weights: `hf://owner/repo[/path]`, `timm://name`, a local file or folder, or `random`."""
     patch_size: Count | None = None
     """Patch size in pixels; null: that of the weights (16 for `random`) or of the timm ViT."""
     embed_dim: Count | None = None
@@ -62,7 +62,7 @@ class BackboneRecipe:
     depth: Count | None = None
     """Number of transformer blocks; null: that of the weights (12 for `random`) or of the timm ViT."""
     num_heads: Count | None = None
-    """Number of attention heads; null: embed_dim / 64, or that of the timm ViT."""
+    """Number of attention heads; null: that of the weights' configuration, the family or the timm ViT."""
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)

@@ -87,6 +87,8 @@ class Trainer:
         # If only some ranks could read a file, the ranks would silently draw from different sets of videos.
         world.check_same(self.facts["data"], f"data.source: {recipe.data.source}")
         self.backbone_trainers = [BackboneTrainer(each, world) for each in recipes]
+        for trainer in self.backbone_trainers:
+            self.say(trainer.encoder.summary)
         # The count of all ranks up to the last report, including the steps before a resume.
         self.bad_samples = 0
         self.completed_steps = self._resume()

@@ -139,7 +139,7 @@ def _load_files(weights: str) -> tuple[StateDict, Config]:
         )
     path = source.fetch(name)
     if path.name.endswith(".index.json"):
-        shards = sorted(set(read_json(path).get("weight_map", {}).values()))
+        shards = sorted({PurePosixPath(file).name for file in read_json(path).get("weight_map", {}).values()})
         tensors = {
             key: tensor for shard in shards for key, tensor in read_checkpoint(source.fetch(shard)).items()
         }
@@ -271,6 +271,10 @@ def read_checkpoint(path: Path) -> Any:
             is_pointer = file.read(20) == b"version https://git-"
         if is_pointer:
             problem = "is a pointer of Git LFS, not the weights; run `git lfs pull` in its repository"
+        elif unsafe and unsafe[1].endswith("ShardedTensor"):
+            problem = "is one rank's shard of a model trained with FSDP; save the whole state dict"
+        elif unsafe and unsafe[1].startswith("lightly_train"):
+            problem = "is a training checkpoint of lightly-train; write the model with `lightly-train export`"
         elif unsafe:
             problem = f"contains {unsafe[1]}, which is not safe to load; save the state dict alone"
         else:
