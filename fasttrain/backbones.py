@@ -506,9 +506,9 @@ class Backbone(nn.Module):
         found = f" ({self._found})" if self._found else ""
         mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
         return (
-            f"{self.name}: width {self.embed_dim}, depth {len(self.blocks)}, {self.num_heads} heads, patch size "
-            f"{self.patch_size}; weights {self.weights!r}{found}; frames normalised with mean ({mean}) and std "
-            f"({std})"
+            f"{self.name}: width {self.embed_dim}, depth {len(self.blocks)}, {self.num_heads} heads, patch "
+            f"size {self.patch_size}; weights {self.weights!r}{found}; frames normalised with mean ({mean}) "
+            f"and std ({std})"
         )
 
     @property

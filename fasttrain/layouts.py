@@ -266,8 +266,8 @@ def select_encoder(
     quantised = next((key for key, tensor in state.items() if not tensor.is_floating_point()), None)
     if quantised is not None:
         raise InputError(
-            f"weights {weights!r}: {quantised} has the dtype {state[quantised].dtype}; expected floating-point "
-            f"weights, not quantised ones"
+            f"weights {weights!r}: {quantised} has the dtype {state[quantised].dtype}; expected "
+            f"floating-point weights, not quantised ones"
         )
     state = {key: tensor.float() for key, tensor in state.items()}
     state["patch_embed.proj.weight"] = as_convolution(state["patch_embed.proj.weight"])

@@ -63,6 +63,10 @@ class BackboneRecipe:
     """Number of transformer blocks; null: that of the weights (12 for `random`) or of the timm ViT."""
     num_heads: Count | None = None
     """Number of attention heads; null: that of the weights' configuration, the family or the timm ViT."""
+    mean: Annotated[tuple[Fraction, Fraction, Fraction] | None, MAY_CHANGE] = None
+    """Mean of the RGB values (0 to 1) that the encoder expects; null: that of the weights or of ImageNet."""
+    std: Annotated[tuple[PositiveFraction, PositiveFraction, PositiveFraction] | None, MAY_CHANGE] = None
+    """Standard deviation of the RGB values; null: that of the weights or of ImageNet."""
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
