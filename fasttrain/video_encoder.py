@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fasttrain.backbones import Backbone, load_backbone
 from fasttrain.errors import InputError
+from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD, Triple
 from fasttrain.projection import Projection
 
 PROJECTION_FILE = "projection.safetensors"
@@ -35,6 +36,16 @@ class VideoEncoder(nn.Module):
         super().__init__()
         self.encoder, self.projection = encoder, projection
         self.requires_grad_(False).eval()
+
+    @property
+    def mean(self) -> Triple:
+        """Mean of the RGB values (0 to 1) by which frames must be normalised."""
+        return self.encoder.mean
+
+    @property
+    def std(self) -> Triple:
+        """Standard deviation of the RGB values (0 to 1) by which frames must be normalised."""
+        return self.encoder.std
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Return the token grid (h, w) of a frame, with h * w = N.
@@ -68,8 +79,8 @@ class VideoEncoder(nn.Module):
         """Encode frames.
 
         Args:
-            frames: ImageNet-normalised frames (B, T, 3, H, W) on the encoder's device and in its dtype. H and
-                W must be multiples of the patch size.
+            frames: RGB frames (B, T, 3, H, W) with values from 0 to 1, normalised with `mean` and `std`, on
+                the encoder's device and in its dtype. H and W must be multiples of the patch size.
             normalize: Whether to divide every token by its L2 norm, as the losses and label propagation do.
 
         Returns:
@@ -93,13 +104,22 @@ def projection_metadata(
         projection: The trained projection.
         recipe: The resolved recipe (`recipe.to_dict`).
     """
+    # Weights that have been moved may lack the configuration from which these values were taken.
+    resolved = {"num_heads": encoder.num_heads, "mean": encoder.mean, "std": encoder.std}
     return {
-        "backbone": json.dumps(backbone_settings),
+        "backbone": json.dumps(backbone_settings | resolved),
         "weights": encoder.weights,
         "weights_hash": encoder.weights_hash,
         "head": projection.head,
         "recipe": json.dumps(recipe),
     }
+
+
+def trained_backbone(projection: Projection) -> dict[str, Any]:
+    """Return the arguments of `load_backbone` from the metadata of a projection."""
+    # Version 0.1.0 normalised the frames of all encoders with these values and did not store them.
+    earlier = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    return earlier | json.loads(projection.metadata["backbone"])
 
 
 def load_video_encoder(
@@ -130,7 +150,7 @@ def load_video_encoder(
         raise InputError(
             f"projection '{path}' does not name its backbone; pass the output folder of a training run"
         )
-    settings: dict[str, Any] = json.loads(projection.metadata["backbone"])
+    settings = trained_backbone(projection)
     encoder = load_backbone(**settings | ({"weights": weights} if weights else {}))
     if encoder.weights_hash != projection.metadata.get("weights_hash"):
         raise InputError(

@@ -1,5 +1,6 @@
 """Loading a video encoder from a run folder."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from fasttrain.backbones import load_backbone
 from fasttrain.errors import InputError
+from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD
 from fasttrain.projection import Projection
 from fasttrain.video_encoder import PROJECTION_FILE, load_video_encoder
 
@@ -58,6 +60,29 @@ def test_moved_weights_are_accepted_and_changed_ones_refused(tmp_path: Path) -> 
     write_weights(moved, shift=1.0)
     with pytest.raises(InputError, match=r"moved\.pth' of dino are not those used in training"):
         load_video_encoder(run, weights=str(moved))
+
+
+def test_mean_std_and_heads_are_stored_with_the_projection(tmp_path: Path) -> None:
+    mean, std = (0.5, 0.4, 0.6), (0.5, 0.25, 0.3)
+    run = write_run(tmp_path / "run", mean=mean, std=std)
+    encoder = load_video_encoder(run)
+    assert (encoder.mean, encoder.std) == (encoder.encoder.mean, encoder.encoder.std) == (mean, std)
+    # The settings of the run do not name them.
+    write_run(run, name="test_vit", embed_dim=None, depth=None, num_heads=None)
+    stored = json.loads(Projection.load(run / PROJECTION_FILE).metadata["backbone"])
+    backbone = load_backbone("test_vit", image_size=64)
+    resolved = {"num_heads": backbone.num_heads, "mean": list(backbone.mean), "std": list(backbone.std)}
+    assert {key: stored[key] for key in resolved} == resolved
+
+
+def test_projections_of_version_0_1_0_were_trained_with_the_imagenet_mean_and_std(tmp_path: Path) -> None:
+    write_run(tmp_path, name="test_vit", embed_dim=None, depth=None, num_heads=None)
+    projection = Projection.load(tmp_path / PROJECTION_FILE)
+    settings = json.loads(projection.metadata["backbone"])
+    settings = {key: value for key, value in settings.items() if key not in ("mean", "std")}
+    projection.save(tmp_path / PROJECTION_FILE, projection.metadata | {"backbone": json.dumps(settings)})
+    encoder = load_video_encoder(tmp_path)
+    assert (encoder.mean, encoder.std) == (IMAGENET_MEAN, IMAGENET_STD)
 
 
 def test_folders_without_a_run_are_refused(tmp_path: Path) -> None:
