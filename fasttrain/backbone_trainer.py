@@ -88,7 +88,11 @@ class BackboneTrainer:
         self.backbone_settings = backbone_settings(recipe)
         self.encoder: Backbone = encoder or world.run_on_all(lambda: load_backbone(**self.backbone_settings))
         # Must not change when the run is resumed, but the file of the weights may have been replaced.
-        self.facts = {"weights_hash": self.encoder.weights_hash}
+        self.facts = {
+            "weights_hash": self.encoder.weights_hash,
+            "backbone.mean": self.encoder.mean,
+            "backbone.std": self.encoder.std,
+        }
         self.grid = self.encoder.grid(recipe.data.image_size, recipe.data.image_size)
         if recipe.objective.window > min(self.grid):
             raise InputError(

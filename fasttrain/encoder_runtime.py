@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fasttrain.backbones import Backbone
 from fasttrain.errors import InputError
+from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD
 from fasttrain.recipe import EncoderRecipe
 
 # Frames (2, B, 3, H, W) and asymmetric positions (N, C) -> tokens (B, 3, N, D).
@@ -61,6 +62,12 @@ class EncoderRuntime:
     ) -> None:
         self.encoder = encoder.to(device, dtype if recipe.cast_weights else torch.float32)
         self._dtype = dtype
+        self._converts = (encoder.mean, encoder.std) != (IMAGENET_MEAN, IMAGENET_STD)
+        mean, std, imagenet_mean, imagenet_std = (
+            torch.tensor(values, device=device).view(3, 1, 1)
+            for values in (encoder.mean, encoder.std, IMAGENET_MEAN, IMAGENET_STD)
+        )
+        self._scale, self._shift = imagenet_std / std, (imagenet_mean - mean) / std
         self._autocasts = not recipe.cast_weights and dtype != torch.float32
         if recipe.precision == "fp8":
             if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
@@ -88,13 +95,23 @@ class EncoderRuntime:
 
     @torch.no_grad()
     def three_views(self, frames: Tensor, positions: Tensor) -> Tensor:
-        """Compute `Backbone.three_views` with the recipe's options, without waiting for the GPU."""
-        inputs = frames.to(self.encoder.dtype)
+        """Compute `Backbone.three_views` with the recipe's options, without waiting for the GPU.
+
+        The frames are normalised with the ImageNet mean and std, whatever those of the encoder.
+        """
+        inputs = self._normalise(frames)
         with torch.autocast(frames.device.type, self._dtype) if self._autocasts else nullcontext():
             if not self._chunk or self._chunk >= inputs.shape[1]:
                 return self._encode(inputs, positions).to(self._dtype)
             parts = [self._encode(part, positions) for part in inputs.split(self._chunk, dim=1)]
             return torch.cat(parts).to(self._dtype)
+
+    def _normalise(self, frames: Tensor) -> Tensor:
+        """Convert frames from the ImageNet mean and std to those of the encoder, and cast them."""
+        if not self._converts:
+            return frames.to(self.encoder.dtype)
+        out = torch.empty_like(frames, dtype=self.encoder.dtype)
+        return torch.addcmul(self._shift, frames, self._scale, out=out)
 
     def _encode_separately(self, frames: Tensor, positions: Tensor) -> Tensor:
         first_BND, second_BND = self.encoder.tokens(frames[0]), self.encoder.tokens(frames[1])

@@ -31,12 +31,15 @@ from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.files import file_lock, write_atomically, write_json
 from fasttrain.loggers import NON_FINITE, MetricsLog, Progress, last_event, say
+from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD
 from fasttrain.optimizer import learning_rate_factor
 from fasttrain.profiling import STEP, StepProfiler, span
 from fasttrain.recipe import Recipe, differences, load_recipe, recipe_hash, to_yaml
 
 # Minimum denominator of the fraction of bad samples, so that one bad sample at the start does not stop a run.
 MIN_SEEN = 1000
+# Version 0.1.0 normalised the frames of all encoders with these values and did not store them.
+EARLIER_FACTS = {"backbone.mean": IMAGENET_MEAN, "backbone.std": IMAGENET_STD}
 
 
 class Trainer:
@@ -303,11 +306,12 @@ class Trainer:
             state = load_checkpoint(trainer.folder / "checkpoints", completed_steps)
             for key, value in (self.facts | trainer.facts).items():
                 # Checkpoints of earlier versions lack `weights_hash`.
-                if state.get(key, value) != value:
+                trained = state.get(key, EARLIER_FACTS.get(key, value))
+                if trained != value:
                     raise InputError(
-                        f"output: the run in {str(trainer.folder)!r} was trained with {key} {state[key]!r}, "
-                        f"but this command has {value!r}. Use the same global batch, data and weights, or "
-                        f"another output=DIR"
+                        f"output: the run in {str(trainer.folder)!r} was trained with {key} {trained!r}, "
+                        f"but this command has {value!r}. Use the same global batch, data, weights, mean and "
+                        f"std, or another output=DIR"
                     )
             trainer.load_state(state)
             # Checkpoints of earlier versions lack `bad_samples`.

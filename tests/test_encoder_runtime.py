@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from fasttrain import encoder_runtime
 from fasttrain.backbones import load_backbone
+from fasttrain.cuda_graph import CapturedCall
 from fasttrain.encoder_runtime import LARGEST, EncoderRuntime, Float8Linear, quantize_rows, use_float8
+from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD, Triple
 from fasttrain.recipe import EncoderRecipe
 
 CPU = torch.device("cpu")
@@ -50,6 +52,52 @@ def test_options_do_not_change_the_tokens(name: str, options: dict[str, Any]) ->
     tokens = views(name=name, **options)
     assert tokens.shape == (3, 3, 16, 128)
     assert relative_error(tokens, views(name=name, compile="none")) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "options"),
+    [
+        ("cpu", torch.float32, {}),
+        ("cpu", torch.float32, {"chunk": 2}),
+        ("cpu", torch.float32, {"batch_views": False}),
+        ("cpu", torch.float32, {"compile": "default"}),
+        ("cpu", torch.bfloat16, {}),
+        ("cpu", torch.bfloat16, {"cast_weights": False}),
+        pytest.param("cuda", torch.bfloat16, {}, marks=pytest.mark.gpu),
+    ],
+    ids=str,
+)
+def test_the_encoder_receives_frames_with_its_own_mean_and_std(
+    device: str, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    mean, std = (0.5, 0.4, 0.6), (0.5, 0.25, 0.3)
+    pixels = torch.randint(256, (2, 3, 3, 64, 64), generator=torch.Generator().manual_seed(0)) / 255
+
+    def normalised(mean: Triple, std: Triple) -> Tensor:
+        return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+    exact = load_backbone("dino", **TINY, mean=mean, std=std)
+    expected = exact.three_views(normalised(mean, std), exact.asymmetric_positions(offset=(3, 5)))
+    encoder = load_backbone("dino", **TINY, mean=mean, std=std)
+    runtime = EncoderRuntime(encoder, EncoderRecipe(**options), dtype=dtype, device=torch.device(device))
+    frames = normalised(IMAGENET_MEAN, IMAGENET_STD).to(device)
+    positions, encode = encoder.asymmetric_positions(offset=(3, 5)), runtime.three_views
+    if device == "cuda":
+        encode = CapturedCall(encode, (torch.zeros_like(frames), positions))
+    tokens = encode(frames, positions).cpu()
+    assert tokens.dtype == dtype
+    assert relative_error(tokens, expected) < (1e-6 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps)
+
+
+def test_frames_are_not_copied_for_an_encoder_with_the_mean_and_std_of_imagenet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    encoder, frames = load_backbone("dino", **TINY), torch.randn(2, 3, 3, 64, 64)
+    assert (encoder.mean, encoder.std) == (IMAGENET_MEAN, IMAGENET_STD)
+    received: list[Tensor] = []
+    monkeypatch.setattr(encoder, "three_views", lambda frames, _: received.append(frames) or frames)
+    EncoderRuntime(encoder, EncoderRecipe(), dtype=torch.float32, device=CPU).three_views(frames, frames)
+    assert received[0] is frames
 
 
 def test_several_kinds_of_encoders_are_compiled_in_one_process() -> None:

@@ -13,17 +13,21 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from synthetic import OneOfTwo, write_folders
+from torch import Tensor
 
 from fasttrain.checkpoint import load_checkpoint, save_checkpoint
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.files import file_lock
+from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD
 from fasttrain.optimizer import learning_rate_factor
 from fasttrain.profiling import RECORDED, RECORDED_PASS, SPANS
 from fasttrain.recipe import Recipe, TrainRecipe, load_recipe, recipe_from_dict, to_yaml
 from fasttrain.trainer import Trainer, check_bad_fraction
+from fasttrain.video_encoder import load_video_encoder
 
 VIDEOS = 6
 
@@ -377,6 +381,45 @@ def test_resuming_with_another_recipe_batch_data_or_weights_is_refused(frames: P
         save_checkpoint(tmp_path / "checkpoints", 4, {**state, key: "other"})
         with pytest.raises(InputError, match=f"{key} 'other', but this command has"):
             run(tiny(frames, tmp_path))
+
+
+def test_a_run_is_not_resumed_with_another_mean_or_std(frames: Path, tmp_path: Path) -> None:
+    run(tiny(frames, tmp_path))
+    half = [0.5, 0.5, 0.5]
+    for key, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+        with pytest.raises(InputError, match=rf"trained with backbone\.{key} \(0\.\d+, .*has \(0\.5, "):
+            run(tiny(frames, tmp_path, backbone={key: half}))
+        # The default may be spelt out.
+        run(tiny(frames, tmp_path, backbone={key: list(default)}))
+    # Version 0.1.0 used the ImageNet mean and std and did not store them, neither in the recipe nor here.
+    state = load_checkpoint(tmp_path / "checkpoints", 4)
+    save_checkpoint(tmp_path / "checkpoints", 4, {k: v for k, v in state.items() if "backbone." not in k})
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    del recipe["backbone"]["mean"], recipe["backbone"]["std"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(InputError, match=r"trained with backbone\.std"):
+        run(tiny(frames, tmp_path, backbone={"std": half}))
+    assert run(tiny(frames, tmp_path)) == {}
+
+
+def test_each_backbone_receives_the_same_frames_with_its_own_mean_and_std(
+    frames: Path, tmp_path: Path
+) -> None:
+    first, second = with_mae(tiny(frames, tmp_path)).backbones
+    mean, std = (0.4, 0.5, 0.6), (0.3, 0.4, 0.5)
+    second = dataclasses.replace(second, mean=mean, std=std)
+    trainer = Trainer(dataclasses.replace(tiny(frames, tmp_path), backbones=(first, second)), World.single())
+    received: dict[str, list[Tensor]] = {"dino": [], "mae": []}
+    for each in trainer.backbone_trainers:
+        each.encoder.patch_embed.register_forward_pre_hook(
+            lambda _, inputs, name=each.name: received[name].append(inputs[0])
+        )
+    trainer.train()
+    for dino, mae in zip(*received.values(), strict=True):
+        pixels = dino * torch.tensor(IMAGENET_STD).view(3, 1, 1) + torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
+        expected = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+        torch.testing.assert_close(mae, expected, rtol=0, atol=1e-5)
+    assert load_video_encoder(tmp_path / "mae").mean == mean
 
 
 def test_the_limit_of_bad_samples_is_a_fraction_of_all_samples() -> None:

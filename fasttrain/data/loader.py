@@ -37,7 +37,7 @@ MAX_ATTEMPTS = 32
 class FramePairs:
     """A micro-batch of B frame pairs."""
 
-    frames: Tensor  # (2, B, 3, S, S) on the device, normalised by the ImageNet mean and std
+    frames: Tensor  # (2, B, 3, S, S) on the device, normalised with the ImageNet mean and std
     samples: Ints  # (B,) sample ids, after replacement
     bad_samples: list[str]  # one description per unreadable sample: frame, reason and replacement
 
