@@ -85,6 +85,8 @@ def run(arguments: argparse.Namespace) -> None:
             "backbone": encoder.name,
             "weights": encoder.weights,
             "weights_hash": encoder.weights_hash,
+            "mean": encoder.mean,
+            "std": encoder.std,
             "head": projection.head if projection else None,
         },
         # The folder may also contain pictures of other sequences, drawn by an earlier evaluation.

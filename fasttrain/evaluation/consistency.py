@@ -51,7 +51,9 @@ def run(
     skipped: dict[int, str] = {}
     for video in world.shard(evenly_spaced(len(index), arguments.num_videos)):
         try:
-            frames_T3HW = _read_frames(index, video, arguments.num_frames, arguments.image_size)
+            frames_T3HW = _read_frames(
+                index, video, arguments.num_frames, arguments.image_size, model.encoder
+            )
         except UnreadableFrameError as error:
             skipped[video] = f"{index.names[video]}: {error}"
             continue
@@ -87,8 +89,10 @@ def run(
     return {"data": {"videos": len(measured), "skipped": reasons}, "results": results}
 
 
-def _read_frames(index: FrameIndex, video: int, num_frames: int, image_size: int) -> Tensor:
-    """Read evenly spaced crops (T, 3, H, W) of a video.
+def _read_frames(
+    index: FrameIndex, video: int, num_frames: int, image_size: int, encoder: Backbone
+) -> Tensor:
+    """Read evenly spaced crops (T, 3, H, W) of a video, normalised for the encoder.
 
     Raises UnreadableFrameError if the video is too short or a frame is unreadable.
     """
@@ -96,7 +100,7 @@ def _read_frames(index: FrameIndex, video: int, num_frames: int, image_size: int
     if length < MIN_FRAMES:
         raise UnreadableFrameError(f"fewer than {MIN_FRAMES} frames")
     frames = stream_frames(index, video, evenly_spaced(length, num_frames))
-    return torch.stack([centre_crop(frame, image_size) for frame in frames])
+    return torch.stack([centre_crop(frame, image_size, encoder.mean, encoder.std) for frame in frames])
 
 
 @torch.no_grad()
@@ -113,7 +117,7 @@ def validate(
     for chosen in evenly_spaced(len(long_enough), recipe.eval.num_videos):
         try:
             frames_T3HW = _read_frames(
-                index, long_enough[chosen], recipe.eval.num_frames, recipe.data.image_size
+                index, long_enough[chosen], recipe.eval.num_frames, recipe.data.image_size, encoder
             )
         except UnreadableFrameError:
             continue

@@ -227,9 +227,8 @@ def _encode(
     frames = stream_frames(index, video, _choose(num_frames, arguments))
     pooled: dict[str, list[Tensor]] = {variant: [] for variant in variants}
     # Decode in batches, because the frames of a long video do not fit in memory.
-    while crops := [
-        centre_crop(frame, arguments.image_size) for frame in islice(frames, arguments.batch_size)
-    ]:
+    side, mean, std = arguments.image_size, model.encoder.mean, model.encoder.std
+    while crops := [centre_crop(frame, side, mean, std) for frame in islice(frames, arguments.batch_size)]:
         with encoding:
             with torch.autocast(device.type, torch.bfloat16, enabled=arguments.precision == "bf16"):
                 tokens_BND = model.tokens(torch.stack(crops).to(device))
@@ -255,6 +254,7 @@ def _describe(model: EvaluatedModel, arguments: argparse.Namespace, variant: str
     encoder = model.encoder
     heads = [block.attn.num_heads for block in encoder.blocks]
     parts = [FORMAT, encoder.name, encoder.weights_hash, encoder.image_size, heads, str(encoder)]
+    parts += [encoder.mean, encoder.std]
     sampling = ("num_frames", "stride", "image_size", "precision")
     parts += [getattr(arguments, name, None) for name in sampling]
     if variant == "after" and model.projection is not None:

@@ -20,7 +20,7 @@ from fasttrain.data.index import FrameIndex, VideoIndex
 from fasttrain.data.video import stream_video_frames
 from fasttrain.errors import InputError
 from fasttrain.files import open_atomically
-from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD
+from fasttrain.normalization import Triple
 
 
 def read_image(path: Path) -> Frame:
@@ -78,26 +78,28 @@ def fit_to_patches(size: tuple[int, int], patch: int) -> tuple[int, int]:
     return height, width
 
 
-def resize(frame_HWC: Frame, size: tuple[int, int]) -> Tensor:
+def resize(frame_HWC: Frame, size: tuple[int, int], mean: Triple, std: Triple) -> Tensor:
     """Resize a frame (bilinear, antialiased) and normalise it: (3, height, width) float32."""
     frame_13HW = torch.from_numpy(np.array(frame_HWC)).permute(2, 0, 1)[None]
-    return normalise(functional.interpolate(frame_13HW, size=size, mode="bilinear", antialias=True)[0])
+    resized_13HW = functional.interpolate(frame_13HW, size=size, mode="bilinear", antialias=True)
+    return normalise(resized_13HW[0], mean, std)
 
 
-def centre_crop(frame_HWC: Frame, side: int) -> Tensor:
+def centre_crop(frame_HWC: Frame, side: int, mean: Triple, std: Triple) -> Tensor:
     """Resize the short side to 8/7 S (256 for 224), crop the centre and normalise: (3, S, S) float32."""
     height, width = frame_HWC.shape[:2]
     scale = round(side * 8 / 7) / min(height, width)
     size = (max(side, round(height * scale)), max(side, round(width * scale)))
     top, left = (size[0] - side) // 2, (size[1] - side) // 2
-    return resize(frame_HWC, size)[:, top : top + side, left : left + side]
+    return resize(frame_HWC, size, mean, std)[:, top : top + side, left : left + side]
 
 
-def normalise(frames_3HW: Tensor) -> Tensor:
-    """Normalise uint8 RGB (..., 3, H, W) with the ImageNet mean and standard deviation, as float32."""
-    mean = torch.tensor(IMAGENET_MEAN, device=frames_3HW.device)[:, None, None]
-    std = torch.tensor(IMAGENET_STD, device=frames_3HW.device)[:, None, None]
-    return (frames_3HW.float() / 255 - mean) / std
+def normalise(frames_3HW: Tensor, mean: Triple, std: Triple) -> Tensor:
+    """Normalise uint8 RGB (..., 3, H, W) with the mean and std of an encoder, as float32."""
+    mean_311, std_311 = (
+        torch.tensor(values, device=frames_3HW.device).view(3, 1, 1) for values in (mean, std)
+    )
+    return (frames_3HW.float() / 255 - mean_311) / std_311
 
 
 def write_video(frames: Sequence[Frame], path: Path, rate: int = 12, **options: str) -> None:

@@ -6,6 +6,7 @@ Shape suffixes: B frames, H W pixels, N tokens, D channels.
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from fasttrain.backbones import Backbone, load_backbone
 from fasttrain.errors import InputError
 from fasttrain.projection import Projection
-from fasttrain.video_encoder import load_video_encoder
+from fasttrain.video_encoder import load_video_encoder, trained_backbone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +80,15 @@ def load_model(arguments: argparse.Namespace, device: torch.device) -> Evaluated
         loaded = load_video_encoder(arguments.run, weights=arguments.weights)
         encoder, projection = loaded.encoder, loaded.projection
     else:
-        encoder = load_backbone(arguments.backbone, weights=arguments.weights or "random")
+        normalisation: dict[str, Any] = {}
         if arguments.projection is not None:
             projection = Projection.load(arguments.projection)
+            if "backbone" in projection.metadata:
+                # It was trained on frames that were normalised in this way.
+                trained = trained_backbone(projection)
+                normalisation = {"mean": trained["mean"], "std": trained["std"]}
+        weights = arguments.weights or "random"
+        encoder = load_backbone(arguments.backbone, weights=weights, **normalisation)
     variants: tuple[str, ...] = ("before",)
     if projection is not None:
         if projection.dim != encoder.embed_dim:

@@ -160,7 +160,8 @@ def propagate(
     propagators: dict[str, Propagator] = {}
     labels = {variant: [first_labels_hwC] for variant in model.variants}
     matched: dict[str, list[Tensor]] = {variant: [] for variant in model.variants}
-    pixels = map_ahead(lambda path: resize(read_image(path), size), frames)
+    mean, std = model.encoder.mean, model.encoder.std
+    pixels = map_ahead(lambda path: resize(read_image(path), size, mean, std), frames)
     for number, frame_3HW in enumerate(pixels):
         for variant, tokens_1ND in model.tokens(frame_3HW[None].to(evaluation.device)).items():
             tokens_hwD = tokens_1ND[0].unflatten(0, model.encoder.grid(*size))

@@ -101,7 +101,9 @@ def measure(
     features_VTPD, labels_VTHW, similarities = [], [], []
     for scene in scenes:
         truth_THW = scene.labels_THW
-        frames_1TCHW = normalise(torch.from_numpy(scene.frames_THWC).movedim(-1, 1))[None]
+        frames_1TCHW = normalise(
+            torch.from_numpy(scene.frames_THWC).movedim(-1, 1), encoder.mean, encoder.std
+        )[None]
         grid = encoder.grid(*truth_THW.shape[1:])
         tokens_ThwD = encode(frames_1TCHW)[0].float().unflatten(1, grid)
         first_hwC = soft_labels(truth_THW[0], grid, int(truth_THW[0].max()) + 1)

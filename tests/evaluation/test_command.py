@@ -18,12 +18,16 @@ from synthetic import (
     plain,
     segmentation,
     ucf101,
+    write_davis,
     write_frames,
     write_run,
     write_videos,
 )
+from torch import Tensor
 
 from fasttrain.__main__ import main
+from fasttrain.backbones import Backbone
+from fasttrain.video_encoder import PROJECTION_FILE
 
 SMALL = ["--image-size", "64", "--device", "cpu"]
 
@@ -80,6 +84,32 @@ def pack(source: Path, destination: Path) -> Path:
     words = ["pack", source, destination, "--short-side", 64, "--frames", 0, "--quality", 100]
     assert main(list(map(str, words))) == 0
     return destination
+
+
+@pytest.mark.parametrize("task", ["davis", "consistency", "retrieval"])
+@pytest.mark.parametrize("option", ["--run", "--projection"])
+def test_frames_are_normalised_for_the_encoder(
+    option: str, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With mean 0 and std 1, pixels remain between 0 and 1."""
+    received: list[Tensor] = []
+    tokens = Backbone.tokens
+    monkeypatch.setattr(
+        Backbone, "tokens", lambda self, images: received.append(images) or tokens(self, images)
+    )
+    name = "test_vit"
+    sizes = dict.fromkeys(("embed_dim", "depth", "num_heads"))
+    run = write_run(tmp_path / "run", name=name, **sizes, mean=(0, 0, 0), std=(1, 1, 1))
+    root = {"davis": write_davis, "consistency": write_videos, "retrieval": ucf101}[task](tmp_path / "data")
+    model = [option, run] if option == "--run" else ["--backbone", name, option, run / PROJECTION_FILE]
+    size = [] if task == "davis" else ["--image-size", 64]
+    words = ["eval", task, "--root", root, "--output", tmp_path / "out", "--device", "cpu", *model, *size]
+    assert main([*map(str, words)]) == 0
+    for images in received:
+        assert 0 <= images.min() < 0.5 < images.max() <= 1
+    report = read(tmp_path / "out", task)
+    assert report["model"]["mean"] == [0, 0, 0]
+    assert report["model"]["std"] == [1, 1, 1]
 
 
 def test_packed_videos(run: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from fasttrain.projection import Projection
 from fasttrain.tools.synthetic import write_scene
 
 POOLED = {"num_frames": 3}
+HALF = (0.5, 0.5, 0.5)
 
 
 def make_model(projection_seed: int = 0, **settings: Any) -> EvaluatedModel:
@@ -60,7 +61,8 @@ def test_features_are_mean_normalised_tokens(
     assert not per_video.skipped
     assert per_video.num_frames == {"file": 6, "folder": 6}
     index = open_source(videos["folder"])
-    frames = torch.stack([centre_crop(index.read_frame(0, t), 64) for t in (0, 2, 4, 5)])
+    mean, std = model.encoder.mean, model.encoder.std
+    frames = torch.stack([centre_crop(index.read_frame(0, t), 64, mean, std) for t in (0, 2, 4, 5)])
     for variant, tokens_TND in model.tokens(frames).items():
         expected = functional.normalize(tokens_TND, dim=-1).mean(dim=1)
         pooled = expected[[0, 1, 3]].mean(dim=0, keepdim=True)
@@ -125,10 +127,12 @@ def test_cache_key_covers_everything_that_determines_the_features(
     assert count(make_model(1)) == 6
     assert count(make_model(seed=9)) == 10
     assert count(make_model(num_heads=4)) == 14
-    assert count(model, num_frames=4) == 18
-    assert count(model, **POOLED, image_size=32) == 22
-    assert count(model, **POOLED, precision="bf16") == 26
-    assert count(model, stride=3) == 30
+    assert count(make_model(mean=HALF)) == 18
+    assert count(make_model(std=HALF)) == 22
+    assert count(model, num_frames=4) == 26
+    assert count(model, **POOLED, image_size=32) == 30
+    assert count(model, **POOLED, precision="bf16") == 34
+    assert count(model, stride=3) == 38
 
 
 def test_unreadable_videos_are_skipped_and_reported(

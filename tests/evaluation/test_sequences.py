@@ -265,7 +265,7 @@ def test_vip_frame_size(size: tuple[int, int], expected: tuple[int, int]) -> Non
 class Oracle:
     """An encoder with perfect features: each token is the one-hot index of the scene point in its cell."""
 
-    patch_size = 16
+    patch_size, mean, std = 16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
     def __init__(self, points_Thw: Tensor) -> None:
         self.points = iter(points_Thw)
