@@ -1,10 +1,16 @@
 """Export a trained video encoder as one self-contained file (a torch.export program).
 
-Using the file requires only torch: `torch.export.load("encoder.pt2").module()(frames)` maps
-ImageNet-normalised frames (T, 3, H, W) to projected tokens (T, N, D). T may vary; --size fixes H and W.
+Using the file requires only torch: `torch.export.load("encoder.pt2").module()(frames)` maps frames
+(T, 3, H, W) to projected tokens (T, N, D). T may vary; --size fixes H and W. Frames are RGB with values from
+0 to 1, normalised with the mean and std of the encoder, which the file contains as JSON:
+
+    extra = {"preprocessing.json": ""}
+    program = torch.export.load("encoder.pt2", extra_files=extra).module()
+    json.loads(extra["preprocessing.json"])  # {"mean": [R, G, B], "std": [R, G, B]}
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -14,6 +20,8 @@ from fasttrain.errors import InputError
 from fasttrain.files import open_atomically
 from fasttrain.loggers import say
 from fasttrain.video_encoder import VideoEncoder, load_video_encoder
+
+PREPROCESSING_FILE = "preprocessing.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +56,7 @@ class _PerFrame(nn.Module):
 def export(
     run: str | Path, file: str | Path, *, size: tuple[int, int] | None = None, weights: str | None = None
 ) -> Path:
-    """Export the video encoder of a run.
+    """Export the video encoder of a run, with the mean and std by which frames must be normalised.
 
     Args:
         run: The run folder.
@@ -75,7 +83,8 @@ def export(
         program = torch.export.export(
             _PerFrame(encoder), (frames,), dynamic_shapes=({0: torch.export.Dim("frames")},)
         )
+    preprocessing = {"mean": encoder.mean, "std": encoder.std}
     # With a path, torch.export.save would mask OS errors.
     with open_atomically(path) as opened:
-        torch.export.save(program, opened)
+        torch.export.save(program, opened, extra_files={PREPROCESSING_FILE: json.dumps(preprocessing)})
     return path

@@ -1,5 +1,6 @@
 """The export of a video encoder to a file."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,14 @@ def test_the_exported_program_computes_the_encoders_tokens(run: Path, tmp_path: 
     eager = load_video_encoder(run)(frames[None])[0]
     assert tokens.shape == (5, 6, 32)
     assert (tokens - truth).norm() <= 2 * (eager - truth).norm()
+
+
+def test_the_file_contains_the_mean_and_std_of_the_encoder(tmp_path: Path) -> None:
+    mean, std = (0.5, 0.4, 0.6), (0.5, 0.25, 0.3)
+    path = export(write_run(tmp_path / "run", mean=mean, std=std), tmp_path / "encoder.pt2")
+    extra = {"preprocessing.json": ""}
+    torch.export.load(path, extra_files=extra)
+    assert json.loads(extra["preprocessing.json"]) == {"mean": list(mean), "std": list(std)}
 
 
 @pytest.mark.parametrize(
