@@ -252,8 +252,7 @@ def _load(entry: Path) -> dict[str, Tensor]:
 def _describe(model: EvaluatedModel, arguments: argparse.Namespace, variant: str) -> str:
     """Describe everything that determines a feature, except for the video."""
     encoder = model.encoder
-    heads = [block.attn.num_heads for block in encoder.blocks]
-    parts = [FORMAT, encoder.name, encoder.weights_hash, encoder.image_size, heads, str(encoder)]
+    parts = [FORMAT, encoder.name, encoder.weights_hash, encoder.image_size, encoder.num_heads, str(encoder)]
     parts += [encoder.mean, encoder.std]
     sampling = ("num_frames", "stride", "image_size", "precision")
     parts += [getattr(arguments, name, None) for name in sampling]
