@@ -90,6 +90,8 @@ class BackboneTrainer:
         # Must not change when the run is resumed, but the file of the weights may have been replaced.
         self.facts = {
             "weights_hash": self.encoder.weights_hash,
+            "activation": self.encoder.activation,
+            "backbone.num_heads": self.encoder.num_heads,
             "backbone.mean": self.encoder.mean,
             "backbone.std": self.encoder.std,
         }

@@ -501,6 +501,12 @@ class Backbone(nn.Module):
         self.requires_grad_(False).eval()
 
     @property
+    def activation(self) -> str:
+        """The class of the activation function in the blocks. Weights do not determine it."""
+        kinds = (type(part).__name__ for part in self.blocks[0].modules() if "GELU" in type(part).__name__)
+        return next(kinds, "SiLU")
+
+    @property
     def summary(self) -> str:
         """A sentence on the architecture, where the weights were found, and the normalisation of frames."""
         found = f" ({self._found})" if self._found else ""

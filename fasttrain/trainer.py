@@ -305,13 +305,13 @@ class Trainer:
         for trainer in self.backbone_trainers:
             state = load_checkpoint(trainer.folder / "checkpoints", completed_steps)
             for key, value in (self.facts | trainer.facts).items():
-                # Checkpoints of earlier versions lack `weights_hash`.
+                # Checkpoints of earlier versions lack some of these.
                 trained = state.get(key, EARLIER_FACTS.get(key, value))
                 if trained != value:
                     raise InputError(
                         f"output: the run in {str(trainer.folder)!r} was trained with {key} {trained!r}, "
-                        f"but this command has {value!r}. Use the same global batch, data, weights, mean and "
-                        f"std, or another output=DIR"
+                        f"but this command has {value!r}. Use the same global batch, data and weights with "
+                        f"their configuration, or another output=DIR"
                     )
             trainer.load_state(state)
             # Checkpoints of earlier versions lack `bad_samples`.

@@ -110,6 +110,7 @@ def projection_metadata(
         "backbone": json.dumps(backbone_settings | resolved),
         "weights": encoder.weights,
         "weights_hash": encoder.weights_hash,
+        "activation": encoder.activation,
         "head": projection.head,
         "recipe": json.dumps(recipe),
     }
@@ -157,5 +158,11 @@ def load_video_encoder(
             f"run '{run}': the weights {encoder.weights!r} of {encoder.name} are not those used in training "
             f"(their hash differs). Pass the original weights; random weights need the original versions of "
             f"torch and timm"
+        )
+    activation = projection.metadata.get("activation", encoder.activation)
+    if encoder.activation != activation:
+        raise InputError(
+            f"run '{run}': the MLPs of {encoder.name} were trained with the activation {activation}, but are "
+            f"loaded with {encoder.activation}. Keep config.json in the folder of the weights"
         )
     return VideoEncoder(encoder, projection).to(device)

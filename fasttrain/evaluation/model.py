@@ -6,7 +6,6 @@ Shape suffixes: B frames, H W pixels, N tokens, D channels.
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="projection to use with --backbone (a projection.safetensors)",
     )
+    parser.add_argument(
+        "--num-heads", type=int, metavar="N", help="attention heads, as backbone.num_heads (with --backbone)"
+    )
+    for name in ("mean", "std"):
+        parser.add_argument(
+            f"--{name}", type=float, nargs=3, metavar=("R", "G", "B"),
+            help=f"normalisation of frames, as backbone.{name} (with --backbone)",
+        )  # fmt: skip
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--baseline-only", action="store_true", help="evaluate only the frozen backbone")
     only.add_argument("--projection-only", action="store_true", help="evaluate only the projected features")
@@ -80,15 +87,16 @@ def load_model(arguments: argparse.Namespace, device: torch.device) -> Evaluated
         loaded = load_video_encoder(arguments.run, weights=arguments.weights)
         encoder, projection = loaded.encoder, loaded.projection
     else:
-        normalisation: dict[str, Any] = {}
+        # The options of the recipe's keys of these names.
+        options = {name: getattr(arguments, name) for name in ("num_heads", "mean", "std")}
         if arguments.projection is not None:
             projection = Projection.load(arguments.projection)
             if "backbone" in projection.metadata:
                 # It was trained on frames that were normalised in this way.
                 trained = trained_backbone(projection)
-                normalisation = {"mean": trained["mean"], "std": trained["std"]}
+                options = {name: value or trained[name] for name, value in options.items()}
         weights = arguments.weights or "random"
-        encoder = load_backbone(arguments.backbone, weights=weights, **normalisation)
+        encoder = load_backbone(arguments.backbone, weights=weights, **options)
     variants: tuple[str, ...] = ("before",)
     if projection is not None:
         if projection.dim != encoder.embed_dim:
