@@ -78,7 +78,11 @@ def load_model(arguments: argparse.Namespace, device: torch.device) -> Evaluated
     """Load the encoder and projection that the options select. Raises InputError if they do not match."""
     encoder: Backbone
     projection: Projection | None = None
+    # The options of the recipe's keys of these names.
+    options = {name: getattr(arguments, name) for name in ("num_heads", "mean", "std")}
     if arguments.run is not None:
+        if any(options.values()):
+            raise InputError("--num-heads, --mean and --std cannot be combined with --run, which has its own")
         if arguments.projection is not None:
             raise InputError(
                 f"--projection: '{arguments.projection}' cannot be combined with --run, which has its own "
@@ -87,8 +91,6 @@ def load_model(arguments: argparse.Namespace, device: torch.device) -> Evaluated
         loaded = load_video_encoder(arguments.run, weights=arguments.weights)
         encoder, projection = loaded.encoder, loaded.projection
     else:
-        # The options of the recipe's keys of these names.
-        options = {name: getattr(arguments, name) for name in ("num_heads", "mean", "std")}
         if arguments.projection is not None:
             projection = Projection.load(arguments.projection)
             if "backbone" in projection.metadata:
