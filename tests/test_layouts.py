@@ -12,11 +12,13 @@ import timm
 import torch
 import transformers
 from safetensors.torch import save_file
+from synthetic import write_run
 from torch import Tensor, nn
 
 from fasttrain.backbones import FAMILIES, Backbone, load_backbone
 from fasttrain.errors import InputError
 from fasttrain.layouts import flatten, read_config, select_encoder
+from fasttrain.video_encoder import load_video_encoder
 from fasttrain.weights import hash_state_dict, seeded
 
 # Heads of 16 channels, so that a number of heads inferred from the width would be wrong.
@@ -276,6 +278,22 @@ def test_the_message_names_the_family_of_other_weights(tmp_path: Path) -> None:
         load_backbone("mae", weights=str(tmp_path), image_size=64)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (torch.int8, r"blocks\.0\.attn\.proj\.weight has the dtype torch\.int8; .*not quantised"),
+        (torch.nan, r"blocks\.0\.attn\.proj\.weight has values that are not finite"),
+    ],
+)
+def test_quantised_and_broken_weights_are_refused(change: Any, message: str, tmp_path: Path) -> None:
+    state = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=1).state_dict()
+    name = "blocks.0.attn.proj.weight"
+    state[name] = state[name].to(change) if isinstance(change, torch.dtype) else state[name] * change
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(InputError, match=message):
+        load_backbone("dino", weights=str(tmp_path / "weights.pth"))
+
+
 # --- configurations ------------------------------------------------------------------------------------
 
 
@@ -349,6 +367,18 @@ def test_configurations_that_contradict_the_tensors(change: Any, message: str, t
     with pytest.raises(InputError, match=message) as caught:
         load("dinov2", tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_projection_remembers_the_activation_of_its_encoder(tmp_path: Path) -> None:
+    """The bare file of weights, moved away from its configuration, would give other features."""
+    random_model("clip gelu").save_pretrained(tmp_path / "clip")
+    run = write_run(
+        tmp_path / "run", name="clip", weights=str(tmp_path / "clip"),
+        embed_dim=None, depth=None, num_heads=None, patch_size=None,
+    )  # fmt: skip
+    (tmp_path / "clip" / "model.safetensors").rename(tmp_path / "moved.safetensors")
+    with pytest.raises(InputError, match="activation GELU, but are loaded with QuickGELU"):
+        load_video_encoder(run, weights=str(tmp_path / "moved.safetensors"))
 
 
 # --- folders and repositories --------------------------------------------------------------------------

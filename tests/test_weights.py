@@ -300,6 +300,9 @@ def test_the_message_about_timm_names_without_pretrained_weights(name: str) -> N
         ("vit_base_patch16_siglip_224", "vit_base_patch16_siglip_224.webli"),
         ("deit_tiny_distilled_patch16_224", "deit_tiny_distilled_patch16_224.fb_in1k"),
         ("vit_medium_patch16_gap_240", "vit_medium_patch16_gap_240.sw_in12k"),
+        ("vit_small_patch16_dinov3", "vit_small_patch16_dinov3.lvd1689m"),
+        ("eva02_tiny_patch14_224", "eva02_tiny_patch14_224.mim_in22k"),
+        ("vit_pe_core_tiny_patch16_384", "vit_pe_core_tiny_patch16_384.fb"),
     ],
 )
 def test_timm_weights_give_the_tokens_of_timm(
@@ -322,6 +325,21 @@ def test_timm_weights_give_the_tokens_of_timm(
     images = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = reference.fc_norm(reference.forward_features(images)[:, reference.num_prefix_tokens :])
+    torch.testing.assert_close(encoder.tokens(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_naflex_weights_give_the_tokens_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaFlex embeds patches with a linear layer, and interpolates positions bilinearly."""
+    name = "naflexvit_base_patch16_siglip"
+    with seeded(11):
+        reference = timm.create_model(name, num_classes=0, depth=1).eval()
+    monkeypatch.setattr(
+        weights, "_load_timm", lambda _: (reference.state_dict(), weights.timm_config(reference))
+    )
+    encoder = load_backbone(name, weights=f"timm://{name}.v2_webli", depth=1)
+    images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = reference.forward_features(images)
     torch.testing.assert_close(encoder.tokens(images), expected, rtol=1e-4, atol=1e-5)
 
 
