@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fasttrain.backbones import FAMILIES, Backbone, load_backbone
 from fasttrain.errors import InputError
-from fasttrain.weights import hash_state_dict, read_checkpoint, seeded
+from fasttrain.weights import hash_state_dict, read_checkpoint, seeded, timm_config
 
 WIDTH = 32
 
@@ -333,9 +333,8 @@ def test_naflex_weights_give_the_tokens_of_timm(monkeypatch: pytest.MonkeyPatch)
     name = "naflexvit_base_patch16_siglip"
     with seeded(11):
         reference = timm.create_model(name, num_classes=0, depth=1).eval()
-    monkeypatch.setattr(
-        weights, "_load_timm", lambda _: (reference.state_dict(), weights.timm_config(reference))
-    )
+    loaded = reference.state_dict(), timm_config(reference)
+    monkeypatch.setattr("fasttrain.weights._load_timm", lambda _: loaded)
     encoder = load_backbone(name, weights=f"timm://{name}.v2_webli", depth=1)
     images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
