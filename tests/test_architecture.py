@@ -19,6 +19,7 @@ ORDER = (
     "video_encoder",
     "encoder_runtime",
     "backbones",
+    "families",
     "objective",
     "projection",
     "positions",

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fasttrain.backbones import FAMILIES, load_backbone
+from fasttrain.backbones import load_backbone
 from fasttrain.errors import InputError
+from fasttrain.families import FAMILIES
 from fasttrain.projection import Head, Init, Projection
 from fasttrain_kernels import cosettle_loss
 

@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from fasttrain.backbones import FAMILIES, Backbone, load_backbone
+from fasttrain.backbones import Backbone, load_backbone
 from fasttrain.errors import InputError
+from fasttrain.families import FAMILIES
 from fasttrain.weights import hash_state_dict, read_checkpoint, seeded, timm_config
 
 WIDTH = 32

@@ -1,0 +1,325 @@
+"""The families of ViTs: what sets each apart, how timm builds it, and how its weights are loaded.
+
+A family is one of the eight of the paper, or all ViTs of timm. `build_family` and `build_timm` make an encoder
+with random weights, and infer sizes from a checkpoint if there is one. `load_state` fills in its tensors.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from timm.layers import GluMlp, PatchEmbed, QuickGELU, SwiGLUPacked
+from timm.layers.pos_embed_sincos import RotaryEmbeddingMixed
+from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from fasttrain.errors import InputError
+from fasttrain.layouts import ACTIVATIONS, Config, StateDict, as_convolution, fit_names
+from fasttrain.positions import Axis, Resize, sincos_positions
+from fasttrain.projection import Init
+
+
+@dataclass(frozen=True)
+class Family:
+    """The properties of a family of backbones, as published in github.com/yafeng19/Co-Settle.
+
+    Attributes:
+        prefer: Names in a checkpoint that decide between several encoders, such as `teacher`.
+        vit: Arguments of timm's VisionTransformer other than the sizes.
+        layer_norm_eps: Epsilon of every LayerNorm.
+        heads: Published numbers of attention heads by width, if they differ from `HEADS`.
+        sincos: If set, position embeddings are initialised with fixed sines and cosines, and the first half
+            of the channels encodes this axis.
+        norm_plain: Whether the final norm is applied to tokens with the usual positions. The published I-JEPA
+            code applies it to the asymmetric view only, both in training and in evaluation.
+        resize: How positions are resized to other image sizes (see `resize_positions`).
+        resize_once: How the positions of a checkpoint are resized to the training image size (None: as
+            `resize`).
+        resize_without_registers: How models without register tokens resize positions (None: as `resize`).
+        projection_init: How the weights of the projection are initialised.
+    """
+
+    prefer: tuple[str, ...] = ()
+    vit: dict[str, Any] = field(default_factory=dict)
+    layer_norm_eps: float = 1e-6
+    heads: dict[int, int] = field(default_factory=dict)
+    sincos: Axis | None = None
+    norm_plain: bool = True
+    resize: Resize = "offset"
+    resize_once: Resize | None = None
+    resize_without_registers: Resize | None = None
+    projection_init: Init = "trunc_normal"
+
+
+# The numbers of heads of ViT-Ti, S, B and L by width, from github.com/google-research/vision_transformer and
+# github.com/facebookresearch/deit.
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16}
+
+FAMILIES: dict[str, Family] = {
+    "mae": Family(
+        heads={1280: 16},  # models_mae.py of github.com/facebookresearch/mae
+        sincos="column",
+        projection_init="xavier_uniform",
+    ),
+    "ijepa": Family(
+        ("encoder",),
+        vit={"class_token": False},
+        # src/models/vision_transformer.py of github.com/facebookresearch/ijepa
+        heads={1280: 16, 1408: 16, 1664: 16},
+        sincos="column",
+        norm_plain=False,
+    ),
+    "clip": Family(
+        ("visual",),
+        vit={"pre_norm": True, "act_layer": QuickGELU},
+        layer_norm_eps=1e-5,
+        # src/open_clip/model_configs of github.com/mlfoundations/open_clip: ViT-H, g and bigG
+        heads={1280: 16, 1408: 16, 1664: 16},
+        resize="antialias",
+        projection_init="default",
+    ),
+    "blip": Family(("visual_encoder",), resize="antialias", resize_once="plain"),
+    "mocov3": Family(
+        ("momentum_encoder",),
+        heads={384: 12},  # vits.py of github.com/facebookresearch/moco-v3
+        sincos="row",
+        projection_init="xavier_uniform",
+    ),
+    "ibot": Family(("teacher",)),
+    "dino": Family(("teacher",)),
+    "dinov2": Family(
+        ("teacher",),
+        vit={"reg_tokens": 4, "init_values": 1.0},
+        heads={1536: 24},  # dinov2/models/vision_transformer.py of github.com/facebookresearch/dinov2
+        resize="antialias",
+        # dinov2/hub/backbones.py: an offset of 0.1 without registers, antialiasing with them.
+        resize_without_registers="offset",
+    ),
+}
+
+# All timm ViTs. Their positions are resized as in timm.
+TIMM = Family(resize="antialias")
+
+
+# timm's modules of ViTs in which every block attends to all patches, and positions are embedded or rotary.
+TIMM_MODULES = ("vision_transformer", "deit", "eva", "naflexvit")
+_REASONS = {
+    "beit": ", whose positions are biases of the attention",
+    "vision_transformer_relpos": ", whose positions are biases of the attention",
+    "vision_transformer_hybrid": ", which has a convolutional stem",
+    "vision_transformer_sam": ", whose attention is limited to windows",
+    "swin_transformer": ", whose attention is limited to windows",
+    "swin_transformer_v2": ", whose attention is limited to windows",
+    "hiera": ", whose attention is limited to windows",
+}
+
+
+def build_family(name: str, state: StateDict, config: Config, given: dict[str, int], image_size: int) -> Any:
+    family = FAMILIES[name]
+    options: dict[str, Any] = family.vit | _sizes(state) | given
+    width = options.setdefault("embed_dim", 768)
+    heads = given.get("num_heads", config.num_heads) or (HEADS | family.heads).get(width)
+    if heads is None and not state and width % 64 == 0:
+        heads = width // 64  # Any number is right for random weights.
+    if heads is None:
+        raise InputError(
+            f"backbone {name!r}: no number of heads is published for the width {width}; set "
+            f"backbone.num_heads"
+        )
+    if width % heads:
+        raise InputError(
+            f"backbone {name!r}: the width {width} is not a multiple of the number of heads, {heads}; set "
+            f"backbone.num_heads"
+        )
+    options["num_heads"] = heads
+    vit: Any = VisionTransformer(
+        norm_layer=partial(nn.LayerNorm, eps=family.layer_norm_eps),
+        no_embed_class=True,
+        num_classes=0,
+        global_pool="",
+        dynamic_img_size=True,
+        img_size=image_size,
+        **options,
+    )
+    _set_activation(vit, config)
+    if family.sincos:
+        vit.pos_embed.data.copy_(sincos_positions(vit.patch_embed.grid_size, width, family.sincos))
+    return vit
+
+
+def build_timm(name: str, state: StateDict, config: Config, given: dict[str, int], image_size: int) -> Any:
+    module = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
+    if module not in TIMM_MODULES:
+        reason = _REASONS.get(module, "")
+        raise InputError(
+            f"backbone {name!r} is a model of timm's {module}{reason}; expected a ViT of "
+            f"{', '.join(TIMM_MODULES)}"
+        )
+    sizes: dict[str, Any] = ({"num_heads": config.num_heads} if config.num_heads else {}) | given
+    # NaFlexVit accepts images of all sizes.
+    if not name.startswith("naflexvit"):
+        sizes |= {"img_size": image_size, "dynamic_img_size": True}
+    try:
+        vit: Any = timm.create_model(name, num_classes=0, **sizes)
+    # Raised for architectures that do not accept these arguments, for invalid sizes, and for unknown tags.
+    except (TypeError, AssertionError, RuntimeError) as error:
+        raise InputError(f"backbone {name!r} is not a plain timm ViT of these sizes ({error})") from error
+    # Attention pooling does not affect the patch tokens, and its weights are not loaded.
+    vit.attn_pool = None
+    if isinstance(vit, NaFlexVit):
+        _unify_embeddings_of_naflex(vit, name)
+    if vit.pos_embed is None and getattr(vit, "rope", None) is None:
+        raise InputError(f"backbone {name!r} has neither position embeddings nor rotary positions")
+    if isinstance(getattr(vit, "rope", None), RotaryEmbeddingMixed):
+        raise InputError(
+            f"backbone {name!r} has rotary positions with frequencies per block and head (mixed RoPE), which "
+            f"are not supported; expected embedded or axial rotary positions"
+        )
+    _set_activation(vit, config)
+    if isinstance(vit, Eva):
+        _join_biases_of_eva(vit)
+    return vit
+
+
+def _unify_embeddings_of_naflex(vit: Any, name: str) -> None:
+    """Give a NaFlexVit the embeddings of a VisionTransformer, which for images compute the same."""
+    embeds = vit.embeds
+    if embeds.pos_embed is None or embeds.pos_embed_ar_preserving:
+        raise InputError(
+            f"backbone {name!r} has positions that are factorised or depend on the aspect ratio; expected a "
+            f"map of positions"
+        )
+    vit.patch_embed = PatchEmbed(
+        img_size=None,
+        patch_size=embeds.patch_size,
+        embed_dim=vit.embed_dim,
+        bias=embeds.proj.bias is not None,
+        output_fmt="NHWC",
+    )
+    vit.patch_embed.proj.weight.data = as_convolution(embeds.proj.weight.detach())
+    if embeds.proj.bias is not None:
+        vit.patch_embed.proj.bias = embeds.proj.bias
+    vit.cls_token, vit.reg_token, vit.no_embed_class = embeds.cls_token, embeds.reg_token, True
+    vit.pos_embed = nn.Parameter(embeds.pos_embed.detach().flatten(1, 2))
+    # The module keeps no parameters, but the mode by which it resizes positions.
+    embeds.proj = embeds.pos_embed = embeds.cls_token = embeds.reg_token = None
+
+
+def _set_activation(vit: Any, config: Config) -> None:
+    if config.activation is not None and not isinstance(vit, Eva):
+        block: Any
+        for block in vit.blocks:
+            if not isinstance(block.mlp, GluMlp):
+                block.mlp.act = ACTIVATIONS[config.activation][0]()
+
+
+def _join_biases_of_eva(vit: Eva) -> None:
+    """Move the biases of queries and values, which timm concatenates at each call, to the linear layer."""
+    attention: Any
+    for attention in (block.attn for block in vit.blocks):
+        if attention.qkv is not None and attention.qkv.bias is None:
+            bias = torch.zeros(attention.qkv.out_features)
+            if attention.q_bias is not None:
+                bias = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias)).detach()
+            attention.qkv.bias = nn.Parameter(bias)
+            attention.q_bias = attention.k_bias = attention.v_bias = None
+
+
+# --- loading the weights of a checkpoint ---------------------------------------------------------------
+
+
+def _sizes(state: StateDict) -> dict[str, Any]:
+    """Infer the sizes of a ViT from its state dict; `load_state` reports missing keys."""
+    if not state:
+        return {}
+    sizes: dict[str, Any] = {"reg_tokens": state["reg_token"].shape[1] if "reg_token" in state else 0}
+    sizes["embed_dim"], *_, sizes["patch_size"] = state["patch_embed.proj.weight"].shape
+    depth = _depth(state)
+    if depth:
+        sizes["depth"] = depth
+    hidden = state.get("blocks.0.mlp.fc1.weight")
+    gate = state.get("blocks.0.mlp.fc1_g.weight")
+    rows = 2 * len(gate) if gate is not None else len(hidden) if hidden is not None else 0
+    if rows:
+        # May be fractional (48 / 11 in I-JEPA's ViT-g). timm truncates the product with the embedding
+        # dimension; adding a half protects it from rounding errors.
+        sizes["mlp_ratio"] = (rows + 0.5) / sizes["embed_dim"]
+    output = state.get("blocks.0.mlp.fc2.weight")
+    if output is not None and rows == 2 * output.shape[1]:
+        sizes |= {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
+    return sizes
+
+
+def _depth(state: StateDict) -> int:
+    return 1 + max((int(key.split(".")[1]) for key in state if key.startswith("blocks.")), default=-1)
+
+
+def check_config(config: Config, state: StateDict, weights: str) -> None:
+    """Raise InputError if the configuration contradicts the tensors."""
+    width, *_, patch = state["patch_embed.proj.weight"].shape
+    for key, told, actual in (
+        ("width", config.embed_dim, width),
+        ("depth", config.depth, _depth(state)),
+        ("patch size", config.patch_size, patch),
+    ):
+        if told not in (None, actual):
+            raise InputError(
+                f"weights {weights!r}: the configuration says {key} {told}, but the tensors have {key} "
+                f"{actual}; pass the configuration that belongs to the weights"
+            )
+    if config.num_heads and width % config.num_heads:
+        raise InputError(
+            f"weights {weights!r}: the configuration says {config.num_heads} heads, which do not divide the "
+            f"width {width} of the tensors; pass the configuration that belongs to the weights"
+        )
+
+
+# The families of weights by the model type in the configuration of transformers.
+_FAMILY_OF = {
+    "vit_mae": "mae",
+    "ijepa": "ijepa",
+    "clip": "clip",
+    "clip_vision_model": "clip",
+    "dinov2": "dinov2",
+    "dinov2_with_registers": "dinov2",
+    "dinov3_vit": "vit_base_patch16_dinov3 or another of timm's dinov3",
+    "siglip": "vit_base_patch16_siglip_224 or another of timm's siglip",
+    "siglip_vision_model": "vit_base_patch16_siglip_224 or another of timm's siglip",
+    "vit": "dino (if DINO trained it) or vit_base_patch16_224",
+}
+
+
+def load_state(vit: Any, state: StateDict, config: Config, problem: str) -> None:
+    """Load a state dict strictly, for any number of positions; raise InputError if it does not fit."""
+    state = fit_names(state, vit)
+    # The published DINOv3 stores the periods of its rotary positions, rounded to bfloat16.
+    periods = state.pop("rope.periods", None)
+    if periods is not None and hasattr(getattr(vit, "rope", None), "periods"):
+        vit.rope.periods.copy_(periods)
+    if "pos_embed" in state and vit.pos_embed is not None:
+        vit.pos_embed = nn.Parameter(torch.empty(1, state["pos_embed"].shape[1], vit.embed_dim))
+    expected = vit.state_dict()
+    reasons = [
+        f"{key} has the shape {list(state[key].shape)}, expected {list(expected[key].shape)}"
+        for key in expected
+        if key in state and state[key].shape != expected[key].shape
+    ]
+    for what, keys in (("missing", expected.keys() - state), ("unexpected", state.keys() - expected.keys())):
+        if keys:
+            first, *others = sorted(keys)
+            reasons.append(f"{what} {first}" + (f" and {len(others)} more" if others else ""))
+    if reasons:
+        hint = _FAMILY_OF.get(config.model or "", "")
+        hint = "" if problem.endswith(f" {hint}") else hint
+        raise InputError(
+            f"{problem} (width {vit.embed_dim}, depth {len(vit.blocks)}): {'; '.join(reasons[:4])}"
+            + (f". They are weights of {config.model}: use backbone.name={hint}" if hint else "")
+        )
+    broken = next((key for key, tensor in state.items() if not tensor.isfinite().all()), None)
+    if broken is not None:
+        raise InputError(f"{problem}: {broken} has values that are not finite; expected intact weights")
+    vit.load_state_dict(state)
