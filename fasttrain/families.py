@@ -1,7 +1,7 @@
 """The families of ViTs: what sets each apart, how timm builds it, and how its weights are loaded.
 
-A family is one of the eight of the paper, or all ViTs of timm. `build_family` and `build_timm` make an encoder
-with random weights, and infer sizes from a checkpoint if there is one. `load_state` fills in its tensors.
+A family is one of the eight of the paper, or all ViTs of timm. `build_family` and `build_timm` make an
+encoder with random weights; sizes are inferred from a checkpoint if there is one. `load_state` fills it in.
 """
 
 from dataclasses import dataclass, field
