@@ -293,6 +293,16 @@ _FAMILY_OF = {
 }
 
 
+def _likely_family(state: StateDict) -> str:
+    if "pos_embed" not in state:
+        return _FAMILY_OF["dinov3_vit"]
+    if "norm_pre.weight" in state:
+        return "clip"
+    if "blocks.0.ls1.gamma" in state:
+        return "dinov2"
+    return "" if "cls_token" in state else "ijepa or one of timm's siglip"
+
+
 def load_state(vit: Any, state: StateDict, config: Config, problem: str) -> None:
     """Load a state dict strictly, for any number of positions; raise InputError if it does not fit."""
     state = fit_names(state, vit)
@@ -313,11 +323,11 @@ def load_state(vit: Any, state: StateDict, config: Config, problem: str) -> None
             first, *others = sorted(keys)
             reasons.append(f"{what} {first}" + (f" and {len(others)} more" if others else ""))
     if reasons:
-        hint = _FAMILY_OF.get(config.model or "", "")
-        hint = "" if problem.endswith(f" {hint}") else hint
+        family = _FAMILY_OF.get(config.model or "") or _likely_family(state)
+        advice = f". They look like weights for backbone.name={family}" if family else ""
         raise InputError(
             f"{problem} (width {vit.embed_dim}, depth {len(vit.blocks)}): {'; '.join(reasons[:4])}"
-            + (f". They are weights of {config.model}: use backbone.name={hint}" if hint else "")
+            + ("" if problem.endswith(f" {family}") else advice)
         )
     broken = next((key for key, tensor in state.items() if not tensor.isfinite().all()), None)
     if broken is not None:

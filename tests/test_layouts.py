@@ -274,9 +274,13 @@ def test_the_message_says_what_other_checkpoints_contain(
 
 
 def test_the_message_names_the_family_of_other_weights(tmp_path: Path) -> None:
-    random_model("dinov2").save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"do not fit mae .*weights of dinov2: use backbone\.name=dinov2"):
-        load_backbone("mae", weights=str(tmp_path), image_size=64)
+    model = random_model("dinov2")
+    model.save_pretrained(tmp_path)
+    # A bare file has no configuration, but LayerScale.
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    for path in (tmp_path, tmp_path / "bare.pth"):
+        with pytest.raises(InputError, match=r"do not fit mae .*weights for backbone\.name=dinov2$"):
+            load_backbone("mae", weights=str(path), image_size=64, num_heads=4)
 
 
 @pytest.mark.parametrize(
