@@ -294,12 +294,10 @@ _FAMILY_OF = {
 
 
 def _likely_family(state: StateDict) -> str:
-    if "pos_embed" not in state:
-        return _FAMILY_OF["dinov3_vit"]
+    if "blocks.0.ls1.gamma" in state:
+        return _FAMILY_OF["dinov2" if "pos_embed" in state else "dinov3_vit"]
     if "norm_pre.weight" in state:
         return "clip"
-    if "blocks.0.ls1.gamma" in state:
-        return "dinov2"
     return "" if "cls_token" in state else "ijepa or one of timm's siglip"
 
 
