@@ -16,7 +16,7 @@ GROUPS = {
     "data/pack": "Packed sets",
     "data/": "Data sources and loading",
     "evaluation/": "Evaluation",
-    "backbones families layouts weights projection video_encoder": "Backbones, weights and projections",
+    "backbones families layouts configuration weights projection video": "Backbones and projections",
     "": "Training, devices and files",
 }
 # UnreadableFrameError is included because its message appears in the log, although it does not end a run.

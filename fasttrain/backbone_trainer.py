@@ -25,12 +25,14 @@ from fasttrain.cuda_graph import CapturedCall
 from fasttrain.distributed import World
 from fasttrain.encoder_runtime import EncoderRuntime
 from fasttrain.errors import InputError
+from fasttrain.families import FAMILIES
+from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD
 from fasttrain.objective import CosettleLoss, CosettleObjective
 from fasttrain.optimizer import build_optimizer
 from fasttrain.profiling import RECORDED_PASS, span
 from fasttrain.projection import Projection
 from fasttrain.recipe import Recipe, to_dict
-from fasttrain.video_encoder import PROJECTION_FILE, projection_metadata
+from fasttrain.video_encoder import PROJECTION_FILE, UNSTORED, projection_metadata
 
 
 class Meter:
@@ -90,11 +92,12 @@ class BackboneTrainer:
         # Must not change when the run is resumed, but the file of the weights may have been replaced.
         self.facts = {
             "weights_hash": self.encoder.weights_hash,
-            "activation": self.encoder.activation,
-            "backbone.num_heads": self.encoder.num_heads,
-            "backbone.mean": self.encoder.mean,
-            "backbone.std": self.encoder.std,
+            **{f"backbone.{name}": getattr(self.encoder, name) for name in UNSTORED},
         }
+        # Version 0.1.0 used these for all encoders and did not store them.
+        self.earlier_facts: dict[str, Any] = {"backbone.mean": IMAGENET_MEAN, "backbone.std": IMAGENET_STD}
+        if self.name in FAMILIES and recipe.backbone.num_heads is None:
+            self.earlier_facts["backbone.num_heads"] = self.encoder.embed_dim // 64
         self.grid = self.encoder.grid(recipe.data.image_size, recipe.data.image_size)
         if recipe.objective.window > min(self.grid):
             raise InputError(

@@ -18,13 +18,14 @@ import torch
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
+from fasttrain.configuration import Config, activation_of, colours, num_heads, timm_config
 from fasttrain.errors import InputError
 from fasttrain.families import FAMILIES, TIMM, Family, build_family, build_timm, check_config, load_state
-from fasttrain.layouts import Config, StateDict, triple
-from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD
+from fasttrain.layouts import StateDict
+from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD, Triple
 from fasttrain.positions import PositionEncoding
 from fasttrain.projection import Init
-from fasttrain.weights import hash_state_dict, load_encoder_weights, seeded, timm_config
+from fasttrain.weights import hash_state_dict, load_encoder_weights, seeded
 
 
 def load_backbone(
@@ -36,6 +37,7 @@ def load_backbone(
     embed_dim: int | None = None,
     depth: int | None = None,
     num_heads: int | None = None,
+    activation: str | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     seed: int = 0,
@@ -55,6 +57,8 @@ def load_backbone(
         depth: Number of transformer blocks. None: as for `patch_size`.
         num_heads: Number of attention heads, which checkpoints do not store. None: from the configuration of
             the weights or the timm model, else the published number for this family and embedding dimension.
+        activation: Activation function of the MLPs, `gelu`, `gelu_tanh`, `quick_gelu` or `silu`. None: as for
+            `num_heads`.
         mean: Mean of the RGB values (0 to 1) by which images are normalised. None: from the configuration
             of the weights or the timm model, else that of ImageNet, which the paper uses for its families.
         std: Standard deviation of the RGB values. None: as for `mean`.
@@ -71,32 +75,47 @@ def load_backbone(
         raise InputError(
             f"backbone {name!r} is neither one of {', '.join(FAMILIES)} nor a timm ViT{_similar(name)}"
         )
-    sizes = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+    sizes = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth}
     given = {size: value for size, value in sizes.items() if value is not None}
+    for size, value in (given | ({} if num_heads is None else {"num_heads": num_heads})).items():
+        if value < 1:
+            raise InputError(f"{size} is {value}; expected a positive integer")
     state: StateDict = {}
     config, found = Config(), ""
     if weights != "random":
         state, config, found = load_encoder_weights(weights, family.prefer)
         check_config(config, state, weights)
+    chosen: dict[str, Any] = {
+        "num_heads": num_heads, "activation": activation, "mean": mean, "std": std
+    }  # fmt: skip
+    config = replace(config, **{key: value for key, value in chosen.items() if value is not None})
     with seeded(seed):
         if name in FAMILIES:
             vit = build_family(name, state, config, given, image_size)
         else:
-            vit = build_timm(name, state, config, given, image_size)
+            vit = build_timm(name, config, given, image_size)
     if state:
-        load_state(vit, state, config, f"weights {weights!r} ({found}) do not fit {name}")
-    defaults = timm_config(vit) if name not in FAMILIES else Config()
+        load_state(vit, state, config, name=name, weights=weights, found=found)
+    vit.attn_pool = None
+    if activation not in (None, activation_of(vit)):
+        raise InputError(
+            f"activation is {activation!r}, but that of {name} cannot be changed from {activation_of(vit)}"
+        )
+    defaults = Config() if name in FAMILIES else timm_config(vit)
+    how = family.resize
     if isinstance(vit, NaFlexVit) and vit.embeds.pos_embed_interp_mode == "bilinear":
-        family = replace(family, resize="bilinear")
+        how = "bilinear"
+    elif vit.reg_token is None and family.resize_without_registers:
+        how = family.resize_without_registers
     return Backbone(
         vit,
-        family,
+        replace(family, resize=how),
         name=name,
         weights=weights,
         found=found,
         image_size=image_size,
-        mean=mean or config.mean or defaults.mean or IMAGENET_MEAN,
-        std=std or config.std or defaults.std or IMAGENET_STD,
+        mean=colours("mean", config.mean or defaults.mean or IMAGENET_MEAN),
+        std=colours("std", config.std or defaults.std or IMAGENET_STD),
     )
 
 
@@ -145,7 +164,8 @@ class Backbone(nn.Module):
         weights_hash (str): SHA-256 of the parameters in float32, which does not depend on the file format.
         embed_dim: Embedding dimension D.
         patch_size: Patch size in pixels.
-        num_heads: Number of attention heads.
+        num_heads (int): Number of attention heads.
+        activation (str | None): Activation function of the MLPs, as for `load_backbone`.
         image_size: Side of the square training images in pixels.
         mean (tuple[float, float, float]): Mean of the RGB values (0 to 1) by which images are normalised.
         std (tuple[float, float, float]): Standard deviation of the RGB values.
@@ -164,18 +184,18 @@ class Backbone(nn.Module):
         weights: str,
         found: str,
         image_size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
+        mean: Triple,
+        std: Triple,
     ) -> None:
         super().__init__()
         self.name, self.weights, self.image_size = name, weights, image_size
         self._found = found
-        self.mean = triple("backbone.mean", mean)
-        self.std = triple("backbone.std", std, positive=True)
+        self.mean, self.std = mean, std
         self.weights_hash = hash_state_dict(vit.state_dict())
         self.embed_dim: int = vit.embed_dim
         self.patch_size: int = vit.patch_embed.feat_ratio()
-        self.num_heads = _num_heads(vit)
+        self.num_heads = num_heads(vit)
+        self.activation = activation_of(vit)
         self.projection_init: Init = family.projection_init
         self._norm_plain = family.norm_plain
 
@@ -184,13 +204,12 @@ class Backbone(nn.Module):
         self.norm = vit.fc_norm if isinstance(vit.norm, nn.Identity) else vit.norm
 
         prefix_PD, positions_SSD = _split_positions(vit, name)
-        without_registers = family.resize_without_registers if vit.reg_token is None else None
         # Not a module, so that `.to` does not cast the float32 values from which positions are computed.
         self._encoding = PositionEncoding(
             positions_SSD,
             getattr(vit, "rope", None),
             side=self.grid(image_size, image_size)[0],
-            resize=without_registers or family.resize,
+            resize=family.resize,
             resize_once=family.resize_once,
         )
         self._cached: dict[Any, Tensor] = {}
@@ -200,20 +219,14 @@ class Backbone(nn.Module):
         self.requires_grad_(False).eval()
 
     @property
-    def activation(self) -> str:
-        """The class of the activation function in the blocks. Weights do not determine it."""
-        kinds = (type(part).__name__ for part in self.blocks[0].modules() if "GELU" in type(part).__name__)
-        return next(kinds, "SiLU")
-
-    @property
     def summary(self) -> str:
         """A sentence on the architecture, where the weights were found, and the normalisation of frames."""
         found = f" ({self._found})" if self._found else ""
         mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
         return (
             f"{self.name}: width {self.embed_dim}, depth {len(self.blocks)}, {self.num_heads} heads, patch "
-            f"size {self.patch_size}; weights {self.weights!r}{found}; frames normalised with mean ({mean}) "
-            f"and std ({std})"
+            f"size {self.patch_size}, {len(self.prefix_PD)} class and register tokens, {self.activation}; "
+            f"weights {self.weights!r}{found}; frames normalised with mean ({mean}) and std ({std})"
         )
 
     @property
@@ -369,7 +382,3 @@ class Backbone(nn.Module):
             for block in self.blocks:
                 sequence = block(sequence, rope=rope)
         return sequence[:, len(self.prefix_PD) :]
-
-
-def _num_heads(vit: Any) -> int:
-    return next(part.num_heads for part in vit.blocks[0].modules() if hasattr(part, "num_heads"))

@@ -4,21 +4,23 @@ A family is one of the eight of the paper, or all ViTs of timm. `build_family` a
 encoder with random weights; sizes are inferred from a checkpoint if there is one. `load_state` fills it in.
 """
 
+import re
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import timm
 import torch
-from timm.layers import GluMlp, PatchEmbed, QuickGELU, SwiGLUPacked
+from timm.layers import Mlp, PatchEmbed, QuickGELU, SwiGLUPacked
 from timm.layers.pos_embed_sincos import RotaryEmbeddingMixed
 from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from fasttrain.configuration import ACTIVATIONS, Config
 from fasttrain.errors import InputError
-from fasttrain.layouts import ACTIVATIONS, Config, StateDict, as_convolution, fit_names
+from fasttrain.layouts import StateDict, as_convolution, fit_names
 from fasttrain.positions import Axis, Resize, sincos_positions
 from fasttrain.projection import Init
 
@@ -122,7 +124,7 @@ def build_family(name: str, state: StateDict, config: Config, given: dict[str, i
     family = FAMILIES[name]
     options: dict[str, Any] = family.vit | _sizes(state) | given
     width = options.setdefault("embed_dim", 768)
-    heads = given.get("num_heads", config.num_heads) or (HEADS | family.heads).get(width)
+    heads = config.num_heads or (HEADS | family.heads).get(width)
     if heads is None and not state and width % 64 == 0:
         heads = width // 64  # Any number is right for random weights.
     if heads is None:
@@ -145,13 +147,13 @@ def build_family(name: str, state: StateDict, config: Config, given: dict[str, i
         img_size=image_size,
         **options,
     )
-    _set_activation(vit, config)
+    _set_activation(vit, config.activation)
     if family.sincos:
         vit.pos_embed.data.copy_(sincos_positions(vit.patch_embed.grid_size, width, family.sincos))
     return vit
 
 
-def build_timm(name: str, state: StateDict, config: Config, given: dict[str, int], image_size: int) -> Any:
+def build_timm(name: str, config: Config, given: dict[str, int], image_size: int) -> Any:
     module = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
     if module not in TIMM_MODULES:
         reason = _REASONS.get(module, "")
@@ -159,27 +161,29 @@ def build_timm(name: str, state: StateDict, config: Config, given: dict[str, int
             f"backbone {name!r} is a model of timm's {module}{reason}; expected a ViT of "
             f"{', '.join(TIMM_MODULES)}"
         )
-    sizes: dict[str, Any] = ({"num_heads": config.num_heads} if config.num_heads else {}) | given
+    sizes: dict[str, Any] = dict(given)
+    if config.num_heads:
+        sizes["num_heads"] = config.num_heads
     # NaFlexVit accepts images of all sizes.
     if not name.startswith("naflexvit"):
         sizes |= {"img_size": image_size, "dynamic_img_size": True}
     try:
-        vit: Any = timm.create_model(name, num_classes=0, **sizes)
+        # In training mode, some rotary positions are random.
+        vit: Any = timm.create_model(name, num_classes=0, **sizes).eval()
     # Raised for architectures that do not accept these arguments, for invalid sizes, and for unknown tags.
     except (TypeError, AssertionError, RuntimeError) as error:
         raise InputError(f"backbone {name!r} is not a plain timm ViT of these sizes ({error})") from error
-    # Attention pooling does not affect the patch tokens, and its weights are not loaded.
-    vit.attn_pool = None
     if isinstance(vit, NaFlexVit):
         _unify_embeddings_of_naflex(vit, name)
-    if vit.pos_embed is None and getattr(vit, "rope", None) is None:
+    rope = getattr(vit, "rope", None)
+    if vit.pos_embed is None and rope is None:
         raise InputError(f"backbone {name!r} has neither position embeddings nor rotary positions")
-    if isinstance(getattr(vit, "rope", None), RotaryEmbeddingMixed):
+    if isinstance(rope, RotaryEmbeddingMixed):
         raise InputError(
             f"backbone {name!r} has rotary positions with frequencies per block and head (mixed RoPE), which "
             f"are not supported; expected embedded or axial rotary positions"
         )
-    _set_activation(vit, config)
+    _set_activation(vit, config.activation)
     if isinstance(vit, Eva):
         _join_biases_of_eva(vit)
     return vit
@@ -209,12 +213,12 @@ def _unify_embeddings_of_naflex(vit: Any, name: str) -> None:
     embeds.proj = embeds.pos_embed = embeds.cls_token = embeds.reg_token = None
 
 
-def _set_activation(vit: Any, config: Config) -> None:
-    if config.activation is not None and not isinstance(vit, Eva):
-        block: Any
+def _set_activation(vit: Any, activation: str | None) -> None:
+    """Set the activation function of plain MLPs. Gated ones, and those of Eva, have a fixed one."""
+    if activation is not None and not isinstance(vit, Eva):
         for block in vit.blocks:
-            if not isinstance(block.mlp, GluMlp):
-                block.mlp.act = ACTIVATIONS[config.activation][0]()
+            if isinstance(getattr(block, "mlp", None), Mlp):
+                block.mlp.act = ACTIVATIONS[activation][0]()
 
 
 def _join_biases_of_eva(vit: Eva) -> None:
@@ -238,9 +242,7 @@ def _sizes(state: StateDict) -> dict[str, Any]:
         return {}
     sizes: dict[str, Any] = {"reg_tokens": state["reg_token"].shape[1] if "reg_token" in state else 0}
     sizes["embed_dim"], *_, sizes["patch_size"] = state["patch_embed.proj.weight"].shape
-    depth = _depth(state)
-    if depth:
-        sizes["depth"] = depth
+    sizes["depth"] = _depth(state)
     hidden = state.get("blocks.0.mlp.fc1.weight")
     gate = state.get("blocks.0.mlp.fc1_g.weight")
     rows = 2 * len(gate) if gate is not None else len(hidden) if hidden is not None else 0
@@ -255,7 +257,8 @@ def _sizes(state: StateDict) -> dict[str, Any]:
 
 
 def _depth(state: StateDict) -> int:
-    return 1 + max((int(key.split(".")[1]) for key in state if key.startswith("blocks.")), default=-1)
+    """Return the number of blocks; `load_state` reports those beyond a missing one."""
+    return len({match[1] for key in state if (match := re.match(r"blocks\.(\d+)\.", key))})
 
 
 def check_config(config: Config, state: StateDict, weights: str) -> None:
@@ -278,30 +281,26 @@ def check_config(config: Config, state: StateDict, weights: str) -> None:
         )
 
 
-# The families of weights by the model type in the configuration of transformers.
+# The families, or kinds of timm's ViTs, by the model type in the configuration of transformers.
 _FAMILY_OF = {
     "vit_mae": "mae",
-    "ijepa": "ijepa",
-    "clip": "clip",
-    "clip_vision_model": "clip",
-    "dinov2": "dinov2",
     "dinov2_with_registers": "dinov2",
-    "dinov3_vit": "vit_base_patch16_dinov3 or another of timm's dinov3",
-    "siglip": "vit_base_patch16_siglip_224 or another of timm's siglip",
-    "siglip_vision_model": "vit_base_patch16_siglip_224 or another of timm's siglip",
-    "vit": "dino (if DINO trained it) or vit_base_patch16_224",
+    "dinov3_vit": "dinov3",
+    "siglip2": "siglip",
 }
+_FAMILY_OF |= {model: model for model in ("clip", "dinov2", "ijepa", "siglip")}
+
+
+_POOLING = re.compile(r"attn_pool\.").match
 
 
 def _likely_family(state: StateDict) -> str:
     if "blocks.0.ls1.gamma" in state:
-        return _FAMILY_OF["dinov2" if "pos_embed" in state else "dinov3_vit"]
-    if "norm_pre.weight" in state:
-        return "clip"
-    return "" if "cls_token" in state else "ijepa or one of timm's siglip"
+        return "dinov2" if "pos_embed" in state else "dinov3"
+    return "clip" if "norm_pre.weight" in state else ""
 
 
-def load_state(vit: Any, state: StateDict, config: Config, problem: str) -> None:
+def load_state(vit: Any, state: StateDict, config: Config, *, name: str, weights: str, found: str) -> None:
     """Load a state dict strictly, for any number of positions; raise InputError if it does not fit."""
     state = fit_names(state, vit)
     # The published DINOv3 stores the periods of its rotary positions, rounded to bfloat16.
@@ -311,6 +310,14 @@ def load_state(vit: Any, state: StateDict, config: Config, problem: str) -> None
     if "pos_embed" in state and vit.pos_embed is not None:
         vit.pos_embed = nn.Parameter(torch.empty(1, state["pos_embed"].shape[1], vit.embed_dim))
     expected = vit.state_dict()
+    # Attention pooling does not affect the patch tokens. But only by it do the parameters of the Perception
+    # Encoder differ from those of CLIP, which has other positions and another activation.
+    pools = getattr(vit, "attn_pool", None) is not None
+    if pools and (any(map(_POOLING, state)) or not isinstance(vit, Eva)):
+        state, expected = (
+            {key: tensor for key, tensor in tensors.items() if not _POOLING(key)}
+            for tensors in (state, expected)
+        )
     reasons = [
         f"{key} has the shape {list(state[key].shape)}, expected {list(expected[key].shape)}"
         for key in expected
@@ -321,13 +328,18 @@ def load_state(vit: Any, state: StateDict, config: Config, problem: str) -> None
             first, *others = sorted(keys)
             reasons.append(f"{what} {first}" + (f" and {len(others)} more" if others else ""))
     if reasons:
+        width, depth = state["patch_embed.proj.weight"].shape[0], _depth(state)
+        if (width, depth) != (vit.embed_dim, len(vit.blocks)):
+            reasons.insert(0, f"the checkpoint has width {width} and depth {depth}")
         family = _FAMILY_OF.get(config.model or "") or _likely_family(state)
-        advice = f". They look like weights for backbone.name={family}" if family else ""
+        advice = "" if not family or family in name else f". They look like weights of {family}"
         raise InputError(
-            f"{problem} (width {vit.embed_dim}, depth {len(vit.blocks)}): {'; '.join(reasons[:4])}"
-            + ("" if problem.endswith(f" {family}") else advice)
+            f"weights {weights!r} ({found}) do not fit {name} (width {vit.embed_dim}, depth "
+            f"{len(vit.blocks)}): {'; '.join(reasons[:4])}{advice}"
         )
     broken = next((key for key, tensor in state.items() if not tensor.isfinite().all()), None)
     if broken is not None:
-        raise InputError(f"{problem}: {broken} has values that are not finite; expected intact weights")
-    vit.load_state_dict(state)
+        raise InputError(
+            f"weights {weights!r}: {broken} has values that are not finite; expected intact weights"
+        )
+    vit.load_state_dict(state, strict=False)

@@ -2,24 +2,19 @@
 
 `select_encoder` finds the encoder among all tensors of a checkpoint by its patch embedding, whatever
 wrappers and containers surround it, and renames its parameters to those of timm. `fit_names` then adapts
-the few names that differ between timm's classes. `read_config` reads the configuration files of Hugging Face
-repositories. `describe` says what a checkpoint is likely to contain if it is not a ViT.
+the few names that differ between timm's classes.
 """
 
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers import QuickGELU
-from timm.layers.activations import GELU, GELUTanh
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from fasttrain.errors import InputError
-from fasttrain.normalization import Triple
 
 StateDict = dict[str, Tensor]
 
@@ -36,13 +31,14 @@ _PATCH_EMBEDDINGS = {
     "embeddings.patch_embeddings.weight": _TRANSFORMERS,
     "embeddings.patch_embedding.weight": _TRANSFORMERS,
 }
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # A moving average of the weights, which some training scripts store next to them. timm prefers it as well.
 _AVERAGES = ("state_dict_ema", "model_ema", "ema")
 
-# Parts of an encoder's state dict that do not affect the patch tokens: MAE's decoder, mask tokens, heads,
-# pooling, constants of rotary embeddings, and the projection in the checkpoints of the Co-Settle release.
+# Parts of an encoder that do not affect the patch tokens, after `_TIMM_NAMES`: MAE's decoder, mask tokens,
+# heads, constants of rotary embeddings, and the projection in the checkpoints of the Co-Settle release.
 _NOT_ENCODER = re.compile(
-    r"(adapter|decoder\w*|head|head_dist|fc|classifier|pooler|attn_pool|proj|projectors|mask_token|masked_embed"
+    r"(adapter|decoder\w*|head|head_dist|fc|classifier|pooler|proj|projectors|mask_token|masked_embed"
     r"|lm_head|local_cls_norm|rope_embeddings|embeddings\.position_ids)(\.|$)|(.*\.)?(rope\.freqs_\w+|bias_mask)$"
 )
 
@@ -97,14 +93,6 @@ _TIMM_NAMES = [
     ]
 ]
 
-# The default number of heads and activation function of models in transformers, if not 12 and `gelu`.
-_DEFAULTS = {
-    "clip": (12, "quick_gelu"),
-    "dinov3_vit": (6, "gelu"),
-    "siglip": (12, "gelu_pytorch_tanh"),
-    "siglip2": (12, "gelu_pytorch_tanh"),
-}
-
 # Names of relative positions, which only models that fasttrain cannot read have.
 _RELATIVE = re.compile(r"relative_position_bias_table$|\.rel_pos(_|\.|$)")
 # What a checkpoint without a ViT is likely to contain, by a pattern of its keys.
@@ -119,97 +107,21 @@ _OTHER_MODELS = [
     (r"(^|\.)_?flat_param", "a shard of a model that was trained with FSDP; export the whole state dict"),
 ]  # fmt: skip
 
-# The classes of the activation functions, of which the first is used, by their names in transformers.
-ACTIVATIONS: dict[str, tuple[type[nn.Module], ...]] = {
-    "gelu": (nn.GELU, GELU),
-    "quick_gelu": (QuickGELU,),
-    "gelu_pytorch_tanh": (GELUTanh,),
-    "gelu_new": (GELUTanh,),
-    "gelu_fast": (GELUTanh,),
-    "silu": (nn.SiLU,),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """What the configuration of weights says. None: it says nothing."""
-
-    model: str | None = None
-    """transformers' `model_type`, or the name of a timm model."""
-    embed_dim: int | None = None
-    depth: int | None = None
-    patch_size: int | None = None
-    num_heads: int | None = None
-    activation: str | None = None
-    """The activation function of the MLPs, one of `ACTIVATIONS`."""
-    mean: Triple | None = None
-    std: Triple | None = None
-
-
-def read_config(files: Mapping[str, Any], weights: str) -> Config:
-    """Read the configuration files of a repository.
-
-    Args:
-        files: Those that exist of `config.json` (of transformers or timm), `preprocessor_config.json` (of
-            transformers) and `open_clip_config.json`, parsed.
-        weights: The location of the weights, for messages.
-
-    Raises:
-        InputError: The activation function is unknown.
-    """
-    config, preprocessing = files.get("config.json", {}), files.get("preprocessor_config.json", {})
-    open_clip = files.get("open_clip_config.json", {})
-    vision = config.get("vision_config", config)
-    model = vision.get("model_type", config.get("model_type"))
-    # transformers omits values that equal the defaults of the model's class.
-    defaults = (_DEFAULTS.get(model.removesuffix("_vision_model")) or (12, "gelu")) if model else (None, None)
-    known: dict[str, Any] = {
-        "model": model or config.get("architecture"),
-        "embed_dim": vision.get("hidden_size"),
-        "depth": vision.get("num_hidden_layers"),
-        "patch_size": vision.get("patch_size"),
-        "num_heads": vision.get("num_attention_heads", defaults[0]),
-        "activation": vision.get("hidden_act", defaults[1]),
-    }
-    for name, size in list(known.items())[1:5]:
-        if size is not None and not (isinstance(size, int) and size > 0):
-            raise InputError(
-                f"weights {weights!r}: config.json says {name} {size!r}; expected a positive integer"
-            )
-    if "model_cfg" in open_clip and not model:
-        tower = open_clip["model_cfg"].get("vision_cfg", {})
-        known |= {"embed_dim": tower.get("width"), "depth": tower.get("layers")}
-        known |= {"patch_size": tower.get("patch_size"), "model": tower.get("timm_model_name")}
-        if "width" in tower:
-            known["num_heads"] = tower["width"] // tower.get("head_width", 64)
-            known["activation"] = "quick_gelu" if open_clip["model_cfg"].get("quick_gelu") else "gelu"
-    if known["activation"] not in (None, *ACTIVATIONS):
-        raise InputError(
-            f"weights {weights!r}: config.json names the activation {known['activation']!r}; expected one of "
-            f"{', '.join(ACTIVATIONS)}"
-        )
-    pretrained = config.get("pretrained_cfg", {}) | open_clip.get("preprocess_cfg", {})
-    mean = preprocessing.get("image_mean", pretrained.get("mean"))
-    std = preprocessing.get("image_std", pretrained.get("std"))
-    if preprocessing.get("do_normalize", True) and mean is not None and std is not None:
-        known["mean"] = triple(f"weights {weights!r}: the configured mean", mean)
-        known["std"] = triple(f"weights {weights!r}: the configured std", std, positive=True)
-    return Config(**known)
-
-
-def triple(what: str, values: Any, *, positive: bool = False) -> Triple:
-    """Return three numbers, one per colour. Raises InputError if `values` are not."""
-    numbers = list(values) if isinstance(values, list | tuple) else []
-    valid = all(isinstance(number, int | float) and (number > 0 or not positive) for number in numbers)
-    if len(numbers) != 3 or not valid:
-        kind = "positive numbers" if positive else "numbers"
-        raise InputError(f"{what} is {values!r}; expected three {kind}, one per colour")
-    return float(numbers[0]), float(numbers[1]), float(numbers[2])
-
 
 def flatten(checkpoint: Any) -> StateDict:
-    """Return all tensors of nested mappings, by their dotted keys without the names of wrappers."""
-    return {_WRAPPERS.sub("", key): tensor for key, tensor in _tensors(checkpoint, "")}
+    """Return all tensors of nested mappings, by their dotted keys without the names of wrappers.
+
+    Raises InputError if two keys differ only in the wrappers.
+    """
+    tensors: StateDict = {}
+    for key, tensor in _tensors(checkpoint, ""):
+        name = _WRAPPERS.sub("", key)
+        if name in tensors:
+            raise InputError(
+                f"parameter {key!r} also exists with another wrapper; save the state dict of one model"
+            )
+        tensors[name] = tensor
+    return tensors
 
 
 def _tensors(value: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
@@ -221,7 +133,7 @@ def _tensors(value: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def select_encoder(
-    tensors: StateDict, weights: str, *, prefer: tuple[str, ...] = (), entry: str = ""
+    tensors: StateDict, weights: str, *, prefer: tuple[str, ...] = (), entry: str | None = None
 ) -> tuple[StateDict, str]:
     """Find the encoder in a checkpoint and rename its parameters to those of timm.
 
@@ -229,7 +141,7 @@ def select_encoder(
         tensors: All tensors of the checkpoint (`flatten`).
         weights: The location of the weights, for messages.
         prefer: Names in the path of an encoder that decide between several encoders, such as `teacher`.
-        entry: The path of the encoder, if the user chose one.
+        entry: The path of the encoder, if the user chose one; empty: the top level.
 
     Returns:
         The tensors of the encoder in float32, and a description of where they were found.
@@ -240,30 +152,33 @@ def select_encoder(
     found = {root: layout for key in tensors for root, layout in _encoder_of(key, tensors)}
     if not found or any(_RELATIVE.search(key) for key in tensors):
         raise InputError(f"weights {weights!r} contain no ViT that fasttrain can read: {describe(tensors)}")
-    roots = [root for root in found if f".{root}".startswith(f".{entry}." if entry else "")]
+    roots = list(found)
+    if entry is not None:
+        roots = [root for root in found if (f".{root}".startswith(f".{entry}.") if entry else not root)]
     for name in (*prefer, *_AVERAGES):
         named = [root for root in roots if name in root.split(".")]
         roots = named or roots
     if len(roots) != 1:
-        choices = ", ".join(repr(root.removesuffix(".")) for root in found)
-        problem = f"have no encoder {entry!r}" if not roots else "contain several encoders"
+        choices = [root.removesuffix(".") for root in found]
+        problem = "contain several encoders" if entry is None or roots else f"have no encoder {entry!r}, but"
+        location = weights if entry is None else weights.removesuffix(f"#{entry}")
         raise InputError(
-            f"weights {weights!r} {problem}: {choices}. Append one of them after #, as in "
-            f"{weights.removesuffix(f'#{entry}')}#{next(iter(found)).removesuffix('.')}"
+            f"weights {weights!r} {problem} {', '.join(map(repr, choices))}. Append one of them after #, as "
+            f"in {location}#{choices[-1]}"
         )
     (root,) = roots
     inner = {key.removeprefix(root): tensor for key, tensor in tensors.items() if key.startswith(root)}
     renamed = {_timm_name(key): tensor for key, tensor in inner.items()}
-    if "blocks.0.attn.qkv.bias_mask" in renamed:
+    for mask in [key for key in renamed if key.endswith("qkv.bias_mask")]:
         # DINOv3 has no bias of the keys; the mask is one for queries and values.
-        for key in [key for key in renamed if key.endswith("qkv.bias_mask")]:
-            bias = key.removesuffix("_mask")
-            renamed[bias] = torch.where(renamed[key] == 1, renamed[bias], 0)
+        bias = mask.removesuffix("_mask")
+        if bias in renamed:
+            renamed[bias] = torch.where(renamed[mask] == 1, renamed[bias], 0)
     state = {key: tensor for key, tensor in renamed.items() if not _NOT_ENCODER.match(key)}
     if not any(".mlp.fc1_g." in key for key in state):
         # DINOv3 in transformers names the first layer of an MLP without a gate `up_proj`.
         state = {key.replace(".mlp.fc1_x.", ".mlp.fc1."): tensor for key, tensor in state.items()}
-    quantised = next((key for key, tensor in state.items() if not tensor.is_floating_point()), None)
+    quantised = next((key for key, tensor in state.items() if tensor.dtype not in _FLOATS), None)
     if quantised is not None:
         raise InputError(
             f"weights {weights!r}: {quantised} has the dtype {state[quantised].dtype}; expected "
@@ -271,11 +186,15 @@ def select_encoder(
         )
     state = {key: tensor.float() for key, tensor in state.items()}
     state["patch_embed.proj.weight"] = as_convolution(state["patch_embed.proj.weight"])
-    for embedding in {"cls_token", "reg_token", "pos_embed"} & state.keys():
-        # CLIP stores them without a batch dimension.
-        state[embedding] = state[embedding].reshape(1, -1, state[embedding].shape[-1])
+    for name in {"cls_token", "reg_token", "pos_embed"} & state.keys():
+        # CLIP stores them without a batch dimension, and NaFlex stores positions as a square map.
+        if state[name].ndim == 0 or (state[name].ndim == 4 and state[name].shape[1] != state[name].shape[2]):
+            raise InputError(
+                f"weights {weights!r}: {name} has the unsupported shape {list(state[name].shape)}"
+            )
+        state[name] = state[name].reshape(1, -1, state[name].shape[-1])
     place = f"entry {root.removesuffix('.')!r}, " if root else ""
-    return state, f"{place}layout of {found[root]}"
+    return state, f"{place}parameters named as in {found[root]}"
 
 
 def as_convolution(weight: Tensor) -> Tensor:
@@ -283,6 +202,10 @@ def as_convolution(weight: Tensor) -> Tensor:
     if weight.ndim == 4:
         return weight
     side = math.isqrt(weight.shape[1] // 3)
+    if weight.shape[1] != 3 * side * side:
+        raise InputError(
+            f"patch embedding of {weight.shape[1]} columns; expected 3 colours of a square patch"
+        )
     return weight.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2).contiguous()
 
 
@@ -323,14 +246,18 @@ def fit_names(state: StateDict, vit: Any) -> StateDict:
     in others. The final norm and LayerScale have two names in timm.
     """
     state = dict(state)
+    has_bias = any(key.endswith(("q_proj.bias", "qkv.bias")) for key in state)
     for index, block in enumerate(vit.blocks):
         attn, mlp = f"blocks.{index}.attn.", f"blocks.{index}.mlp."
         if getattr(getattr(block, "attn", None), "qkv", None) is not None:
+            if f"{attn}q_proj.bias" in state:
+                # DINOv3 and EVA have no bias of the keys.
+                state.setdefault(f"{attn}k_proj.bias", torch.zeros_like(state[f"{attn}q_proj.bias"]))
             for kind in ("weight", "bias"):
                 _join(state, f"{attn}qkv.{kind}", [f"{attn}{name}_proj.{kind}" for name in "qkv"])
-            if isinstance(vit, Eva):
+            if isinstance(vit, Eva) and not has_bias:
                 # DINOv3 was released with biases of zero, and timm has models with and without them.
-                state.setdefault(f"{attn}qkv.bias", torch.zeros(block.attn.qkv.out_features))
+                state[f"{attn}qkv.bias"] = torch.zeros(block.attn.qkv.out_features)
         if hasattr(getattr(block, "mlp", None), "fc1"):
             for kind in ("weight", "bias"):
                 _join(state, f"{mlp}fc1.{kind}", [f"{mlp}fc1_{half}.{kind}" for half in "gx"])
@@ -342,7 +269,6 @@ def fit_names(state: StateDict, vit: Any) -> StateDict:
 
 
 def _join(state: StateDict, joined: str, parts: list[str]) -> None:
-    """Concatenate the parts of a parameter, if it is stored in parts. A missing bias is zero."""
-    present = [state[part] for part in parts if part in state]
-    if present:
-        state[joined] = torch.cat([state.pop(part, torch.zeros_like(present[0])) for part in parts])
+    """Concatenate the parts of a parameter if all of them are stored."""
+    if all(part in state for part in parts):
+        state[joined] = torch.cat([state.pop(part) for part in parts])

@@ -94,14 +94,14 @@ class PositionEncoding:
         own_SSD = self._training_SSD if grid == (self.side, self.side) else self._own_SSD
         return self._table(own_SSD, self._rotary, grid, self._resize).flatten(0, 1)
 
-    def enlarged(self, large: int) -> Tensor:
-        """Return the positions (L, L, C) of an L x L grid over the extent of the training grid.
+    def enlarged(self, side: int) -> Tensor:
+        """Return the positions (L, L, C) of a grid of `side` = L cells over the extent of the training grid.
 
         Absolute embeddings are interpolated as in the published implementation (bicubic, no antialiasing).
         The rotary table is that of L x L patches whose coordinates span the range of the S x S patches.
         """
-        rotary = None if self._rotary is None else _rescaled(self._rotary, self.side / large)
-        return self._table(self._training_SSD, rotary, (large, large), "plain")
+        rotary = None if self._rotary is None else _rescaled(self._rotary, self.side / side)
+        return self._table(self._training_SSD, rotary, (side, side), "plain")
 
     def _table(self, absolute_SSD: Tensor | None, rotary: Any, grid: tuple[int, int], how: Resize) -> Tensor:
         parts = []

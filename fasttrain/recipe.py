@@ -63,10 +63,12 @@ class BackboneRecipe:
     """Number of transformer blocks; null: that of the weights (12 for `random`) or of the timm ViT."""
     num_heads: Count | None = None
     """Number of attention heads; null: that of the weights' configuration, the family or the timm ViT."""
+    activation: Annotated[Literal["gelu", "gelu_tanh", "quick_gelu", "silu"] | None, MAY_CHANGE] = None
+    """Activation function of the MLPs; null: as for num_heads."""
     mean: Annotated[tuple[Fraction, Fraction, Fraction] | None, MAY_CHANGE] = None
-    """Mean of the RGB values (0 to 1) that the encoder expects; null: that of the weights or of ImageNet."""
+    """Mean of RGB values (0 to 1); null: that of the weights' configuration, the timm ViT or ImageNet."""
     std: Annotated[tuple[PositiveFraction, PositiveFraction, PositiveFraction] | None, MAY_CHANGE] = None
-    """Standard deviation of the RGB values; null: that of the weights or of ImageNet."""
+    """Standard deviation of RGB values (0 to 1); null: as for mean."""
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)

@@ -31,15 +31,12 @@ from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.files import file_lock, write_atomically, write_json
 from fasttrain.loggers import NON_FINITE, MetricsLog, Progress, last_event, say
-from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD
 from fasttrain.optimizer import learning_rate_factor
 from fasttrain.profiling import STEP, StepProfiler, span
 from fasttrain.recipe import Recipe, differences, load_recipe, recipe_hash, to_yaml
 
 # Minimum denominator of the fraction of bad samples, so that one bad sample at the start does not stop a run.
 MIN_SEEN = 1000
-# Version 0.1.0 normalised the frames of all encoders with these values and did not store them.
-EARLIER_FACTS = {"backbone.mean": IMAGENET_MEAN, "backbone.std": IMAGENET_STD}
 
 
 class Trainer:
@@ -306,7 +303,7 @@ class Trainer:
             state = load_checkpoint(trainer.folder / "checkpoints", completed_steps)
             for key, value in (self.facts | trainer.facts).items():
                 # Checkpoints of earlier versions lack some of these.
-                trained = state.get(key, EARLIER_FACTS.get(key, value))
+                trained = state.get(key, trainer.earlier_facts.get(key, value))
                 if trained != value:
                     raise InputError(
                         f"output: the run in {str(trainer.folder)!r} was trained with {key} {trained!r}, "

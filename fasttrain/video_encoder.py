@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 from fasttrain.backbones import Backbone, load_backbone
 from fasttrain.errors import InputError
+from fasttrain.families import FAMILIES
 from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD, Triple
 from fasttrain.projection import Projection
 
 PROJECTION_FILE = "projection.safetensors"
+# Arguments of `load_backbone` that weights do not determine.
+UNSTORED = ("num_heads", "activation", "mean", "std")
 
 
 class VideoEncoder(nn.Module):
@@ -105,12 +108,11 @@ def projection_metadata(
         recipe: The resolved recipe (`recipe.to_dict`).
     """
     # Weights that have been moved may lack the configuration from which these values were taken.
-    resolved = {"num_heads": encoder.num_heads, "mean": encoder.mean, "std": encoder.std}
+    resolved = {name: getattr(encoder, name) for name in UNSTORED}
     return {
         "backbone": json.dumps(backbone_settings | resolved),
         "weights": encoder.weights,
         "weights_hash": encoder.weights_hash,
-        "activation": encoder.activation,
         "head": projection.head,
         "recipe": json.dumps(recipe),
     }
@@ -118,9 +120,23 @@ def projection_metadata(
 
 def trained_backbone(projection: Projection) -> dict[str, Any]:
     """Return the arguments of `load_backbone` from the metadata of a projection."""
-    # Version 0.1.0 normalised the frames of all encoders with these values and did not store them.
-    earlier = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    return earlier | json.loads(projection.metadata["backbone"])
+    settings = json.loads(projection.metadata["backbone"])
+    if "mean" not in settings:
+        # Version 0.1.0 did not store these, and used them for all encoders.
+        settings |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+        if settings["num_heads"] is None and settings["name"] in FAMILIES:
+            settings["num_heads"] = projection.dim // 64
+    return settings
+
+
+def check_backbone(projection: Projection, encoder: Backbone, what: str) -> None:
+    """Raise InputError if a projection was trained on other weights than those of the encoder."""
+    if encoder.weights_hash != projection.metadata.get("weights_hash"):
+        raise InputError(
+            f"{what}: the weights {encoder.weights!r} of {encoder.name} are not those used in training "
+            f"(their hash differs). Pass the original weights; random weights need the original versions of "
+            f"torch and timm"
+        )
 
 
 def load_video_encoder(
@@ -153,16 +169,5 @@ def load_video_encoder(
         )
     settings = trained_backbone(projection)
     encoder = load_backbone(**settings | ({"weights": weights} if weights else {}))
-    if encoder.weights_hash != projection.metadata.get("weights_hash"):
-        raise InputError(
-            f"run '{run}': the weights {encoder.weights!r} of {encoder.name} are not those used in training "
-            f"(their hash differs). Pass the original weights; random weights need the original versions of "
-            f"torch and timm"
-        )
-    activation = projection.metadata.get("activation", encoder.activation)
-    if encoder.activation != activation:
-        raise InputError(
-            f"run '{run}': the MLPs of {encoder.name} were trained with the activation {activation}, but are "
-            f"loaded with {encoder.activation}. Keep config.json in the folder of the weights"
-        )
+    check_backbone(projection, encoder, f"run '{run}'")
     return VideoEncoder(encoder, projection).to(device)

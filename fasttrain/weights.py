@@ -23,8 +23,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fasttrain.configuration import Config, read_config, timm_config
 from fasttrain.errors import InputError
-from fasttrain.layouts import ACTIVATIONS, Config, StateDict, flatten, read_config, select_encoder
+from fasttrain.layouts import StateDict, flatten, select_encoder
 
 SOURCES = "a local file or folder, hf://owner/repo[/path], timm://name, or random"
 # The files of weights in a folder, most preferred first, and of their configuration.
@@ -36,7 +37,12 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
     "open_clip_pytorch_model.bin",
 )
-CONFIG_FILES = ("config.json", "preprocessor_config.json", "open_clip_config.json")
+CONFIG_FILES = (
+    "config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "open_clip_config.json",
+)
 SUFFIXES = {".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".tar"}
 
 # The classes, other than tensors, that occur in published checkpoints. `torch.load(weights_only=True)`
@@ -80,7 +86,7 @@ class Source:
         """Return the local path of a file of the folder; download it if necessary."""
         if self.folder is not None:
             if not (self.folder / name).is_file():
-                raise InputError(f"weights {self.weights!r}: the folder has no file {name!r}")
+                raise InputError(f"weights {self.weights!r}: the folder has no file {name!r}; add it")
             return self.folder / name
         file = f"{self.path}/{name}" if self.path else name
         try:
@@ -102,7 +108,9 @@ class Source:
         return [str(path.relative_to(snapshot)) for path in Path(snapshot).rglob("*") if path.is_file()]
 
     def _download_error(self, file: str, error: Exception) -> InputError:
-        address = f"https://huggingface.co/{self.repo}/resolve/{self.revision or 'main'}/{file}"
+        # Without a suffix, it is a folder.
+        kind = "resolve" if PurePosixPath(file).suffix else "tree"
+        address = f"https://huggingface.co/{self.repo}/{kind}/{self.revision or 'main'}/{file}"
         return _download_error(self.weights, address.removesuffix("/"), error)
 
 
@@ -119,7 +127,8 @@ def load_encoder_weights(weights: str, prefer: tuple[str, ...]) -> tuple[StateDi
     Raises:
         InputError: The weights cannot be loaded, or contain no encoder.
     """
-    location, _, entry = (weights, "", "") if Path(weights).is_file() else weights.partition("#")
+    location, mark, chosen = (weights, "", "") if Path(weights).exists() else weights.partition("#")
+    entry = chosen if mark else None
     if location.startswith("timm://"):
         tensors, config = _load_timm(location)
     else:
@@ -139,13 +148,15 @@ def _load_files(weights: str) -> tuple[StateDict, Config]:
         )
     path = source.fetch(name)
     if path.name.endswith(".index.json"):
-        shards = sorted({PurePosixPath(file).name for file in read_json(path).get("weight_map", {}).values()})
-        tensors = {
-            key: tensor for shard in shards for key, tensor in read_checkpoint(source.fetch(shard)).items()
-        }
+        shards = read_json(path).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            raise InputError(f"weights {weights!r}: {name} has no valid weight_map; download it again")
+        tensors: StateDict = {}
+        for shard in sorted({PurePosixPath(shard).name for shard in shards.values()}):
+            tensors |= flatten_checkpoint(read_checkpoint(source.fetch(shard)), weights)
     else:
-        tensors = read_checkpoint(path)
-    return flatten_checkpoint(tensors, weights), read_config(source.configuration(names), weights)
+        tensors = flatten_checkpoint(read_checkpoint(path), weights)
+    return tensors, read_config(source.configuration(names), weights)
 
 
 def _find(weights: str) -> tuple[Source, str]:
@@ -220,23 +231,9 @@ def _load_timm(weights: str) -> tuple[StateDict, Config]:
     try:
         model: Any = timm.create_model(name, pretrained=True, num_classes=0)
     except (HfHubHTTPError, OSError) as error:
-        file = f"model.safetensors from https://huggingface.co/timm/{name}"
+        file = f"model.safetensors and config.json of https://huggingface.co/timm/{name} to one folder"
         raise _download_error(weights, file, error) from error
     return model.state_dict(), timm_config(model)
-
-
-def timm_config(model: Any) -> Config:
-    """Return the configuration of a timm model."""
-    pretrained = getattr(model, "pretrained_cfg", None) or {}
-    block = next(iter(getattr(model, "blocks", ())), None)
-    activation = type(getattr(getattr(block, "mlp", None), "act", None))
-    return Config(
-        model=pretrained.get("architecture"),
-        num_heads=getattr(getattr(block, "attn", None), "num_heads", None),
-        activation=next((n for n, kinds in ACTIVATIONS.items() if activation in kinds), None),
-        mean=pretrained.get("mean"),
-        std=pretrained.get("std"),
-    )
 
 
 def _download_error(weights: str, file: str, error: Exception) -> InputError:
@@ -268,8 +265,10 @@ def read_checkpoint(path: Path) -> Any:
     except Exception as error:
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
         with path.open("rb") as file:
-            is_pointer = file.read(20) == b"version https://git-"
-        if is_pointer:
+            start = file.read(20).lstrip()
+        if start.startswith(b"<"):
+            problem = "is a web page, not the weights; download it again"
+        elif start == b"version https://git-":
             problem = "is a pointer of Git LFS, not the weights; run `git lfs pull` in its repository"
         elif unsafe and unsafe[1].endswith("ShardedTensor"):
             problem = "is one rank's shard of a model trained with FSDP; save the whole state dict"

@@ -25,6 +25,7 @@ ORDER = (
     "positions",
     "weights",
     "layouts",
+    "configuration",
     "optimizer",
     "cuda_graph",
     "checkpoint",

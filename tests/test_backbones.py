@@ -246,9 +246,12 @@ def test_a_timm_vit_returns_the_tokens_of_timm(name: str, sizes: dict[str, int])
         ),
         ({"name": "vit_small_patch16_rope_mixed_224"}, "mixed RoPE"),
         ({"name": "naflexvit_base_patch16_par_gap"}, "positions that .* depend on the aspect ratio"),
-        ({"name": "mae", "std": (0.5, 0, 0.5)}, r"backbone\.std is .*expected three positive numbers"),
+        ({"name": "mae", "std": (0.5, 0, 0.5)}, r"std is .*expected three positive numbers up to 1"),
         ({"name": "vit_tiny_patch16_224.mine"}, "Invalid pretrained tag"),
         ({"name": "vit_tiny_patch16_224", "embed_dim": 100}, "'vit_tiny_patch16_224' .* num_heads"),
+        ({"name": "mae", "mean": (123, 116, 103)}, r"mean is .*expected three numbers from 0 to 1"),
+        ({"name": "mae", "num_heads": 0}, "num_heads is 0; expected a positive integer"),
+        ({"name": "vit_small_plus_patch16_dinov3", "activation": "gelu"}, "cannot be changed from silu"),
         ({"name": "mae", "image_size": 100}, "100 x 100: mae needs multiples of 16, such as 96 x 96"),
         ({"name": "mae", "embed_dim": 32}, "published for the width 32; set backbone.num_heads"),
         (

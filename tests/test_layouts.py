@@ -11,14 +11,15 @@ import pytest
 import timm
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from synthetic import write_run
 from torch import Tensor, nn
 
 from fasttrain.backbones import Backbone, load_backbone
+from fasttrain.configuration import read_config
 from fasttrain.errors import InputError
 from fasttrain.families import FAMILIES
-from fasttrain.layouts import flatten, read_config, select_encoder
+from fasttrain.layouts import flatten, select_encoder
 from fasttrain.video_encoder import load_video_encoder
 from fasttrain.weights import hash_state_dict, seeded
 
@@ -127,11 +128,9 @@ def test_tokens_match_transformers(kind: str, tmp_path: Path) -> None:
     assert relative_error(tokens, tokens_of(model, images)) < 1e-5
     # The parameters of a model in memory have other names than its files.
     torch.save(model.state_dict(), tmp_path / "in_memory.pth")
-    if kind != "clip gelu":
-        named = load(kind, tmp_path / "in_memory.pth", num_heads=4)
-        assert named.weights_hash == encoder.weights_hash
-        if kind != "siglip":
-            torch.testing.assert_close(named.tokens(images), encoder.tokens(images))
+    named = load(kind, tmp_path / "in_memory.pth", num_heads=4, activation=encoder.activation)
+    assert named.weights_hash == encoder.weights_hash
+    torch.testing.assert_close(named.tokens(images), encoder.tokens(images))
 
 
 @pytest.mark.parametrize("kind", ["dinov2 registers", "dinov3", "dinov3 gated"])
@@ -222,20 +221,20 @@ STUDENT_AND_TEACHER = {"student": behind("backbone.", 1.0), "teacher": behind("b
 def test_one_of_several_encoders_is_chosen(choice: dict[str, Any]) -> None:
     state, found = select_encoder(flatten(STUDENT_AND_TEACHER), "weights", **choice)
     assert hash_state_dict(state) == hash_state_dict(small_state())
-    assert found == "entry 'teacher.backbone', layout of timm"
+    assert found == "entry 'teacher.backbone', parameters named as in timm"
 
 
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("", "contain several encoders"),
-        ("other", "have no encoder 'other'"),
-        ("teach", "have no encoder 'teach'"),
+        (None, "contain several encoders"),
+        ("", "have no encoder '', but"),
+        ("teach", "no encoder 'teach', but"),
     ],
 )
-def test_several_encoders_need_a_choice(entry: str, message: str) -> None:
+def test_several_encoders_need_a_choice(entry: str | None, message: str) -> None:
     with pytest.raises(
-        InputError, match=rf"{message}: 'student\.backbone', 'teacher\.backbone'\. Append .*#"
+        InputError, match=rf"{message} 'student\.backbone', 'teacher\.backbone'\. Append .*#teacher"
     ):
         select_encoder(flatten(STUDENT_AND_TEACHER), "weights", entry=entry)
 
@@ -279,8 +278,37 @@ def test_the_message_names_the_family_of_other_weights(tmp_path: Path) -> None:
     # A bare file has no configuration, but LayerScale.
     torch.save(model.state_dict(), tmp_path / "bare.pth")
     for path in (tmp_path, tmp_path / "bare.pth"):
-        with pytest.raises(InputError, match=r"do not fit mae .*weights for backbone\.name=dinov2$"):
+        with pytest.raises(InputError, match=r"do not fit mae .*They look like weights of dinov2$"):
             load_backbone("mae", weights=str(path), image_size=64, num_heads=4)
+
+
+@pytest.mark.parametrize(
+    "missing",
+    ["encoder.layer.0.attention.attention.key.weight", "encoder.layer.1.attention.attention.query.bias"],
+)
+def test_a_missing_part_of_attention_is_not_filled_in(missing: str, tmp_path: Path) -> None:
+    random_model("dinov2").save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state[missing]
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=rf"missing blocks\.{missing.split('.')[2]}\.attn\.qkv"):
+        load("dinov2", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [("clip", "vit_pe_core_base_patch16_224"), ("vit_pe_core_base_patch16_224", "clip")]
+)
+def test_clip_and_the_perception_encoder_are_told_apart(name: str, other: str, tmp_path: Path) -> None:
+    """Their parameters have the same names and shapes, except for attention pooling."""
+    sizes = {"embed_dim": 64, "num_heads": 1, "depth": 1}
+    if name == "clip":
+        model = timm.create_model("vit_base_patch16_clip_quickgelu_224", num_classes=0, **sizes)
+    else:
+        model = timm.create_model(name, num_classes=0, **sizes)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    load_backbone(name, weights=str(tmp_path / "weights.pth"), **sizes)
+    with pytest.raises(InputError, match=r"(missing|unexpected) attn_pool\."):
+        load_backbone(other, weights=str(tmp_path / "weights.pth"), **sizes)
 
 
 @pytest.mark.parametrize(
@@ -325,10 +353,13 @@ def test_the_normalisation_without_a_configuration(name: str, mean: float) -> No
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        ({"model_type": "siglip", "vision_config": {}}, (12, "gelu_pytorch_tanh")),
+        ({"model_type": "siglip", "vision_config": {}}, (12, "gelu_tanh")),
         ({"model_type": "clip", "vision_config": {"num_attention_heads": 16}}, (16, "quick_gelu")),
         ({"model_type": "dinov2", "num_attention_heads": 6, "hidden_act": "silu"}, (6, "silu")),
-        ({"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {}}, (None, None)),
+        ({"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {}}, (3, "gelu")),
+        ({"architecture": "vit_base_patch16_clip_quickgelu_224"}, (12, "quick_gelu")),
+        ({"model_type": "depth_anything", "backbone_config": {"num_attention_heads": 6}}, (6, None)),
+        ({"model_type": "chinese_clip", "vision_config": {}}, (None, None)),
         ({}, (None, None)),
     ],
 )
@@ -348,6 +379,66 @@ def test_the_configuration_of_open_clip() -> None:
     read = read_config({"open_clip_config.json": config}, "weights")
     assert (read.embed_dim, read.depth, read.patch_size, read.num_heads) == (1280, 32, 14, 16)
     assert (read.activation, read.mean) == ("gelu", (0.48, 0.45, 0.4))
+
+
+@pytest.mark.parametrize(
+    ("files", "mean", "std"),
+    [
+        ({"preprocessor_config.json": {"do_normalize": False, "image_mean": [0.5] * 3}}, 0.0, 1.0),
+        (
+            {"processor_config.json": {"image_processor": {"image_mean": [0.4] * 3, "image_std": [0.2] * 3}}},
+            0.4,
+            0.2,
+        ),
+        (
+            {
+                "preprocessor_config.json": {
+                    "image_mean": [1.0] * 3,
+                    "image_std": [0.5] * 3,
+                    "rescale_factor": 1 / 127.5,
+                }
+            },
+            0.5,
+            0.25,
+        ),
+        (
+            {
+                "preprocessor_config.json": {
+                    "image_mean": [127.5] * 3,
+                    "image_std": [51] * 3,
+                    "do_rescale": False,
+                }
+            },
+            0.5,
+            0.2,
+        ),
+        ({"config.json": {"pretrained_cfg": {"mean": [0.3] * 3, "std": [0.1] * 3}}}, 0.3, 0.1),
+    ],
+)
+def test_the_normalisation_is_that_of_values_from_0_to_1(
+    files: dict[str, Any], mean: float, std: float
+) -> None:
+    config = read_config(files, "weights")
+    assert config.mean == pytest.approx([mean] * 3)
+    assert config.std == pytest.approx([std] * 3)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"config.json": {"vision_config": "vit"}},
+        {"config.json": {"model_type": 5}},
+        {
+            "config.json": {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": []},
+            "preprocessor_config.json": [],
+        },
+        {"open_clip_config.json": {"model_cfg": None}},
+        {"open_clip_config.json": {"model_cfg": {"vision_cfg": {"width": 64, "head_width": 0}}}},
+    ],
+)
+def test_malformed_configurations_are_refused(files: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="weights 'w': their configuration is malformed"):
+        read_config(files, "w")
 
 
 @pytest.mark.parametrize(
@@ -374,16 +465,21 @@ def test_configurations_that_contradict_the_tensors(change: Any, message: str, t
     assert "\n" not in str(caught.value)
 
 
-def test_a_projection_remembers_the_activation_of_its_encoder(tmp_path: Path) -> None:
-    """The bare file of weights, moved away from its configuration, would give other features."""
+def test_a_projection_remembers_what_the_configuration_says(tmp_path: Path) -> None:
+    """The file of weights alone, moved away from its configuration, gives the same features."""
     random_model("clip gelu").save_pretrained(tmp_path / "clip")
+    processor = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.25, 0.3]}
+    (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps(processor))
     run = write_run(
         tmp_path / "run", name="clip", weights=str(tmp_path / "clip"),
         embed_dim=None, depth=None, num_heads=None, patch_size=None,
     )  # fmt: skip
+    trained = load_video_encoder(run)
     (tmp_path / "clip" / "model.safetensors").rename(tmp_path / "moved.safetensors")
-    with pytest.raises(InputError, match="activation GELU, but are loaded with QuickGELU"):
-        load_video_encoder(run, weights=str(tmp_path / "moved.safetensors"))
+    moved = load_video_encoder(run, weights=str(tmp_path / "moved.safetensors"))
+    frames = random_images(1, 1, 3, 64, 64)
+    assert torch.equal(moved(frames), trained(frames))
+    assert (moved.encoder.activation, moved.mean) == ("gelu", (0.5, 0.4, 0.3))
 
 
 # --- folders and repositories --------------------------------------------------------------------------

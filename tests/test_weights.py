@@ -273,7 +273,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ("weights", "file"),
     [
         ("hf://owner/repo/a/b.pth", r"https://huggingface\.co/owner/repo/resolve/main/a/b\.pth"),
-        ("hf://owner/repo/a/b", r"https://huggingface\.co/owner/repo/resolve/main/a/b"),
+        ("hf://owner/repo/a/b", r"https://huggingface\.co/owner/repo/tree/main/a/b"),
         ("timm://vit_tiny_patch16_224.augreg_in21k", r"https://huggingface\.co/timm/vit_tiny_patch16_224"),
     ],
 )

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from fasttrain.backbones import Backbone, load_backbone
+from fasttrain.configuration import ACTIVATIONS
 from fasttrain.errors import InputError
 from fasttrain.projection import Projection
-from fasttrain.video_encoder import load_video_encoder, trained_backbone
+from fasttrain.video_encoder import UNSTORED, check_backbone, load_video_encoder, trained_backbone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-heads", type=int, metavar="N", help="attention heads, as backbone.num_heads (with --backbone)"
     )
+    parser.add_argument(
+        "--activation", choices=tuple(ACTIVATIONS), help="as backbone.activation (with --backbone)"
+    )
     for name in ("mean", "std"):
         parser.add_argument(
             f"--{name}", type=float, nargs=3, metavar=("R", "G", "B"),
@@ -78,11 +82,13 @@ def load_model(arguments: argparse.Namespace, device: torch.device) -> Evaluated
     """Load the encoder and projection that the options select. Raises InputError if they do not match."""
     encoder: Backbone
     projection: Projection | None = None
-    # The options of the recipe's keys of these names.
-    options = {name: getattr(arguments, name) for name in ("num_heads", "mean", "std")}
+    options = {name: value for name in UNSTORED if (value := getattr(arguments, name)) is not None}
     if arguments.run is not None:
-        if any(options.values()):
-            raise InputError("--num-heads, --mean and --std cannot be combined with --run, which has its own")
+        if options:
+            raise InputError(
+                "--num-heads, --activation, --mean and --std cannot be combined with --run, which has its "
+                "own. Pass --backbone instead of --run."
+            )
         if arguments.projection is not None:
             raise InputError(
                 f"--projection: '{arguments.projection}' cannot be combined with --run, which has its own "
@@ -91,14 +97,17 @@ def load_model(arguments: argparse.Namespace, device: torch.device) -> Evaluated
         loaded = load_video_encoder(arguments.run, weights=arguments.weights)
         encoder, projection = loaded.encoder, loaded.projection
     else:
+        weights = arguments.weights or "random"
+        trained = False
         if arguments.projection is not None:
             projection = Projection.load(arguments.projection)
-            if "backbone" in projection.metadata:
-                # It was trained on frames that were normalised in this way.
-                trained = trained_backbone(projection)
-                options = {name: value or trained[name] for name, value in options.items()}
-        weights = arguments.weights or "random"
+            trained = "backbone" in projection.metadata
+            if trained:
+                settings = trained_backbone(projection)
+                options = {name: settings.get(name) for name in UNSTORED} | options
         encoder = load_backbone(arguments.backbone, weights=weights, **options)
+        if trained and projection is not None:
+            check_backbone(projection, encoder, f"--projection '{arguments.projection}'")
     variants: tuple[str, ...] = ("before",)
     if projection is not None:
         if projection.dim != encoder.embed_dim:
