@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from synthetic import (
     LAYOUTS,
@@ -99,7 +100,7 @@ def test_frames_are_normalised_for_the_encoder(
     )
     name = "test_vit"
     sizes = dict.fromkeys(("embed_dim", "depth", "num_heads"))
-    run = write_run(tmp_path / "run", name=name, **sizes, mean=(0, 0, 0), std=(1, 1, 1))
+    run = write_run(tmp_path / "run", name=name, **sizes, image_size=224, mean=(0, 0, 0), std=(1, 1, 1))
     root = {"davis": write_davis, "consistency": write_videos, "retrieval": ucf101}[task](tmp_path / "data")
     model = [option, run] if option == "--run" else ["--backbone", name, option, run / PROJECTION_FILE]
     size = [] if task == "davis" else ["--image-size", 64]
@@ -110,6 +111,24 @@ def test_frames_are_normalised_for_the_encoder(
     report = read(tmp_path / "out", task)
     assert report["model"]["mean"] == [0, 0, 0]
     assert report["model"]["std"] == [1, 1, 1]
+
+
+def test_a_projection_of_other_weights_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "other.pth")
+    words = [
+        "eval",
+        "davis",
+        "--root",
+        tmp_path,
+        "--backbone",
+        "test_vit",
+        "--weights",
+        tmp_path / "other.pth",
+    ]
+    assert main([*map(str, words), "--projection", str(run / PROJECTION_FILE)]) == 2
+    assert "other.pth' of test_vit are not those used in training" in capsys.readouterr().err
 
 
 def test_packed_videos(run: Path, tmp_path: Path) -> None:
