@@ -88,6 +88,12 @@ def test_three_views_equal_separate_passes(name: str, dtype: torch.dtype) -> Non
     ) * expected_B3ND.norm()
 
 
+def test_rotary_positions_that_are_random_in_training_are_fixed() -> None:
+    """timm rescales the coordinates of Sapiens 2 at random in training mode."""
+    tables = [load_backbone("vit_base_patch16_sapiens2", image_size=64).positions((3, 5)) for _ in range(2)]
+    assert torch.equal(*tables)
+
+
 def test_three_views_with_rotary_positions_compile_without_graph_breaks() -> None:
     encoder = encoder_of("eva02_tiny_patch14_224")
     frames, positions = images(2).unflatten(0, (2, 1)), encoder.asymmetric_positions(offset=(0, 1))

@@ -92,3 +92,16 @@ def test_folders_without_a_run_are_refused(tmp_path: Path) -> None:
     Projection(32).save(tmp_path / PROJECTION_FILE)
     with pytest.raises(InputError, match=r"projection\.safetensors' does not name its backbone"):
         load_video_encoder(tmp_path)
+
+
+def test_a_projection_of_0_1_0_keeps_the_heads_and_colours_of_its_training(tmp_path: Path) -> None:
+    """0.1.0 took the number of heads as width / 64, so that MoCo v3's ViT-S had 6 instead of 12."""
+    sizes = {"embed_dim": 384, "num_heads": None}
+    projection = Projection.load(write_run(tmp_path, name="mocov3", **sizes) / PROJECTION_FILE)
+    stored = json.loads(projection.metadata["backbone"])
+    assert stored["num_heads"] == 12
+    earlier = {key: value for key, value in stored.items() if key not in ("mean", "std", "activation")}
+    metadata = projection.metadata | {"backbone": json.dumps(earlier | {"num_heads": None})}
+    projection.save(tmp_path / PROJECTION_FILE, metadata)
+    encoder = load_video_encoder(tmp_path)
+    assert (encoder.encoder.num_heads, encoder.mean, encoder.std) == (6, IMAGENET_MEAN, IMAGENET_STD)
