@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import timm
-import torch
 from timm.layers import QuickGELU
 from timm.layers.activations import GELU, GELUTanh
 from torch import nn
@@ -124,11 +123,13 @@ def _of_open_clip(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _of_timm(config: Mapping[str, Any]) -> dict[str, Any]:
     name = config["architecture"]
-    if not timm.is_model(name):
+    try:
+        # One block is enough to know the heads and the activation function.
+        vit = timm.create_model(name, num_classes=0, depth=1)
+    # Raised for unknown models, and for those that are not ViTs.
+    except (RuntimeError, TypeError, AssertionError):
         return {"model": name}
-    with torch.device("meta"):
-        known = timm_config(timm.create_model(name, num_classes=0))
-    return {"model": name, "num_heads": known.num_heads, "activation": known.activation}
+    return {"model": name, "num_heads": num_heads(vit), "activation": activation_of(vit)}
 
 
 def timm_config(model: Any) -> Config:
