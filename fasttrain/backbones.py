@@ -82,14 +82,14 @@ def load_backbone(
             raise InputError(f"{size} is {value}; expected a positive integer")
     state: StateDict = {}
     config, found = Config(), ""
-    if weights != "random":
-        state, config, found = load_encoder_weights(weights, family.prefer)
-        check_config(config, state, weights)
     chosen: dict[str, Any] = {
         "num_heads": num_heads, "activation": activation, "mean": mean, "std": std
     }  # fmt: skip
-    config = replace(config, **{key: value for key, value in chosen.items() if value is not None})
     with seeded(seed):
+        if weights != "random":
+            state, config, found = load_encoder_weights(weights, family.prefer)
+            check_config(config, state, weights)
+        config = replace(config, **{key: value for key, value in chosen.items() if value is not None})
         if name in FAMILIES:
             vit = build_family(name, state, config, given, image_size)
         else:

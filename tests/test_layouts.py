@@ -513,6 +513,15 @@ def test_a_downloaded_repository_needs_no_network(tmp_path: Path, monkeypatch: p
     assert load_backbone("dinov2", weights="hf://owner/repo", image_size=64).num_heads == 4
 
 
+def test_loading_weights_leaves_the_random_state_unchanged(tmp_path: Path) -> None:
+    name = "vit_tiny_patch16_224"
+    save_file(timm.create_model(name, num_classes=0, depth=1).state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": name}))
+    state = torch.get_rng_state()
+    load_backbone(name, weights=str(tmp_path), depth=1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_shards_are_joined(tmp_path: Path) -> None:
     model = random_model("dinov2")
     model.save_pretrained(tmp_path / "whole")
