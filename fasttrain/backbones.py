@@ -18,7 +18,7 @@ import torch
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
-from fasttrain.configuration import Config, activation_of, colours, num_heads, timm_config
+from fasttrain.configuration import ACTIVATIONS, Config, activation_of, colours, num_heads, timm_config
 from fasttrain.errors import InputError
 from fasttrain.families import FAMILIES, TIMM, Family, build_family, build_timm, check_config, load_state
 from fasttrain.layouts import StateDict
@@ -75,21 +75,22 @@ def load_backbone(
         raise InputError(
             f"backbone {name!r} is neither one of {', '.join(FAMILIES)} nor a timm ViT{_similar(name)}"
         )
-    sizes = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth}
+    sizes = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
     given = {size: value for size, value in sizes.items() if value is not None}
-    for size, value in (given | ({} if num_heads is None else {"num_heads": num_heads})).items():
+    for size, value in given.items():
         if value < 1:
             raise InputError(f"{size} is {value}; expected a positive integer")
+    if activation not in (None, *ACTIVATIONS):
+        raise InputError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    chosen = {"num_heads": given.pop("num_heads", None), "activation": activation, "mean": mean, "std": std}
+    known: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
     state: StateDict = {}
     config, found = Config(), ""
-    chosen: dict[str, Any] = {
-        "num_heads": num_heads, "activation": activation, "mean": mean, "std": std
-    }  # fmt: skip
     with seeded(seed):
         if weights != "random":
             state, config, found = load_encoder_weights(weights, family.prefer)
             check_config(config, state, weights)
-        config = replace(config, **{key: value for key, value in chosen.items() if value is not None})
+        config = replace(config, **known)
         if name in FAMILIES:
             vit = build_family(name, state, config, given, image_size)
         else:
