@@ -152,29 +152,40 @@ def select_encoder(
     found = {root: layout for key in tensors for root, layout in _encoder_of(key, tensors)}
     if not found or any(_RELATIVE.search(key) for key in tensors):
         raise InputError(f"weights {weights!r} contain no ViT that fasttrain can read: {describe(tensors)}")
-    roots = list(found)
+    root = _choose(list(found), weights, prefer, entry)
+    state = {
+        _timm_name(key.removeprefix(root)): tensor for key, tensor in tensors.items() if key.startswith(root)
+    }
+    place = f"entry {root.removesuffix('.')!r}, " if root else ""
+    return _unify(state, weights), f"{place}parameters named as in {found[root]}"
+
+
+def _choose(roots: list[str], weights: str, prefer: tuple[str, ...], entry: str | None) -> str:
+    """Return the prefix of one of several encoders."""
+    chosen = roots
     if entry is not None:
-        roots = [root for root in found if (f".{root}".startswith(f".{entry}.") if entry else not root)]
+        chosen = [root for root in roots if (f".{root}".startswith(f".{entry}.") if entry else not root)]
     for name in (*prefer, *_AVERAGES):
-        named = [root for root in roots if name in root.split(".")]
-        roots = named or roots
-    if len(roots) != 1:
-        choices = [root.removesuffix(".") for root in found]
-        problem = "contain several encoders" if entry is None or roots else f"have no encoder {entry!r}, but"
+        chosen = [root for root in chosen if name in root.split(".")] or chosen
+    if len(chosen) != 1:
+        choices = [root.removesuffix(".") for root in roots]
+        problem = "contain several encoders" if entry is None or chosen else f"have no encoder {entry!r}, but"
         location = weights if entry is None else weights.removesuffix(f"#{entry}")
         raise InputError(
             f"weights {weights!r} {problem} {', '.join(map(repr, choices))}. Append one of them after #, as "
             f"in {location}#{choices[-1]}"
         )
-    (root,) = roots
-    inner = {key.removeprefix(root): tensor for key, tensor in tensors.items() if key.startswith(root)}
-    renamed = {_timm_name(key): tensor for key, tensor in inner.items()}
-    for mask in [key for key in renamed if key.endswith("qkv.bias_mask")]:
+    return chosen[0]
+
+
+def _unify(state: StateDict, weights: str) -> StateDict:
+    """Return the parameters that matter for patch tokens in float32, with the shapes of timm."""
+    for mask in [key for key in state if key.endswith("qkv.bias_mask")]:
         # DINOv3 has no bias of the keys; the mask is one for queries and values.
         bias = mask.removesuffix("_mask")
-        if bias in renamed:
-            renamed[bias] = torch.where(renamed[mask] == 1, renamed[bias], 0)
-    state = {key: tensor for key, tensor in renamed.items() if not _NOT_ENCODER.match(key)}
+        if bias in state:
+            state[bias] = torch.where(state[mask] == 1, state[bias], 0)
+    state = {key: tensor for key, tensor in state.items() if not _NOT_ENCODER.match(key)}
     if not any(".mlp.fc1_g." in key for key in state):
         # DINOv3 in transformers names the first layer of an MLP without a gate `up_proj`.
         state = {key.replace(".mlp.fc1_x.", ".mlp.fc1."): tensor for key, tensor in state.items()}
@@ -188,13 +199,11 @@ def select_encoder(
     state["patch_embed.proj.weight"] = as_convolution(state["patch_embed.proj.weight"])
     for name in {"cls_token", "reg_token", "pos_embed"} & state.keys():
         # CLIP stores them without a batch dimension, and NaFlex stores positions as a square map.
-        if state[name].ndim == 0 or (state[name].ndim == 4 and state[name].shape[1] != state[name].shape[2]):
-            raise InputError(
-                f"weights {weights!r}: {name} has the unsupported shape {list(state[name].shape)}"
-            )
-        state[name] = state[name].reshape(1, -1, state[name].shape[-1])
-    place = f"entry {root.removesuffix('.')!r}, " if root else ""
-    return state, f"{place}parameters named as in {found[root]}"
+        shape = state[name].shape
+        if not shape or (len(shape) == 4 and shape[1] != shape[2]):
+            raise InputError(f"weights {weights!r}: {name} has the unsupported shape {list(shape)}")
+        state[name] = state[name].reshape(1, -1, shape[-1])
+    return state
 
 
 def as_convolution(weight: Tensor) -> Tensor:
