@@ -62,10 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--activation", choices=tuple(ACTIVATIONS), help="as backbone.activation (with --backbone)"
     )
-    for name in ("mean", "std"):
+    for option in ("--mean", "--std"):
         parser.add_argument(
-            f"--{name}", type=float, nargs=3, metavar=("R", "G", "B"),
-            help=f"normalisation of frames, as backbone.{name} (with --backbone)",
+            option, type=float, nargs=3, metavar=("R", "G", "B"),
+            help="normalisation of frames, as the recipe's key in backbone (with --backbone)",
         )  # fmt: skip
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--baseline-only", action="store_true", help="evaluate only the frozen backbone")
