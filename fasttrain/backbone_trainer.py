@@ -94,8 +94,10 @@ class BackboneTrainer:
             "weights_hash": self.encoder.weights_hash,
             **{f"backbone.{name}": getattr(self.encoder, name) for name in UNSTORED},
         }
-        # Version 0.1.0 used these for all encoders and did not store them.
+        # Checkpoints of 0.1.0 lack these; it used them for all encoders.
         self.earlier_facts: dict[str, Any] = {"backbone.mean": IMAGENET_MEAN, "backbone.std": IMAGENET_STD}
+        if self.name == "clip":
+            self.earlier_facts["backbone.activation"] = "quick_gelu"
         if self.name in FAMILIES and recipe.backbone.num_heads is None:
             self.earlier_facts["backbone.num_heads"] = self.encoder.embed_dim // 64
         self.grid = self.encoder.grid(recipe.data.image_size, recipe.data.image_size)

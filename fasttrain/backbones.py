@@ -89,8 +89,9 @@ def load_backbone(
     with seeded(seed):
         if weights != "random":
             state, config, found = load_encoder_weights(weights, family.prefer)
-            check_config(config, state, weights)
         config = replace(config, **known)
+        if state:
+            check_config(config, state, weights)
         if name in FAMILIES:
             vit = build_family(name, state, config, given, image_size)
         else:
@@ -100,7 +101,7 @@ def load_backbone(
     vit.attn_pool = None
     if activation not in (None, activation_of(vit)):
         raise InputError(
-            f"activation is {activation!r}, but that of {name} cannot be changed from {activation_of(vit)}"
+            f"activation is {activation!r}, but {name} has a fixed one, {activation_of(vit)}; do not set it"
         )
     defaults = Config() if name in FAMILIES else timm_config(vit)
     how = family.resize

@@ -1,4 +1,4 @@
-"""The configuration of weights: what checkpoints do not store, from the files next to them or from timm."""
+"""The configuration of weights: values that checkpoints do not store, from the files next to them or timm."""
 
 import math
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from torch import nn
 from fasttrain.errors import InputError
 from fasttrain.normalization import Triple
 
-# The classes of each activation function of an MLP. The first one is used.
+# The classes that implement each activation function of an MLP. New layers use the first one.
 ACTIVATIONS: dict[str, tuple[type[nn.Module], ...]] = {
     "gelu": (nn.GELU, GELU),
     "gelu_tanh": (GELUTanh,),
@@ -21,10 +21,11 @@ ACTIVATIONS: dict[str, tuple[type[nn.Module], ...]] = {
     "silu": (nn.SiLU,),
 }
 # Their other names in transformers.
-_SYNONYMS = dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), "gelu_tanh") | {"swish": "silu"}
+_SYNONYMS = dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), "gelu_tanh")
+_SYNONYMS |= {"gelu_python": "gelu", "swish": "silu"}
 
-# transformers omits values from config.json that are the defaults of the model's class: the number of heads
-# and the activation function, by model type.
+# config.json of transformers omits values that equal the defaults of the model's class. These are the
+# defaults of the number of heads and the activation function, by model type.
 _DEFAULTS = {
     "clip": (12, "quick_gelu"),
     "dinov3_vit": (6, "gelu"),
@@ -36,7 +37,7 @@ _DEFAULTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What the configuration of weights says. None: it says nothing."""
+    """The values in the configuration of weights; None if it has none."""
 
     model: str | None = None
     """transformers' `model_type`, without `_vision_model`, or the name of a timm model."""
@@ -45,7 +46,7 @@ class Config:
     patch_size: int | None = None
     num_heads: int | None = None
     activation: str | None = None
-    """The activation function of the MLPs, one of `ACTIVATIONS`."""
+    """The activation function of the MLPs, one of `ACTIVATIONS` if fasttrain supports it."""
     mean: Triple | None = None
     std: Triple | None = None
 
@@ -63,27 +64,25 @@ def read_config(files: Mapping[str, Any], weights: str) -> Config:
     """
     config, open_clip = files.get("config.json", {}), files.get("open_clip_config.json", {})
     try:
-        if "architecture" in config:
+        if isinstance(config.get("architecture"), str):
             known = _of_timm(config)
         elif open_clip and "model_type" not in config:
             known = _of_open_clip(open_clip)
         else:
             known = _of_transformers(config)
         known |= _normalisation(files)
-    # A value has another type than in the configurations that these libraries write.
+    # A value has a type that these libraries never write.
     except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise InputError(f"weights {weights!r}: their configuration is malformed ({error})") from error
+        raise InputError(
+            f"weights {weights!r}: their configuration cannot be read ({error}). Download config.json and "
+            f"preprocessor_config.json again"
+        ) from error
     for name in ("embed_dim", "depth", "patch_size", "num_heads"):
         size = known.get(name)
         if size is not None and (type(size) is not int or size < 1):
             raise InputError(
                 f"weights {weights!r}: the configuration says {name} {size!r}; expected a positive integer"
             )
-    if known.get("activation") not in (None, *ACTIVATIONS):
-        raise InputError(
-            f"weights {weights!r}: the configuration names the activation {known['activation']!r}; expected "
-            f"one of {', '.join((*ACTIVATIONS, *_SYNONYMS))}"
-        )
     for name in ("mean", "std"):
         if known.get(name) is not None:
             known[name] = colours(f"weights {weights!r}: the configured {name}", known[name])
@@ -91,9 +90,9 @@ def read_config(files: Mapping[str, Any], weights: str) -> Config:
 
 
 def _of_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
-    # The image encoder of a larger model has a section.
+    # In the configuration of a larger model, the image encoder has its own section.
     sections = (config.get(name) for name in ("vision_config", "backbone_config", "encoder"))
-    vision = next((section for section in sections if section is not None), config)
+    vision = next((section for section in sections if isinstance(section, Mapping)), config)
     model = vision.get("model_type", config.get("model_type", "")).removesuffix("_vision_model")
     heads, activation = _DEFAULTS.get(model, (None, None))
     activation = vision.get("hidden_act", activation)
@@ -122,14 +121,28 @@ def _of_open_clip(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_timm(config: Mapping[str, Any]) -> dict[str, Any]:
-    name = config["architecture"]
+    name, pretrained = config["architecture"], config.get("pretrained_cfg") or {}
+    # One block is enough to know the heads and the activation function.
+    arguments = (config.get("model_args") or {}) | {"num_classes": 0, "depth": 1}
     try:
-        # One block is enough to know the heads and the activation function.
-        vit = timm.create_model(name, num_classes=0, depth=1)
+        vit = timm.create_model(name, **arguments)
     # Raised for unknown models, and for those that are not ViTs.
-    except (RuntimeError, TypeError, AssertionError):
+    except (RuntimeError, TypeError, ValueError, AssertionError):
         return {"model": name}
-    return {"model": name, "num_heads": num_heads(vit), "activation": activation_of(vit)}
+    tag = pretrained.get("tag")
+    native = native_activation(f"{name}.{tag}") if tag else None
+    return {"model": name, "num_heads": num_heads(vit), "activation": native or activation_of(vit)}
+
+
+def native_activation(name: str) -> str | None:
+    """Return `quick_gelu` if weights of timm were trained with it, although their model has GELU."""
+    try:
+        pretrained = timm.models.get_pretrained_cfg(name)
+    # Raised for unknown tags.
+    except RuntimeError:
+        return None
+    notes = (pretrained.notes if pretrained else None) or ()
+    return "quick_gelu" if any("QuickGELU" in note for note in notes) else None
 
 
 def timm_config(model: Any) -> Config:
@@ -163,10 +176,12 @@ def _normalisation(files: Mapping[str, Any]) -> dict[str, Any]:
     if processor.get("do_normalize") is False:
         return {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     if processor.get("image_mean") is not None and processor.get("image_std") is not None:
-        # The statistics are those of rescaled values, and ours those of values from 0 to 1.
-        scale = 255 * processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 255
         means, stds = processor["image_mean"], processor["image_std"]
-        if isinstance(means, list) and isinstance(stds, list) and not math.isclose(scale, 1):
+        # They apply to rescaled pixels, and ours to values from 0 to 1.
+        scale = 255 * (processor.get("rescale_factor") or 1 / 255)
+        if processor.get("do_rescale") is False:
+            scale = 255 if max(means) > 1 else 1
+        if not math.isclose(scale, 1):
             means, stds = [value / scale for value in means], [value / scale for value in stds]
         return {"mean": means, "std": stds}
     pretrained = files.get("config.json", {}).get("pretrained_cfg") or {}

@@ -1,6 +1,6 @@
-"""The families of ViTs: what sets each apart, how timm builds it, and how its weights are loaded.
+"""The families of ViTs: what distinguishes them, how timm builds them, and how their weights are loaded.
 
-A family is one of the eight of the paper, or all ViTs of timm. `build_family` and `build_timm` make an
+The paper has eight families; all other ViTs of timm form one more. `build_family` and `build_timm` make an
 encoder with random weights; sizes are inferred from a checkpoint if there is one. `load_state` fills it in.
 """
 
@@ -135,7 +135,7 @@ def build_family(name: str, state: StateDict, config: Config, given: dict[str, i
     if width % heads:
         raise InputError(
             f"backbone {name!r}: the width {width} is not a multiple of the number of heads, {heads}; set "
-            f"backbone.num_heads"
+            f"backbone.num_heads to a divisor of it"
         )
     options["num_heads"] = heads
     vit: Any = VisionTransformer(
@@ -172,7 +172,7 @@ def build_timm(name: str, config: Config, given: dict[str, int], image_size: int
         vit: Any = timm.create_model(name, num_classes=0, **sizes).eval()
     # Raised for architectures that do not accept these arguments, for invalid sizes, and for unknown tags.
     except (TypeError, AssertionError, RuntimeError) as error:
-        raise InputError(f"backbone {name!r} is not a plain timm ViT of these sizes ({error})") from error
+        raise InputError(f"backbone {name!r} cannot be built with these sizes ({error})") from error
     if isinstance(vit, NaFlexVit):
         _unify_embeddings_of_naflex(vit, name)
     rope = getattr(vit, "rope", None)
@@ -209,7 +209,7 @@ def _unify_embeddings_of_naflex(vit: Any, name: str) -> None:
         vit.patch_embed.proj.bias = embeds.proj.bias
     vit.cls_token, vit.reg_token, vit.no_embed_class = embeds.cls_token, embeds.reg_token, True
     vit.pos_embed = nn.Parameter(embeds.pos_embed.detach().flatten(1, 2))
-    # The module keeps no parameters, but the mode by which it resizes positions.
+    # Of the module, only the mode in which it resizes positions is still needed.
     embeds.proj = embeds.pos_embed = embeds.cls_token = embeds.reg_token = None
 
 
@@ -274,6 +274,11 @@ def check_config(config: Config, state: StateDict, weights: str) -> None:
                 f"weights {weights!r}: the configuration says {key} {told}, but the tensors have {key} "
                 f"{actual}; pass the configuration that belongs to the weights"
             )
+    if config.activation not in (None, *ACTIVATIONS):
+        raise InputError(
+            f"weights {weights!r}: the configuration names the activation {config.activation!r}; set "
+            f"backbone.activation to one of {', '.join(ACTIVATIONS)}"
+        )
     if config.num_heads and width % config.num_heads:
         raise InputError(
             f"weights {weights!r}: the configuration says {config.num_heads} heads, which do not divide the "
@@ -281,7 +286,7 @@ def check_config(config: Config, state: StateDict, weights: str) -> None:
         )
 
 
-# The families, or kinds of timm's ViTs, by the model type in the configuration of transformers.
+# The family, or a part of the names in timm, for each `model_type` of transformers.
 _FAMILY_OF = {
     "vit_mae": "mae",
     "dinov2_with_registers": "dinov2",
@@ -295,6 +300,8 @@ _POOLING = re.compile(r"attn_pool\.").match
 
 
 def _likely_family(state: StateDict) -> str:
+    if any(map(_POOLING, state)):
+        return ""
     if "blocks.0.ls1.gamma" in state:
         return "dinov2" if "pos_embed" in state else "dinov3"
     return "clip" if "norm_pre.weight" in state else ""
@@ -303,21 +310,21 @@ def _likely_family(state: StateDict) -> str:
 def load_state(vit: Any, state: StateDict, config: Config, *, name: str, weights: str, found: str) -> None:
     """Load a state dict strictly, for any number of positions; raise InputError if it does not fit."""
     state = fit_names(state, vit)
-    # The published DINOv3 stores the periods of its rotary positions, rounded to bfloat16.
-    periods = state.pop("rope.periods", None)
-    if periods is not None and hasattr(getattr(vit, "rope", None), "periods"):
-        vit.rope.periods.copy_(periods)
     if "pos_embed" in state and vit.pos_embed is not None:
         vit.pos_embed = nn.Parameter(torch.empty(1, state["pos_embed"].shape[1], vit.embed_dim))
     expected = vit.state_dict()
-    # Attention pooling does not affect the patch tokens. But only by it do the parameters of the Perception
-    # Encoder differ from those of CLIP, which has other positions and another activation.
+    # Attention pooling does not affect patch tokens, so its weights may be missing. Eva needs them: only by
+    # them does the Perception Encoder differ from CLIP, which has other positions and another activation.
     pools = getattr(vit, "attn_pool", None) is not None
     if pools and (any(map(_POOLING, state)) or not isinstance(vit, Eva)):
         state, expected = (
             {key: tensor for key, tensor in tensors.items() if not _POOLING(key)}
             for tensors in (state, expected)
         )
+    periods = getattr(getattr(vit, "rope", None), "periods", None)
+    if periods is not None and "rope.periods" in state:
+        # The published DINOv3 stores the periods of its rotary positions, rounded to bfloat16.
+        expected["rope.periods"] = periods
     reasons = [
         f"{key} has the shape {list(state[key].shape)}, expected {list(expected[key].shape)}"
         for key in expected
@@ -339,7 +346,7 @@ def load_state(vit: Any, state: StateDict, config: Config, *, name: str, weights
         )
     broken = next((key for key, tensor in state.items() if not tensor.isfinite().all()), None)
     if broken is not None:
-        raise InputError(
-            f"weights {weights!r}: {broken} has values that are not finite; expected intact weights"
-        )
+        raise InputError(f"weights {weights!r}: {broken} has values that are not finite; download them again")
+    if periods is not None and "rope.periods" in state:
+        periods.copy_(state["rope.periods"])
     vit.load_state_dict(state, strict=False)

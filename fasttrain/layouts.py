@@ -93,7 +93,7 @@ _TIMM_NAMES = [
     ]
 ]
 
-# Names of relative positions, which only models that fasttrain cannot read have.
+# Names of relative positions, which fasttrain does not support.
 _RELATIVE = re.compile(r"relative_position_bias_table$|\.rel_pos(_|\.|$)")
 # What a checkpoint without a ViT is likely to contain, by a pattern of its keys.
 _OTHER_MODELS = [
@@ -117,9 +117,7 @@ def flatten(checkpoint: Any) -> StateDict:
     for key, tensor in _tensors(checkpoint, ""):
         name = _WRAPPERS.sub("", key)
         if name in tensors:
-            raise InputError(
-                f"parameter {key!r} also exists with another wrapper; save the state dict of one model"
-            )
+            raise InputError(f"parameter {key!r} occurs twice, under different wrappers; save a single model")
         tensors[name] = tensor
     return tensors
 
@@ -150,12 +148,19 @@ def select_encoder(
         InputError: There is no encoder, or there are several and neither `prefer` nor `entry` decides.
     """
     found = {root: layout for key in tensors for root, layout in _encoder_of(key, tensors)}
-    if not found or any(_RELATIVE.search(key) for key in tensors):
+    if not found:
         raise InputError(f"weights {weights!r} contain no ViT that fasttrain can read: {describe(tensors)}")
     root = _choose(list(found), weights, prefer, entry)
-    state = {
-        _timm_name(key.removeprefix(root)): tensor for key, tensor in tensors.items() if key.startswith(root)
+    # Another encoder may be nested below the top level.
+    others = tuple(other for other in found if other != root and other.startswith(root))
+    inner = {
+        key.removeprefix(root): tensor
+        for key, tensor in tensors.items()
+        if key.startswith(root) and not key.startswith(others)
     }
+    if any(map(_RELATIVE.search, inner)):
+        raise InputError(f"weights {weights!r} contain no ViT that fasttrain can read: {describe(inner)}")
+    state = {_timm_name(key): tensor for key, tensor in inner.items()}
     place = f"entry {root.removesuffix('.')!r}, " if root else ""
     return _unify(state, weights), f"{place}parameters named as in {found[root]}"
 
@@ -169,7 +174,7 @@ def _choose(roots: list[str], weights: str, prefer: tuple[str, ...], entry: str 
         chosen = [root for root in chosen if name in root.split(".")] or chosen
     if len(chosen) != 1:
         choices = [root.removesuffix(".") for root in roots]
-        problem = "contain several encoders" if entry is None or chosen else f"have no encoder {entry!r}, but"
+        problem = "contain several encoders:" if entry is None or chosen else f"have no encoder {entry!r}:"
         location = weights if entry is None else weights.removesuffix(f"#{entry}")
         raise InputError(
             f"weights {weights!r} {problem} {', '.join(map(repr, choices))}. Append one of them after #, as "
@@ -213,7 +218,7 @@ def as_convolution(weight: Tensor) -> Tensor:
     side = math.isqrt(weight.shape[1] // 3)
     if weight.shape[1] != 3 * side * side:
         raise InputError(
-            f"patch embedding of {weight.shape[1]} columns; expected 3 colours of a square patch"
+            f"the patch embedding has {weight.shape[1]} columns; expected 3 colours of a square patch"
         )
     return weight.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2).contiguous()
 

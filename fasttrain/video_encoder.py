@@ -21,7 +21,7 @@ from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD, Triple
 from fasttrain.projection import Projection
 
 PROJECTION_FILE = "projection.safetensors"
-# Arguments of `load_backbone` that weights do not determine.
+# Arguments of `load_backbone` that the weights alone do not determine.
 UNSTORED = ("num_heads", "activation", "mean", "std")
 
 
@@ -122,8 +122,10 @@ def trained_backbone(projection: Projection) -> dict[str, Any]:
     """Return the arguments of `load_backbone` from the metadata of a projection."""
     settings = json.loads(projection.metadata["backbone"])
     if "mean" not in settings:
-        # Version 0.1.0 did not store these, and used them for all encoders.
+        # Version 0.1.0 did not store these; it used them for all encoders.
         settings |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+        if settings["name"] == "clip":
+            settings["activation"] = "quick_gelu"
         if settings["num_heads"] is None and settings["name"] in FAMILIES:
             settings["num_heads"] = projection.dim // 64
     return settings
@@ -134,8 +136,8 @@ def check_backbone(projection: Projection, encoder: Backbone, what: str) -> None
     if encoder.weights_hash != projection.metadata.get("weights_hash"):
         raise InputError(
             f"{what}: the weights {encoder.weights!r} of {encoder.name} are not those used in training "
-            f"(their hash differs). Pass the original weights; random weights need the original versions of "
-            f"torch and timm"
+            f"(their hash differs). Pass the original weights; for random weights, use the versions of torch "
+            f"and timm, the seed and the image size of the training"
         )
 
 

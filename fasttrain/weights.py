@@ -11,7 +11,7 @@ import warnings
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PosixPath, PurePosixPath
 from typing import Any
 
@@ -23,7 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fasttrain.configuration import Config, read_config, timm_config
+from fasttrain.configuration import Config, native_activation, read_config, timm_config
 from fasttrain.errors import InputError
 from fasttrain.layouts import StateDict, flatten, select_encoder
 
@@ -86,7 +86,7 @@ class Source:
         """Return the local path of a file of the folder; download it if necessary."""
         if self.folder is not None:
             if not (self.folder / name).is_file():
-                raise InputError(f"weights {self.weights!r}: the folder has no file {name!r}; add it")
+                raise InputError(f"weights {self.weights!r}: {name!r} is missing from the folder; add it")
             return self.folder / name
         file = f"{self.path}/{name}" if self.path else name
         try:
@@ -139,7 +139,7 @@ def load_encoder_weights(weights: str, prefer: tuple[str, ...]) -> tuple[StateDi
 
 def _load_files(weights: str) -> tuple[StateDict, Config]:
     source, name = _find(weights)
-    # A file with another name does not belong to a configuration in the same folder.
+    # A configuration describes only the standard files of weights in its folder.
     names = source.names() if not name or name in WEIGHT_FILES else []
     name = name or _choose_file(weights, names)
     if re.search(r"-\d+-of-\d+\.", name):
@@ -233,7 +233,8 @@ def _load_timm(weights: str) -> tuple[StateDict, Config]:
     except (HfHubHTTPError, OSError) as error:
         file = f"model.safetensors and config.json of https://huggingface.co/timm/{name} to one folder"
         raise _download_error(weights, file, error) from error
-    return model.state_dict(), timm_config(model)
+    config = timm_config(model)
+    return model.state_dict(), replace(config, activation=native_activation(name) or config.activation)
 
 
 def _download_error(weights: str, file: str, error: Exception) -> InputError:

@@ -226,11 +226,7 @@ def test_one_of_several_encoders_is_chosen(choice: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("entry", "message"),
-    [
-        (None, "contain several encoders"),
-        ("", "have no encoder '', but"),
-        ("teach", "no encoder 'teach', but"),
-    ],
+    [(None, "contain several encoders:"), ("", "have no encoder '':"), ("teach", "no encoder 'teach':")],
 )
 def test_several_encoders_need_a_choice(entry: str | None, message: str) -> None:
     with pytest.raises(
@@ -272,6 +268,20 @@ def test_the_message_says_what_other_checkpoints_contain(
         select_encoder({key: torch.zeros(shape)}, "x")
 
 
+def test_other_parts_of_a_checkpoint_do_not_matter() -> None:
+    """An encoder may stand next to a model that is not supported, or above another encoder."""
+    segmenter = {
+        "sam.patch_embed.proj.weight": torch.ones(4, 3, 2, 2),
+        "sam.blocks.0.attn.rel_pos_h": torch.ones(3, 4),
+    }
+    for checkpoint, entry in [
+        (behind("vision_tower.") | segmenter, "vision_tower"),
+        (behind("") | behind("student.", 1.0), ""),
+    ]:
+        state, _ = select_encoder(flatten(checkpoint), "weights", entry=entry)
+        assert hash_state_dict(state) == hash_state_dict(small_state())
+
+
 def test_the_message_names_the_family_of_other_weights(tmp_path: Path) -> None:
     model = random_model("dinov2")
     model.save_pretrained(tmp_path)
@@ -293,6 +303,18 @@ def test_a_missing_part_of_attention_is_not_filled_in(missing: str, tmp_path: Pa
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match=rf"missing blocks\.{missing.split('.')[2]}\.attn\.qkv"):
         load("dinov2", tmp_path)
+
+
+def test_the_periods_of_dinov3_are_checked(tmp_path: Path) -> None:
+    name, sizes = "vit_small_patch16_dinov3", {"embed_dim": 64, "num_heads": 4, "depth": 1}
+    state = timm.create_model(name, num_classes=0, **sizes).state_dict()
+    for periods, message in [
+        (torch.ones(8), r"rope\.periods has the shape \[8\], expected \[4\]"),
+        (torch.full((4,), torch.nan), r"rope\.periods has values that are not finite"),
+    ]:
+        torch.save(state | {"rope_embed.periods": periods}, tmp_path / "weights.pth")
+        with pytest.raises(InputError, match=message):
+            load_backbone(name, weights=str(tmp_path / "weights.pth"), **sizes)
 
 
 @pytest.mark.parametrize(
@@ -358,6 +380,13 @@ def test_the_normalisation_without_a_configuration(name: str, mean: float) -> No
         ({"model_type": "dinov2", "num_attention_heads": 6, "hidden_act": "silu"}, (6, "silu")),
         ({"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {}}, (3, "gelu")),
         ({"architecture": "vit_base_patch16_clip_quickgelu_224"}, (12, "quick_gelu")),
+        # timm stores OpenAI's weights under a model with GELU.
+        (
+            {"architecture": "vit_base_patch16_clip_224", "pretrained_cfg": {"tag": "openai"}},
+            (12, "quick_gelu"),
+        ),
+        ({"architecture": "vit_tiny_patch16_224", "model_args": {"num_heads": 6}}, (6, "gelu")),
+        ({"encoder": "vits", "features": 64}, (None, None)),
         ({"model_type": "depth_anything", "backbone_config": {"num_attention_heads": 6}}, (6, None)),
         ({"model_type": "chinese_clip", "vision_config": {}}, (None, None)),
         ({}, (None, None)),
@@ -426,7 +455,6 @@ def test_the_normalisation_is_that_of_values_from_0_to_1(
 @pytest.mark.parametrize(
     "files",
     [
-        {"config.json": {"vision_config": "vit"}},
         {"config.json": {"model_type": 5}},
         {
             "config.json": {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": []},
@@ -437,7 +465,7 @@ def test_the_normalisation_is_that_of_values_from_0_to_1(
     ],
 )
 def test_malformed_configurations_are_refused(files: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="weights 'w': their configuration is malformed"):
+    with pytest.raises(InputError, match="weights 'w': their configuration cannot be read"):
         read_config(files, "w")
 
 
@@ -449,7 +477,7 @@ def test_malformed_configurations_are_refused(files: dict[str, Any]) -> None:
         ({"patch_size": 14}, "patch size 14, but the tensors have patch size 16"),
         ({"num_attention_heads": 7}, "7 heads, which do not divide the width 64"),
         ({"num_attention_heads": "4"}, "num_heads '4'; expected a positive integer"),
-        ({"hidden_act": "relu6"}, "the activation 'relu6'; expected one of gelu"),
+        ({"hidden_act": "relu6"}, "the activation 'relu6'; set backbone.activation to one of gelu"),
         ("[]", "expected a JSON object, got a list"),
         ("{", "is not valid JSON"),
     ],
@@ -533,7 +561,7 @@ def test_shards_are_joined(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="one of several shards; pass the folder"):
         load("dinov2", shards[0])
     shards[0].unlink()
-    with pytest.raises(InputError, match=f"the folder has no file '{re.escape(shards[0].name)}'"):
+    with pytest.raises(InputError, match=f"'{re.escape(shards[0].name)}' is missing from the folder"):
         load("dinov2", tmp_path / "shards")
 
 

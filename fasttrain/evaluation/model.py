@@ -57,15 +57,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="projection to use with --backbone (a projection.safetensors)",
     )
     parser.add_argument(
-        "--num-heads", type=int, metavar="N", help="attention heads, as backbone.num_heads (with --backbone)"
+        "--num-heads",
+        type=int,
+        metavar="N",
+        help="number of attention heads, like backbone.num_heads in a recipe",
     )
     parser.add_argument(
-        "--activation", choices=tuple(ACTIVATIONS), help="as backbone.activation (with --backbone)"
+        "--activation",
+        choices=tuple(ACTIVATIONS),
+        help="activation function of the MLPs, like backbone.activation",
     )
     for option in ("--mean", "--std"):
         parser.add_argument(
             option, type=float, nargs=3, metavar=("R", "G", "B"),
-            help="normalisation of frames, as the recipe's key in backbone (with --backbone)",
+            help="statistic of RGB values from 0 to 1, like the key of this name in a recipe's backbone",
         )  # fmt: skip
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--baseline-only", action="store_true", help="evaluate only the frozen backbone")
@@ -86,8 +91,8 @@ def load_model(arguments: argparse.Namespace, device: torch.device) -> Evaluated
     if arguments.run is not None:
         if options:
             raise InputError(
-                "--num-heads, --activation, --mean and --std cannot be combined with --run, which has its "
-                "own. Pass --backbone instead of --run."
+                "--num-heads, --activation, --mean and --std cannot be combined with --run, which "
+                "stores these values. Pass --backbone instead of --run."
             )
         if arguments.projection is not None:
             raise InputError(
@@ -105,7 +110,15 @@ def load_model(arguments: argparse.Namespace, device: torch.device) -> Evaluated
             if trained:
                 settings = trained_backbone(projection)
                 options = {name: settings.get(name) for name in UNSTORED} | options
-        encoder = load_backbone(arguments.backbone, weights=weights, **options)
+        try:
+            encoder = load_backbone(arguments.backbone, weights=weights, **options)
+        except InputError as error:
+            if not trained:
+                raise
+            raise InputError(
+                f"--projection '{arguments.projection}' was trained on {settings['name']}, and --backbone "
+                f"cannot be loaded with the same settings: {error}"
+            ) from error
         if trained and projection is not None:
             check_backbone(projection, encoder, f"--projection '{arguments.projection}'")
     variants: tuple[str, ...] = ("before",)
