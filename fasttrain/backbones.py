@@ -227,7 +227,7 @@ class Backbone(nn.Module):
         mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
         return (
             f"{self.name}: width {self.embed_dim}, depth {len(self.blocks)}, {self.num_heads} heads, patch "
-            f"size {self.patch_size}, {len(self.prefix_PD)} class and register tokens, {self.activation}; "
+            f"size {self.patch_size}, {len(self.prefix_PD)} prefix tokens, {self.activation}; "
             f"weights {self.weights!r}{found}; frames normalised with mean ({mean}) and std ({std})"
         )
 

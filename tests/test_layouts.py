@@ -475,7 +475,7 @@ def test_malformed_configurations_are_refused(files: dict[str, Any]) -> None:
         ({"hidden_size": 128}, "the configuration says width 128, but the tensors have width 64"),
         ({"num_hidden_layers": 12}, "depth 12, but the tensors have depth 2"),
         ({"patch_size": 14}, "patch size 14, but the tensors have patch size 16"),
-        ({"num_attention_heads": 7}, "7 heads, which do not divide the width 64"),
+        ({"num_attention_heads": 7}, "the number of heads, 7, does not divide the width 64"),
         ({"num_attention_heads": "4"}, "num_heads '4'; expected a positive integer"),
         ({"hidden_act": "relu6"}, "the activation 'relu6'; set backbone.activation to one of gelu"),
         ("[]", "expected a JSON object, got a list"),
