@@ -281,8 +281,8 @@ def check_config(config: Config, state: StateDict, weights: str) -> None:
         )
     if config.num_heads and width % config.num_heads:
         raise InputError(
-            f"weights {weights!r}: the number of heads, {config.num_heads}, does not divide the width {width} "
-            f"of the tensors; pass the configuration that belongs to the weights, or set backbone.num_heads"
+            f"weights {weights!r}: the number of heads, {config.num_heads}, does not divide the width "
+            f"{width} of the tensors; pass the right configuration, or set backbone.num_heads"
         )
 
 
@@ -311,7 +311,7 @@ def load_state(vit: Any, state: StateDict, config: Config, *, name: str, weights
     if "pos_embed" in state and vit.pos_embed is not None:
         vit.pos_embed = nn.Parameter(torch.empty(1, state["pos_embed"].shape[1], vit.embed_dim))
     expected = vit.state_dict()
-    # Attention pooling does not affect patch tokens, so its weights may be missing. Eva's are required, because
+    # Attention pooling does not affect patch tokens, so its weights may be missing. Eva requires them, because
     # only they tell the Perception Encoder from CLIP, which has other positions and activations.
     pools = getattr(vit, "attn_pool", None) is not None
     if pools and (any(map(_POOLING, state)) or not isinstance(vit, Eva)):
