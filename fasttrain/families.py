@@ -311,8 +311,8 @@ def load_state(vit: Any, state: StateDict, config: Config, *, name: str, weights
     if "pos_embed" in state and vit.pos_embed is not None:
         vit.pos_embed = nn.Parameter(torch.empty(1, state["pos_embed"].shape[1], vit.embed_dim))
     expected = vit.state_dict()
-    # Attention pooling does not affect patch tokens, so its weights may be missing. Eva requires them, because
-    # only they tell the Perception Encoder from CLIP, which has other positions and activations.
+    # Attention pooling does not affect patch tokens, so its weights may be missing. Those of Eva may not:
+    # only by them does the Perception Encoder differ from CLIP, which has other positions and activations.
     pools = getattr(vit, "attn_pool", None) is not None
     if pools and (any(map(_POOLING, state)) or not isinstance(vit, Eva)):
         state, expected = (
