@@ -63,7 +63,7 @@ def plot(path: Path) -> Path:
     """Draw a result file and return the path of the picture. Raises ValueError if the file has no timings."""
     content = json.loads(path.read_text(encoding="utf-8"))
     groups = list(panels(content))
-    # A panel with a single bar compares nothing. Such panels are drawn only if there are no others.
+    # Panels with a single bar compare nothing, so they are drawn only if there are no others.
     drawn = [group for group in groups if len(group[2]) > 1] or groups
     if not drawn:
         raise ValueError(f"{path} has no timings to draw")

@@ -25,14 +25,12 @@ from fasttrain.cuda_graph import CapturedCall
 from fasttrain.distributed import World
 from fasttrain.encoder_runtime import EncoderRuntime
 from fasttrain.errors import InputError
-from fasttrain.families import FAMILIES
-from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD
 from fasttrain.objective import CosettleLoss, CosettleObjective
 from fasttrain.optimizer import build_optimizer
 from fasttrain.profiling import RECORDED_PASS, span
 from fasttrain.projection import Projection
 from fasttrain.recipe import Recipe, to_dict
-from fasttrain.video_encoder import PROJECTION_FILE, UNSTORED, projection_metadata
+from fasttrain.video_encoder import PROJECTION_FILE, UNSTORED, earlier_settings, projection_metadata
 
 
 class Meter:
@@ -94,12 +92,9 @@ class BackboneTrainer:
             "weights_hash": self.encoder.weights_hash,
             **{f"backbone.{name}": getattr(self.encoder, name) for name in UNSTORED},
         }
-        # Checkpoints of 0.1.0 lack these; it used them for all encoders.
-        self.earlier_facts: dict[str, Any] = {"backbone.mean": IMAGENET_MEAN, "backbone.std": IMAGENET_STD}
-        if self.name == "clip":
-            self.earlier_facts["backbone.activation"] = "quick_gelu"
-        if self.name in FAMILIES and recipe.backbone.num_heads is None:
-            self.earlier_facts["backbone.num_heads"] = self.encoder.embed_dim // 64
+        # Checkpoints of 0.1.0 lack these.
+        earlier = earlier_settings(self.name, recipe.backbone.num_heads, self.encoder.embed_dim)
+        self.earlier_facts = {f"backbone.{name}": value for name, value in earlier.items()}
         self.grid = self.encoder.grid(recipe.data.image_size, recipe.data.image_size)
         if recipe.objective.window > min(self.grid):
             raise InputError(

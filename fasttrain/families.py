@@ -1,7 +1,7 @@
 """The families of ViTs: what distinguishes them, how timm builds them, and how their weights are loaded.
 
 The paper has eight families; all other ViTs of timm form one more. `build_family` and `build_timm` make an
-encoder with random weights; sizes are inferred from a checkpoint if there is one. `load_state` fills it in.
+encoder with random weights, of the sizes of a checkpoint if there is one. `load_state` loads the checkpoint.
 """
 
 import re
@@ -190,7 +190,7 @@ def build_timm(name: str, config: Config, given: dict[str, int], image_size: int
 
 
 def _unify_embeddings_of_naflex(vit: Any, name: str) -> None:
-    """Give a NaFlexVit the embeddings of a VisionTransformer, which for images compute the same."""
+    """Replace the embeddings of a NaFlexVit by those of a VisionTransformer, which are equal for images."""
     embeds = vit.embeds
     if embeds.pos_embed is None or embeds.pos_embed_ar_preserving:
         raise InputError(

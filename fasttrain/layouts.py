@@ -145,7 +145,8 @@ def select_encoder(
         The tensors of the encoder in float32, and a description of where they were found.
 
     Raises:
-        InputError: There is no encoder, or there are several and neither `prefer` nor `entry` decides.
+        InputError: The checkpoint contains no encoder, or several of which neither `prefer` nor `entry`
+            selects one.
     """
     found = {root: layout for key in tensors for root, layout in _encoder_of(key, tensors)}
     if not found:

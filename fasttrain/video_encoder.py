@@ -120,14 +120,19 @@ def projection_metadata(
 
 def trained_backbone(projection: Projection) -> dict[str, Any]:
     """Return the arguments of `load_backbone` from the metadata of a projection."""
-    settings = json.loads(projection.metadata["backbone"])
+    settings: dict[str, Any] = json.loads(projection.metadata["backbone"])
     if "mean" not in settings:
-        # Version 0.1.0 did not store these; it used them for all encoders.
-        settings |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-        if settings["name"] == "clip":
-            settings["activation"] = "quick_gelu"
-        if settings["num_heads"] is None and settings["name"] in FAMILIES:
-            settings["num_heads"] = projection.dim // 64
+        settings |= earlier_settings(settings["name"], settings["num_heads"], projection.dim)
+    return settings
+
+
+def earlier_settings(name: str, num_heads: int | None, embed_dim: int) -> dict[str, Any]:
+    """Return the values of `UNSTORED` that version 0.1.0 used without storing them."""
+    settings: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    if name == "clip":
+        settings["activation"] = "quick_gelu"
+    if name in FAMILIES and num_heads is None:
+        settings["num_heads"] = embed_dim // 64
     return settings
 
 

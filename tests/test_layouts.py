@@ -16,7 +16,6 @@ from synthetic import write_run
 from torch import Tensor, nn
 
 from fasttrain.backbones import Backbone, load_backbone
-from fasttrain.configuration import read_config
 from fasttrain.errors import InputError
 from fasttrain.families import FAMILIES
 from fasttrain.layouts import flatten, select_encoder
@@ -361,112 +360,6 @@ def test_normalisation_and_heads_come_from_the_configuration(tmp_path: Path) -> 
     # An explicit value takes precedence, and the file itself stands for its folder.
     encoder = load("siglip", tmp_path / "model.safetensors", mean=(0, 0, 0))
     assert (encoder.mean, encoder.std, encoder.num_heads) == ((0, 0, 0), (0.2, 0.25, 0.3), 4)
-
-
-@pytest.mark.parametrize(
-    ("name", "mean"),
-    [("dino", 0.485), ("clip", 0.485), ("vit_tiny_patch16_224", 0.5), ("vit_small_patch16_dinov3", 0.485)],
-)
-def test_the_normalisation_without_a_configuration(name: str, mean: float) -> None:
-    """The paper uses ImageNet's for its families, and timm's models have their own."""
-    assert load_backbone(name, depth=1, image_size=32).mean[0] == mean
-
-
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        ({"model_type": "siglip", "vision_config": {}}, (12, "gelu_tanh")),
-        ({"model_type": "clip", "vision_config": {"num_attention_heads": 16}}, (16, "quick_gelu")),
-        ({"model_type": "dinov2", "num_attention_heads": 6, "hidden_act": "silu"}, (6, "silu")),
-        ({"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {}}, (3, "gelu")),
-        ({"architecture": "vit_base_patch16_clip_quickgelu_224"}, (12, "quick_gelu")),
-        # timm stores OpenAI's weights under a model with GELU.
-        (
-            {"architecture": "vit_base_patch16_clip_224", "pretrained_cfg": {"tag": "openai"}},
-            (12, "quick_gelu"),
-        ),
-        ({"architecture": "vit_tiny_patch16_224", "model_args": {"num_heads": 6}}, (6, "gelu")),
-        ({"encoder": "vits", "features": 64}, (None, None)),
-        ({"model_type": "depth_anything", "backbone_config": {"num_attention_heads": 6}}, (6, None)),
-        ({"model_type": "chinese_clip", "vision_config": {}}, (None, None)),
-        ({}, (None, None)),
-    ],
-)
-def test_values_that_transformers_omits_are_its_defaults(
-    config: dict[str, Any], expected: tuple[Any, Any]
-) -> None:
-    read = read_config({"config.json": config}, "weights")
-    assert (read.num_heads, read.activation) == expected
-
-
-def test_the_configuration_of_open_clip() -> None:
-    vision = {"width": 1280, "layers": 32, "head_width": 80, "patch_size": 14}
-    config = {
-        "model_cfg": {"embed_dim": 1024, "vision_cfg": vision},
-        "preprocess_cfg": {"mean": [0.48, 0.45, 0.4], "std": [0.26, 0.26, 0.27]},
-    }
-    read = read_config({"open_clip_config.json": config}, "weights")
-    assert (read.embed_dim, read.depth, read.patch_size, read.num_heads) == (1280, 32, 14, 16)
-    assert (read.activation, read.mean) == ("gelu", (0.48, 0.45, 0.4))
-
-
-@pytest.mark.parametrize(
-    ("files", "mean", "std"),
-    [
-        ({"preprocessor_config.json": {"do_normalize": False, "image_mean": [0.5] * 3}}, 0.0, 1.0),
-        (
-            {"processor_config.json": {"image_processor": {"image_mean": [0.4] * 3, "image_std": [0.2] * 3}}},
-            0.4,
-            0.2,
-        ),
-        (
-            {
-                "preprocessor_config.json": {
-                    "image_mean": [1.0] * 3,
-                    "image_std": [0.5] * 3,
-                    "rescale_factor": 1 / 127.5,
-                }
-            },
-            0.5,
-            0.25,
-        ),
-        (
-            {
-                "preprocessor_config.json": {
-                    "image_mean": [127.5] * 3,
-                    "image_std": [51] * 3,
-                    "do_rescale": False,
-                }
-            },
-            0.5,
-            0.2,
-        ),
-        ({"config.json": {"pretrained_cfg": {"mean": [0.3] * 3, "std": [0.1] * 3}}}, 0.3, 0.1),
-    ],
-)
-def test_the_normalisation_is_that_of_values_from_0_to_1(
-    files: dict[str, Any], mean: float, std: float
-) -> None:
-    config = read_config(files, "weights")
-    assert config.mean == pytest.approx([mean] * 3)
-    assert config.std == pytest.approx([std] * 3)
-
-
-@pytest.mark.parametrize(
-    "files",
-    [
-        {"config.json": {"model_type": 5}},
-        {
-            "config.json": {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": []},
-            "preprocessor_config.json": [],
-        },
-        {"open_clip_config.json": {"model_cfg": None}},
-        {"open_clip_config.json": {"model_cfg": {"vision_cfg": {"width": 64, "head_width": 0}}}},
-    ],
-)
-def test_malformed_configurations_are_refused(files: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="weights 'w': their configuration cannot be read"):
-        read_config(files, "w")
 
 
 @pytest.mark.parametrize(

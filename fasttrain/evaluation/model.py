@@ -6,6 +6,7 @@ Shape suffixes: B frames, H W pixels, N tokens, D channels.
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,24 +103,22 @@ def load_model(arguments: argparse.Namespace, device: torch.device) -> Evaluated
         loaded = load_video_encoder(arguments.run, weights=arguments.weights)
         encoder, projection = loaded.encoder, loaded.projection
     else:
-        weights = arguments.weights or "random"
-        trained = False
+        settings: dict[str, Any] = {}
         if arguments.projection is not None:
             projection = Projection.load(arguments.projection)
-            trained = "backbone" in projection.metadata
-            if trained:
+            if "backbone" in projection.metadata:
                 settings = trained_backbone(projection)
                 options = {name: settings.get(name) for name in UNSTORED} | options
         try:
-            encoder = load_backbone(arguments.backbone, weights=weights, **options)
+            encoder = load_backbone(arguments.backbone, weights=arguments.weights or "random", **options)
         except InputError as error:
-            if not trained:
+            if not settings:
                 raise
             raise InputError(
                 f"--projection '{arguments.projection}' was trained on {settings['name']}, and --backbone "
                 f"cannot be loaded with the same settings: {error}"
             ) from error
-        if trained and projection is not None:
+        if projection is not None and settings:
             check_backbone(projection, encoder, f"--projection '{arguments.projection}'")
     variants: tuple[str, ...] = ("before",)
     if projection is not None:
