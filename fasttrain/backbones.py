@@ -224,10 +224,11 @@ class Backbone(nn.Module):
     def summary(self) -> str:
         """A sentence on the architecture, where the weights were found, and the normalisation of frames."""
         found = f" ({self._found})" if self._found else ""
+        prefix = len(self.prefix_PD)
         mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
         return (
             f"{self.name}: width {self.embed_dim}, depth {len(self.blocks)}, {self.num_heads} heads, patch "
-            f"size {self.patch_size}, {len(self.prefix_PD)} prefix tokens, {self.activation}; "
+            f"size {self.patch_size}, {prefix} prefix token{'s' * (prefix != 1)}, {self.activation}; "
             f"weights {self.weights!r}{found}; frames normalised with mean ({mean}) and std ({std})"
         )
 
