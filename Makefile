@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= benchmarks/results
 
-.PHONY: install demo test test-slow check format docs gpu-check clean
+.PHONY: install demo test test-slow test-reliability check format docs gpu-check clean
 
 install: $(VENV)/.installed
 
@@ -26,6 +26,10 @@ test: install
 # The tests that `make test` omits.
 test-slow: install
 	$(PYTEST) -m slow
+
+# Kill, starve and feed fasttrain until a promise breaks; about 40 minutes on two cores. See tests/reliability/__main__.py.
+test-reliability: install
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m reliability $(PARTS)
 
 check: install
 	$(BIN)/ruff check .
