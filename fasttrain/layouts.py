@@ -124,7 +124,7 @@ def flatten(checkpoint: Any) -> StateDict:
 
 def _tensors(value: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
     if torch.is_tensor(value):
-        yield prefix.removesuffix("."), value
+        yield prefix.removesuffix("."), value.detach()
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _tensors(inner, f"{prefix}{key}.")

@@ -5,9 +5,10 @@
 
 import argparse
 import hashlib
+import io
 import json
+import pickletools
 import re
-import warnings
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -247,7 +248,8 @@ def _download_error(weights: str, file: str, error: Exception) -> InputError:
 def read_checkpoint(path: Path) -> Any:
     """Read a .safetensors file, a TorchScript archive or a `torch.save` file onto the CPU.
 
-    Pickles are read with `weights_only=True`, so that they cannot run code.
+    Pickles are read with `weights_only=True`, so that they cannot run code. The code of a TorchScript archive
+    is not loaded, because torch.jit.load would run it.
 
     Raises:
         InputError: The file is damaged, has another format, or contains objects that are not safe to load.
@@ -256,10 +258,7 @@ def read_checkpoint(path: Path) -> Any:
         if path.suffix == ".safetensors":
             return load_file(path)
         if _is_torchscript(path):
-            with warnings.catch_warnings():
-                # torch.jit is deprecated, but OpenAI publishes CLIP as TorchScript archives.
-                warnings.filterwarnings("ignore", message=".*torch.jit.load", category=FutureWarning)
-                return torch.jit.load(path, map_location="cpu").state_dict()
+            return _read_torchscript(path)
         with torch.serialization.safe_globals(_SAFE_GLOBALS):
             return torch.load(path, map_location="cpu", weights_only=True)
     # Damaged files raise exceptions of any type.
@@ -288,6 +287,41 @@ def _is_torchscript(path: Path) -> bool:
         return False
     with zipfile.ZipFile(path) as archive:
         return any(Path(name).name == "constants.pkl" for name in archive.namelist())
+
+
+class _ScriptedModule(dict[str, Any]):
+    """The attributes of a module in a TorchScript archive: tensors, other modules and settings."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.update(state)
+
+
+def _read_torchscript(path: Path) -> _ScriptedModule:
+    """Read the modules of a TorchScript archive as nested mappings. OpenAI publishes CLIP in this format."""
+    weights = io.BytesIO()
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(weights, "w") as copy:
+        for name in archive.namelist():
+            # torch.load recognises TorchScript by this file and refuses it.
+            if PurePosixPath(name).name != "constants.pkl":
+                copy.writestr(name, archive.read(name))
+        (pickled,) = (name for name in archive.namelist() if PurePosixPath(name).match("*/data.pkl"))
+        classes = {
+            str(name).replace(" ", ".")
+            for operation, name, _ in pickletools.genops(archive.read(pickled))
+            if operation.name == "GLOBAL" and str(name).startswith("__torch__")
+        }
+    safe: list[Any] = [(_ScriptedModule, name) for name in classes]
+    # These functions only restore the types of lists and dictionaries.
+    restored = ("restore_type_tag", "build_intlist", "build_doublelist", "build_boollist", "build_tensorlist")
+    safe += [(_first_argument, f"torch.jit._pickle.{name}") for name in restored]
+    weights.seek(0)
+    with torch.serialization.safe_globals(safe):
+        modules: _ScriptedModule = torch.load(weights, map_location="cpu", weights_only=True)
+    return modules
+
+
+def _first_argument(value: Any, *_: Any) -> Any:
+    return value
 
 
 def hash_state_dict(state: Mapping[str, Tensor]) -> str:

@@ -83,6 +83,35 @@ def test_torchscript_archive_of_clip_in_half_precision(shared: Path, tmp_path: P
     assert next(scripted.parameters()).dtype == torch.float32
 
 
+class Writing(nn.Module):
+    """A module whose TorchScript archive writes a file when torch.jit.load reads it."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+        self.weight = nn.Parameter(torch.ones(2))
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[Tensor, str, bool]:
+        return self.weight, self.path, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[Tensor, str, bool]) -> None:
+        self.weight, self.path, self.training = state
+        torch.save(self.weight, self.path)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_the_code_of_a_torchscript_archive_is_not_run(tmp_path: Path) -> None:
+    written = tmp_path / "written"
+    torch.jit.script(Writing(str(written))).save(str(tmp_path / "model.pt"))
+    with pytest.raises(InputError, match="is damaged or not a checkpoint"):
+        read_checkpoint(tmp_path / "model.pt")
+    assert not written.exists()
+    torch.jit.load(str(tmp_path / "model.pt"))
+    assert written.exists()
+
+
 def in_block_chunks(state: dict[str, Tensor]) -> dict[str, Any]:
     return {"teacher": {f"backbone.{re.sub('^blocks.', 'blocks.0.', k)}": t for k, t in state.items()}}
 
