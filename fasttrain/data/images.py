@@ -35,7 +35,9 @@ def read_encoded(path: str | Path, frame: int = 0) -> Bytes:
     some decoders turn a truncated file into garbage without an error.
     """
     try:
-        data = np.fromfile(path, dtype=np.uint8)
+        # np.fromfile would return uninitialised memory, without an error, if the disk fails.
+        with open(path, "rb", buffering=0) as file:
+            data = np.frombuffer(file.readall(), dtype=np.uint8)
     except OSError as error:
         raise UnreadableFrameError(os_reason(error), frame) from error
     if not len(data):

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from fasttrain.data.images import Frame, UnreadableFrameError, decode_image
+from fasttrain.data.images import Frame, UnreadableFrameError, decode_image, read_encoded
 from fasttrain.data.index import FrameIndex, VideoIndex
 from fasttrain.data.video import stream_video_frames
 from fasttrain.errors import InputError
@@ -26,8 +26,8 @@ from fasttrain.normalization import Triple
 def read_image(path: Path) -> Frame:
     """Read an image as (H, W, 3) uint8 RGB. Raises InputError if it is missing or damaged."""
     try:
-        return decode_image(np.fromfile(path, dtype=np.uint8))
-    except (OSError, UnreadableFrameError) as error:
+        return decode_image(read_encoded(path))
+    except UnreadableFrameError as error:
         raise InputError(f"frame '{path}' is unreadable ({error}). Replace it.") from error
 
 
