@@ -22,8 +22,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fasttrain.errors import InputError, LocalInputError
+from fasttrain.errors import InputError, LocalInputError, OtherRankError
 from fasttrain.files import os_reason
+from fasttrain.launcher import describe_processes
 
 if TYPE_CHECKING:
     from fasttrain.recipe import Recipe
@@ -79,6 +80,7 @@ def _run_command(words: list[str]) -> int:
         print(USAGE, *(f"  {name:<8}{meaning}" for name, (_, meaning) in COMMANDS.items()), sep="\n")
         return 0
     try:
+        describe_processes()
         name = _take_command(words)
         module = importlib.import_module(COMMANDS[name][0])
         parser = argparse.ArgumentParser(prog=f"fasttrain {name}", description=module.__doc__)
@@ -90,18 +92,37 @@ def _run_command(words: list[str]) -> int:
         module.run(parse(words))
     except InputError as error:
         # All ranks usually raise the same error, so only rank 0 prints it, unless it is specific to a rank.
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, LocalInputError):
-            print(f"fasttrain: {error}", file=sys.stderr)
+        if isinstance(error, LocalInputError):
+            _print_error(f"{_rank()}{error}")
+        elif os.environ.get("RANK", "0") == "0":
+            _print_error(str(error))
         return 2
+    except OtherRankError as error:
+        if os.environ["RANK"] == "0":
+            _print_error(str(error))
+        return 1
     except OSError as error:
         if error.errno not in ADVICE:
             raise
         advice = ADVICE[error.errno]
-        print(f"fasttrain: {error.filename or 'the results'}: {os_reason(error)}; {advice}", file=sys.stderr)
+        _print_error(f"{_rank()}{error.filename or 'the results'}: {os_reason(error)}; {advice}")
         return 2
     except KeyboardInterrupt:
         return 130
+    except Exception:
+        if _rank():
+            _print_error(f"{_rank()}failed; its traceback follows")
+        raise
     return 0
+
+
+def _print_error(line: str) -> None:
+    print(f"fasttrain: {line}", file=sys.stderr, flush=True)
+
+
+def _rank() -> str:
+    """Return a prefix that names this rank if the run has several."""
+    return f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
 
 
 def _take_command(words: list[str]) -> str:
@@ -159,7 +180,7 @@ def train(recipe: Recipe, *, profile: bool = False) -> None:
 
     Raises:
         InputError: The recipe, data, weights or run folder cannot be used, or training cannot continue.
-        KeyboardInterrupt: SIGINT or SIGTERM was received. A checkpoint has been written.
+        KeyboardInterrupt: A signal was received, such as SIGTERM. A checkpoint has been written.
     """
     from fasttrain import distributed
     from fasttrain.trainer import Trainer

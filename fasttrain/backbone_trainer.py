@@ -3,7 +3,7 @@
 `trainer` feeds frame pairs to one or several `BackboneTrainer`s, each with a run folder. This module does not
 read data, so that benchmarks can run it on frames that are already on the device.
 
-Shape suffixes: B pairs, S pixels per image side, N tokens, D channels, P passes.
+Shape suffixes: B pairs, S pixels per image side, N tokens, D channels, T steps, P passes per step.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class Meter:
         self._step_indices: list[int] = []
         self._losses: list[Tensor] = []
         self._diagnostics: list[Tensor] = []
+        # The result of `losses` before the run was resumed.
+        self._earlier_T3 = torch.zeros(0, 3, dtype=torch.float64)
 
     def add(self, step_index: int, losses: CosettleLoss) -> None:
         """Record the detached losses of one forward pass, and its diagnostics if they were computed."""
@@ -49,23 +51,34 @@ class Meter:
         if losses.cycle_accuracy is not None:
             self._diagnostics.append(torch.stack((losses.cycle_accuracy, losses.identity_similarity)))
 
-    def read(self, world: World) -> tuple[dict[str, float], int | None]:
-        """Return the means over passes and ranks, and the step index of the first non-finite loss, if any.
+    def first_non_finite(self, world: World) -> int | None:
+        """Return the step index of the first loss on any rank that is not finite, or None."""
+        finite = torch.stack(self._losses)[:, 0].isfinite().tolist() if self._losses else []
+        bad_steps = [index for index, good in zip(self._step_indices, finite, strict=True) if not good]
+        return min((index for indices in world.gather(bad_steps[:1]) for index in indices), default=None)
 
-        The meter is empty afterwards.
-        """
-        losses_P3 = torch.stack(self._losses).double()
-        loss, cycle, separability = world.mean(losses_P3.mean(dim=0)).tolist()
+    def losses(self, world: World) -> Tensor:
+        """Return the losses (T, 3) of each step, averaged over passes and ranks, in float64 on the CPU."""
+        if not self._losses:
+            return self._earlier_T3
+        losses_TP3 = torch.stack(self._losses).double().unflatten(0, (len(set(self._step_indices)), -1))
+        return torch.cat((self._earlier_T3, world.mean(losses_TP3.mean(dim=1)).cpu()))
+
+    def restore(self, losses_T3: Tensor) -> None:
+        """Continue after an interruption, from the `losses` at that time."""
+        self._earlier_T3 = losses_T3
+
+    def read(self, world: World) -> dict[str, float]:
+        """Return the means over steps and ranks, and empty the meter."""
+        loss, cycle, separability = self.losses(world).mean(dim=0).tolist()
         metrics = {"loss": loss, "cycle": cycle, "separability": separability}
         if self._diagnostics:
             accuracy, similarity = world.mean(torch.stack(self._diagnostics).mean(dim=0)).tolist()
             metrics |= {"cycle_accuracy": accuracy, "identity_similarity": similarity}
-        finite = losses_P3[:, 0].isfinite().tolist()
-        bad_steps = [index for index, good in zip(self._step_indices, finite, strict=True) if not good]
+        self._earlier_T3 = self._earlier_T3[:0]
         for values in (self._step_indices, self._losses, self._diagnostics):
             values.clear()
-        bad_steps = [index for indices in world.gather(bad_steps[:1]) for index in indices]
-        return metrics, min(bad_steps, default=None)
+        return metrics
 
 
 class BackboneTrainer:
@@ -208,9 +221,12 @@ class BackboneTrainer:
         self.projection.load_state_dict(state["projection"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        # Checkpoints of earlier versions lack the losses since the last report.
+        if "losses" in state:
+            self.meter.restore(state["losses"])
 
     def save(self, completed_steps: int, facts: dict[str, Any]) -> None:
-        """Write the projection and a checkpoint; call it on rank 0 only."""
+        """Write the projection and a checkpoint with some `facts`; call it on rank 0 only."""
         metadata = projection_metadata(
             self.backbone_settings, self.encoder, self.projection, to_dict(self.recipe)
         )

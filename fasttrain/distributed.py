@@ -1,7 +1,7 @@
 """Communication among the processes of a run; the only module that uses torch.distributed.
 
-The environment variables that `torchrun` sets describe each process. Without them, a run has a single process
-and no process group.
+The environment variables that `torchrun` or `srun` sets describe each process (see `launcher`). Without them,
+a run has a single process and no process group.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fasttrain.errors import InputError, LocalInputError
+from fasttrain.errors import InputError, LocalInputError, OtherRankError
+from fasttrain.launcher import cores_of_process, describe_processes
 
 Key = TypeVar("Key", str, int)
 Item = TypeVar("Item")
@@ -26,6 +27,12 @@ Item = TypeVar("Item")
 # How long ranks wait for each other. NCCL's default of ten minutes is too short for evaluations, whose ranks
 # finish at very different times. If a process dies, torchrun stops the others on its node immediately.
 TIMEOUT = timedelta(hours=2)
+# How long ranks wait for each other at the start of a run.
+JOIN_TIMEOUT = timedelta(minutes=10)
+# The key in the store under which the first rank that fails says why.
+FAILED = "failed"
+# Raised by a store whose server has ended.
+StoreError = dist.DistError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,19 +42,21 @@ class World:
     Attributes:
         rank: Rank of this process among all processes.
         size: Number of processes.
-        local_size: Number of processes on this node.
+        cores: Number of CPU cores for this process.
         device: Device of this process.
+        store: Key-value store on the host, which all ranks share; None in a single process.
     """
 
     rank: int
     size: int
-    local_size: int
+    cores: int
     device: torch.device
+    store: dist.Store | None = None
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> World:
         """Return a world that consists of this process only."""
-        return cls(rank=0, size=1, local_size=1, device=torch.device(device))
+        return cls(rank=0, size=1, cores=cores_of_process(), device=torch.device(device))
 
     @property
     def is_main(self) -> bool:
@@ -110,32 +119,74 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def connect(self) -> dist.Store | None:
+        """Return another connection to the store, for use in another thread; None in a single process."""
+        return None if self.store is None else self.store.clone()
+
+    def fail(self, reason: str) -> str:
+        """Tell the other ranks why this rank fails; return the reason of the rank that failed first."""
+        assert self.store is not None
+        return self.store.compare_set(FAILED, "", reason).decode()
+
 
 @contextmanager
 def start(device: Literal["auto", "cuda", "cpu"] = "auto") -> Iterator[World]:
-    """Join the process group of the run that torchrun started, with NCCL on GPUs and Gloo on CPUs.
+    """Join the process group of the run that torchrun or srun started, with NCCL on GPUs and Gloo on CPUs.
 
     The group is destroyed when the context ends.
 
     Raises:
-        InputError: `device` is `cuda`, but no GPU is available; or the node has fewer GPUs than processes.
+        InputError: `device` is `cuda`, but no GPU is available; the node has fewer GPUs than processes; or
+            the environment variables are incomplete.
+        OtherRankError: Another rank failed, so this one cannot continue.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    own_device = _own_device(device, local_rank)
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size > 1:
-        backend, device_id = ("nccl", own_device) if own_device.type == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, device_id=device_id, timeout=TIMEOUT)
+    describe_processes()
+    own_device = _own_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World.single(own_device)
+        return
+    store = _join()
+    backend, device_id = ("nccl", own_device) if own_device.type == "cuda" else ("gloo", None)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=size, device_id=device_id, timeout=TIMEOUT
+    )
+    world = World(rank=rank, size=size, cores=cores_of_process(), device=own_device, store=store)
     try:
-        yield World(
-            rank=int(os.environ.get("RANK", "0")),
-            size=size,
-            local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-            device=own_device,
-        )
+        yield world
+    except InputError:
+        raise
+    except Exception as error:
+        own = f"rank {rank} failed ({type(error).__name__})"
+        try:
+            first = world.fail(own)
+        except StoreError:
+            first = "lost contact with rank 0 or with torchrun"
+        if first != own:
+            raise OtherRankError(f"{first}, so the run ends. Repeat the command to continue") from error
+        raise
     finally:
-        if size > 1:
-            dist.destroy_process_group()
+        dist.destroy_process_group()
+
+
+def _join() -> dist.Store:
+    """Connect to the store of the run."""
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+    except dist.DistError as error:
+        rank, host, port = (os.environ[name] for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+        raise LocalInputError(
+            f"rank {rank} could not reach rank 0 at {host}:{port} ({str(error).splitlines()[0]}). Check that "
+            f"MASTER_ADDR and MASTER_PORT are right and that rank 0 is running"
+        ) from error
+    # A store may outlast a run: torchrun's serves all attempts of a run, and a program may start several
+    # runs.
+    global _runs
+    _runs += 1
+    return dist.PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_runs}", store)
+
+
+_runs = 0
 
 
 def _own_device(device: str, local_rank: int) -> torch.device:
@@ -144,6 +195,9 @@ def _own_device(device: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     if not available:
         raise InputError("device: 'cuda' is not available, because no GPU was detected. Use device=cpu")
+    if torch.cuda.device_count() == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        # `srun --gpus-per-task=1` shows each process its own GPU only. torchrun does not.
+        local_rank = 0
     if local_rank >= torch.cuda.device_count():
         raise LocalInputError(
             f"local rank {local_rank} has no GPU. Start at most one process per GPU: "

@@ -15,6 +15,10 @@ class LocalInputError(InputError):
     """Bad input that only some ranks encounter. Each of them prints it; rank 0 prints all other errors."""
 
 
+class OtherRankError(RuntimeError):
+    """Another rank of the run failed, so this one cannot continue. The message names the rank."""
+
+
 def check_options(arguments: Namespace, **minimums: float) -> None:
     """Raise InputError if a command-line option is below its minimum."""
     for name, minimum in minimums.items():

@@ -182,6 +182,8 @@ class TrainRecipe:
     """Steps between checkpoints; the last step always writes one."""
     keep: Annotated[Count, MAY_CHANGE] = 2
     """Number of checkpoints to keep."""
+    stall_timeout: Annotated[Positive, MAY_CHANGE] = 1800.0
+    """Seconds without progress after which a run of several processes ends and names the one that hangs."""
     tensorboard: Annotated[bool, MAY_CHANGE] = True
     """Write TensorBoard events in addition to metrics.jsonl."""
 

@@ -11,13 +11,11 @@ A frame pair passes through `PairLoader`, `Trainer.train_step`, `BackboneTrainer
 from __future__ import annotations
 
 import importlib.util
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -34,6 +32,7 @@ from fasttrain.loggers import NON_FINITE, MetricsLog, Progress, last_event, say
 from fasttrain.optimizer import learning_rate_factor
 from fasttrain.profiling import STEP, StepProfiler, span
 from fasttrain.recipe import Recipe, differences, load_recipe, recipe_hash, to_yaml
+from fasttrain.stopping import Stopping
 
 # Minimum denominator of the fraction of bad samples, so that one bad sample at the start does not stop a run.
 MIN_SEEN = 1000
@@ -60,6 +59,7 @@ class Trainer:
     logs: dict[str, MetricsLog]
     progress: Progress
     profiler: StepProfiler | None
+    stopping: Stopping
     _start: float
     _last_report: tuple[int, float]  # completed steps and time
 
@@ -89,14 +89,14 @@ class Trainer:
         self.backbone_trainers = [BackboneTrainer(each, world) for each in recipes]
         for trainer in self.backbone_trainers:
             self.say(trainer.encoder.summary)
-        # The count of all ranks up to the last report, including the steps before a resume.
+        # Bad samples of this rank that the other ranks do not know of yet.
+        self._new_bad_samples: list[str] = []
+        # Those of all ranks since the last report, and their number in the whole run, including before a
+        # resume.
+        self._faults: list[str] = []
         self.bad_samples = 0
         self.completed_steps = self._resume()
-        # Bad samples of this rank since the last report.
-        self._new_bad_samples: list[str] = []
         self._profile = profile and world.is_main
-        # Whether this rank has received a signal, and whether any rank had by the last report.
-        self._stop_requested = self._stopping = False
 
     def train(self) -> dict[str, dict[str, Any]]:
         """Train up to `total_steps`.
@@ -106,14 +106,14 @@ class Trainer:
 
         Raises:
             InputError: The loss is not finite, or too many samples are unreadable.
-            KeyboardInterrupt: SIGINT or SIGTERM was received. A checkpoint has been written.
+            KeyboardInterrupt: A signal was received (see `stopping`). A checkpoint has been written.
         """
         if self.completed_steps >= self.total_steps:
             self.say(f"training in {self.recipe.output!r} is already complete ({self.total_steps} steps)")
             return {}
         results: dict[str, dict[str, Any]] = {}
         with self._open_run():
-            while self.completed_steps < self.total_steps and not self._stopping:
+            while self.completed_steps < self.total_steps and self.stopping.may_begin_step():
                 reports = self._is_report_due(self.completed_steps + 1)
                 with span(STEP):
                     self.train_step(self.completed_steps, diagnostics=reports)
@@ -124,10 +124,15 @@ class Trainer:
                 if reports:
                     results = self._report()
                 # A report precedes every save, so that a projection with a non-finite loss is never saved.
-                if self._stopping or self._is_due(self.recipe.train.save_every, self.completed_steps):
+                if self._is_due(self.recipe.train.save_every, self.completed_steps):
                     self._save()
                 if reports:
                     self._last_report = self.completed_steps, time.perf_counter()
+            if self.completed_steps < self.total_steps:
+                # The steps since the last report are reported after the resume, as in an uninterrupted run.
+                self._drop_non_finite()
+                self._collect_bad_samples()
+                self._save()
         if self.completed_steps < self.total_steps:
             self.say(
                 f"stopped after {self.completed_steps} of {self.total_steps} steps; "
@@ -142,6 +147,7 @@ class Trainer:
         for i in range(passes):
             with span("data"):
                 pairs = next(self.batches)
+            self.stopping.advance()
             self._new_bad_samples += pairs.bad_samples
             for trainer in self.backbone_trainers:
                 trainer.forward_backward(
@@ -160,29 +166,20 @@ class Trainer:
     def _is_report_due(self, completed_steps: int) -> bool:
         """Return whether metrics are due after `completed_steps` steps."""
         train = self.recipe.train
-        # Several ranks, which receive signals at different times, stop together at the next regular report.
-        stops = self._stop_requested and self.world.size == 1
         intervals = (train.log_every, train.save_every, self.recipe.eval.every)
-        return stops or any(self._is_due(every, completed_steps) for every in intervals)
-
-    def request_stop(self, signal_number: int, frame: FrameType | None) -> None:
-        """Handle a signal: write a checkpoint after one of the next steps, and stop."""
-        self._stop_requested = True
+        return any(self._is_due(every, completed_steps) for every in intervals)
 
     # --- metrics and files -----------------------------------------------------------------------------
 
     def _report(self) -> dict[str, dict[str, Any]]:
         """Read, log and return the metrics. Elsewhere, the host waits for the device only in `_save`."""
-        measured = [(trainer, *trainer.meter.read(self.world)) for trainer in self.backbone_trainers]
+        self._drop_non_finite()
+        measured = [(trainer, trainer.meter.read(self.world)) for trainer in self.backbone_trainers]
         now = time.perf_counter()
         last_report_steps, last_report_time = self._last_report
         rate = (self.completed_steps - last_report_steps) * self.global_batch / (now - last_report_time)
-        shares, stops = zip(*self.world.gather((self._new_bad_samples, self._stop_requested)), strict=True)
-        self._new_bad_samples, self._stopping = [], any(stops)
-        bad_samples = [line for share in shares for line in share]
-        self.bad_samples += len(bad_samples)
-        for line in bad_samples:
-            self.say(f"unreadable sample: {line}")
+        self._collect_bad_samples()
+        faults, self._faults = self._faults, []
         common = {
             "epoch": self.completed_steps / self.steps_per_epoch,
             "lr": self._lr(self.completed_steps - 1),
@@ -192,17 +189,14 @@ class Trainer:
             "bad_files": len(self.index.skipped),
         }
         records: dict[str, dict[str, Any]] = {}
-        for trainer, metrics, bad_step_index in measured:
-            if bad_step_index is not None:
-                self._drop_non_finite(trainer, bad_step_index)
-                continue
+        for trainer, metrics in measured:
             record: dict[str, Any] = {**metrics, **common}
             if self.world.is_main:
                 if self._is_due(self.recipe.eval.every, self.completed_steps):
                     projection, device = trainer.projection, self.world.device
                     record |= self.validate(trainer.encoder, projection, self.index, device, self.recipe)
-                faults = {"faults": bad_samples} if bad_samples else {}
-                self.logs[trainer.name].write(self.completed_steps, record | faults)
+                listed = {"faults": faults} if faults else {}
+                self.logs[trainer.name].write(self.completed_steps, record | listed)
             self.progress.show(
                 f"{trainer.name}  {rate:.1f} pairs/s  "
                 f"loss {record['loss']:.4f}  cycle {record['cycle']:.4f}  "
@@ -210,20 +204,37 @@ class Trainer:
                 f"lr {record['lr']:.2e}"
             )
             records[trainer.name] = record
-        if bad_samples:
+        if faults:
             # Checked after logging. All ranks have the same list, so they stop together. Each bad sample was
             # replaced by another one, so more samples were read than trained on.
             seen = self.completed_steps * self.global_batch + self.bad_samples
             limit = self.recipe.data.max_bad_fraction
-            check_bad_fraction(self.bad_samples, seen, limit, bad_samples[-1])
+            check_bad_fraction(self.bad_samples, seen, limit, faults[-1])
         if self.world.is_main and self.completed_steps == self.total_steps:
             # Written before the last checkpoint, because a run that has that checkpoint counts as completed.
             for trainer in self.backbone_trainers:
                 record = {"backbone": trainer.name, **records[trainer.name]}
                 write_json(trainer.folder / "train.json", record)
+        self.stopping.advance()
         return records
 
-    def _drop_non_finite(self, trainer: BackboneTrainer, bad_step_index: int) -> None:
+    def _collect_bad_samples(self) -> None:
+        """Gather and print the bad samples of all ranks."""
+        new = [line for share in self.world.gather(self._new_bad_samples) for line in share]
+        self._new_bad_samples = []
+        self._faults += new
+        self.bad_samples += len(new)
+        for line in new:
+            self.say(f"unreadable sample: {line}")
+
+    def _drop_non_finite(self) -> None:
+        """Drop the backbones whose loss is not finite; raise InputError if none is left."""
+        for trainer in tuple(self.backbone_trainers):
+            bad_step_index = trainer.meter.first_non_finite(self.world)
+            if bad_step_index is not None:
+                self._drop(trainer, bad_step_index)
+
+    def _drop(self, trainer: BackboneTrainer, bad_step_index: int) -> None:
         """Report a non-finite loss and drop the backbone; raise InputError if no other backbone is left."""
         number = bad_step_index + 1
         ids, names = self.loader.samples_of_step(bad_step_index)
@@ -242,15 +253,18 @@ class Trainer:
         self.say(f"dropped {message}")
 
     def _save(self) -> None:
+        # The losses since the last report, which all ranks average together.
+        losses = [trainer.meter.losses(self.world) for trainer in self.backbone_trainers]
         if self.world.is_main:
-            facts = self.facts | {"bad_samples": self.bad_samples}
-            for trainer in self.backbone_trainers:
-                trainer.save(self.completed_steps, facts)
+            facts = self.facts | {"bad_samples": self.bad_samples, "faults": self._faults}
+            for trainer, losses_T3 in zip(self.backbone_trainers, losses, strict=True):
+                trainer.save(self.completed_steps, facts | {"losses": losses_T3})
             # Old checkpoints are deleted last, so that the backbones always have a checkpoint in common.
             for trainer in self.backbone_trainers:
                 folder = trainer.folder / "checkpoints"
                 drop_checkpoints(folder, self.completed_steps, keep=self.recipe.train.keep)
         self.world.barrier()
+        self.stopping.advance()
 
     # --- set-up ----------------------------------------------------------------------------------------
 
@@ -311,8 +325,8 @@ class Trainer:
                         f"their configuration, or another output=DIR"
                     )
             trainer.load_state(state)
-            # Checkpoints of earlier versions lack `bad_samples`.
-            self.bad_samples = state.get("bad_samples", 0)
+            # Checkpoints of earlier versions lack these.
+            self.bad_samples, self._faults = state.get("bad_samples", 0), state.get("faults", [])
         if completed_steps < self.total_steps:
             self.say(f"resuming after {completed_steps} of {self.total_steps} steps")
         return completed_steps
@@ -348,8 +362,9 @@ class Trainer:
                     trainer.folder, completed_steps=self.completed_steps, tensorboard=tensorboard
                 )
                 self.logs[trainer.name] = stack.enter_context(closing(log))
-            for number in (signal.SIGINT, signal.SIGTERM):
-                stack.callback(signal.signal, number, signal.signal(number, self.request_stop))
+            timeout = self.recipe.train.stall_timeout
+            self.stopping = Stopping(self.world, stall_timeout=timeout, say=self.say)
+            stack.enter_context(self.stopping)
             for trainer in self.backbone_trainers:
                 seconds = trainer.warm_up()
                 if seconds:

@@ -188,7 +188,7 @@ def make_loader(
     device: str = "cpu",
     **changes: Any,
 ) -> PairLoader:
-    world = World(rank=rank, size=world_size, local_size=1, device=torch.device(device))
+    world = World(rank=rank, size=world_size, cores=1, device=torch.device(device))
     recipe = make_recipe(**changes)
     return PairLoader(
         index=index, recipe=recipe, world=world, first_step_index=first_step_index, num_steps=num_steps

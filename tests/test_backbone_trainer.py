@@ -31,9 +31,9 @@ def test_meter_returns_means_and_resets() -> None:
     meter.add(0, losses(1, 2, 3))
     meter.add(1, losses(3, 4, 5, diagnostics=torch.tensor(0.5)))
     means = {"loss": 2, "cycle": 3, "separability": 4, "cycle_accuracy": 0.5, "identity_similarity": 0.5}
-    assert meter.read(World.single()) == (means, None)
+    assert meter.read(World.single()) == means
     meter.add(2, losses(7, 7, 7))
-    assert meter.read(World.single()) == ({"loss": 7, "cycle": 7, "separability": 7}, None)
+    assert meter.read(World.single()) == {"loss": 7, "cycle": 7, "separability": 7}
 
 
 @pytest.mark.parametrize("bad", [0, 1])
@@ -42,7 +42,7 @@ def test_meter_returns_the_first_step_with_a_non_finite_loss(bad: int) -> None:
     for step_index in range(4):
         loss = math.nan if step_index == bad else math.inf if step_index == 3 else 1.0
         meter.add(step_index, losses(loss, 0, 0))
-    assert meter.read(World.single())[1] == bad
+    assert meter.first_non_finite(World.single()) == bad
 
 
 def test_warm_up_has_no_side_effects() -> None:

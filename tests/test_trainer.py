@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -201,15 +202,38 @@ def test_a_run_whose_last_save_fails_can_be_resumed(
         assert os.listdir(tmp_path / name / "checkpoints") == ["step_00000004.pt"]
 
 
-def test_a_signal_writes_a_checkpoint_from_which_the_run_resumes(
-    frames: Path, finished: Path, tmp_path: Path
+def stop() -> None:
+    """Send a signal to this process, and wait until the trainer's thread has received it."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.2)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_signal_stops_the_run_after_the_step_and_it_resumes(
+    accumulate: int, frames: Path, finished: Path, tmp_path: Path
 ) -> None:
-    recipe = tiny(frames, tmp_path, train={"log_every": 10, "save_every": 10})
+    """Between two reports, too, the metrics are those of an uninterrupted run."""
+    train = {"batch_size": 4 // accumulate, "accumulate": accumulate}
+    run(tiny(frames, tmp_path / "whole", train=train))
+    recipe = tiny(frames, tmp_path / "stopped", train=train)
     with pytest.raises(KeyboardInterrupt):
-        Interrupted(recipe, 0, lambda: os.kill(os.getpid(), signal.SIGTERM)).train()
-    assert (tmp_path / "checkpoints" / "step_00000002.pt").exists()
+        Interrupted(recipe, 2, stop).train()
+    assert sorted(os.listdir(tmp_path / "stopped" / "checkpoints")) == [
+        "step_00000002.pt",
+        "step_00000003.pt",
+    ]
     run(recipe)
-    assert_same_bits(finished, tmp_path)
+    assert_same_bits(tmp_path / "whole", tmp_path / "stopped")
+    numbers = [
+        [
+            {key: value for key, value in line.items() if "second" not in key}
+            for line in metrics(tmp_path / name)
+        ]
+        for name in ("whole", "stopped")
+    ]
+    assert numbers[0] == numbers[1]
+    if accumulate == 1:
+        assert_same_bits(finished, tmp_path / "whole")
 
 
 def test_processes_and_accumulated_passes_take_the_same_steps(
@@ -251,9 +275,8 @@ def test_a_backbone_with_a_non_finite_loss_is_dropped(
 ) -> None:
     """It stays dropped when the run is resumed, and the other backbone trains as in a run of its own."""
     together = with_mae(tiny(frames, tmp_path))
-    trainer = Trainer(together, World.single())
+    trainer = Interrupted(together, 0, stop)
     trainer.backbone_trainers[1].projection.norm.bias.data.fill_(torch.nan)
-    trainer.request_stop(signal.SIGTERM, None)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert [each.name for each in trainer.backbone_trainers] == ["dino"]

@@ -8,7 +8,6 @@ in step.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
@@ -84,8 +83,7 @@ class PairLoader:
             )
         self.index = index_for_decoder(index, recipe.data.decoder, world.device)
         self.num_batches = num_steps * self.accumulate
-        cores = len(os.sched_getaffinity(0))
-        threads = recipe.data.num_threads or max(1, cores // world.local_size)
+        threads = recipe.data.num_threads or world.cores
         # One batch is used for training while `prefetch` others are decoded.
         self._depth = max(1, min(recipe.data.prefetch + 1, self.num_batches))
         self._stage: HostStage | GpuStage = (

@@ -27,7 +27,7 @@ def test_the_baseline_computes_the_same_losses(regularizer: str) -> None:
     baseline.head.load_state_dict(ours.projection.state_dict())
     loss, accuracy, similarity = baseline(frames, ours.asymmetric_positions(7))
     ours.forward_backward(frames, 7, last=True, diagnostics=True)
-    readings, _ = ours.meter.read(World.single())
+    readings = ours.meter.read(World.single())
     assert loss == pytest.approx(readings["loss"], rel=1e-5)
     assert accuracy == pytest.approx(readings["cycle_accuracy"])
     assert similarity == pytest.approx(readings["identity_similarity"], rel=1e-4)

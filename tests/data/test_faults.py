@@ -135,7 +135,7 @@ def test_the_limit_on_unreadable_samples_counts_all_ranks(tmp_path: Path) -> Non
     root = write_folders(tmp_path / "frames", [8] * 6)
     for path in (root / "class_1" / "video_3").iterdir():
         path.write_bytes(b"")
-    world = MirroredWorld(rank=0, size=2, local_size=2, device=torch.device("cpu"))
+    world = MirroredWorld(rank=0, size=2, cores=1, device=torch.device("cpu"))
     with pytest.raises(InputError, match=r"max_bad_fraction: \d+ of \d+ samples are unreadable") as caught:
         Trainer(make_recipe(tmp_path, root, max_bad_fraction=0.004), world).train()
     # All ranks raise this error in the same step, so it is not local to one of them.

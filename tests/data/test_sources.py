@@ -126,7 +126,7 @@ def test_processes_divide_the_scan_of_videos(tmp_path: Path) -> None:
 
     def run(rank: int) -> FrameIndex:
         cpu = torch.device("cpu")
-        return open_source(tmp_path, world=OneOfTwo(rank=rank, size=2, local_size=2, device=cpu))
+        return open_source(tmp_path, world=OneOfTwo(rank=rank, size=2, cores=1, device=cpu))
 
     with ThreadPoolExecutor(2) as pool:
         both = list(pool.map(run, range(2)))

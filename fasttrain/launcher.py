@@ -1,0 +1,81 @@
+"""How the processes of a run find each other: the environment variables of torchrun or of SLURM's srun.
+
+torchrun sets RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT in each process.
+`srun` sets variables of its own, from which these follow. Without either, a run has a single process.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import MutableMapping
+
+from fasttrain.errors import InputError
+
+REQUIRED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def describe_processes(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Set torchrun's variables if `srun` started this process as one of several.
+
+    Raises:
+        InputError: Only some of the variables are set, or one that must be a number is not.
+    """
+    # `srun` sets these in the tasks of a step. In a batch script and under salloc, there is no step, so that
+    # a command without `srun` is a single process, whatever the size of the allocation.
+    if (
+        "RANK" not in environ
+        and "WORLD_SIZE" not in environ
+        and int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+    ):
+        _describe_task(environ)
+    if environ.get("WORLD_SIZE", "1") == "1":
+        return
+    if missing := [name for name in REQUIRED if name not in environ]:
+        raise InputError(
+            f"WORLD_SIZE={environ['WORLD_SIZE']} announces several processes, but these are not set: "
+            f"{', '.join(missing)}. Start them with torchrun --nproc-per-node=N -m fasttrain ..., "
+            f"or unset WORLD_SIZE"
+        )
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not environ[name].isdecimal():
+            raise InputError(f"{name}={environ[name]}: expected a number, as torchrun sets it")
+
+
+def _describe_task(environ: MutableMapping[str, str]) -> None:
+    """Derive torchrun's variables from those of a task of a SLURM step."""
+    nodes = environ["SLURM_STEP_NODELIST"]
+    job, step = int(environ["SLURM_JOB_ID"]), int(environ["SLURM_STEP_ID"])
+    environ["RANK"] = environ["SLURM_PROCID"]
+    environ["LOCAL_RANK"] = environ["SLURM_LOCALID"]
+    environ["WORLD_SIZE"] = environ["SLURM_STEP_NUM_TASKS"]
+    tasks = tasks_per_node(environ["SLURM_STEP_TASKS_PER_NODE"])
+    environ["LOCAL_WORLD_SIZE"] = str(tasks[int(environ["SLURM_NODEID"])])
+    environ.setdefault("MASTER_ADDR", first_node(nodes))
+    # All tasks derive the same port. Steps of one job and jobs on one node rarely get the same one.
+    environ.setdefault("MASTER_PORT", str(20000 + (31 * job + step) % 10000))
+
+
+def first_node(nodes: str) -> str:
+    """Return the first name in a SLURM node list, such as `gpu01` in `gpu[01-04,07],cpu3`."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
+    assert first is not None  # the pattern also matches the empty string
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0])
+
+
+def tasks_per_node(counts: str) -> list[int]:
+    """Expand a SLURM list of counts, such as `2(x3),1`, which means [2, 2, 2, 1]."""
+    expanded = []
+    for count in counts.split(","):
+        number, _, repeat = count.partition("(x")
+        expanded += [int(number)] * int(repeat.rstrip(")") or 1)
+    return expanded
+
+
+def cores_of_process(environ: MutableMapping[str, str] = os.environ) -> int:
+    """Return the number of CPU cores for this process, which may share its cores with others."""
+    cores = len(os.sched_getaffinity(0))
+    # SLURM usually binds each task to cores of its own.
+    if cores < int(environ.get("SLURM_CPUS_ON_NODE", 0)):
+        return cores
+    return max(1, cores // int(environ.get("LOCAL_WORLD_SIZE", 1)))

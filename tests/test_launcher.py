@@ -1,0 +1,96 @@
+"""The environment variables that describe the processes of a run."""
+
+import os
+
+import pytest
+
+from fasttrain.errors import InputError
+from fasttrain.launcher import cores_of_process, describe_processes, first_node, tasks_per_node
+
+# The third of three tasks of a step on two nodes, as SLURM 22.05 describes it.
+TASK = {
+    "SLURM_JOB_ID": "812",
+    "SLURM_NTASKS": "3",
+    "SLURM_PROCID": "2",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "3",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+    "SLURM_STEP_TASKS_PER_NODE": "2,1",
+}
+
+
+def test_a_task_of_slurm_is_described_as_by_torchrun() -> None:
+    environ = dict(TASK)
+    describe_processes(environ)
+    added = {name: value for name, value in environ.items() if name not in TASK}
+    port = int(added.pop("MASTER_PORT"))
+    assert added == {
+        "RANK": "2",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "3",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "gpu07",
+    }
+    others = [dict(TASK, SLURM_PROCID=rank, SLURM_LOCALID=rank, SLURM_NODEID="0") for rank in "01"]
+    for other in others:
+        describe_processes(other)
+        assert int(other["MASTER_PORT"]) == port
+        assert other["LOCAL_WORLD_SIZE"] == "2"
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        # A batch script of an allocation with three tasks, and a task started alone.
+        {name: value for name, value in TASK.items() if "STEP" not in name},
+        {**TASK, "SLURM_STEP_NUM_TASKS": "1"},
+        # `srun torchrun`
+        {**TASK, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+    ],
+)
+def test_other_processes_are_left_alone(environ: dict[str, str]) -> None:
+    before = dict(environ)
+    describe_processes(environ)
+    assert environ == before
+
+
+def test_incomplete_variables_are_refused() -> None:
+    with pytest.raises(
+        InputError, match=r"WORLD_SIZE=2 .* set: RANK, LOCAL_RANK, MASTER_ADDR\. .*torchrun --"
+    ):
+        describe_processes({"WORLD_SIZE": "2", "MASTER_PORT": "29500"})
+    complete = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "x"}
+    with pytest.raises(InputError, match="MASTER_PORT=x: expected a number"):
+        describe_processes(complete)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu01", "gpu01"),
+        ("gpu01,gpu02", "gpu01"),
+        ("gpu[01-04,07],cpu3", "gpu01"),
+        ("gpu[3,5]", "gpu3"),
+        ("rack[2-3]node[08-11]-ib", "rack2node08-ib"),
+        ("node-a[1-2]", "node-a1"),
+    ],
+)
+def test_the_first_name_of_a_node_list(nodes: str, first: str) -> None:
+    assert first_node(nodes) == first
+
+
+def test_the_numbers_of_tasks_per_node() -> None:
+    assert tasks_per_node("4") == [4]
+    assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
+
+
+def test_processes_share_the_cores_unless_slurm_binds_them() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert cores_of_process({}) == cores
+    assert cores_of_process({"LOCAL_WORLD_SIZE": str(cores)}) == 1
+    assert cores_of_process({"LOCAL_WORLD_SIZE": str(2 * cores)}) == 1
+    assert cores_of_process({"LOCAL_WORLD_SIZE": "2", "SLURM_CPUS_ON_NODE": str(2 * cores)}) == cores
+    assert cores_of_process({"LOCAL_WORLD_SIZE": "1", "SLURM_CPUS_ON_NODE": str(cores)}) == cores
