@@ -131,10 +131,11 @@ class Stopping:
         if number not in SIGNALS:
             return
         name = signal.Signals(number).name
-        if number in URGENT and self._urgent_since is None:
-            self._urgent_since = now
-        elif number in URGENT and now - self._urgent_since > SAME_SIGNAL:
-            self._end(f"ended at once, because {name} was the second signal", 128 + number)
+        if number in URGENT:
+            if self._urgent_since is None:
+                self._urgent_since = now
+            elif now - self._urgent_since > SAME_SIGNAL:
+                self._end(f"ended at once, because {name} was the second signal", 128 + number)
         if not self._requested:
             self.say(f"received {name}; writing a checkpoint after this step")
         self.request()
