@@ -56,6 +56,10 @@ ADVICE = {
     **dict.fromkeys((errno.EIO, errno.ESTALE), "check that the disk is healthy and mounted"),
     errno.EMFILE: "raise the limit of open files with ulimit -n",
 }
+GPU_FAILED = (
+    "the GPU or its driver failed; the traceback follows. Repeat the command, which continues from the last "
+    "checkpoint. If it fails again, run nvidia-smi, and look for Xid errors in the kernel log (dmesg)"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,8 +113,11 @@ def _run_command(words: list[str]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except Exception:
-        if _rank():
+    except Exception as error:
+        torch = sys.modules.get("torch")  # not imported here, because that takes seconds
+        if torch is not None and isinstance(error, torch.AcceleratorError):
+            _print_error(f"{_rank()}{GPU_FAILED}")
+        elif _rank():
             _print_error(f"{_rank()}failed; its traceback follows")
         raise
     return 0

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fasttrain.__main__ import COMMANDS, main, result_line
+from fasttrain.errors import InputError, LocalInputError, OtherRankError
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
@@ -99,6 +100,65 @@ def test_a_full_disk_prints_one_line(
     assert main(["doctor"]) == 2
     expected = "the results: no space left on device; free some space and repeat the command"
     assert capsys.readouterr().err == f"fasttrain: {expected}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "environ", "line"),
+    [
+        (LocalInputError("x"), {"RANK": "1"}, "rank 1: x"),
+        (OSError(errno.ENOSPC, "No space left on device", "f"), {"RANK": "1"}, "rank 1: f: no space left .*"),
+        (InputError("x"), {"RANK": "0"}, "x"),
+        (InputError("x"), {"RANK": "1"}, ""),
+        (OtherRankError("rank 1 failed"), {"RANK": "0"}, "rank 1 failed"),
+        (OtherRankError("rank 1 failed"), {"RANK": "1"}, ""),
+    ],
+)
+def test_errors_in_a_run_of_several_processes_name_the_rank(
+    error: Exception,
+    environ: dict[str, str],
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """An error of all ranks is printed once, by rank 0."""
+
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fasttrain.tools.doctor.run", fail)
+    rest = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in (rest | environ).items():
+        monkeypatch.setenv(name, value)
+    assert main(["doctor"]) == (1 if isinstance(error, OtherRankError) else 2)
+    assert re.fullmatch(f"fasttrain: {line}\n" if line else "", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("error", "rank", "line"),
+    [
+        (ValueError("x"), "1", "rank 1: failed; its traceback follows"),
+        (torch.AcceleratorError("CUDA error"), "", "the GPU or its driver failed; .*nvidia-smi.*"),
+    ],
+)
+def test_a_bug_and_a_failure_of_the_gpu_keep_their_traceback(
+    error: Exception,
+    rank: str,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fasttrain.tools.doctor.run", fail)
+    if rank:
+        names = ("RANK", "LOCAL_RANK", "MASTER_PORT")
+        environ = {**dict.fromkeys(names, rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+    with pytest.raises(type(error)):
+        main(["doctor"])
+    assert re.fullmatch(f"fasttrain: {line}\n", capsys.readouterr().err)
 
 
 def test_characters_that_the_terminal_cannot_encode_are_replaced(

@@ -180,6 +180,10 @@ class PairLoader:
                 raise
             # DALI raises RuntimeError for all errors; `_repair` raises it again if no frame causes it.
             except RuntimeError as error:
+                # After a failure of the GPU, no frame can be decoded, so none is to blame. This raises
+                # torch.AcceleratorError.
+                if self.world.device.type == "cuda":
+                    torch.cuda.synchronize(self.world.device)
                 self._repair(decoding, error)
 
     def _repair(self, decoding: deque[list[_Sample]], error: RuntimeError) -> None:
