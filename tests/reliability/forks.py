@@ -110,10 +110,7 @@ def run_forked(
     """
     calls = log.with_suffix(".calls")
     calls.unlink(missing_ok=True)
-    process = context().Process(
-        target=_command, args=(words, log, folder, dict(environment or {}), fault, dict(limits or {}))
-    )
-    process.start()
+    process = start(words, log=log, folder=folder, environment=environment, fault=fault, limits=limits)
     try:
         if meanwhile is not None:
             meanwhile(process)
@@ -131,6 +128,23 @@ def run_forked(
     return Ended(code, output), json.loads(calls.read_text()) if calls.exists() else {}
 
 
+def start(
+    words: list[str],
+    *,
+    log: Path,
+    folder: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    fault: Fault | None = None,
+    limits: Mapping[int, int] | None = None,
+    prepare: Callable[[], object] | None = None,
+) -> ForkServerProcess:
+    """Start `fasttrain WORDS` in a forked process; `prepare` is called in it before the command."""
+    arguments = (words, log, folder, dict(environment or {}), fault, dict(limits or {}), prepare)
+    process = context().Process(target=_command, args=arguments)
+    process.start()
+    return process
+
+
 def _command(
     words: list[str],
     log: Path,
@@ -138,6 +152,7 @@ def _command(
     environment: dict[str, str],
     fault: Fault | None,
     limits: dict[int, int],
+    prepare: Callable[[], object] | None,
 ) -> None:
     """Run one command in this process."""
     os.setsid()
@@ -164,6 +179,8 @@ def _command(
         )
     for limit, value in limits.items():
         resource.setrlimit(limit, (value, resource.getrlimit(limit)[1]))
+    if prepare is not None:
+        prepare()
     try:
         code = main(words)
     finally:

@@ -1,0 +1,101 @@
+"""SIGKILL at random moments: the repeated command ends with the same files as an undisturbed one."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from reliability.attempts import Attempt, Moment, attempt
+from reliability.workloads import WORKLOADS, Workload, difference, result, write_sources
+
+# The number of kills by workload.
+KILLS = {
+    "train": 26,
+    "train two backbones": 10,
+    "train two ranks": 20,
+    "pack": 20,
+    "pack two shares": 16,
+    "export": 8,
+    "eval retrieval": 12,
+    "eval davis": 6,
+}
+# At most this many kills before a command may run to its end.
+IN_A_ROW = 3
+KILLED = -9
+
+
+def run(folder: Path) -> dict[str, Any]:
+    write_sources(folder / "sources")
+    failures: list[str] = []
+    hits: Counter[str] = Counter()
+    for name, wanted in KILLS.items():
+        hits[name], lines = run_workload(WORKLOADS[name], folder, wanted)
+        failures += lines
+    return {"failures": failures, "kills": hits.total(), "kills_by_workload": dict(hits)}
+
+
+def run_workload(workload: Workload, folder: Path, wanted: int) -> tuple[int, list[str]]:
+    """Kill a workload `wanted` times; return the number of kills that hit, and the failures."""
+    name = workload.name.replace(" ", "-")
+    whole = attempt(workload, folder / f"{name}-whole")
+    if any(whole.codes):
+        return 0, [f"{workload.name}: undisturbed: {_ending(whole)}"]
+    expected = result(folder / f"{name}-whole")
+    hits, trial, failures = 0, 0, []
+    while hits < wanted:
+        # Seeded by the trial, so that it can be repeated by itself.
+        draw = random.Random(f"{name} {trial}")
+        here = folder / f"{name}-{trial:03d}"
+        found: list[str] = []
+        for _ in range(draw.randint(1, IN_A_ROW)):
+            killed = kill_once(workload, here, whole, draw)
+            hits += killed.codes.count(KILLED)
+            if failure := _unexpected(workload, killed):
+                found.append(failure)
+        ended = attempt(workload, here)
+        if any(ended.codes):
+            found.append(f"repeated: {_ending(ended)}")
+        elif differing := difference(expected, result(here)):
+            found.append(differing)
+        failures += [f"{workload.name}, trial {trial}: {line}" for line in found]
+        if not found:
+            shutil.rmtree(here)
+        trial += 1
+        if trial > 3 * wanted:
+            failures.append(f"{workload.name}: only {hits} of {wanted} kills hit a running process")
+            break
+    return hits, failures
+
+
+def kill_once(workload: Workload, folder: Path, whole: Attempt, draw: random.Random) -> Attempt:
+    """Run a workload and kill one of its processes, and perhaps the others, at a random moment."""
+    victim = draw.randrange(len(workload.commands))
+    operations = whole.operations[victim]
+    kind = draw.random()
+    if kind < 0.3 or not operations:
+        moment = Moment(0, draw.uniform(0, whole.seconds))
+    else:
+        # At the operation itself, or while the work after it is done.
+        seconds = 0.0 if kind < 0.65 else draw.uniform(0, whole.seconds / operations)
+        moment = Moment(draw.randint(1, operations), seconds)
+    # The ranks of a run die together on a node that fails; independent commands may survive.
+    together = workload.are_ranks or draw.random() < 0.5
+    others = draw.choice([0.0, draw.uniform(0, 0.1)]) if together else None
+    return attempt(workload, folder, victim=victim, moment=moment, others=others)
+
+
+def _unexpected(workload: Workload, killed: Attempt) -> str | None:
+    """Return how a process ended that neither was killed nor succeeded, unless its other rank was killed."""
+    if all(code in (0, KILLED) for code in killed.codes):
+        return None
+    if workload.are_ranks and KILLED in killed.codes and "Traceback" not in killed.output:
+        return None
+    return f"while killed: {_ending(killed)}"
+
+
+def _ending(ended: Attempt) -> str:
+    lines = ended.output.strip().splitlines() or ["no output"]
+    return f"exit codes {ended.codes}, last line {lines[-1]!r}"
