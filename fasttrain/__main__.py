@@ -198,14 +198,17 @@ def train(recipe: Recipe, *, profile: bool = False) -> None:
         if not world.is_main:
             return
         folders = [each.folder for each in trainer.backbone_trainers]
-        if results:
+        pictures = {folder: folder / "figures" / "learning.png" for folder in folders}
+        # A completed run may have ended before its pictures were drawn.
+        outdated = {folder: path for folder, path in pictures.items() if results or not path.exists()}
+        if outdated:
             try:
                 from fasttrain.evaluation.plots import learning_curves
             except InputError as error:
                 trainer.say(f"no learning curves: {error}")
             else:
-                for folder in folders:
-                    learning_curves([folder], folder / "figures" / "learning.png")
+                for folder, path in outdated.items():
+                    learning_curves([folder], path)
         trainer.say(result_line(folders))
 
 

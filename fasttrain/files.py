@@ -34,28 +34,47 @@ def open_atomically(path: Path, *, fsync: bool = False) -> Iterator[BinaryIO]:
     processes may write to the same path concurrently; the last one to finish wins. With `fsync`, the file and
     its directory entry are on disk when the context ends.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     # Random, because processes in different containers may have the same process ID.
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    with naming(path):
+        try:
+            with partial.open("wb") as file:
+                yield file
+                if fsync:
+                    file.flush()
+                    os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        if fsync:
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let the OS errors of the context name `path`.
+
+    Those of an open file name no file, and those of a temporary file name one that users do not know.
+    """
     try:
-        with partial.open("wb") as file:
-            yield file
-            if fsync:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(partial, path)
+        yield
     except OSError as error:
-        # The error names the temporary file, or no file if the disk is full. Users only know `path`.
         error.filename, error.filename2 = str(path), None
         raise
-    finally:
-        partial.unlink(missing_ok=True)
-    if fsync:
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents, unless they exist. Raises InputError if the path cannot exist."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    # Raised although all parents are created, by file systems such as /proc.
+    except FileNotFoundError:
+        raise InputError(f"folder {str(path)!r} cannot be created there; use another path") from None
 
 
 def file_lock(path: Path, refusal: str) -> AbstractContextManager[object]:
@@ -66,7 +85,7 @@ def file_lock(path: Path, refusal: str) -> AbstractContextManager[object]:
     Raises:
         InputError: Another process holds the lock. The message is `refusal`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     try:
         return FileLock(path).acquire(timeout=0)
     except Timeout:

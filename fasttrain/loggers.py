@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import secrets
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from fasttrain.files import write_atomically
+from fasttrain.files import make_folder, naming, write_atomically
 
 # The last event in the log of a backbone that was dropped because its loss was not finite.
 NON_FINITE = "non-finite loss"
@@ -30,28 +32,59 @@ class MetricsLog:
         path = folder / "metrics.jsonl"
         kept = [record for record in read_records(path) if record["step"] <= completed_steps]
         write_atomically(path, "".join(f"{json.dumps(record)}\n" for record in kept).encode())
-        self._file = path.open("a", encoding="utf-8")
-        self._writer = None
-        if tensorboard:
-            # Imported on demand, because the import takes about a second.
-            from torch.utils.tensorboard import SummaryWriter
-
-            # TensorBoard discards events from `purge_step` on.
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=completed_steps + 1)
+        self._path, self._file = path, path.open("a", encoding="utf-8")
+        self._events = TensorBoardEvents(folder / "tensorboard", completed_steps) if tensorboard else None
 
     def write(self, completed_steps: int, record: dict[str, Any]) -> None:
         """Append a record to metrics.jsonl, and its numbers to TensorBoard."""
-        self._file.write(json.dumps({"step": completed_steps, **record}) + "\n")
-        self._file.flush()
-        if self._writer is not None:
-            for name, value in record.items():
-                if isinstance(value, int | float):
-                    self._writer.add_scalar(name, value, completed_steps)
+        with naming(self._path):
+            self._file.write(json.dumps({"step": completed_steps, **record}) + "\n")
+            self._file.flush()
+        if self._events is not None:
+            numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
+            self._events.write(completed_steps, numbers)
 
     def close(self) -> None:
-        self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        with naming(self._path):
+            self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+class TensorBoardEvents:
+    """An event file of TensorBoard. It replaces the events of steps after `completed_steps`.
+
+    SummaryWriter of PyTorch writes from a thread, so that an error such as a full disk would end in the
+    traceback of that thread.
+    """
+
+    def __init__(self, folder: Path, completed_steps: int) -> None:
+        # Imported on demand, because TensorBoard is optional.
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = Event, Summary
+        make_folder(folder)
+        # TensorBoard recognises event files by their name, and reads them in alphabetical order.
+        self._path = folder / f"events.out.tfevents.{time.time():017.6f}.{secrets.token_hex(4)}"
+        self._file = self._path.open("xb")
+        self._writer = RecordWriter(self._file)
+        self._append(file_version="brain.Event:2")
+        self._append(step=completed_steps + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, completed_steps: int, numbers: Mapping[str, float]) -> None:
+        values = [self._summary.Value(tag=name, simple_value=number) for name, number in numbers.items()]
+        self._append(step=completed_steps, summary=self._summary(value=values))
+
+    def close(self) -> None:
+        with naming(self._path):
+            self._file.close()
+
+    def _append(self, **fields: Any) -> None:
+        with naming(self._path):
+            self._writer.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+            self._file.flush()
 
 
 def last_event(folder: Path) -> str | None:
@@ -63,7 +96,9 @@ def last_event(folder: Path) -> str | None:
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Read the records of a metrics.jsonl file; the list is empty if the file does not exist."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    with naming(path):
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for line in lines:
         # If the run was killed, the last line may be incomplete.
         with suppress(json.JSONDecodeError):
             records.append(json.loads(line))

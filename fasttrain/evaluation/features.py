@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 from torch.nn import functional
 
@@ -244,9 +244,12 @@ def _encode(
 
 def _load(entry: Path) -> dict[str, Tensor]:
     try:
-        return load_file(entry)
+        # `load_file` would describe every error of the disk as a missing file.
+        return load(entry.read_bytes())
     except SafetensorError as error:
         raise InputError(f"cached features '{entry}' are damaged ({error}). Delete the file.") from error
+    except OSError as error:
+        raise InputError(f"cached features '{entry}' cannot be read ({os_reason(error)})") from error
 
 
 def _describe(model: EvaluatedModel, arguments: argparse.Namespace, variant: str) -> str:

@@ -53,8 +53,8 @@ def write_label_map(labels_HW: npt.NDArray[Any], path: Path) -> None:
     """Write a label map (0 to 255) as a palette PNG, the format of the DAVIS and VIP annotations."""
     image = Image.fromarray(np.asarray(labels_HW).astype(np.uint8), mode="P")
     image.putpalette(voc_palette().tobytes())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
+    with open_atomically(path) as file:
+        image.save(file, "PNG")
 
 
 def voc_palette() -> npt.NDArray[np.uint8]:

@@ -25,6 +25,7 @@ from fasttrain.evaluation.frames import read_image
 from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.propagation import TOPK
 from fasttrain.evaluation.sequences import Evaluation, VideoSequence
+from fasttrain.files import open_atomically
 
 JOINTS = (
     *("neck", "belly", "face", "right shoulder", "left shoulder", "right hip", "left hip", "right elbow"),
@@ -181,8 +182,8 @@ def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation) -> dict[s
     action = frames[0].parent.parent.name
     for variant, pose_2JT in poses.items():
         path = evaluation.output / POSES / variant / action / sequence.name / "joint_positions.mat"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        savemat(path, {"pos_img": np.where(pose_2JT < 0, -1, pose_2JT + 1)})
+        with open_atomically(path) as file:
+            savemat(file, {"pos_img": np.where(pose_2JT < 0, -1, pose_2JT + 1)})
     if sequence.name in evaluation.drawn:
         pictures = [read_image(path) for path in frames]
         overlays = {

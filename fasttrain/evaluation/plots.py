@@ -24,6 +24,7 @@ from scipy.ndimage import maximum_filter, minimum_filter
 
 from fasttrain.data.images import Frame
 from fasttrain.errors import InputError
+from fasttrain.files import open_atomically
 from fasttrain.loggers import read_records
 
 Labels = npt.NDArray[Any]
@@ -344,5 +345,5 @@ def shorten(name: str, length: int = 26) -> str:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with open_atomically(path) as file:
+        figure.savefig(file, format="png")

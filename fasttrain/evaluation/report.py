@@ -12,7 +12,7 @@ from typing import Any
 
 from fasttrain.errors import InputError
 from fasttrain.evaluation import plots
-from fasttrain.files import write_atomically
+from fasttrain.files import naming, write_atomically
 
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}"
@@ -84,7 +84,8 @@ def run(arguments: argparse.Namespace) -> None:
 def _read(path: Path) -> dict[str, Any]:
     """Read a JSON file that `fasttrain eval` wrote. Raises InputError for any other file."""
     try:
-        content: dict[str, Any] = json.loads(path.read_bytes())
+        with naming(path):
+            content: dict[str, Any] = json.loads(path.read_bytes())
         return {key: content[key] for key in ("task", "model", "pictures", "results")}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
@@ -94,7 +95,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _show(path: Path) -> str:
     """Return an HTML element that embeds a picture or video."""
-    name, content = html.escape(path.stem), base64.b64encode(path.read_bytes()).decode()
+    with naming(path):
+        name, content = html.escape(path.stem), base64.b64encode(path.read_bytes()).decode()
     if path.suffix == ".png":
         return f'<p>{name}</p><img alt="{name}" src="data:image/png;base64,{content}">'
     return f'<p>{name}</p><video controls loop muted src="data:video/mp4;base64,{content}"></video>'

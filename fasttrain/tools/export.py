@@ -10,6 +10,7 @@ Using the file requires only torch: `torch.export.load("encoder.pt2").module()(f
 """
 
 import argparse
+import io
 import json
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttrain.errors import InputError
-from fasttrain.files import open_atomically
+from fasttrain.files import write_atomically
 from fasttrain.loggers import say
 from fasttrain.video_encoder import VideoEncoder, load_video_encoder
 
@@ -84,7 +85,8 @@ def export(
             _PerFrame(encoder), (frames,), dynamic_shapes=({0: torch.export.Dim("frames")},)
         )
     preprocessing = {"mean": encoder.mean, "std": encoder.std}
-    # With a path, torch.export.save would mask OS errors.
-    with open_atomically(path) as opened:
-        torch.export.save(program, opened, extra_files={PREPROCESSING_FILE: json.dumps(preprocessing)})
+    # Serialised in memory first: with a file, an error such as a full disk would abort the process.
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files={PREPROCESSING_FILE: json.dumps(preprocessing)})
+    write_atomically(path, buffer.getbuffer())
     return path
