@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fasttrain.errors import InputError, LocalInputError, OtherRankError
+from fasttrain.errors import InputError, LocalInputError, LostContactError, OtherRankError
 from fasttrain.files import os_reason
 from fasttrain.launcher import describe_processes
 
@@ -102,7 +102,7 @@ def _run_command(words: list[str]) -> int:
             _print_error(str(error))
         return 2
     except OtherRankError as error:
-        if os.environ["RANK"] == "0":
+        if os.environ["RANK"] == "0" or isinstance(error, LostContactError):
             _print_error(str(error))
         return 1
     except OSError as error:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fasttrain.errors import InputError, LocalInputError, OtherRankError
+from fasttrain.errors import InputError, LocalInputError, LostContactError, OtherRankError
 from fasttrain.launcher import cores_of_process, describe_processes
 
 Key = TypeVar("Key", str, int)
@@ -138,7 +138,7 @@ def start(device: Literal["auto", "cuda", "cpu"] = "auto") -> Iterator[World]:
     Raises:
         InputError: `device` is `cuda`, but no GPU is available; the node has fewer GPUs than processes; or
             the environment variables are incomplete.
-        OtherRankError: Another rank failed, so this one cannot continue.
+        OtherRankError: Another rank failed or is gone, so this one cannot continue.
     """
     describe_processes()
     own_device = _own_device(device, int(os.environ.get("LOCAL_RANK", "0")))
@@ -154,15 +154,18 @@ def start(device: Literal["auto", "cuda", "cpu"] = "auto") -> Iterator[World]:
     world = World(rank=rank, size=size, cores=cores_of_process(), device=own_device, store=store)
     try:
         yield world
-    except InputError:
-        raise
     except Exception as error:
+        if type(error) is InputError:  # All ranks raise it.
+            raise
         own = f"rank {rank} failed ({type(error).__name__})"
         try:
             first = world.fail(own)
         except StoreError:
-            first = "lost contact with rank 0 or with torchrun"
-        if first != own:
+            raise LostContactError(
+                f"rank {rank} lost contact with rank 0 or with torchrun, so the run ends. Repeat the command "
+                f"to continue"
+            ) from error
+        if first != own and not isinstance(error, InputError):
             raise OtherRankError(f"{first}, so the run ends. Repeat the command to continue") from error
         raise
     finally:
@@ -174,9 +177,9 @@ def _join() -> dist.Store:
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
     except dist.DistError as error:
-        rank, host, port = (os.environ[name] for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+        host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
         raise LocalInputError(
-            f"rank {rank} could not reach rank 0 at {host}:{port} ({str(error).splitlines()[0]}). Check that "
+            f"could not reach rank 0 at {host}:{port} ({str(error).splitlines()[0]}). Check that "
             f"MASTER_ADDR and MASTER_PORT are right and that rank 0 is running"
         ) from error
     # A store may outlast a run: torchrun's serves all attempts of a run, and a program may start several

@@ -16,7 +16,11 @@ class LocalInputError(InputError):
 
 
 class OtherRankError(RuntimeError):
-    """Another rank of the run failed, so this one cannot continue. The message names the rank."""
+    """Another rank failed, so this one cannot continue. Rank 0 prints the message, which names the rank."""
+
+
+class LostContactError(OtherRankError):
+    """The process that keeps the ranks together is gone. Each of the others prints this."""
 
 
 def check_options(arguments: Namespace, **minimums: float) -> None:

@@ -263,8 +263,8 @@ class Trainer:
             for trainer in self.backbone_trainers:
                 folder = trainer.folder / "checkpoints"
                 drop_checkpoints(folder, self.completed_steps, keep=self.recipe.train.keep)
-        self.world.barrier()
         self.stopping.advance()
+        self.world.barrier()
 
     # --- set-up ----------------------------------------------------------------------------------------
 

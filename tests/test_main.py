@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fasttrain.__main__ import COMMANDS, main, result_line
-from fasttrain.errors import InputError, LocalInputError, OtherRankError
+from fasttrain.errors import InputError, LocalInputError, LostContactError, OtherRankError
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
@@ -111,6 +111,7 @@ def test_a_full_disk_prints_one_line(
         (InputError("x"), {"RANK": "1"}, ""),
         (OtherRankError("rank 1 failed"), {"RANK": "0"}, "rank 1 failed"),
         (OtherRankError("rank 1 failed"), {"RANK": "1"}, ""),
+        (LostContactError("lost"), {"RANK": "1"}, "lost"),
     ],
 )
 def test_errors_in_a_run_of_several_processes_name_the_rank(
