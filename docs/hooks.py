@@ -1,7 +1,8 @@
-"""MkDocs hook: list every error message for bad input, read from the source, on the troubleshooting page."""
+"""MkDocs hook for two parts of pages: the list of messages for bad input, and the table of reliability."""
 
 import ast
 import builtins
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 SOURCE = Path(__file__).resolve().parents[1] / "fasttrain"
 MARKER = "<!-- messages -->"
+RELIABILITY = "<!-- reliability -->"
 # The heading of each group, by the beginning of the module's path.
 GROUPS = {
     "recipe": "Recipes",
@@ -24,7 +26,25 @@ ERRORS = ("InputError", "LocalInputError", "UnreadableFrameError", "ValueError")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    return markdown.replace(MARKER, message_lists()) if MARKER in markdown else markdown
+    for marker, content in ((MARKER, message_lists), (RELIABILITY, reliability_table)):
+        if marker in markdown:
+            markdown = markdown.replace(marker, content())
+    return markdown
+
+
+def reliability_table() -> str:
+    """The parts of the reliability harness with their figures, as a Markdown table."""
+    result = json.loads((SOURCE.parent / "benchmarks/results/reliability.json").read_text())
+    lines = ["| part | what is tried | trials | broken promises | minutes |", "|---|---|---|---|---|"]
+    for name, part in result["parts"].items():
+        source = (SOURCE.parent / f"tests/reliability/{name}.py").read_text()
+        what = (ast.get_docstring(ast.parse(source)) or "").partition("\n\n")[0].replace("\n", " ")
+        minutes = f"{part['seconds'] / 60:.1f}"
+        lines.append(f"| `{name}` | {what} | {part['trials']} | {len(part['failures'])} | {minutes} |")
+    environment = result["environment"]
+    machine = f"{environment['cpu']['cores']} cores of an {environment['cpu']['model']}"
+    note = f"From `benchmarks/results/reliability.json`: {machine}, {environment['date'][:10]}."
+    return "\n".join([*lines, "", note])
 
 
 def message_lists() -> str:

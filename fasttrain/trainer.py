@@ -112,6 +112,7 @@ class Trainer:
             self.say(f"training in {self.recipe.output!r} is already complete ({self.total_steps} steps)")
             return {}
         results: dict[str, dict[str, Any]] = {}
+        first = self.completed_steps
         with self._open_run():
             while self.completed_steps < self.total_steps and self.stopping.may_begin_step():
                 reports = self._is_report_due(self.completed_steps + 1)
@@ -128,7 +129,7 @@ class Trainer:
                     self._save()
                 if reports:
                     self._last_report = self.completed_steps, time.perf_counter()
-            if self.completed_steps < self.total_steps:
+            if first < self.completed_steps < self.total_steps:
                 # The steps since the last report are reported after the resume, as in an uninterrupted run.
                 self._drop_non_finite()
                 self._collect_bad_samples()
@@ -362,13 +363,14 @@ class Trainer:
                     trainer.folder, completed_steps=self.completed_steps, tensorboard=tensorboard
                 )
                 self.logs[trainer.name] = stack.enter_context(closing(log))
-            timeout = self.recipe.train.stall_timeout
-            self.stopping = Stopping(self.world, stall_timeout=timeout, say=self.say)
-            stack.enter_context(self.stopping)
             for trainer in self.backbone_trainers:
                 seconds = trainer.warm_up()
                 if seconds:
                     self.say(f"{trainer.name}: warmed up in {seconds:.1f} s")
+            # From here on, signals stop the run after a step. Before, they end it at once.
+            timeout = self.recipe.train.stall_timeout
+            self.stopping = Stopping(self.world, stall_timeout=timeout, say=self.say)
+            stack.enter_context(self.stopping)
             self.profiler = None
             if self._profile:
                 folder = Path(self.recipe.output) / "profile"

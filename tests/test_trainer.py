@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,22 @@ def test_a_signal_stops_the_run_after_the_step_and_it_resumes(
     assert numbers[0] == numbers[1]
     if accumulate == 1:
         assert_same_bits(finished, tmp_path / "whole")
+
+
+class StoppedAtOnce(Trainer):
+    """A trainer that receives a signal before its first step."""
+
+    @contextmanager
+    def _open_run(self) -> Iterator[None]:
+        with super()._open_run():
+            stop()
+            yield
+
+
+def test_a_signal_before_the_first_step_writes_no_checkpoint(frames: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        StoppedAtOnce(tiny(frames, tmp_path), World.single()).train()
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_processes_and_accumulated_passes_take_the_same_steps(
