@@ -22,11 +22,12 @@ def describe_processes(environ: MutableMapping[str, str] = os.environ) -> None:
         InputError: Only some of the variables are set, or one that must be a number is not.
     """
     # `srun` sets these in the tasks of a step. In a batch script and under salloc, there is no step, so that
-    # a command without `srun` is a single process, whatever the size of the allocation.
+    # a command without `srun` is a single process, whatever the size of the allocation. WORLD_SIZE is not
+    # looked at, because many batch scripts export it, but not RANK, which differs between the tasks.
     if (
         "RANK" not in environ
-        and "WORLD_SIZE" not in environ
         and int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+        and not _is_typed_in_a_task(environ)
     ):
         _describe_task(environ)
     if environ.get("WORLD_SIZE", "1") == "1":
@@ -40,6 +41,14 @@ def describe_processes(environ: MutableMapping[str, str] = os.environ) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
         if not environ[name].isdecimal():
             raise InputError(f"{name}={environ[name]}: expected a number, as torchrun sets it")
+
+
+def _is_typed_in_a_task(environ: MutableMapping[str, str]) -> bool:
+    """Return whether this command was typed in a shell that `srun --pty bash` opened.
+
+    The shell is one of the tasks, but the commands typed in it are not: no other task runs them.
+    """
+    return os.isatty(0) and environ.get("SLURM_TASK_PID") != str(os.getpid())
 
 
 def _describe_task(environ: MutableMapping[str, str]) -> None:
@@ -75,7 +84,9 @@ def tasks_per_node(counts: str) -> list[int]:
 def cores_of_process(environ: MutableMapping[str, str] = os.environ) -> int:
     """Return the number of CPU cores for this process, which may share its cores with others."""
     cores = len(os.sched_getaffinity(0))
-    # SLURM usually binds each task to cores of its own.
-    if cores < int(environ.get("SLURM_CPUS_ON_NODE", 0)):
+    allocated = int(environ.get("SLURM_CPUS_ON_NODE", cores))
+    # `srun` usually binds each task to cores of its own. The processes of torchrun share those of its task.
+    if cores < allocated and "TORCHELASTIC_RUN_ID" not in environ:
         return cores
-    return max(1, cores // int(environ.get("LOCAL_WORLD_SIZE", 1)))
+    # Some clusters do not confine a job to the cores that it was allocated.
+    return max(1, min(cores, allocated) // int(environ.get("LOCAL_WORLD_SIZE", 1)))

@@ -7,12 +7,13 @@ import pytest
 from fasttrain.errors import InputError
 from fasttrain.launcher import cores_of_process, describe_processes, first_node, tasks_per_node
 
-# The third of three tasks of a step on two nodes, as SLURM 22.05 describes it.
+# What SLURM 22.05 sets for the third of three tasks of a step on two nodes, as far as it matters here.
 TASK = {
     "SLURM_JOB_ID": "812",
     "SLURM_NTASKS": "3",
     "SLURM_PROCID": "2",
     "SLURM_LOCALID": "0",
+    "SLURM_TASK_PID": str(os.getpid()),
     "SLURM_NODEID": "1",
     "SLURM_STEP_ID": "0",
     "SLURM_STEP_NUM_TASKS": "3",
@@ -38,6 +39,24 @@ def test_a_task_of_slurm_is_described_as_by_torchrun() -> None:
         describe_processes(other)
         assert int(other["MASTER_PORT"]) == port
         assert other["LOCAL_WORLD_SIZE"] == "2"
+
+
+def test_world_size_from_a_batch_script_is_overridden() -> None:
+    environ = {**TASK, "WORLD_SIZE": "8", "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500"}
+    describe_processes(environ)
+    assert (environ["WORLD_SIZE"], environ["RANK"]) == ("3", "2")
+    assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("10.0.0.7", "29500")
+
+
+@pytest.mark.parametrize(("task", "ranks"), [(os.getpid(), "3"), (os.getppid(), None)])
+def test_a_command_typed_in_a_shell_of_srun_is_a_single_process(
+    task: int, ranks: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`srun --pty` gives its first task a terminal: this command, or the shell in which it was typed."""
+    monkeypatch.setattr(os, "isatty", lambda _: True)
+    environ = {**TASK, "SLURM_TASK_PID": str(task)}
+    describe_processes(environ)
+    assert environ.get("WORLD_SIZE") == ranks
 
 
 @pytest.mark.parametrize(
@@ -94,3 +113,11 @@ def test_processes_share_the_cores_unless_slurm_binds_them() -> None:
     assert cores_of_process({"LOCAL_WORLD_SIZE": str(2 * cores)}) == 1
     assert cores_of_process({"LOCAL_WORLD_SIZE": "2", "SLURM_CPUS_ON_NODE": str(2 * cores)}) == cores
     assert cores_of_process({"LOCAL_WORLD_SIZE": "1", "SLURM_CPUS_ON_NODE": str(cores)}) == cores
+    # A node without binding, of which this job has one core.
+    assert cores_of_process({"LOCAL_WORLD_SIZE": "1", "SLURM_CPUS_ON_NODE": "1"}) == 1
+
+
+def test_processes_of_torchrun_share_the_cores_of_its_task() -> None:
+    cores = len(os.sched_getaffinity(0))
+    environ = {"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": str(cores), "SLURM_CPUS_ON_NODE": "999"}
+    assert cores_of_process(environ) == 1
