@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fasttrain.errors import InputError
-from fasttrain.files import write_atomically
+from fasttrain.files import PARTIAL, write_atomically
 
 _NAME = re.compile(r"step_(\d{8})\.pt")
 
@@ -26,19 +26,22 @@ def save_checkpoint(folder: Path, completed_steps: int, state: dict[str, Any]) -
     # Serialised in memory first, because torch.save masks OS errors, such as a full disk.
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write_atomically(path, buffer.getbuffer(), fsync=True)
+    write_atomically(path, buffer.getbuffer())
     return path
 
 
 def drop_checkpoints(folder: Path, completed_steps: int, *, keep: int) -> None:
     """Delete all but the latest `keep` checkpoints up to `completed_steps`, and all later ones.
 
-    Later checkpoints were written by a run that was interrupted before all its backbones had one.
+    Later checkpoints were written by a run that was interrupted before all its backbones had one. The
+    temporary files of a killed run are deleted, too, so no other process may be writing to the folder.
     """
     steps = saved_steps(folder)
     kept = [saved for saved in steps if saved <= completed_steps][-keep:]
     for dropped in set(steps) - set(kept):
         _path(folder, dropped).unlink()
+    for partial in folder.glob(f".*{PARTIAL}"):
+        partial.unlink()
 
 
 def saved_steps(folder: Path) -> list[int]:

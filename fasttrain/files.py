@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,10 +16,13 @@ from filelock import FileLock, Timeout
 
 from fasttrain.errors import InputError
 
+# The suffix of temporary files.
+PARTIAL = ".partial"
 
-def write_atomically(path: Path, content: bytes | memoryview, *, fsync: bool = False) -> None:
+
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write `content` to `path`, as `open_atomically` does."""
-    with open_atomically(path, fsync=fsync) as file:
+    with open_atomically(path) as file:
         file.write(content)
 
 
@@ -27,32 +32,28 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def open_atomically(path: Path, *, fsync: bool = False) -> Iterator[BinaryIO]:
+def open_atomically(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file for writing that replaces `path` when the context ends without an exception.
 
-    Readers see either the old file or the complete new one. Missing parent folders are created. Several
-    processes may write to the same path concurrently; the last one to finish wins. With `fsync`, the file and
-    its directory entry are on disk when the context ends.
+    Readers see either the old file or the complete new one, even after a loss of power: the file and its
+    directory entry are on disk when the context ends. Missing parent folders are created. Several processes
+    may write to the same path concurrently; the last one to finish wins.
     """
     make_folder(path.parent)
+    _remove_abandoned(path)
     # Random, because processes in different containers may have the same process ID.
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}{PARTIAL}")
     with naming(path):
         try:
-            with partial.open("wb") as file:
+            with _open_locked(partial) as file:
                 yield file
-                if fsync:
-                    file.flush()
-                    os.fsync(file.fileno())
-            os.replace(partial, path)
+                file.flush()
+                os.fsync(file.fileno())
+                # Before the lock is released, because an unlocked temporary file may be removed.
+                os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
-        if fsync:
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        _fsync_folder(path.parent)
 
 
 @contextmanager
@@ -68,13 +69,50 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+def _open_locked(path: Path) -> BinaryIO:
+    """Create a file and lock it until it is closed, which marks it as being written."""
+    while True:
+        file = path.open("wb")
+        # File systems without locks refuse. On these, no temporary file is ever removed.
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        # Another process removed the file before it was locked.
+        file.close()
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the temporary files of `path` that no process is writing, because it was killed."""
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
+        with suppress(OSError), partial.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            partial.unlink()
+
+
 def make_folder(path: Path) -> None:
-    """Create a folder and its parents, unless they exist. Raises InputError if the path cannot exist."""
+    """Create a folder and its parents, unless they exist, so that they are on disk.
+
+    Raises InputError if the path cannot exist.
+    """
+    if path.is_dir():
+        return
+    if not path.parent.exists():
+        make_folder(path.parent)
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(exist_ok=True)
     # Raised although all parents are created, by file systems such as /proc.
     except FileNotFoundError:
         raise InputError(f"folder {str(path)!r} cannot be created there; use another path") from None
+    _fsync_folder(path.parent)
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def file_lock(path: Path, refusal: str) -> AbstractContextManager[object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import time
 from collections.abc import Mapping
@@ -43,6 +44,11 @@ class MetricsLog:
         if self._events is not None:
             numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
             self._events.write(completed_steps, numbers)
+
+    def sync(self) -> None:
+        """Return once metrics.jsonl is on disk."""
+        with naming(self._path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         with naming(self._path):

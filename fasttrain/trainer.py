@@ -109,6 +109,8 @@ class Trainer:
             KeyboardInterrupt: A signal was received (see `stopping`). A checkpoint has been written.
         """
         if self.completed_steps >= self.total_steps:
+            with ExitStack() as stack:
+                self._lock_run_folders(stack)
             self.say(f"training in {self.recipe.output!r} is already complete ({self.total_steps} steps)")
             return {}
         results: dict[str, dict[str, Any]] = {}
@@ -257,6 +259,9 @@ class Trainer:
         # The losses since the last report, which all ranks average together.
         losses = [trainer.meter.losses(self.world) for trainer in self.backbone_trainers]
         if self.world.is_main:
+            # A resumed run keeps the records up to its checkpoint, so they must be on disk first.
+            for log in self.logs.values():
+                log.sync()
             facts = self.facts | {"bad_samples": self.bad_samples, "faults": self._faults}
             for trainer, losses_T3 in zip(self.backbone_trainers, losses, strict=True):
                 trainer.save(self.completed_steps, facts | {"losses": losses_T3})
@@ -332,6 +337,19 @@ class Trainer:
             self.say(f"resuming after {completed_steps} of {self.total_steps} steps")
         return completed_steps
 
+    def _lock_run_folders(self, stack: ExitStack) -> None:
+        """Lock the run folders until `stack` is closed, and delete what a killed run has left over."""
+        for trainer in self.backbone_trainers if self.world.is_main else ():
+            # Two runs in one folder would overwrite each other's files.
+            refusal = (
+                f"output: another run is writing to {str(trainer.folder)!r}. Wait until it ends, or use "
+                f"another output=DIR"
+            )
+            stack.enter_context(file_lock(trainer.folder / "run.lock", refusal))
+            drop_checkpoints(
+                trainer.folder / "checkpoints", self.completed_steps, keep=self.recipe.train.keep
+            )
+
     @contextmanager
     def _open_run(self) -> Iterator[None]:
         """Open the loader, run folders, logs and signal handlers for the loop, and warm up the backbones."""
@@ -351,13 +369,8 @@ class Trainer:
                     "TensorBoard is not installed, so no events are written; metrics are in metrics.jsonl"
                 )
                 tensorboard = False
+            self._lock_run_folders(stack)
             for trainer in self.backbone_trainers if self.world.is_main else ():
-                # Two runs in one folder would overwrite each other's files.
-                refusal = (
-                    f"output: another run is writing to {str(trainer.folder)!r}. Wait until it ends, or use "
-                    f"another output=DIR"
-                )
-                stack.enter_context(file_lock(trainer.folder / "run.lock", refusal))
                 write_atomically(trainer.folder / "recipe.yaml", to_yaml(trainer.recipe).encode())
                 log = MetricsLog(
                     trainer.folder, completed_steps=self.completed_steps, tensorboard=tensorboard
@@ -394,6 +407,12 @@ def check_run_folder(recipe: Recipe) -> None:
         raise InputError(
             f"output: {str(folder)!r} already holds a run. Continue it with resume=auto, or use another "
             f"output=DIR"
+        )
+    if not path.read_bytes().strip(b"\0"):
+        # Version 0.1.0 did not wait until this file was on disk. Some file systems fill it with zeros.
+        raise InputError(
+            f"output: {str(path)!r} is empty, as after a loss of power. If this command is the one that "
+            f"started the run, delete the file and repeat the command; otherwise use another output=DIR"
         )
     try:
         existing = load_recipe(path)

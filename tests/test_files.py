@@ -11,20 +11,60 @@ from fasttrain.errors import InputError
 from fasttrain.files import file_lock, open_atomically, read_lines, write_atomically
 
 
-@pytest.mark.parametrize("fsync", [False, True])
-def test_a_file_is_replaced_completely_or_not_at_all(fsync: bool, tmp_path: Path) -> None:
+def test_a_file_is_replaced_completely_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "file"
-    write_atomically(path, b"old", fsync=fsync)
-    with pytest.raises(TypeError), open_atomically(path, fsync=fsync) as file:
+    write_atomically(path, b"old")
+    with pytest.raises(TypeError), open_atomically(path) as file:
         file.write(b"half" + None)
     assert path.read_bytes() == b"old"
     # With two concurrent writers, the last one wins.
-    with open_atomically(path, fsync=fsync) as file:
+    with open_atomically(path) as file:
         file.write(b"last")
-        write_atomically(path, memoryview(b"first"), fsync=fsync)
+        write_atomically(path, memoryview(b"first"))
         assert path.read_bytes() == b"first"
     assert path.read_bytes() == b"last"
     assert os.listdir(path.parent) == ["file"]
+
+
+def test_the_temporary_file_of_a_killed_process_is_removed(tmp_path: Path) -> None:
+    path, other = tmp_path / "[file]", tmp_path / "[file] 2"
+    code = (
+        "import sys, os, pathlib; from fasttrain.files import open_atomically\n"
+        "with open_atomically(pathlib.Path(sys.argv[1])): os._exit(1)"
+    )
+    for written in (path, other):
+        subprocess.run([sys.executable, "-c", code, str(written)], check=False)
+    assert len(os.listdir(tmp_path)) == 2
+    write_atomically(path, b"new")
+    left = sorted(os.listdir(tmp_path))
+    # Only the temporary file of the same path is removed.
+    assert left[1] == "[file]"
+    assert left[0].startswith(".[file] 2.")
+
+
+def test_a_file_and_its_new_folders_are_on_disk_before_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def record_fsync(descriptor: int) -> None:
+        calls.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def record_replace(source: Path, target: Path) -> None:
+        assert Path(source).read_bytes() == b"content"
+        calls.append(("replace", str(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    path = tmp_path / "a" / "b" / "file"
+    write_atomically(path, b"content")
+    partial = calls.pop(2)
+    assert partial[1].startswith(f"{path.parent}/.file.")
+    folders = [("fsync", str(tmp_path)), ("fsync", str(tmp_path / "a"))]
+    assert calls == [*folders, ("replace", str(path)), ("fsync", str(path.parent))]
 
 
 def test_a_lock_is_exclusive_and_released_when_its_process_ends(tmp_path: Path) -> None:

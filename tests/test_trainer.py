@@ -203,6 +203,52 @@ def test_a_run_whose_last_save_fails_can_be_resumed(
         assert os.listdir(tmp_path / name / "checkpoints") == ["step_00000004.pt"]
 
 
+def test_what_a_killed_run_has_left_over_is_deleted(frames: Path, tmp_path: Path) -> None:
+    recipe = tiny(frames, tmp_path, train={"keep": 1})
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for interrupted in ("step_00000002.pt", ".step_00000003.pt.0123456789abcdef.partial"):
+        # For example, killed while it wrote a checkpoint, or before it deleted the previous one.
+        run(recipe)
+        (folder / interrupted).touch()
+        assert run(recipe) == {}
+        assert os.listdir(folder) == ["step_00000004.pt"]
+
+
+def test_metrics_are_on_disk_before_the_checkpoint_that_relies_on_them(
+    frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync, replace = os.fsync, os.replace
+    on_disk: list[bytes] = []
+
+    def record_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        if os.readlink(f"/proc/self/fd/{descriptor}") == str(tmp_path / "metrics.jsonl"):
+            on_disk.append((tmp_path / "metrics.jsonl").read_bytes())
+
+    def check_replace(source: Path, target: Path) -> None:
+        if target.suffix == ".pt":
+            assert on_disk[-1].count(b"\n") == int(target.stem[-8:]) // 2
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", check_replace)
+    run(tiny(frames, tmp_path))
+    assert len(on_disk) == 2
+
+
+@pytest.mark.parametrize("content", [b"", bytes(300)])
+def test_an_empty_recipe_is_called_so(content: bytes, frames: Path, finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="crashed"):
+        Interrupted(tiny(frames, tmp_path), 2, crash).train()
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    with pytest.raises(InputError, match=r"recipe.yaml' is empty, as after a loss of power\. If this"):
+        run(tiny(frames, tmp_path))
+    (tmp_path / "recipe.yaml").unlink()
+    run(tiny(frames, tmp_path))
+    assert_same_bits(finished, tmp_path)
+
+
 def stop() -> None:
     """Send a signal to this process, and wait until the trainer's thread has received it."""
     os.kill(os.getpid(), signal.SIGTERM)

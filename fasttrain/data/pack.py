@@ -225,14 +225,12 @@ def pack(
                 f"To verify it, run `fasttrain pack --check {destination}`."
             )
             return
-    # Without the lock, two processes would delete each other's unfinished files.
+    # Without the lock, two processes would write the same files.
     refusal = (
         f"Another process is packing {target.description}. Wait for it to finish, or give each machine its "
         "own --shard I/N."
     )
     with file_lock(destination / f"pack-{target}.lock", refusal):
-        for partial in destination.glob(f"*-{target}*.partial"):
-            partial.unlink()
         _write_manifest(target, identity, complete=False, skipped=[])
         done = [ShardIndex.read(path) for path in target.shard_paths()]
         first = done[-1].videos_done if done else 0
@@ -315,7 +313,7 @@ def _check_identity(share: Share, identity: dict[str, Any]) -> None:
 def _write_manifest(share: Share, content: dict[str, Any], *, complete: bool, skipped: Skipped) -> None:
     manifest = {"format": FORMAT, **content, "complete": complete, "skipped": skipped}
     content_bytes = (json.dumps(manifest, indent=1) + "\n").encode("ascii")
-    write_atomically(share.manifest_path, content_bytes, fsync=True)
+    write_atomically(share.manifest_path, content_bytes)
 
 
 def _report(videos: Iterator[EncodedVideo], progress: Progress) -> Iterator[EncodedVideo]:
@@ -343,7 +341,7 @@ def _write_shards(
             continue
         path = share.shard_path(len(done))
         index = _write_shard(path, itertools.chain([(number, video)], numbered), skipped, shard_bytes)
-        write_atomically(path.with_suffix(".npz"), index.to_bytes(), fsync=True)
+        write_atomically(path.with_suffix(".npz"), index.to_bytes())
         done.append(index)
         skipped = []
     return skipped
@@ -354,7 +352,7 @@ def _write_shard(
 ) -> ShardIndex:
     """Write videos to one shard until it is full. The file gets its name only when it is complete."""
     names, lengths, frames = [], [], []
-    with open_atomically(path, fsync=True) as file:
+    with open_atomically(path) as file:
         for number, video in numbered:
             videos_done = number
             skipped = skipped + video.skipped

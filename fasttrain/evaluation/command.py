@@ -27,6 +27,7 @@ from fasttrain.evaluation import (
     vip,
 )
 from fasttrain.evaluation.results import print_table, with_difference, write_results
+from fasttrain.files import make_folder
 
 # By name, in the order of the help: the task's module and a description for the help and the table.
 TASKS: dict[str, tuple[ModuleType, str]] = {
@@ -104,7 +105,7 @@ def _prepare(arguments: argparse.Namespace, output: Path, world: World) -> model
     if not arguments.root.exists():
         raise InputError(f"--root: '{arguments.root}' does not exist. Pass the path of the dataset.")
     evaluated = model.load_model(arguments, world.device)
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     if not os.access(output, os.W_OK):
         raise InputError(f"--output: '{output}' is not writable. Pass another folder.")
     return evaluated

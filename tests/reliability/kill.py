@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import random
 import shutil
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from reliability.attempts import Attempt, Moment, attempt
+from reliability import trials
+from reliability.attempts import LIMIT, Attempt, Moment, attempt
+from reliability.trials import kill_group
 from reliability.workloads import WORKLOADS, Workload, difference, result, write_sources
 
 # The number of kills by workload.
@@ -22,6 +27,8 @@ KILLS = {
     "eval retrieval": 12,
     "eval davis": 6,
 }
+# Workloads that are also run and killed from the command line; several ranks with torchrun.
+COMMAND_LINES = ("train", "train two ranks", "pack", "eval retrieval")
 # At most this many kills before a command may run to its end.
 IN_A_ROW = 3
 KILLED = -9
@@ -34,16 +41,21 @@ def run(folder: Path) -> dict[str, Any]:
     for name, wanted in KILLS.items():
         hits[name], lines = run_workload(WORKLOADS[name], folder, wanted)
         failures += lines
+    for name in COMMAND_LINES:
+        line = run_command_line(WORKLOADS[name], folder)
+        hits[f"{name}, from the command line"] = line is None
+        failures += [line] if line else []
     return {"failures": failures, "kills": hits.total(), "kills_by_workload": dict(hits)}
 
 
 def run_workload(workload: Workload, folder: Path, wanted: int) -> tuple[int, list[str]]:
     """Kill a workload `wanted` times; return the number of kills that hit, and the failures."""
     name = workload.name.replace(" ", "-")
-    whole = attempt(workload, folder / f"{name}-whole")
+    undisturbed = folder / f"{name}-whole"
+    whole = attempt(workload, undisturbed)
     if any(whole.codes):
         return 0, [f"{workload.name}: undisturbed: {_ending(whole)}"]
-    expected = result(folder / f"{name}-whole")
+    expected = result(undisturbed)
     hits, trial, failures = 0, 0, []
     while hits < wanted:
         # Seeded by the trial, so that it can be repeated by itself.
@@ -87,11 +99,42 @@ def kill_once(workload: Workload, folder: Path, whole: Attempt, draw: random.Ran
     return attempt(workload, folder, victim=victim, moment=moment, others=others)
 
 
+def run_command_line(workload: Workload, folder: Path) -> str | None:
+    """Kill a workload and its launcher some time after its first file, and repeat it; return a failure."""
+    name = workload.name.replace(" ", "-")
+    here = folder / f"{name}-command-line"
+    here.mkdir()
+    draw = random.Random(f"{name} from the command line")
+    launcher = [sys.executable, "-m"]
+    if workload.are_ranks:
+        launcher += [
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={len(workload.commands)}",
+            "-m",
+        ]
+    command = [*launcher, "fasttrain", *workload.commands[0]]
+
+    def kill(process: subprocess.Popen[str]) -> None:
+        while process.poll() is None and not any(path.is_file() for path in here.rglob("*")):
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.5))
+        kill_group(process)
+
+    killed = trials.run(command, seconds=LIMIT, folder=here, meanwhile=kill)
+    ended = trials.run(command, seconds=LIMIT, folder=here)
+    differing = difference(result(folder / f"{name}-whole"), result(here))
+    if killed.code != KILLED or ended.code != 0 or differing:
+        last = (ended.output.strip().splitlines() or ["no output"])[-1]
+        return f"{workload.name}, from the command line: {killed.code}, {ended.code}, {last!r}, {differing}"
+    return None
+
+
 def _unexpected(workload: Workload, killed: Attempt) -> str | None:
     """Return how a process ended that neither was killed nor succeeded, unless its other rank was killed."""
     if all(code in (0, KILLED) for code in killed.codes):
         return None
-    if workload.are_ranks and KILLED in killed.codes and "Traceback" not in killed.output:
+    if workload.are_ranks and KILLED in killed.codes:
         return None
     return f"while killed: {_ending(killed)}"
 

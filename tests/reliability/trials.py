@@ -36,6 +36,7 @@ def run(
     *,
     seconds: float,
     environment: dict[str, str] | None = None,
+    folder: Path | None = None,
     meanwhile: Callable[[subprocess.Popen[str]], None] | None = None,
 ) -> Ended:
     """Run a command in a process group of its own; kill the whole group after `seconds`.
@@ -49,6 +50,7 @@ def run(
         text=True,
         errors="replace",
         env=ENVIRONMENT | (environment or {}),
+        cwd=folder,
         start_new_session=True,
     )
     try:
