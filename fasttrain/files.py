@@ -72,7 +72,7 @@ def naming(path: Path) -> Iterator[None]:
 def _open_locked(path: Path) -> BinaryIO:
     """Create a file and lock it until it is closed, which marks it as being written."""
     while True:
-        file = path.open("wb")
+        file = path.open("xb")
         # File systems without locks refuse. On these, no temporary file is ever removed.
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)

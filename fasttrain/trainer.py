@@ -11,6 +11,7 @@ A frame pair passes through `PairLoader`, `Trainer.train_step`, `BackboneTrainer
 from __future__ import annotations
 
 import importlib.util
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -281,7 +282,7 @@ class Trainer:
                 "data.source: not set. Pass a folder of videos or frame folders, a text file that lists "
                 "them, or a packed set: data.source=PATH"
             )
-        self.world.check_same(Path(data.source).expanduser().exists(), f"data.source: {data.source}")
+        self.world.check_same(os.path.exists(os.path.expanduser(data.source)), f"data.source: {data.source}")
         try:
             index = open_source(data.source, kind=data.kind, world=self.world)
         except InputError as error:

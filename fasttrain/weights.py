@@ -7,6 +7,7 @@ import argparse
 import hashlib
 import io
 import json
+import os
 import pickletools
 import re
 import zipfile
@@ -163,7 +164,7 @@ def _load_files(weights: str) -> tuple[StateDict, Config]:
 def _find(weights: str) -> tuple[Source, str]:
     """Split a location into its folder and the name of a file, which is empty for a whole folder."""
     if not weights.startswith("hf://"):
-        path = Path(weights).expanduser()
+        path = Path(os.path.expanduser(weights))
         if path.is_dir() and weights:
             return Source(weights, path), ""
         if not path.is_file():

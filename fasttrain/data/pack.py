@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import functools
 import hashlib
 import io
@@ -70,6 +71,8 @@ from fasttrain.loggers import Progress, say
 GPU_FRAMES = 64
 # Maximum number of skipped files or problems to print. The manifest lists all skipped files.
 MAX_PRINTED = 20
+# Reasons for which a file may be unreadable now, but readable later.
+MACHINE_ERRORS = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,6 +383,7 @@ def _encode(name: str, files: SourceFiles, options: PackOptions) -> EncodedVideo
     try:
         return EncodedVideo(name, _encode_video(files.videos[name], options), [])
     except UnreadableFrameError as error:
+        _raise_disk_error(error, files.videos[name])
         return EncodedVideo(name, [], [(name, str(error))])
 
 
@@ -402,8 +406,19 @@ def _encode_folder(name: str, folder: Path, files: Sequence[str], options: PackO
         try:
             video.frames.append(_encode_file(folder / files[number], options))
         except UnreadableFrameError as error:
+            _raise_disk_error(error, folder / files[number])
             video.skipped.append((f"{name}/{files[number]}", str(error)))
     return video
+
+
+def _raise_disk_error(error: UnreadableFrameError, path: Path) -> None:
+    """Raise OSError if a frame was unreadable because of the machine, not of the file.
+
+    Without this file, the packed set would stay incomplete when the machine works again.
+    """
+    number = getattr(error.__cause__, "errno", None)
+    if number in MACHINE_ERRORS:
+        raise OSError(number, os.strerror(number), str(path))
 
 
 def _encode_file(path: Path, options: PackOptions) -> bytes:

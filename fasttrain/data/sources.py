@@ -56,7 +56,7 @@ def open_source(source: str | Path, *, kind: Kind = "auto", world: World | None 
     The processes of `world` divide the scan of the video files among themselves, and all return the same
     index. Raises InputError if the source does not exist, is not of this kind or has no readable video.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if kind == "packed" or (kind == "auto" and is_packed(path)):
         return PackedIndex(path)
     files = find_source(path, kind=kind)

@@ -7,6 +7,7 @@ $XDG_CACHE_HOME/fasttrain/videos (by default ~/.cache/fasttrain/videos) and may 
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import json
@@ -21,7 +22,8 @@ import av
 import numpy as np
 
 from fasttrain.data.video import VideoInfo
-from fasttrain.files import os_reason, write_atomically
+from fasttrain.errors import InputError
+from fasttrain.files import write_atomically
 
 # The size of a file in bytes, and its modification time in nanoseconds.
 FileState = tuple[int, int]
@@ -39,32 +41,40 @@ def file_state(path: Path) -> FileState:
 
 
 def cache_path(source: Path) -> Path:
-    """Return the path of the cache file for a source."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    """Return the path of the cache file for a source. Raises OSError if the user has no cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if home.startswith("~"):
+        raise OSError(errno.ENOENT, "this user has no home folder", home)
     digest = hashlib.sha256(os.fsencode(source.resolve())).hexdigest()
-    return home / "fasttrain" / "videos" / f"{digest[:32]}.json.gz"
+    return Path(home) / "fasttrain" / "videos" / f"{digest[:32]}.json.gz"
 
 
 def read_cache(source: Path) -> CachedVideos:
-    """Read the cached videos of a source. Returns an empty dictionary if the cache is missing or damaged."""
+    """Read the cached videos of a source.
+
+    Returns an empty dictionary if the cache is missing or damaged, or if another user has written it, who
+    could make training read other frames.
+    """
     try:
-        content = json.loads(gzip.decompress(cache_path(source).read_bytes()))
+        with cache_path(source).open("rb") as file:
+            if os.fstat(file.fileno()).st_uid not in (os.geteuid(), 0):
+                return {}
+            content = json.loads(gzip.decompress(file.read()))
         entries = content["videos"] if content["header"] == _HEADER else {}
-    except (OSError, EOFError, LookupError, TypeError, ValueError, zlib.error):
+        return {name: (tuple(entry["state"]), _from_json(entry["info"])) for name, entry in entries.items()}
+    except (OSError, EOFError, AttributeError, LookupError, TypeError, ValueError, zlib.error):
         return {}
-    return {name: (tuple(entry["state"]), _from_json(entry["info"])) for name, entry in entries.items()}
 
 
 def write_cache(source: Path, videos: CachedVideos) -> None:
     """Replace the cache of a source. Warns, and does not raise, if the cache cannot be written."""
     entries = {name: {"state": state, "info": vars(info)} for name, (state, info) in sorted(videos.items())}
     content = json.dumps({"header": _HEADER, "videos": entries}, default=_as_json).encode()
-    path = cache_path(source)
     try:
-        write_atomically(path, gzip.compress(content, compresslevel=1))
-    except OSError as error:
+        write_atomically(cache_path(source), gzip.compress(content, compresslevel=1))
+    except (OSError, InputError) as error:
         warnings.warn(
-            f"Cannot write the video cache {str(path)!r} ({os_reason(error)}). The next run will scan the "
+            f"Cannot write the video cache ({error}). The next run will scan the "
             "videos again. Set XDG_CACHE_HOME to a writable folder to avoid this.",
             stacklevel=2,
         )

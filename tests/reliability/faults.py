@@ -11,6 +11,7 @@ operation (shim.c) or with a small file system, and checks the promises:
 from __future__ import annotations
 
 import errno
+import functools
 import gzip
 import hashlib
 import json
@@ -19,6 +20,7 @@ import random
 import resource
 import shutil
 import subprocess
+import sys
 import tarfile
 import zipfile
 from collections import Counter
@@ -40,8 +42,10 @@ from synthetic import SMALL, encode_video, picture, ucf101, write_davis, write_f
 from fasttrain.recipe import recipe_from_dict, to_yaml
 from reliability.forks import FOREVER, Fault, compile_shim, run_forked
 from reliability.trials import Ended
+from reliability.trials import run as run_command
 
 SEED = 17
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 SECONDS = 120.0
 # For each operation, what it can fail with.
 ERRORS = {
@@ -494,7 +498,67 @@ READERS: dict[str, Callable[[Path], object]] = {
 
 
 def read_damaged_disks(base: Path, folder: Path, tally: Tally) -> None:
-    """..."""
+    """Let reads of the data fail: in one file, in all files, and at single calls."""
+    work, log = folder / "work", folder / "log"
+    environment = {"XDG_CACHE_HOME": str(folder / "cache")}
+    packed = base / "packed"
+    ended, _ = run_forked(["pack", str(base / "noise"), str(packed)], seconds=SECONDS, log=log)
+    assert ended.code == 0, ended.output
+    sources = {
+        base / "frames": (base / "frames/class_0/video_0/", "class_0/video_0"),
+        base / "videos": (base / "videos/1.mp4", "1.mp4"),
+        packed: (packed / "frames-1of1-000000.tar", None),
+    }
+    for source, (one, name) in sources.items():
+        path = base / "data.yaml"
+        path.write_text(recipe(source, work / "run", tensorboard=False))
+        # The first run fills the video cache, so that later ones read the videos only during training.
+        for fault, expected in (
+            (None, 0),
+            (Fault(one, "read", errno.EIO), 0 if name else 2),
+            (Fault(one, "open_read", errno.ESTALE), 0 if name else 2),
+            (Fault(source, "read", errno.EIO), 2),
+            (Fault(source, "read", seconds=0.01), 0),
+        ):
+            shutil.rmtree(work / "run", ignore_errors=True)
+            words = [str(path), "data.pairs_per_video=4"]
+            ended, _ = run_forked(words, seconds=SECONDS, log=log, environment=environment, fault=fault)
+            tally.counts["damaged disks under the data"] += fault is not None
+            what = f"training on {source.name}, {fault}"
+            reason = os.strerror(fault.error).lower() if fault else ""
+            if ended.code != expected or (expected == 2 and not ended.is_clean_refusal):
+                tally.failures.append(f"{what}: ended with {ended.code}: {ended.output[-200:]!r}")
+            elif fault and fault.error and reason not in ended.output:
+                tally.failures.append(f"{what}: the cause is not named: {ended.output[-200:]!r}")
+            elif fault and fault.error and not expected and f"unreadable sample: {name}" not in ended.output:
+                tally.failures.append(f"{what}: the file is not named: {ended.output[-200:]!r}")
+    fail_reads_of_packing(base, folder, tally)
+
+
+def fail_reads_of_packing(base: Path, folder: Path, tally: Tally) -> None:
+    """Let single reads of video files fail while they are packed. No frame may be lost without a word."""
+    rng = random.Random(SEED)
+    for suffix in (".mp4", ".mkv", ".ts", ".avi", ".webm"):
+        source = base / f"reads{suffix}"
+        source.mkdir()
+        codec = "libvpx" if suffix == ".webm" else "libx264"
+        frames = [rng.randbytes(64 * 96 * 3) for _ in range(40)]
+        pictures = [np.frombuffer(frame, np.uint8).reshape(64, 96, 3) for frame in frames]
+        encode_video(source / f"noise{suffix}", pictures, codec)
+        scenario = Scenario(
+            name=f"pack {suffix}",
+            words=["pack", str(source), str(folder / "work" / "packed"), "--workers", "1"],
+            required=("packed/*.tar", "packed/*.npz", "packed/*.json"),
+        )
+        expected = reference(scenario, folder, tally)
+        renew(scenario, folder)
+        _, calls = start(scenario, folder, fault=Fault(source, "stat"))
+        for number in sorted(rng.sample(range(1, calls["read"] + 1), min(5, calls["read"]))):
+            renew(scenario, folder)
+            ended, _ = start(scenario, folder, fault=Fault(source, "read", errno.EIO, number, 1))
+            tally.counts["failing reads while packing"] += 1
+            what = f"{scenario.name}: EIO at read {number} of {calls['read']}"
+            judge(scenario, folder, expected, ended, what, tally)
 
 
 # --- small and read-only disks -------------------------------------------------------------------------
@@ -537,7 +601,7 @@ def fill_disks(scenario: Scenario, folder: Path, expected: Reference, tally: Tal
                 what,
                 tally,
                 cause=cause,
-                mend=lambda: remount(work, "size=1g"),
+                mend=functools.partial(remount, work, "size=1g"),
             )
     work = renew(scenario, folder)
     with small_disk(work, 2**30) as mounted:
@@ -548,15 +612,13 @@ def fill_disks(scenario: Scenario, folder: Path, expected: Reference, tally: Tal
         ended, _ = start(scenario, folder)
         tally.counts["read-only file systems"] += 1
         what = f"{scenario.name}: a read-only file system"
-        judge(scenario, folder, expected, ended, what, tally, mend=lambda: remount(work, "rw"))
+        mend = functools.partial(remount, work, "rw")
+        judge(scenario, folder, expected, ended, what, tally, cause=errno.EROFS, mend=mend)
 
 
 def lower_limits(scenario: Scenario, folder: Path, expected: Reference, tally: Tally) -> None:
     """Run with too few open files, and with a limit on the size of files."""
-    for limit, values, cause in (
-        (resource.RLIMIT_NOFILE, (12, 20, 32), errno.EMFILE),
-        (resource.RLIMIT_FSIZE, (512, 20000), errno.EFBIG),
-    ):
+    for limit, values in ((resource.RLIMIT_NOFILE, (12, 20, 32)), (resource.RLIMIT_FSIZE, (512, 20000))):
         for value in values:
             renew(scenario, folder)
             ended, _ = start(scenario, folder, limits={limit: value})
@@ -565,5 +627,55 @@ def lower_limits(scenario: Scenario, folder: Path, expected: Reference, tally: T
             judge(scenario, folder, expected, ended, f"{scenario.name}: {value} {name}", tally)
 
 
+# --- no home folder ------------------------------------------------------------------------------------
+
+# Runs several commands, so that fasttrain is imported once, and prints their exit codes.
+_COMMANDS = """
+import json, sys
+from fasttrain.__main__ import main
+print("codes", [main(words) for words in json.loads(sys.argv[1])])
+"""
+
+
 def live_without_home(base: Path, folder: Path, tally: Tally) -> None:
-    """..."""
+    """Run every command as a user without an entry in the list of users, and without a usable home folder."""
+    work = folder / "work"
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o777 if path.is_dir() else 0o666)
+    closed = folder / "closed"
+    closed.mkdir()
+    closed.chmod(0o555)
+    user = ["setpriv", "--reuid", "12345", "--regid", "12345", "--clear-groups"]
+    # So that the user can read the interpreter even if it belongs to another one.
+    user += ["--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search"]
+    path = ":".join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
+    clean = ["env", "-i", "PATH=/usr/bin:/bin", "OMP_NUM_THREADS=1", f"PYTHONPATH={path}"]
+    probe = run_command([*user, *clean, sys.executable, "-c", "import fasttrain"], seconds=60)
+    if probe.code != 0:
+        tally.counts["skipped: no process of another user can be started"] += 1
+        return
+    data = [f"data.source={work / 'clips'}", f"output={work / 'demo'}", "train.steps=2", "device=cpu"]
+    options = ["--device", "cpu", "--image-size", "64", "--num-frames", "2", "--output", str(work / "eval")]
+    training = [str(base / "train.yaml")]
+    report = ["report", str(work / "run"), "--output", str(work / "page.html")]
+    evaluation = ["eval", "retrieval", "--root", str(base / "ucf101"), "--run", str(work / "run"), *options]
+    others = [
+        ["pack", str(base / "videos"), str(work / "packed")],
+        ["export", str(work / "run"), str(work / "encoder.pt2")],
+        ["doctor"],
+        ["demo", "--recipe", str(RECIPES / "quickstart.yaml"), *data],
+    ]
+    for home, commands in (
+        ([], [training, report, evaluation, *others]),
+        (["HOME=/nonexistent"], [training, report, evaluation]),
+        ([f"HOME={closed}"], [training, report]),
+    ):
+        if work.exists():
+            shutil.rmtree(work)
+        work.mkdir()
+        work.chmod(0o777)
+        program = [sys.executable, "-c", _COMMANDS, json.dumps(commands)]
+        ended = run_command([*user, *clean, *home, *program], seconds=3 * SECONDS)
+        tally.counts["commands without a home folder"] += len(commands)
+        if f"codes {[0] * len(commands)}" not in ended.output or "Traceback" in ended.output:
+            tally.failures.append(f"{home or 'no HOME'}: ended with {ended.code}: {ended.output[-300:]!r}")
