@@ -21,8 +21,9 @@ PAGES = [
 ]
 KEYS = set(re.findall(r"^\| `([\w.]+)`", keys_table(), re.MULTILINE))
 SECTIONS = {key.split(".")[0] for key in KEYS if "." in key}
-# Options of other programs, such as torchrun.
+# Options of other programs: torchrun, pip and SLURM.
 FOREIGN_OPTIONS = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--help", "--no-deps"}
+FOREIGN_OPTIONS |= {"--signal", "--disable-status"}
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -68,10 +69,10 @@ def known_options() -> set[str]:
 
 
 def fasttrain_arguments(words: list[str]) -> list[str] | None:
-    """Return the arguments of a fasttrain command, started by name, python -m or torchrun, or None."""
+    """Return the arguments of a fasttrain command, started by name, python -m, torchrun or srun, or None."""
     if words[0] == "fasttrain":
         return words[1:]
-    if words[0] in ("python", "torchrun") and "-m" in words:
+    if words[0] in ("python", "torchrun", "srun") and "-m" in words:
         rest = [word for word in words[words.index("-m") + 1 :] if word != "--"]
         return rest[1:] if rest[0] == "fasttrain" else None
     return None
@@ -117,6 +118,14 @@ def check_fasttrain(words: list[str]) -> None:
             load_recipe(ROOT / arguments.recipe, concrete)
         else:
             assert arguments.recipe.isupper() or not arguments.recipe.startswith("recipes/"), arguments.recipe
+
+
+def test_the_command_in_the_batch_script_parses() -> None:
+    script = (ROOT / "examples/slurm.sbatch").read_text()
+    (line,) = re.findall(r"^srun .*", script.replace("\\\n", " "), re.MULTILINE)
+    arguments = fasttrain_arguments(shlex.split(line))
+    assert arguments is not None
+    check_fasttrain(arguments)
 
 
 @every_page
