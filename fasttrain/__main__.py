@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fasttrain.errors import InputError, LocalInputError, LostContactError, OtherRankError
-from fasttrain.files import os_reason
+from fasttrain.files import os_reason, printable
 from fasttrain.launcher import describe_processes
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ commands:"""
 ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space and repeat the command"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR), "use another path"),
-    **dict.fromkeys((errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG), "use another path"),
+    **dict.fromkeys((errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP), "use another path"),
     **dict.fromkeys((errno.EIO, errno.ESTALE), "check that the disk is healthy and mounted"),
     errno.EMFILE: "raise the limit of open files with ulimit -n",
 }
@@ -124,7 +124,7 @@ def _run_command(words: list[str]) -> int:
 
 
 def _print_error(line: str) -> None:
-    print(f"fasttrain: {line}", file=sys.stderr, flush=True)
+    print(f"fasttrain: {printable(line)}", file=sys.stderr, flush=True)
 
 
 def _rank() -> str:

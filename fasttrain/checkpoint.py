@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fasttrain.errors import InputError
-from fasttrain.files import PARTIAL, write_atomically
+from fasttrain.files import PARTIAL, naming, write_atomically
 
 _NAME = re.compile(r"step_(\d{8})\.pt")
 
@@ -56,11 +56,16 @@ def load_checkpoint(folder: Path, completed_steps: int) -> dict[str, Any]:
     path = _path(folder, completed_steps)
     try:
         # torch.load does not verify the checksums of the archive.
-        with zipfile.ZipFile(path) as archive:
+        with naming(path), zipfile.ZipFile(path) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise zipfile.BadZipFile("it is compressed")
             damaged = archive.testzip()
         if damaged is not None:
             raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    # The disk has failed, and the checkpoint may be intact.
+    except OSError:
+        raise
     # Damaged files raise exceptions of any type.
     except Exception as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__

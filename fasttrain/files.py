@@ -108,11 +108,16 @@ def make_folder(path: Path) -> None:
 
 
 def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+    # A folder in which files may be created, but not listed.
+    except PermissionError:
+        return
+    with naming(folder):
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def file_lock(path: Path, refusal: str) -> AbstractContextManager[object]:
@@ -142,6 +147,16 @@ def read_lines(path: Path, expected: str = "a text file in UTF-8") -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{str(path)!r} cannot be read ({os_reason(error)}); expected {expected}") from error
     return [line.strip() for line in lines if line.strip()]
+
+
+def printable(text: str) -> str:
+    """Escape characters that a terminal would obey, as the name of a video may contain, and line feeds."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
+    )
 
 
 def os_reason(error: Exception) -> str:

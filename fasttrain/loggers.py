@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from fasttrain.files import make_folder, naming, write_atomically
+from fasttrain.files import make_folder, naming, printable, write_atomically
 
 # The last event in the log of a backbone that was dropped because its loss was not finite.
 NON_FINITE = "non-finite loss"
@@ -112,8 +112,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def say(line: str, console: Console | None = None) -> None:
-    """Print a line without interpreting brackets as markup and without wrapping it."""
-    (console or Console()).print(line, highlight=False, markup=False, soft_wrap=True)
+    """Print a line without interpreting brackets as markup and without wrapping it.
+
+    Names in it may contain any characters.
+    """
+    (console or Console()).print(printable(line), highlight=False, markup=False, soft_wrap=True)
 
 
 class Progress:

@@ -68,7 +68,8 @@ class StepProfiler(profile):
         self.export_chrome_trace(str(path))
         summary = summarise(json.loads(path.read_text(encoding="utf-8"))["traceEvents"])
         write_json(self.folder / "summary.json", summary)
-        self.say(summary_table(summary))
+        for line in summary_table(summary).splitlines():
+            self.say(line)
 
     def __exit__(self, *error: object) -> None:
         steps = self.step_num

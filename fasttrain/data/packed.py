@@ -22,6 +22,7 @@ import json
 import os
 import re
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -140,6 +141,10 @@ class ShardIndex:
         """Read the index of a shard. Raises InputError if it is missing or damaged."""
         path = shard.with_suffix(".npz")
         try:
+            with zipfile.ZipFile(path) as archive:
+                # A compressed index, which fasttrain never writes, could fill the memory.
+                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                    raise ValueError("compressed")
             with np.load(path, allow_pickle=False) as content:
                 values = json.loads(content["told"].tobytes())
                 frames = [content[key] for key in ("blocks", "sizes", "crcs")]

@@ -28,6 +28,7 @@ from fasttrain.evaluation import (
 )
 from fasttrain.evaluation.results import print_table, with_difference, write_results
 from fasttrain.files import make_folder
+from fasttrain.loggers import say
 
 # By name, in the order of the help: the task's module and a description for the help and the table.
 TASKS: dict[str, tuple[ModuleType, str]] = {
@@ -97,7 +98,7 @@ def run(arguments: argparse.Namespace) -> None:
     path = output / f"{arguments.task}.json"
     write_results(path, {**context, **report, "results": results})
     print_table(f"{arguments.task}: {description}\n{encoder.name}, {encoder.weights}", results)
-    print(f"results written to {path}")
+    say(f"results written to {path}")
 
 
 def _prepare(arguments: argparse.Namespace, output: Path, world: World) -> model.EvaluatedModel:

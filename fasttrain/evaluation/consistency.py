@@ -25,6 +25,7 @@ from fasttrain.evaluation import plots
 from fasttrain.evaluation.frames import centre_crop, stream_frames
 from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.trade_off import MIN_FRAMES, VideoMeasures, measure_video, summarise
+from fasttrain.loggers import say
 from fasttrain.recipe import Recipe
 
 # The metrics recorded during training. The trade-off plot shows the two normalised distances.
@@ -78,7 +79,7 @@ def run(
             f"with at least {MIN_FRAMES} frames."
         )
     if reasons:
-        print(f"skipped videos: {len(reasons)} (for example {reasons[0]})")
+        say(f"skipped videos: {len(reasons)} (for example {reasons[0]})")
     results = {
         variant: summarise([measures[variant] for measures in measured.values()])
         for variant in model.variants

@@ -41,7 +41,7 @@ from fasttrain.evaluation.datasets import (
 from fasttrain.evaluation.frames import centre_crop, stream_frames
 from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.files import os_reason, write_atomically
-from fasttrain.loggers import Progress
+from fasttrain.loggers import Progress, say
 from fasttrain.weights import hash_state_dict
 
 # Part of every cache key. Increase it when the computation changes.
@@ -202,7 +202,7 @@ def extract(
     readable = {name: result for name, result in merged.items() if not isinstance(result, str)}
     skipped = [f"{name}: {reason}" for name, reason in merged.items() if isinstance(reason, str)]
     if skipped:
-        print(f"skipped unreadable videos: {len(skipped)} of {len(videos)} (for example {skipped[0]})")
+        say(f"skipped unreadable videos: {len(skipped)} of {len(videos)} (for example {skipped[0]})")
     return Extracted(
         entries={name: entries for name, (entries, _) in readable.items()},
         num_frames={name: num_frames for name, (_, num_frames) in readable.items()},

@@ -131,6 +131,8 @@ def clips_of_list(path: Path) -> list[tuple[str, str]]:
             raise InputError(
                 f"'{path}': {line!r} is not a clip; expected CLASS/CLIP or paths that end with it"
             )
+        if ".." in parts[-2:]:
+            raise InputError(f"'{path}': {line!r} is not a clip; correct the list")
         clips.append((parts[-2], parts[-1]))
     return clips
 

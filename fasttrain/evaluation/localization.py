@@ -25,6 +25,7 @@ from fasttrain.evaluation.datasets import LabelledVideo, Labels
 from fasttrain.evaluation.features import Extracted
 from fasttrain.evaluation.linear_probe import LinearClassifier, fit_linear
 from fasttrain.evaluation.model import EvaluatedModel
+from fasttrain.loggers import say
 
 SHOWN_VIDEOS = 4
 HELD_OUT = 0.2
@@ -76,7 +77,7 @@ def run(
     mismatched: list[str] = []
     train, test = (_trim_labels(videos, extracted, mismatched) for videos in (split.train, split.test))
     if mismatched:
-        print(
+        say(
             f"skipped videos with too few or too many labels: {len(mismatched)} (for example {mismatched[0]})"
         )
     train_classes, test_classes = (

@@ -6,13 +6,15 @@ The page shows learning curves, the trade-off of consistency and separability, t
 import argparse
 import base64
 import html
-import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
 
 from fasttrain.errors import InputError
 from fasttrain.evaluation import plots
 from fasttrain.files import naming, write_atomically
+from fasttrain.loggers import say
 
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}"
@@ -78,16 +80,30 @@ def run(arguments: argparse.Namespace) -> None:
     body = "".join(f"<h2>{html.escape(title)}</h2>{content}" for title, content in sections)
     head = f'<!doctype html><meta charset="utf-8"><title>fasttrain</title><style>{STYLE}</style>'
     write_atomically(output, f"{head}<h1>fasttrain</h1>{body}\n".encode())
-    print(f"report written to {output}")
+    say(f"report written to {output}")
+
+
+class _Model(BaseModel):
+    backbone: str
+    weights: str
+
+
+class _Evaluation(BaseModel):
+    """The part of the JSON file of an evaluation that the report shows."""
+
+    task: str
+    model: _Model
+    # Names of files, not paths, which could embed any file of the user in the page.
+    pictures: list[Annotated[str, Field(pattern=r"^[^/]+\.(png|mp4)$")]]
+    results: dict[str, dict[str, float | None]]
 
 
 def _read(path: Path) -> dict[str, Any]:
     """Read a JSON file that `fasttrain eval` wrote. Raises InputError for any other file."""
     try:
         with naming(path):
-            content: dict[str, Any] = json.loads(path.read_bytes())
-        return {key: content[key] for key in ("task", "model", "pictures", "results")}
-    except (ValueError, KeyError, TypeError) as error:
+            return _Evaluation.model_validate_json(path.read_bytes()).model_dump()
+    except ValueError as error:
         raise InputError(
             f"'{path}' is not a result of `fasttrain eval`, or is damaged. Remove it."
         ) from error

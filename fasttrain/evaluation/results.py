@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import fasttrain
-from fasttrain.files import write_json
+from fasttrain.files import printable, write_json
 
 # Packages whose versions are recorded with the results.
 PACKAGES = ("torch", "timm", "numpy", "scipy", "pillow")
@@ -39,12 +39,14 @@ def write_results(path: Path, content: Mapping[str, Any]) -> None:
 
 def print_table(title: str, by_variant: dict[str, dict[str, float]]) -> None:
     """Print one row per metric and one column per variant."""
-    table = Table(title=escape(title))
+    table = Table(title=escape("\n".join(map(printable, title.split("\n")))))
     table.add_column("metric")
     for variant in by_variant:
         table.add_column(variant, justify="right")
     for key in next(iter(by_variant.values())):
-        table.add_row(key, *(_cell(values[key], variant) for variant, values in by_variant.items()))
+        table.add_row(
+            escape(printable(key)), *(_cell(values[key], variant) for variant, values in by_variant.items())
+        )
     Console().print(table)
 
 

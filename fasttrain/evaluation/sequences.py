@@ -35,7 +35,7 @@ from fasttrain.evaluation.metrics import region_similarity
 from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.propagation import CONTEXT, RADIUS, TEMPERATURE, Propagator, check_settings
 from fasttrain.files import read_lines
-from fasttrain.loggers import Progress
+from fasttrain.loggers import Progress, say
 
 SHOWN_FRAMES = 6
 # The maximum height of the frames in contact sheets and videos.
@@ -54,6 +54,11 @@ class VideoSequence:
     name: str
     frames: list[Path]
     annotations: list[Path]
+
+    def __post_init__(self) -> None:
+        """Raise InputError if the name, which is part of the paths of results, is a path itself."""
+        if self.name in ("", ".", "..") or "/" in self.name:
+            raise InputError(f"sequence {self.name!r}: expected the name of a folder; correct the list")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +146,7 @@ def evaluate_all(
         return None
     notes = [note for result in results.values() for note in result.pop("notes", [])]
     for note in notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
     frames = sum(len(sequence.frames) for sequence in sequences)
     return results, {"sequences": len(sequences), "frames": frames, "notes": notes}
 

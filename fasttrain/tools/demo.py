@@ -23,6 +23,7 @@ from fasttrain.evaluation.plots import Row, contact_sheet, overlay_masks
 from fasttrain.evaluation.results import print_table, with_difference
 from fasttrain.evaluation.sequences import hard_labels, similarity_note, soft_labels
 from fasttrain.files import write_json
+from fasttrain.loggers import say
 from fasttrain.recipe import load_recipe
 from fasttrain.tools.synthetic import Scene, render_scene, write_scene
 from fasttrain.video_encoder import VideoEncoder, load_video_encoder
@@ -71,8 +72,8 @@ def run(arguments: argparse.Namespace) -> None:
     title = f"{recipe.backbone.name} ViT, {note}; {len(scenes)} held-out synthetic videos"
     table = {name: {HEADINGS[key]: metrics[key] for key in HEADINGS} for name, metrics in results.items()}
     print_table(title, with_difference(table))
-    print(f"picture: {picture}")
-    print(f"run folder: {recipe.output}")
+    say(f"picture: {picture}")
+    say(f"run folder: {recipe.output}")
 
 
 def draw(scene: Scene, before_THW: np.ndarray, after_THW: np.ndarray, path: Path) -> None:
