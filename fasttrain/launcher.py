@@ -63,6 +63,9 @@ def _describe_task(environ: MutableMapping[str, str]) -> None:
     environ.setdefault("MASTER_ADDR", first_node(nodes))
     # All tasks derive the same port. Steps of one job and jobs on one node rarely get the same one.
     environ.setdefault("MASTER_PORT", str(20000 + (31 * job + step) % 10000))
+    # As torchrun does. If SLURM does not bind the tasks of a node to cores of their own, each would otherwise
+    # start a thread per core, and the threads would wait for each other.
+    environ.setdefault("OMP_NUM_THREADS", str(cores_of_process(environ)))
 
 
 def first_node(nodes: str) -> str:

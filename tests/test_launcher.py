@@ -27,6 +27,7 @@ def test_a_task_of_slurm_is_described_as_by_torchrun() -> None:
     describe_processes(environ)
     added = {name: value for name, value in environ.items() if name not in TASK}
     port = int(added.pop("MASTER_PORT"))
+    assert added.pop("OMP_NUM_THREADS") == str(len(os.sched_getaffinity(0)))
     assert added == {
         "RANK": "2",
         "LOCAL_RANK": "0",
@@ -39,6 +40,8 @@ def test_a_task_of_slurm_is_described_as_by_torchrun() -> None:
         describe_processes(other)
         assert int(other["MASTER_PORT"]) == port
         assert other["LOCAL_WORLD_SIZE"] == "2"
+        # The two tasks on this node share its cores.
+        assert other["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
 
 
 def test_world_size_from_a_batch_script_is_overridden() -> None:
