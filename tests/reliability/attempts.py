@@ -58,6 +58,7 @@ def attempt(
     number: int = signal.SIGKILL,
     others: float | None = None,
     prepare: Callable[[], object] | None = None,
+    meanwhile: Callable[[list[ForkServerProcess]], None] | None = None,
 ) -> Attempt:
     """Run the commands of a workload at the same time in `folder`.
 
@@ -69,6 +70,7 @@ def attempt(
         number: The signal.
         others: How many seconds after the victim's end the other processes get the signal. None: never.
         prepare: Called in each process before the command.
+        meanwhile: Called with the processes once they have started.
     """
     folder.mkdir(parents=True, exist_ok=True)
     logs = [folder.with_name(f"{folder.name}.{rank}.log") for rank in range(len(workload.commands))]
@@ -83,16 +85,18 @@ def attempt(
         death = moment if rank == victim else None
         watch = functools.partial(_watch, folder, log.with_suffix(".operations"), death, number, prepare)
         processes.append(start(list(words), log=log, folder=folder, environment=common | own, prepare=watch))
+    if meanwhile is not None:
+        meanwhile(processes)
     if moment is not None and others is not None:
         wait([processes[victim].sentinel], timeout=LIMIT)
         time.sleep(others)
         for process in processes:
-            _send(process, number)
+            send(process, number)
     for process in processes:
         process.join(max(0.0, started + LIMIT - time.monotonic()))
     codes = [process.exitcode for process in processes]
     for process in processes:
-        _send(process, signal.SIGKILL)
+        send(process, signal.SIGKILL)
         process.join()
         process.close()
     return Attempt(
@@ -103,7 +107,8 @@ def attempt(
     )
 
 
-def _send(process: ForkServerProcess, number: int) -> None:
+def send(process: ForkServerProcess, number: int) -> None:
+    """Send a signal to a process unless it has ended."""
     if process.exitcode is None and process.pid is not None:
         with suppress(ProcessLookupError):
             os.kill(process.pid, number)
@@ -120,6 +125,16 @@ def _read_count(path: Path) -> int:
     return int(path.read_text() or 0) if path.exists() else 0
 
 
+def changed_path(event: str, arguments: tuple[Any, ...], root: str) -> str | None:
+    """Return the path below `root` that an audit event of Python is about to change, if it is one."""
+    if event not in _EVENTS and not (event == "open" and (arguments[2] or 0) & _WRITES):
+        return None
+    if not isinstance(arguments[0], str | bytes | os.PathLike):
+        return None
+    path = os.path.abspath(os.fsdecode(arguments[0]))
+    return path if path.startswith(root) else None
+
+
 def _watch(
     folder: Path,
     counted: Path,
@@ -130,7 +145,7 @@ def _watch(
     """Count the file operations of this process below `folder`, and end it at `moment`."""
     if prepare is not None:
         prepare()
-    root = os.fspath(folder)
+    root = str(folder)
     count = 0
     lock = threading.RLock()
     file = os.open(counted, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -154,10 +169,7 @@ def _watch(
                 end()
 
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
-        if event not in _EVENTS and not (event == "open" and (arguments[2] or 0) & _WRITES):
-            return
-        path = arguments[0]
-        if isinstance(path, str | bytes) and os.path.abspath(os.fsdecode(path)).startswith(root):
+        if changed_path(event, arguments, root):
             operate()
 
     fsync = os.fsync

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ COMMAND_LINES = ("train", "train two ranks", "pack", "eval retrieval")
 # At most this many kills before a command may run to its end.
 IN_A_ROW = 3
 KILLED = -9
+Interrupt = Callable[[Workload, Path, Attempt, random.Random, Callable[[], object] | None], Attempt]
 
 
 def run(folder: Path) -> dict[str, Any]:
@@ -48,13 +50,30 @@ def run(folder: Path) -> dict[str, Any]:
     return {"failures": failures, "kills": hits.total(), "kills_by_workload": dict(hits)}
 
 
-def run_workload(workload: Workload, folder: Path, wanted: int) -> tuple[int, list[str]]:
-    """Kill a workload `wanted` times; return the number of kills that hit, and the failures."""
+def run_workload(
+    workload: Workload,
+    folder: Path,
+    wanted: int,
+    interrupt: Interrupt | None = None,
+    prepare: Callable[[], object] | None = None,
+) -> tuple[int, list[str]]:
+    """Interrupt a workload `wanted` times, and repeat it until it has ended by itself.
+
+    Args:
+        workload: What to run.
+        folder: Contains the folder `sources`.
+        wanted: The number of interruptions that must hit a running process.
+        interrupt: How to interrupt it (default: `kill_once`).
+        prepare: Called in each process before the command, except for the undisturbed run.
+
+    Returns:
+        The number of interruptions that hit, and one line for each failure.
+    """
     name = workload.name.replace(" ", "-")
     undisturbed = folder / f"{name}-whole"
     whole = attempt(workload, undisturbed)
     if any(whole.codes):
-        return 0, [f"{workload.name}: undisturbed: {_ending(whole)}"]
+        return 0, [f"{workload.name}: undisturbed: {ending(whole)}"]
     expected = result(undisturbed)
     hits, trial, failures = 0, 0, []
     while hits < wanted:
@@ -63,13 +82,13 @@ def run_workload(workload: Workload, folder: Path, wanted: int) -> tuple[int, li
         here = folder / f"{name}-{trial:03d}"
         found: list[str] = []
         for _ in range(draw.randint(1, IN_A_ROW)):
-            killed = kill_once(workload, here, whole, draw)
+            killed = (interrupt or kill_once)(workload, here, whole, draw, prepare)
             hits += killed.codes.count(KILLED)
             if failure := _unexpected(workload, killed):
                 found.append(failure)
-        ended = attempt(workload, here)
+        ended = attempt(workload, here, prepare=prepare)
         if any(ended.codes):
-            found.append(f"repeated: {_ending(ended)}")
+            found.append(f"repeated: {ending(ended)}")
         elif differing := difference(expected, result(here)):
             found.append(differing)
         failures += [f"{workload.name}, trial {trial}: {line}" for line in found]
@@ -77,12 +96,20 @@ def run_workload(workload: Workload, folder: Path, wanted: int) -> tuple[int, li
             shutil.rmtree(here)
         trial += 1
         if trial > 3 * wanted:
-            failures.append(f"{workload.name}: only {hits} of {wanted} kills hit a running process")
+            failures.append(f"{workload.name}: only {hits} of {wanted} interruptions hit a running process")
             break
     return hits, failures
 
 
-def kill_once(workload: Workload, folder: Path, whole: Attempt, draw: random.Random) -> Attempt:
+def kill_once(
+    workload: Workload,
+    folder: Path,
+    whole: Attempt,
+    draw: random.Random,
+    prepare: Callable[[], object] | None = None,
+    *,
+    all_at_once: bool = False,
+) -> Attempt:
     """Run a workload and kill one of its processes, and perhaps the others, at a random moment."""
     victim = draw.randrange(len(workload.commands))
     operations = whole.operations[victim]
@@ -96,7 +123,9 @@ def kill_once(workload: Workload, folder: Path, whole: Attempt, draw: random.Ran
     # The ranks of a run die together on a node that fails; independent commands may survive.
     together = workload.are_ranks or draw.random() < 0.5
     others = draw.choice([0.0, draw.uniform(0, 0.1)]) if together else None
-    return attempt(workload, folder, victim=victim, moment=moment, others=others)
+    if all_at_once:
+        others = 0.0
+    return attempt(workload, folder, victim=victim, moment=moment, others=others, prepare=prepare)
 
 
 def run_command_line(workload: Workload, folder: Path) -> str | None:
@@ -136,9 +165,10 @@ def _unexpected(workload: Workload, killed: Attempt) -> str | None:
         return None
     if workload.are_ranks and KILLED in killed.codes:
         return None
-    return f"while killed: {_ending(killed)}"
+    return f"while killed: {ending(killed)}"
 
 
-def _ending(ended: Attempt) -> str:
+def ending(ended: Attempt) -> str:
+    """Describe how an attempt ended, in one line."""
     lines = ended.output.strip().splitlines() or ["no output"]
     return f"exit codes {ended.codes}, last line {lines[-1]!r}"

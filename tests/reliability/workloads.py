@@ -49,7 +49,7 @@ class Workload:
     """Whether the processes are the ranks of one run. Otherwise, they are independent."""
 
 
-def _train(*overrides: str, recipe: str = "recipe") -> tuple[str, ...]:
+def train(*overrides: str, recipe: str = "recipe") -> tuple[str, ...]:
     return ("train", f"../sources/{recipe}.yaml", *overrides)
 
 
@@ -66,9 +66,9 @@ _LISTS = ("--train-list", "../sources/labelled/train.txt", "--test-list", "../so
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        Workload("train", (_train("eval.every=7", "eval.num_videos=2", "eval.num_frames=8"),)),
-        Workload("train two backbones", (_train(recipe="two_backbones"),)),
-        Workload("train two ranks", (_train("train.batch_size=2"),) * 2, are_ranks=True),
+        Workload("train", (train("eval.every=7", "eval.num_videos=2", "eval.num_frames=8"),)),
+        Workload("train two backbones", (train(recipe="two_backbones"),)),
+        Workload("train two ranks", (train("train.batch_size=2"),) * 2, are_ranks=True),
         Workload("pack", (_pack("images"),)),
         Workload("pack two shares", (_pack("videos", "--shard", "1/2"), _pack("videos", "--shard", "2/2"))),
         Workload("export", (("export", "../sources/run", "export/encoder.pt2"),)),
