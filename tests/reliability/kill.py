@@ -56,6 +56,8 @@ def run_workload(
     wanted: int,
     interrupt: Interrupt | None = None,
     prepare: Callable[[], object] | None = None,
+    *,
+    until_failure: bool = False,
 ) -> tuple[int, list[str]]:
     """Interrupt a workload `wanted` times, and repeat it until it has ended by itself.
 
@@ -65,6 +67,7 @@ def run_workload(
         wanted: The number of interruptions that must hit a running process.
         interrupt: How to interrupt it (default: `kill_once`).
         prepare: Called in each process before the command, except for the undisturbed run.
+        until_failure: Whether to end at the first failure.
 
     Returns:
         The number of interruptions that hit, and one line for each failure.
@@ -76,7 +79,7 @@ def run_workload(
         return 0, [f"{workload.name}: undisturbed: {ending(whole)}"]
     expected = result(undisturbed)
     hits, trial, failures = 0, 0, []
-    while hits < wanted:
+    while hits < wanted and not (failures and until_failure):
         # Seeded by the trial, so that it can be repeated by itself.
         draw = random.Random(f"{name} {trial}")
         here = folder / f"{name}-{trial:03d}"

@@ -34,6 +34,8 @@ _WORDS = train(f"train.steps={STEPS}", "train.save_every=1000", "train.keep=1", 
 _HALF = (*_WORDS, "train.batch_size=2")
 SINGLE = Workload("one process", (_WORDS,))
 RANKS = Workload("two ranks", (_HALF, _HALF), are_ranks=True)
+# Sends a signal to a run and returns a failure, and the seconds from the signal to the end.
+Stop = Callable[[Workload, Path, random.Random, Path, Callable[[], object]], tuple[str | None, float]]
 
 
 def run(folder: Path) -> dict[str, Any]:
@@ -41,54 +43,73 @@ def run(folder: Path) -> dict[str, Any]:
     failures: list[str] = []
     seconds: list[float] = []
     repeated = 0
-    # The number of signals for each.
     plans = [(SINGLE, 16, signal_forked), (RANKS, 12, signal_forked), (RANKS, 4, signal_torchrun)]
     for workload, wanted, stop in plans:
-        name = f"{workload.name}{' of torchrun' if stop is signal_torchrun else ''}"
-        whole = folder / f"{name.replace(' ', '-')}-whole"
-        undisturbed = attempt(workload, whole)
-        if any(undisturbed.codes):
-            failures.append(f"{name}: undisturbed: {ending(undisturbed)}")
-            continue
-        sent, trial = 0, 0
-        while sent < wanted:
-            draw = random.Random(f"{name} {trial}")
-            here = folder / f"{name.replace(' ', '-')}-{trial:03d}"
-            here.mkdir()
-            found: list[str] = []
-            for _ in range(min(draw.randint(1, 3), wanted - sent)):
-                line, waited = stop(workload, here, draw)
-                found += [line] if line else []
-                seconds.append(waited)
-                sent += 1
-            steps = here.with_name(f"{here.name}.steps")
-            ended = attempt(workload, here, prepare=functools.partial(count_steps, steps))
-            lost = steps.stat().st_size - STEPS
-            repeated += lost
-            if any(ended.codes):
-                found.append(f"repeated: {ending(ended)}")
-            elif differing := difference(result(whole), result(here)):
-                found.append(differing)
-            if lost:
-                found.append(f"{lost} steps were taken twice")
-            failures += [f"{name}, trial {trial}: {line}" for line in found]
-            if not found:
-                shutil.rmtree(here)
-            trial += 1
+        lines, times, steps = run_workload(workload, folder, wanted, stop)
+        failures += lines
+        seconds += times
+        repeated += steps
     return {
         "failures": failures,
         "signals": len(seconds),
         "repeated_steps": repeated,
-        "slowest_stop_seconds": round(max(seconds), 2),
+        "slowest_stop_seconds": round(max(seconds, default=0.0), 2),
     }
 
 
-def signal_forked(workload: Workload, folder: Path, draw: random.Random) -> tuple[str | None, float]:
+def run_workload(
+    workload: Workload,
+    folder: Path,
+    wanted: int,
+    stop: Stop,
+    prepare: Callable[[], object] | None = None,
+) -> tuple[list[str], list[float], int]:
+    """Send `wanted` signals to runs of a workload, and repeat each run until it has ended by itself.
+
+    Returns the failures, the seconds from each signal to the end, and the number of steps taken twice.
+    """
+    name = f"{workload.name}, {stop.__name__}"
+    whole = folder / f"{name.replace(', ', '-').replace(' ', '-')}-whole"
+    undisturbed = attempt(workload, whole)
+    if any(undisturbed.codes):
+        return [f"{name}: undisturbed: {ending(undisturbed)}"], [], 0
+    failures: list[str] = []
+    seconds: list[float] = []
+    repeated, trial = 0, 0
+    while len(seconds) < wanted:
+        draw = random.Random(f"{name} {trial}")
+        here = whole.with_name(whole.name.replace("whole", f"{trial:03d}"))
+        here.mkdir()
+        steps = here.with_name(f"{here.name}.steps")
+        counted = functools.partial(count_steps, steps, prepare)
+        found: list[str] = []
+        for _ in range(min(draw.randint(1, 3), wanted - len(seconds))):
+            line, waited = stop(workload, here, draw, steps, counted)
+            found += [line] if line else []
+            seconds.append(waited)
+        ended = attempt(workload, here, prepare=counted)
+        lost = steps.stat().st_size - STEPS
+        repeated += lost
+        if any(ended.codes):
+            found.append(f"repeated: {ending(ended)}")
+        elif differing := difference(result(whole), result(here)):
+            found.append(differing)
+        if lost:
+            found.append(f"{lost} steps were taken twice")
+        failures += [f"{name}, trial {trial}: {line}" for line in found]
+        if not found:
+            shutil.rmtree(here)
+        trial += 1
+    return failures, seconds, repeated
+
+
+def signal_forked(
+    workload: Workload, folder: Path, draw: random.Random, steps: Path, counted: Callable[[], object]
+) -> tuple[str | None, float]:
     """Run a workload and send SIGTERM to all or one of its processes.
 
     Returns a failure, and the seconds from the signal to the end.
     """
-    steps = folder.with_name(f"{folder.name}.steps")
     chosen = draw.choice([range(len(workload.commands)), [draw.randrange(len(workload.commands))]])
     moment = _moment(steps, draw)
     sent = 0.0
@@ -100,16 +121,17 @@ def signal_forked(workload: Workload, folder: Path, draw: random.Random) -> tupl
             send(processes[number], signal.SIGTERM)
         sent = time.monotonic()
 
-    stopped = attempt(workload, folder, prepare=functools.partial(count_steps, steps), meanwhile=stop)
+    stopped = attempt(workload, folder, prepare=counted, meanwhile=stop)
     waited = time.monotonic() - sent
     if any(code != INTERRUPTED for code in stopped.codes) or waited > PATIENCE:
         return f"after SIGTERM to {list(chosen)}: {ending(stopped)}, {waited:.1f} s", waited
     return _missing(folder, steps), waited
 
 
-def signal_torchrun(workload: Workload, folder: Path, draw: random.Random) -> tuple[str | None, float]:
+def signal_torchrun(
+    workload: Workload, folder: Path, draw: random.Random, steps: Path, counted: Callable[[], object]
+) -> tuple[str | None, float]:
     """Run a workload under torchrun, and send SIGTERM to torchrun or to all processes."""
-    steps = folder.with_name(f"{folder.name}.steps")
     moment, to_all = _moment(steps, draw), draw.random() < 0.5
     sent = 0.0
 
@@ -140,7 +162,8 @@ def signal_torchrun(workload: Workload, folder: Path, draw: random.Random) -> tu
 def _moment(steps: Path, draw: random.Random) -> Callable[[Callable[[], bool]], None]:
     """Return a function that waits until a random moment of a run that goes on from `steps`."""
     before = steps.stat().st_size if steps.exists() else 0
-    until = draw.randint(before + 1, max(before + 1, STEPS - LAST_STEPS))
+    # Once rank 0 has begun a second step, all ranks handle signals. Before, a signal ends the run at once.
+    until = draw.randint(before + 2, max(before + 2, STEPS - LAST_STEPS))
     later = draw.uniform(0, STEP_SECONDS)
 
     def wait(is_running: Callable[[], bool]) -> None:
@@ -161,7 +184,7 @@ def _missing(folder: Path, steps: Path) -> str | None:
     return None if saved[-1:] == [expected] else f"expected the checkpoint {expected}, found {saved}"
 
 
-def count_steps(path: Path) -> None:
+def count_steps(path: Path, prepare: Callable[[], object] | None = None) -> None:
     """Slow down the steps of this process; on rank 0, append a byte to a file for each step begun."""
     from fasttrain.trainer import Trainer
 
@@ -175,6 +198,8 @@ def count_steps(path: Path) -> None:
         train_step(self, step_index, diagnostics=diagnostics)
 
     Trainer.train_step = counted  # type: ignore[method-assign]
+    if prepare is not None:
+        prepare()
 
 
 if __name__ == "__main__":
