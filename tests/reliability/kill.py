@@ -120,8 +120,9 @@ def kill_once(
     if kind < 0.3 or not operations:
         moment = Moment(0, draw.uniform(0, whole.seconds))
     else:
-        # At the operation itself, or while the work after it is done.
-        seconds = 0.0 if kind < 0.65 else draw.uniform(0, whole.seconds / operations)
+        # Before the operation, during it, or while the work after it is done.
+        longest = whole.seconds / operations
+        seconds = 0.0 if kind < 0.5 else longest * 10 ** draw.uniform(-4, 0)
         moment = Moment(draw.randint(1, operations), seconds)
     # The ranks of a run die together on a node that fails; independent commands may survive.
     together = workload.are_ranks or draw.random() < 0.5
