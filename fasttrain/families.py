@@ -245,13 +245,16 @@ def _sizes(state: StateDict) -> dict[str, Any]:
     sizes["depth"] = _depth(state)
     hidden = state.get("blocks.0.mlp.fc1.weight")
     gate = state.get("blocks.0.mlp.fc1_g.weight")
-    rows = 2 * len(gate) if gate is not None else len(hidden) if hidden is not None else 0
+    # `load_state` reports parameters of another shape.
+    rows = 2 * gate.shape[0] if gate is not None and gate.ndim else 0
+    if gate is None and hidden is not None and hidden.ndim:
+        rows = hidden.shape[0]
     if rows:
         # May be fractional (48 / 11 in I-JEPA's ViT-g). timm truncates the product with the embedding
         # dimension; adding a half protects it from rounding errors.
         sizes["mlp_ratio"] = (rows + 0.5) / sizes["embed_dim"]
     output = state.get("blocks.0.mlp.fc2.weight")
-    if output is not None and rows == 2 * output.shape[1]:
+    if output is not None and output.ndim == 2 and rows == 2 * output.shape[1]:
         sizes |= {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
     return sizes
 

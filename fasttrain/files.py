@@ -31,6 +31,14 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, f"{json.dumps(value, indent=2)}\n".encode())
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON. Raises ValueError if it is invalid or nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 @contextmanager
 def open_atomically(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file for writing that replaces `path` when the context ends without an exception.

@@ -111,10 +111,18 @@ _OTHER_MODELS = [
 def flatten(checkpoint: Any) -> StateDict:
     """Return all tensors of nested mappings, by their dotted keys without the names of wrappers.
 
-    Raises InputError if two keys differ only in the wrappers.
+    Raises InputError if two keys differ only in the wrappers, or if a tensor has no plain array of values.
     """
     tensors: StateDict = {}
     for key, tensor in _tensors(checkpoint, ""):
+        kinds = {
+            "sparse": tensor.layout not in (torch.strided, torch.jagged),
+            "nested": tensor.is_nested,
+            "meta": tensor.is_meta,
+            "quantised": tensor.is_quantized,
+        }
+        if kind := next((kind for kind, is_kind in kinds.items() if is_kind), None):
+            raise InputError(f"parameter {key!r} is a {kind} tensor; expected the values of a dense one")
         name = _WRAPPERS.sub("", key)
         if name in tensors:
             raise InputError(f"parameter {key!r} occurs twice, under different wrappers; save a single model")
@@ -203,6 +211,8 @@ def _unify(state: StateDict, weights: str) -> StateDict:
         )
     state = {key: tensor.float() for key, tensor in state.items()}
     state["patch_embed.proj.weight"] = as_convolution(state["patch_embed.proj.weight"])
+    if not state["patch_embed.proj.weight"].numel():
+        raise InputError(f"weights {weights!r}: the patch embedding is empty; download them again")
     for name in {"cls_token", "reg_token", "pos_embed"} & state.keys():
         # CLIP stores them without a batch dimension, and NaFlex stores positions as a square map.
         shape = state[name].shape

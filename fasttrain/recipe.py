@@ -262,6 +262,8 @@ class Recipe:
 
 
 _RECIPE = TypeAdapter(Recipe)
+# More than any recipe needs; see `_parse`.
+MAX_VALUES, MAX_DEPTH = 10_000, 20
 
 
 # --- reading -------------------------------------------------------------------------------------------
@@ -303,6 +305,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             or is out of range.
     """
     package = Path(__file__).parent
+    if "\0" in str(path):
+        raise InputError(f"recipe {str(path)!r}: a path cannot contain a null character; pass a YAML file")
     # In an installation, the recipes are inside the package; in a source checkout, they are next to it.
     candidates = (Path(path), package / path, package.parent / path)
     tree = _read_tree(next((file for file in candidates if file.is_file()), candidates[0]))
@@ -369,20 +373,46 @@ def _read_tree(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in heirs:
         raise InputError(f"base: recipe {str(path)!r} inherits from itself; remove or correct its `base`")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}  # _Loader is a SafeLoader
+        tree = _parse(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise InputError(
             f"recipe {str(path)!r} cannot be read: {str(error.strerror).lower()}; pass a YAML file"
         ) from None
-    # ValueErrors: text in another encoding, an impossible date, an integer of thousands of digits.
-    except (yaml.YAMLError, ValueError) as error:
+    # Also raised for text in another encoding.
+    except ValueError as error:
         raise InputError(f"recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise InputError(f"recipe {str(path)!r}: expected `key: value` lines, got a {type(tree).__name__}")
     base = tree.pop("base", None)
     if base is None:
         return tree
-    return _merge(_read_tree(path.parent / str(base), (*heirs, path.resolve())), tree)
+    if not isinstance(base, str) or "\0" in base:
+        raise InputError(f"base: {_shown(base)} in {str(path)!r} is not a path; expected that of a recipe")
+    return _merge(_read_tree(path.parent / base, (*heirs, path.resolve())), tree)
+
+
+def _parse(text: str) -> Any:
+    """Parse YAML. Raises ValueError for invalid YAML, and for values that no recipe needs."""
+    try:
+        value = yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    # PyYAML raises ValueError for impossible dates and integers of thousands of digits, and AttributeError or
+    # TypeError if the tag of a value (`!!timestamp x`) does not fit it.
+    except (yaml.YAMLError, AttributeError, TypeError) as error:
+        raise ValueError(str(error)) from None
+    # Anchors make short text stand for billions of values, or for a value that contains itself.
+    todo, count = [(value, 0)], 0
+    while todo:
+        node, depth = todo.pop()
+        count += 1
+        if depth > MAX_DEPTH or count > MAX_VALUES:
+            raise ValueError(f"expected at most {MAX_VALUES} values, nested at most {MAX_DEPTH} levels deep")
+        inner = (
+            node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple | set) else ()
+        )
+        todo += [(each, depth + 1) for each in inner]
+    return value
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -402,8 +432,8 @@ def _override(tree: dict[str, Any], argument: str) -> dict[str, Any]:
     value: Any = text
     # String keys keep the text, even if YAML would read it as a number or a boolean (2024, on).
     if not any(path == key and info.annotation is str for path, info in _keys(Recipe)):
-        with suppress(yaml.YAMLError, ValueError):
-            value = yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader
+        with suppress(ValueError):
+            value = _parse(text)
     if key == "backbones" and isinstance(value, list):
         # A name, as in `backbones=[mae, dino]`, selects an entry of the recipe.
         entries = {entry.get("name"): entry for entry in tree.get(key) or [] if isinstance(entry, dict)}
@@ -443,18 +473,25 @@ def _first_error(error: ValidationError) -> str:
         name = path.rpartition(".")[2]
         nearest = max(
             (key for key, _ in _keys(Recipe)),
-            key=lambda key: (key.endswith(f".{name}"), SequenceMatcher(None, path, key).ratio()),
+            key=lambda key: (key.endswith(f".{name}"), SequenceMatcher(None, path[:100], key).ratio()),
         )
         return (
-            f"unknown recipe key {path!r}; did you mean {nearest!r}? `fasttrain train --keys` lists all keys"
+            f"unknown recipe key {_shown(path)}; did you mean {nearest!r}? `fasttrain train --keys` lists "
+            "all keys"
         )
     if first["type"] == "literal_error":
         choices = first["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
-        return f"{path}: {first['input']!r} is not one of: {choices}"
+        return f"{path}: {_shown(first['input'])} is not one of: {choices}"
     message = first["msg"].removeprefix("Value error, ")
     for pydantics, ours in _WORDING:
         message = re.sub(pydantics, ours, message)
-    return f"{path}: {message}, got {first['input']!r}"
+    return f"{path}: {message}, got {_shown(first['input'])}"
+
+
+def _shown(value: Any) -> str:
+    """Return the representation of a value for a message, cut off if it is long."""
+    text = repr(value)
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def _keys(section: Any, path: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from fasttrain.backbones import Backbone, load_backbone
 from fasttrain.errors import InputError
 from fasttrain.families import FAMILIES
+from fasttrain.files import parse_json
 from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD, Triple
 from fasttrain.projection import Projection
+from fasttrain.recipe import recipe_from_dict
 
 PROJECTION_FILE = "projection.safetensors"
 # Arguments of `load_backbone` that the weights alone do not determine.
@@ -119,11 +121,29 @@ def projection_metadata(
 
 
 def trained_backbone(projection: Projection) -> dict[str, Any]:
-    """Return the arguments of `load_backbone` from the metadata of a projection."""
-    settings: dict[str, Any] = json.loads(projection.metadata["backbone"])
+    """Return the arguments of `load_backbone` from the metadata of a projection.
+
+    Raises InputError if the metadata are damaged.
+    """
+    try:
+        settings = parse_json(projection.metadata["backbone"])
+        # A recipe has the same keys.
+        tree: dict[str, Any] = {"backbone": dict(settings)}
+        if "image_size" in settings:
+            tree["data"] = {"image_size": tree["backbone"].pop("image_size")}
+        if "seed" in settings:
+            tree["seed"] = tree["backbone"].pop("seed")
+        recipe_from_dict(tree)
+        if "name" not in settings:
+            raise ValueError("it has no name")
+    # `dict` raises TypeError for values that are no mapping.
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"the projection's description of its backbone is damaged ({error}); copy the file again"
+        ) from error
     if "mean" not in settings:
-        settings |= earlier_settings(settings["name"], settings["num_heads"], projection.dim)
-    return settings
+        settings |= earlier_settings(settings["name"], settings.get("num_heads"), projection.dim)
+    return dict(settings)
 
 
 def earlier_settings(name: str, num_heads: int | None, embed_dim: int) -> dict[str, Any]:

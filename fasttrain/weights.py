@@ -6,7 +6,6 @@
 import argparse
 import hashlib
 import io
-import json
 import os
 import pickletools
 import re
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from fasttrain.configuration import Config, native_activation, read_config, timm_config
 from fasttrain.errors import InputError
+from fasttrain.files import parse_json
 from fasttrain.layouts import StateDict, flatten, select_encoder
 
 SOURCES = "a local file or folder, hf://owner/repo[/path], timm://name, or random"
@@ -218,7 +218,7 @@ def find_file(weights: str) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises InputError if the file has other contents."""
     try:
-        value = json.loads(path.read_text())
+        value = parse_json(path.read_bytes())
     except ValueError as error:
         raise InputError(f"'{path}' is not valid JSON ({error}); download the file again") from error
     if not isinstance(value, dict):

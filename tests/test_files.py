@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fasttrain.errors import InputError
-from fasttrain.files import file_lock, open_atomically, read_lines, write_atomically
+from fasttrain.files import file_lock, open_atomically, parse_json, read_lines, write_atomically
 
 
 def test_a_file_is_replaced_completely_or_not_at_all(tmp_path: Path) -> None:
@@ -91,3 +91,9 @@ def test_lines_are_split_at_line_feeds_only(tmp_path: Path) -> None:
     path.write_bytes(b"\xff")
     with pytest.raises(InputError, match=r"cannot be read .*expected a list"):
         read_lines(path, "a list")
+
+
+def test_json_that_is_nested_too_deeply_is_invalid() -> None:
+    assert parse_json(b'{"a": [1]}') == {"a": [1]}
+    with pytest.raises(ValueError, match="nested too deeply"):
+        parse_json("[" * 100_000)

@@ -332,6 +332,43 @@ def test_clip_and_the_perception_encoder_are_told_apart(name: str, other: str, t
         load_backbone(other, weights=str(tmp_path / "weights.pth"), **sizes)
 
 
+@pytest.mark.filterwarnings("ignore:.*(prototype|[sS]parse|deprecated)")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.to_sparse(), "'norm.weight' is a sparse tensor"),
+        (lambda t: t[None].to_sparse_csr(), "'norm.weight' is a sparse tensor"),
+        (lambda t: t.to("meta"), "'norm.weight' is a meta tensor"),
+        (lambda t: torch.nested.nested_tensor([t, t[:3]]), "'norm.weight' is a nested tensor"),
+        (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "'norm.weight' is a quantised tensor"),
+    ],
+)
+def test_tensors_without_plain_values_are_refused(change: Any, message: str, tmp_path: Path) -> None:
+    state = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=1).state_dict()
+    torch.save(state | {"norm.weight": change(state["norm.weight"])}, tmp_path / "weights.pth")
+    with pytest.raises(InputError, match=message):
+        load_backbone("dino", weights=str(tmp_path / "weights.pth"))
+
+
+@pytest.mark.parametrize(
+    ("key", "tensor", "message"),
+    [
+        ("blocks.0.mlp.fc1.weight", torch.tensor(1.0), "blocks.0.mlp.fc1.weight has the shape"),
+        ("blocks.0.mlp.fc2.weight", torch.zeros(32), "blocks.0.mlp.fc2.weight has the shape"),
+        ("patch_embed.proj.weight", torch.zeros(0, 3, 16, 16), "the patch embedding is empty"),
+        ("cls_token", torch.tensor(1.0), "cls_token has the unsupported shape"),
+        ("norm.weight", torch.tensor(1.0), "norm.weight has the shape"),
+    ],
+)
+def test_parameters_of_impossible_shapes_are_refused(
+    key: str, tensor: Tensor, message: str, tmp_path: Path
+) -> None:
+    state = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=1).state_dict()
+    torch.save(state | {key: tensor}, tmp_path / "weights.pth")
+    with pytest.raises(InputError, match=message):
+        load_backbone("dino", weights=str(tmp_path / "weights.pth"))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -152,6 +152,18 @@ def test_messages_about_bad_overrides(override: str, parts: tuple[str, ...]) -> 
         ("base: nowhere.yaml", "nowhere.yaml"),
         ("base: recipe.yaml", "recipe.yaml' inherits from itself"),
         (f"seed: {'9' * 5000}", "not valid YAML"),
+        ("data: {source: [" + "[" * 3000, "nested too deeply"),
+        ("data: " + "[" * 30 + "]" * 30, "nested at most 20 levels"),
+        ("data: &again {source: *again}", "nested at most 20 levels"),
+        (
+            "\n".join(f"k{i}: &k{i} [{f'*k{i - 1},' * 10 if i else 'x,'}]" for i in range(10)),
+            "at most 10000 values",
+        ),
+        ("seed: !!timestamp x", "is not valid YAML"),
+        ("seed: !!python/object/apply:os.getcwd []", "is not valid YAML: could not determine a constructor"),
+        ('base: "a\\0b"', "'a\\\\x00b' in"),
+        ("base: [x]", "expected that of a recipe"),
+        (f"{'y ' * 40_000}: 1", "..."),
     ],
 )
 def test_messages_about_bad_files(text: str, part: str, tmp_path: Path) -> None:

@@ -94,6 +94,27 @@ def test_folders_without_a_run_are_refused(tmp_path: Path) -> None:
         load_video_encoder(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("description", "part"),
+    [
+        ("{", "Expecting property name"),
+        ("[" * 99_999, "nested too deeply"),
+        ("3", "'int' object is not iterable"),
+        ('{"name": 3}', "backbone.name: expected a valid string, got 3"),
+        ('{"weights": "random"}', "it has no name"),
+        ('{"name": "dino", "image_size": 64.5}', "data.image_size: expected a valid integer"),
+        ('{"name": "dino", "embed_dim": "32"}', "backbone.embed_dim: expected a valid integer, got '32'"),
+        ('{"name": "dino", "kmage_size": 64}', "unknown recipe key 'backbone.kmage_size'"),
+    ],
+)
+def test_a_damaged_description_of_the_backbone_is_refused(
+    description: str, part: str, tmp_path: Path
+) -> None:
+    Projection(32).save(tmp_path / PROJECTION_FILE, {"backbone": description})
+    with pytest.raises(InputError, match=f"description of its backbone is damaged .*{part}"):
+        load_video_encoder(tmp_path)
+
+
 def test_a_projection_of_0_1_0_keeps_the_heads_and_colours_of_its_training(tmp_path: Path) -> None:
     """0.1.0 took the number of heads as width / 64, so that MoCo v3's ViT-S had 6 instead of 12."""
     sizes = {"embed_dim": 384, "num_heads": None}

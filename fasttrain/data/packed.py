@@ -32,10 +32,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fasttrain.data.images import Bytes, UnreadableFrameError
+from fasttrain.data.images import Bytes, UnreadableFrameError, check_size
 from fasttrain.data.index import FrameIndex, Skipped, Storage
 from fasttrain.errors import InputError
-from fasttrain.files import os_reason
+from fasttrain.files import os_reason, parse_json
 
 FORMAT = 2
 TAR_BLOCK = 512
@@ -82,7 +82,7 @@ class Share:
     def read_manifest(self) -> dict[str, Any]:
         path = self.manifest_path
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest = parse_json(path.read_bytes())
             if not isinstance(manifest, dict):
                 raise ValueError("not a JSON object")
         except OSError as error:
@@ -93,8 +93,17 @@ class Share:
             ) from None
         if manifest.get("format") != FORMAT:
             raise InputError(
-                f"{str(path)!r} has format {manifest.get('format')}, but this version reads format {FORMAT}. "
-                "Pack the source again into a new folder."
+                f"{str(path)!r} has format {str(manifest.get('format'))[:100]!r}, but this version reads "
+                f"format {FORMAT}. Pack the source again into a new folder."
+            )
+        expected = {"complete", "skipped", *_COMMON_KEYS, *(["shards"] if manifest.get("complete") else [])}
+        missing = sorted(expected - manifest.keys())
+        problem = f"it has no {missing[0]!r}" if missing else ""
+        if not problem and not _is_skipped(manifest["skipped"]):
+            problem = "the list of skipped files is malformed"
+        if problem:
+            raise InputError(
+                f"{str(path)!r} is damaged ({problem}). Delete it and run `fasttrain pack` again."
             )
         return manifest
 
@@ -136,6 +145,25 @@ class ShardIndex:
         )
         return buffer.getvalue()
 
+    def check(self) -> None:
+        """Raise ValueError if the fields have other types than those written, or contradict each other."""
+        counts = self.videos_done, self.num_bytes
+        ends = TAR_BLOCK * self.frames["block"].astype(np.int64) + self.frames["size"]
+        if not (
+            isinstance(self.names, list)
+            and all(isinstance(name, str) for name in self.names)
+            and _is_skipped(self.skipped)
+            and all(isinstance(count, int) and count >= 0 for count in counts)
+            and self.lengths.dtype.kind == "i"
+            and self.lengths.shape == (len(self.names),)
+            and (self.lengths > 0).all()
+            and self.frames.shape == (self.lengths.sum(),)
+            and (self.frames["block"] > 0).all()
+            and (self.frames["size"] >= 0).all()
+            and (ends <= self.num_bytes).all()
+        ):
+            raise ValueError("inconsistent index")
+
     @classmethod
     def read(cls, shard: Path) -> ShardIndex:
         """Read the index of a shard. Raises InputError if it is missing or damaged."""
@@ -146,18 +174,28 @@ class ShardIndex:
                 if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                     raise ValueError("compressed")
             with np.load(path, allow_pickle=False) as content:
-                values = json.loads(content["told"].tobytes())
+                values = parse_json(content["told"].tobytes())
                 frames = [content[key] for key in ("blocks", "sizes", "crcs")]
-                return cls(
+                index = cls(
                     lengths=content["lengths"],
                     frames=np.rec.fromarrays(frames, dtype=FRAME),
                     **{key: values[key] for key in _JSON_FIELDS},
                 )
+                index.check()
+                return index
         except OSError as error:
             raise InputError(f"{str(path)!r} cannot be read: {os_reason(error)}") from None
         # For damaged archives, NumPy and zipfile raise exceptions of many types, with misleading messages.
         except Exception:
             raise InputError(f"{str(path)!r} is damaged. Delete it and run `fasttrain pack` again.") from None
+
+
+def _is_skipped(value: Any) -> bool:
+    """Whether a value from JSON is a list of names and reasons."""
+    return isinstance(value, list) and all(
+        isinstance(entry, list) and len(entry) == 2 and all(isinstance(text, str) for text in entry)
+        for entry in value
+    )
 
 
 def tar_header(video: str, frame: int, size: int) -> bytes:
@@ -255,7 +293,9 @@ def _read_frame(file: io.FileIO, frame: int, block: int, size: int, crc: int) ->
         raise UnreadableFrameError(f"{shard} is truncated", frame)
     if zlib.crc32(data) != crc:
         raise UnreadableFrameError(f"checksum mismatch in {shard}", frame)
-    return np.frombuffer(data, dtype=np.uint8)
+    encoded = np.frombuffer(data, dtype=np.uint8)
+    check_size(encoded, frame)
+    return encoded
 
 
 def _open_shard(path: Path, num_bytes: int) -> io.FileIO:

@@ -29,6 +29,7 @@ _EXPECTED = (
     "Expected a folder of frame folders (.jpg, .jpeg, .png) or video files, a text file that lists either, a "
     "video file, or a packed set."
 )
+_MISSING = "does not exist"
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,13 @@ def _read_list(path: Path) -> SourceFiles:
         reason = _add_listed(source, name, path.parent / name, limit)
         if reason:
             source.skipped.append((name, reason))
+    missing = sum(reason == _MISSING for _, reason in source.skipped)
+    if missing and missing == len(source.skipped) and not source.folders and not source.videos:
+        raise InputError(
+            f"{str(path)!r} was read as a list of frame folders or video files, but no line is an existing "
+            f"path, absolute or relative to the list (lines: {missing}, first: "
+            f"{source.skipped[0][0][:100]!r}). Correct the paths, or pass another source. {_EXPECTED}"
+        )
     if source.folders and source.videos:
         raise InputError(f"{str(path)!r} lists both frame folders and video files. Split it into two lists.")
     return source
@@ -184,7 +192,7 @@ def _add_listed(source: SourceFiles, name: str, path: Path, limit: int | None) -
     if name in source.folders or name in source.videos:
         return "duplicate entry in the list"
     if not os.path.exists(path):
-        return "does not exist"
+        return _MISSING
     if not os.path.isdir(path):
         source.videos[name] = path
         return None

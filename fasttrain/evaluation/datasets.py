@@ -26,7 +26,6 @@ Datasets with a label per frame: Breakfast, GTEA and 50Salads as published with 
 
 import argparse
 import csv
-import json
 import os
 import re
 from collections import defaultdict
@@ -43,7 +42,7 @@ from fasttrain.data.packed import PackedIndex, is_packed
 from fasttrain.data.sources import find_source
 from fasttrain.data.video import VIDEO_SUFFIXES
 from fasttrain.errors import InputError
-from fasttrain.files import read_lines
+from fasttrain.files import parse_json, read_lines
 
 Row = TypeVar("Row")
 Parsed = TypeVar("Parsed")
@@ -318,19 +317,29 @@ def _read_ssv2(arguments: argparse.Namespace) -> _Lists:
     `[{"id": "1", "template": "Moving [something] up"}, ...]`.
     """
 
-    def load(path: Path) -> Any:
+    def load(path: Path, kind: type = list) -> Any:
+        lines = read_lines(path)
         try:
-            return json.loads("\n".join(read_lines(path)))
+            value = parse_json("\n".join(lines))
         except ValueError as error:
             raise InputError(f"'{path}' is not valid JSON ({error})") from error
+        if not isinstance(value, kind):
+            raise InputError(f"'{path}': expected a JSON {'array' if kind is list else 'object'}")
+        return value
 
     def parse(row: dict[str, str]) -> _Entry:
         return _Entry(f"{row['id']}.webm", [re.sub(r"[\[\]]", "", row["template"])])
 
-    numbers = load(_find_list(arguments, "labels.json"))
+    labels = _find_list(arguments, "labels.json")
+    numbers = _parse(
+        labels,
+        load(labels, dict).items(),
+        lambda entry: (int(entry[1]), entry[0]),
+        "templates with their numbers",
+    )
     expected = "objects with id and template"
     lists = _read_both(arguments, ("train.json", "validation.json"), load, parse, expected)
-    return sorted(numbers, key=lambda template: int(numbers[template])), *lists
+    return [template for _, template in sorted(numbers)], *lists
 
 
 def _read_plain(arguments: argparse.Namespace) -> _Lists:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from fasttrain.data.images import Frame, UnreadableFrameError, decode_image, read_encoded
+from fasttrain.data.images import Frame, UnreadableFrameError, check_pixels, decode_image, read_encoded
 from fasttrain.data.index import FrameIndex, VideoIndex
 from fasttrain.data.video import stream_video_frames
 from fasttrain.errors import InputError
@@ -35,9 +35,10 @@ def read_label_map(path: Path) -> npt.NDArray[np.uint8]:
     """Read the labels (H, W) of a palette or greyscale PNG. Raises InputError for any other file."""
     try:
         with Image.open(path) as image:
+            check_pixels(*image.size)
             image.load()
-    # Pillow raises different exceptions for damage to different parts of a PNG.
-    except (OSError, SyntaxError, ValueError) as error:
+    # Pillow's plugins raise exceptions of many types for damaged files: SyntaxError, struct.error, ...
+    except Exception as error:
         raise InputError(f"annotation '{path}' is unreadable ({error}). Replace it.") from error
     if image.mode in ("P", "L"):
         return np.asarray(image)

@@ -156,8 +156,9 @@ def read_poses(path: Path) -> Coordinates:
     Raises InputError if the file is missing or damaged, or if its poses have another shape.
     """
     try:
-        poses_2JT = np.asarray(loadmat(path)["pos_img"])
-    except (OSError, ValueError, KeyError) as error:
+        poses_2JT = np.asarray(loadmat(path)["pos_img"]).astype(np.float64)
+    # SciPy raises exceptions of many types for damaged files: zlib.error, IndexError, UnboundLocalError, ...
+    except Exception as error:
         raise InputError(
             f"annotation '{path}' is missing or has no readable pos_img ({error}). Replace it."
         ) from error
@@ -166,7 +167,7 @@ def read_poses(path: Path) -> Coordinates:
             f"annotation '{path}': pos_img has shape {poses_2JT.shape}; expected (2, {len(JOINTS)}, T) with "
             "T of at least 2"
         )
-    return poses_2JT.astype(np.float64) - 1
+    return poses_2JT - 1
 
 
 def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation) -> dict[str, Any]:

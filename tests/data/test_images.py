@@ -1,13 +1,14 @@
 """Decoding of single images on the CPU."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
 from synthetic import picture
 
-from fasttrain.data.images import UnreadableFrameError, decode_image
+from fasttrain.data.images import MAX_PIXELS, UnreadableFrameError, decode_image, read_encoded
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -36,3 +37,36 @@ def test_all_errors_of_pillow_become_unreadable_frame_errors() -> None:
     data[80:84] = bytes(4)
     with pytest.raises(UnreadableFrameError, match="cannot be decoded"):
         decoded(bytes(data))
+
+
+def with_size(data: bytes, width: int, height: int) -> bytes:
+    """Change the size in the header of a JPEG, PNG or BMP, as damage to the file may do."""
+    sizes = [value.to_bytes(4, "big") for value in (width, height)]
+    if data.startswith(b"\x89PNG"):
+        return data[:16] + b"".join(sizes) + data[24:]
+    if data.startswith(b"BM"):
+        return data[:18] + b"".join(size[::-1] for size in sizes) + data[26:]
+    start = data.index(b"\xff\xc0") + 5
+    return data[:start] + sizes[1][2:] + sizes[0][2:] + data[start + 4 :]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "JPEG after fill bytes"])
+def test_an_image_that_claims_too_many_pixels_is_not_decoded(kind: str, tmp_path: Path) -> None:
+    intact = encoded(Image.fromarray(picture(0, 0)), kind.split()[0])
+    damaged = with_size(intact, 30_000, 60_000)
+    if kind.endswith("bytes"):
+        damaged = damaged[:2] + b"\0\xff\0\xff" + damaged[2:]
+    (tmp_path / "intact.jpg").write_bytes(intact)
+    (tmp_path / "damaged.jpg").write_bytes(damaged)
+    assert len(read_encoded(tmp_path / "intact.jpg")) == len(intact)
+    # Pillow, which reads the header of a BMP, has another message.
+    limit = "1800000000 pixels" if kind == "BMP" else f"30000 x 60000 pixels are more than the {MAX_PIXELS}"
+    with pytest.raises(UnreadableFrameError, match=limit):
+        read_encoded(tmp_path / "damaged.jpg")
+
+
+def test_decoding_refuses_an_image_of_too_many_pixels(tmp_path: Path) -> None:
+    # Pillow itself accepts up to 179 million pixels, which take more than a gigabyte.
+    data = with_size(encoded(Image.fromarray(picture(0, 0)), "JPEG"), 10_000, 10_000)
+    with pytest.raises(UnreadableFrameError, match="10000 x 10000 pixels"):
+        decoded(data)

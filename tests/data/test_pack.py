@@ -1,6 +1,7 @@
 """Packing: the content of packed sets, resuming, several machines, and damaged files."""
 
 import io
+import json
 import os
 import re
 import shutil
@@ -301,6 +302,33 @@ def flip_bit(position: int, suffix: str = ".tar") -> Callable[[Path], None]:
     return damage
 
 
+def change_manifest(**changes: object) -> Callable[[Path], object]:
+    """Return a function that changes keys of the manifest next to a shard; None removes a key."""
+
+    def damage(shard: Path) -> None:
+        path = shard.parent / "pack-1of1.json"
+        manifest = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({key: value for key, value in manifest.items() if value is not None}))
+
+    return damage
+
+
+def change_index(**changes: object) -> Callable[[Path], object]:
+    """Return a function that changes fields of the index of a shard; its checksums are right."""
+
+    def damage(shard: Path) -> None:
+        path = shard.with_suffix(".npz")
+        with np.load(path) as content:
+            arrays = dict(content)
+        values = json.loads(arrays["told"].tobytes())
+        for key, value in changes.items():
+            (arrays if key in arrays else values)[key] = value
+        arrays["told"] = np.frombuffer(json.dumps(values).encode(), np.uint8)
+        np.savez(path, **arrays)
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -313,6 +341,23 @@ def flip_bit(position: int, suffix: str = ".tar") -> Callable[[Path], None]:
         (flip_bit(300, ".npz"), "npz'? is damaged"),
         (lambda shard: (shard.parent / "pack-1of1.json").write_text("{"), "json' is damaged"),
         (lambda shard: (shard.parent / "pack-1of1.json").write_text("[]"), r"damaged \(not a JSON object\)"),
+        (lambda shard: (shard.parent / "pack-1of1.json").write_text("[" * 99_999), "nested too deeply"),
+        (lambda shard: (shard.parent / "pack-1of1.json").write_bytes(b"\xff"), "json' is damaged"),
+        (change_manifest(quality=None), "it has no 'quality'"),
+        (change_manifest(shards=None), "it has no 'shards'"),
+        (change_manifest(skipped=[["a"]]), "the list of skipped files is malformed"),
+        (change_manifest(skipped=5), "the list of skipped files is malformed"),
+        (change_index(names=["a"]), "npz'? is damaged"),
+        (change_index(names=[["a"]] * 8), "npz'? is damaged"),
+        (change_index(names=3), "npz'? is damaged"),
+        (change_index(skipped=[[1, 2]]), "npz'? is damaged"),
+        (change_index(videos_done="8"), "npz'? is damaged"),
+        (change_index(lengths=np.zeros(8, np.int32)), "npz'? is damaged"),
+        (change_index(lengths=np.full(8, 6.0)), "npz'? is damaged"),
+        (change_index(lengths=np.array(["6"] * 8)), "npz'? is damaged"),
+        (change_index(lengths=np.array([{}], object)), "npz'? is damaged"),
+        (change_index(blocks=np.full(48, 2**32 - 1, np.uint32)), "npz'? is damaged"),
+        (change_index(sizes=np.full(48, -1, np.int32)), "npz'? is damaged"),
     ],
 )
 def test_check_reports_the_damage(tmp_path: Path, damage: Callable[[Path], object], message: str) -> None:

@@ -186,6 +186,17 @@ KINETICS = "label,youtube_id,time_start,time_end,split"
             "expected objects with id and template",
         ),
         ({"labels.json": '{"A": '}, "labels.json' is not valid JSON"),
+        ({"labels.json": "[" * 99_999}, "labels.json' is not valid JSON .it is nested too deeply"),
+        ({"labels.json": '["A"]'}, "labels.json': expected a JSON object"),
+        (
+            {"labels.json": '{"A": "many"}'},
+            "labels.json': malformed row .*'many'.*templates",
+        ),
+        ({"labels.json": '{"A": null}'}, "labels.json': malformed row .*None.*templates with their numbers"),
+        (
+            {"labels.json": "{}", "train.json": "{}", "validation.json": "[]"},
+            "train.json': expected a JSON array",
+        ),
     ],
 )
 def test_malformed_lists(files: dict[str, str], message: str, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Label maps (damaged files raise InputError; greyscale files of any mode are accepted) and normalisation."""
 
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,6 +26,17 @@ def test_damaged_annotation_raises_or_reads_intact(tmp_path: Path) -> None:
             # Some damage, such as to the length of a chunk, leaves all pixels readable.
             with suppress(InputError):
                 np.testing.assert_array_equal(read_label_map(path), labels)
+
+
+def test_an_annotation_that_claims_too_many_pixels_is_not_decoded(tmp_path: Path) -> None:
+    path = tmp_path / "00000.png"
+    write_label_map(np.zeros((16, 16)), path)
+    data = path.read_bytes()
+    size = (9000).to_bytes(4, "big")
+    header = b"IHDR" + size + size + data[24:29]
+    path.write_bytes(data[:12] + header + zlib.crc32(header).to_bytes(4, "big") + data[33:])
+    with pytest.raises(InputError, match="9000 x 9000 pixels are more than"):
+        read_label_map(path)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "RGB", "RGBA"])

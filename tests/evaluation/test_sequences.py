@@ -344,6 +344,12 @@ def shorten(*folders: Path) -> None:
             path.unlink()
 
 
+def overwrite_compressed(path: Path) -> None:
+    savemat(path, {"pos_img": TRUTH}, do_compression=True)
+    data = path.read_bytes()
+    path.write_bytes(data[:200] + bytes(50) + data[250:])
+
+
 @pytest.mark.parametrize(
     ("task", "damage", "message"),
     [
@@ -383,6 +389,9 @@ def shorten(*folders: Path) -> None:
             lambda root: savemat(root / POSES, {"pos_world": TRUTH}),
             "has no readable pos_img",
         ),
+        # SciPy raises zlib.error.
+        ("jhmdb", lambda root: overwrite_compressed(root / POSES), "has no readable pos_img"),
+        ("jhmdb", lambda root: savemat(root / POSES, {"pos_img": "text"}), "has no readable pos_img"),
         ("jhmdb", lambda root: savemat(root / POSES, {"pos_img": TRUTH[:, :7]}), "has shape (2, 7, 5)"),
     ],
 )
