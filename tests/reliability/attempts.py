@@ -17,11 +17,13 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from reliability.forks import start
+from reliability.forks import Fault, compile_shim, start
 from reliability.workloads import Workload
 
 # A run that takes longer hangs.
 LIMIT = 120.0
+# How much longer a write to a slow disk takes.
+WRITE_SECONDS = 0.005
 _EVENTS = ("os.rename", "os.remove", "os.mkdir")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
@@ -59,6 +61,7 @@ def attempt(
     others: float | None = None,
     prepare: Callable[[], object] | None = None,
     meanwhile: Callable[[list[ForkServerProcess]], None] | None = None,
+    slow_disk: bool = False,
 ) -> Attempt:
     """Run the commands of a workload at the same time in `folder`.
 
@@ -71,6 +74,7 @@ def attempt(
         others: How many seconds after the victim's end the other processes get the signal. None: never.
         prepare: Called in each process before the command.
         meanwhile: Called with the processes once they have started.
+        slow_disk: Whether each write takes longer, so that a signal is likely to arrive during one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     logs = [folder.with_name(f"{folder.name}.{rank}.log") for rank in range(len(workload.commands))]
@@ -84,7 +88,10 @@ def attempt(
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if workload.are_ranks else {}
         death = moment if rank == victim else None
         watch = functools.partial(_watch, folder, log.with_suffix(".operations"), death, number, prepare)
-        processes.append(start(list(words), log=log, folder=folder, environment=common | own, prepare=watch))
+        fault = Fault(folder, "write", seconds=WRITE_SECONDS) if slow_disk and compile_shim() else None
+        processes.append(
+            start(list(words), log=log, folder=folder, environment=common | own, fault=fault, prepare=watch)
+        )
     if meanwhile is not None:
         meanwhile(processes)
     if moment is not None and others is not None:

@@ -129,7 +129,9 @@ def kill_once(
     others = draw.choice([0.0, draw.uniform(0, 0.1)]) if together else None
     if all_at_once:
         others = 0.0
-    return attempt(workload, folder, victim=victim, moment=moment, others=others, prepare=prepare)
+    return attempt(
+        workload, folder, victim=victim, moment=moment, others=others, prepare=prepare, slow_disk=kind >= 0.5
+    )
 
 
 def run_command_line(workload: Workload, folder: Path) -> str | None:
