@@ -96,7 +96,7 @@ def run_forked(
     limits: Mapping[int, int] | None = None,
     meanwhile: Callable[[ForkServerProcess], None] | None = None,
 ) -> tuple[Ended, dict[str, int]]:
-    """Run `fasttrain WORDS` in a forked process. Return how it ended, and the number of calls by operation.
+    """Run `fasttrain WORDS` in a forked process. Return how it ended and its figures: memory, calls.
 
     Args:
         words: The arguments of fasttrain.
@@ -184,8 +184,13 @@ def _command(
     try:
         code = main(words)
     finally:
+        figures = {"peak_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
         if shim is not None:
             shim.shim_disarm()
-            counts = {name: shim.shim_calls(number) for number, name in enumerate(OPERATIONS)}
-            log.with_suffix(".calls").write_text(json.dumps(counts))
+            figures |= {name: shim.shim_calls(number) for number, name in enumerate(OPERATIONS)}
+        if limits:
+            # The figures are written under the usual limits.
+            for limit in limits:
+                resource.setrlimit(limit, (resource.getrlimit(limit)[1],) * 2)
+        log.with_suffix(".calls").write_text(json.dumps(figures))
     sys.exit(code)
