@@ -1,6 +1,7 @@
 """Fixtures and hooks of the whole test suite."""
 
-from collections.abc import Generator
+import resource
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,15 @@ def shared() -> Path:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Give every test a cache folder of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """Let every write to a file fail, by a limit on the size of files."""
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, usual[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, usual)
 
 
 # Dependencies that may be missing on a GPU machine on which fasttrain is not installed.

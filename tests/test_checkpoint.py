@@ -1,5 +1,6 @@
 """Writing, deleting and reading checkpoints."""
 
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,19 @@ def test_the_message_about_a_damaged_file_names_it(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(InputError, match=f"step_00000003.*{reason}"):
             load_checkpoint(tmp_path, 3)
+
+
+def test_a_disk_error_does_not_suggest_to_delete_the_checkpoint(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 1, {})
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(IsADirectoryError):
+        load_checkpoint(tmp_path, 1)
+
+
+def test_a_compressed_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 1, {})
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(10_000))
+    with pytest.raises(InputError, match="it is compressed"):
+        load_checkpoint(tmp_path, 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fasttrain.errors import InputError
-from fasttrain.files import file_lock, open_atomically, parse_json, read_lines, write_atomically
+from fasttrain.files import file_lock, open_atomically, parse_json, printable, read_lines, write_atomically
 
 
 def test_a_file_is_replaced_completely_or_not_at_all(tmp_path: Path) -> None:
@@ -97,3 +97,23 @@ def test_json_that_is_nested_too_deeply_is_invalid() -> None:
     assert parse_json(b'{"a": [1]}') == {"a": [1]}
     with pytest.raises(ValueError, match="nested too deeply"):
         parse_json("[" * 100_000)
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_full_disk_leaves_the_old_file_and_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    with pytest.raises(OSError, match="File too large") as raised:
+        write_atomically(path, b"content")
+    assert raised.value.filename == str(path)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_folder_that_cannot_exist_is_refused() -> None:
+    with pytest.raises(InputError, match="'/proc/x' cannot be created there; use another path"):
+        write_atomically(Path("/proc/x/file"), b"")
+
+
+def test_control_characters_are_escaped() -> None:
+    assert printable("Zürich, 東京 [1]") == "Zürich, 東京 [1]"
+    assert printable("\x1b[2J\r\nb\x9b\u202e\udcff") == r"\x1b[2J\r\nb\x9b\u202e\udcff"

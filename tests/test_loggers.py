@@ -67,3 +67,13 @@ def test_disabled_progress_prints_nothing(capsys: pytest.CaptureFixture[str]) ->
         progress.show("something")
         progress.advance()
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tfevents"])
+def test_a_full_disk_is_named(
+    name: str, tmp_path: Path, full_disk: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fasttrain.loggers.write_atomically", lambda path, _: path.touch())
+    with pytest.raises(OSError, match="File too large") as raised:
+        MetricsLog(tmp_path, completed_steps=0, tensorboard=name == "tfevents").write(1, {"loss": 0.5})
+    assert name in raised.value.filename

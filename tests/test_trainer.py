@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from synthetic import OneOfTwo, write_folders
 from torch import Tensor
 
+from fasttrain.__main__ import train
 from fasttrain.checkpoint import load_checkpoint, save_checkpoint
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
@@ -515,3 +516,13 @@ def test_the_limit_of_bad_samples_is_a_fraction_of_all_samples() -> None:
         check_bad_fraction(11, 1000, 0.01, "x")
     with pytest.raises(InputError):
         check_bad_fraction(1, 30, 0.0, "x")
+
+
+def test_learning_curves_are_drawn_even_if_the_run_ended_before(frames: Path, tmp_path: Path) -> None:
+    recipe = tiny(frames, tmp_path)
+    run(recipe)
+    train(recipe)
+    picture = tmp_path / "figures" / "learning.png"
+    drawn = picture.stat()
+    train(recipe)
+    assert picture.stat() == drawn

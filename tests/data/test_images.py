@@ -70,3 +70,9 @@ def test_decoding_refuses_an_image_of_too_many_pixels(tmp_path: Path) -> None:
     data = with_size(encoded(Image.fromarray(picture(0, 0)), "JPEG"), 10_000, 10_000)
     with pytest.raises(UnreadableFrameError, match="10000 x 10000 pixels"):
         decoded(data)
+
+
+def test_a_disk_error_is_not_an_image() -> None:
+    with pytest.raises(UnreadableFrameError, match="input/output error"):
+        # Its first page is not mapped.
+        read_encoded("/proc/self/mem")

@@ -467,3 +467,28 @@ def test_packing_with_nvdec_agrees_with_pyav(tmp_path: Path) -> None:
     assert gpu.fingerprint() == cpu.fingerprint()
     for frame in range(80):
         assert np.abs(gpu.read_frame(0, frame).astype(int) - cpu.read_frame(0, frame)).mean() < 4
+
+
+def test_a_disk_error_ends_packing_instead_of_skipping_the_file(tmp_path: Path) -> None:
+    """Otherwise the file would be missing even after the disk has been repaired."""
+    root = write_folders(tmp_path / "frames", [3])
+    frame = root / "class_0" / "video_0" / "00001.jpg"
+    frame.unlink()
+    # Reading its first page fails with EIO.
+    frame.symlink_to("/proc/self/mem")
+    with pytest.raises(OSError, match="Input/output error") as raised:
+        packed(root, tmp_path / "packed")
+    assert raised.value.filename == str(frame)
+    frame.unlink()
+    Image.fromarray(picture(0, 1)).save(frame)
+    assert open_source(packed(root, tmp_path / "packed")).num_frames.tolist() == [3]
+
+
+def test_a_compressed_index_is_refused(tmp_path: Path) -> None:
+    """It could fill the memory."""
+    root = packed(write_folders(tmp_path / "frames", [3]), tmp_path / "packed")
+    path = next(root.glob("*.npz"))
+    with np.load(path) as content:
+        np.savez_compressed(path, **dict(content))
+    with pytest.raises(InputError, match="is damaged"):
+        open_source(root)

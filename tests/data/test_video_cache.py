@@ -109,3 +109,20 @@ def test_a_cache_that_cannot_be_written_gives_a_warning(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="Cannot write the video cache"):
         assert len(open_source(folder)) == 3
+
+
+def test_a_user_without_a_home_folder_has_no_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", str)  # as it is without HOME and an entry in passwd
+    with pytest.warns(UserWarning, match="Cannot write the video cache .*no home folder"):
+        assert len(open_source(folder)) == 3
+
+
+def test_the_cache_of_another_user_is_ignored(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_source(folder)
+    assert read_cache(folder)
+    owner = os.stat(cache_path(folder)).st_uid or 12345
+    if os.geteuid() == 0:
+        os.chown(cache_path(folder), owner, owner)
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    assert not read_cache(folder)

@@ -54,3 +54,10 @@ def test_frames_are_normalised_with_the_given_mean_and_std() -> None:
     np.testing.assert_allclose(normalised.movedim(0, -1), expected, rtol=0, atol=1e-5)
     np.testing.assert_allclose(resize(frame_HWC, (80, 90), mean, std), normalised)
     np.testing.assert_allclose(centre_crop(frame_HWC, 70, mean, std), normalised[:, 5:75, 10:80])
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_full_disk_leaves_no_label_map(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="File too large"):
+        write_label_map(np.zeros((4, 4)), tmp_path / "0.png")
+    assert not any(tmp_path.iterdir())

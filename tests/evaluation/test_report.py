@@ -114,3 +114,21 @@ def test_invalid_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert report(page, run) == 2
     assert "davis.json' is not a result of `fasttrain eval`" in capsys.readouterr().err
     assert not page.exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pictures": ["../../../secret.png"]},
+        {"pictures": ["/etc/passwd"]},
+        {"results": {"before": {"J": "<script>"}}},
+        {"model": "dino"},
+    ],
+)
+def test_evaluations_of_strangers_are_refused(
+    changes: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    write_evaluation(tmp_path / "run" / "eval" / "davis", **changes)
+    assert report(tmp_path / "page.html", tmp_path / "run") == 2
+    assert "is not a result of `fasttrain eval`" in capsys.readouterr().err

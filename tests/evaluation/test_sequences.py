@@ -32,11 +32,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from fasttrain.__main__ import main
+from fasttrain.errors import InputError
 from fasttrain.evaluation import boundary_accuracy, mean_iou, pck, region_similarity
 from fasttrain.evaluation.frames import read_label_map, write_label_map
 from fasttrain.evaluation.jhmdb import joint_maps, poses_from_maps
 from fasttrain.evaluation.model import EvaluatedModel
-from fasttrain.evaluation.sequences import Evaluation, find_matches, find_pairs, propagate
+from fasttrain.evaluation.sequences import Evaluation, VideoSequence, find_matches, find_pairs, propagate
 from fasttrain.evaluation.vip import encoded_size
 
 WRITERS = {"davis": write_davis, "vip": write_vip, "jhmdb": write_jhmdb}
@@ -479,3 +480,9 @@ def test_joints_are_recovered_from_joint_maps() -> None:
     expected = [[3.0, corner, 10.0, -1], [2.0, corner, 5.0, -1]]
     np.testing.assert_allclose(poses_from_maps(maps[None], np.ones(2))[..., 0], expected, atol=1e-6)
     assert torch.equal(maps[..., 0] == 1, maps[..., 1:].sum(-1) == 0)
+
+
+@pytest.mark.parametrize("name", ["", "..", "../../name"])
+def test_a_sequence_cannot_lead_out_of_the_output_folder(name: str) -> None:
+    with pytest.raises(InputError, match="expected the name of a folder"):
+        VideoSequence(name, [], [])

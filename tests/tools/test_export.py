@@ -44,3 +44,11 @@ def test_bad_input_is_refused_before_the_file_is_written(
     with pytest.raises(InputError, match=part):
         export(run, tmp_path / file, size=size)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_full_disk_neither_ends_the_process_nor_leaves_a_file(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="File too large") as raised:
+        export(run, tmp_path / "encoder.pt2")
+    assert raised.value.filename == str(tmp_path / "encoder.pt2")
+    assert not any(tmp_path.iterdir())
