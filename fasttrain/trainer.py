@@ -110,8 +110,10 @@ class Trainer:
             KeyboardInterrupt: A signal was received (see `stopping`). A checkpoint has been written.
         """
         if self.completed_steps >= self.total_steps:
-            with ExitStack() as stack:
-                self._lock_run_folders(stack)
+            # A folder that cannot be written, such as an archived one, is left as it is.
+            if os.access(self.recipe.output, os.W_OK):
+                with ExitStack() as stack:
+                    self._lock_run_folders(stack)
             self.say(f"training in {self.recipe.output!r} is already complete ({self.total_steps} steps)")
             return {}
         results: dict[str, dict[str, Any]] = {}

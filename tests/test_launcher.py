@@ -51,13 +51,13 @@ def test_world_size_from_a_batch_script_is_overridden() -> None:
     assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("10.0.0.7", "29500")
 
 
-@pytest.mark.parametrize(("task", "ranks"), [(os.getpid(), "3"), (os.getppid(), None)])
+@pytest.mark.parametrize(("typed", "ranks"), [(False, "3"), (True, None)])
 def test_a_command_typed_in_a_shell_of_srun_is_a_single_process(
-    task: int, ranks: str | None, monkeypatch: pytest.MonkeyPatch
+    typed: bool, ranks: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`srun --pty` gives its first task a terminal: this command, or the shell in which it was typed."""
     monkeypatch.setattr(os, "isatty", lambda _: True)
-    environ = {**TASK, "SLURM_TASK_PID": str(task)}
+    environ = {**TASK, "SLURM_TASK_PID": str(os.getppid() if typed else os.getpid())}
     describe_processes(environ)
     assert environ.get("WORLD_SIZE") == ranks
 
