@@ -56,13 +56,14 @@ def load_checkpoint(folder: Path, completed_steps: int) -> dict[str, Any]:
     path = _path(folder, completed_steps)
     try:
         # torch.load does not verify the checksums of the archive.
-        with naming(path), zipfile.ZipFile(path) as archive:
-            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                raise zipfile.BadZipFile("it is compressed")
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        with naming(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                    raise zipfile.BadZipFile("it is compressed")
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     # The disk has failed, and the checkpoint may be intact.
     except OSError:
         raise

@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -128,8 +128,9 @@ def _fsync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def file_lock(path: Path, refusal: str) -> AbstractContextManager[object]:
-    """Lock the file `path`, creating it if necessary. Leaving the returned context releases the lock.
+@contextmanager
+def file_lock(path: Path, refusal: str) -> Iterator[None]:
+    """Lock the file `path` within the context, creating it if necessary.
 
     The operating system also releases it when the process ends. The file itself is never deleted.
 
@@ -137,10 +138,18 @@ def file_lock(path: Path, refusal: str) -> AbstractContextManager[object]:
         InputError: Another process holds the lock. The message is `refusal`.
     """
     make_folder(path.parent)
+    lock = FileLock(path)
     try:
-        return FileLock(path).acquire(timeout=0)
+        with naming(path):
+            lock.acquire(timeout=0)
+    # Timeout is an OSError, too.
     except Timeout:
         raise InputError(refusal) from None
+    try:
+        yield
+    finally:
+        with naming(path):
+            lock.release()
 
 
 def read_lines(path: Path, expected: str = "a text file in UTF-8") -> list[str]:

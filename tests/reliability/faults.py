@@ -162,7 +162,7 @@ def make_scenarios(base: Path, work: Path) -> list[Scenario]:
             words=[str(base / "train.yaml")],
             required=training,
             optional=("run/figures/*.png", "cache/fasttrain/videos/*"),
-            trials=36,
+            trials=30,
         ),
         Scenario(
             name="resume",
@@ -188,14 +188,14 @@ def make_scenarios(base: Path, work: Path) -> list[Scenario]:
         ),
         Scenario(
             name="davis",
-            words=evaluate("davis", "davis", *SMALL["davis"]),
+            words=evaluate("davis", "davis", *SMALL["davis"], "--pictures", "1"),
             required=("eval/*.json", "eval/masks/*/*/*.png"),
             optional=("eval/figures/*",),
             trials=16,
         ),
         Scenario(
             name="jhmdb",
-            words=evaluate("jhmdb", "jhmdb", *SMALL["jhmdb"]),
+            words=evaluate("jhmdb", "jhmdb", *SMALL["jhmdb"], "--pictures", "1"),
             required=("eval/*.json", "eval/**/*.mat"),
             optional=("eval/figures/*",),
             trials=12,
