@@ -65,7 +65,9 @@ class Meter:
         return torch.cat((self._earlier_T3, world.mean(losses_TP3.mean(dim=1)).cpu()))
 
     def restore(self, losses_T3: Tensor) -> None:
-        """Continue after an interruption, from the `losses` at that time."""
+        """Continue after an interruption, from the `losses` at that time; raise ValueError for other values."""
+        if losses_T3.ndim != 2 or losses_T3.shape[1] != 3 or losses_T3.dtype != torch.float64:
+            raise ValueError(f"losses have the shape {tuple(losses_T3.shape)} and dtype {losses_T3.dtype}")
         self._earlier_T3 = losses_T3
 
     def read(self, world: World) -> dict[str, float]:
@@ -218,12 +220,24 @@ class BackboneTrainer:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.projection.load_state_dict(state["projection"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        # Checkpoints of earlier versions lack the losses since the last report.
-        if "losses" in state:
-            self.meter.restore(state["losses"])
+        """Load what `state` has returned. Raises InputError if it does not fit this projection."""
+        try:
+            self.projection.load_state_dict(state["projection"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            for parameter, averages in self.optimizer.state.items():
+                if any(average.shape not in ((), parameter.shape) for average in averages.values()):
+                    raise ValueError("the optimiser's state has other shapes than the projection")
+            # Checkpoints of earlier versions lack the losses since the last report.
+            if "losses" in state:
+                self.meter.restore(state["losses"])
+        # PyTorch raises these for states with missing keys, and for values of other types and shapes.
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"output: a checkpoint in {str(self.folder)!r} does not fit this run ({reason}). Delete it to "
+                f"resume from an earlier one, or use another output=DIR"
+            ) from error
 
     def save(self, completed_steps: int, facts: dict[str, Any]) -> None:
         """Write the projection and a checkpoint with some `facts`; call it on rank 0 only."""

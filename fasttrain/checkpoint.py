@@ -64,6 +64,10 @@ def load_checkpoint(folder: Path, completed_steps: int) -> dict[str, Any]:
             if damaged is not None:
                 raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or "projection" not in state:
+            raise ValueError("it is not a checkpoint of a training run")
+        if not isinstance(state.get("bad_samples", 0), int):
+            raise ValueError("its count of unreadable samples is not a number")
     # The disk has failed, and the checkpoint may be intact.
     except OSError:
         raise

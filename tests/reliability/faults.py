@@ -90,7 +90,8 @@ class Tally:
     counts: Counter[str] = field(default_factory=Counter)
 
     def figures(self) -> dict[str, Any]:
-        return {"failures": self.failures, **dict(sorted(self.counts.items()))}
+        trials = sum(self.counts[ending] for ending in ("commands that completed", "commands that refused"))
+        return {"failures": self.failures, "trials": trials, **dict(sorted(self.counts.items()))}
 
 
 def run(folder: Path) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def run(folder: Path, *, seed: int = 0, chosen: list[Input] | None = None) -> di
     return {
         "failures": results.lines(),
         "seed": seed,
-        "inputs": total,
+        "trials": total,
         "inputs_per_second": rate,
         "slowest": results.slowest,
         "kinds": kinds,

@@ -47,7 +47,7 @@ def run(folder: Path) -> dict[str, Any]:
         line = run_command_line(WORKLOADS[name], folder)
         hits[f"{name}, from the command line"] = int(line is None)
         failures += [line] if line else []
-    return {"failures": failures, "kills": hits.total(), "kills_by_workload": dict(hits)}
+    return {"failures": failures, "trials": hits.total(), "kills_by_workload": dict(hits)}
 
 
 def run_workload(

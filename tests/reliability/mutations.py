@@ -577,6 +577,8 @@ def damage_mat(rng: random.Random, data: bytes) -> bytes:
 def odd_tensor(rng: random.Random, tensor: torch.Tensor) -> Any:
     """Change the dtype, the layout, the shape or the values of a tensor, or replace it."""
     flat = tensor.flatten()
+    if not tensor.ndim:
+        return rng.choice((flat, tensor * float("nan"), tensor.item(), None, "text", torch.zeros(3)))
     makers: list[Callable[[], Any]] = [
         lambda: tensor.to(rng.choice((torch.int8, torch.int64, torch.bool, torch.complex64, torch.float64))),
         lambda: tensor.to(rng.choice((torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.uint16))),

@@ -30,7 +30,7 @@ def run(folder: Path) -> dict[str, Any]:
         found |= {name: failures[0]} if failures else {}
     return {
         "failures": [f"not noticed: {name}" for name in FAULTS if name not in found],
-        "planted": len(FAULTS),
+        "trials": len(FAULTS),
         "noticed": found,
     }
 

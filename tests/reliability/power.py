@@ -43,7 +43,7 @@ def run(folder: Path) -> dict[str, Any]:
         workload = WORKLOADS[name]
         hits[name], lines = run_workload(workload, folder, wanted, lose_once)
         failures += lines or lose_at_the_end(workload, folder)
-    return {"failures": failures, "losses": hits.total(), "losses_by_workload": dict(hits)}
+    return {"failures": failures, "trials": hits.total(), "losses_by_workload": dict(hits)}
 
 
 def lose_once(

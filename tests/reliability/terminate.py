@@ -51,7 +51,7 @@ def run(folder: Path) -> dict[str, Any]:
         repeated += steps
     return {
         "failures": failures,
-        "signals": len(seconds),
+        "trials": len(seconds),
         "repeated_steps": repeated,
         "slowest_stop_seconds": round(max(seconds, default=0.0), 2),
     }
