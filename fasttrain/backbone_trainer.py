@@ -65,7 +65,7 @@ class Meter:
         return torch.cat((self._earlier_T3, world.mean(losses_TP3.mean(dim=1)).cpu()))
 
     def restore(self, losses_T3: Tensor) -> None:
-        """Continue after an interruption, from the `losses` at that time; raise ValueError for other values."""
+        """Continue after an interruption with its `losses`; raise ValueError for other values."""
         if losses_T3.ndim != 2 or losses_T3.shape[1] != 3 or losses_T3.dtype != torch.float64:
             raise ValueError(f"losses have the shape {tuple(losses_T3.shape)} and dtype {losses_T3.dtype}")
         self._earlier_T3 = losses_T3
@@ -235,8 +235,8 @@ class BackboneTrainer:
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(
-                f"output: a checkpoint in {str(self.folder)!r} does not fit this run ({reason}). Delete it to "
-                f"resume from an earlier one, or use another output=DIR"
+                f"output: a checkpoint in {str(self.folder)!r} does not fit this run ({reason}). Delete it "
+                f"to resume from an earlier one, or use another output=DIR"
             ) from error
 
     def save(self, completed_steps: int, facts: dict[str, Any]) -> None:
