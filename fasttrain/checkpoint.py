@@ -54,23 +54,24 @@ def saved_steps(folder: Path) -> list[int]:
 def load_checkpoint(folder: Path, completed_steps: int) -> dict[str, Any]:
     """Read the checkpoint of `completed_steps` steps onto the CPU; raise InputError if it is damaged."""
     path = _path(folder, completed_steps)
+    # Read first, so that an error of the disk is not taken for damage. The checkpoint may be intact.
+    with naming(path):
+        content = io.BytesIO(path.read_bytes())
     try:
         # torch.load does not verify the checksums of the archive.
-        with naming(path):
-            with zipfile.ZipFile(path) as archive:
-                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                    raise zipfile.BadZipFile("it is compressed")
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or "projection" not in state:
+        with zipfile.ZipFile(content) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise zipfile.BadZipFile("it is compressed")
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
+        content.seek(0)
+        state: dict[str, Any] = torch.load(content, map_location="cpu", weights_only=True)
+        facts = {name: value for name, value in state.items() if name != "losses"}
+        if "projection" not in state or any(map(torch.is_tensor, facts.values())):
             raise ValueError("it is not a checkpoint of a training run")
         if not isinstance(state.get("bad_samples", 0), int):
             raise ValueError("its count of unreadable samples is not a number")
-    # The disk has failed, and the checkpoint may be intact.
-    except OSError:
-        raise
     # Damaged files raise exceptions of any type.
     except Exception as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fasttrain.backbone_trainer import BackboneTrainer, Meter, asymmetric_offset
 from fasttrain.distributed import World
+from fasttrain.errors import InputError
 from fasttrain.objective import CosettleLoss
 from fasttrain.recipe import recipe_from_dict
 
@@ -73,3 +74,12 @@ def test_offsets_depend_on_seed_and_step_and_cover_the_range() -> None:
     assert asymmetric_offset(0, 5, 100) == asymmetric_offset(0, 5, 100)
     assert asymmetric_offset(-1, 5, 2**30) == asymmetric_offset(2**64 - 1, 5, 2**30)
     assert asymmetric_offset(0, 5, 2**30) != asymmetric_offset(1, 5, 2**30)
+
+
+@pytest.mark.parametrize("name", ["projection", "optimizer", "losses"])
+def test_a_state_that_does_not_fit_is_refused(name: str) -> None:
+    trainer = make_trainer()
+    state = trainer.state() | {"losses": torch.zeros(0, 3, dtype=torch.float64)}
+    trainer.load_state(state)
+    with pytest.raises(InputError, match="does not fit this run"):
+        trainer.load_state(state | {name: torch.zeros(2)})

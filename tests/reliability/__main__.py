@@ -3,9 +3,9 @@
     make test-reliability                        run the parts that this commit has not passed yet
     make test-reliability PARTS="kill fuzz"      run these parts, even if they have passed
 
-Each part is a module with a function `run(folder)`. It works in an empty folder and returns its figures.
-Among them are `trials`, a number, and `failures`, a list with one line per broken promise. The results of a part are
-kept in build/reliability, so that an interrupted harness goes on with the next part.
+Each part is a module with a function `run(folder)`, which works in an empty folder and returns figures. Among
+them are `trials`, a number, and `failures`, a list with one line per broken promise. The results are kept in
+build/reliability, so that an interrupted harness goes on with the next part.
 """
 
 from __future__ import annotations

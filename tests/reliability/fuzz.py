@@ -97,8 +97,10 @@ def run(folder: Path, *, seed: int = 0, chosen: list[Input] | None = None) -> di
     }
     total = sum(of["inputs"] for of in kinds.values())
     rate = round(total / (time.monotonic() - seconds), 1)
+    # Most inputs of a kind can be damaged beyond reading, but not all.
+    unread = [f"{kind}: none was read" for kind, counts in results.outcomes.items() if not counts["read"]]
     return {
-        "failures": results.lines(),
+        "failures": results.lines() + ([] if chosen else unread),
         "seed": seed,
         "trials": total,
         "inputs_per_second": rate,
@@ -311,7 +313,7 @@ def main() -> None:
     for kind, counts in result["kinds"].items():
         print(f"{kind}: {counts}")
     print(
-        *result["failures"], f"{result['inputs']} inputs, {result['inputs_per_second']} per second", sep="\n"
+        *result["failures"], f"{result['trials']} inputs, {result['inputs_per_second']} per second", sep="\n"
     )
     print(f"failing inputs are in {folder / 'failed'}" if result["failures"] else "no failures")
 
