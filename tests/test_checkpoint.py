@@ -39,7 +39,7 @@ def test_the_message_about_a_damaged_file_names_it(tmp_path: Path) -> None:
 )
 def test_a_file_with_other_contents_is_refused(state: Any, tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 1, state)
-    with pytest.raises(InputError, match="step_00000001.pt' cannot be read"):
+    with pytest.raises(InputError, match=r"step_00000001\.pt' cannot be read"):
         load_checkpoint(tmp_path, 1)
 
 
