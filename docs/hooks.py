@@ -22,7 +22,14 @@ GROUPS = {
     "": "Training, devices and files",
 }
 # UnreadableFrameError is included because its message appears in the log, although it does not end a run.
-ERRORS = ("InputError", "LocalInputError", "UnreadableFrameError", "ValueError")
+ERRORS = (
+    "InputError",
+    "LocalInputError",
+    "OtherRankError",
+    "LostContactError",
+    "UnreadableFrameError",
+    "ValueError",
+)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -6,6 +6,7 @@ a run has a single process and no process group.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -31,6 +32,8 @@ TIMEOUT = timedelta(hours=2)
 JOIN_TIMEOUT = timedelta(minutes=10)
 # The key in the store under which the first rank that fails says why.
 FAILED = "failed"
+# Numbers the runs of a program.
+_runs = itertools.count()
 # Raised by a store whose server has ended.
 StoreError = dist.DistError
 
@@ -155,21 +158,26 @@ def start(device: Literal["auto", "cuda", "cpu"] = "auto") -> Iterator[World]:
     try:
         yield world
     except Exception as error:
-        if type(error) is InputError:  # All ranks raise it.
-            raise
         own = f"rank {rank} failed ({type(error).__name__})"
         try:
             first = world.fail(own)
         except StoreError:
+            if isinstance(error, InputError):  # Rank 0 has ended for the same reason.
+                raise error from None
             raise LostContactError(
                 f"rank {rank} lost contact with rank 0 or with torchrun, so the run ends. Repeat the command "
                 f"to continue"
             ) from error
         if first != own and not isinstance(error, InputError):
             raise OtherRankError(f"{first}, so the run ends. Repeat the command to continue") from error
+        if isinstance(error, InputError):
+            dist.destroy_process_group()
+        # After other errors, a rank may be waiting, and destroying the group might wait for it.
         raise
-    finally:
+    except KeyboardInterrupt:
         dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def _join() -> dist.Store:
@@ -184,12 +192,7 @@ def _join() -> dist.Store:
         ) from error
     # A store may outlast a run: torchrun's serves all attempts of a run, and a program may start several
     # runs.
-    global _runs
-    _runs += 1
-    return dist.PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_runs}", store)
-
-
-_runs = 0
+    return dist.PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_runs)}", store)
 
 
 def _own_device(device: str, local_rank: int) -> torch.device:
@@ -198,7 +201,8 @@ def _own_device(device: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     if not available:
         raise InputError("device: 'cuda' is not available, because no GPU was detected. Use device=cpu")
-    if torch.cuda.device_count() == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+    is_bound = "TORCHELASTIC_RUN_ID" not in os.environ and os.environ.get("SLURM_GPUS_ON_NODE") != "1"
+    if torch.cuda.device_count() == 1 and is_bound:
         # `srun --gpus-per-task=1` shows each process its own GPU only. torchrun does not.
         local_rank = 0
     if local_rank >= torch.cuda.device_count():

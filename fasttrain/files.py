@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import json
@@ -124,6 +125,10 @@ def _fsync_folder(folder: Path) -> None:
     with naming(folder):
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            # Some network file systems cannot do this for folders.
+            if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+                raise
         finally:
             os.close(descriptor)
 

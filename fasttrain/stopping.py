@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -103,13 +104,19 @@ class Stopping:
         """Note that the training loop has completed some part of its work, such as reading a batch."""
         self._progress += 1
 
-    def request(self) -> None:
-        """Ask all ranks to stop, as a signal does."""
-        self._requested = True
-
     # --- the thread ---
 
     def _watch(self) -> None:
+        try:
+            self._serve()
+        except BaseException:
+            # Without this thread, the run could neither be stopped nor end.
+            try:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+
+    def _serve(self) -> None:
         """Handle signals as they arrive, and look at the store at regular intervals."""
         interval = None if self._store is None else INTERVAL
         while True:
@@ -118,7 +125,7 @@ class Stopping:
                 if not numbers:  # `__exit__` has closed the other end.
                     return
                 for number in numbers:
-                    self._receive(number, time.monotonic())
+                    self.receive(number, time.monotonic())
             try:
                 self.poll(time.monotonic())
             except StoreError as error:
@@ -126,7 +133,7 @@ class Stopping:
                 line = f"rank {self.world.rank} lost contact with rank 0 or with torchrun ({reason})"
                 self._end(f"{line}. Repeat the command to continue")
 
-    def _receive(self, number: int, now: float) -> None:
+    def receive(self, number: int, now: float) -> None:
         """Handle a signal."""
         if number not in SIGNALS:
             return
@@ -136,9 +143,12 @@ class Stopping:
                 self._urgent_since = now
             elif now - self._urgent_since > SAME_SIGNAL:
                 self._end(f"ended at once, because {name} was the second signal", 128 + number)
-        if not self._requested:
+        first, self._requested = not self._requested, True
+        if number == signal.SIGHUP:
+            _replace_closed_terminal()
+        # If another rank has failed, torchrun sends SIGTERM, and no step will end.
+        if first and not (self._store is not None and self._store.check([FAILED])):
             self.say(f"received {name}; writing a checkpoint after this step")
-        self.request()
 
     def poll(self, now: float) -> None:
         """Exchange with the other ranks what has changed since the last call."""
@@ -160,7 +170,8 @@ class Stopping:
                 self._last = max(int(value) for value in self._store.multi_get(keys))
                 self._agreed.set()
         self._store.set(f"progress/{self.world.rank}", str(self._progress))
-        if self.world.is_main:
+        # Two ranks look, so that a rank 0 that is frozen as a whole is found, too.
+        if self.world.rank < 2:
             self._look_for_stall(now)
 
     def _announce(self) -> int:
@@ -172,10 +183,8 @@ class Stopping:
     def _look_for_stall(self, now: float) -> None:
         """Declare the run failed if no rank has made progress for `stall_timeout` seconds."""
         assert self._store is not None
-        keys = [f"progress/{rank}" for rank in range(self.world.size)]
-        present = [key for key in keys if self._store.check([key])] if not self._store.check(keys) else keys
-        values = dict(zip(present, self._store.multi_get(present), strict=True)) if present else {}
-        progress = [int(values.get(key, -1)) for key in keys]
+        # Adding 0 reads a number. That of a rank that has not started is 0.
+        progress = [self._store.add(f"progress/{rank}", 0) for rank in range(self.world.size)]
         last, since = self._seen
         if progress != last:
             self._seen = progress, now
@@ -183,7 +192,9 @@ class Stopping:
             # The others wait for the ranks that are behind.
             behind = [str(rank) for rank, count in enumerate(progress) if count == min(progress)]
             who = f"rank {behind[0]}" if len(behind) == 1 else f"ranks {', '.join(behind)}"
-            self.world.fail(f"{who} made no progress for {self.stall_timeout:g} s (train.stall_timeout)")
+            reason = f"{who} made no progress for {self.stall_timeout:g} s (train.stall_timeout)"
+            # Not `world.fail`, because the main thread may be waiting for the store of `world`.
+            self._store.compare_set(FAILED, "", reason)
 
     def _follow(self, failure: str, now: float) -> None:
         """End this process some time after another rank has failed, unless it ends by itself."""
@@ -195,6 +206,17 @@ class Stopping:
 
     def _end(self, line: str, code: int = 1) -> None:
         """End the process although the training loop is waiting for something."""
-        if line:
-            print(f"fasttrain: {line}", file=sys.stderr, flush=True)
-        os._exit(code)
+        try:
+            if line:
+                print(f"fasttrain: {line}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(code)
+
+
+def _replace_closed_terminal() -> None:
+    """Send the output to nowhere if its terminal is gone, so that printing does not end the run."""
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"")
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)

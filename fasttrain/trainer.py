@@ -28,7 +28,7 @@ from fasttrain.data.loader import FramePairs, PairLoader
 from fasttrain.data.sources import open_source
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
-from fasttrain.files import file_lock, write_atomically, write_json
+from fasttrain.files import file_lock, naming, write_atomically, write_json
 from fasttrain.loggers import NON_FINITE, MetricsLog, Progress, last_event, say
 from fasttrain.optimizer import learning_rate_factor
 from fasttrain.profiling import STEP, StepProfiler, span
@@ -134,7 +134,8 @@ class Trainer:
                     self._save()
                 if reports:
                     self._last_report = self.completed_steps, time.perf_counter()
-            if first < self.completed_steps < self.total_steps:
+            saved = self._is_due(self.recipe.train.save_every, self.completed_steps)
+            if first < self.completed_steps < self.total_steps and not saved:
                 # The steps since the last report are reported after the resume, as in an uninterrupted run.
                 self._drop_non_finite()
                 self._collect_bad_samples()
@@ -309,6 +310,7 @@ class Trainer:
         saved = {
             trainer.name: saved_steps(trainer.folder / "checkpoints") for trainer in self.backbone_trainers
         }
+        self._saved = saved
         # Rank 0 writes the checkpoints. A rank that does not see its folder would start at another step.
         self.world.check_same(saved, f"output: the checkpoints in {self.recipe.output}")
         common = set.intersection(*(set(steps) for steps in saved.values()))
@@ -349,6 +351,11 @@ class Trainer:
                 f"another output=DIR"
             )
             stack.enter_context(file_lock(trainer.folder / "run.lock", refusal))
+            if saved_steps(trainer.folder / "checkpoints") != self._saved[trainer.name]:
+                raise InputError(
+                    f"output: another run has written to {str(trainer.folder)!r} since this command started. "
+                    f"Repeat the command"
+                )
             drop_checkpoints(
                 trainer.folder / "checkpoints", self.completed_steps, keep=self.recipe.train.keep
             )
@@ -411,7 +418,9 @@ def check_run_folder(recipe: Recipe) -> None:
             f"output: {str(folder)!r} already holds a run. Continue it with resume=auto, or use another "
             f"output=DIR"
         )
-    if not path.read_bytes().strip(b"\0"):
+    with naming(path):
+        content = path.read_bytes()
+    if not content.strip(b"\0"):
         # Version 0.1.0 did not wait until this file was on disk. Some file systems fill it with zeros.
         raise InputError(
             f"output: {str(path)!r} is empty, as after a loss of power. If this command is the one that "

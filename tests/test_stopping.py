@@ -1,12 +1,15 @@
 """The agreement of several ranks to stop, and what ends a run. The ranks are simulated in one process."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,7 +45,7 @@ def test_all_ranks_stop_after_the_same_step() -> None:
     ranks = make_ranks(3)
     for rank, steps in zip(ranks, (5, 7, 6), strict=True):
         begin_steps(rank, steps)
-    ranks[2].request()
+    ranks[2].receive(signal.SIGTERM, 0.0)
     for rank in reversed(ranks):
         rank.poll(0.0)
     # Rank 2 polled before the others had announced their steps.
@@ -57,7 +60,7 @@ def test_a_rank_waits_until_the_others_have_announced_their_steps() -> None:
     ranks = make_ranks(2)
     begin_steps(ranks[0], 3)
     begin_steps(ranks[1], 4)
-    ranks[0].request()
+    ranks[0].receive(signal.SIGTERM, 0.0)
     ranks[0].poll(0.0)
     answers: list[bool] = []
     waiting = threading.Thread(target=lambda: answers.append(ranks[0].may_begin_step()))
@@ -106,6 +109,7 @@ def test_a_slow_rank_is_not_a_hanging_one() -> None:
 
 def test_a_rank_that_never_starts_is_named() -> None:
     ranks = make_ranks(2, stall_timeout=10)
+    ranks[0].advance()
     for now in (0.0, 11.0):
         ranks[0].poll(time.monotonic() + now)
     assert ranks[0].world.store.get(FAILED).decode().startswith("rank 1 made no progress")
@@ -207,3 +211,20 @@ def test_handlers_are_restored() -> None:
         assert signal.getsignal(signal.SIGINT) is not handlers[0]
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)] == handlers
     assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_closed_terminal_stops_the_run() -> None:
+    """Nothing can be printed any more when SIGHUP arrives."""
+    program = PROGRAM.replace("IGNORED", "import pathlib, sys").replace("ITERATIONS", "500_000")
+    with tempfile.TemporaryDirectory() as folder:
+        done = Path(folder) / "done"
+        program += f"pathlib.Path({str(done)!r}).touch()\n"
+        child, terminal = pty.fork()
+        if child == 0:
+            os.execv(sys.executable, [sys.executable, "-c", program])
+        output = b""
+        while b"ready" not in output:
+            output += os.read(terminal, 100)
+        os.close(terminal)
+        _, status = os.waitpid(child, 0)
+        assert (status, done.exists()) == (0, True)

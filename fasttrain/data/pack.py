@@ -72,7 +72,7 @@ GPU_FRAMES = 64
 # Maximum number of skipped files or problems to print. The manifest lists all skipped files.
 MAX_PRINTED = 20
 # Reasons for which a file may be unreadable now, but readable later.
-MACHINE_ERRORS = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+MACHINE_ERRORS = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -461,7 +461,11 @@ def encode_jpeg(frame: Frame, options: PackOptions) -> bytes:
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         image = image.resize(size, Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=options.quality)
+    try:
+        image.save(buffer, "JPEG", quality=options.quality)
+    # Pillow raises this if a side is too long for the format.
+    except OSError as error:
+        raise UnreadableFrameError(f"cannot be stored as JPEG ({error})") from error
     return buffer.getvalue()
 
 

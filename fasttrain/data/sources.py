@@ -168,7 +168,10 @@ def _read_list(path: Path) -> SourceFiles:
             continue
         # os.path.exists returns False for a name that is too long; Path.exists raises.
         parts = line.rsplit(maxsplit=1)
-        has_number = len(parts) == 2 and parts[1].isdecimal() and not os.path.exists(path.parent / line)
+        # int() refuses numbers of thousands of digits, and no video has a billion frames.
+        has_number = (
+            len(parts) == 2 and re.fullmatch(r"\d{1,9}", parts[1]) and not os.path.exists(path.parent / line)
+        )
         name, limit = (parts[0], int(parts[1])) if has_number else (line, None)
         # Normalise ./video and video/ to video.
         name = Path(name).as_posix()

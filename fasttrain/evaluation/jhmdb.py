@@ -156,7 +156,7 @@ def read_poses(path: Path) -> Coordinates:
     Raises InputError if the file is missing or damaged, or if its poses have another shape.
     """
     try:
-        poses_2JT = np.asarray(loadmat(path)["pos_img"]).astype(np.float64)
+        poses_2JT = np.asarray(loadmat(path, variable_names=["pos_img"])["pos_img"]).astype(np.float64)
     # SciPy raises exceptions of many types for damaged files: zlib.error, IndexError, UnboundLocalError, ...
     except Exception as error:
         raise InputError(
