@@ -455,6 +455,15 @@ def test_a_second_run_in_the_folder_is_refused(frames: Path, finished: Path, tmp
     assert_same_bits(finished, tmp_path)
 
 
+def test_a_run_that_another_one_has_continued_since_is_refused(frames: Path, tmp_path: Path) -> None:
+    """The other run ended after this one had read the checkpoints and before it had the lock."""
+    trainer = Trainer(tiny(frames, tmp_path), World.single())
+    run(tiny(frames, tmp_path))
+    with pytest.raises(InputError, match="another run has written to .* Repeat the command"):
+        trainer.train()
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_00000002.pt", "step_00000004.pt"]
+
+
 def test_resuming_with_another_recipe_batch_data_or_weights_is_refused(frames: Path, tmp_path: Path) -> None:
     run(tiny(frames, tmp_path))
     with pytest.raises(InputError, match="resume=auto"):

@@ -23,7 +23,7 @@ from fasttrain.__main__ import main
 from fasttrain.data.dali import ClipDecoder
 from fasttrain.data.images import UnreadableFrameError
 from fasttrain.data.nvdec import cut_clip, has_nvdec
-from fasttrain.data.pack import PackOptions, check, pack
+from fasttrain.data.pack import PackOptions, check, encode_jpeg, pack
 from fasttrain.data.packed import PackedIndex
 from fasttrain.data.sources import open_source
 from fasttrain.data.video import probe_video, read_video_frames
@@ -492,3 +492,9 @@ def test_a_compressed_index_is_refused(tmp_path: Path) -> None:
         np.savez_compressed(path, **dict(content))
     with pytest.raises(InputError, match="is damaged"):
         open_source(root)
+
+
+def test_a_frame_that_jpeg_cannot_hold_is_unreadable() -> None:
+    frame = np.zeros((16, 70_000, 3), np.uint8)
+    with pytest.raises(UnreadableFrameError, match="cannot be stored as JPEG"):
+        encode_jpeg(frame, PackOptions(short_side=256))

@@ -223,3 +223,11 @@ def test_an_unreadable_frame_error_has_the_frame_number(tmp_path: Path) -> None:
         with pytest.raises(UnreadableFrameError, match=message) as caught:
             index.read(0, [0, frame])
         assert caught.value.frame == frame
+
+
+def test_a_number_that_is_too_long_belongs_to_the_name(tmp_path: Path) -> None:
+    write_folders(tmp_path, [2])
+    (tmp_path / "list.txt").write_text(f"class_0/video_0 1\nclass_0/video_0 {'9' * 5000}\n")
+    index = open_source(tmp_path / "list.txt")
+    assert list(index.num_frames) == [1]
+    assert [reason for _, reason in index.skipped] == ["does not exist"]
