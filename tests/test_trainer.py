@@ -459,7 +459,7 @@ def test_a_run_that_another_one_has_continued_since_is_refused(frames: Path, tmp
     """The other run ended after this one had read the checkpoints and before it had the lock."""
     trainer = Trainer(tiny(frames, tmp_path), World.single())
     run(tiny(frames, tmp_path))
-    with pytest.raises(InputError, match="another run has written to .* Repeat the command"):
+    with pytest.raises(InputError, match=r"another run has written to .* Repeat the command"):
         trainer.train()
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_00000002.pt", "step_00000004.pt"]
 
