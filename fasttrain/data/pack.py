@@ -64,7 +64,7 @@ from fasttrain.data.sampling import evenly_spaced
 from fasttrain.data.sources import Kind, SourceFiles, find_source
 from fasttrain.data.video import VideoInfo, probe_video, stream_video_frames
 from fasttrain.errors import InputError, check_options
-from fasttrain.files import file_lock, open_atomically, write_atomically
+from fasttrain.files import file_lock, naming, open_atomically, write_atomically
 from fasttrain.loggers import Progress, say
 
 # Number of frames that the GPU decodes at once. At 1080p, they occupy 400 MB.
@@ -380,10 +380,22 @@ def _encode(name: str, files: SourceFiles, options: PackOptions) -> EncodedVideo
     """Encode the frames of a video file or frame folder. Called from several threads."""
     if files.folders:
         return _encode_folder(name, *files.folders[name], options)
+    path = files.videos[name]
     try:
-        return EncodedVideo(name, _encode_video(files.videos[name], options), [])
+        return EncodedVideo(name, _encode_video(path, options), [])
     except UnreadableFrameError as error:
-        _raise_disk_error(error, files.videos[name])
+        if _errno(error) == errno.EIO:
+            # FFmpeg also has this error for damaged files, such as a truncated Matroska file. Reading the
+            # file raises OSError if the disk fails. If it failed for a moment, the second attempt succeeds.
+            with naming(path), path.open("rb") as file:
+                while file.read(2**20):
+                    pass
+        else:
+            _raise_disk_error(error, path)
+            return EncodedVideo(name, [], [(name, str(error))])
+    try:
+        return EncodedVideo(name, _encode_video(path, options), [])
+    except UnreadableFrameError as error:
         return EncodedVideo(name, [], [(name, str(error))])
 
 
@@ -416,9 +428,13 @@ def _raise_disk_error(error: UnreadableFrameError, path: Path) -> None:
 
     Without this file, the packed set would stay incomplete when the machine works again.
     """
-    number = getattr(error.__cause__, "errno", None)
+    number = _errno(error)
     if number in MACHINE_ERRORS:
         raise OSError(number, os.strerror(number), str(path))
+
+
+def _errno(error: UnreadableFrameError) -> int:
+    return getattr(error.__cause__, "errno", None) or 0
 
 
 def _encode_file(path: Path, options: PackOptions) -> bytes:

@@ -357,7 +357,8 @@ def _read_plain(arguments: argparse.Namespace) -> _Lists:
 
     train, test = _read_both(arguments, ("", ""), load, parse, "`path label`")
     labels = {entry.labels[0] for entry in train + test}
-    are_numbers = all(label.isdecimal() for label in labels)
+    # Python refuses to convert thousands of digits.
+    are_numbers = all(label.isdecimal() and len(label) < 19 for label in labels)
     return sorted(labels, key=int if are_numbers else str), train, test
 
 

@@ -484,6 +484,18 @@ def test_a_disk_error_ends_packing_instead_of_skipping_the_file(tmp_path: Path) 
     assert open_source(packed(root, tmp_path / "packed")).num_frames.tolist() == [3]
 
 
+def test_damage_that_ffmpeg_reports_as_a_disk_error_is_skipped(tmp_path: Path) -> None:
+    """FFmpeg has the error EIO for a Matroska file that ends in its header."""
+    root = tmp_path / "videos"
+    root.mkdir()
+    for name in ("intact.mkv", "truncated.mkv"):
+        encode_video(root / name, [picture(0, t) for t in range(3)])
+    os.truncate(root / "truncated.mkv", 200)
+    index = open_source(packed(root, tmp_path / "packed"))
+    assert index.names == ["intact.mkv"]
+    assert index.skipped == [("truncated.mkv", "input/output error")]
+
+
 def test_a_compressed_index_is_refused(tmp_path: Path) -> None:
     """It could fill the memory."""
     root = packed(write_folders(tmp_path / "frames", [3]), tmp_path / "packed")

@@ -95,6 +95,12 @@ def test_plain_lists(tmp_path: Path) -> None:
     assert [video.path for video in split.train] == [tmp_path / "#20 Rhythm clap.avi", tmp_path / "a.mp4"]
 
 
+def test_labels_of_thousands_of_digits_are_names(tmp_path: Path) -> None:
+    long = "9" * 5000
+    split = read(tmp_path, **lists(tmp_path, f"a.mp4 {long}\n", f"b.mp4 {long}\n"))
+    assert split.classes == [long]
+
+
 def test_kinetics_without_class_folders(tmp_path: Path) -> None:
     """The published archives have no class folders."""
     for which, video in (("train", "a"), ("val", "b")):
