@@ -198,17 +198,17 @@ def train(recipe: Recipe, *, profile: bool = False) -> None:
         if not world.is_main:
             return
         folders = [each.folder for each in trainer.backbone_trainers]
-        pictures = {folder: folder / "figures" / "learning.png" for folder in folders}
-        # A completed run may have ended before its pictures were drawn.
-        outdated = {folder: path for folder, path in pictures.items() if results or not path.exists()}
+        # A completed run may have ended before its learning curves were drawn.
+        picture = Path("figures", "learning.png")
+        outdated = [folder for folder in folders if results or not (folder / picture).exists()]
         if outdated:
             try:
                 from fasttrain.evaluation.plots import learning_curves
             except InputError as error:
                 trainer.say(f"no learning curves: {error}")
             else:
-                for folder, path in outdated.items():
-                    learning_curves([folder], path)
+                for folder in outdated:
+                    learning_curves([folder], folder / picture)
         trainer.say(result_line(folders))
 
 

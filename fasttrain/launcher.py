@@ -21,9 +21,9 @@ def describe_processes(environ: MutableMapping[str, str] = os.environ) -> None:
     Raises:
         InputError: Only some of the variables are set, or one that must be a number is not.
     """
-    # `srun` sets these in the tasks of a step. In a batch script and under salloc, there is no step, so that
-    # a command without `srun` is a single process, whatever the size of the allocation. WORLD_SIZE is not
-    # looked at, because many batch scripts export it, but not RANK, which differs between the tasks.
+    # Only `srun` sets the variables of a step. A command that a batch script or a shell of salloc starts
+    # without `srun` is therefore a single process, whatever the size of the allocation. Batch scripts often
+    # export WORLD_SIZE but cannot export RANK, which differs between the tasks, so RANK decides.
     if (
         "RANK" not in environ
         and int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1

@@ -107,6 +107,7 @@ class Stopping:
     # --- the thread ---
 
     def _watch(self) -> None:
+        """Run `_serve`, and end the process if it fails."""
         try:
             self._serve()
         except BaseException:
@@ -120,13 +121,13 @@ class Stopping:
         """Handle signals as they arrive, and look at the store at regular intervals."""
         interval = None if self._store is None else INTERVAL
         while True:
-            if select.select([self._woken], [], [], interval)[0]:
-                numbers = self._woken.recv(64)
-                if not numbers:  # `__exit__` has closed the other end.
-                    return
+            is_woken = bool(select.select([self._woken], [], [], interval)[0])
+            numbers = self._woken.recv(64) if is_woken else b""
+            if is_woken and not numbers:  # `__exit__` has closed the other end.
+                return
+            try:
                 for number in numbers:
                     self.receive(number, time.monotonic())
-            try:
                 self.poll(time.monotonic())
             except StoreError as error:
                 reason = str(error).partition("\n")[0]

@@ -136,7 +136,7 @@ def trained_backbone(projection: Projection) -> dict[str, Any]:
         recipe_from_dict(tree)
         if "name" not in settings:
             raise ValueError("it has no name")
-    # `dict` raises TypeError for values that are no mapping.
+    # `dict` raises TypeError for values that are not mappings.
     except (TypeError, ValueError) as error:
         raise InputError(
             f"the projection's description of its backbone is damaged ({error}); copy the file again"

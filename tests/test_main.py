@@ -102,34 +102,41 @@ def test_a_full_disk_prints_one_line(
     assert capsys.readouterr().err == f"fasttrain: {expected}\n"
 
 
-@pytest.mark.parametrize(
-    ("error", "environ", "line"),
-    [
-        (LocalInputError("x"), {"RANK": "1"}, "rank 1: x"),
-        (OSError(errno.ENOSPC, "No space left on device", "f"), {"RANK": "1"}, "rank 1: f: no space left .*"),
-        (InputError("x"), {"RANK": "0"}, "x"),
-        (InputError("x"), {"RANK": "1"}, ""),
-        (OtherRankError("rank 1 failed"), {"RANK": "0"}, "rank 1 failed"),
-        (OtherRankError("rank 1 failed"), {"RANK": "1"}, ""),
-        (LostContactError("lost"), {"RANK": "1"}, "lost"),
-    ],
-)
-def test_errors_in_a_run_of_several_processes_name_the_rank(
-    error: Exception,
-    environ: dict[str, str],
-    line: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """An error of all ranks is printed once, by rank 0."""
+def let_doctor_fail(error: Exception, rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the command `doctor` raise an error, in one of two ranks unless `rank` is empty."""
 
     def fail(_: object) -> None:
         raise error
 
     monkeypatch.setattr("fasttrain.tools.doctor.run", fail)
-    rest = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
-    for name, value in (rest | environ).items():
-        monkeypatch.setenv(name, value)
+    if rank:
+        names = ("RANK", "LOCAL_RANK", "MASTER_PORT")
+        environ = {**dict.fromkeys(names, rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    ("error", "rank", "line"),
+    [
+        (LocalInputError("x"), "1", "rank 1: x"),
+        (OSError(errno.ENOSPC, "No space left on device", "f"), "1", "rank 1: f: no space left .*"),
+        (InputError("x"), "0", "x"),
+        (InputError("x"), "1", ""),
+        (OtherRankError("rank 1 failed"), "0", "rank 1 failed"),
+        (OtherRankError("rank 1 failed"), "1", ""),
+        (LostContactError("lost"), "1", "lost"),
+    ],
+)
+def test_errors_in_a_run_of_several_processes_name_the_rank(
+    error: Exception,
+    rank: str,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """An error of all ranks is printed once, by rank 0."""
+    let_doctor_fail(error, rank, monkeypatch)
     assert main(["doctor"]) == (1 if isinstance(error, OtherRankError) else 2)
     assert re.fullmatch(f"fasttrain: {line}\n" if line else "", capsys.readouterr().err)
 
@@ -148,15 +155,7 @@ def test_a_bug_and_a_failure_of_the_gpu_keep_their_traceback(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fail(_: object) -> None:
-        raise error
-
-    monkeypatch.setattr("fasttrain.tools.doctor.run", fail)
-    if rank:
-        names = ("RANK", "LOCAL_RANK", "MASTER_PORT")
-        environ = {**dict.fromkeys(names, rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
-        for name, value in environ.items():
-            monkeypatch.setenv(name, value)
+    let_doctor_fail(error, rank, monkeypatch)
     with pytest.raises(type(error)):
         main(["doctor"])
     assert re.fullmatch(f"fasttrain: {line}\n", capsys.readouterr().err)

@@ -92,7 +92,10 @@ def check_pixels(width: int, height: int, frame: int = 0) -> None:
 
 
 def _jpeg_size(content: bytes) -> tuple[int, int] | None:
-    """Return width and height of a JPEG, or None if no header before the first scan has them."""
+    """Return width and height of a JPEG, or None if no header before the first scan has them.
+
+    Pillow refuses some damaged headers that libjpeg, and thus DALI, accepts.
+    """
     position = len(_JPEG_START)
     # Like libjpeg, skip bytes between two segments.
     while 0 <= (position := content.find(b"\xff", position)) < len(content) - 9:

@@ -5,7 +5,7 @@
 
 Each part is a module with a function `run(folder)`, which works in an empty folder and returns figures. Among
 them are `trials`, a number, and `failures`, a list with one line per broken promise. The results are kept in
-build/reliability, so that an interrupted harness goes on with the next part.
+build/reliability, so that an interrupted harness continues with the next part.
 """
 
 from __future__ import annotations

@@ -207,7 +207,7 @@ FAULTS: dict[str, tuple[str, str, Callable[[], None]]] = {
     "resuming from the wrong step": ("kill", "train", _wrong_step),
     "count of bad samples not restored": ("kill", "train", _bad_samples_forgotten),
     "state of the optimiser not restored": ("kill", "train", _moments_forgotten),
-    "packing goes on with the wrong video": ("kill", "pack", _wrong_video),
+    "packing continues with the wrong video": ("kill", "pack", _wrong_video),
     "index of a shard before the shard": ("kill", "pack", _partial_shard),
     "traceback instead of resuming": ("kill", "train", _traceback),
     "temporary files left over": ("kill", "eval retrieval", _left_over),

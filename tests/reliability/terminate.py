@@ -160,7 +160,7 @@ def signal_torchrun(
 
 
 def _moment(steps: Path, draw: random.Random) -> Callable[[Callable[[], bool]], None]:
-    """Return a function that waits until a random moment of a run that goes on from `steps`."""
+    """Return a function that waits until a random moment of a run that continues from `steps`."""
     before = steps.stat().st_size if steps.exists() else 0
     # Once rank 0 has begun a second step, all ranks handle signals. Before, a signal ends the run at once.
     until = draw.randint(before + 2, max(before + 2, STEPS - LAST_STEPS))
