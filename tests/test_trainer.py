@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,17 +85,17 @@ def run(recipe: Recipe) -> dict[str, Any]:
 class Interrupted(Trainer):
     """A trainer that calls `interrupt` at the beginning of one step."""
 
-    def __init__(self, recipe: Recipe, step_index: int, interrupt: Callable[[], None]) -> None:
+    def __init__(self, recipe: Recipe, step_index: int, interrupt: Callable[[Trainer], None]) -> None:
         super().__init__(recipe, World.single())
         self.interrupted_step_index, self.interrupt = step_index, interrupt
 
     def train_step(self, step_index: int, *, diagnostics: bool) -> None:
         if step_index == self.interrupted_step_index:
-            self.interrupt()
+            self.interrupt(self)
         super().train_step(step_index, diagnostics=diagnostics)
 
 
-def crash() -> None:
+def crash(trainer: Trainer) -> None:
     raise RuntimeError("crashed")
 
 
@@ -250,10 +249,10 @@ def test_an_empty_recipe_is_called_so(content: bytes, frames: Path, finished: Pa
     assert_same_bits(finished, tmp_path)
 
 
-def stop() -> None:
-    """Send a signal to this process, and wait until the trainer's thread has received it."""
+def stop(trainer: Trainer) -> None:
+    """Send a signal to this process, and wait until the trainer's thread has handled it."""
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(0.2)
+    assert trainer.stopping._agreed.wait(timeout=60)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -290,7 +289,7 @@ class StoppedAtOnce(Trainer):
     @contextmanager
     def _open_run(self) -> Iterator[None]:
         with super()._open_run():
-            stop()
+            stop(self)
             yield
 
 
