@@ -4,8 +4,8 @@
 
 On the Triton backend both functions call the same operator. Its first kernel (separability.py) reads every
 token once and writes the separability terms and the pooled tokens. Its second kernel (cycle.py) computes the
-cycle loss of the pooled tokens together with its gradient. The backward is a single kernel, which recomputes
-the projected tokens and writes the gradients of the inputs.
+cycle loss of the pooled tokens together with its gradient. The third adds up both terms. The backward is a
+single kernel, which recomputes the projected tokens and writes the gradients of the inputs.
 
 Besides its inputs, the operator stores the pooled tokens, their gradient, and six numbers per token for the
 backward. With 2 x 2 windows, the pooled tokens take a quarter of the memory of the tokens.
@@ -26,58 +26,111 @@ from . import reference
 from .checks import check_choice, check_grid, check_number, check_tensors
 from .cycle import grad_scale, launch_cycle
 from .reference import CosettleLoss, Regularizer
-from .runtime import Backend, differentiate, needs_grad, operator, use_triton
+from .runtime import Backend, differentiate, jit, needs_grad, on_device, operator, tl, use_triton
 from .separability import Epilogue, launch_backward, launch_forward, pooled_dtype, statistics_shape
 
 # The fields of `Epilogue`, followed by the temperature of the cycle.
 _SCHEMA = (
     "Tensor inputs, Tensor frozen, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, "
-    "bool tanh, int height, int width, int window_height, int window_width, bool kl, float temperature"
+    "bool tanh, int height, int width, int window_height, int window_width, bool kl, float temperature, "
+    "float lambda_reg"
 )
 
+# Bytes of the cycle matrices (in fp32) for which the diagnostics are computed at once.
+DIAGNOSTIC_BYTES = 2**28
 
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+
+@jit(do_not_specialize=["terms", "rows"])
+def _sum_kernel(
+    terms_ptr,  # [terms]
+    rows_ptr,  # [rows]
+    loss_ptr, cycle_ptr, separability_ptr,  # []
+    terms, rows, lambda_reg,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sum the separability terms and average the cross-entropies, always in the same order; one program."""
+    index = tl.arange(0, BLOCK)
+    separability = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, terms, BLOCK):
+        separability += tl.load(terms_ptr + start + index, mask=start + index < terms, other=0.0)
+    cycle = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, rows, BLOCK):
+        cycle += tl.load(rows_ptr + start + index, mask=start + index < rows, other=0.0)
+    separability_sum = tl.sum(separability, 0)
+    cycle_mean = tl.sum(cycle, 0) / rows
+    tl.store(separability_ptr, separability_sum)
+    tl.store(cycle_ptr, cycle_mean)
+    tl.store(loss_ptr, cycle_mean + lambda_reg * separability_sum)
+
+
+def launch_sum(terms: Tensor, rows: Tensor, losses: list[Tensor], lambda_reg: float) -> None:
+    """Write the loss, the cycle loss and the separability loss into three 0-d tensors."""
+    with on_device(rows):
+        _sum_kernel[(1,)](
+            terms, rows, *losses, terms.numel(), rows.numel(), lambda_reg, BLOCK=4096, num_warps=8
+        )
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     """Compute the losses and save what the backward needs.
 
-    Returns the cycle loss and the separability loss (0-d), cycle accuracy and identity similarity (2,), the
-    scaled gradient of the pooled tokens (B, T, M, D), and the statistics of each token. Results that were not
-    requested are empty.
+    Returns the loss, the cycle loss and the separability loss (0-d), cycle accuracy and identity similarity
+    (2,), the scaled gradient of the pooled tokens (B, T, M, D), and the statistics of each token. Results
+    that were not requested are empty.
     """
-    *epilogue, temperature, diagnostics, keep = arguments
-    separability, pooled_BTMD, statistics = launch_forward(Epilogue(*epilogue), pool=True, statistics=keep)
-    grad_dtype = pooled_BTMD.dtype if keep else None
-    metrics_4BM, grad_pooled = launch_cycle(
-        pooled_BTMD, temperature, grad_dtype=grad_dtype, diagnostics=diagnostics
-    )
-    diagnostic_values = metrics_4BM.new_empty(0)
-    if diagnostics:
-        _, accuracy, squares, returns = metrics_4BM.mean((1, 2))
-        diagnostic_values = torch.stack([accuracy, returns * torch.rsqrt(squares)])
-    return metrics_4BM[0].mean(), separability, diagnostic_values, grad_pooled, statistics
+    *epilogue, temperature, lambda_reg, diagnostics, keep = arguments
+    terms, pooled_BTMD, statistics = launch_forward(Epilogue(*epilogue), pool=True, statistics=keep)
+    rows_BM, grad_pooled = launch_cycle(pooled_BTMD, temperature, grad=keep)
+    losses = [rows_BM.new_empty(()) for _ in range(3)]
+    launch_sum(terms, rows_BM, losses, lambda_reg)
+    measured = _diagnostics(pooled_BTMD, temperature) if diagnostics else rows_BM.new_empty(0)
+    return *losses, measured, grad_pooled, statistics
+
+
+def _diagnostics(walk_B3MD: Tensor, temperature: float) -> Tensor:
+    """Compute cycle accuracy and identity similarity (2,), some samples at a time to bound the memory."""
+    samples = max(1, DIAGNOSTIC_BYTES // (4 * walk_B3MD.shape[2] ** 2))
+    rows = [
+        reference.cycle_rows(reference.cycle_affinities(part, temperature))
+        for part in walk_B3MD.split(samples)
+    ]
+    return torch.stack(reference.cycle_diagnostics(torch.cat(rows, dim=1)))
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    *epilogue, _temperature, diagnostics, keep = arguments
+    *epilogue, _temperature, _lambda_reg, diagnostics, keep = arguments
     inputs, whole_cells = epilogue[0], Epilogue(*epilogue).whole_cells
     samples, views, _, channels = inputs.shape
     pooled = (samples, views, whole_cells, channels) if keep else (0,)
-    shapes = ((), (), (2 if diagnostics else 0,), pooled, statistics_shape(inputs, keep))
-    dtypes = (torch.float32, torch.float32, torch.float32, pooled_dtype(inputs.dtype), torch.float32)
+    shapes = ((), (), (), (2 if diagnostics else 0,), pooled, statistics_shape(inputs, keep))
+    fp32 = torch.float32
+    dtypes = (fp32, fp32, fp32, fp32, pooled_dtype(inputs.dtype), fp32)
     return tuple(inputs.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
 
 
 def _backward(
-    grad_cycle: Tensor, grad_separability: Tensor, grad_pooled: Tensor, statistics: Tensor, *arguments: Any
+    grad_loss: Tensor | None,
+    grad_cycle: Tensor | None,
+    grad_separability: Tensor | None,
+    grad_pooled: Tensor,
+    statistics: Tensor,
+    *arguments: Any,
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradients of the inputs (B, T, N, D) and of the head's parameters (3, D).
 
     Without a head, the latter are zeros.
     """
-    *epilogue, temperature = arguments
+    *epilogue, temperature, lambda_reg = arguments
     samples, _, tokens, channels = grad_pooled.shape
-    scale = 1.0 / (grad_scale(tokens) * temperature * samples * tokens)
     grad_inputs, grad_parameters = launch_backward(
-        Epilogue(*epilogue), statistics, grad_separability, grad_cycle, grad_pooled, scale
+        Epilogue(*epilogue),
+        statistics,
+        grad_separability,
+        grad_loss=grad_loss,
+        lambda_reg=lambda_reg,
+        grad_cycle=grad_cycle,
+        grad_pooled_BTMD=grad_pooled,
+        pooled_scale=1.0 / (grad_scale(tokens) * temperature * samples * tokens),
     )
     if grad_parameters is None:
         grad_parameters = statistics.new_zeros((3, channels))
@@ -88,41 +141,38 @@ _cosettle = operator(
     "cosettle",
     _forward,
     fake=_forward_fake,
-    schema=f"({_SCHEMA}, bool diagnostics, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_SCHEMA}, bool diagnostics, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 _cosettle_backward = operator(
     "cosettle_backward",
     _backward,
-    fake=lambda grad_cycle, grad_separability, grad_pooled, statistics, inputs, *_: (
+    fake=lambda grad_loss, grad_cycle, grad_separability, grad_pooled, statistics, inputs, *_: (
         inputs.new_empty(inputs.shape),
         inputs.new_empty((3, inputs.shape[-1]), dtype=torch.float32),
     ),
-    schema="(Tensor grad_cycle, Tensor grad_separability, Tensor grad_pooled, Tensor statistics, "
-    f"{_SCHEMA}) -> (Tensor, Tensor)",
+    schema="(Tensor? grad_loss, Tensor? grad_cycle, Tensor? grad_separability, Tensor grad_pooled, "
+    f"Tensor statistics, {_SCHEMA}) -> (Tensor, Tensor)",
 )
 
 
 def _save(
     arguments: tuple[Any, ...], outputs: tuple[Tensor, ...]
 ) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
-    inputs, frozen, bias, norm_weight, norm_bias, *options, _, _keep = arguments
-    _cycle, _separability, _diagnostics, grad_pooled, statistics = outputs
+    inputs, frozen, bias, norm_weight, norm_bias, *options, _diagnostics, _keep = arguments
+    *_losses, _measured, grad_pooled, statistics = outputs
     return (grad_pooled, statistics, inputs, frozen, bias, norm_weight, norm_bias), tuple(options)
 
 
-def _gradients(
-    grad_cycle: Tensor, grad_separability: Tensor, grad_pooled: Tensor, statistics: Tensor, *arguments: Any
-) -> tuple[Tensor | None, ...]:
+def _gradients(*arguments: Any) -> tuple[Tensor | None, ...]:
     """Compute the gradients of the inputs and of the head's parameters, with None for the frozen tokens."""
-    *epilogue, _temperature = arguments
-    grad_inputs, grad_parameters = _cosettle_backward(
-        grad_cycle, grad_separability, grad_pooled, statistics, *arguments
-    )
+    grad_inputs, grad_parameters = _cosettle_backward(*arguments)
+    # After three gradients, the scaled gradient of the pooled tokens, and the statistics.
+    *epilogue, _temperature, _lambda_reg = arguments[5:]
     head_grads = zip(Epilogue(*epilogue).head, grad_parameters, strict=False)
     return grad_inputs, None, *(grad.to(parameter.dtype) for parameter, grad in head_grads)
 
 
-differentiate(_cosettle, _gradients, losses=2, save=_save)
+differentiate(_cosettle, _gradients, losses=3, save=_save)
 
 
 def _objective(
@@ -174,9 +224,9 @@ def _objective(
         kl=regularizer == "kl",
     )
     keep = needs_grad(*tensors.values())
-    cycle, separability, diagnostic_values, _, _ = _cosettle(*epilogue, temperature, diagnostics, keep)
-    loss = torch.add(cycle, separability, alpha=lambda_reg)
-    accuracy, similarity = diagnostic_values.unbind() if diagnostics else (None, None)
+    outputs = _cosettle(*epilogue, temperature, lambda_reg, diagnostics, keep)
+    loss, cycle, separability, measured, _grad_pooled, _statistics = outputs
+    accuracy, similarity = measured.unbind() if diagnostics else (None, None)
     return CosettleLoss(loss, cycle, separability, accuracy, similarity)
 
 

@@ -17,12 +17,12 @@ W_j = sum_i w_ij. Then
     dloss / d(p1_i . p2_j) = (A_ij C_ii / (C_ii + e) - w_ij) / (tau B M)
     dloss / d(p2_j . p3_i) = (A'_ji W_j - w_ij) / (tau B M)
 
-Both numerators are bounded by M at any temperature, so half precision can represent them. A single kernel
-handles up to 64 tokens per view, and the kernels of cycle_streaming.py handle more. Neither stores an M x M
-matrix, not even for the diagnostics, which need all of C.
+Both numerators are bounded by M at any temperature, so half precision can represent them. For up to 64 tokens
+per view in half precision, a single kernel keeps all M x M matrices in registers. Otherwise, the kernels of
+cycle_streaming.py store two of them, for a few samples at a time.
 
-For other numbers of views, the transition matrices of affinity.py are stored and multiplied. Of the last
-product, only the diagonal is computed.
+For other numbers of views, PyTorch computes the transition matrices and their product, of which only the
+diagonal is needed.
 
 Source: arXiv 2603.26597, section 3. The walk there and back through a clip is from Jabri et al., "Space-Time
 Correspondence as a Contrastive Random Walk", NeurIPS 2020.
@@ -33,28 +33,27 @@ or third view, J tokens of the second view, K channels of one loop iteration.
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .affinity import affinity_softmax
 from .checks import check_number, check_tensors
 from .cycle_streaming import launch_streaming
 from .primitives import dot
 from .reference import CYCLE_EPS
 from .runtime import (
     Backend,
+    ceil_div,
     differentiate,
     inline,
     jit,
     needs_grad,
+    next_power_of_2,
     on_device,
     operator,
     tl,
-    triton,
     use_triton,
 )
 
@@ -69,30 +68,16 @@ def softmax(logits, exists, AXIS):
     return weights / tl.expand_dims(tl.sum(weights, AXIS), AXIS)
 
 
-@inline
-def row_is_correct(cycle_IJ, BLOCK):
-    """Return 1 for each row whose arg-max is the diagonal, else 0. Masked entries must be -1.
-
-    Ties go to the first maximum, as in torch.argmax.
-    """
-    row = tl.arange(0, BLOCK)[:, None]
-    column = tl.arange(0, BLOCK)[None, :]
-    diagonal = tl.sum(tl.where(row == column, cycle_IJ, 0.0), 1)[:, None]
-    beaten = (cycle_IJ > diagonal) | ((cycle_IJ == diagonal) & (column < row))
-    return tl.where(tl.max(beaten.to(tl.int32), 1) > 0, 0.0, 1.0)
-
-
 @jit
 def _cycle_kernel(
-    walk_ptr,  # [B, 3, M, D]
-    metrics_ptr,  # [4, B, M]: cross-entropy, whether the arg-max is the diagonal, sum of squares, diagonal
+    walk_ptr,  # [B, 3, M, D], in half precision
+    loss_ptr,  # [B, M]
     grad_ptr,  # [B, 3, M, D], scaled by SCALE
     tokens, inverse_temperature,
-    D: tl.constexpr, EPS: tl.constexpr, SCALE: tl.constexpr, GRAD: tl.constexpr, DIAGNOSTICS: tl.constexpr,
+    D: tl.constexpr, EPS: tl.constexpr, SCALE: tl.constexpr, GRAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, D_PER_PROGRAM: tl.constexpr, PARTS: tl.constexpr,
-    VIEW_BY_VIEW: tl.constexpr,
 ):  # fmt: skip
-    """Compute A and A', the metrics, and the gradient of a slice of channels.
+    """Compute A and A', the loss of each token, and the gradient of a slice of channels.
 
     One program per (slice of channels, sample).
     """
@@ -121,48 +106,31 @@ def _cycle_kernel(
 
     if part == 0:
         # The average over rows is taken later: Triton 3.6 fails to compile a sum over rows here for sm_100.
-        metrics = metrics_ptr + sample * tokens + row
-        stride = tl.num_programs(0) // PARTS * tokens
-        tl.store(metrics, tl.log(1.0 + tokens * EPS) - tl.log(return_I + EPS), mask=exists)
-        if DIAGNOSTICS:
-            tl.store(metrics + 3 * stride, return_I, mask=exists)
-            # Columns beyond the last token must not be the arg-max. Rows beyond it are not stored.
-            zero_II = tl.zeros([BLOCK_M, BLOCK_M], dtype=tl.float32)
-            cycle_II = dot(there_IJ, tl.trans(back_IJ), zero_II)
-            cycle_II = tl.where(exists[None, :], cycle_II, 0.0)
-            tl.store(metrics + 2 * stride, tl.sum(cycle_II * cycle_II, 1), mask=exists)
-            correct_I = row_is_correct(tl.where(exists[None, :], cycle_II, -1.0), BLOCK_M)
-            tl.store(metrics + stride, correct_I, mask=exists)
+        loss_I = tl.log(1.0 + tokens * EPS) - tl.log(return_I + EPS)
+        tl.store(loss_ptr + sample * tokens + row, loss_I, mask=exists)
 
     if GRAD:
         through_IJ = there_IJ * back_IJ / (return_I + EPS)[:, None]
         back_IJ = (back_IJ * tl.sum(through_IJ, 0)[None, :] - through_IJ) * SCALE
         there_IJ = (there_IJ * (return_I / (return_I + EPS))[:, None] - through_IJ) * SCALE
-        there = there_IJ.to(walk_ptr.dtype.element_ty)
-        back = back_IJ.to(walk_ptr.dtype.element_ty)
+        element = walk_ptr.dtype.element_ty
+        there = there_IJ.to(element)
+        back = back_IJ.to(element)
         grad_base = grad_ptr + sample * 3 * tokens * D
-        element = grad_ptr.dtype.element_ty
-        # For float32, process one view at a time to leave registers for the operands of the three tf32
-        # products. The second view, which needs the most registers, comes first.
-        for view in tl.static_range(3 if VIEW_BY_VIEW else 1):
-            for start in range(part * D_PER_PROGRAM, min(D, (part + 1) * D_PER_PROGRAM), BLOCK_D):
-                offsets = row[:, None] * D + start + step[None, :]
-                mask = exists[:, None] & (start + step < D)[None, :]
-                zero_IK = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-                if not VIEW_BY_VIEW or view == 0:
-                    first_IK = tl.load(first_ptr + offsets, mask=mask, other=0.0)
-                    third_IK = tl.load(third_ptr + offsets, mask=mask, other=0.0)
-                    grad_second_JK = dot(tl.trans(there), first_IK, zero_IK)
-                    grad_second_JK = dot(tl.trans(back), third_IK, grad_second_JK)
-                    tl.store(grad_base + tokens * D + offsets, grad_second_JK.to(element), mask=mask)
-                if not VIEW_BY_VIEW or view > 0:
-                    second_JK = tl.load(second_ptr + offsets, mask=mask, other=0.0)
-                if not VIEW_BY_VIEW or view == 1:
-                    grad_first_IK = dot(there, second_JK, zero_IK)
-                    tl.store(grad_base + offsets, grad_first_IK.to(element), mask=mask)
-                if not VIEW_BY_VIEW or view == 2:
-                    grad_third_IK = dot(back, second_JK, zero_IK)
-                    tl.store(grad_base + 2 * tokens * D + offsets, grad_third_IK.to(element), mask=mask)
+        zero_IK = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+        for start in range(part * D_PER_PROGRAM, min(D, (part + 1) * D_PER_PROGRAM), BLOCK_D):
+            offsets = row[:, None] * D + start + step[None, :]
+            mask = exists[:, None] & (start + step < D)[None, :]
+            first_IK = tl.load(first_ptr + offsets, mask=mask, other=0.0)
+            second_JK = tl.load(second_ptr + offsets, mask=mask, other=0.0)
+            third_IK = tl.load(third_ptr + offsets, mask=mask, other=0.0)
+            grad_second_JK = dot(tl.trans(there), first_IK, zero_IK)
+            grad_second_JK = dot(tl.trans(back), third_IK, grad_second_JK)
+            tl.store(grad_base + tokens * D + offsets, grad_second_JK.to(element), mask=mask)
+            grad_first_IK = dot(there, second_JK, zero_IK)
+            tl.store(grad_base + offsets, grad_first_IK.to(element), mask=mask)
+            grad_third_IK = dot(back, second_JK, zero_IK)
+            tl.store(grad_base + 2 * tokens * D + offsets, grad_third_IK.to(element), mask=mask)
 
 
 def grad_scale(tokens: int) -> float:
@@ -171,63 +139,50 @@ def grad_scale(tokens: int) -> float:
     The gradient times tau B M is at most 4 M times the largest component of a token. For components up to
     one, the stored values are at most 16384, so that none overflows in fp16 and few underflow.
     """
-    return 4096.0 / triton.next_power_of_2(tokens)
+    return 4096.0 / next_power_of_2(tokens)
 
 
-def launch_cycle(
-    walk_B3MD: Tensor, temperature: float, *, grad_dtype: torch.dtype | None, diagnostics: bool
-) -> tuple[Tensor, Tensor]:
+def launch_cycle(walk_B3MD: Tensor, temperature: float, *, grad: bool) -> tuple[Tensor, Tensor]:
     """Run the cycle kernels on three contiguous views.
 
-    Returns four metrics of each row of C, (4, B, M) in fp32, and the gradient (B, 3, M, D). The metrics
-    are the cross-entropy and, with `diagnostics`, whether the arg-max is the diagonal (1 or 0), the sum
-    of squares, and the diagonal. The gradient is that of the mean cross-entropy, times grad_scale(M) tau
-    B M. Without `grad_dtype` it is empty.
+    Returns the cross-entropy of each row of C, (B, M) in fp32, and the gradient of the mean cross-entropy
+    times grad_scale(M) tau B M, (B, 3, M, D) in the dtype of the walk. Without `grad` it is empty.
     """
     samples, _, tokens, channels = walk_B3MD.shape
-    metrics_4BM = walk_B3MD.new_empty((4, samples, tokens), dtype=torch.float32)
-    grad_B3MD = walk_B3MD.new_empty(walk_B3MD.shape if grad_dtype else (0,), dtype=grad_dtype)
+    loss_BM = walk_B3MD.new_empty((samples, tokens), dtype=torch.float32)
+    grad_B3MD = walk_B3MD.new_empty(walk_B3MD.shape if grad else (0,))
     scale = grad_scale(tokens)
-    if tokens > MAX_FUSED_TOKENS:
-        launch_streaming(walk_B3MD, temperature, metrics_4BM, grad_B3MD, scale, diagnostics)
-        return metrics_4BM, grad_B3MD
-    block = max(triton.next_power_of_2(tokens), 16)
-    half = walk_B3MD.element_size() == 2
-    block_channels = min(max(triton.next_power_of_2(channels), 16), 64 if half else 16)
-    # Diagnostics get a separate launch, since registers cannot hold them together with the gradient.
-    launches = [(True, False)] if grad_dtype else []
-    if diagnostics or not grad_dtype:
-        launches.append((False, diagnostics))
+    if tokens > MAX_FUSED_TOKENS or walk_B3MD.dtype == torch.float32:
+        launch_streaming(walk_B3MD, temperature, loss_BM, grad_B3MD, scale)
+        return loss_BM, grad_B3MD
+    block_channels = min(max(next_power_of_2(channels), 16), 64)
+    # At a batch of 128, one program per sample would leave each multiprocessor with a single program. Two
+    # programs hide each other's loads.
+    parts = 2 if grad and channels > block_channels else 1
     with on_device(walk_B3MD):
-        for grad, with_diagnostics in launches:
-            # At a batch of 128, one program per sample would leave each multiprocessor with a single program.
-            # Two programs hide each other's loads.
-            parts = 2 if grad and channels > block_channels else 1
-            _cycle_kernel[(parts * samples,)](
-                walk_B3MD, metrics_4BM, grad_B3MD, tokens, 1.0 / temperature,
-                D=channels, EPS=CYCLE_EPS, SCALE=scale, GRAD=grad, DIAGNOSTICS=with_diagnostics,
-                BLOCK_M=block, BLOCK_D=block_channels, PARTS=parts, VIEW_BY_VIEW=not half,
-                D_PER_PROGRAM=block_channels * triton.cdiv(channels, parts * block_channels),
-                num_warps=4 if half else 8, num_stages=3 if half else 2, enable_fp_fusion=True,
-            )  # fmt: skip
-    return metrics_4BM, grad_B3MD
+        _cycle_kernel[(parts * samples,)](
+            walk_B3MD, loss_BM, grad_B3MD, tokens, 1.0 / temperature,
+            D=channels, EPS=CYCLE_EPS, SCALE=scale, GRAD=grad,
+            BLOCK_M=max(next_power_of_2(tokens), 16), BLOCK_D=block_channels, PARTS=parts,
+            D_PER_PROGRAM=block_channels * ceil_div(channels, parts * block_channels),
+            num_warps=4, num_stages=3, enable_fp_fusion=True,
+        )  # fmt: skip
+    return loss_BM, grad_B3MD
 
 
 def _three_views(walk: Tensor, temperature: float, keep: bool) -> tuple[Tensor, Tensor]:
-    """Compute the loss (0-d) and, with `keep`, its gradient with respect to the walk, both in fp32."""
-    rows = walk.shape[0] * walk.shape[2]
-    metrics_4BM, grad_walk = launch_cycle(
-        walk.contiguous(), temperature, grad_dtype=torch.float32 if keep else None, diagnostics=False
-    )
-    return metrics_4BM[0].mean(), grad_walk.div_(grad_scale(walk.shape[2]) * temperature * rows)
+    """Compute the loss (0-d, fp32) and, with `keep`, its scaled gradient (see `launch_cycle`)."""
+    loss_BM, grad_walk = launch_cycle(walk.contiguous(), temperature, grad=keep)
+    return loss_BM.mean(), grad_walk
 
 
-def _scaled_gradient(grad: Tensor, loss: Tensor, grad_walk: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiply the gradient of the walk by the incoming gradient of the loss.
+def _three_views_backward(grad: Tensor, loss: Tensor, grad_walk: Tensor, temperature: float) -> Tensor:
+    """Multiply the scaled gradient of the walk by the incoming gradient of the loss.
 
     The argument `loss` is unused, but it depends on the walk. A second derivative therefore raises an error.
     """
-    return (grad * grad_walk).to(dtype)
+    samples, _, tokens, _ = grad_walk.shape
+    return grad_walk * (grad / (grad_scale(tokens) * temperature * samples * tokens))
 
 
 _cycle_three_views = operator(
@@ -235,19 +190,19 @@ _cycle_three_views = operator(
     _three_views,
     fake=lambda walk, temperature, keep: (
         walk.new_empty((), dtype=torch.float32),
-        walk.new_empty(walk.shape, dtype=torch.float32) if keep else walk.new_empty(0),
+        walk.new_empty(walk.shape if keep else (0,)),
     ),
 )
 _cycle_three_views_backward = operator(
     "cycle_three_views_backward",
-    _scaled_gradient,
-    fake=lambda grad, loss, grad_walk, dtype: grad_walk.new_empty(grad_walk.shape, dtype=dtype),
+    _three_views_backward,
+    fake=lambda grad, loss, grad_walk, temperature: grad_walk.new_empty(grad_walk.shape),
 )
 
 
-def _save(inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Any]]:
-    walk, _temperature, _keep = inputs
-    return output, (walk.dtype,)
+def _save(inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[float]]:
+    _walk, temperature, _keep = inputs
+    return output, (temperature,)
 
 
 differentiate(_cycle_three_views, lambda *args: (_cycle_three_views_backward(*args),), losses=1, save=_save)
@@ -270,7 +225,8 @@ def cycle_consistency_loss(
         there_and_back: Whether the walk returns from the last view through the others to the first, which
             makes 2 T - 2 transitions in total.
         backend: `"triton"`, `"eager"` (plain PyTorch), or `"auto"`, which selects Triton if it is installed
-            and the tensors are on an NVIDIA GPU of compute capability 8.0 or higher and not in float64.
+            and the tensors are on an NVIDIA GPU of compute capability 8.0 or higher and not in float64. The
+            kernels are for walks that visit three views; PyTorch computes all others.
 
     Returns:
         The mean over tokens and samples as a 0-d tensor, in float32 or (for float64 tokens) float64.
@@ -285,10 +241,7 @@ def cycle_consistency_loss(
     check_number("temperature", temperature)
     if there_and_back:
         walk = torch.cat([walk, walk[:, :-1].flip(1)], dim=1)
-    if not use_triton(backend, walk=walk):
-        return reference.cycle_consistency_loss(walk, temperature)
-    if walk.shape[1] == 3:
+    if use_triton(backend, walk=walk) and walk.shape[1] == 3:
         loss: Tensor = _cycle_three_views(walk, temperature, needs_grad(walk))[0]
         return loss
-    steps = [affinity_softmax(*step, temperature, backend) for step in pairwise(walk.unbind(1))]
-    return reference.cycle_loss_from_diagonal(reference.return_probability(steps))
+    return reference.cycle_consistency_loss(walk, temperature)

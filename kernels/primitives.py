@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .runtime import INTERPRETED, compute_capability, inline, jit, tl, triton
+from .runtime import INTERPRETED, compute_capability, inline, jit, next_power_of_2, tl
 
 # log2(e). Kernels scale logits by this factor in advance, so that exp becomes a single exp2.
 LOG2_E = 1.4426950408889634
@@ -26,7 +26,7 @@ def tile_options(tokens: Tensor) -> dict[str, Any]:
     """
     half = tokens.element_size() == 2
     wide = half and compute_capability(tokens.device) >= (9, 0)
-    channels = max(triton.next_power_of_2(tokens.shape[-1]), 16)
+    channels = max(next_power_of_2(tokens.shape[-1]), 16)
     return {
         "D": tokens.shape[-1],
         "BLOCK": 64 if half else 32,
@@ -106,6 +106,15 @@ def tanh(x, HALF):
     decay = exp2(-2.885390081777927 * tl.abs(x))
     magnitude = (1.0 - decay) * reciprocal(1.0 + decay)
     return tl.where(square < 0.0625, series, tl.where(x < 0, -magnitude, magnitude))
+
+
+@inline
+def exp2m1(x):
+    """2^x - 1: the Taylor series if |x| < 0.72 (relative remainder 1e-8), else the difference."""
+    t = 0.6931471805599453 * x
+    series = 1.0 + t * (1 / 6) * (1.0 + t * (1 / 7) * (1.0 + t * (1 / 8)))
+    series = 1.0 + t * (1 / 3) * (1.0 + t * (1 / 4) * (1.0 + t * (1 / 5) * series))
+    return tl.where(tl.abs(t) < 0.5, t * (1.0 + t * 0.5 * series), exp2(x) - 1.0)
 
 
 @inline

@@ -106,19 +106,26 @@ def cycle_consistency_loss(walk_BTMD: Tensor, temperature: float) -> Tensor:
     return cycle_loss_from_diagonal(return_probability(cycle_affinities(walk_BTMD, temperature)))
 
 
-def cycle_diagnostics(affinities: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Compute cycle accuracy and identity similarity (0-d, without gradients) from C = A_1 ... A_K.
+def cycle_rows(affinities: list[Tensor]) -> Tensor:
+    """Summarise each row of C = A_1 ... A_K: (3, B, M), without gradients.
 
-    Cycle accuracy is the share of rows of C whose arg-max is the diagonal. Identity similarity is the cosine
-    similarity between C and the identity, both flattened over the whole batch.
+    Returns whether its arg-max is the diagonal (1 or 0), its sum of squares, and its diagonal element.
     """
     # Detach instead of torch.no_grad: torch.export.save rejects a no_grad block whose result is unused.
     cycle_BMM = reduce(torch.matmul, [step.detach() for step in affinities])
     start = torch.arange(cycle_BMM.shape[-1], device=cycle_BMM.device)
-    accuracy = (cycle_BMM.argmax(-1) == start).to(cycle_BMM.dtype).mean()
-    diagonal = cycle_BMM.diagonal(dim1=-2, dim2=-1)
-    similarity = diagonal.sum() / (cycle_BMM.square().sum().sqrt() * diagonal.numel() ** 0.5)
-    return accuracy, similarity
+    correct_BM = (cycle_BMM.argmax(-1) == start).to(cycle_BMM.dtype)
+    return torch.stack((correct_BM, cycle_BMM.square().sum(-1), cycle_BMM.diagonal(dim1=-2, dim2=-1)))
+
+
+def cycle_diagnostics(rows_3BM: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute cycle accuracy and identity similarity (0-d) from the result of `cycle_rows`.
+
+    Cycle accuracy is the share of rows of C whose arg-max is the diagonal. Identity similarity is the cosine
+    similarity between C and the identity, both flattened over the whole batch.
+    """
+    accuracy, squares, diagonal = rows_3BM.mean((1, 2))
+    return accuracy, diagonal * squares.rsqrt()
 
 
 def separability_loss(frozen_BTND: Tensor, projected_BTND: Tensor, regularizer: Regularizer) -> Tensor:
@@ -159,5 +166,5 @@ def cosettle_loss(
     separability = separability_loss(frozen, projected, regularizer)
     affinities = cycle_affinities(pool_tokens(projected, grid, window), temperature)
     cycle = cycle_loss_from_diagonal(return_probability(affinities))
-    accuracy, similarity = cycle_diagnostics(affinities) if diagnostics else (None, None)
+    accuracy, similarity = cycle_diagnostics(cycle_rows(affinities)) if diagnostics else (None, None)
     return CosettleLoss(cycle + lambda_reg * separability, cycle, separability, accuracy, similarity)

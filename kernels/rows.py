@@ -6,12 +6,12 @@ Entries beyond D are 0. The size of a block in Triton must be a power of two. Th
 
 from __future__ import annotations
 
-from .runtime import inline, tl, triton
+from .runtime import inline, next_power_of_2, tl
 
 
 def row_blocks(channels: int) -> tuple[int, int]:
     """Choose BLOCK and CHUNKS with the least padding: one block, or three blocks of at least 128 channels."""
-    whole = triton.next_power_of_2(channels)
+    whole = next_power_of_2(channels)
     third = whole // 4
     return (third, 3) if third >= 128 and 3 * third >= channels else (max(whole, 32), 1)
 

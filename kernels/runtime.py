@@ -7,6 +7,7 @@ that case, the kernels are plain Python functions that are never called.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -36,9 +37,11 @@ NAMESPACE = (__package__ or "fasttrain_kernels").replace(".", "_")
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 
 
-def jit(kernel: Callable[..., Any]) -> Any:
-    """Apply `triton.jit`, or return the function unchanged if Triton is not installed."""
-    return kernel if triton is None else triton.jit(kernel)
+def jit(kernel: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """Apply `triton.jit` with some options, or return the function unchanged if Triton is not installed."""
+    if kernel is None:
+        return partial(jit, **options)
+    return kernel if triton is None else triton.jit(kernel, **options)
 
 
 def inline(function: Callable[..., Any]) -> Any:
@@ -111,8 +114,9 @@ def differentiate(
     be a flag that says whether a gradient will be needed.
 
     `save` maps the inputs and outputs of `forward` to tensors and constants to keep for `backward`, which
-    receives the gradients of the losses, these tensors and these constants, and returns the gradients of the
-    first inputs. It should call an operator that has no gradient, so that a second derivative is an error.
+    receives the gradients of the losses (not all of them None), these tensors and these constants, and
+    returns the gradients of the first inputs. It should call an operator that has no gradient, so that a
+    second derivative is an error.
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -130,11 +134,9 @@ def differentiate(
                 "it was called or exported. (Under torch.vmap, no input does.) Pass backend='eager', or "
                 "export with inputs that require gradients."
             )
-        defined = [grad for grad in grads if grad is not None]
-        if not defined:
+        if all(grad is None for grad in grads[:losses]):
             return (None,) * ctx.inputs
-        loss_grads = [torch.zeros_like(defined[0]) if grad is None else grad for grad in grads[:losses]]
-        input_grads = backward(*loss_grads, *ctx.saved_tensors, *ctx.constants)
+        input_grads = backward(*grads[:losses], *ctx.saved_tensors, *ctx.constants)
         return (*input_grads, *(None,) * (ctx.inputs - len(input_grads)))
 
     forward.register_autograd(gradients, setup_context=setup_context)
@@ -150,14 +152,45 @@ def unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def multiprocessors(device: torch.device) -> int:
-    """Number of streaming multiprocessors of the device; 1 under the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+def next_power_of_2(number: int) -> int:
+    """Smallest power of two that is at least `number`; triton.next_power_of_2 is slow on the host."""
+    return 1 << (number - 1).bit_length()
+
+
+def ceil_div(dividend: int, divisor: int) -> int:
+    """Quotient, rounded up; triton.cdiv is slow on the host."""
+    return -(-dividend // divisor)
 
 
 def compute_capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a GPU, for example (8, 0) for an A100; (9, 0) for other devices."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+_PROGRAMS: dict[tuple[Any, ...], int] = {}
+
+
+def programs_at_once(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> int:
+    """Number of programs of a kernel that the current GPU can run at once; 1 under the interpreter.
+
+    More would run in a second wave, after the first programs have ended. Compiles the kernel if necessary.
+    """
+    if INTERPRETED:
+        return 1
+    driver = triton.runtime.driver.active
+    device = driver.get_current_device()
+    dtypes = tuple(getattr(argument, "dtype", None) for argument in arguments)
+    key = (kernel, device, dtypes, *constants.values())
+    if key not in _PROGRAMS:
+        compiled = kernel.warmup(*arguments, grid=(1,), **constants)
+        # Loads the kernel, which sets `n_regs`.
+        compiled._init_handles()
+        # Each of the four partitions of a multiprocessor has 16,384 registers, of which a warp takes a
+        # multiple of 256. A multiprocessor of an A100, H100 or B200 runs up to 32 programs.
+        warps = 4 * (16384 // (32 * 8 * ceil_div(compiled.n_regs, 8)))
+        programs = max(1, min(32, warps // constants["num_warps"]))
+        _PROGRAMS[key] = programs * driver.utils.get_device_properties(device)["multiprocessor_count"]
+    return _PROGRAMS[key]
 
 
 def on_device(tensor: Tensor) -> torch.cuda.device:

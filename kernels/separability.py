@@ -27,8 +27,9 @@ recomputes the rows from x and z and from six numbers per token that the forward
 
 The gradients of the head's parameters are summed over all tokens.
 
-One warp processes one token at a time, so that reductions over channels are warp shuffles. More than 1024
-channels (768 in the backward with a head) need two or more warps.
+A program processes one token at a time with one or a few warps, so that reductions over channels are mostly
+warp shuffles. With a head, only as many programs are launched as the GPU can run at once. Each processes many
+cells.
 
 Source: arXiv 2603.26597, section 3.
 
@@ -45,7 +46,7 @@ from torch import Tensor
 
 from . import reference
 from .checks import check_choice, check_tensors
-from .primitives import LOG2_E, exp2, log1p, sum_two, tanh
+from .primitives import LOG2_E, exp2, exp2m1, log1p, sum_two, tanh
 from .reference import Regularizer
 from .rows import (
     add_rows,
@@ -63,15 +64,16 @@ from .rows import (
 )
 from .runtime import (
     Backend,
+    ceil_div,
     differentiate,
     inline,
     jit,
-    multiprocessors,
     needs_grad,
+    next_power_of_2,
     on_device,
     operator,
+    programs_at_once,
     tl,
-    triton,
     unit_stride,
     use_triton,
 )
@@ -79,6 +81,21 @@ from .runtime import (
 # Numbers stored per token for the backward: mean and 1 / (standard deviation) of the layer norm; 1 / ||v||
 # and 1 / ||z||; the sum of exp(y); the mean of exp(p - y) - 1, weighted with q.
 STATISTICS = 6
+
+
+class Schedule(NamedTuple):
+    """How a kernel with a head is executed; benchmarks/kernels.py compares the choices."""
+
+    # Channels for each warp. Fewer channels need fewer registers per thread.
+    channels_per_warp: int
+    # Stages of the loop over the tokens of a cell: with 2, the next token is loaded during the arithmetic.
+    stages: int
+    # Whether the head's parameters stay in registers instead of being loaded again for each token.
+    keep_head: bool
+
+
+FORWARD_SCHEDULE = Schedule(channels_per_warp=1024, stages=1, keep_head=False)
+BACKWARD_SCHEDULE = Schedule(channels_per_warp=768, stages=1, keep_head=False)
 
 
 class Epilogue(NamedTuple):
@@ -109,7 +126,7 @@ class Epilogue(NamedTuple):
 
     @property
     def cells(self) -> int:
-        return int(triton.cdiv(self.height, self.window_height) * triton.cdiv(self.width, self.window_width))
+        return ceil_div(self.height, self.window_height) * ceil_div(self.width, self.window_width)
 
     @property
     def whole_cells(self) -> int:
@@ -158,120 +175,150 @@ def _centred(row, mean, D, BLOCK):
 
 
 @inline
-def _growth(frozen, difference, D, BLOCK):
+def _growth(frozen, difference, D, BLOCK, HALF):
     """Return exp(y), with 0 beyond the last channel, and exp(p - y) - 1."""
     weight = ()
     growth = ()
     for c in tl.static_range(len(frozen)):
         channel = c * BLOCK + tl.arange(0, BLOCK) < D
         weight = append(weight, tl.where(channel, exp2(frozen[c]), 0.0))
-        growth = append(growth, exp2(difference[c]) - 1.0)
+        # The KL divergence is of second order in the difference, which magnifies an error in this term.
+        growth = append(growth, exp2(difference[c]) - 1.0 if HALF else exp2m1(difference[c]))
     return weight, growth
 
 
-@jit
+@inline
+def _load_or_zero(pointer):
+    """Load a number as fp32; 0 if the pointer is None."""
+    return 0.0 if pointer is None else tl.load(pointer).to(tl.float32)
+
+
+@inline
+def _load_head(bias_ptr, norm_weight_ptr, norm_bias_ptr, D, BLOCK, CHUNKS):
+    bias = load_row(bias_ptr, True, D, BLOCK, CHUNKS)
+    norm_weight = load_row(norm_weight_ptr, True, D, BLOCK, CHUNKS)
+    norm_bias = load_row(norm_bias_ptr, True, D, BLOCK, CHUNKS)
+    return bias, norm_weight, norm_bias
+
+
+# The number of cells depends on the batch size, for whose values Triton would compile separate kernels.
+@jit(do_not_specialize=["all_cells"])
 def _forward_kernel(
     input_ptr, frozen_ptr,  # [B, T, N, D], channels contiguous
     bias_ptr, norm_weight_ptr, norm_bias_ptr,  # [D]
-    terms_ptr,  # [B, T, N]
+    terms_ptr,  # [B, T, cells], sums over the tokens of a cell
     statistics_ptr,  # [B, T, N, STATISTICS]
     pooled_ptr,  # [B, T, M, D]
     input_stride_b, input_stride_t, input_stride_n, frozen_stride_b, frozen_stride_t, frozen_stride_n,
-    views, height, width, whole_cells, eps, term_scale,
+    all_cells, views, height, width, whole_cells, term_scale, eps,
     D: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
     HEAD: tl.constexpr, TANH: tl.constexpr, KL: tl.constexpr, POOL: tl.constexpr, HALF: tl.constexpr,
     UNIT: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, STATISTICS: tl.constexpr,
+    STAGES: tl.constexpr, KEEP_HEAD: tl.constexpr,
 ):  # fmt: skip
     """Write the separability terms times term_scale and, if requested, statistics and pooled tokens.
 
-    One program per (cell, view of a sample).
+    Each program processes every num_programs-th of the B T cells.
     """
     cells = tl.cdiv(height, WINDOW_H) * tl.cdiv(width, WINDOW_W)
-    cell = tl.program_id(0) % cells
-    view_of_sample = (tl.program_id(0) // cells).to(tl.int64)
-    view = view_of_sample % views
-    sample = view_of_sample // views
-    input_base = input_ptr + sample * input_stride_b + view * input_stride_t
-    frozen_base = frozen_ptr + sample * frozen_stride_b + view * frozen_stride_t
-    terms_base = terms_ptr + view_of_sample * height * width
-    pooled = zero_row(BLOCK, CHUNKS)
+    if HEAD and KEEP_HEAD:
+        bias, norm_weight, norm_bias = _load_head(bias_ptr, norm_weight_ptr, norm_bias_ptr, D, BLOCK, CHUNKS)
+    for work in range(tl.program_id(0), all_cells, tl.num_programs(0)):
+        cell = work % cells
+        view_of_sample = (work // cells).to(tl.int64)
+        view = view_of_sample % views
+        sample = view_of_sample // views
+        input_base = input_ptr + sample * input_stride_b + view * input_stride_t
+        frozen_base = frozen_ptr + sample * frozen_stride_b + view * frozen_stride_t
+        pooled = zero_row(BLOCK, CHUNKS)
+        cell_term = 0.0
 
-    for slot in range(WINDOW_H * WINDOW_W):
-        token, exists = _token_of_cell(cell, slot, height, width, WINDOW_H, WINDOW_W)
-        values = load_row(input_base + token * input_stride_n, exists, D, BLOCK, CHUNKS)
-        frozen = load_row(frozen_base + token * frozen_stride_n, exists, D, BLOCK, CHUNKS)
-        if HEAD:
-            bias = load_row(bias_ptr, True, D, BLOCK, CHUNKS)
-            norm_weight = load_row(norm_weight_ptr, True, D, BLOCK, CHUNKS)
-            norm_bias = load_row(norm_bias_ptr, True, D, BLOCK, CHUNKS)
-            hidden = _hidden(values, bias, TANH, HALF)
-            mean = tl.sum(sum_chunks(hidden), 0) * (1.0 / D)
-            centred = _centred(hidden, mean, D, BLOCK)
-            inverse_std = 1.0 / tl.sqrt(dot_rows(centred, centred) * (1.0 / D) + eps)
-            standard = scale_row(centred, inverse_std)
-            values = multiply_add_rows(standard, norm_weight, norm_bias)
-        scale = inverse_norm(values)
-        frozen_scale = inverse_norm(frozen)
-        unit = scale_row(values, UNIT * scale)
-        frozen = scale_row(frozen, UNIT * frozen_scale)
-        difference = add_rows(unit, frozen, -1.0)
-        if KL:
-            weight, growth = _growth(frozen, difference, D, BLOCK)
-            total = tl.sum(sum_chunks(weight), 0)
-            mean_growth = dot_rows(weight, growth) / total
-            term = log1p(mean_growth) - dot_rows(weight, difference) / (UNIT * total)
-        else:
-            term = dot_rows(difference, difference) / (UNIT * UNIT)
-        tl.store(terms_base + token, term * term_scale, mask=exists)
-        if STATISTICS:
-            statistics = statistics_ptr + (view_of_sample * height * width + token) * STATISTICS
+        for slot in tl.range(0, WINDOW_H * WINDOW_W, num_stages=STAGES):
+            token, exists = _token_of_cell(cell, slot, height, width, WINDOW_H, WINDOW_W)
+            values = load_row(input_base + token * input_stride_n, exists, D, BLOCK, CHUNKS)
+            frozen = load_row(frozen_base + token * frozen_stride_n, exists, D, BLOCK, CHUNKS)
             if HEAD:
-                tl.store(statistics, mean, mask=exists)
-                tl.store(statistics + 1, inverse_std, mask=exists)
-            tl.store(statistics + 2, scale, mask=exists)
-            tl.store(statistics + 3, frozen_scale, mask=exists)
+                if not KEEP_HEAD:
+                    bias, norm_weight, norm_bias = _load_head(
+                        bias_ptr, norm_weight_ptr, norm_bias_ptr, D, BLOCK, CHUNKS
+                    )
+                hidden = _hidden(values, bias, TANH, HALF)
+                mean = tl.sum(sum_chunks(hidden), 0) * (1.0 / D)
+                centred = _centred(hidden, mean, D, BLOCK)
+                inverse_std = 1.0 / tl.sqrt(dot_rows(centred, centred) * (1.0 / D) + eps)
+                standard = scale_row(centred, inverse_std)
+                values = multiply_add_rows(standard, norm_weight, norm_bias)
+            scale = inverse_norm(values)
+            frozen_scale = inverse_norm(frozen)
+            unit = scale_row(values, UNIT * scale)
+            frozen = scale_row(frozen, UNIT * frozen_scale)
+            difference = add_rows(unit, frozen, -1.0)
             if KL:
-                tl.store(statistics + 4, total, mask=exists)
-                tl.store(statistics + 5, mean_growth, mask=exists)
+                weight, growth = _growth(frozen, difference, D, BLOCK, HALF)
+                total = tl.sum(sum_chunks(weight), 0)
+                mean_growth = dot_rows(weight, growth) / total
+                term = log1p(mean_growth) - dot_rows(weight, difference) / (UNIT * total)
+            else:
+                term = dot_rows(difference, difference) / (UNIT * UNIT)
+            cell_term += tl.where(exists, term, 0.0)
+            if STATISTICS:
+                statistics = statistics_ptr + (view_of_sample * height * width + token) * STATISTICS
+                if HEAD:
+                    tl.store(statistics, mean, mask=exists)
+                    tl.store(statistics + 1, inverse_std, mask=exists)
+                tl.store(statistics + 2, scale, mask=exists)
+                tl.store(statistics + 3, frozen_scale, mask=exists)
+                if KL:
+                    tl.store(statistics + 4, total, mask=exists)
+                    tl.store(statistics + 5, mean_growth, mask=exists)
+            if POOL:
+                # For tokens that do not exist, `unit` may be nonzero, but then no pooled token is stored.
+                pooled = add_rows(pooled, unit, 1.0 / (UNIT * WINDOW_H * WINDOW_W))
+
+        tl.store(terms_ptr + work, cell_term * term_scale)
         if POOL:
-            pooled = add_rows(pooled, unit, 1.0 / (UNIT * WINDOW_H * WINDOW_W))
-
-    if POOL:
-        whole_cell, is_whole = _whole_cell(cell, height, width, WINDOW_H, WINDOW_W)
-        pooled_row = pooled_ptr + (view_of_sample * whole_cells + whole_cell) * D
-        store_row(pooled_row, pooled, is_whole, D, BLOCK)
+            whole_cell, is_whole = _whole_cell(cell, height, width, WINDOW_H, WINDOW_W)
+            pooled_row = pooled_ptr + (view_of_sample * whole_cells + whole_cell) * D
+            store_row(pooled_row, pooled, is_whole, D, BLOCK)
 
 
-@jit
+@jit(do_not_specialize=["all_cells"])
 def _backward_kernel(
     input_ptr, frozen_ptr,  # [B, T, N, D], channels contiguous
     bias_ptr, norm_weight_ptr, norm_bias_ptr,  # [D]
     statistics_ptr,  # [B, T, N, STATISTICS]
-    grad_term_ptr, grad_cycle_ptr,  # []
+    grad_loss_ptr, grad_cycle_ptr, grad_term_ptr,  # [], may be None
     grad_pooled_ptr,  # [B, T, M, D]
     grad_input_ptr,  # [B, T, N, D]
     grad_parameters_ptr,  # [programs, 3, D]: bias, layer norm weight, layer norm bias
     input_stride_b, input_stride_t, input_stride_n, frozen_stride_b, frozen_stride_t, frozen_stride_n,
-    samples, views, height, width, whole_cells, term_scale, pooled_scale,
+    all_cells, views, height, width, whole_cells, term_scale, pooled_scale, lambda_reg,
     D: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
     HEAD: tl.constexpr, TANH: tl.constexpr, KL: tl.constexpr, POOL: tl.constexpr, HALF: tl.constexpr,
     UNIT: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, STATISTICS: tl.constexpr,
+    STAGES: tl.constexpr, KEEP_HEAD: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of the inputs, and partial sums of the gradients of the head's parameters.
 
-    Each program processes every num_programs-th cell and keeps its partial sums in registers.
+    Each program processes every num_programs-th of the B T cells and keeps its partial sums in registers.
     """
     program = tl.program_id(0)
     cells = tl.cdiv(height, WINDOW_H) * tl.cdiv(width, WINDOW_W)
-    grad_term = tl.load(grad_term_ptr).to(tl.float32) * term_scale
+    grad_loss = _load_or_zero(grad_loss_ptr)
+    grad_term = (_load_or_zero(grad_term_ptr) + lambda_reg * grad_loss) * term_scale
     if POOL:
-        grad_cycle = tl.load(grad_cycle_ptr).to(tl.float32) * (pooled_scale / (WINDOW_H * WINDOW_W))
+        grad_cycle = _load_or_zero(grad_cycle_ptr) + grad_loss
+        grad_cycle *= pooled_scale / (WINDOW_H * WINDOW_W)
     if HEAD:
+        if KEEP_HEAD:
+            bias, norm_weight, norm_bias = _load_head(
+                bias_ptr, norm_weight_ptr, norm_bias_ptr, D, BLOCK, CHUNKS
+            )
         grad_bias = zero_row(BLOCK, CHUNKS)
         grad_norm_weight = zero_row(BLOCK, CHUNKS)
         grad_norm_bias = zero_row(BLOCK, CHUNKS)
 
-    for work in range(program, samples * views * cells, tl.num_programs(0)):
+    for work in range(program, all_cells, tl.num_programs(0)):
         cell = work % cells
         view_of_sample = (work // cells).to(tl.int64)
         view = view_of_sample % views
@@ -283,15 +330,16 @@ def _backward_kernel(
             whole_cell, is_whole = _whole_cell(cell, height, width, WINDOW_H, WINDOW_W)
             pooled_row = grad_pooled_ptr + (view_of_sample * whole_cells + whole_cell) * D
 
-        for slot in range(WINDOW_H * WINDOW_W):
+        for slot in tl.range(0, WINDOW_H * WINDOW_W, num_stages=STAGES):
             token, exists = _token_of_cell(cell, slot, height, width, WINDOW_H, WINDOW_W)
             values = load_row(input_base + token * input_stride_n, exists, D, BLOCK, CHUNKS)
             frozen = load_row(frozen_base + token * frozen_stride_n, exists, D, BLOCK, CHUNKS)
             statistics = statistics_ptr + (view_of_sample * height * width + token) * STATISTICS
             if HEAD:
-                bias = load_row(bias_ptr, True, D, BLOCK, CHUNKS)
-                norm_weight = load_row(norm_weight_ptr, True, D, BLOCK, CHUNKS)
-                norm_bias = load_row(norm_bias_ptr, True, D, BLOCK, CHUNKS)
+                if not KEEP_HEAD:
+                    bias, norm_weight, norm_bias = _load_head(
+                        bias_ptr, norm_weight_ptr, norm_bias_ptr, D, BLOCK, CHUNKS
+                    )
                 mean = tl.load(statistics, mask=exists, other=0.0)
                 inverse_std = tl.load(statistics + 1, mask=exists, other=0.0)
                 hidden = _hidden(values, bias, TANH, HALF)
@@ -304,7 +352,7 @@ def _backward_kernel(
             frozen = scale_row(frozen, UNIT * frozen_scale)
             difference = add_rows(unit, frozen, -1.0)
             if KL:
-                weight, growth = _growth(frozen, difference, D, BLOCK)
+                weight, growth = _growth(frozen, difference, D, BLOCK, HALF)
                 total = tl.load(statistics + 4, mask=exists, other=1.0)
                 mean_growth = tl.load(statistics + 5, mask=exists, other=0.0)
                 factor = grad_term / (total * (1.0 + mean_growth))
@@ -317,8 +365,9 @@ def _backward_kernel(
                 grad_pooled = load_row(pooled_row, is_whole, D, BLOCK, CHUNKS)
                 grad = add_rows(grad, grad_pooled, grad_cycle)
 
-            # A norm below 1e-12 is replaced by this constant, so no gradient flows through it.
-            along = tl.where(scale < 1e12, dot_rows(unit, grad) / (UNIT * UNIT), 0.0)
+            # A norm below 1e-12 is replaced by this constant, so no gradient flows through it. The division
+            # that gives the scale may round 1e12 down.
+            along = tl.where(scale < 0.99999e12, dot_rows(unit, grad) / (UNIT * UNIT), 0.0)
             grad = scale_row(add_rows(grad, unit, -along), scale)
             if HEAD:
                 grad_norm_bias = add_rows(grad_norm_bias, grad, 1.0)
@@ -357,85 +406,96 @@ def statistics_shape(inputs_BTND: Tensor, keep: bool) -> tuple[int, ...]:
 def launch_forward(epilogue: Epilogue, *, pool: bool, statistics: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Run the forward kernel.
 
-    Returns the separability loss (0-d), the pooled tokens (B, T, M, D), which are empty without `pool`, and
-    the statistics (B, T, N, 6) for `launch_backward`, which are empty without `statistics`.
+    Returns the separability terms (B, T, cells) in fp32, whose sum is the loss; the pooled tokens (B, T, M,
+    D), which are empty without `pool`; and the statistics (B, T, N, 6) for `launch_backward`, which are empty
+    without `statistics`.
     """
     inputs = epilogue.inputs
-    samples, views, tokens, channels = inputs.shape
-    tensors, strides, constants = _shared_arguments(epilogue, pool, channels_per_warp=1024)
-    terms_BTN = inputs.new_empty((samples, views, tokens), dtype=torch.float32)
+    samples, views, _, channels = inputs.shape
+    tensors, numbers, constants = _shared_arguments(epilogue, pool, FORWARD_SCHEDULE)
+    terms_BTC = inputs.new_empty((samples, views, epilogue.cells), dtype=torch.float32)
     statistics_BTNS = inputs.new_empty(statistics_shape(inputs, statistics), dtype=torch.float32)
     pooled_shape = (samples, views, epilogue.whole_cells, channels) if pool else (0,)
     pooled_BTMD = inputs.new_empty(pooled_shape, dtype=pooled_dtype(inputs.dtype))
+    constants["STATISTICS"] = STATISTICS if statistics else 0
+    arguments = (*tensors, terms_BTC, statistics_BTNS, pooled_BTMD, *numbers, epilogue.norm_eps)
     with on_device(inputs):
-        _forward_kernel[(epilogue.cells * samples * views,)](
-            *tensors, terms_BTN, statistics_BTNS, pooled_BTMD, *strides, views,
-            epilogue.height, epilogue.width, epilogue.whole_cells, epilogue.norm_eps, _term_scale(epilogue),
-            STATISTICS=STATISTICS if statistics else 0, **constants,
-        )  # fmt: skip
-    return terms_BTN.sum(), pooled_BTMD, statistics_BTNS
+        programs = _programs(_forward_kernel, epilogue, arguments, constants)
+        _forward_kernel[(programs,)](*arguments, **constants)
+    return terms_BTC, pooled_BTMD, statistics_BTNS
 
 
 def launch_backward(
     epilogue: Epilogue,
     statistics_BTNS: Tensor,
-    grad_separability: Tensor,
+    grad_separability: Tensor | None,
+    *,
+    grad_loss: Tensor | None = None,
+    lambda_reg: float = 0.0,
     grad_cycle: Tensor | None = None,
     grad_pooled_BTMD: Tensor | None = None,
     pooled_scale: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute the gradients of the inputs (B, T, N, D) and, with a head, of its parameters (3, D) in fp32.
 
-    The gradient of the pooled tokens is grad_pooled * grad_cycle * pooled_scale. `grad_separability` and
-    `grad_cycle` are 0-d tensors, which the kernel reads on the device.
+    The incoming gradients are 0-d tensors, which the kernel reads on the device. That of the separability is
+    grad_separability + lambda_reg * grad_loss, and that of the pooled tokens is grad_pooled * (grad_cycle +
+    grad_loss) * pooled_scale.
     """
-    inputs, head = epilogue.inputs, epilogue.head
-    samples, views, _, channels = inputs.shape
+    inputs, head, channels = epilogue.inputs, epilogue.head, epilogue.inputs.shape[-1]
     pool = grad_pooled_BTMD is not None
-    tensors, strides, constants = _shared_arguments(epilogue, pool, channels_per_warp=768 if head else 1024)
-    programs = epilogue.cells * samples * views
-    if head:
-        # Launch only as many programs as fit on the GPU at once, since each writes partial sums of its own.
-        threads = 32 * constants["num_warps"]
-        registers = min(255, 64 + 8 * constants["BLOCK"] * constants["CHUNKS"] // threads)
-        at_once = max(1, 65536 // (threads * registers)) * multiprocessors(inputs.device)
-        programs = min(programs, at_once)
+    tensors, numbers, constants = _shared_arguments(epilogue, pool, BACKWARD_SCHEDULE)
     grad_BTND = torch.empty_like(inputs, memory_format=torch.contiguous_format)
-    partial_P3D = inputs.new_empty((programs, 3, channels), dtype=torch.float32) if head else None
-    unused = tensors[0]
+    constants["STATISTICS"] = STATISTICS
+    first = (*tensors, statistics_BTNS, grad_loss, grad_cycle, grad_separability, grad_pooled_BTMD, grad_BTND)
+    last = (*numbers, pooled_scale, lambda_reg)
+    empty = inputs.new_empty(0, dtype=torch.float32) if head else None
     with on_device(inputs):
-        _backward_kernel[(programs,)](
-            *tensors, statistics_BTNS, grad_separability, grad_cycle if pool else grad_separability,
-            grad_pooled_BTMD if pool else unused, grad_BTND, partial_P3D if head else unused, *strides,
-            samples, views, epilogue.height, epilogue.width, epilogue.whole_cells, _term_scale(epilogue),
-            pooled_scale, STATISTICS=STATISTICS, **constants,
-        )  # fmt: skip
+        programs = _programs(_backward_kernel, epilogue, (*first, empty, *last), constants)
+        # Each program writes partial sums of its own, which makes the sums reproducible.
+        partial_P3D = inputs.new_empty((programs, 3, channels), dtype=torch.float32) if head else None
+        _backward_kernel[(programs,)](*first, partial_P3D, *last, **constants)
     return grad_BTND, None if partial_P3D is None else partial_P3D.sum(0)
 
 
-def _term_scale(epilogue: Epilogue) -> float:
-    """Factor that turns the sum of the separability terms into the loss."""
-    return 1.0 / (epilogue.inputs.shape[0] if epilogue.kl else epilogue.inputs.numel())
+def _programs(kernel: Any, epilogue: Epilogue, arguments: tuple[Any, ...], constants: dict[str, Any]) -> int:
+    """Number of programs to launch: one per cell, but with a head at most as many as run at once."""
+    cells = _all_cells(epilogue)
+    if not epilogue.head:
+        return cells
+    return min(cells, programs_at_once(kernel, arguments, constants))
+
+
+def _all_cells(epilogue: Epilogue) -> int:
+    samples, views, _, _ = epilogue.inputs.shape
+    return samples * views * epilogue.cells
 
 
 def _shared_arguments(
-    epilogue: Epilogue, pool: bool, channels_per_warp: int
-) -> tuple[list[Tensor], tuple[int, ...], dict[str, Any]]:
-    """Arguments that both kernels share: the first tensors, the strides, and the compile-time constants."""
+    epilogue: Epilogue, pool: bool, schedule: Schedule
+) -> tuple[list[Tensor], tuple[Any, ...], dict[str, Any]]:
+    """Arguments that both kernels share: the first tensors, the first numbers, and compile-time constants."""
     inputs, frozen = unit_stride(epilogue.inputs), unit_stride(epilogue.frozen)
-    block, chunks = row_blocks(inputs.shape[-1])
+    samples, views, _, channels = inputs.shape
+    block, chunks = row_blocks(channels)
     parameters = [parameter.contiguous() for parameter in epilogue.head] or [inputs] * 3
+    # Turns the sum of the separability terms into the loss.
+    term_scale = 1.0 / (samples if epilogue.kl else inputs.numel())
+    numbers = (
+        *inputs.stride()[:3], *frozen.stride()[:3],
+        _all_cells(epilogue), views, epilogue.height, epilogue.width, epilogue.whole_cells, term_scale,
+    )  # fmt: skip
     constants = {
-        "D": inputs.shape[-1], "WINDOW_H": epilogue.window_height, "WINDOW_W": epilogue.window_width,
+        "D": channels, "WINDOW_H": epilogue.window_height, "WINDOW_W": epilogue.window_width,
         "HEAD": bool(epilogue.head), "TANH": epilogue.tanh, "KL": epilogue.kl, "POOL": pool,
         "HALF": inputs.dtype != torch.float32, "UNIT": LOG2_E, "BLOCK": block, "CHUNKS": chunks,
+        "STAGES": schedule.stages, "KEEP_HEAD": schedule.keep_head,
         # Enough warps to hold a row in registers without spilling.
-        "num_warps": triton.next_power_of_2(triton.cdiv(block * chunks, channels_per_warp)),
+        "num_warps": next_power_of_2(ceil_div(block * chunks, schedule.channels_per_warp)),
         # Newer versions of Triton fuse multiplications and additions only on request (triton PR 11270).
         "enable_fp_fusion": True,
     }  # fmt: skip
-    strides = (*inputs.stride()[:3], *frozen.stride()[:3])
-    return [inputs, frozen, *parameters], strides, constants
+    return [inputs, frozen, *parameters], numbers, constants
 
 
 # --- the loss alone -----------------------------------------------------------------------------------
@@ -451,8 +511,8 @@ def _epilogue(projected: Tensor, frozen: Tensor, kl: bool) -> Epilogue:
 
 def _forward(projected: Tensor, frozen: Tensor, kl: bool, keep: bool) -> tuple[Tensor, Tensor]:
     """Compute the loss (0-d) and the statistics for the backward, which are empty without `keep`."""
-    loss, _, statistics = launch_forward(_epilogue(projected, frozen, kl), pool=False, statistics=keep)
-    return loss, statistics
+    terms, _, statistics = launch_forward(_epilogue(projected, frozen, kl), pool=False, statistics=keep)
+    return terms.sum(), statistics
 
 
 def _backward(grad: Tensor, statistics: Tensor, projected: Tensor, frozen: Tensor, kl: bool) -> Tensor:

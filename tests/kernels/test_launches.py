@@ -1,0 +1,137 @@
+"""Tests of the launchers with Triton's own binder and compiler, in processes without Triton's interpreter.
+
+Triton compiles the kernels for a GPU, but its driver is replaced by one that does not run them.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fasttrain_kernels
+from tests.kernels.test_operators import run_python
+
+FOLDER = Path(fasttrain_kernels.__file__).parent
+
+
+@pytest.fixture
+def in_process(tmp_path: Path) -> Any:
+    """Run a program that prints JSON, and return the value."""
+    pytest.importorskip("triton")
+    (tmp_path / "fasttrain_kernels").symlink_to(FOLDER)
+    return lambda code: json.loads(run_python(code, tmp_path, FOLDER.parent))
+
+
+def test_a_step_launches_few_kernels_and_compiles_them_once(in_process: Any) -> None:
+    """Triton compiles a kernel again if an argument that it specialises is 1 or becomes divisible by 16."""
+    code = """
+import json, torch
+from unittest.mock import patch
+from benchmarks.kernel_resources import pretended_gpu
+from fasttrain_kernels import cosettle_head_loss, runtime
+
+def step(batch, tokens, window):
+    grid = (tokens // 14, 14)
+    frozen, linear = torch.zeros(2, batch, 3, tokens, 64, dtype=torch.bfloat16)
+    head = [torch.zeros(64, requires_grad=True) for _ in range(3)]
+    options = {"window": window, "backend": "triton", "diagnostics": False}
+    with pretended_gpu(90) as launches:
+        cosettle_head_loss(frozen, linear.requires_grad_(), *head, grid, **options).loss.backward()
+    return launches
+
+with patch.object(runtime, "_is_supported", lambda device: True):
+    fused = [step(batch, 196, 2) for batch in (1, 8, 16, 17)]
+    streaming = [step(batch, 196, 1) for batch in (1, 500)]
+names = [[launch.name for launch in launches] for launches in fused]
+kernels = [[id(launch.kernel) for launch in launches] for launches in fused]
+print(json.dumps({
+    "fused": names[0],
+    "same names": len(set(map(tuple, names))),
+    "same kernels": len(set(map(tuple, kernels))),
+    "streaming": [l.name for l in streaming[0]],
+    "groups": [l.grid for l in streaming[1] if l.name == "bracket_kernel"],
+    "all kernels": len({id(l.kernel) for launches in streaming for l in launches}),
+}))
+"""
+    assert in_process(code) == {
+        "fused": ["forward_kernel", "cycle_kernel", "sum_kernel", "backward_kernel"],
+        "same names": 1,
+        "same kernels": 1,
+        "streaming": [
+            *("forward_kernel", "back_normaliser_kernel", "return_kernel", "through_kernel"),
+            *("bracket_kernel", "sum_kernel", "backward_kernel"),
+        ],
+        # 16 tiles of 64 x 64 a sample, and 218 samples a group.
+        "groups": [[3488], [3488], [1024]],
+        "all kernels": 7,
+    }
+
+
+def test_persistent_programs_fit_on_the_gpu_at_once(in_process: Any) -> None:
+    """A multiprocessor has four partitions of 16,384 registers, which warps take in units of 8 per thread."""
+    code = """
+import json, torch
+from benchmarks.kernel_resources import launches_at, resources
+rows = []
+for channels in (384, 1024):
+    for launches in launches_at(channels, torch.bfloat16, 90, only="head").values():
+        used = resources(launches[0].kernel)
+        rows.append([launches[0].grid[0], used["registers"], used["warps"]])
+print(json.dumps(rows))
+"""
+    for programs, registers, warps in in_process(code):
+        warps_at_once = programs // 132 * warps
+        of_partition = -(-warps_at_once // 4)
+        allocated = -(-registers // 8) * 8 * 32
+        assert programs % 132 == 0
+        assert of_partition * allocated <= 16384
+        # One more program a multiprocessor would not fit.
+        assert programs == 32 * 132 or (warps_at_once + warps) > 4 * (16384 // allocated)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "cores"),
+    [
+        pytest.param(80, "mma", marks=pytest.mark.slow),
+        pytest.param(86, "mma", marks=pytest.mark.slow),
+        (90, "wgmma"),
+        pytest.param(100, "tcgen05", marks=pytest.mark.slow),
+        pytest.param(120, "mma", marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_fit_without_spilling_at_the_papers_shape(
+    in_process: Any, architecture: int, cores: str
+) -> None:
+    """Triton itself raises an error if a kernel needs more shared memory than the GPU has."""
+    code = f"""
+import json, torch
+from benchmarks.kernel_resources import launches_at, resources
+rows = {{}}
+for name, launches in launches_at(768, torch.bfloat16, {architecture}, only="head|cycle$|sum").items():
+    for launch in launches:
+        used = resources(launch.kernel)
+        rows[name] = [used["spill_bytes"], used["tensor_cores"]]
+print(json.dumps(rows))
+"""
+    assert in_process(code) == {
+        "head forward": [0, None],
+        "head backward": [0, None],
+        "cycle": [0, cores],
+        "sum": [0, None],
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [80, 86, 90, 100, 120])
+@pytest.mark.parametrize(
+    ("channels", "dtype"), [(48, "bfloat16"), (384, "float16"), (1024, "bfloat16"), (1536, "float32")]
+)
+def test_every_launcher_compiles(in_process: Any, architecture: int, channels: int, dtype: str) -> None:
+    code = f"""
+import json, torch
+from benchmarks.kernel_resources import launches_at
+launches = launches_at({channels}, torch.{dtype}, {architecture}, samples=3)
+print(json.dumps([name for name, recorded in launches.items() if not recorded]))
+"""
+    assert in_process(code) == []
