@@ -3,15 +3,16 @@
 The first three kernels compute the formulas of cycle.py in tiles of 64 x 64 logits (32 x 32 in fp32). Each
 recomputes the logits from the tokens and stores only a few numbers per token for the next:
 
-    1. back normaliser   L'_j = log sum_i exp(t_ij)
-    2. return            L_i  = log sum_j exp(s_ij),  C_ii = sum_j exp(s_ij - L_i + t_ij - L'_j)
+    1. back sums         n'_j = max_i t_ij,  S'_j = sum_i exp(t_ij - n'_j)
+    2. return            n_i, S_i of the s_ij likewise,  C_ii = sum_j A_ij A'_ji
     3. through           W_j  = sum_i w_ij
     4. brackets          the gradients of all s_ij and t_ij
     5. gradient          four matrix products of the brackets and the tokens, by cuBLAS
 
 Here s_ij = p1_i . p2_j / tau and t_ij = p2_j . p3_i / tau; cycle.py defines A, A', C and w. Steps 1 and 2
-keep a running maximum, as FlashAttention does (Dao et al., 2022, arXiv 2205.14135). Steps 4 and 5 process a
-few samples at a time, so that the brackets stay in the L2 cache and need little memory.
+keep a running maximum, as FlashAttention does (Dao et al., 2022, arXiv 2205.14135). A_ij is computed as
+exp(s_ij - n_i) / S_i: near 1, this is more precise than exp(s_ij - log sum_j exp(s_ij)). Steps 4 and 5
+process a few samples at a time, so that the brackets stay in the L2 cache and need little memory.
 
 Shape suffixes: B samples, G samples of one group, M tokens of a view, D channels. Inside the kernels: I
 tokens of the first or third view, J tokens of the second view. Logarithms in the kernels are to base 2.
@@ -43,20 +44,22 @@ def _views(walk_ptr, sample, tokens, D):
 def _transitions(
     first_ptr, second_ptr, third_ptr, there_ptr, back_ptr, rows, columns, tokens, scale, D, BLOCK, BLOCK_K
 ):
-    """Compute tiles of A_ij and A'_ji, both [I, J], from the normalisers; 0 beyond the last token."""
+    """Compute tiles of A_ij and A'_ji, both [I, J], from maxima and sums; 0 beyond the last token."""
     exists = (rows < tokens)[:, None] & (columns < tokens)[None, :]
-    normaliser_I = tl.load(there_ptr + rows, mask=rows < tokens, other=0.0)
+    largest_I = tl.load(there_ptr + rows, mask=rows < tokens, other=0.0)[:, None]
+    inverse_I = tl.load(there_ptr + tokens + rows, mask=rows < tokens, other=0.0)[:, None]
     there_IJ = logits_tile(first_ptr, second_ptr, rows, columns, tokens, tokens, scale, D, BLOCK, BLOCK_K)
-    there_IJ = tl.where(exists, exp2(there_IJ - normaliser_I[:, None]), 0.0)
-    normaliser_J = tl.load(back_ptr + columns, mask=columns < tokens, other=0.0)
+    there_IJ = tl.where(exists, exp2(there_IJ - largest_I) * inverse_I, 0.0)
+    largest_J = tl.load(back_ptr + columns, mask=columns < tokens, other=0.0)[None, :]
+    inverse_J = tl.load(back_ptr + tokens + columns, mask=columns < tokens, other=0.0)[None, :]
     back_IJ = logits_tile(third_ptr, second_ptr, rows, columns, tokens, tokens, scale, D, BLOCK, BLOCK_K)
-    return there_IJ, tl.where(exists, exp2(back_IJ - normaliser_J[None, :]), 0.0)
+    return there_IJ, tl.where(exists, exp2(back_IJ - largest_J) * inverse_J, 0.0)
 
 
 @jit
-def _back_normaliser_kernel(
+def _back_sums_kernel(
     walk_ptr,  # [B, 3, M, D]
-    back_ptr,  # [B, M], L'
+    back_ptr,  # [B, 2, M]: n', 1 / S'
     tokens, scale,
     D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -73,19 +76,24 @@ def _back_normaliser_kernel(
         larger_J = tl.maximum(largest_J, tl.max(back_IJ, 0))
         total_J = total_J * exp2(largest_J - larger_J) + tl.sum(exp2(back_IJ - larger_J[None, :]), 0)
         largest_J = larger_J
-    tl.store(back_ptr + sample * tokens + columns, largest_J + tl.log2(total_J), mask=columns < tokens)
+    back_ptr += sample * 2 * tokens
+    tl.store(back_ptr + columns, largest_J, mask=columns < tokens)
+    tl.store(back_ptr + tokens + columns, 1.0 / total_J, mask=columns < tokens)
 
 
 @jit
 def _return_kernel(
     walk_ptr,  # [B, 3, M, D]
-    back_ptr, there_ptr, return_ptr, loss_ptr,  # [B, M]: L' in; L, C_ii and the cross-entropy out
+    back_ptr, there_ptr,  # [B, 2, M]: n', 1 / S' in; n, 1 / S out
+    return_ptr, loss_ptr,  # [B, M]: C_ii and the cross-entropy
     tokens, scale,
     EPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Step 2; one program per (block of i, sample)."""
     sample, rows = own_block(tl.cdiv(tokens, BLOCK), BLOCK)
     first_ptr, second_ptr, third_ptr = _views(walk_ptr, sample, tokens, D)
+    back_ptr += sample * 2 * tokens
+    there_ptr += sample * 2 * tokens
     largest_I = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
     total_I = tl.zeros([BLOCK], dtype=tl.float32)
     return_I = tl.zeros([BLOCK], dtype=tl.float32)
@@ -95,15 +103,17 @@ def _return_kernel(
         there_IJ = logits_tile(first_ptr, second_ptr, rows, columns, tokens, tokens, scale, D, BLOCK, BLOCK_K)
         there_IJ = tl.where(exists, there_IJ, float("-inf"))
         back_IJ = logits_tile(third_ptr, second_ptr, rows, columns, tokens, tokens, scale, D, BLOCK, BLOCK_K)
-        normaliser_J = tl.load(back_ptr + sample * tokens + columns, mask=columns < tokens, other=0.0)
+        largest_J = tl.load(back_ptr + columns, mask=columns < tokens, other=0.0)[None, :]
+        inverse_J = tl.load(back_ptr + tokens + columns, mask=columns < tokens, other=0.0)[None, :]
         larger_I = tl.maximum(largest_I, tl.max(there_IJ, 1))
         shrink_I = exp2(largest_I - larger_I)
         weight_IJ = exp2(there_IJ - larger_I[:, None])
         total_I = total_I * shrink_I + tl.sum(weight_IJ, 1)
-        arrived_IJ = tl.where(exists, weight_IJ * exp2(back_IJ - normaliser_J[None, :]), 0.0)
+        arrived_IJ = tl.where(exists, weight_IJ * (exp2(back_IJ - largest_J) * inverse_J), 0.0)
         return_I = return_I * shrink_I + tl.sum(arrived_IJ, 1)
         largest_I = larger_I
-    tl.store(there_ptr + sample * tokens + rows, largest_I + tl.log2(total_I), mask=rows < tokens)
+    tl.store(there_ptr + rows, largest_I, mask=rows < tokens)
+    tl.store(there_ptr + tokens + rows, 1.0 / total_I, mask=rows < tokens)
     return_I /= total_I
     tl.store(return_ptr + sample * tokens + rows, return_I, mask=rows < tokens)
     loss_I = tl.log(1.0 + tokens * EPS) - tl.log(return_I + EPS)
@@ -113,15 +123,16 @@ def _return_kernel(
 @jit
 def _through_kernel(
     walk_ptr,  # [B, 3, M, D]
-    there_ptr, back_ptr, return_ptr, through_ptr,  # [B, M]: L, L', C_ii in; W out
+    there_ptr, back_ptr,  # [B, 2, M]: n, 1 / S; n', 1 / S'
+    return_ptr, through_ptr,  # [B, M]: C_ii in; W out
     tokens, scale,
     EPS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Step 3; one program per (block of j, sample)."""
     sample, columns = own_block(tl.cdiv(tokens, BLOCK), BLOCK)
     first_ptr, second_ptr, third_ptr = _views(walk_ptr, sample, tokens, D)
-    there_ptr += sample * tokens
-    back_ptr += sample * tokens
+    there_ptr += sample * 2 * tokens
+    back_ptr += sample * 2 * tokens
     through_J = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, tokens, BLOCK):
         rows = start + tl.arange(0, BLOCK)
@@ -137,7 +148,8 @@ def _through_kernel(
 @jit(do_not_specialize=["start"])
 def _bracket_kernel(
     walk_ptr,  # [B, 3, M, D]
-    there_ptr, back_ptr, return_ptr, through_ptr,  # [B, M]: L, L', C_ii, W
+    there_ptr, back_ptr,  # [B, 2, M]: n, 1 / S; n', 1 / S'
+    return_ptr, through_ptr,  # [B, M]: C_ii, W
     bracket_ptr,  # [G, 2, M, M]: gradients of s and t, scaled by GRAD_SCALE
     start, tokens, scale,
     EPS: tl.constexpr, GRAD_SCALE: tl.constexpr,
@@ -150,8 +162,8 @@ def _bracket_kernel(
     rows = tl.program_id(0) // blocks % blocks * BLOCK + tl.arange(0, BLOCK)
     columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     first_ptr, second_ptr, third_ptr = _views(walk_ptr, sample, tokens, D)
-    there_ptr += sample * tokens
-    back_ptr += sample * tokens
+    there_ptr += sample * 2 * tokens
+    back_ptr += sample * 2 * tokens
     there_IJ, back_IJ = _transitions(
         first_ptr, second_ptr, third_ptr, there_ptr, back_ptr, rows, columns, tokens, scale, D, BLOCK, BLOCK_K
     )
@@ -172,19 +184,20 @@ def launch_streaming(
 ) -> None:
     """Write the results of `cycle.launch_cycle` into the given tensors; skip an empty `grad_B3MD`."""
     samples, _, tokens, _ = walk_B3MD.shape
-    there_BM, back_BM, return_BM, through_BM = loss_BM.new_empty((4, samples, tokens)).unbind()
+    there_B2M, back_B2M = loss_BM.new_empty((2, samples, 2, tokens)).unbind()
+    return_BM, through_BM = loss_BM.new_empty((2, samples, tokens)).unbind()
     tile = tile_options(walk_B3MD)
     blocks = ceil_div(tokens, tile["BLOCK"])
     sizes = (tokens, LOG2_E / temperature)
     with on_device(walk_B3MD):
         launch = (blocks * samples,)
-        _back_normaliser_kernel[launch](walk_B3MD, back_BM, *sizes, **tile)
+        _back_sums_kernel[launch](walk_B3MD, back_B2M, *sizes, **tile)
         _return_kernel[launch](
-            walk_B3MD, back_BM, there_BM, return_BM, loss_BM, *sizes, EPS=CYCLE_EPS, **tile
+            walk_B3MD, back_B2M, there_B2M, return_BM, loss_BM, *sizes, EPS=CYCLE_EPS, **tile
         )
         if not grad_B3MD.numel():
             return
-        rows = (there_BM, back_BM, return_BM, through_BM)
+        rows = (there_B2M, back_B2M, return_BM, through_BM)
         _through_kernel[launch](walk_B3MD, *rows, *sizes, EPS=CYCLE_EPS, **tile)
         group = max(1, BRACKET_BYTES // (2 * tokens**2 * walk_B3MD.element_size()))
         bracket_G2MM = walk_B3MD.new_empty((min(group, samples), 2, tokens, tokens))

@@ -59,7 +59,7 @@ print(json.dumps({
         "same names": 1,
         "same kernels": 1,
         "streaming": [
-            *("forward_kernel", "back_normaliser_kernel", "return_kernel", "through_kernel"),
+            *("forward_kernel", "back_sums_kernel", "return_kernel", "through_kernel"),
             *("bracket_kernel", "sum_kernel", "backward_kernel"),
         ],
         # 16 tiles of 64 x 64 a sample, and 218 samples a group.

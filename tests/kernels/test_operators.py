@@ -156,6 +156,28 @@ def test_an_undefined_incoming_gradient_gives_no_gradient(device: str, loss: Los
     assert projected.grad is None or not projected.grad.any()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_replayed_cuda_graph_gives_the_same_gradient(loss: Loss) -> None:
+    frozen, projected = inputs_of(loss, "cuda")
+    projected.requires_grad_()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            torch.autograd.grad(loss(frozen, projected), projected)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value = loss(frozen, projected)
+        (gradient,) = torch.autograd.grad(value, projected)
+    with torch.no_grad():
+        projected.copy_(torch.randn_like(projected))
+    graph.replay()
+    truth = loss(frozen, projected)
+    assert torch.equal(value, truth)
+    assert torch.equal(gradient, torch.autograd.grad(truth, projected)[0])
+
+
 def test_operators_pass_opcheck(device: str) -> None:
     def tokens(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, requires_grad=True)

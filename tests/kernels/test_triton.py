@@ -4,7 +4,8 @@ The kernels run on the GPU if there is one, and under Triton's interpreter other
 test_published.py compares them with the golden vectors.
 
 The tolerance is a small multiple of the error of eager PyTorch in the same dtype, or a few units in the last
-place if that error happens to be smaller.
+place if that error happens to be smaller. As eager half precision can be far off, half-precision kernels are
+also compared with the fp32 kernels on the same values.
 """
 
 from collections.abc import Callable
@@ -62,6 +63,7 @@ def autocast_eager(loss: Loss, dtype: torch.dtype, tensors: list[Tensor]) -> lis
 
 
 def check_against_eager(loss: Loss, dtype: torch.dtype, *tensors: Tensor) -> None:
+    """Compare a loss and its gradients with eager PyTorch and, in half precision, with the fp32 kernels."""
     rounded = [tensor.to(dtype) for tensor in tensors]
     truth = evaluate(loss, "eager", torch.float64, rounded)
     eager = autocast_eager(loss, dtype, rounded)
@@ -73,6 +75,14 @@ def check_against_eager(loss: Loss, dtype: torch.dtype, *tensors: Tensor) -> Non
     for index, (true, baseline, value) in enumerate(zip(truth, eager, fused, strict=True)):
         allowed = max(4 * norm_error(baseline, true), floor)
         assert norm_error(value, true) <= allowed, f"result {index}"
+    if dtype == torch.float32:
+        return
+    precise = evaluate(loss, "triton", torch.float32, [tensor.float() for tensor in rounded])
+    for index, (true, reference, value) in enumerate(zip(truth, precise, fused, strict=True)):
+        # Small gradients underflow in float16. The instruction for tanh has a relative error of 2^-11.
+        rounding = norm_error(true.to(value.dtype), true)
+        allowed = max(4 * torch.finfo(dtype).eps, 4 * rounding, 0.01)
+        assert norm_error(value, reference) <= allowed, f"result {index}, compared with fp32"
 
 
 def objective(grid: tuple[int, int], **options: object) -> Loss:
@@ -173,6 +183,9 @@ def check_objective(
 ) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     window = min(window, *grid)
+    if head == "tanh" and dtype != torch.float32:
+        # The derivative of a saturated tanh is all rounding error in half precision.
+        magnitude = min(magnitude, 1.0)
     shape = (batch, 3, grid[0] * grid[1], channels)
     frozen = tokens(*shape, device=device)
     inputs = (tokens(*shape, device=device) + 0.2) * magnitude
@@ -230,8 +243,9 @@ def test_shapes_layouts_and_extremes(device: str, case: tuple[Any, ...]) -> None
     check_objective(*case)
 
 
+# On a GPU, almost every example compiles kernels of its own, which takes seconds.
 @pytest.mark.slow
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=10 if torch.cuda.is_available() else 100, deadline=None)
 @given(case=st.fixed_dictionaries(OBJECTIVES))
 def test_any_shape_layout_and_extreme(case: dict[str, Any]) -> None:
     pytest.importorskip("triton")
@@ -300,7 +314,7 @@ def test_shapes_layouts_and_extremes_of_single_losses(device: str, case: tuple[A
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=10 if torch.cuda.is_available() else 60, deadline=None)
 @given(case=st.fixed_dictionaries(PARTS))
 def test_single_losses_of_any_shape_layout_and_extreme(case: dict[str, Any]) -> None:
     pytest.importorskip("triton")
