@@ -174,13 +174,13 @@ def programs_at_once(kernel: Any, arguments: tuple[Any, ...], constants: dict[st
     """Number of programs of a kernel that the current GPU can run at once; 1 under the interpreter.
 
     More would run in a second wave, after the first programs have ended. Compiles the kernel if necessary.
+    The first two arguments must be the large tensors, whose dtypes determine the number of registers.
     """
     if INTERPRETED:
         return 1
     driver = triton.runtime.driver.active
     device = driver.get_current_device()
-    dtypes = tuple(getattr(argument, "dtype", None) for argument in arguments)
-    key = (kernel, device, dtypes, *constants.values())
+    key = (kernel, device, arguments[0].dtype, arguments[1].dtype, *constants.values())
     if key not in _PROGRAMS:
         compiled = kernel.warmup(*arguments, grid=(1,), **constants)
         # Loads the kernel, which sets `n_regs`.

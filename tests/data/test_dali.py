@@ -8,11 +8,21 @@ import numpy as np
 import pytest
 import torch
 from nvidia.dali import Pipeline
-from synthetic import encode_video, make_loader, make_recipe, make_sampling, picture, write_folders
+from synthetic import (
+    encode_video,
+    make_loader,
+    make_recipe,
+    make_sampling,
+    odd_frames,
+    picture,
+    remux,
+    write_folders,
+)
 from test_loader import levels, reference_pairs
 
 from fasttrain.data.dali import GpuStage, pair_graph
 from fasttrain.data.index import ClipIndex, FrameIndex, VideoIndex
+from fasttrain.data.loader import FramePairs
 from fasttrain.data.nvdec import has_nvdec, rgb_correction
 from fasttrain.data.sampling import SampleParameters
 from fasttrain.data.sources import open_source
@@ -149,16 +159,64 @@ def test_images_agree_between_gpu_and_cpu(tmp_path: Path, decoder: str, precisio
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("decoder", ["cpu", "mixed"])
+@pytest.mark.parametrize("form", list(odd_frames()))
+def test_unusual_images_agree_between_gpu_and_cpu(tmp_path: Path, decoder: str, form: str) -> None:
+    for video in range(4):
+        (tmp_path / str(video)).mkdir()
+        for number, content in enumerate(odd_frames()[form]):
+            (tmp_path / str(video) / f"{number}.jpg").write_bytes(content)
+    check_gpu_against_cpu(open_source(tmp_path), decoder, "fp32", 2)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("decoder", ["auto", pytest.param("mixed", marks=needs_nvdec)])
 @pytest.mark.parametrize(
-    ("codec", "pix_fmt"),
-    [("libx264", "yuv420p"), ("libx265", "yuv420p10le"), ("libvpx-vp9", "yuv420p")],
+    ("codec", "options"),
+    [
+        ("libx264", {}),
+        ("libx264", {"x264-params": "colormatrix=bt709"}),
+        ("libx264", {"x264-params": "colormatrix=bt709:fullrange=on"}),
+        ("libx265", {"pix_fmt": "yuv420p10le"}),
+        ("libvpx-vp9", {}),
+    ],
 )
-def test_videos_agree_between_gpu_and_cpu(tmp_path: Path, codec: str, pix_fmt: str, decoder: str) -> None:
+def test_videos_agree_between_gpu_and_cpu(tmp_path: Path, codec: str, options: Any, decoder: str) -> None:
+    """Videos of two sizes take turns, for which NVDEC needs different decoders."""
+    for video, (height, width) in enumerate([(480, 640), (240, 320), (480, 640), (480, 848)]):
+        frames = [picture(video, t, height, width) for t in range(24)]
+        encode_video(tmp_path / f"{video}.mp4", frames, codec, **options)
+    check_gpu_against_cpu(open_source(tmp_path), decoder, "fp32", 4)
+
+
+@pytest.mark.gpu
+@needs_nvdec
+def test_a_damaged_clip_does_not_change_the_others_of_its_batch(tmp_path: Path) -> None:
+    """The damaged samples may be replaced, or decoded like a player does."""
     for video in range(3):
         frames = [picture(video, t, 480, 640) for t in range(24)]
-        encode_video(tmp_path / f"{video}.mp4", frames, codec, pix_fmt=pix_fmt)
-    check_gpu_against_cpu(open_source(tmp_path), decoder, "fp32", 4)
+        encode_video(tmp_path / f"{video}.mp4", frames)
+    index = open_source(tmp_path)
+
+    def read() -> list[FramePairs]:
+        changes = {"pairs_per_video": 8, "image_size": 96, "batch_size": 4, "num_steps": 4}
+        loader = make_loader(index, device="cuda", decoder="mixed", **changes)
+        batches = list(loader)
+        loader.close()
+        return batches
+
+    before = read()
+    remux(
+        tmp_path / "1.mp4",
+        tmp_path / "new.mp4",
+        lambda number, content: content[:40] + bytes(len(content) - 40) if number == 8 else content,
+    ).replace(tmp_path / "1.mp4")
+    compared = 0
+    for old, new in zip(before, read(), strict=True):
+        for row in np.flatnonzero((old.samples == new.samples) & (old.samples // 8 != 1)):
+            assert torch.equal(old.frames[:, row], new.frames[:, row])
+            compared += 1
+    assert compared > 4
 
 
 @pytest.mark.gpu
