@@ -24,7 +24,8 @@ from rich.console import Console
 from fasttrain.backbone_trainer import BackboneTrainer, backbone_recipes
 from fasttrain.checkpoint import drop_checkpoints, load_checkpoint, saved_steps
 from fasttrain.data.index import FrameIndex
-from fasttrain.data.loader import FramePairs, PairLoader
+from fasttrain.data.loader import INSTALL_DALI, FramePairs, PairLoader
+from fasttrain.data.nvdec import has_dali
 from fasttrain.data.sources import open_source
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
@@ -37,6 +38,8 @@ from fasttrain.stopping import Stopping
 
 # Minimum denominator of the fraction of bad samples, so that one bad sample at the start does not stop a run.
 MIN_SEEN = 1000
+# The facts of runs of earlier versions whose checkpoints do not state them.
+EARLIER_FACTS = {"loader": "DALI"}
 
 
 class Trainer:
@@ -84,7 +87,11 @@ class Trainer:
         self.total_steps = train.steps or max(1, int(train.epochs * samples_per_epoch) // self.global_batch)
         self.peak_lr = recipe.optimizer.lr * self.global_batch / 256
         # In addition to the recipe's keys, these values must not change when the run is resumed.
-        self.facts = {"global_batch": self.global_batch, "data": self.index.fingerprint()}
+        self.facts = {
+            "global_batch": self.global_batch,
+            "data": self.index.fingerprint(),
+            "loader": "DALI" if has_dali() else "PyTorch",
+        }
         # If only some ranks could read a file, the ranks would silently draw from different sets of videos.
         world.check_same(self.facts["data"], f"data.source: {recipe.data.source}")
         self.backbone_trainers = [BackboneTrainer(each, world) for each in recipes]
@@ -328,12 +335,12 @@ class Trainer:
             state = load_checkpoint(trainer.folder / "checkpoints", completed_steps)
             for key, value in (self.facts | trainer.facts).items():
                 # Checkpoints of earlier versions lack some of these.
-                trained = state.get(key, trainer.earlier_facts.get(key, value))
+                trained = state.get(key, (EARLIER_FACTS | trainer.earlier_facts).get(key, value))
                 if trained != value:
                     raise InputError(
                         f"output: the run in {str(trainer.folder)!r} was trained with {key} {trained!r}, "
-                        f"but this command has {value!r}. Use the same global batch, data and weights with "
-                        f"their configuration, or another output=DIR"
+                        f"but this command has {value!r}. Use the same global batch, data, loader (install "
+                        f"or remove DALI) and weights with their configuration, or another output=DIR"
                     )
             trainer.load_state(state)
             # Checkpoints of earlier versions lack these.
@@ -364,6 +371,11 @@ class Trainer:
     def _open_run(self) -> Iterator[None]:
         """Open the loader, run folders, logs and signal handlers for the loop, and warm up the backbones."""
         with ExitStack() as stack:
+            if self.facts["loader"] != "DALI":
+                self.say(
+                    "DALI is not installed, so Pillow and PyTorch load the frames, which takes more CPU "
+                    f"time. To get DALI on Linux, run: {INSTALL_DALI}"
+                )
             self.loader = PairLoader(
                 index=self.index,
                 recipe=self.recipe,

@@ -25,23 +25,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from nvidia.dali import Pipeline, fn
+from nvidia.dali import math as dali_math
+from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 from torch import Tensor
 
 from fasttrain.data.images import Bytes, Frame
 from fasttrain.data.index import ClipIndex, FrameIndex, Storage, StoredFrames
 from fasttrain.data.nvdec import rgb_correction
-from fasttrain.data.sampling import SampleParameters, pixel_box
-from fasttrain.errors import InputError
+from fasttrain.data.sampling import SampleParameters
+from fasttrain.data.torch_stage import FrameTransform, first_then_second
 from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD
 from fasttrain.recipe import Recipe
-
-try:
-    from nvidia.dali import Pipeline, fn
-    from nvidia.dali import math as dali_math
-    from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
-except ModuleNotFoundError as error:
-    install = "pip install 'fasttrain[cuda12]' or 'fasttrain[cuda13]'"
-    raise InputError(f"DALI is not installed, but training requires it. Run: {install}") from error
 
 
 class Graph:
@@ -126,13 +121,11 @@ class HostStage:
         # The pool processes frames in parallel, so PyTorch must not use threads within a frame.
         self._pool = ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,))
         self._pending: deque[tuple[list[Frame], SampleParameters]] = deque()
-        mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-        self._scale = (1 / (255 * std)).view(3, 1, 1)
-        self._offset = (-mean / std).view(3, 1, 1)
+        self._transform = FrameTransform()
 
     def submit(self, pairs: Sequence[StoredFrames], parameters: SampleParameters) -> None:
         """Start processing a batch of B stored frame pairs."""
-        frames = _first_then_second(pairs)
+        frames = first_then_second(pairs)
         if self._decoder:
             self._decoder.submit(stored=frames)
         self._pending.append((frames, parameters))
@@ -148,17 +141,6 @@ class HostStage:
         # `frames` lists all first frames, then all second frames.
         list(self._pool.map(self._transform, frames, [*parameters, *parameters], out.flatten(0, 1)))
         return out
-
-    def _transform(self, frame_HW3: Frame, parameters: np.void, out_3SS: Tensor) -> None:
-        """Crop, resize, flip and normalise one frame."""
-        top, left, bottom, right = pixel_box(parameters["box"], *frame_HW3.shape[:2])
-        crop_HW3 = torch.from_numpy(np.ascontiguousarray(frame_HW3[top:bottom, left:right]))
-        # The uint8 kernel agrees with Pillow and is faster.
-        crop_13SS = torch.nn.functional.interpolate(
-            crop_HW3.permute(2, 0, 1)[None], size=(self._size, self._size), mode="bicubic", antialias=True
-        )
-        crop_3SS = crop_13SS[0].flip(-1) if parameters["flip"] else crop_13SS[0]
-        torch.addcmul(self._offset, crop_3SS, self._scale, out=out_3SS)
 
     def close(self) -> None:
         """Stop the threads."""
@@ -235,7 +217,7 @@ class GpuStage:
             stored, inputs["numbers"] = [clip for clip, _ in pairs], [numbers for _, numbers in pairs]
             boxes, flips = parameters["box"], parameters["flip"]
         else:
-            stored = _first_then_second(pairs)
+            stored = first_then_second(pairs)
             boxes, flips = np.tile(parameters["box"], (2, 1)), np.tile(parameters["flip"], 2)
         inputs |= {"box": boxes.astype(np.float32), "mirror": flips.astype(np.int32)}
         self._graph.submit(stored=stored, **inputs)
@@ -312,7 +294,3 @@ def _input(name: str, **options: Any) -> Any:
 
 def _bytes_input() -> Any:
     return _input("stored", no_copy=True, ndim=1, dtype=DALIDataType.UINT8)
-
-
-def _first_then_second(pairs: Sequence[StoredFrames]) -> list[npt.NDArray[np.uint8]]:
-    return [pair[0] for pair in pairs] + [pair[1] for pair in pairs]

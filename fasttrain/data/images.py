@@ -1,4 +1,4 @@
-"""Read and decode single images on the CPU. Training decodes images with DALI instead of `decode_image`."""
+"""Read and decode single images on the CPU. If DALI is installed, training decodes with it instead."""
 
 from __future__ import annotations
 
@@ -125,12 +125,12 @@ def decode_image(data: Bytes) -> Frame:
     check_size(data)
     try:
         with Image.open(io.BytesIO(data.tobytes())) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.startswith("I"):
                 # Pillow clips 16-bit grey to 255 instead of scaling it.
-                grey = np.asarray(upright, dtype=np.float64) / 257
+                grey = np.asarray(image, dtype=np.float64) / 257
                 return np.repeat(np.rint(grey).astype(np.uint8)[..., None], 3, axis=2)
-            return np.asarray(upright.convert("RGB"))
+            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     # Pillow's message contains a memory address, which would make packed sets irreproducible.
     except UnidentifiedImageError as error:
         raise UnreadableFrameError("cannot be decoded: unknown image format") from error

@@ -1,9 +1,9 @@
 """The data loader of training: batches of frame pairs on the device, in the order of the training stream.
 
-Threads read micro-batches in advance (reading files and decoding videos release the GIL), and a stage of
-dali.py decodes images and transforms the frames in advance. An unreadable sample is replaced and reported.
-The replacement sample depends only on (seed, epoch, sample, attempt), so ranks need not communicate to stay
-in step.
+Threads read micro-batches in advance (reading files and decoding videos release the GIL), and a stage decodes
+images and transforms the frames in advance: a stage of dali.py if DALI is installed, otherwise one of
+torch_stage.py. An unreadable sample is replaced and reported. The replacement sample depends only on (seed,
+epoch, sample, attempt), so ranks need not communicate to stay in step.
 """
 
 from __future__ import annotations
@@ -13,21 +13,26 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fasttrain.data.dali import GpuStage, HostStage
 from fasttrain.data.images import UnreadableFrameError
 from fasttrain.data.index import ClipIndex, FrameIndex, StoredFrames, VideoIndex
 from fasttrain.data.map_ahead import map_ahead
-from fasttrain.data.nvdec import has_nvdec, nvdec_refusal
+from fasttrain.data.nvdec import has_dali, has_nvdec, nvdec_refusal
 from fasttrain.data.sampling import Ints, PairSampling, SampleParameters
+from fasttrain.data.torch_stage import TorchGpuStage, TorchHostStage
 from fasttrain.distributed import World
 from fasttrain.errors import InputError, LocalInputError
 from fasttrain.recipe import Recipe
 
+if TYPE_CHECKING:
+    from fasttrain.data.dali import GpuStage, HostStage
+
+INSTALL_DALI = "pip install 'fasttrain[cuda12]' or 'fasttrain[cuda13]'"
 # After this many unreadable samples in a row, assume that nothing is readable.
 MAX_ATTEMPTS = 32
 
@@ -86,11 +91,7 @@ class PairLoader:
         threads = recipe.data.num_threads or world.cores
         # One batch is used for training while `prefetch` others are decoded.
         self._depth = max(1, min(recipe.data.prefetch + 1, self.num_batches))
-        self._stage: HostStage | GpuStage = (
-            GpuStage(recipe, self.index, world.device, num_threads=threads, depth=self._depth)
-            if world.device.type == "cuda"
-            else HostStage(recipe, self.index, num_threads=threads, depth=self._depth)
-        )
+        self._stage = open_stage(recipe, self.index, world.device, num_threads=threads, depth=self._depth)
         # The rows of a micro-batch are divided among the threads.
         self._chunks = np.array_split(np.arange(self.batch_size), min(threads, self.batch_size))
         self._reading = map_ahead(
@@ -178,7 +179,7 @@ class PairLoader:
             # PyTorch raises these subclasses of RuntimeError, and no damaged frame causes them.
             except (torch.OutOfMemoryError, torch.AcceleratorError):
                 raise
-            # DALI raises RuntimeError for all errors; `_repair` raises it again if no frame causes it.
+            # Stages raise RuntimeError for all errors; `_repair` raises it again if no frame causes it.
             except RuntimeError as error:
                 # After a failure of the GPU, no frame can be decoded, so none is to blame. This raises
                 # torch.AcceleratorError.
@@ -221,6 +222,22 @@ class PairLoader:
         return None
 
 
+def open_stage(
+    recipe: Recipe, index: FrameIndex, device: torch.device, *, num_threads: int, depth: int
+) -> GpuStage | HostStage | TorchGpuStage | TorchHostStage:
+    """Return the stage for a device. `depth` batches will be submitted before the first `collect`."""
+    if has_dali():
+        # Imported on demand, because DALI is optional.
+        from fasttrain.data.dali import GpuStage, HostStage
+
+        if device.type == "cuda":
+            return GpuStage(recipe, index, device, num_threads=num_threads, depth=depth)
+        return HostStage(recipe, index, num_threads=num_threads, depth=depth)
+    if device.type == "cuda":
+        return TorchGpuStage(recipe, device, num_threads=num_threads)
+    return TorchHostStage(recipe, num_threads=num_threads)
+
+
 def _parameters(batch: list[_Sample]) -> SampleParameters:
     return np.concatenate([sample.parameters for sample in batch])
 
@@ -236,6 +253,10 @@ def index_for_decoder(index: FrameIndex, decoder: str, device: torch.device) -> 
     if device.type != "cuda":
         raise InputError(
             f"data.decoder: 'mixed' decodes on the GPU, but the device is {device.type}. {use_cpu}."
+        )
+    if not has_dali():
+        raise InputError(
+            f"data.decoder: 'mixed' needs DALI, which is not installed. {use_cpu}, or run: {INSTALL_DALI}"
         )
     if not isinstance(index, VideoIndex):
         return index

@@ -12,15 +12,18 @@ import io
 import re
 from collections.abc import Sequence
 from functools import cache
+from importlib.util import find_spec
 
-import av
 import numpy as np
 import numpy.typing as npt
-from av.bitstream import BitStreamFilterContext
 
 from fasttrain.data.images import Bytes, UnreadableFrameError
-from fasttrain.data.video import Matrix, VideoInfo, open_video, video_stream
+from fasttrain.data.video import HAS_PYAV, Matrix, VideoInfo, open_video, video_stream
 from fasttrain.files import os_reason
+
+if HAS_PYAV:
+    import av
+    from av.bitstream import BitStreamFilterContext
 
 # Codec -> supported pixel formats and maximum side. AV1 is excluded: DALI 2.4 miscounts its repeated frames.
 _CODECS = {
@@ -35,6 +38,15 @@ _MIN_PIXELS = 640 * 360
 
 # A slice of a reference picture in H.264 (nal_ref_idc is not 0).
 _REFERENCE = re.compile(rb"\x00\x00\x01[\x21\x22\x25\x41\x42\x45\x61\x62\x65]")
+
+
+def has_dali() -> bool:
+    """Whether DALI is installed."""
+    try:
+        return find_spec("nvidia.dali") is not None
+    # No package of NVIDIA is installed.
+    except ModuleNotFoundError:
+        return False
 
 
 def has_nvdec() -> bool:

@@ -37,11 +37,9 @@ import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import av
 import numpy as np
 import torch
 from PIL import ExifTags, Image
@@ -49,7 +47,7 @@ from PIL import ExifTags, Image
 from fasttrain.data.images import Bytes, Frame, UnreadableFrameError, decode_image, read_encoded
 from fasttrain.data.index import Skipped
 from fasttrain.data.map_ahead import map_ahead
-from fasttrain.data.nvdec import cut_clip, has_nvdec, nvdec_refusal, rgb_correction
+from fasttrain.data.nvdec import cut_clip, has_dali, has_nvdec, nvdec_refusal, rgb_correction
 from fasttrain.data.packed import (
     FORMAT,
     FRAME,
@@ -62,10 +60,13 @@ from fasttrain.data.packed import (
 )
 from fasttrain.data.sampling import evenly_spaced
 from fasttrain.data.sources import Kind, SourceFiles, find_source
-from fasttrain.data.video import VideoInfo, probe_video, stream_video_frames
+from fasttrain.data.video import HAS_PYAV, VideoInfo, probe_video, stream_video_frames
 from fasttrain.errors import InputError, check_options
 from fasttrain.files import file_lock, naming, open_atomically, write_atomically
 from fasttrain.loggers import Progress, say
+
+if HAS_PYAV:
+    import av
 
 # Number of frames that the GPU decodes at once. At 1080p, they occupy 400 MB.
 GPU_FRAMES = 64
@@ -177,13 +178,14 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.destination is None:
         raise InputError("DESTINATION is missing. Usage: fasttrain pack SOURCE DESTINATION")
-    has_dali = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
-    has_gpu = torch.cuda.is_available() and has_nvdec() and has_dali
+    has_gpu = torch.cuda.is_available() and has_nvdec() and has_dali()
     if args.decoder == "gpu" and not has_gpu:
         raise InputError(
             "--decoder gpu requires a GPU, a driver with NVDEC (libnvcuvid.so.1) and DALI. Use --decoder "
             "cpu, or auto to use the GPU only if all of these are available."
         )
+    if not HAS_PYAV:
+        say("PyAV is not installed, so JPEG files are not checked for damaged data; pip install av")
     options = PackOptions(
         frames=args.frames,
         short_side=args.short_side,
@@ -453,9 +455,9 @@ def check_jpeg(data: Bytes) -> None:
     """Raise UnreadableFrameError if ffmpeg reports damage in the coded data of a JPEG (n,).
 
     Pillow and DALI decode such data to garbage without an error. Other image formats are not checked. Damage
-    that happens to form valid codes is not detected.
+    that happens to form valid codes is not detected. Without PyAV, nothing is checked.
     """
-    if data[:2].tobytes() != b"\xff\xd8":
+    if data[:2].tobytes() != b"\xff\xd8" or not HAS_PYAV:
         return
     decoder: Any = av.CodecContext.create("mjpeg", "r")
     decoder.options = {"err_detect": "explode"}

@@ -14,14 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import av
 import numpy as np
 import numpy.typing as npt
-from av.bitstream import BitStreamFilterContext
-from av.stream import Disposition
 
 from fasttrain.data.images import Frame, UnreadableFrameError
+from fasttrain.errors import InputError
 from fasttrain.files import os_reason
+
+# Only video files need PyAV. Reading one begins with `probe_video`, which reports that it is missing.
+try:
+    import av
+    from av.bitstream import BitStreamFilterContext
+    from av.stream import Disposition
+
+    HAS_PYAV = True
+except ModuleNotFoundError:
+    HAS_PYAV = False
 
 Times = Sequence[int] | npt.NDArray[np.int64]
 PacketTimes = list[int | None]
@@ -37,11 +45,6 @@ _MATRICES: dict[int, Matrix] = {1: "bt709", 9: "bt2020", 10: "bt2020"}
 
 # Containers for which ffmpeg guesses the time stamps, incorrectly with B-frames and after a seek.
 _GUESSED_TIMES = frozenset({"avi", "mpeg"})
-
-# Before version 19, PyAV raises on metadata that is not valid UTF-8, unless this option is set.
-_ANY_ENCODING: dict[str, Any] = (
-    {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
-)
 
 # An H.264 IDR picture. It resets the decoder, unlike other pictures that ffmpeg flags as key frames.
 _IDR = re.compile(rb"\x00\x00\x01[\x05\x25\x45\x65]")
@@ -81,8 +84,9 @@ def probe_video(path: Path) -> VideoInfo:
     """Scan a video file: read all of its packets and decode its first frame.
 
     If the time stamps are unreliable, decode all frames to count them. Raises UnreadableFrameError if the
-    file is damaged.
+    file is damaged, and InputError if PyAV is not installed.
     """
+    require_pyav("reading")
     try:
         with open_video(path) as container:
             stream = video_stream(container)
@@ -121,6 +125,14 @@ def probe_video(path: Path) -> VideoInfo:
             )
     except (av.FFmpegError, OSError) as error:
         raise UnreadableFrameError(os_reason(error)) from error
+
+
+def require_pyav(action: str) -> None:
+    """Raise InputError if PyAV is not installed. `action` is what needs it: reading or writing."""
+    if not HAS_PYAV:
+        raise InputError(
+            f"{action} video files needs the package av (PyAV), which is not installed. Run: pip install av"
+        )
 
 
 def read_video_frames(video: VideoInfo, frames: Sequence[int]) -> list[Frame]:
@@ -218,7 +230,9 @@ class _FrameReader:
 
 def open_video(path: Path) -> av.container.InputContainer:
     """Open a video file for reading, whatever the encoding of its metadata."""
-    return av.open(str(path), **_ANY_ENCODING)
+    # Before version 19, PyAV raises on metadata that is not valid UTF-8, unless this option is set.
+    any_encoding: dict[str, Any] = {"metadata_errors": "replace"}
+    return av.open(str(path), **({} if int(av.__version__.split(".")[0]) >= 19 else any_encoding))
 
 
 def video_stream(container: av.container.InputContainer) -> av.VideoStream:

@@ -18,12 +18,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 
-from fasttrain.data.video import VideoInfo
+from fasttrain.data.video import HAS_PYAV, VideoInfo
 from fasttrain.errors import InputError
 from fasttrain.files import write_atomically
+
+if HAS_PYAV:
+    import av
 
 # The size of a file in bytes, and its modification time in nanoseconds.
 FileState = tuple[int, int]
@@ -31,7 +33,11 @@ FileState = tuple[int, int]
 CachedVideos = dict[str, tuple[FileState, VideoInfo]]
 
 # A cache with a different header, such as one from another version of PyAV, is ignored.
-_HEADER = {"format": 2, "av": av.__version__, "fields": [field.name for field in fields(VideoInfo)]}
+_HEADER = {
+    "format": 2,
+    "av": av.__version__ if HAS_PYAV else None,
+    "fields": [field.name for field in fields(VideoInfo)],
+}
 
 
 def file_state(path: Path) -> FileState:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -17,7 +16,7 @@ from torch.nn import functional
 
 from fasttrain.data.images import Frame, UnreadableFrameError, check_pixels, decode_image, read_encoded
 from fasttrain.data.index import FrameIndex, VideoIndex
-from fasttrain.data.video import stream_video_frames
+from fasttrain.data.video import require_pyav, stream_video_frames
 from fasttrain.errors import InputError
 from fasttrain.files import open_atomically
 from fasttrain.normalization import Triple
@@ -106,8 +105,12 @@ def normalise(frames_3HW: Tensor, mean: Triple, std: Triple) -> Tensor:
 def write_video(frames: Sequence[Frame], path: Path, rate: int = 12, **options: str) -> None:
     """Encode frames of equal size as H.264, with `rate` frames per second and `options` of libx264.
 
-    The encoder needs even sizes, so an odd last row or column is cropped.
+    The encoder needs even sizes, so an odd last row or column is cropped. Raises InputError if PyAV is not
+    installed.
     """
+    require_pyav("writing")
+    import av
+
     with open_atomically(path) as file, av.open(file, "w", format=path.suffix[1:]) as container:
         stream = container.add_stream("libx264", rate=rate, options={"crf": "23", **options})
         stream.height, stream.width = (size // 2 * 2 for size in frames[0].shape[:2])

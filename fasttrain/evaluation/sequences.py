@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from fasttrain.data.map_ahead import map_ahead
 from fasttrain.data.sampling import evenly_spaced
+from fasttrain.data.video import HAS_PYAV
 from fasttrain.distributed import World
 from fasttrain.errors import InputError, LocalInputError
 from fasttrain.evaluation import plots
@@ -131,6 +132,8 @@ def evaluate_all(
     for invalid settings or a sequence that cannot be evaluated.
     """
     check_settings(arguments.context, arguments.radius, arguments.topk, arguments.temperature)
+    if arguments.pictures > 0 and world.is_main and not HAS_PYAV:
+        say("PyAV is not installed, so the predictions are drawn as pictures only, not as videos")
     drawn = {sequences[i].name for i in evenly_spaced(len(sequences), max(0, arguments.pictures))}
     evaluation = Evaluation(arguments=arguments, model=model, output=output, device=world.device, drawn=drawn)
     share, mine = world.shard(sequences), {}
@@ -296,7 +299,8 @@ def draw(
     plots.contact_sheet(sheet, folder / f"{name}.png", columns, legend)
     predicted = [pictures for row, pictures in overlays.items() if row != "truth"]
     side_by_side = [np.concatenate(pictures, axis=1) for pictures in zip(*predicted, strict=True)]
-    write_video(side_by_side, folder / f"{name}.mp4")
+    if HAS_PYAV:
+        write_video(side_by_side, folder / f"{name}.mp4")
     middle = len(frames) // 2
     arrows = [
         (variant, frames[0], frames[middle], matches_M4, is_correct_M)

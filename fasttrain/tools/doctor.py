@@ -16,7 +16,11 @@ from rich.table import Table
 
 from fasttrain.errors import InputError
 
-DALI = "training data cannot be loaded; pip install 'fasttrain[cuda12]' or 'fasttrain[cuda13]'"
+DALI = (
+    "Pillow and PyTorch load the training data, which takes more CPU time, and data.decoder=mixed is not "
+    "available; pip install 'fasttrain[cuda12]' or 'fasttrain[cuda13]' (Linux)"
+)
+PYAV = "video files cannot be read or written; frame folders and packed sets can; pip install av"
 NVJPEG = "data.decoder=mixed decodes JPEG on the CPU; pip install nvidia-nvjpeg-cu12"
 COMPILER = (
     "Triton and torch.compile do not work on a GPU; install gcc and the Python headers (python3-dev), or set "
@@ -71,9 +75,9 @@ def check_machine() -> list[Component]:
         Component("torch", _version("torch"), "nothing works", required=True),
         Component("GPU", _gpu(), "training runs on the CPU, which is practical for small models only"),
         Component("NVDEC", _nvdec(), "videos are packed on the CPU"),
-        Component("DALI", _version("nvidia-dali-cuda120", "nvidia-dali-cuda130"), DALI, required=True),
+        Component("DALI", _version("nvidia-dali-cuda120", "nvidia-dali-cuda130"), DALI),
         Component("nvJPEG", _version("nvidia-nvjpeg-cu12", "nvidia-nvjpeg"), NVJPEG),
-        Component("PyAV", _version("av"), "videos cannot be indexed or decoded on the CPU", required=True),
+        Component("PyAV", _version("av"), PYAV),
         Component("Triton", _version("triton"), "the losses run in eager PyTorch, which is slower"),
         Component("C compiler", _compiler(), COMPILER),
         Component("timm", _version("timm"), "backbones cannot be built", required=True),
@@ -104,9 +108,7 @@ def _gpu() -> str | None:
 
 
 def _nvdec() -> str | None:
-    if importlib.util.find_spec("av") is None:
-        return None
-    # Imported on demand, because it needs PyAV.
+    # Imported on demand, because torch is loaded first.
     from fasttrain.data.nvdec import has_nvdec
 
     return "libnvcuvid.so.1" if has_nvdec() else None
