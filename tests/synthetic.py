@@ -11,8 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from scipy.io import savemat
@@ -55,6 +55,7 @@ def encode_video(path: Path, frames: list[np.ndarray], codec: str = "libx264", *
     `options` may contain `pix_fmt`, `time_base`, `times` (the time stamps of the frames), and encoder
     options.
     """
+    av = pytest.importorskip("av")
     options = {"pix_fmt": "yuv420p", "time_base": Fraction(1, 1000), "times": None} | options
     pix_fmt, time_base, times = (options.pop(key) for key in ("pix_fmt", "time_base", "times"))
     with av.open(str(path), "w") as container:
@@ -84,6 +85,7 @@ def remux(
     The content of each packet is replaced with `change(number, content)`; if that is None, the packet is
     omitted.
     """
+    av = pytest.importorskip("av")
     with av.open(str(source)) as old, av.open(str(target), "w", options=options) as new:
         stream = new.add_stream_from_template(old.streams.video[0])
         later = round(shift / 1000 / old.streams.video[0].time_base)

@@ -171,16 +171,10 @@ def test_characters_that_the_terminal_cannot_encode_are_replaced(
     assert out.getvalue().decode("ascii").endswith("?.html\n")
 
 
-@pytest.mark.parametrize(
-    ("package", "word", "message"),
-    [
-        ("scipy", "eval", "package 'scipy' is not installed. Install it with: pip install 'fasttrain.eval.'"),
-        ("nvidia.dali", "recipes/dino.yaml", "DALI is not installed, .*cuda12.* or 'fasttrain.cuda13.'"),
-    ],
-)
-def test_a_missing_optional_package_prints_one_line(package: str, word: str, message: str) -> None:
-    program = f"import sys; sys.modules[{package!r}] = None; from fasttrain import __main__ as module; "
-    command = [sys.executable, "-c", f"{program} sys.exit(module.main([{word!r}]))"]
+def test_a_missing_optional_package_prints_one_line() -> None:
+    program = "import sys; sys.modules['scipy'] = None; from fasttrain.__main__ import main; "
+    command = [sys.executable, "-c", f"{program} sys.exit(main(['eval']))"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
+    message = "package 'scipy' is not installed. Install it with: pip install 'fasttrain.eval.'"
     assert re.fullmatch(f"fasttrain: {message}\n", done.stderr)

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -476,6 +477,31 @@ def test_resuming_with_another_recipe_batch_data_or_weights_is_refused(frames: P
         save_checkpoint(tmp_path / "checkpoints", 4, {**state, key: "other"})
         with pytest.raises(InputError, match=f"{key} 'other', but this command has"):
             run(tiny(frames, tmp_path))
+
+
+def test_a_run_is_not_resumed_with_another_loader(
+    frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The frames of the loaders differ a little, and so do the images that they can decode."""
+    recipe = tiny(frames, tmp_path)
+    for here, there in (("DALI", "PyTorch"), ("PyTorch", "DALI")):
+        for module in ("trainer", "data.loader"):
+            monkeypatch.setattr(f"fasttrain.{module}.has_dali", lambda has_dali=here == "DALI": has_dali)
+        run(recipe)
+        assert capsys.readouterr().out.count("DALI is not installed") == (here != "DALI")
+        # A completed run loads no frames.
+        assert run(recipe) == {}
+        assert "DALI is not installed" not in capsys.readouterr().out
+        monkeypatch.setattr("fasttrain.trainer.has_dali", lambda has_dali=there == "DALI": has_dali)
+        with pytest.raises(InputError, match=f"trained with loader '{here}', but this command has '{there}'"):
+            run(recipe)
+        # Checkpoints of version 0.1.0 do not name the loader, which was DALI.
+        state = load_checkpoint(tmp_path / "checkpoints", 4)
+        save_checkpoint(tmp_path / "checkpoints", 4, {k: v for k, v in state.items() if k != "loader"})
+        monkeypatch.setattr("fasttrain.trainer.has_dali", lambda: False)
+        with pytest.raises(InputError, match="trained with loader 'DALI'"):
+            run(recipe)
+        shutil.rmtree(tmp_path)
 
 
 def test_a_run_is_not_resumed_with_another_mean_or_std(frames: Path, tmp_path: Path) -> None:

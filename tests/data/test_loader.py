@@ -19,7 +19,6 @@ from synthetic import (
     write_folders,
 )
 
-from fasttrain.data.dali import HostStage
 from fasttrain.data.index import FrameIndex
 from fasttrain.data.loader import MAX_ATTEMPTS, FramePairs
 from fasttrain.data.sampling import Ints, PairSampling, pixel_box
@@ -27,6 +26,15 @@ from fasttrain.data.sources import open_source
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD
+
+
+@pytest.fixture(autouse=True, params=["DALI", "PyTorch"])
+def _decode_with(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run each test with DALI, and as on a machine without it."""
+    if request.param == "DALI":
+        pytest.importorskip("nvidia.dali")
+    else:
+        monkeypatch.setattr("fasttrain.data.loader.has_dali", lambda: False)
 
 
 def samples_of(index: FrameIndex, **changes) -> list[np.ndarray]:
@@ -316,18 +324,18 @@ def test_many_unreadable_samples_in_a_row_are_an_error(tmp_path: Path, content: 
 def test_a_failure_of_the_gpu_is_not_taken_for_damaged_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """DALI raises RuntimeError for both; afterwards, the GPU answers with an error of its own."""
+    """Stages raise RuntimeError for both; afterwards, the GPU answers with an error of its own."""
 
     def fail(*_: object) -> None:
         raise torch.AcceleratorError("CUDA error: unspecified launch failure")
 
-    def fail_to_decode(_: HostStage) -> None:
+    def fail_to_decode() -> None:
         raise RuntimeError("Error in mixed operator `nvidia.dali.fn.decoders.image`")
 
     loader = make_loader(open_source(write_folders(tmp_path, [4] * 4)))
     loader.world = World(rank=0, size=1, cores=1, device=torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "synchronize", fail)
-    monkeypatch.setattr(HostStage, "collect", fail_to_decode)
+    monkeypatch.setattr(loader._stage, "collect", fail_to_decode)
     with pytest.raises(torch.AcceleratorError):
         next(iter(loader))
     loader.close()
