@@ -483,6 +483,7 @@ def test_a_run_is_not_resumed_with_another_loader(
     frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The frames of the loaders differ a little, and so do the images that they can decode."""
+    pytest.importorskip("nvidia.dali")
     recipe = tiny(frames, tmp_path)
     for here, there in (("DALI", "PyTorch"), ("PyTorch", "DALI")):
         for module in ("trainer", "data.loader"):

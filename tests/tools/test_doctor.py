@@ -1,5 +1,6 @@
 """The components that `fasttrain doctor` detects."""
 
+import importlib.metadata
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,24 @@ def test_required_components_are_detected(capsys: pytest.CaptureFixture[str]) ->
     assert all(component.detected for component in check_machine() if component.required)
     assert main(["doctor"]) == 0
     assert "torch" in capsys.readouterr().out
+
+
+def test_dali_and_pyav_are_optional(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    installed = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "av" or "dali" in name:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    consequences = {component.name: component.consequence for component in check_machine()}
+    assert "Pillow and PyTorch load the training data" in consequences["DALI"]
+    assert "video files cannot be read or written" in consequences["PyAV"]
+    assert main(["doctor"]) == 0
+    assert capsys.readouterr().out.count("missing") >= 2
 
 
 def test_the_compiler_that_triton_uses_is_detected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
