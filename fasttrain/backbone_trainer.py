@@ -21,10 +21,10 @@ from torch import Tensor
 
 from fasttrain.backbones import Backbone, load_backbone
 from fasttrain.checkpoint import save_checkpoint
-from fasttrain.cuda_graph import CapturedCall
+from fasttrain.cuda_graph import CapturedCall, is_recordable, recover
 from fasttrain.distributed import World
 from fasttrain.encoder_runtime import EncoderRuntime
-from fasttrain.errors import InputError
+from fasttrain.errors import InputError, LocalInputError
 from fasttrain.objective import CosettleLoss, CosettleObjective
 from fasttrain.optimizer import build_optimizer
 from fasttrain.profiling import RECORDED_PASS, span
@@ -91,6 +91,9 @@ class BackboneTrainer:
         world: This process among those of the run.
         encoder: The recipe's backbone, if it is already loaded. It is moved and cast in place.
 
+    Attributes:
+        graph_failure: Why there is no CUDA graph although the recipe enables it; None otherwise.
+
     Raises:
         InputError: The weights cannot be loaded, or the recipe does not fit the backbone or the device.
     """
@@ -136,14 +139,18 @@ class BackboneTrainer:
         self.meter = Meter()
         self._encode: Callable[[Tensor, Tensor], Tensor] = self.runtime.three_views
         self._recorded_pass: CapturedCall | None = None
+        self.graph_failure: str | None = None
 
     def warm_up(self) -> float:
         """Compile the model and record CUDA graphs if the recipe enables them; return the elapsed seconds.
 
-        Weights, optimiser state, meter and the global random state are unchanged; gradients are zero.
+        Weights, optimiser state, meter and the global random state are unchanged; gradients are zero. If a
+        recording fails, passes run without it, and `graph_failure` says why.
+
+        Raises LocalInputError if the process cannot continue after the failure.
         """
         recipe, device = self.recipe, self.world.device
-        uses_graph = recipe.encoder.cuda_graph and device.type == "cuda"
+        uses_graph = recipe.encoder.cuda_graph and is_recordable(device)
         if not (self.runtime.compiled or uses_graph):
             return 0.0
         start = time.perf_counter()
@@ -156,14 +163,31 @@ class BackboneTrainer:
                 # Passes with and without diagnostics are compiled separately.
                 self._run_pass(frames, positions)
             if uses_graph and self.world.size == 1 and not self.scaler.is_enabled():
-                self._recorded_pass = CapturedCall(self._run_pass, (frames, positions))
+                self._recorded_pass = self._record(self._run_pass, frames, positions)
             elif uses_graph:
                 # Averaging gradients over ranks and scaling the loss cannot be part of the graph.
-                self._encode = CapturedCall(self.runtime.three_views, (frames, positions))
+                self._encode = self._record(self._encode, frames, positions) or self._encode
         self.optimizer.zero_grad(set_to_none=False)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - start
+
+    def _record(self, function: Callable[..., Any], *examples: Tensor) -> CapturedCall | None:
+        """Record `function` as a CUDA graph. If that fails, set `graph_failure` and return None."""
+        try:
+            return CapturedCall(function, examples)
+        except RuntimeError as error:
+            self.graph_failure = (str(error).splitlines() or [type(error).__name__])[0]
+        try:
+            recover()
+        except torch.AcceleratorError:
+            raise
+        except RuntimeError as error:
+            raise LocalInputError(
+                f"encoder.cuda_graph: the recording failed ({self.graph_failure}), and this process cannot "
+                f"use the GPU any more. Repeat the command with encoder.cuda_graph=false"
+            ) from error
+        return None
 
     def forward_backward(self, frames: Tensor, step_index: int, *, last: bool, diagnostics: bool) -> None:
         """Run the forward and backward pass of one micro-batch, frames (2, B, 3, S, S).

@@ -14,6 +14,21 @@ from torch import Tensor
 WARM_UPS = 3
 
 
+def is_recordable(device: torch.device) -> bool:
+    """Return whether work on `device` can be recorded."""
+    return device.type == "cuda"
+
+
+def recover() -> None:
+    """Check that the GPU can be used after a failed recording; raise RuntimeError if it cannot.
+
+    PyTorch ends a recording in the driver first. If that fails, its allocator continues as if the recording
+    were under way. It then refuses to release memory, here and in the next shortage of memory.
+    """
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+
+
 class CapturedCall:
     """A function that is called by replaying a CUDA graph.
 
@@ -21,6 +36,8 @@ class CapturedCall:
     tensors belong to the graph, and the next call overwrites them in stream order. `function` should detach
     them, because autograd history would tie the accumulation of gradients to the stream of the recording.
     Warm-up and recording execute `function`, so the caller must reset the tensors that it writes to.
+
+    Raises RuntimeError if the recording fails. PyTorch's allocator may then be unusable (see `recover`).
     """
 
     def __init__(self, function: Callable[..., Any], examples: tuple[Tensor, ...]) -> None:

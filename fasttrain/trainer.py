@@ -400,6 +400,11 @@ class Trainer:
                 self.logs[trainer.name] = stack.enter_context(closing(log))
             for trainer in self.backbone_trainers:
                 seconds = trainer.warm_up()
+                if trainer.graph_failure:
+                    self.say(
+                        f"{trainer.name}: training without encoder.cuda_graph, because the recording failed: "
+                        f"{trainer.graph_failure}"
+                    )
                 if seconds:
                     self.say(f"{trainer.name}: warmed up in {seconds:.1f} s")
             # From here on, signals stop the run after a step. Before, they end it at once.
