@@ -2,8 +2,10 @@
 
     python -m benchmarks.loaders [--short] [--source SOURCE]
 
-Each loader runs in a separate process. CPU time includes that of its workers. torchcodec is measured only if
-it is installed. `benchmarks.step` measures how much a training step slows down because it waits for data.
+Each loader runs in a separate process. CPU time includes that of its workers. Video files are measured only
+if PyAV is installed, and torchcodec only if both are. On a GPU, the results contain the number of its JPEG
+engines, and how busy they and the video decoders were. `benchmarks.step` measures how much a training
+step slows down because it waits for data.
 """
 
 from __future__ import annotations
@@ -11,14 +13,18 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import re
+import subprocess
+import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import av
 import torch
 from PIL import Image
 from torch import Tensor
@@ -36,6 +42,7 @@ from benchmarks.measure import (
 )
 from fasttrain.data.images import Frame
 from fasttrain.data.loader import PairLoader
+from fasttrain.data.packed import is_packed
 from fasttrain.data.sources import open_source
 from fasttrain.distributed import World
 from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD
@@ -50,12 +57,24 @@ GAP, AREA, RATIO = 0.15, (0.5, 1.0), (3 / 4, 4 / 3)
 BASELINE = "PIL, four frames (published)"
 OURS, OUR_VIDEO = "ours, packed", "ours, video"
 # Other settings of fasttrain's loader, measured on GPUs only. The JPEG engine decodes the given share of the
-# images, and CUDA cores decode the rest.
+# images. The rest is decoded by the host and the CUDA cores together.
 SWEEP: dict[str, dict[str, Any]] = {
-    **{f"JPEG engine {n:.0%}": {"decoder": "mixed", "jpeg_engine_load": n} for n in (0.65, 0.9, 1.0)},
     **{f"prefetch {n}": {"prefetch": n} for n in (3, 4)},
+    **{f"JPEG engine {n:.0%}": {"decoder": "mixed", "jpeg_engine_load": n} for n in (0.65, 0.9, 1.0)},
     **{f"threads {n}": {"num_threads": n} for n in (1, 4, 8)},
 }
+# Decodes one image with nvImageCodec.
+DECODE_ONE = """
+import io, numpy, torch
+from PIL import Image
+from fasttrain.data.dali import Graph, decode_images
+file = io.BytesIO()
+Image.new("RGB", (64, 64)).save(file, "JPEG")
+decode = lambda: decode_images(device="mixed", engine_load=1.0)
+graph = Graph(decode, batch_size=1, device=torch.device("cuda"))
+graph.submit(stored=[numpy.frombuffer(file.getvalue(), numpy.uint8)])
+graph.collect()
+"""
 
 
 def our_batches(recipe: Recipe, world: World, batches: int) -> Generator[Tensor, None, None]:
@@ -131,8 +150,8 @@ def augment(images: list[Tensor]) -> Tensor:
 def contenders(setting: dict[str, Any], batches: int = 0) -> dict[str, Callable[[], Iterator[Tensor]]]:
     """Return functions that start the loaders available on this machine, by name.
 
-    The most important loaders come first, because time may run out. `setting` contains `batch`, `device` and
-    the paths from `prepare`.
+    The most important loaders come first, because time may run out. `setting` contains `batch`, `device`, the
+    paths from `prepare`, and that of video files if there are any.
     """
     batch, device = setting["batch"], torch.device(setting["device"])
     on_gpu = device.type == "cuda"
@@ -151,9 +170,11 @@ def contenders(setting: dict[str, Any], batches: int = 0) -> dict[str, Callable[
     loaders = {OURS: ours("packed"), BASELINE: theirs("frames", published_pair)}
     for name, data in SWEEP.items() if on_gpu else ():
         loaders[f"{OURS}, {name}"] = ours("packed", **data)
-    if importlib.util.find_spec("torchcodec"):
-        loaders["torchcodec, two frames"] = theirs("videos", torchcodec_pair)
-    return {**loaders, OUR_VIDEO: ours("videos")}
+    if "videos" in setting:
+        loaders[OUR_VIDEO] = ours("videos")
+        if importlib.util.find_spec("torchcodec"):
+            loaders["torchcodec, two frames"] = theirs("videos", torchcodec_pair)
+    return loaders
 
 
 def measure(name: str, setting: dict[str, Any]) -> dict[str, float]:
@@ -162,30 +183,106 @@ def measure(name: str, setting: dict[str, Any]) -> dict[str, float]:
     calls = max(1, setting["pairs"] // batch)
     # Loaders prefetch. Extra batches keep them busy until the end of the last round.
     batches = contenders(setting, WARM_UPS + rounds * calls + 16)[name]()
-    timing = interleave({name: lambda: next(batches)}, rounds=rounds, calls=calls)[name]
+    with engine_use() as use:
+        timing = interleave({name: lambda: next(batches)}, rounds=rounds, calls=calls)[name]
     for _ in batches:
         pass  # Consume the rest: workers that are stopped in the middle of a batch may abort.
     result = timing.result(batch)
-    return {**result, "pairs_per_cpu_second": 1e3 * batch / result["cpu_ms"]}
+    return {**result, "pairs_per_cpu_second": 1e3 * batch / result["cpu_ms"], **use}
 
 
-def prepare(root: Path, source: Path | None, num_videos: int) -> dict[str, str]:
-    """Write the same videos as frame folders (JPEG), H.264 files and a packed set; return the three paths."""
-    frames, videos, packed = root / "frames", root / "videos", root / "packed"
-    videos.mkdir(parents=True)
-    for number, clip in enumerate(clips(source, num_videos)):
-        name = f"{number:04d}"
-        (frames / name).mkdir(parents=True)
-        with av.open(str(videos / f"{name}.mp4"), "w") as container:
-            stream = container.add_stream("libx264", rate=25, options={"crf": "20"})
-            stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+@contextmanager
+def engine_use() -> Iterator[dict[str, float]]:
+    """Yield a dictionary that receives the mean utilisation in % of the GPU, its decoders and JPEG engines.
+
+    It stays empty without nvidia-smi, and lacks what the driver does not report.
+    """
+    use: dict[str, float] = {}
+    names = ("gpu", "decoder", "jpeg")
+    query = ",".join(f"utilization.{name}" for name in names)
+    command = [
+        "nvidia-smi",
+        f"--query-gpu={query}",
+        "--format=csv,noheader,nounits",
+        "--loop-ms=100",
+        "--id=0",
+    ]
+    try:
+        watch = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    except FileNotFoundError:
+        yield use
+        return
+    try:
+        yield use
+    finally:
+        watch.terminate()
+        lines, _ = watch.communicate()
+    for name, *values in zip(names, *(line.split(",") for line in lines.splitlines()), strict=False):
+        numbers = [float(value) for value in values if value.strip().isdigit()]
+        if numbers:
+            use[f"{name}_percent"] = sum(numbers) / len(numbers)
+
+
+def jpeg_engines() -> int:
+    """Return the number of the GPU's JPEG engines that nvImageCodec finds.
+
+    There are none in a container without the driver capability `video`, and DALI then decodes without them.
+    """
+    import nvidia.dali  # noqa: F401 - skips this measurement if DALI is not installed
+
+    environment = {**os.environ, "DALI_NVIMGCODEC_LOG_LEVEL": "3"}
+    decode = subprocess.run(
+        [sys.executable, "-c", DECODE_ONE], env=environment, capture_output=True, text=True
+    )
+    if decode.returncode:
+        raise RuntimeError((decode.stderr.splitlines() or ["no image was decoded"])[-1])
+    found = re.search(r"num_hw_engines=(\d+)", decode.stdout + decode.stderr)
+    return int(found[1]) if found else 0
+
+
+def prepare(root: Path, source: Path | None, num_videos: int) -> tuple[dict[str, str], dict[str, Any]]:
+    """Write the same frames as frame folders and as a packed set; return their paths and a description.
+
+    The frames of a packed set are taken as they are. Those of another source and of synthetic scenes are
+    resized to WIDTH x HEIGHT.
+    """
+    frames, packed = root / "frames", root / "packed"
+    if source is not None and is_packed(source):
+        packed = source
+        for shard in sorted(source.glob("*.tar")):
+            with tarfile.open(shard) as archive:
+                archive.extractall(frames, filter="data")
+    else:
+        for number, clip in enumerate(clips(source, num_videos)):
+            folder = frames / f"{number:04d}"
+            folder.mkdir(parents=True)
             for frame, pixels in enumerate(clip):
                 image = Image.fromarray(pixels).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
-                image.save(frames / name / f"{frame:05d}.jpg", quality=90)
+                image.save(folder / f"{frame:05d}.jpg", quality=90)
+        run_fasttrain("pack", "--kind", "folders", str(frames), str(packed))
+    index = open_source(packed)
+    described = {
+        "source": "/".join(source.parts[-2:]) if source else "synthetic scenes",
+        "videos": len(index),
+        "frames": int(index.num_frames.sum()),
+    }
+    return {"frames": str(frames), "packed": str(packed)}, described
+
+
+def encode_videos(packed: str, folder: Path) -> str:
+    """Write the videos of a packed set as H.264 files of WIDTH x HEIGHT pixels, and return their folder."""
+    import av
+
+    folder.mkdir()
+    for number, clip in enumerate(clips(Path(packed), 0)):
+        with av.open(str(folder / f"{number:04d}.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=25, options={"crf": "20"})
+            stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+            for pixels in clip:
+                image = Image.fromarray(pixels).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
                 container.mux(stream.encode(av.VideoFrame.from_image(image)))
             container.mux(stream.encode(None))
-    run_fasttrain("pack", "--kind", "folders", str(frames), str(packed))
-    return {"frames": str(frames), "videos": str(videos), "packed": str(packed)}
+    return str(folder)
 
 
 def clips(source: Path | None, num_videos: int) -> Iterator[list[Frame]]:
@@ -205,7 +302,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--source",
         type=Path,
         metavar="SOURCE",
-        help="videos or frame folders to load (default: synthetic scenes)",
+        help="videos, frame folders or a packed set to load (default: synthetic scenes)",
     )
     parser.add_argument(
         "--pairs",
@@ -225,10 +322,16 @@ def main(arguments: list[str] | None = None) -> None:
         "threads": len(os.sched_getaffinity(0)),
         "device": args.device,
     }
-    source = "/".join(args.source.parts[-2:]) if args.source else "synthetic scenes"
-    results = Results("loaders", args, frame=f"{WIDTH} x {HEIGHT} JPEG", source=source, setting=setting)
+    results = Results("loaders", args, setting=setting)
+    if on_gpu:
+        results.record("jpeg_engines", jpeg_engines)
     with tempfile.TemporaryDirectory() as folder:
-        setting = {**setting, **prepare(Path(folder), args.source, 4 if args.short else 16)}
+        paths, results.content["data"] = prepare(Path(folder), args.source, 4 if args.short else 16)
+        if videos := results.attempt(
+            OUR_VIDEO, partial(encode_videos, paths["packed"], Path(folder, "videos"))
+        ):
+            paths["videos"] = videos
+        setting = {**setting, **paths}
         for name in contenders(setting):
             left = results.deadline - time.monotonic()
             run = partial(in_own_process, measure, name, setting, seconds=left)

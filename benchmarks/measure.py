@@ -20,9 +20,10 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ PACKAGES = (
     "torchcodec",
 )
 WARM_UPS = 2
+Call = Callable[[], Any]
 
 
 @dataclass
@@ -128,14 +130,19 @@ def in_own_process(function: Callable[..., Any], *arguments: Any, seconds: float
             raise
 
 
-def run_fasttrain(*arguments: str) -> None:
-    """Run a fasttrain command. If it fails, print its stderr and raise RuntimeError with the last line."""
-    command = [sys.executable, "-m", "fasttrain", *arguments]
+def run_fasttrain(*arguments: str, launcher: Sequence[str] = ()) -> str:
+    """Run a fasttrain command and return its stdout.
+
+    `launcher` is a module that starts it, with options. If the command fails, print its stderr and raise
+    RuntimeError with the last line.
+    """
+    command = [sys.executable, *launcher, "-m", "fasttrain", *arguments]
     result = subprocess.run(command, check=False, capture_output=True, text=True)
     if result.returncode:
         sys.stderr.write(result.stderr)
         reason = (result.stderr.splitlines() or [f"exit code {result.returncode}"])[-1]
         raise RuntimeError(f"fasttrain {arguments[0]} failed: {reason.removeprefix('fasttrain: ')}")
+    return result.stdout
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
@@ -290,6 +297,19 @@ class Results:
             section[name] = result
         write_json(self.path, self.content)
         print(f"{name}: {self.skipped.get(name, 'done')}", flush=True)
+
+    def time(self, makers: dict[str, Callable[[], Call]], *, rounds: int, calls: int) -> dict[str, Timing]:
+        """Time what `makers` return, interleaved. Functions that cannot be made or called are skipped."""
+
+        def called_once(make: Callable[[], Call]) -> Call:
+            contender = make()
+            contender()
+            synchronize()
+            return contender
+
+        made = {name: self.attempt(name, partial(called_once, make)) for name, make in makers.items()}
+        contenders = {name: contender for name, contender in made.items() if contender is not None}
+        return interleave(contenders, rounds=rounds, calls=calls)
 
     def finish(self) -> None:
         """Print the path of the file. Exit with an error message if a measurement failed."""

@@ -4,14 +4,17 @@
 
 The sections are:
 
-    steps         a step of fasttrain and of the published implementation
+    training      the training command, with its time by part, and its continuation from a checkpoint
+    end_to_end    a training step with data, of fasttrain and of the published implementation
+    steps         the same without data
     parts         the encoder, the head with the losses, and the optimiser separately
-    end_to_end    training with data
     switches      variants of the encoder settings
+    graphs        variants with CUDA graphs; only on a GPU
     scaling       several batch sizes and resolutions
 
-Weights are random, since they do not affect the speed. On a CPU, only the ratios are meaningful, and a
-smaller ViT keeps the run short:
+Sections with data use the packed set data.source, or synthetic scenes if it is not given. Weights are random,
+since they do not affect the speed. On a CPU, only the ratios are meaningful, and a smaller ViT keeps the run
+short:
 
     python -m benchmarks.step recipes/dino.yaml backbone.embed_dim=192 backbone.depth=4 \\
         train.batch_size=16 encoder.compile=default
@@ -21,7 +24,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import closing
 from functools import lru_cache, partial
@@ -33,24 +38,32 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import loaders
 from benchmarks.baseline import BaselineStep
 from benchmarks.measure import (
     WARM_UPS,
+    Call,
     Results,
     Timing,
     command_line,
     copy_ceiling,
+    in_own_process,
     interleave,
     matrix_ceiling,
     run_command,
+    run_fasttrain,
     speedup,
-    synchronize,
 )
 from fasttrain import distributed
 from fasttrain.backbone_trainer import BackboneTrainer, backbone_recipes, backbone_settings
 from fasttrain.backbones import Backbone, load_backbone
+from fasttrain.checkpoint import drop_checkpoints
 from fasttrain.distributed import World
-from fasttrain.recipe import Recipe, load_recipe, to_dict
+from fasttrain.errors import InputError
+from fasttrain.loggers import read_records
+from fasttrain.projection import Projection
+from fasttrain.recipe import Recipe, load_recipe, to_dict, to_yaml
+from fasttrain.video_encoder import PROJECTION_FILE
 
 Switches = dict[str, dict[str, Any]]
 SWITCHES: Switches = {"as it is": {}, "not compiled": {"compile": "none"}, "fp8": {"precision": "fp8"}}
@@ -64,7 +77,8 @@ GPU_SWITCHES: Switches = {
     # PyTorch's default choice between these two depends on its version and on the GPU.
     "not compiled, cuDNN attention": {"compile": "none", "attention": "cudnn"},
     "not compiled, flash attention": {"compile": "none", "attention": "flash"},
-    # CUDA graphs come last, because a failed capture can make later measurements fail.
+}
+GRAPH_SWITCHES: Switches = {
     "CUDA graph": {"cuda_graph": True},
     "CUDA graph, fp8": {"cuda_graph": True, "precision": "fp8"},
 }
@@ -73,7 +87,6 @@ CPU_SWITCHES: Switches = {
     "fused attention": {"attention": "flash"},
     "all pairs at once": {"chunk": 1_000_000},
 }
-Step = Callable[[], Any]
 
 
 class Run:
@@ -83,38 +96,33 @@ class Run:
         self.recipe, self.world, self.results, self.short = recipe, world, results, short
         self.device, self.pairs = world.device, recipe.train.batch_size
         self.on_gpu = self.device.type == "cuda"
-        self.rounds = 3 if short else 7
+        self.rounds, self.calls = 3 if short else 7, 10 if self.on_gpu else 1
 
     def frames(self, recipe: Recipe) -> Tensor:
         size = recipe.data.image_size
         dtype = recipe.train.dtype if self.on_gpu else torch.float32
-        # Generate on the CPU, because a failed capture may leave the generator of the GPU unusable.
-        return torch.randn(2, recipe.train.batch_size, 3, size, size).to(self.device, dtype)
+        return torch.randn(2, recipe.train.batch_size, 3, size, size, device=self.device, dtype=dtype)
 
     def trainer(self, recipe: Recipe) -> BackboneTrainer:
         """Create the trainer of a backbone and warm it up."""
         encoder = copy.deepcopy(random_encoder(tuple(backbone_settings(recipe).items())))
         trainer = BackboneTrainer(recipe, self.world, encoder)
         trainer.warm_up()
+        if trainer.graph_failure:
+            raise RuntimeError(f"the recording failed: {trainer.graph_failure}")
         return trainer
 
-    def stepper(self, recipe: Recipe) -> Step:
+    def stepper(self, recipe: Recipe) -> Call:
         """Return a training step on frames that are already on the device."""
         return partial(take_step, self.trainer(recipe), self.frames(recipe))
 
-    def time(self, makers: dict[str, Callable[[], Step]]) -> dict[str, Timing]:
-        """Time the contenders, interleaved. Those that cannot be created or called are skipped."""
+    def time(self, makers: dict[str, Callable[[], Call]]) -> dict[str, Timing]:
+        return self.results.time(makers, rounds=self.rounds, calls=self.calls)
 
-        def called_once(make: Callable[[], Step]) -> Step:
-            contender = make()
-            contender()
-            synchronize()
-            return contender
-
-        made = {name: self.results.attempt(name, partial(called_once, make)) for name, make in makers.items()}
-        contenders = {name: contender for name, contender in made.items() if contender is not None}
-        calls = 10 if self.on_gpu else 1
-        return interleave(contenders, rounds=self.rounds, calls=calls)
+    def prepare(self, folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
+        """Prepare the data in `folder`; return their paths by form, and a description."""
+        source = self.recipe.data.source
+        return loaders.prepare(folder, Path(source) if source else None, 8)
 
 
 # Initialising a ViT-B takes seconds, whereas copying it is fast.
@@ -135,10 +143,80 @@ def with_changes(recipe: Recipe, section: str, **values: Any) -> Recipe:
     return dataclasses.replace(recipe, **{section: changed})
 
 
+def training(run: Run) -> dict[str, Any]:
+    """Train with the command line under torchrun, and once more from the checkpoint in the middle.
+
+    The continued run must end with the same projection. The profile covers a few early steps, and the speed
+    is that of the last quarter of the steps.
+    """
+    count = 200 if run.on_gpu else 8
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        sources, data = run.prepare(root)
+        output = root / "run"
+        recipe = with_changes(run.recipe, "data", source=sources["packed"], pairs_per_video=run.pairs)
+        recipe = with_changes(recipe, "train", steps=count, log_every=count // 4, save_every=count // 2)
+        path = root / "recipe.yaml"
+        path.write_text(to_yaml(dataclasses.replace(recipe, output=str(output))), encoding="utf-8")
+        projections, rates = [], []
+        for options in (["--profile"], []):
+            launcher = ("-m", "torch.distributed.run", "--nproc-per-node=1")
+            print(run_fasttrain(str(path), *options, launcher=launcher))
+            projections.append(Projection.load(output / PROJECTION_FILE))
+            rates.append(read_records(output / "metrics.jsonl")[-1]["pairs_per_second"])
+            # The second run continues from the checkpoint that is left.
+            drop_checkpoints(output / "checkpoints", count // 2, keep=1)
+        summary = json.loads((output / "profile" / "summary.json").read_text(encoding="utf-8"))
+    first, second = (
+        torch.cat([parameter.detach().flatten() for parameter in each.parameters()]) for each in projections
+    )
+    return {
+        "data": data,
+        "pairs_per_second": rates,
+        "resume_difference": ((second - first).norm() / first.norm()).item(),
+        "profile": summary,
+    }
+
+
+def end_to_end(run: Run) -> dict[str, Any]:
+    """Measure training with data: fasttrain on a packed set, the baseline on frame folders with PIL.
+
+    Contenders run one after the other, not interleaved. Otherwise the workers of one contender would work
+    during the turn of another.
+    """
+    calls = 24 if run.on_gpu else 6
+    batches = run.rounds * calls + WARM_UPS
+    with tempfile.TemporaryDirectory() as folder:
+        sources, data = run.prepare(Path(folder))
+        packed = with_changes(run.recipe, "data", source=sources["packed"], pairs_per_video=run.pairs)
+        resident, trainer = run.frames(run.recipe), run.trainer(run.recipe)
+        baseline = BaselineStep(run.recipe, run.device)
+        ours = loaders.our_batches(packed, run.world, batches)
+        published = loaders.published_pair
+        theirs = loaders.worker_batches(sources["frames"], published, run.pairs, batches, run.device)
+        contenders: dict[str, Call] = {
+            "ours": lambda: take_step(trainer, next(ours)),
+            "baseline": lambda: baseline(next(theirs).transpose(0, 1).contiguous()),
+            "ours, resident": lambda: take_step(trainer, resident),
+        }
+        with closing(ours), closing(theirs):
+            timings = {
+                name: interleave({name: step}, rounds=run.rounds, calls=calls)[name]
+                for name, step in contenders.items()
+            }
+    rows = {name: timing.result(run.pairs) for name, timing in timings.items()}
+    return {
+        "data": data,
+        "timings": rows,
+        "speedup": {"ours over baseline": speedup(timings["baseline"], timings["ours"])},
+        "data_overhead": rows["ours"]["ms"] / rows["ours, resident"]["ms"] - 1,
+    }
+
+
 def steps(run: Run) -> dict[str, Any]:
     """Measure a step of fasttrain, and of the baseline at the same precision and, on a GPU, in fp16."""
     recipe, frames = run.recipe, run.frames(run.recipe)
-    makers: dict[str, Callable[[], Step]] = {
+    makers: dict[str, Callable[[], Call]] = {
         "ours": lambda: run.stepper(recipe),
         "baseline": lambda: partial(BaselineStep(recipe, run.device), frames),
         "baseline, fused attention": lambda: partial(BaselineStep(recipe, run.device, True), frames),
@@ -209,6 +287,37 @@ def switches(run: Run) -> dict[str, Any]:
     }
 
 
+def graphs(run: Run) -> dict[str, Any]:
+    """Measure each variant with a CUDA graph, interleaved with the recipe, in a process of its own.
+
+    A failed recording can make PyTorch's memory allocator unusable for the rest of the process.
+    """
+    if not run.on_gpu:
+        raise InputError("--only graphs: needs a GPU")
+    rows = {}
+    for name, choice in GRAPH_SWITCHES.items():
+        variant = with_changes(run.recipe, "encoder", **choice)
+        left = run.results.deadline - time.monotonic()
+        measure = partial(
+            in_own_process, time_both, run.recipe, variant, run.results, run.short, seconds=left
+        )
+        timings = run.results.attempt(name, measure)
+        if timings is not None:
+            plain, graph = timings
+            rows[name] = {**graph.result(run.pairs), "times_as_it_is": speedup(plain, graph)}
+    return rows
+
+
+def time_both(recipe: Recipe, variant: Recipe, results: Results, short: bool) -> tuple[Timing, Timing]:
+    """Time steps of a recipe and of a variant, interleaved."""
+    with distributed.start(recipe.device) as world:
+        run = Run(recipe, world, results, short=short)
+        # Not `run.time`, because what this process skips would not be recorded.
+        contenders = {"recipe": run.stepper(recipe), "variant": run.stepper(variant)}
+        timings = interleave(contenders, rounds=run.rounds, calls=run.calls)
+    return timings["recipe"], timings["variant"]
+
+
 def scaling(run: Run) -> dict[str, Any]:
     """Measure steps at several batch sizes and resolutions, or at one of each with --short."""
     count = 1 if run.short else 3
@@ -225,50 +334,13 @@ def scaling(run: Run) -> dict[str, Any]:
     return rows
 
 
-def end_to_end(run: Run) -> dict[str, Any]:
-    """Measure training with data: fasttrain on a packed set, the baseline on frame folders with PIL.
-
-    Contenders run one after the other, not interleaved. Otherwise the workers of one contender would work
-    during the turn of another.
-    """
-    # Imported here because it needs DALI and PyAV.
-    from benchmarks import loaders
-
-    calls = 24 if run.on_gpu else 6
-    batches = run.rounds * calls + WARM_UPS
-    with tempfile.TemporaryDirectory() as folder:
-        sources = loaders.prepare(Path(folder), None, 8)
-        packed = with_changes(run.recipe, "data", source=sources["packed"], pairs_per_video=run.pairs)
-        resident, trainer = run.frames(run.recipe), run.trainer(run.recipe)
-        baseline = BaselineStep(run.recipe, run.device)
-        ours = loaders.our_batches(packed, run.world, batches)
-        published = loaders.published_pair
-        theirs = loaders.worker_batches(sources["frames"], published, run.pairs, batches, run.device)
-        contenders: dict[str, Step] = {
-            "ours": lambda: take_step(trainer, next(ours)),
-            "baseline": lambda: baseline(next(theirs).transpose(0, 1).contiguous()),
-            "ours, resident": lambda: take_step(trainer, resident),
-        }
-        with closing(ours), closing(theirs):
-            timings = {
-                name: interleave({name: step}, rounds=run.rounds, calls=calls)[name]
-                for name, step in contenders.items()
-            }
-    rows = {name: timing.result(run.pairs) for name, timing in timings.items()}
-    return {
-        "timings": rows,
-        "speedup": {"ours over baseline": speedup(timings["baseline"], timings["ours"])},
-        "data_overhead": rows["ours"]["ms"] / rows["ours, resident"]["ms"] - 1,
-    }
-
-
 # The most important sections come first, because time may run out.
-SECTIONS = {f.__name__: f for f in (steps, parts, end_to_end, switches, scaling)}
+SECTIONS = {f.__name__: f for f in (training, end_to_end, steps, parts, switches, graphs, scaling)}
 
 
 def read_recipe(path: str, overrides: list[str]) -> Recipe:
     """Load the first backbone of a recipe, with random weights and one micro-batch per step."""
-    first = backbone_recipes(load_recipe(path, ["train.accumulate=1", *overrides]))[0]
+    first = backbone_recipes(load_recipe(path, ["train.accumulate=1", "data.source=", *overrides]))[0]
     return with_changes(first, "backbone", weights="random")
 
 

@@ -48,7 +48,7 @@ def test_the_baseline_computes_the_same_losses(regularizer: str) -> None:
     ("sections", "size"),
     [
         (["steps", "parts", "switches", "scaling"], 64),
-        pytest.param(["end_to_end"], 224, marks=pytest.mark.slow),
+        pytest.param(["training", "end_to_end"], 224, marks=pytest.mark.slow),
     ],
 )
 def test_every_section_runs(tmp_path: Path, sections: list[str], size: int) -> None:
