@@ -16,7 +16,6 @@ import random
 import re
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -249,9 +248,12 @@ def prepare(root: Path, source: Path | None, num_videos: int) -> tuple[dict[str,
     frames, packed = root / "frames", root / "packed"
     if source is not None and is_packed(source):
         packed = source
-        for shard in sorted(source.glob("*.tar")):
-            with tarfile.open(shard) as archive:
-                archive.extractall(frames, filter="data")
+        stored = open_source(source)
+        for video, length in enumerate(stored.num_frames.tolist()):
+            folder = frames / f"{video:04d}"
+            folder.mkdir(parents=True)
+            for frame, encoded in enumerate(stored.read(video, range(length))):
+                (folder / f"{frame:05d}.jpg").write_bytes(encoded)
     else:
         for number, clip in enumerate(clips(source, num_videos)):
             folder = frames / f"{number:04d}"

@@ -162,7 +162,7 @@ class BackboneTrainer:
             if self._compiles_objective or device.type == "cuda":
                 # Passes with and without diagnostics are compiled separately.
                 self._run_pass(frames, positions)
-            if uses_graph and self.world.size == 1 and not self.scaler.is_enabled():
+            if uses_graph and self.world.is_single and not self.scaler.is_enabled():
                 self._recorded_pass = self._record(self._run_pass, frames, positions)
             elif uses_graph:
                 # Averaging gradients over ranks and scaling the loss cannot be part of the graph.

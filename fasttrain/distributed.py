@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -30,6 +31,9 @@ Item = TypeVar("Item")
 TIMEOUT = timedelta(hours=2)
 # How long ranks wait for each other at the start of a run.
 JOIN_TIMEOUT = timedelta(minutes=10)
+# How long a process of several may take to end after an error. Its exit, like the destruction of its group,
+# can wait forever for a device that waits for a rank that is gone.
+EXIT_SECONDS = 60
 # The key in the store under which the first rank that fails says why.
 FAILED = "failed"
 # Numbers the runs of a program.
@@ -47,7 +51,8 @@ class World:
         size: Number of processes.
         cores: Number of CPU cores for this process.
         device: Device of this process.
-        store: Key-value store on the host, which all ranks share; None in a single process.
+        store: Key-value store on the host, which all ranks share; None in a single process, which has no
+            process group either.
     """
 
     rank: int
@@ -65,9 +70,13 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def is_single(self) -> bool:
+        return self.store is None
+
     def wrap(self, module: nn.Module) -> nn.Module:
         """Wrap `module` so that each backward pass averages its gradients over all ranks."""
-        if self.size == 1:
+        if self.is_single:
             return module
         return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
@@ -81,14 +90,14 @@ class World:
 
     def mean(self, values: Tensor) -> Tensor:
         """Average `values` over all ranks, in place if there are several, and return them."""
-        if self.size > 1:
+        if not self.is_single:
             dist.all_reduce(values, op=dist.ReduceOp.SUM)
             values /= self.size
         return values
 
     def gather(self, value: Any) -> list[Any]:
         """Return the values of all ranks, in the order of the ranks. Values must be small and picklable."""
-        if self.size == 1:
+        if self.is_single:
             return [value]
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
@@ -119,7 +128,7 @@ class World:
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        if self.size > 1:
+        if not self.is_single:
             dist.barrier()
 
     def connect(self) -> dist.Store | None:
@@ -158,6 +167,8 @@ def start(device: Literal["auto", "cuda", "cpu"] = "auto") -> Iterator[World]:
     try:
         yield world
     except Exception as error:
+        # The signal ends the process even while it waits in the driver.
+        signal.alarm(EXIT_SECONDS)
         own = f"rank {rank} failed ({type(error).__name__})"
         try:
             first = world.fail(own)
@@ -172,6 +183,7 @@ def start(device: Literal["auto", "cuda", "cpu"] = "auto") -> Iterator[World]:
             raise OtherRankError(f"{first}, so the run ends. Repeat the command to continue") from error
         if isinstance(error, InputError):
             dist.destroy_process_group()
+            signal.alarm(0)
         # After other errors, a rank may be waiting, and destroying the group might wait for it.
         raise
     except KeyboardInterrupt:

@@ -3,7 +3,7 @@
 `trainer` and `backbone_trainer` mark the spans of a step. With `train --profile`, `StepProfiler` records some
 early steps of a run and writes profile/trace.json (for chrome://tracing or Perfetto) and
 profile/summary.json. On a GPU, the time of a kernel is attributed to the span in which the host launched it,
-on any thread; on a CPU, the time of a span is its duration.
+on any thread of PyTorch; on a CPU, the time of a span is its duration.
 """
 
 import json
@@ -89,8 +89,10 @@ def summarise(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
         - `step_ms`: Mean duration of a step.
         - `parts`: For each span, `ms` per step and `share` of the total (device time on a GPU).
         - `outside_ms`: Time per step outside of all spans.
+        - `loader_ms`: Device time per step of what other threads than PyTorch's launched (GPU only).
         - `waits`, `scalar_reads`, `allocations`: Events per step on threads that run PyTorch.
-        - `busy_share`: Fraction of the recorded time during which at least one kernel ran (GPU only).
+        - `busy_share`: Fraction of the recorded time during which the device worked, without that work (GPU
+          only).
     """
     complete = [event for event in events if event.get("ph") == "X"]
     ranges = sorted(
@@ -101,26 +103,28 @@ def summarise(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
     step_ranges = [each for each in ranges if each[2] == STEP]
     span_ranges = [each for each in ranges if each[2] in SPANS]
     steps = len(step_ranges)
-    work = [event for event in complete if event.get("cat") in _ON_DEVICE]
+    # Excludes the threads of a data loader, whose waiting does not delay a step.
+    threads = {event.get("tid") for event in complete if event.get("cat") in _HOST}
+    launches = {
+        event["args"].get("correlation"): event for event in complete if event.get("cat") in _LAUNCHES
+    }
+    work, loader_us = [], 0.0
+    for event in complete:
+        if event.get("cat") in _ON_DEVICE:
+            launch = launches.get(event["args"]["correlation"], {})
+            if launch and launch.get("tid") not in threads:
+                loader_us += event["dur"]
+            else:
+                work.append((event, launch.get("ts")))
     # Pairs of a span (or None) and a duration.
     durations: list[tuple[str | None, float]]
     if work:
-        launch_times = {
-            event["args"].get("correlation"): event["ts"]
-            for event in complete
-            if event.get("cat") in _LAUNCHES
-        }
-        durations = [
-            (_range_at(span_ranges, launch_times.get(event["args"]["correlation"])), event["dur"])
-            for event in work
-        ]
+        durations = [(_range_at(span_ranges, launched), event["dur"]) for event, launched in work]
         total = sum(duration for _, duration in durations)
     else:
         durations = [(name, end - start) for start, end, name in span_ranges]
         total = sum(end - start for start, end, _ in step_ranges)
     times = {name: sum(duration for owner, duration in durations if owner == name) for name in SPANS}
-    # Excludes the threads of a data loader, whose waiting does not delay a step.
-    threads = {event.get("tid") for event in complete if event.get("cat") in _HOST}
     within = [
         event["name"]
         for event in complete
@@ -135,7 +139,8 @@ def summarise(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
         **{count: sum(name in names for name in within) / steps for count, names in _COUNTED.items()},
     }
     if work:
-        starts, ends = np.array(sorted((event["ts"], event["ts"] + event["dur"]) for event in work)).T
+        summary["loader_ms"] = loader_us / steps / 1e3
+        starts, ends = np.array(sorted((event["ts"], event["ts"] + event["dur"]) for event, _ in work)).T
         latest_ends = np.maximum.accumulate(ends)
         # The device is idle between the end of all previous work and the start of the next.
         idle = np.maximum(0, starts[1:] - latest_ends[:-1]).sum()
@@ -162,5 +167,8 @@ def summary_table(summary: dict[str, Any]) -> str:
         f"{summary['scalar_reads']:g} scalar reads, {summary['allocations']:g} allocations"
     )
     if "busy_share" in summary:
-        lines.append(f"GPU busy {summary['busy_share']:.1%} of the time")
+        lines.append(
+            f"GPU busy {summary['busy_share']:.1%} of the time, not counting the data loader's "
+            f"{summary['loader_ms']:.3f} ms per step"
+        )
     return "\n".join(lines)

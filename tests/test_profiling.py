@@ -22,7 +22,8 @@ def kernel(correlation: int, ts: float, dur: float) -> dict[str, Any]:
 
 
 # A copy is launched in `data`, and two kernels in `encoder`, the first of which overlaps the copy on another
-# stream. A kernel is launched in `backward` by another thread, and one outside of all spans.
+# stream. One kernel is launched in `backward` by another thread of PyTorch, one outside of all spans, and one
+# by a thread of the data loader.
 GPU_EVENTS = [
     host(STEP, 0, 100),
     host("data", 0, 10),
@@ -32,6 +33,8 @@ GPU_EVENTS = [
     host("cudaLaunchKernel", 12, 1, "cuda_runtime", correlation=2),
     host("cuLaunchKernelEx", 14, 1, "cuda_driver", correlation=3),
     {**host("cudaLaunchKernel", 50, 1, "cuda_runtime", correlation=4), "tid": 7},
+    {**host("aten::mm", 49, 3, "cpu_op"), "tid": 7},
+    {**host("cudaLaunchKernel", 55, 1, "cuda_runtime", correlation=6), "tid": 8},
     host("cudaLaunchKernel", 90, 1, "cuda_runtime", correlation=5),
     host("cudaStreamSynchronize", 95, 1, "cuda_runtime"),
     host("cudaStreamSynchronize", 195, 1, "cuda_runtime"),
@@ -40,6 +43,7 @@ GPU_EVENTS = [
     kernel(3, 150, 30),
     kernel(4, 190, 10),
     kernel(5, 200, 5),
+    kernel(6, 160, 30),
     {"ph": "M", "name": "process_name"},
 ]
 
@@ -52,7 +56,8 @@ def test_device_time_is_attributed_to_the_span_of_the_launch() -> None:
     )
     assert summary["outside_ms"] == pytest.approx(0.005)
     assert sum(row["share"] for row in summary["parts"].values()) == pytest.approx(130 / 135)
-    # Busy from 100 to 180 and from 190 to 205.
+    assert summary["loader_ms"] == pytest.approx(0.030)
+    # Busy from 100 to 180 and from 190 to 205; between, the loader's kernel runs.
     assert summary["busy_share"] == pytest.approx(95 / 105)
     # Waits after the step or on other threads are not counted.
     assert (summary["waits"], summary["scalar_reads"], summary["allocations"]) == (1, 0, 0)

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -86,8 +87,14 @@ def run(recipe: Recipe) -> dict[str, Any]:
 class Interrupted(Trainer):
     """A trainer that calls `interrupt` at the beginning of one step."""
 
-    def __init__(self, recipe: Recipe, step_index: int, interrupt: Callable[[Trainer], None]) -> None:
-        super().__init__(recipe, World.single())
+    def __init__(
+        self,
+        recipe: Recipe,
+        step_index: int,
+        interrupt: Callable[[Trainer], None],
+        world: World | None = None,
+    ) -> None:
+        super().__init__(recipe, world or World.single())
         self.interrupted_step_index, self.interrupt = step_index, interrupt
 
     def train_step(self, step_index: int, *, diagnostics: bool) -> None:
@@ -385,6 +392,58 @@ def test_no_scalars_are_read_between_log_steps(frames: Path, tmp_path: Path) -> 
     assert all(summary["parts"][name]["ms"] > 0 for name in SPANS if name != RECORDED_PASS)
     # On a CPU, torch's fused AdamW reads a step counter for each of the projection's four parameters.
     assert summary["scalar_reads"] <= 4
+
+
+def on_gpu(source: Path, output: Path, **sections: dict[str, Any]) -> Recipe:
+    sections["train"] = {"precision": "bf16", **sections.get("train", {})}
+    sections["encoder"] = {"compile": "none", **sections.get("encoder", {})}
+    return dataclasses.replace(tiny(source, output, **sections), device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_training_on_a_gpu_logs_and_resumes(cuda_graph: bool, frames: Path, tmp_path: Path) -> None:
+    """A run that crashes after its first checkpoint ends with the same bits as one that does not."""
+    world = World.single("cuda:0")
+    encoder = {"cuda_graph": cuda_graph}
+    Trainer(on_gpu(frames, tmp_path / "whole", encoder=encoder), world).train()
+    lines = metrics(tmp_path / "whole")
+    assert [line["step"] for line in lines] == [2, 4]
+    for name in ("loss", "cycle", "separability", "cycle_accuracy", "identity_similarity"):
+        assert all(math.isfinite(line[name]) for line in lines)
+    resumed = on_gpu(frames, tmp_path / "resumed", encoder=encoder)
+    with pytest.raises(RuntimeError, match="crashed"):
+        Interrupted(resumed, 3, crash, world).train()
+    Trainer(resumed, world).train()
+    assert_same_bits(tmp_path / "whole", tmp_path / "resumed")
+    # On the same frames, the CPU comes to about the same losses.
+    run(tiny(frames, tmp_path / "cpu"))
+    for line, expected in zip(lines, metrics(tmp_path / "cpu"), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=0.1)
+
+
+@pytest.mark.gpu
+def test_a_non_finite_loss_on_a_gpu_ends_the_run(frames: Path, tmp_path: Path) -> None:
+    trainer = Trainer(on_gpu(frames, tmp_path), World.single("cuda:0"))
+    trainer.backbone_trainers[0].projection.norm.bias.data.fill_(torch.nan)
+    with pytest.raises(InputError, match="the loss of step 1 is not finite"):
+        trainer.train()
+    assert metrics(tmp_path)[-1]["event"] == "non-finite loss"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [{"train": {"precision": "fp16"}}, {"encoder": {"compile": "default"}}])
+def test_several_backbones_train_on_a_gpu(
+    changes: dict[str, dict[str, Any]], frames: Path, tmp_path: Path
+) -> None:
+    """Each has its own CUDA graph, and its results are those of a run of its own."""
+    changes = {**changes, "encoder": {"cuda_graph": True, **changes.get("encoder", {})}}
+    Trainer(with_mae(on_gpu(frames, tmp_path / "all", **changes)), World.single("cuda:0")).train()
+    Trainer(on_gpu(frames, tmp_path / "dino", **changes), World.single("cuda:0")).train()
+    alone, together = (weights(folder) for folder in (tmp_path / "dino", tmp_path / "all" / "dino"))
+    for name, expected in alone.items():
+        torch.testing.assert_close(together[name], expected, rtol=1e-3, atol=1e-4)
+    assert metrics(tmp_path / "all" / "mae")[-1]["step"] == 4
 
 
 @pytest.mark.parametrize(

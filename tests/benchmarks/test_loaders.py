@@ -23,8 +23,9 @@ def test_loaders_are_measured(tmp_path: Path) -> None:
     again, data = loaders.prepare(tmp_path / "again", Path(paths["packed"]), 0)
     assert again["packed"] == paths["packed"]
     assert data["source"].endswith("/packed")
-    names = [sorted(file.name for file in Path(each["frames"], "0001").iterdir()) for each in (paths, again)]
-    assert len(names[0]) == len(names[1]) == 40
+    files = [sorted(Path(each["frames"]).rglob("*.jpg")) for each in (paths, again)]
+    assert len(files[0]) == 80
+    assert [file.read_bytes() for file in files[0]] == [file.read_bytes() for file in files[1]]
 
 
 def write_program(path: Path, lines: str) -> None:
