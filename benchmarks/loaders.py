@@ -267,6 +267,7 @@ def prepare(root: Path, source: Path | None, num_videos: int) -> tuple[dict[str,
         "source": "/".join(source.parts[-2:]) if source else "synthetic scenes",
         "videos": len(index),
         "frames": int(index.num_frames.sum()),
+        "loader": "DALI" if importlib.util.find_spec("nvidia.dali") else "PyTorch",
     }
     return {"frames": str(frames), "packed": str(packed)}, described
 

@@ -82,6 +82,7 @@ GRAPH_SWITCHES: Switches = {
     "CUDA graph": {"cuda_graph": True},
     "CUDA graph, fp8": {"cuda_graph": True, "precision": "fp8"},
 }
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node=1")
 # Not measured on a GPU, where all pairs are processed at once by default.
 CPU_SWITCHES: Switches = {
     "fused attention": {"attention": "flash"},
@@ -158,24 +159,24 @@ def training(run: Run) -> dict[str, Any]:
         recipe = with_changes(recipe, "train", steps=count, log_every=count // 4, save_every=count // 2)
         path = root / "recipe.yaml"
         path.write_text(to_yaml(dataclasses.replace(recipe, output=str(output))), encoding="utf-8")
-        projections, rates = [], []
-        for options in (["--profile"], []):
-            launcher = ("-m", "torch.distributed.run", "--nproc-per-node=1")
-            print(run_fasttrain(str(path), *options, launcher=launcher))
-            projections.append(Projection.load(output / PROJECTION_FILE))
-            rates.append(read_records(output / "metrics.jsonl")[-1]["pairs_per_second"])
-            # The second run continues from the checkpoint that is left.
-            drop_checkpoints(output / "checkpoints", count // 2, keep=1)
+
+        def train(*options: str) -> tuple[float, Tensor]:
+            """Return the speed and the parameters of the projection."""
+            print(run_fasttrain(str(path), *options, launcher=TORCHRUN))
+            parameters = Projection.load(output / PROJECTION_FILE).parameters()
+            rate = read_records(output / "metrics.jsonl")[-1]["pairs_per_second"]
+            return rate, torch.cat([parameter.detach().flatten() for parameter in parameters])
+
+        rate, first = train("--profile")
         summary = json.loads((output / "profile" / "summary.json").read_text(encoding="utf-8"))
-    first, second = (
-        torch.cat([parameter.detach().flatten() for parameter in each.parameters()]) for each in projections
-    )
-    return {
-        "data": data,
-        "pairs_per_second": rates,
-        "resume_difference": ((second - first).norm() / first.norm()).item(),
-        "profile": summary,
-    }
+        result = {"data": data, "pairs_per_second": rate, "profile": summary}
+        # Continue from the checkpoint in the middle.
+        drop_checkpoints(output / "checkpoints", count // 2, keep=1)
+        resumed = run.results.attempt("training, resumed", train)
+        if resumed is not None:
+            difference = (resumed[1] - first).norm() / first.norm()
+            result["resumed"] = {"pairs_per_second": resumed[0], "difference": difference.item()}
+        return result
 
 
 def end_to_end(run: Run) -> dict[str, Any]:

@@ -132,7 +132,7 @@ class DataRecipe:
     decoder: Annotated[Literal["auto", "cpu", "mixed"], MAY_CHANGE] = "auto"
     """Decode on the CPU (`cpu`, and `auto` in training) or on the GPU with nvJPEG and NVDEC (`mixed`)."""
     jpeg_engine_load: Annotated[Fraction, MAY_CHANGE] = 0.65
-    """With `mixed`, fraction of JPEG frames decoded by the GPU's JPEG engine; CUDA cores decode the rest."""
+    """With `mixed`, fraction of JPEG frames decoded by the GPU's JPEG engine; CPU and GPU share the rest."""
     num_threads: Annotated[int, Field(ge=0, le=2**12), MAY_CHANGE] = 0
     """Decoding threads per process; 0: the machine's CPU cores divided among its processes."""
     prefetch: Annotated[Count, MAY_CHANGE] = 2

@@ -13,7 +13,7 @@ from benchmarks.loaders import BASELINE, OUR_VIDEO, OURS
 
 def test_loaders_are_measured(tmp_path: Path) -> None:
     paths, data = loaders.prepare(tmp_path, None, 2)
-    assert data == {"source": "synthetic scenes", "videos": 2, "frames": 80}
+    assert data == {"source": "synthetic scenes", "videos": 2, "frames": 80, "loader": "DALI"}
     paths["videos"] = loaders.encode_videos(paths["packed"], tmp_path / "videos")
     setting = {**paths, "batch": 2, "pairs": 4, "rounds": 1, "device": "cpu"}
     for name in (OURS, OUR_VIDEO, BASELINE):
