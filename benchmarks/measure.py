@@ -295,8 +295,12 @@ class Results:
         if result is not None:
             section = self.content.setdefault(group, {}) if group else self.content
             section[name] = result
-        write_json(self.path, self.content)
+        self.save()
         print(f"{name}: {self.skipped.get(name, 'done')}", flush=True)
+
+    def save(self) -> None:
+        """Write the file."""
+        write_json(self.path, self.content)
 
     def time(self, makers: dict[str, Callable[[], Call]], *, rounds: int, calls: int) -> dict[str, Timing]:
         """Time what `makers` return, interleaved. Functions that cannot be made or called are skipped."""

@@ -320,18 +320,23 @@ def time_both(recipe: Recipe, variant: Recipe, results: Results, short: bool) ->
 
 
 def scaling(run: Run) -> dict[str, Any]:
-    """Measure steps at several batch sizes and resolutions, or at one of each with --short."""
-    count = 1 if run.short else 3
+    """Measure steps at several batch sizes and resolutions, or on a CPU at one of each with --short."""
+    count = 1 if run.short and not run.on_gpu else 3
     batches = (256, 64, 32) if run.on_gpu else (8, 4, 32)
-    changes = [("batch", "train", {"batch_size": pairs}) for pairs in batches[:count]]
-    changes += [("resolution", "data", {"image_size": size}) for size in (288, 384, 512)[:count]]
     rows: dict[str, list[dict[str, Any]]] = {"batch": [], "resolution": []}
-    for name, section, values in changes:
-        recipe = with_changes(run.recipe, section, **values)
-        pairs, size = recipe.train.batch_size, recipe.data.image_size
-        tokens = (size // (recipe.backbone.patch_size or 16)) ** 2
-        for timing in run.time({f"{pairs} pairs, {size} pixels": partial(run.stepper, recipe)}).values():
-            rows[name].append({"batch": pairs, "tokens": tokens, **timing.result(pairs)})
+    # Saved after each row, because compilation may take the time of the last one.
+    run.results.content["scaling"] = rows
+    for batch, size in list(zip(batches, (288, 384, 512), strict=True))[:count]:
+        for name, recipe in (
+            ("batch", with_changes(run.recipe, "train", batch_size=batch)),
+            ("resolution", with_changes(run.recipe, "data", image_size=size)),
+        ):
+            pairs, side = recipe.train.batch_size, recipe.data.image_size
+            tokens = (side // (recipe.backbone.patch_size or 16)) ** 2
+            made = run.time({f"{pairs} pairs, {side} pixels": partial(run.stepper, recipe)})
+            for timing in made.values():
+                rows[name].append({"batch": pairs, "tokens": tokens, **timing.result(pairs)})
+            run.results.save()
     return rows
 
 
