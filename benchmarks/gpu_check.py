@@ -77,7 +77,15 @@ def command(name: str, folder: Path) -> list[str]:
     python = [sys.executable, "-m", module]
     if module == "pytest":
         # Verbose, so that the outcome of each test is known if time runs out.
-        return [*python, "-v", "-p", "no:cacheprovider", "--continue-on-collection-errors", *arguments]
+        return [
+            *python,
+            "-v",
+            "-raP",
+            "-p",
+            "no:cacheprovider",
+            "--continue-on-collection-errors",
+            *arguments,
+        ]
     if module == "benchmarks.counters":
         sections = [f"--section={section}" for section in NCU_SECTIONS]
         return [*NCU, str(folder / f"{name}.csv"), *sections, *python]

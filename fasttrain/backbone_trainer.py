@@ -177,7 +177,9 @@ class BackboneTrainer:
         try:
             return CapturedCall(function, examples)
         except RuntimeError as error:
-            self.graph_failure = (str(error).splitlines() or [type(error).__name__])[0]
+            # Ending a failed recording is an error, too, which hides the one that says what went wrong.
+            cause = error.__context__ or error
+            self.graph_failure = (str(cause).splitlines() or [type(cause).__name__])[0]
         try:
             recover()
         except torch.AcceleratorError:

@@ -22,6 +22,7 @@ from synthetic import OneOfTwo, write_folders
 from torch import Tensor
 
 from fasttrain.__main__ import train
+from fasttrain.backbone_trainer import BackboneTrainer
 from fasttrain.checkpoint import load_checkpoint, save_checkpoint
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
@@ -392,6 +393,24 @@ def test_no_scalars_are_read_between_log_steps(frames: Path, tmp_path: Path) -> 
     assert all(summary["parts"][name]["ms"] > 0 for name in SPANS if name != RECORDED_PASS)
     # On a CPU, torch's fused AdamW reads a step counter for each of the projection's four parameters.
     assert summary["scalar_reads"] <= 4
+
+
+def test_a_run_says_that_it_does_without_a_cuda_graph(
+    frames: Path,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def warm_up(self: BackboneTrainer) -> float:
+        self.graph_failure = "a wait for the device"
+        return 0.0
+
+    monkeypatch.setattr(BackboneTrainer, "warm_up", warm_up)
+    run(tiny(frames, tmp_path))
+    line = "dino: training without encoder.cuda_graph, because the recording failed: a wait for the device"
+    assert line in " ".join(capsys.readouterr().out.split())
+    assert_same_bits(finished, tmp_path)
 
 
 def on_gpu(source: Path, output: Path, **sections: dict[str, Any]) -> Recipe:
