@@ -25,6 +25,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -148,7 +149,7 @@ def training(run: Run) -> dict[str, Any]:
     """Train with the command line under torchrun, and once more from the checkpoint in the middle.
 
     The continued run must end with the same projection. The profile covers a few early steps, and the speed
-    is that of the last quarter of the steps.
+    is that of the last quarter of the steps. The trace of the profile is written next to the results.
     """
     count = 200 if run.on_gpu else 8
     with tempfile.TemporaryDirectory() as folder:
@@ -169,6 +170,7 @@ def training(run: Run) -> dict[str, Any]:
 
         rate, first = train("--profile")
         summary = json.loads((output / "profile" / "summary.json").read_text(encoding="utf-8"))
+        shutil.copy(output / "profile" / "trace.json", run.results.path.with_suffix(".trace.json"))
         result = {"data": data, "pairs_per_second": rate, "profile": summary}
         # Continue from the checkpoint in the middle.
         drop_checkpoints(output / "checkpoints", count // 2, keep=1)

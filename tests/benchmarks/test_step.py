@@ -58,3 +58,4 @@ def test_every_section_runs(tmp_path: Path, sections: list[str], size: int) -> N
     content = json.loads(out.read_text())
     assert content["skipped"] == {}
     assert content.keys() >= set(sections)
+    assert out.with_suffix(".trace.json").exists() == ("training" in sections)
