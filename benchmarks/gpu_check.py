@@ -8,7 +8,7 @@ time, they are divided into three parts of less than 9.5 minutes. A part can be 
 
     1    tests, kernel_tests, kernels, training
     2    baseline, parts, probe, switches
-    3    graphs, loaders, propagation, scaling, counters
+    3    graphs, loaders, propagation, schedules, scaling, counters
 
 OUT receives two files, which are replaced after each step. A later call with the same OUT adds to both:
 
@@ -54,9 +54,9 @@ class Step(NamedTuple):
 
 STEPS = {
     "tests": Step(1, 150, "pytest", ["-n", "4", "-m", "gpu"]),
-    # These are not marked `gpu`, because they also run interpreted. Random shapes would compile for minutes.
-    "kernel_tests": Step(1, 100, "pytest", ["-n", "12", "-k", "not any_shape", *KERNEL_TESTS]),
-    "kernels": Step(1, 120, "benchmarks.kernels", []),
+    # These are not marked `gpu`, because they also run interpreted.
+    "kernel_tests": Step(1, 100, "pytest", ["-n", "12", *KERNEL_TESTS]),
+    "kernels": Step(1, 120, "benchmarks.kernels", ["--only", "shapes"]),
     "training": Step(1, 150, "benchmarks.step", ["--only", "training"]),
     "baseline": Step(2, 110, "benchmarks.step", ["--only", "end_to_end", "steps"]),
     "parts": Step(2, 60, "benchmarks.step", ["--only", "parts"]),
@@ -65,8 +65,9 @@ STEPS = {
     "graphs": Step(3, 90, "benchmarks.step", ["--only", "graphs"]),
     "loaders": Step(3, 120, "benchmarks.loaders", []),
     "propagation": Step(3, 120, "benchmarks.propagation", []),
-    "scaling": Step(3, 120, "benchmarks.step", ["--only", "scaling"]),
-    "counters": Step(3, 90, "benchmarks.counters", []),
+    "schedules": Step(3, 45, "benchmarks.kernels", ["--only", "schedules"]),
+    "scaling": Step(3, 100, "benchmarks.step", ["--only", "scaling"]),
+    "counters": Step(3, 80, "benchmarks.counters", []),
 }
 PARTS = {str(part): [name for name in STEPS if STEPS[name].part == part] for part in (1, 2, 3)}
 

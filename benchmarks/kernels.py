@@ -12,7 +12,7 @@ timings:
     graph     the same step replayed as a CUDA graph, which excludes the time of the host
 
 The goals in docs/benchmarks.md refer to `graph`, because in training the host runs ahead while the GPU
-computes the encoder.
+computes the encoder. The sections `schedules` compare ways to run the two kernels of the epilogue.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ import statistics
 import time
 import traceback
 from functools import partial
+from itertools import product, starmap
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -40,7 +42,7 @@ from benchmarks.measure import (
 from fasttrain.cuda_graph import CapturedCall
 from fasttrain.errors import InputError
 from fasttrain.projection import Projection
-from fasttrain_kernels import cosettle_head_loss
+from fasttrain_kernels import cosettle_head_loss, separability
 
 
 class Shape(NamedTuple):
@@ -208,18 +210,53 @@ def time_graphs(shape: Shape, names: list[str], rounds: int, calls: int) -> dict
     return interleave(graphs, rounds=rounds, calls=calls)
 
 
+def measure_schedules(channels: int, rounds: int = 5, calls: int = 20) -> dict[str, Any]:
+    """Time both kernels of the epilogue with each `separability.Schedule`, replayed as CUDA graphs.
+
+    Returns milliseconds by kernel and schedule, for the paper's batch and grid.
+    """
+    shape = PAPER._replace(channels=channels)
+    device = torch.device("cuda")
+    frozen, inputs = random_tokens(shape, device), random_tokens(shape, device)
+    head = [torch.randn(channels, device=device) for _ in range(3)]
+    window = (shape.window, shape.window)
+    epilogue = separability.Epilogue(inputs, frozen, *head, 1e-5, True, *shape.grid, *window, kl=True)
+    _, pooled, statistics = separability.launch_forward(epilogue, pool=True, statistics=True)
+    grads = {"grad_loss": torch.ones((), device=device), "lambda_reg": 3.0, "grad_pooled_BTMD": pooled}
+    launches = {
+        "FORWARD_SCHEDULE": lambda: separability.launch_forward(epilogue, pool=True, statistics=True),
+        "BACKWARD_SCHEDULE": lambda: separability.launch_backward(epilogue, statistics, None, **grads),
+    }
+    results = {}
+    for kernel, launch in launches.items():
+        graphs = {}
+        for schedule in starmap(separability.Schedule, product((1024, 768, 384), (1, 2), (False, True))):
+            with patch.object(separability, kernel, schedule):
+                graphs[str(schedule)] = CapturedCall(launch, ())
+        timings = interleave(graphs, rounds=rounds, calls=calls)
+        results[kernel] = {name: timing.result(shape.batch) for name, timing in timings.items()}
+    return results
+
+
 def main() -> None:
-    args = command_line("kernels", __doc__).parse_args()
+    parser = command_line("kernels", __doc__)
+    parser.add_argument("--only", choices=("shapes", "schedules"), help="measure only these (default: both)")
+    args = parser.parse_args()
     device = torch.device(args.device)
     if device.type != "cuda":
         raise InputError(f"--device: the kernels need an NVIDIA GPU, got {args.device!r}.")
     results = Results("kernels", args, copy_bytes_per_second=copy_ceiling(device))
-    for shape in SHORT if args.short else SHAPES:
+    shapes = SHORT if args.short else SHAPES
+    for shape in () if args.only == "schedules" else shapes:
         # torch.compile is slow, so --short includes it only at the paper's shape.
         names = CONTENDERS if not args.short or shape == PAPER else ("fused", "eager")
         # A call takes long at large shapes, so a few are enough.
         calls = 10 if shape.map_bytes < 2**29 else 2
         results.record(shape.label, partial(measure_shape, shape, results, device, names, calls=calls))
+    widths = (768,) if args.short else (768, 1024, 384)
+    for channels in () if args.only == "shapes" else widths:
+        measure = partial(in_own_process, measure_schedules, channels)
+        results.record(f"schedules, D {channels}", measure)
     results.finish()
 
 
