@@ -14,8 +14,9 @@ keep a running maximum, as FlashAttention does (Dao et al., 2022, arXiv 2205.141
 exp(s_ij - n_i) / S_i: near 1, this is more precise than exp(s_ij - log sum_j exp(s_ij)). Steps 4 and 5
 process a few samples at a time, so that the brackets stay in the L2 cache and need little memory.
 
-Shape suffixes: B samples, G samples of one group, M tokens of a view, D channels. Inside the kernels: I
-tokens of the first or third view, J tokens of the second view. Logarithms in the kernels are to base 2.
+Shape suffixes: B samples, G samples of one group, M tokens of a view, P tokens with padding, D channels.
+Inside the kernels: I tokens of the first or third view, J tokens of the second view. Logarithms in the
+kernels are to base 2.
 """
 
 from __future__ import annotations
@@ -150,8 +151,8 @@ def _bracket_kernel(
     walk_ptr,  # [B, 3, M, D]
     there_ptr, back_ptr,  # [B, 2, M]: n, 1 / S; n', 1 / S'
     return_ptr, through_ptr,  # [B, M]: C_ii, W
-    bracket_ptr,  # [G, 2, M, M]: gradients of s and t, scaled by GRAD_SCALE
-    start, tokens, scale,
+    bracket_ptr,  # [G, 2, M, pitch]: gradients of s and t, scaled by GRAD_SCALE
+    start, pitch, tokens, scale,
     EPS: tl.constexpr, GRAD_SCALE: tl.constexpr,
     D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -172,10 +173,10 @@ def _bracket_kernel(
     path_IJ = there_IJ * back_IJ / (return_I + EPS)[:, None]
     back_IJ = (back_IJ * through_J[None, :] - path_IJ) * GRAD_SCALE
     there_IJ = (there_IJ * (return_I / (return_I + EPS))[:, None] - path_IJ) * GRAD_SCALE
-    offsets = (sample_of_group * 2 * tokens + rows[:, None]) * tokens + columns[None, :]
+    offsets = (sample_of_group * 2 * tokens + rows[:, None]) * pitch + columns[None, :]
     mask = (rows < tokens)[:, None] & (columns < tokens)[None, :]
     tl.store(bracket_ptr + offsets, there_IJ.to(bracket_ptr.dtype.element_ty), mask=mask)
-    offsets += tokens * tokens
+    offsets += tokens * pitch
     tl.store(bracket_ptr + offsets, back_IJ.to(bracket_ptr.dtype.element_ty), mask=mask)
 
 
@@ -199,15 +200,18 @@ def launch_streaming(
             return
         rows = (there_B2M, back_B2M, return_BM, through_BM)
         _through_kernel[launch](walk_B3MD, *rows, *sizes, EPS=CYCLE_EPS, **tile)
-        group = max(1, BRACKET_BYTES // (2 * tokens**2 * walk_B3MD.element_size()))
-        bracket_G2MM = walk_B3MD.new_empty((min(group, samples), 2, tokens, tokens))
+        # cuBLAS is slow if rows are not aligned to 16 bytes.
+        pitch = 16 * ceil_div(tokens, 16)
+        group = max(1, BRACKET_BYTES // (2 * tokens * pitch * walk_B3MD.element_size()))
+        bracket_G2MP = walk_B3MD.new_empty((min(group, samples), 2, tokens, pitch))
         for start in range(0, samples, group):
             walk_G3MD, grad_G3MD = (each[start : start + group] for each in (walk_B3MD, grad_B3MD))
-            bracket = bracket_G2MM[: len(walk_G3MD)]
+            bracket = bracket_G2MP[: len(walk_G3MD)]
             _bracket_kernel[(blocks**2 * len(bracket),)](
-                walk_B3MD, *rows, bracket, start, *sizes, EPS=CYCLE_EPS, GRAD_SCALE=grad_scale, **tile
-            )
-            there_GMM, back_GMM = bracket.unbind(1)
+                walk_B3MD, *rows, bracket, start, pitch, *sizes,
+                EPS=CYCLE_EPS, GRAD_SCALE=grad_scale, **tile,
+            )  # fmt: skip
+            there_GMM, back_GMM = bracket[..., :tokens].unbind(1)
             first_GMD, second_GMD, third_GMD = walk_G3MD.unbind(1)
             grad_first, grad_second, grad_third = grad_G3MD.unbind(1)
             torch.bmm(there_GMM, second_GMD, out=grad_first)

@@ -62,8 +62,8 @@ print(json.dumps({
             *("forward_kernel", "back_sums_kernel", "return_kernel", "through_kernel"),
             *("bracket_kernel", "sum_kernel", "backward_kernel"),
         ],
-        # 16 tiles of 64 x 64 a sample, and 218 samples a group.
-        "groups": [[3488], [3488], [1024]],
+        # 16 tiles of 64 x 64 a sample, and 205 samples a group.
+        "groups": [[3280], [3280], [1440]],
         "all kernels": 7,
     }
 

@@ -94,7 +94,8 @@ def test_cycle_matrices_exist_for_one_group_of_samples_at_a_time(
             cosettle_loss(frozen, projected.requires_grad_(), grid, **options).loss.backward()
         largest[backend] = allocations.largest
     pooled = (grid[0] // window) * (grid[1] // window)
-    assert largest["triton"] == max(frozen.numel(), matrices * pooled**2)
+    # Rows of the matrices are padded to a multiple of 16.
+    assert largest["triton"] == max(frozen.numel(), matrices * pooled * (pooled + -pooled % 16))
     assert largest["eager"] >= 8 * pooled**2
 
 
