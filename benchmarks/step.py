@@ -109,6 +109,8 @@ class Run:
         """Create the trainer of a backbone and warm it up."""
         encoder = copy.deepcopy(random_encoder(tuple(backbone_settings(recipe).items())))
         trainer = BackboneTrainer(recipe, self.world, encoder)
+        if trainer.runtime.awaits_calibration:
+            trainer.calibrate(self.frames(recipe)[:, :4])
         trainer.warm_up()
         if trainer.graph_failure:
             raise RuntimeError(f"the recording failed: {trainer.graph_failure}")

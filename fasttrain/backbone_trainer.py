@@ -141,6 +141,15 @@ class BackboneTrainer:
         self._recorded_pass: CapturedCall | None = None
         self.graph_failure: str | None = None
 
+    def calibrate(self, frames: Tensor) -> None:
+        """Quantise the encoder to FP8 by its activations on frames (2, B, 3, S, S).
+
+        All ranks use the scales of rank 0, and a resumed run those of its checkpoint.
+        """
+        frames = frames.to(self.world.device, self.dtype if self.world.device.type == "cuda" else None)
+        largest = self.runtime.calibrate(frames, self.asymmetric_positions(step_index=0))
+        self.runtime.quantise(self.world.gather(largest)[0])
+
     def warm_up(self) -> float:
         """Compile the model and record CUDA graphs if the recipe enables them; return the elapsed seconds.
 
@@ -243,6 +252,7 @@ class BackboneTrainer:
             "projection": self.projection.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "largest_inputs": self.runtime.largest_inputs,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -251,6 +261,9 @@ class BackboneTrainer:
             self.projection.load_state_dict(state["projection"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
+            # Checkpoints of 0.1.0 lack these.
+            if largest_inputs := state.get("largest_inputs"):
+                self.runtime.quantise(largest_inputs)
             for parameter, averages in self.optimizer.state.items():
                 if any(average.shape not in ((), parameter.shape) for average in averages.values()):
                     raise ValueError("the optimiser's state has other shapes than the projection")

@@ -8,8 +8,9 @@ Shape suffixes: B pairs, N tokens, D channels; R rows, K inputs and O outputs of
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,14 +69,13 @@ class EncoderRuntime:
             for values in (encoder.mean, encoder.std, IMAGENET_MEAN, IMAGENET_STD)
         )
         self._scale, self._shift = imagenet_std / std, (imagenet_mean - mean) / std
+        self._uses_float8 = recipe.precision == "fp8"
         self._autocasts = not recipe.cast_weights and dtype != torch.float32
-        if recipe.precision == "fp8":
-            if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-                raise InputError(
-                    f"encoder.precision: 'fp8' needs a GPU of compute capability 8.9 or newer, which "
-                    f"{torch.cuda.get_device_name(device)} is not. Use encoder.precision=auto"
-                )
-            use_float8(encoder.blocks)
+        if self._uses_float8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+            raise InputError(
+                f"encoder.precision: 'fp8' needs a GPU of compute capability 8.9 or newer, which "
+                f"{torch.cuda.get_device_name(device)} is not. Use encoder.precision=auto"
+            )
         mode = recipe.compile
         if mode == "auto":
             mode = "default" if device.type == "cuda" else "none"
@@ -92,6 +92,36 @@ class EncoderRuntime:
         if recipe.attention != "auto":
             encode = _with_attention(encode, ATTENTION[recipe.attention])
         self._encode = compile_fixed(encode, COMPILE_MODES[mode]) if self.compiled else encode
+        self.largest_inputs: dict[str, float] = {}
+
+    @property
+    def awaits_calibration(self) -> bool:
+        """Whether the linear layers will use FP8 but are not quantised yet."""
+        return self._uses_float8 and not self.largest_inputs
+
+    @torch.no_grad()
+    def calibrate(self, frames: Tensor, positions: Tensor) -> dict[str, float]:
+        """Encode frames (2, B, 3, H, W); return the largest input of each linear layer, for `quantise`."""
+        largest: dict[str, Tensor] = {}
+
+        def record(name: str, inputs: tuple[Tensor]) -> None:
+            seen = inputs[0].abs().amax().float()
+            largest[name] = torch.maximum(largest[name], seen) if name in largest else seen
+
+        hooks = [
+            layer.register_forward_pre_hook(lambda _, inputs, name=name: record(name, inputs))
+            for name, layer in float8_layers(self.encoder.blocks)
+        ]
+        with self._autocast():
+            self._encode_separately(self._normalise(frames), positions)
+        for hook in hooks:
+            hook.remove()
+        return {name: value.item() for name, value in largest.items()}
+
+    def quantise(self, largest_inputs: dict[str, float]) -> None:
+        """Replace linear layers by FP8 layers, given what `calibrate` returned. Call it once."""
+        self.largest_inputs = largest_inputs
+        use_float8(self.encoder.blocks, largest_inputs)
 
     @torch.no_grad()
     def three_views(self, frames: Tensor, positions: Tensor) -> Tensor:
@@ -100,11 +130,15 @@ class EncoderRuntime:
         The frames are normalised with the ImageNet mean and std, whatever those of the encoder.
         """
         inputs = self._normalise(frames)
-        with torch.autocast(frames.device.type, self._dtype) if self._autocasts else nullcontext():
+        with self._autocast():
             if not self._chunk or self._chunk >= inputs.shape[1]:
                 return self._encode(inputs, positions).to(self._dtype)
             parts = [self._encode(part, positions) for part in inputs.split(self._chunk, dim=1)]
             return torch.cat(parts).to(self._dtype)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        device = self.encoder.positions_NC.device
+        return torch.autocast(device.type, self._dtype) if self._autocasts else nullcontext()
 
     def _normalise(self, frames: Tensor) -> Tensor:
         """Convert frames from the ImageNet mean and std to those of the encoder, and cast them."""
@@ -151,60 +185,80 @@ def compile_fixed(function: ThreeViews, mode: str | None) -> ThreeViews:
 
 # --- FP8 -----------------------------------------------------------------------------------------------
 #
-# The blocks' linear layers can use e4m3 matrix products, which GPUs support from Ada and Hopper on. Weights
-# are quantised once, with a scale per output channel, and activations at every call, with a scale per token:
-# a value x becomes round(x / s) with s = max|x| / 448. The random error of a few percent per product largely
-# averages out (docs/benchmarks.md). Products are accumulated in float32 and returned in bfloat16.
+# The blocks' linear layers can use e4m3 matrix products, which GPUs support from Ada and Hopper on. A value x
+# becomes round(x / s). Weights and activations each have one scale s per layer, which is fixed before
+# training: as e4m3 is a floating-point format, its relative error hardly depends on the scale, and a fixed
+# scale spares the two passes over the activations that would find the largest value of each row
+# (docs/benchmarks.md). Products are accumulated in float32 and returned in bfloat16.
+
+# The largest input of a layer may become this many times larger than in the calibration before it is clamped.
+FLOAT8_MARGIN = 4.0
 
 
-def quantize_rows(values_RK: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise rows to e4m3 (R, K) with float32 scales (R, 1), such that values = quantised * scale."""
-    largest_R1 = values_RK.abs().amax(-1, keepdim=True).float()
-    scale_R1 = largest_R1.clamp(min=torch.finfo(torch.float32).tiny * LARGEST) / LARGEST
-    # Rounding may push the largest value slightly out of range, which would give NaN.
-    quantised = (values_RK.float() / scale_R1).clamp(-LARGEST, LARGEST).to(FLOAT8)
-    return quantised, scale_R1
+def float8_layers(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Return the linear layers inside `module` that support FP8: those whose sizes are multiples of 16."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear) and not (layer.in_features % 16 or layer.out_features % 16):
+            yield name, layer
+
+
+def quantize(values: Tensor, scale: Tensor) -> Tensor:
+    """Quantise values to e4m3 such that values = quantised * scale; values beyond 448 scale are clamped."""
+    return (values.float() / scale).clamp(-LARGEST, LARGEST).to(FLOAT8)
+
+
+def float8_scale(largest: float) -> Tensor:
+    """Return the scale (0-d, float32) that maps the largest value to the largest e4m3 number."""
+    return torch.tensor(max(largest / LARGEST, torch.finfo(torch.float32).tiny))
 
 
 class Float8Linear(nn.Module):
     """A frozen `nn.Linear` with an FP8 matrix product; outputs have the dtype of the inputs.
 
     Do not cast the module afterwards, because that would cast its e4m3 weights as well.
+
+    Args:
+        linear: The layer.
+        largest_input: Largest absolute value of the inputs; larger ones are clamped.
     """
 
     weight_OK: Tensor
-    scale_1O: Tensor
+    weight_scale: Tensor
+    input_scale: Tensor
     bias_O: Tensor | None
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, largest_input: float) -> None:
         super().__init__()
-        weight_OK, scale_O1 = quantize_rows(linear.weight.detach())
-        self.register_buffer("weight_OK", weight_OK)
-        self.register_buffer("scale_1O", scale_O1.t().contiguous())
+        weight = linear.weight.detach().float()
+        scale = float8_scale(weight.abs().amax().item()).to(weight.device)
+        self.register_buffer("weight_OK", quantize(weight, scale))
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("input_scale", float8_scale(largest_input).to(weight.device))
         self.register_buffer("bias_O", None if linear.bias is None else linear.bias.detach().bfloat16())
 
     def forward(self, tokens: Tensor) -> Tensor:
-        quantised_RK, scale_R1 = quantize_rows(tokens.flatten(0, -2))
+        quantised_RK = quantize(tokens.flatten(0, -2), self.input_scale)
         if tokens.is_cuda:
             out_RO = torch._scaled_mm(
                 quantised_RK,
                 self.weight_OK.t(),
-                scale_a=scale_R1,
-                scale_b=self.scale_1O,
+                scale_a=self.input_scale,
+                scale_b=self.weight_scale,
                 bias=self.bias_O,
                 out_dtype=torch.bfloat16,
                 use_fast_accum=True,
             )
         else:
-            # PyTorch 2.11 does not support scales per row on CPUs.
-            out_RO = quantised_RK.float() @ self.weight_OK.float().t() * scale_R1 * self.scale_1O
+            # An emulation, which is as slow as float32.
+            out_RO = (
+                quantised_RK.float() @ self.weight_OK.float().t() * (self.input_scale * self.weight_scale)
+            )
             out_RO = (out_RO if self.bias_O is None else out_RO + self.bias_O).bfloat16()
         return out_RO.unflatten(0, tokens.shape[:-1]).to(tokens.dtype)
 
 
-def use_float8(module: nn.Module) -> None:
-    """Replace every linear layer inside `module` whose sizes are multiples of 16."""
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear) and not (child.in_features % 16 or child.out_features % 16):
-                setattr(parent, name, Float8Linear(child))
+def use_float8(module: nn.Module, largest_inputs: dict[str, float]) -> None:
+    """Replace the linear layers inside `module` that are named in `largest_inputs`."""
+    for name, layer in list(float8_layers(module)):
+        if name in largest_inputs:
+            module.set_submodule(name, Float8Linear(layer, FLOAT8_MARGIN * largest_inputs[name]))

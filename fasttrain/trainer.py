@@ -24,7 +24,7 @@ from rich.console import Console
 from fasttrain.backbone_trainer import BackboneTrainer, backbone_recipes
 from fasttrain.checkpoint import drop_checkpoints, load_checkpoint, saved_steps
 from fasttrain.data.index import FrameIndex
-from fasttrain.data.loader import INSTALL_DALI, FramePairs, PairLoader
+from fasttrain.data.loader import INSTALL_DALI, FramePairs, PairLoader, calibration_frames
 from fasttrain.data.nvdec import has_dali
 from fasttrain.data.sources import open_source
 from fasttrain.distributed import World
@@ -399,6 +399,8 @@ class Trainer:
                 )
                 self.logs[trainer.name] = stack.enter_context(closing(log))
             for trainer in self.backbone_trainers:
+                if trainer.runtime.awaits_calibration:
+                    trainer.calibrate(calibration_frames(self.index, self.recipe.data.image_size))
                 seconds = trainer.warm_up()
                 if trainer.graph_failure:
                     self.say(

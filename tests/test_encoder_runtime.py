@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from fasttrain import encoder_runtime
 from fasttrain.backbones import load_backbone
 from fasttrain.cuda_graph import CapturedCall
-from fasttrain.encoder_runtime import LARGEST, EncoderRuntime, Float8Linear, quantize_rows, use_float8
+from fasttrain.encoder_runtime import (
+    FLOAT8_MARGIN,
+    LARGEST,
+    EncoderRuntime,
+    Float8Linear,
+    float8_scale,
+    quantize,
+    use_float8,
+)
 from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD, Triple
 from fasttrain.recipe import EncoderRecipe
 
@@ -26,8 +34,11 @@ def views(
 ) -> Tensor:
     encoder = load_backbone(name, **TINY)
     runtime = EncoderRuntime(encoder, EncoderRecipe(**options), dtype=dtype, device=device)
-    frames = torch.randn(2, 3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    return runtime.three_views(frames.to(device), encoder.asymmetric_positions(offset=(3, 5)))
+    frames = torch.randn(2, 3, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    positions = encoder.asymmetric_positions(offset=(3, 5))
+    if runtime.awaits_calibration:
+        runtime.quantise(runtime.calibrate(frames, positions))
+    return runtime.three_views(frames, positions)
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:
@@ -162,22 +173,41 @@ def test_the_error_of_fp8_is_bounded() -> None:
     assert relative_error(views(torch.bfloat16), exact) < error < E4M3_ROUNDING
 
 
-@given(st.lists(st.lists(st.floats(-1e4, 1e4, width=32), min_size=4, max_size=4), min_size=1, max_size=5))
-def test_the_error_of_quantised_rows_is_bounded(rows: list[list[float]]) -> None:
-    values = torch.tensor(rows)
-    quantised, scale = quantize_rows(values)
-    dequantised = quantised.double() * scale.double()
-    assert dequantised.isfinite().all()
+def test_calibration_records_the_largest_input_of_each_layer() -> None:
+    encoder = load_backbone("dino", **TINY)
+    runtime = EncoderRuntime(encoder, EncoderRecipe(precision="fp8"), dtype=torch.float32, device=CPU)
+    frames, positions = torch.randn(2, 2, 3, 64, 64), encoder.asymmetric_positions(offset=(3, 5))
+    before = runtime.three_views(frames, positions)
+    assert runtime.awaits_calibration
+    largest = runtime.calibrate(frames, positions)
+    # Calibration alone changes nothing.
+    assert torch.equal(runtime.three_views(frames, positions), before)
+    layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    assert set(largest) == {f"{block}.{layer}" for block in (0, 1) for layer in layers}
+    seen = []
+    encoder.blocks[1].mlp.fc2.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].abs().max()))
+    runtime.three_views(frames, positions)
+    assert largest["1.mlp.fc2"] == max(seen).item()
+    runtime.quantise(largest)
+    assert not runtime.awaits_calibration
+    assert isinstance(encoder.blocks[1].mlp.fc2, Float8Linear)
+
+
+@given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=8), st.floats(1e-3, 1e4))
+def test_the_error_of_quantised_values_is_bounded(numbers: list[float], largest: float) -> None:
+    values, scale = torch.tensor(numbers), float8_scale(largest)
+    dequantised = quantize(values, scale).double() * scale.double()
+    expected = values.double().clamp(-LARGEST * scale.double(), LARGEST * scale.double())
     # Below the smallest normal value, 2^-6, the spacing is a fixed 2^-9 of the scale.
-    bound = (values.abs().double() * E4M3_ROUNDING).maximum(scale.double() * 2.0**-10) * (1 + 1e-6)
-    assert ((dequantised - values.double()).abs() <= bound).all()
+    bound = (expected.abs() * E4M3_ROUNDING).maximum(scale.double() * 2.0**-10) * (1 + 1e-6)
+    assert ((dequantised - expected).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("value", [0.0, 1e-30, 3e4, 1e30])
-def test_constant_rows_are_exact_at_any_magnitude(value: float) -> None:
-    quantised, scale = quantize_rows(torch.full((2, 16), value))
-    assert torch.equal(quantised.float(), torch.full((2, 16), LARGEST if value else 0.0))
-    assert torch.allclose(quantised.float() * scale, torch.full((2, 16), value), rtol=1e-6, atol=0)
+@pytest.mark.parametrize("largest", [0.0, 1e-30, 3e4, 1e30])
+def test_the_largest_value_is_exact_at_any_magnitude(largest: float) -> None:
+    scale = float8_scale(largest)
+    quantised = quantize(torch.full((4,), largest), scale)
+    assert torch.allclose(quantised.float() * scale, torch.full((4,), largest), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -185,24 +215,35 @@ def test_float8_linear_equals_the_dequantised_product(bias: bool) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(64, 48, bias=bias)
     tokens = torch.randn(2, 5, 64)
-    layer = Float8Linear(linear)
-    rows, row_scale = quantize_rows(tokens.flatten(0, 1))
-    weight = layer.weight_OK.double() * layer.scale_1O.double().t()
-    expected = (rows.double() * row_scale.double()) @ weight.t()
+    layer = Float8Linear(linear, tokens.abs().max().item())
+    weight = layer.weight_OK.double() * layer.weight_scale.double()
+    expected = quantize(tokens, layer.input_scale).double() * layer.input_scale.double() @ weight.t()
     if bias:
         expected += linear.bias.double()
     # The product is returned in bfloat16.
-    assert relative_error(layer(tokens), expected.unflatten(0, (2, 5))) < torch.finfo(torch.bfloat16).eps
+    assert relative_error(layer(tokens), expected) < torch.finfo(torch.bfloat16).eps
     exact = tokens.double() @ linear.weight.double().t() + (linear.bias.double() if bias else 0)
     assert relative_error(layer(tokens), exact) < E4M3_ROUNDING
 
 
-def test_only_linear_layers_whose_sizes_are_multiples_of_16_are_replaced() -> None:
-    module = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 10))
-    use_float8(module)
+def test_inputs_beyond_the_margin_are_clamped() -> None:
+    module = nn.Sequential(nn.Linear(16, 16, bias=False))
+    nn.init.eye_(module[0].weight)
+    use_float8(module, {"0": 1.0})
+    tokens = torch.tensor([0.5, FLOAT8_MARGIN, 100 * FLOAT8_MARGIN, 0.0]).repeat(2, 4)
+    tokens[1, 3] = float("nan")
+    out = module(tokens)
+    assert out[0, :4].tolist() == [0.5, FLOAT8_MARGIN, FLOAT8_MARGIN, 0.0]
+    # A NaN is not hidden.
+    assert out[1].isnan().all()
+
+
+def test_only_calibrated_layers_whose_sizes_are_multiples_of_16_are_replaced() -> None:
+    module = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 10), nn.Linear(16, 16))
+    use_float8(module, {"0": 1.0, "2": 1.0})
     assert isinstance(module[0], Float8Linear)
     assert module[0].weight_OK.element_size() == 1
-    assert isinstance(module[2], nn.Linear)
+    assert all(isinstance(module[i], nn.Linear) for i in (2, 3))
 
 
 @pytest.mark.gpu

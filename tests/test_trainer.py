@@ -172,6 +172,22 @@ def test_a_resumed_run_is_reproducible_to_the_bit(
     assert [line["step"] for line in metrics(tmp_path)] == [2, 4]
 
 
+def test_a_resumed_run_in_fp8_keeps_its_scales(
+    frames: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, resumed = (tiny(frames, tmp_path / name, encoder={"precision": "fp8"}) for name in ("a", "b"))
+    run(whole)
+    with pytest.raises(RuntimeError, match="crashed"):
+        Interrupted(resumed, 2, crash).train()
+    # No frames are read for another calibration.
+    monkeypatch.setattr("fasttrain.trainer.calibration_frames", None)
+    run(resumed)
+    assert_same_bits(tmp_path / "a", tmp_path / "b")
+    assert any(
+        not torch.equal(value, weights(finished)[name]) for name, value in weights(tmp_path / "a").items()
+    )
+
+
 def test_bad_samples_are_counted_across_a_resume(tmp_path: Path) -> None:
     """A video with empty frames is drawn once per epoch, before and after the checkpoint."""
     frames = write_folders(tmp_path / "frames", [8] * VIDEOS)

@@ -23,8 +23,8 @@ from fasttrain.data.images import UnreadableFrameError
 from fasttrain.data.index import ClipIndex, FrameIndex, StoredFrames, VideoIndex
 from fasttrain.data.map_ahead import map_ahead
 from fasttrain.data.nvdec import has_dali, has_nvdec, nvdec_refusal
-from fasttrain.data.sampling import Ints, PairSampling, SampleParameters
-from fasttrain.data.torch_stage import TorchGpuStage, TorchHostStage
+from fasttrain.data.sampling import Ints, PairSampling, SampleParameters, evenly_spaced
+from fasttrain.data.torch_stage import FrameTransform, TorchGpuStage, TorchHostStage
 from fasttrain.distributed import World
 from fasttrain.errors import InputError, LocalInputError
 from fasttrain.recipe import Recipe
@@ -32,6 +32,8 @@ from fasttrain.recipe import Recipe
 if TYPE_CHECKING:
     from fasttrain.data.dali import GpuStage, HostStage
 
+# Number of frames by which the scales of FP8 layers are chosen.
+CALIBRATION_FRAMES = 16
 INSTALL_DALI = "pip install 'fasttrain[cuda12]' or 'fasttrain[cuda13]'"
 # After this many unreadable samples in a row, assume that nothing is readable.
 MAX_ATTEMPTS = 32
@@ -236,6 +238,32 @@ def open_stage(
     if device.type == "cuda":
         return TorchGpuStage(recipe, device, num_threads=num_threads)
     return TorchHostStage(recipe, num_threads=num_threads)
+
+
+def calibration_frames(index: FrameIndex, image_size: int) -> Tensor:
+    """Return some whole frames of the data (2, F, 3, S, S), normalised as in training.
+
+    The second frames are the first ones in reverse order. Raises InputError if no frame is readable.
+    """
+    transform, resized = FrameTransform(), []
+    ends = np.cumsum(index.num_frames)
+    whole = np.array([([0.0, 0.0, 1.0, 1.0], False)], dtype=[("box", float, 4), ("flip", bool)])[0]
+    for number in evenly_spaced(int(ends[-1]), CALIBRATION_FRAMES):
+        video = int(np.searchsorted(ends, number, side="right"))
+        out_3SS = torch.empty(3, image_size, image_size)
+        with suppress(UnreadableFrameError):
+            transform(
+                index.read_frame(video, number - int(ends[video]) + int(index.num_frames[video])),
+                whole,
+                out_3SS,
+            )
+            resized.append(out_3SS)
+    if not resized:
+        raise InputError(
+            f"data.source: none of {CALIBRATION_FRAMES} frames can be read. Check that the data are undamaged"
+        )
+    frames_F3SS = torch.stack(resized)
+    return torch.stack((frames_F3SS, frames_F3SS.flip(0)))
 
 
 def _parameters(batch: list[_Sample]) -> SampleParameters:

@@ -20,7 +20,7 @@ from synthetic import (
 )
 
 from fasttrain.data.index import FrameIndex
-from fasttrain.data.loader import MAX_ATTEMPTS, FramePairs
+from fasttrain.data.loader import MAX_ATTEMPTS, FramePairs, calibration_frames
 from fasttrain.data.sampling import Ints, PairSampling, pixel_box
 from fasttrain.data.sources import open_source
 from fasttrain.distributed import World
@@ -341,3 +341,20 @@ def test_a_failure_of_the_gpu_is_not_taken_for_damaged_data(
     with pytest.raises(torch.AcceleratorError):
         next(iter(loader))
     loader.close()
+
+
+def test_calibration_frames_are_whole_frames_of_all_videos(tmp_path: Path) -> None:
+    root = write_folders(tmp_path, [6, 1, 40])
+    index = open_source(root)
+    (root / index.names[0] / "00000.jpg").write_bytes(b"not an image")
+    frames = calibration_frames(index, 32)
+    assert frames.shape == (2, 15, 3, 32, 32)
+    assert torch.equal(frames[1], frames[0].flip(0))
+    # 16 of 47 frames, without the first one, which is damaged; the last one is the last of its video.
+    last = Image.fromarray(index.read_frame(2, int(index.num_frames[2]) - 1))
+    expected = np.asarray(last.resize((32, 32), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    assert np.abs(levels(frames[0, -1]) - expected).max() < 2
+    for path in root.rglob("*.jpg"):
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match="none of 16 frames can be read"):
+        calibration_frames(index, 32)
