@@ -263,7 +263,7 @@ class BackboneTrainer:
             self.scaler.load_state_dict(state["scaler"])
             # Checkpoints of 0.1.0 lack these.
             if largest_inputs := state.get("largest_inputs"):
-                self.runtime.quantise(largest_inputs)
+                self.runtime.quantise({name: float(value) for name, value in largest_inputs.items()})
             for parameter, averages in self.optimizer.state.items():
                 if any(average.shape not in ((), parameter.shape) for average in averages.values()):
                     raise ValueError("the optimiser's state has other shapes than the projection")

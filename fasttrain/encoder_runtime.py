@@ -8,6 +8,7 @@ Shape suffixes: B pairs, N tokens, D channels; R rows, K inputs and O outputs of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -119,7 +120,16 @@ class EncoderRuntime:
         return {name: value.item() for name, value in largest.items()}
 
     def quantise(self, largest_inputs: dict[str, float]) -> None:
-        """Replace linear layers by FP8 layers, given what `calibrate` returned. Call it once."""
+        """Replace linear layers by FP8 layers, given what `calibrate` returned. Call it once.
+
+        Raises ValueError if it names other layers, or values that are not finite.
+        """
+        layers = {name for name, _ in float8_layers(self.encoder.blocks)}
+        if unknown := largest_inputs.keys() - layers:
+            raise ValueError(f"the encoder has no FP8 layer {min(unknown)}")
+        for name, value in largest_inputs.items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"the largest input of the FP8 layer {name} is {value}")
         self.largest_inputs = largest_inputs
         use_float8(self.encoder.blocks, largest_inputs)
 

@@ -83,3 +83,14 @@ def test_a_state_that_does_not_fit_is_refused(name: str) -> None:
     trainer.load_state(state)
     with pytest.raises(InputError, match="does not fit this run"):
         trainer.load_state(state | {name: torch.zeros(2)})
+
+
+@pytest.mark.parametrize("changed", [{"0.mlp.fc1": math.nan}, {"0.mlp.fc1": "large"}, {"9.mlp.fc1": 1.0}])
+def test_damaged_scales_of_fp8_are_refused(changed: dict[str, Any]) -> None:
+    trainer, resumed = (make_trainer(encoder={"precision": "fp8"}) for _ in range(2))
+    trainer.calibrate(torch.randn(2, 2, 3, 64, 64))
+    state = trainer.state()
+    with pytest.raises(InputError, match="does not fit this run"):
+        resumed.load_state(state | {"largest_inputs": state["largest_inputs"] | changed})
+    resumed.load_state(state)
+    assert resumed.state()["largest_inputs"] == state["largest_inputs"]

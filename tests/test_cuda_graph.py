@@ -115,6 +115,8 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_trainer(world: World, *overrides: str, graph: bool) -> BackboneTrainer:
     recipe = load_recipe(RECIPE, [*TINY, f"encoder.cuda_graph={str(graph).lower()}", *overrides])
     trainer = BackboneTrainer(recipe, world)
+    if trainer.runtime.awaits_calibration:
+        trainer.calibrate(torch.randn(2, 2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
     trainer.warm_up()
     assert trainer.graph_failure is None
     return trainer
@@ -145,7 +147,10 @@ def weights(trainer: BackboneTrainer) -> Tensor:
     return torch.cat([p.detach().flatten() for p in trainer.projection.parameters()]).cpu()
 
 
-@pytest.mark.parametrize("overrides", [(), ("train.accumulate=2",), ("train.precision=fp16",)])
+@pytest.mark.parametrize(
+    "overrides",
+    [(), ("train.accumulate=2",), ("train.precision=fp16",), ("encoder.precision=fp8",)],
+)
 def test_pretended_graphs_equal_plain_passes(pretended: None, overrides: tuple[str, ...]) -> None:
     """Losses and projection are the same to the bit, also after a resume with or without graphs."""
     overrides = overrides or ("train.precision=fp32",)
@@ -224,10 +229,20 @@ def test_a_failed_recording_is_survived_or_ends_the_run() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "overrides", [(), ("train.accumulate=2",), ("train.precision=fp16",), ("encoder.compile=default",)]
+    "overrides",
+    [
+        (),
+        ("train.accumulate=2",),
+        ("train.precision=fp16",),
+        ("encoder.compile=default",),
+        ("encoder.precision=fp8",),
+        ("encoder.precision=fp8", "encoder.compile=default"),
+    ],
 )
 def test_recorded_steps_equal_plain_steps(overrides: tuple[str, ...]) -> None:
     """Steps with and without diagnostics give the same projection up to rounding errors."""
+    if "encoder.precision=fp8" in overrides and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("FP8 needs compute capability 8.9")
     with distributed.start("cuda") as world:
         plain, recorded = (make_trainer(world, *overrides, graph=graph) for graph in (False, True))
         start = weights(plain)

@@ -7,6 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 
 from fasttrain import encoder_runtime
 from fasttrain.backbones import load_backbone
@@ -224,6 +226,35 @@ def test_float8_linear_equals_the_dequantised_product(bias: bool) -> None:
     assert relative_error(layer(tokens), expected) < torch.finfo(torch.bfloat16).eps
     exact = tokens.double() @ linear.weight.double().t() + (linear.bias.double() if bias else 0)
     assert relative_error(layer(tokens), exact) < E4M3_ROUNDING
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pytorch_accepts_the_operands_of_float8_linear_on_a_gpu(dtype: torch.dtype, bias: bool) -> None:
+    """On pretended GPU tensors, which pass PyTorch's checks of strides, scales and dtypes."""
+    layer = Float8Linear(nn.Linear(64, 48, bias=bias), 1.0)
+    with FakeTensorMode():
+        buffers = {
+            name: torch.empty_strided(buffer.shape, buffer.stride(), dtype=buffer.dtype, device="cuda")
+            for name, buffer in layer.named_buffers()
+        }
+        out = functional_call(layer, buffers, torch.empty(2, 5, 64, dtype=dtype, device="cuda"))
+    assert (out.device.type, out.dtype, out.shape) == ("cuda", dtype, (2, 5, 48))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+def test_float8_linear_on_a_gpu_equals_its_emulation(bias: bool, compiled: bool) -> None:
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("FP8 needs compute capability 8.9")
+    torch.manual_seed(0)
+    layer, tokens = Float8Linear(nn.Linear(768, 3072, bias=bias), 5.0), torch.randn(2, 197, 768).bfloat16()
+    expected = layer(tokens)
+    layer.cuda()
+    out = (torch.compile(layer, dynamic=False) if compiled else layer)(tokens.cuda())
+    # The product is returned in bfloat16. Fast accumulation keeps about 14 bits of partial sums.
+    assert relative_error(out.cpu(), expected) < torch.finfo(torch.bfloat16).eps
 
 
 def test_inputs_beyond_the_margin_are_clamped() -> None:
