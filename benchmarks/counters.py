@@ -28,7 +28,12 @@ def main() -> None:
     device = torch.device("cuda", 0)
     frozen, fused = random_tokens(PAPER, device), Contender("fused", PAPER, device)
     recipe = recipe_from_dict(
-        {"device": "cuda", "backbone": {"name": "dino", "depth": 1}, "train": {"batch_size": PAPER.batch}}
+        {
+            "device": "cuda",
+            "backbone": {"name": "dino", "depth": 1},
+            "encoder": {"compile": "none"},  # Compiling under ncu takes long.
+            "train": {"batch_size": PAPER.batch},
+        }
     )
     trainer = BackboneTrainer(recipe, World.single(device))
     frames = torch.randn(2, PAPER.batch, 3, 224, 224, device=device, dtype=trainer.dtype)

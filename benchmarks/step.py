@@ -174,6 +174,9 @@ def training(run: Run) -> dict[str, Any]:
         summary = json.loads((output / "profile" / "summary.json").read_text(encoding="utf-8"))
         shutil.copy(output / "profile" / "trace.json", run.results.path.with_suffix(".trace.json"))
         result = {"data": data, "pairs_per_second": rate, "profile": summary}
+        # Save this now, because time may run out.
+        run.results.content["training"] = result
+        run.results.save()
         # Continue from the checkpoint in the middle.
         drop_checkpoints(output / "checkpoints", count // 2, keep=1)
         resumed = run.results.attempt("training, resumed", train)

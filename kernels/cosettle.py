@@ -90,11 +90,13 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
 def _diagnostics(walk_B3MD: Tensor, temperature: float) -> Tensor:
     """Compute cycle accuracy and identity similarity (2,), some samples at a time to bound the memory."""
     samples = max(1, DIAGNOSTIC_BYTES // (4 * walk_B3MD.shape[2] ** 2))
-    rows = [
-        reference.cycle_rows(reference.cycle_affinities(part, temperature))
-        for part in walk_B3MD.split(samples)
-    ]
-    return torch.stack(reference.cycle_diagnostics(torch.cat(rows, dim=1)))
+    # The autocast of a training step also applies inside an operator.
+    with torch.autocast(walk_B3MD.device.type, enabled=False):
+        rows = [
+            reference.cycle_rows(reference.cycle_affinities(part, temperature))
+            for part in walk_B3MD.split(samples)
+        ]
+        return torch.stack(reference.cycle_diagnostics(torch.cat(rows, dim=1)))
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:

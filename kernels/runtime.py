@@ -180,7 +180,8 @@ def programs_at_once(kernel: Any, arguments: tuple[Any, ...], constants: dict[st
         return 1
     driver = triton.runtime.driver.active
     device = driver.get_current_device()
-    key = (kernel, device, arguments[0].dtype, arguments[1].dtype, *constants.values())
+    absent = tuple(argument is None for argument in arguments)
+    key = (kernel, device, arguments[0].dtype, arguments[1].dtype, absent, *constants.values())
     if key not in _PROGRAMS:
         compiled = kernel.warmup(*arguments, grid=(1,), **constants)
         # Loads the kernel, which sets `n_regs`.

@@ -89,10 +89,16 @@ class TorchGpuStage:
     def __init__(self, recipe: Recipe, device: torch.device, *, num_threads: int) -> None:
         self._size, self._device, self._dtype = recipe.data.image_size, device, recipe.train.dtype
         self._offset, self._scale = (values.to(device) for values in _normalisation())
-        self._decoders, self._sender = ThreadPoolExecutor(num_threads), ThreadPoolExecutor(1)
+        self._decoders = ThreadPoolExecutor(num_threads)
+        # A new thread would use the first GPU.
+        self._sender = ThreadPoolExecutor(1, initializer=self._use_device)
         self._pending: deque[Future[tuple[Tensor, torch.cuda.Event | None]]] = deque()
         # The work of later batches must not queue behind the training steps on their stream.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def _use_device(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
 
     def submit(self, pairs: Sequence[StoredFrames], parameters: SampleParameters) -> None:
         """Start processing a batch of B stored frame pairs."""
