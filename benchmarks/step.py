@@ -278,7 +278,14 @@ def parts(run: Run) -> dict[str, Any]:
 
 def encoder_flops(trainer: BackboneTrainer, frames: Tensor, positions: Tensor) -> float:
     """Number of floating-point operations for the three views of one pair, as counted by PyTorch."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+
+    def product(_: Any, rows_RK: list[int], weight_KO: list[int], **__: Any) -> int:
+        return 2 * rows_RK[0] * rows_RK[1] * weight_KO[1]
+
+    # PyTorch does not count the product with GELU.
+    formulas = {torch.ops.aten._addmm_activation: product}
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         trainer.encoder.three_views(frames[:, :1].to(positions.dtype), positions)
     return float(counter.get_total_flops())
 

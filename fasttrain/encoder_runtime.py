@@ -11,13 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
+from timm.layers import LayerScale, Mlp
+from timm.models.eva import EvaBlock
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch._inductor import list_mode_options
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fasttrain.backbones import Backbone
+from fasttrain.configuration import ACTIVATIONS
 from fasttrain.errors import InputError
 from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD
 from fasttrain.recipe import EncoderRecipe
@@ -36,8 +41,15 @@ CPU_CHUNK = 4
 # precision (docs/benchmarks.md).
 CPU_UNFUSED_TOKENS = 256
 MAX_PROGRAMS = 64
-# Inductor's own CUDA graphs are not used, because cuda_graph.py records more than the encoder.
-COMPILE_MODES = {"default": None, "max-autotune": "max-autotune-no-cudagraphs"}
+# Inductor's own CUDA graphs are not used, because cuda_graph.py records more than the encoder. By default,
+# max-autotune does not try Triton's persistent matrix products with TMA, which need Hopper or later GPUs.
+COMPILE_OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "max-autotune": {
+        **list_mode_options("max-autotune-no-cudagraphs"),
+        "triton.enable_persistent_tma_matmul": True,
+    },
+}
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max
@@ -62,6 +74,10 @@ class EncoderRuntime:
     def __init__(
         self, encoder: Backbone, recipe: EncoderRecipe, *, dtype: torch.dtype, device: torch.device
     ) -> None:
+        if device.type == "cuda" and dtype != torch.float32:
+            fold_layer_scale(encoder.blocks)
+            if recipe.precision != "fp8":
+                fuse_gelu(encoder.blocks)
         self.encoder = encoder.to(device, dtype if recipe.cast_weights else torch.float32)
         self._dtype = dtype
         self._converts = (encoder.mean, encoder.std) != (IMAGENET_MEAN, IMAGENET_STD)
@@ -92,7 +108,7 @@ class EncoderRuntime:
             )
         if recipe.attention != "auto":
             encode = _with_attention(encode, ATTENTION[recipe.attention])
-        self._encode = compile_fixed(encode, COMPILE_MODES[mode]) if self.compiled else encode
+        self._encode = compile_fixed(encode, COMPILE_OPTIONS[mode]) if self.compiled else encode
         self.largest_inputs: dict[str, float] = {}
 
     @property
@@ -185,12 +201,69 @@ def _unfuse_attention(encoder: Backbone) -> None:
                 module.fused_attn = False
 
 
-def compile_fixed(function: ThreeViews, mode: str | None) -> ThreeViews:
+def compile_fixed(function: ThreeViews, options: dict[str, Any]) -> ThreeViews:
     """Compile a function for fixed shapes. PyTorch caches the code across runs (TORCHINDUCTOR_CACHE_DIR)."""
     # Each kind of encoder is compiled to its own program, and PyTorch stops compiling after 8 by default.
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, MAX_PROGRAMS)
-    return torch.compile(function, dynamic=False, mode=mode)
+    return torch.compile(function, dynamic=False, options=options)
+
+
+# --- fewer passes over the tokens on a GPU ----------------------------------------------------------------
+
+
+def fold_layer_scale(blocks: nn.Module) -> None:
+    """Multiply each LayerScale into the linear layer before it, in place, and remove it.
+
+    This is exact but for rounding, and saves up to two passes over the tokens per block.
+    """
+    linear: Any
+    for block in blocks.modules():
+        if isinstance(block, Block):
+            for name, linear in (("ls1", block.attn.proj), ("ls2", block.mlp.fc2)):
+                scale = getattr(block, name)
+                if isinstance(scale, LayerScale):
+                    _scale_outputs(linear, scale.gamma)
+                    setattr(block, name, nn.Identity())
+        elif isinstance(block, EvaBlock):
+            for name, linear in (("gamma_1", block.attn.proj), ("gamma_2", block.mlp.fc2)):
+                gamma = getattr(block, name)
+                if gamma is not None:
+                    _scale_outputs(linear, gamma)
+                    setattr(block, name, None)
+
+
+def _scale_outputs(linear: nn.Linear, scale_O: Tensor) -> None:
+    linear.weight.data = linear.weight * scale_O[:, None]
+    if linear.bias is not None:
+        linear.bias.data = linear.bias * scale_O
+
+
+class GeluLinear(nn.Module):
+    """A linear layer with bias and GELU in one kernel, so that its outputs are written once and not read.
+
+    On a GPU, cuBLASLt computes the tanh approximation of GELU, whose error is far below the rounding error of
+    bfloat16 (docs/benchmarks.md). On a CPU, PyTorch computes the exact GELU.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rows_RK, weight_KO = tokens.flatten(0, -2), self.linear.weight.t()
+        out_RO = torch._addmm_activation(self.linear.bias, rows_RK, weight_KO, use_gelu=True)
+        return out_RO.unflatten(0, tokens.shape[:-1])
+
+
+def fuse_gelu(blocks: nn.Module) -> None:
+    """Replace the first linear layer and the GELU, exact or approximate, of each plain MLP, in place."""
+    gelu = ACTIVATIONS["gelu"] + ACTIVATIONS["gelu_tanh"]
+    for mlp in list(blocks.modules()):
+        if isinstance(mlp, Mlp) and isinstance(mlp.act, gelu):
+            linear: Any = mlp.fc1
+            if linear.bias is not None:
+                mlp.act, mlp.fc1 = nn.Identity(), cast(Any, GeluLinear(linear))
 
 
 # --- FP8 -----------------------------------------------------------------------------------------------

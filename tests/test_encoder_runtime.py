@@ -18,7 +18,10 @@ from fasttrain.encoder_runtime import (
     LARGEST,
     EncoderRuntime,
     Float8Linear,
+    GeluLinear,
     float8_scale,
+    fold_layer_scale,
+    fuse_gelu,
     quantize,
     use_float8,
 )
@@ -160,13 +163,59 @@ def test_each_attention_kernel_has_its_own_program(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         encoder_runtime,
         "compile_fixed",
-        lambda function, mode: torch.compile(function, backend=record, dynamic=False),
+        lambda function, options: torch.compile(function, backend=record, dynamic=False),
     )
     counts = []
     for attention in ("math", "flash", "math", "auto"):
         views(compile="default", attention=attention)
         counts.append(len(programs))
     assert counts == [1, 2, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["dinov2", "vit_small_patch16_dinov3"])
+def test_folding_layer_scale_does_not_change_the_tokens(name: str) -> None:
+    encoder = load_backbone(name, **TINY)
+    torch.manual_seed(0)
+    scales = [p for key, p in encoder.blocks.named_parameters() if "gamma" in key]
+    assert len(scales) == 4
+    for scale in scales:
+        nn.init.uniform_(scale, 0.1, 2)
+    images = torch.randn(2, 3, 64, 64)
+    expected = encoder.tokens(images)
+    fold_layer_scale(encoder.blocks)
+    assert not [key for key, _ in encoder.blocks.named_parameters() if "gamma" in key]
+    assert relative_error(encoder.tokens(images), expected) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "count"),
+    [("dino", {}, 2), ("mae", {"activation": "gelu_tanh"}, 2), ("clip", {}, 0)],
+)
+def test_gelu_is_computed_by_the_linear_layer(name: str, options: dict[str, Any], count: int) -> None:
+    encoder = load_backbone(name, **TINY, **options)
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    expected = encoder.tokens(images)
+    fuse_gelu(encoder.blocks)
+    assert sum(isinstance(module, GeluLinear) for module in encoder.modules()) == count
+    # On a CPU, PyTorch computes the exact GELU in both cases.
+    assert relative_error(encoder.tokens(images), expected) < (1e-3 if options else 1e-6)
+
+
+def test_the_tanh_approximation_of_gelu_is_more_accurate_than_half_precision() -> None:
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    exact, approximate = (
+        load_backbone("dino", **TINY, activation=name).tokens(images) for name in ("gelu", "gelu_tanh")
+    )
+    half = load_backbone("dino", **TINY).bfloat16().tokens(images.bfloat16())
+    assert 0 < relative_error(approximate, exact) < 0.1 * relative_error(half, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_layers_of_an_encoder_on_a_cpu_are_unchanged(dtype: torch.dtype) -> None:
+    encoder = load_backbone("dinov2", **TINY)
+    names = [name for name, _ in encoder.named_modules()]
+    EncoderRuntime(encoder, EncoderRecipe(), dtype=dtype, device=CPU)
+    assert [name for name, _ in encoder.named_modules()] == names
 
 
 def test_the_error_of_fp8_is_bounded() -> None:
@@ -278,13 +327,64 @@ def test_only_calibrated_layers_whose_sizes_are_multiples_of_16_are_replaced() -
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", ["dino", "dinov2", "clip", "vit_small_patch16_dinov3"])
 @pytest.mark.parametrize(
-    "options", [{"compile": "default"}, {"attention": "cudnn"}, {"precision": "fp8"}], ids=str
+    "options",
+    [
+        {"compile": "none"},
+        {"compile": "default"},
+        {"attention": "cudnn"},
+        {"compile": "none", "cast_weights": False},
+        {"precision": "fp8"},
+    ],
+    ids=str,
 )
-def test_options_on_a_gpu(options: dict[str, Any]) -> None:
+def test_options_on_a_gpu(name: str, options: dict[str, Any]) -> None:
     """The bf16 tokens of a ViT with 64 channels per head agree with float32 on the CPU."""
     if "precision" in options and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("FP8 needs compute capability 8.9")
-    tokens = views(torch.bfloat16, "dino", torch.device("cuda"), **options)
+    tokens = views(torch.bfloat16, name, torch.device("cuda"), **options)
     bound = E4M3_ROUNDING if "precision" in options else 4 * torch.finfo(torch.bfloat16).eps
-    assert relative_error(tokens.cpu(), views(name="dino")) < bound
+    assert relative_error(tokens.cpu(), views(name=name)) < bound
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", ["none", "default"])
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_chunks_on_a_gpu(compile: str, chunk: int) -> None:
+    cuda = torch.device("cuda")
+    whole, chunked = (views(torch.bfloat16, "dino", cuda, compile=compile, chunk=size) for size in (0, chunk))
+    assert relative_error(chunked, whole) < 2 * torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_product_with_gelu_on_a_gpu(dtype: torch.dtype) -> None:
+    """One kernel computes it, and its error is at most a rounding and the tanh approximation."""
+    torch.manual_seed(0)
+    linear = nn.Linear(768, 3072)
+    tokens = torch.randn(2, 196, 768).to(dtype)
+    expected = nn.functional.gelu(linear.to(dtype).double()(tokens.double()))
+    layer = GeluLinear(linear.to("cuda", dtype))
+    tokens = tokens.cuda()
+    layer(tokens)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        out = layer(tokens)
+        torch.cuda.synchronize()
+    kernels = [event.name for event in profile.events() if event.device_type.name == "CUDA"]
+    assert not any("gelu" in name.lower() and "elementwise" in name for name in kernels), kernels
+    assert relative_error(out.cpu(), expected) < max(torch.finfo(dtype).eps, 1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "scales", "gelus"), [("dinov2", 0, 2), ("clip", 0, 0)])
+def test_layers_are_merged_on_a_gpu_in_half_precision(name: str, scales: int, gelus: int) -> None:
+    cuda, kept = torch.device("cuda"), load_backbone("dinov2", **TINY)
+    EncoderRuntime(kept, EncoderRecipe(), dtype=torch.float32, device=cuda)
+    assert any("gamma" in key for key, _ in kept.named_parameters())
+    encoder = load_backbone(name, **TINY)
+    weights_hash = encoder.weights_hash
+    EncoderRuntime(encoder, EncoderRecipe(), dtype=torch.bfloat16, device=cuda)
+    assert sum("gamma" in key for key, _ in encoder.named_parameters()) == scales
+    assert sum(isinstance(module, GeluLinear) for module in encoder.modules()) == gelus
+    assert encoder.weights_hash == weights_hash
