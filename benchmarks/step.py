@@ -25,6 +25,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -33,6 +34,7 @@ from contextlib import closing
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -54,6 +56,7 @@ from benchmarks.measure import (
     run_command,
     run_fasttrain,
     speedup,
+    synchronize,
 )
 from fasttrain import distributed
 from fasttrain.backbone_trainer import BackboneTrainer, backbone_recipes, backbone_settings
@@ -68,7 +71,7 @@ from fasttrain.video_encoder import PROJECTION_FILE
 
 Switches = dict[str, dict[str, Any]]
 SWITCHES: Switches = {"as it is": {}, "not compiled": {"compile": "none"}, "fp8": {"precision": "fp8"}}
-# Not measured with --short, because they take long to compile.
+# Not measured with --short, and last, because they take long to compile.
 LONG_SWITCHES: Switches = {
     "three passes": {"batch_views": False},
     "weights cast at every step": {"cast_weights": False},
@@ -78,7 +81,15 @@ GPU_SWITCHES: Switches = {
     # PyTorch's default choice between these two depends on its version and on the GPU.
     "not compiled, cuDNN attention": {"compile": "none", "attention": "cudnn"},
     "not compiled, flash attention": {"compile": "none", "attention": "flash"},
+    # The outputs of few pairs stay in the L2 cache.
+    **{f"{chunk} pairs at a time": {"chunk": chunk} for chunk in (8, 16, 32)},
 }
+# The ways to start whose time is measured: the name, the mode of torch.compile, and whether caches are kept.
+STARTS = (
+    ("not compiled", "none", False),
+    ("compiled", "default", False),
+    ("compiled, cached", "default", True),
+)
 GRAPH_SWITCHES: Switches = {
     "CUDA graph": {"cuda_graph": True},
     "CUDA graph, fp8": {"cuda_graph": True, "precision": "fp8"},
@@ -291,15 +302,60 @@ def encoder_flops(trainer: BackboneTrainer, frames: Tensor, positions: Tensor) -
 
 
 def switches(run: Run) -> dict[str, Any]:
-    """Measure the recipe (`as it is`), and variants in which encoder settings are changed."""
-    choices = {**SWITCHES, **({} if run.short else LONG_SWITCHES)}
-    choices |= GPU_SWITCHES if run.on_gpu else CPU_SWITCHES
+    """Measure the recipe (`as it is`), and variants in which encoder settings are changed.
+
+    On a GPU, also measure the seconds before the second step, with and without compilation.
+    """
+    choices = SWITCHES | (GPU_SWITCHES if run.on_gpu else CPU_SWITCHES)
+    choices |= {} if run.short else LONG_SWITCHES
     recipes = {name: with_changes(run.recipe, "encoder", **choice) for name, choice in choices.items()}
     timings = run.time({name: partial(run.stepper, recipe) for name, recipe in recipes.items()})
-    return {
+    rows: dict[str, Any] = {
         name: {**timing.result(run.pairs), "times_as_it_is": speedup(timings["as it is"], timing)}
         for name, timing in timings.items()
     }
+    if run.on_gpu:
+        # Saved before, because compilation may take the time that is left.
+        run.results.content["switches"] = rows
+        run.results.save()
+        rows["start_seconds"] = starts(run)
+    return rows
+
+
+def starts(run: Run) -> dict[str, float]:
+    """Measure `start_seconds` in new processes, without the caches of earlier compilations."""
+    seconds = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, mode, keeps_caches in STARTS:
+            caches = Path(folder) / mode
+            if not keeps_caches:
+                shutil.rmtree(caches, ignore_errors=True)
+            recipe = with_changes(run.recipe, "encoder", compile=mode)
+            left = run.results.deadline - time.monotonic()
+            measure = partial(in_own_process, start_seconds, recipe, run.results, seconds=left)
+            variables = {
+                "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor",
+                "TRITON_CACHE_DIR": f"{caches}/triton",
+            }
+            with patch.dict(os.environ, variables):
+                result = run.results.attempt(f"start, {name}", measure)
+            if result is not None:
+                seconds[name] = result
+    return seconds
+
+
+def start_seconds(recipe: Recipe, results: Results) -> float:
+    """Seconds for the warm-up and the first step of a trainer, without loading its weights."""
+    with distributed.start(recipe.device) as world:
+        run = Run(recipe, world, results, short=True)
+        trainer = BackboneTrainer(recipe, world, random_encoder(tuple(backbone_settings(recipe).items())))
+        frames = run.frames(recipe)
+        synchronize()
+        start = time.perf_counter()
+        trainer.warm_up()
+        take_step(trainer, frames)
+        synchronize()
+        return time.perf_counter() - start
 
 
 def graphs(run: Run) -> dict[str, Any]:

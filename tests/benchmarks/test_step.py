@@ -1,16 +1,20 @@
 """Tests that the baseline computes the same losses as fasttrain, and that every section runs."""
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import step as benchmark
 from benchmarks.baseline import BaselineStep
+from benchmarks.measure import Results, command_line
 from fasttrain.backbone_trainer import BackboneTrainer
 from fasttrain.distributed import World
 from fasttrain.encoder_runtime import fuse_gelu
+from fasttrain.recipe import Recipe
 
 RECIPE = str(Path(__file__).resolve().parents[2] / "recipes" / "dino.yaml")
 TINY = ["backbone.embed_dim=64", "backbone.depth=2", "data.image_size=64", "train.batch_size=3"]
@@ -62,3 +66,26 @@ def test_every_section_runs(tmp_path: Path, sections: list[str], size: int) -> N
     assert content["skipped"] == {}
     assert content.keys() >= set(sections)
     assert out.with_suffix(".trace.json").exists() == ("training" in sections)
+
+
+def test_the_times_to_start_are_measured_in_new_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the last way to start finds the caches of another."""
+    found = []
+
+    def count(function: Any, recipe: Recipe, _: Results, *, seconds: float) -> float:
+        assert function is benchmark.start_seconds
+        assert seconds > 0
+        cache = Path(os.environ["TRITON_CACHE_DIR"])
+        found.append((recipe.encoder.compile, cache.exists()))
+        cache.mkdir(parents=True, exist_ok=True)
+        return 1.0
+
+    monkeypatch.setattr(benchmark, "in_own_process", count)
+    arguments = command_line("step", "").parse_args(["--device", "cpu", "--out", str(tmp_path / "out.json")])
+    recipe = benchmark.read_recipe(RECIPE, [*TINY, "device=cpu"])
+    run = benchmark.Run(recipe, World.single(), Results("step", arguments), short=True)
+    assert benchmark.starts(run) == {"not compiled": 1.0, "compiled": 1.0, "compiled, cached": 1.0}
+    assert found == [("none", False), ("default", False), ("default", True)]
+    assert benchmark.start_seconds(recipe, run.results) > 0
