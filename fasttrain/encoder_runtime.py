@@ -234,9 +234,9 @@ def fold_layer_scale(blocks: nn.Module) -> None:
 
 
 def _scale_outputs(linear: nn.Linear, scale_O: Tensor) -> None:
-    linear.weight.data = linear.weight * scale_O[:, None]
+    linear.weight = nn.Parameter(linear.weight * scale_O[:, None], requires_grad=False)
     if linear.bias is not None:
-        linear.bias.data = linear.bias * scale_O
+        linear.bias = nn.Parameter(linear.bias * scale_O, requires_grad=False)
 
 
 class GeluLinear(nn.Module):
