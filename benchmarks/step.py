@@ -116,12 +116,17 @@ class Run:
         dtype = recipe.train.dtype if self.on_gpu else torch.float32
         return torch.randn(2, recipe.train.batch_size, 3, size, size, device=self.device, dtype=dtype)
 
-    def trainer(self, recipe: Recipe) -> BackboneTrainer:
-        """Create the trainer of a backbone and warm it up."""
+    def cold_trainer(self, recipe: Recipe) -> BackboneTrainer:
+        """Create the trainer of a backbone."""
         encoder = copy.deepcopy(random_encoder(tuple(backbone_settings(recipe).items())))
         trainer = BackboneTrainer(recipe, self.world, encoder)
         if trainer.runtime.awaits_calibration:
             trainer.calibrate(self.frames(recipe)[:, :4])
+        return trainer
+
+    def trainer(self, recipe: Recipe) -> BackboneTrainer:
+        """Create the trainer of a backbone and warm it up."""
+        trainer = self.cold_trainer(recipe)
         trainer.warm_up()
         if trainer.graph_failure:
             raise RuntimeError(f"the recording failed: {trainer.graph_failure}")
@@ -348,8 +353,7 @@ def start_seconds(recipe: Recipe, results: Results) -> float:
     """Seconds for the warm-up and the first step of a trainer, without loading its weights."""
     with distributed.start(recipe.device) as world:
         run = Run(recipe, world, results, short=True)
-        trainer = BackboneTrainer(recipe, world, random_encoder(tuple(backbone_settings(recipe).items())))
-        frames = run.frames(recipe)
+        trainer, frames = run.cold_trainer(recipe), run.frames(recipe)
         synchronize()
         start = time.perf_counter()
         trainer.warm_up()

@@ -14,6 +14,7 @@ from fasttrain import encoder_runtime
 from fasttrain.backbones import load_backbone
 from fasttrain.cuda_graph import CapturedCall
 from fasttrain.encoder_runtime import (
+    COMPILE_OPTIONS,
     FLOAT8_MARGIN,
     LARGEST,
     EncoderRuntime,
@@ -150,6 +151,11 @@ def test_options_do_not_increase_rounding_errors() -> None:
     # Autocast keeps norms and the residual stream in float32, so it must not be less accurate.
     assert relative_error(autocast, exact) <= 1.1 * relative_error(unfused, exact)
     assert relative_error(unfused, exact) < 4 * torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("mode", list(COMPILE_OPTIONS))
+def test_the_installed_pytorch_knows_the_options_of_the_compiler(mode: str) -> None:
+    encoder_runtime.compile_fixed(lambda frames, _: frames, COMPILE_OPTIONS[mode])
 
 
 def test_each_attention_kernel_has_its_own_program(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,15 +333,16 @@ def test_only_calibrated_layers_whose_sizes_are_multiples_of_16_are_replaced() -
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["dino", "dinov2", "clip", "vit_small_patch16_dinov3"])
 @pytest.mark.parametrize(
-    "options",
+    ("name", "options"),
     [
-        {"compile": "none"},
-        {"compile": "default"},
-        {"attention": "cudnn"},
-        {"compile": "none", "cast_weights": False},
-        {"precision": "fp8"},
+        ("clip", {"compile": "none"}),
+        ("vit_small_patch16_dinov3", {"compile": "none"}),
+        ("dinov2", {"compile": "none"}),
+        ("dinov2", {"compile": "none", "cast_weights": False}),
+        ("dinov2", {"compile": "none", "attention": "cudnn"}),
+        ("dinov2", {"compile": "default"}),
+        ("dinov2", {"precision": "fp8"}),
     ],
     ids=str,
 )
@@ -349,8 +356,7 @@ def test_options_on_a_gpu(name: str, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compile", ["none", "default"])
-@pytest.mark.parametrize("chunk", [1, 2])
+@pytest.mark.parametrize(("compile", "chunk"), [("none", 1), ("none", 2), ("default", 2)])
 def test_chunks_on_a_gpu(compile: str, chunk: int) -> None:
     cuda = torch.device("cuda")
     whole, chunked = (views(torch.bfloat16, "dino", cuda, compile=compile, chunk=size) for size in (0, chunk))
@@ -372,6 +378,7 @@ def test_the_product_with_gelu_on_a_gpu(dtype: torch.dtype) -> None:
         out = layer(tokens)
         torch.cuda.synchronize()
     kernels = [event.name for event in profile.events() if event.device_type.name == "CUDA"]
+    assert kernels
     assert not any("gelu" in name.lower() and "elementwise" in name for name in kernels), kernels
     assert relative_error(out.cpu(), expected) < max(torch.finfo(dtype).eps, 1e-3)
 
