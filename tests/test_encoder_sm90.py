@@ -153,7 +153,7 @@ def test_the_program_in_bfloat16(process: Executor, name: str, fuses_gelu: bool)
 
 
 def test_the_program_in_fp8(process: Executor) -> None:
-    """PyTorch accepts the scales, and only the inputs after attention are quantised by a kernel of their own."""
+    """PyTorch accepts the scales, and only the outputs of attention take an extra kernel."""
     operations, kernels = process.submit(generate, "dinov2", precision="fp8").result()
     assert operations.count("_scaled_mm") == 4 * DEPTH
     assert not {"addmm", "mm", "_addmm_activation"} & set(operations)
