@@ -50,6 +50,9 @@ COMPILE_OPTIONS: dict[str, dict[str, Any]] = {
         "triton.enable_persistent_tma_matmul": True,
     },
 }
+# Store the sum of the residual stream at each norm. By default, Inductor stores every fourth one only, and
+# the kernels in between read its summands again (docs/benchmarks.md).
+GPU_OPTIONS = {"realize_reads_threshold": 2}
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max
@@ -108,7 +111,8 @@ class EncoderRuntime:
             )
         if recipe.attention != "auto":
             encode = _with_attention(encode, ATTENTION[recipe.attention])
-        self._encode = compile_fixed(encode, COMPILE_OPTIONS[mode]) if self.compiled else encode
+        options = GPU_OPTIONS if device.type == "cuda" else {}
+        self._encode = compile_fixed(encode, COMPILE_OPTIONS[mode] | options) if self.compiled else encode
         self.largest_inputs: dict[str, float] = {}
 
     @property

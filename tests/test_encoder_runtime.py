@@ -16,6 +16,7 @@ from fasttrain.cuda_graph import CapturedCall
 from fasttrain.encoder_runtime import (
     COMPILE_OPTIONS,
     FLOAT8_MARGIN,
+    GPU_OPTIONS,
     LARGEST,
     EncoderRuntime,
     Float8Linear,
@@ -155,7 +156,7 @@ def test_options_do_not_increase_rounding_errors() -> None:
 
 @pytest.mark.parametrize("mode", list(COMPILE_OPTIONS))
 def test_the_installed_pytorch_knows_the_options_of_the_compiler(mode: str) -> None:
-    encoder_runtime.compile_fixed(lambda frames, _: frames, COMPILE_OPTIONS[mode])
+    encoder_runtime.compile_fixed(lambda frames, _: frames, COMPILE_OPTIONS[mode] | GPU_OPTIONS)
 
 
 def test_each_attention_kernel_has_its_own_program(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,10 +33,11 @@ H100 = SimpleNamespace(
 
 
 class Program(NamedTuple):
-    """The names of what a program calls: operations of PyTorch, and generated Triton kernels."""
+    """The names of operations and generated Triton kernels that a program calls; arrays of each kernel."""
 
     operations: list[str]
     kernels: list[str]
+    arrays: list[int]
 
 
 class _GeneratedError(Exception):
@@ -123,7 +124,9 @@ def generate(name: str, **options: Any) -> Program:
     (source,) = sources
     body = source[source.index("def call(") :]
     operations = re.findall(r"(?:= torch\.ops\.aten|extern_kernels)\.(\w+)(?:\.default)?\(", body)
-    return Program(operations, re.findall(r"(triton_\w+)\.run\(", body))
+    launches = re.findall(r"(triton_\w+)\.run\((.*?), stream", body)
+    arrays = [len(re.findall(r"\bbuf\d+", arguments)) for _, arguments in launches]
+    return Program(operations, [kernel for kernel, _ in launches], arrays)
 
 
 def hide_gpu() -> None:
@@ -140,7 +143,7 @@ def process() -> Iterator[Executor]:
 @pytest.mark.parametrize(("name", "fuses_gelu"), [("dino", True), ("dinov2", True), ("clip", False)])
 def test_the_program_in_bfloat16(process: Executor, name: str, fuses_gelu: bool) -> None:
     """A block has four products, attention, and one kernel per residual sum with its norm."""
-    operations, kernels = process.submit(generate, name).result()
+    operations, kernels, arrays = process.submit(generate, name).result()
     assert operations.count("_addmm_activation") == DEPTH * fuses_gelu
     assert operations.count("addmm") == DEPTH * (4 - fuses_gelu)
     assert operations.count("_scaled_dot_product_cudnn_attention") == DEPTH
@@ -148,13 +151,15 @@ def test_the_program_in_bfloat16(process: Executor, name: str, fuses_gelu: bool)
     per_block = 2 if fuses_gelu else 3
     assert len(kernels) <= DEPTH * per_block + 5, kernels
     assert not any("gelu" in kernel for kernel in kernels)
+    # The residual sum before and after, what is added to it, and the output of the norm.
+    assert max(arrays) <= 4, arrays
     # The multiplications of LayerScale.
     assert fuses_gelu != any("mul" in kernel for kernel in kernels), kernels
 
 
 def test_the_program_in_fp8(process: Executor) -> None:
     """PyTorch accepts the scales, and only the outputs of attention take an extra kernel."""
-    operations, kernels = process.submit(generate, "dinov2", precision="fp8").result()
+    operations, kernels, _ = process.submit(generate, "dinov2", precision="fp8").result()
     assert operations.count("_scaled_mm") == 4 * DEPTH
     assert not {"addmm", "mm", "_addmm_activation"} & set(operations)
     assert len(kernels) <= 4 * DEPTH + 5, kernels
