@@ -77,10 +77,10 @@ class EncoderRuntime:
     def __init__(
         self, encoder: Backbone, recipe: EncoderRecipe, *, dtype: torch.dtype, device: torch.device
     ) -> None:
-        if device.type == "cuda" and dtype != torch.float32:
+        # FP8 has one scale for the weights of a layer, whose rows LayerScale could make too small.
+        if device.type == "cuda" and dtype != torch.float32 and recipe.precision != "fp8":
             fold_layer_scale(encoder.blocks)
-            if recipe.precision != "fp8":
-                fuse_gelu(encoder.blocks)
+            fuse_gelu(encoder.blocks)
         self.encoder = encoder.to(device, dtype if recipe.cast_weights else torch.float32)
         self._dtype = dtype
         self._converts = (encoder.mean, encoder.std) != (IMAGENET_MEAN, IMAGENET_STD)

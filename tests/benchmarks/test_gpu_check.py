@@ -38,7 +38,7 @@ sys.exit(gpu_check.main(sys.argv[2:]))
 
 
 def check(folder: Path, *steps: str) -> subprocess.CompletedProcess[str]:
-    for name, script in (("python", STUB), ("ncu", '#!/bin/sh\necho counters >"$5"')):
+    for name, script in (("python", STUB), ("ncu", '#!/bin/sh\necho counters >"$6"')):
         (folder / name).write_text(script)
         (folder / name).chmod(0o755)
     environment = {
