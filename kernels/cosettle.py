@@ -25,15 +25,15 @@ from torch import Tensor
 from . import reference
 from .checks import check_choice, check_grid, check_number, check_tensors
 from .cycle import grad_scale, launch_cycle
-from .reference import CosettleLoss, Regularizer
+from .reference import CosettleLoss, Reduction, Regularizer
 from .runtime import Backend, differentiate, jit, needs_grad, on_device, operator, tl, use_triton
 from .separability import Epilogue, launch_backward, launch_forward, pooled_dtype, statistics_shape
 
 # The fields of `Epilogue`, followed by the temperature of the cycle.
 _SCHEMA = (
     "Tensor inputs, Tensor frozen, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, "
-    "bool tanh, int height, int width, int window_height, int window_width, bool kl, float temperature, "
-    "float lambda_reg"
+    "bool tanh, int height, int width, int window_height, int window_width, bool kl, bool per_sample, "
+    "float temperature, float lambda_reg"
 )
 
 # Bytes of the cycle matrices (in fp32) for which the diagnostics are computed at once.
@@ -42,13 +42,19 @@ DIAGNOSTIC_BYTES = 2**28
 
 @jit(do_not_specialize=["terms", "rows"])
 def _sum_kernel(
-    terms_ptr,  # [terms]
-    rows_ptr,  # [rows]
-    loss_ptr, cycle_ptr, separability_ptr,  # []
+    terms_ptr,  # [losses, terms]
+    rows_ptr,  # [losses, rows]
+    loss_ptr, cycle_ptr, separability_ptr,  # [losses]
     terms, rows, lambda_reg,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sum the separability terms and average the cross-entropies, always in the same order; one program."""
+    """Sum the separability terms and average the cross-entropies, always in the same order.
+
+    One program per loss.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    terms_ptr += program * terms
+    rows_ptr += program * rows
     index = tl.arange(0, BLOCK)
     separability = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, terms, BLOCK):
@@ -58,30 +64,31 @@ def _sum_kernel(
         cycle += tl.load(rows_ptr + start + index, mask=start + index < rows, other=0.0)
     separability_sum = tl.sum(separability, 0)
     cycle_mean = tl.sum(cycle, 0) / rows
-    tl.store(separability_ptr, separability_sum)
-    tl.store(cycle_ptr, cycle_mean)
-    tl.store(loss_ptr, cycle_mean + lambda_reg * separability_sum)
+    tl.store(separability_ptr + program, separability_sum)
+    tl.store(cycle_ptr + program, cycle_mean)
+    tl.store(loss_ptr + program, cycle_mean + lambda_reg * separability_sum)
 
 
 def launch_sum(terms: Tensor, rows: Tensor, losses: list[Tensor], lambda_reg: float) -> None:
-    """Write the loss, the cycle loss and the separability loss into three 0-d tensors."""
+    """Write the loss, the cycle loss and the separability loss into three tensors, 0-d or (B,)."""
+    programs = losses[0].numel()
+    sizes = (terms.numel() // programs, rows.numel() // programs)
     with on_device(rows):
-        _sum_kernel[(1,)](
-            terms, rows, *losses, terms.numel(), rows.numel(), lambda_reg, BLOCK=4096, num_warps=8
-        )
+        _sum_kernel[(programs,)](terms, rows, *losses, *sizes, lambda_reg, BLOCK=4096, num_warps=8)
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     """Compute the losses and save what the backward needs.
 
-    Returns the loss, the cycle loss and the separability loss (0-d), cycle accuracy and identity similarity
-    (2,), the scaled gradient of the pooled tokens (B, T, M, D), and the statistics of each token. Results
-    that were not requested are empty.
+    Returns the loss, the cycle loss and the separability loss (0-d or (B,)), cycle accuracy and identity
+    similarity (2,), the scaled gradient of the pooled tokens (B, T, M, D), and the statistics of each token.
+    Results that were not requested are empty.
     """
-    *epilogue, temperature, lambda_reg, diagnostics, keep = arguments
-    terms, pooled_BTMD, statistics = launch_forward(Epilogue(*epilogue), pool=True, statistics=keep)
+    *given, temperature, lambda_reg, diagnostics, keep = arguments
+    epilogue = Epilogue(*given)
+    terms, pooled_BTMD, statistics = launch_forward(epilogue, pool=True, statistics=keep)
     rows_BM, grad_pooled = launch_cycle(pooled_BTMD, temperature, grad=keep)
-    losses = [rows_BM.new_empty(()) for _ in range(3)]
+    losses = [rows_BM.new_empty(epilogue.losses_shape) for _ in range(3)]
     launch_sum(terms, rows_BM, losses, lambda_reg)
     measured = _diagnostics(pooled_BTMD, temperature) if diagnostics else rows_BM.new_empty(0)
     return *losses, measured, grad_pooled, statistics
@@ -100,11 +107,12 @@ def _diagnostics(walk_B3MD: Tensor, temperature: float) -> Tensor:
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    *epilogue, _temperature, _lambda_reg, diagnostics, keep = arguments
-    inputs, whole_cells = epilogue[0], Epilogue(*epilogue).whole_cells
+    *given, _temperature, _lambda_reg, diagnostics, keep = arguments
+    epilogue = Epilogue(*given)
+    inputs, loss = epilogue.inputs, epilogue.losses_shape
     samples, views, _, channels = inputs.shape
-    pooled = (samples, views, whole_cells, channels) if keep else (0,)
-    shapes = ((), (), (), (2 if diagnostics else 0,), pooled, statistics_shape(inputs, keep))
+    pooled = (samples, views, epilogue.whole_cells, channels) if keep else (0,)
+    shapes = (loss, loss, loss, (2 if diagnostics else 0,), pooled, statistics_shape(inputs, keep))
     fp32 = torch.float32
     dtypes = (fp32, fp32, fp32, fp32, pooled_dtype(inputs.dtype), fp32)
     return tuple(inputs.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
@@ -122,17 +130,19 @@ def _backward(
 
     Without a head, the latter are zeros.
     """
-    *epilogue, temperature, lambda_reg = arguments
+    *given, temperature, lambda_reg = arguments
+    epilogue = Epilogue(*given)
     samples, _, tokens, channels = grad_pooled.shape
+    averaged = tokens if epilogue.per_sample else samples * tokens
     grad_inputs, grad_parameters = launch_backward(
-        Epilogue(*epilogue),
+        epilogue,
         statistics,
         grad_separability,
         grad_loss=grad_loss,
         lambda_reg=lambda_reg,
         grad_cycle=grad_cycle,
         grad_pooled_BTMD=grad_pooled,
-        pooled_scale=1.0 / (grad_scale(tokens) * temperature * samples * tokens),
+        pooled_scale=1.0 / (grad_scale(tokens) * temperature * averaged),
     )
     if grad_parameters is None:
         grad_parameters = statistics.new_zeros((3, channels))
@@ -186,6 +196,7 @@ def _objective(
     lambda_reg: float,
     regularizer: Regularizer,
     backend: Backend,
+    reduction: Reduction,
     diagnostics: bool,
     norm_eps: float = 0.0,
     tanh: bool = False,
@@ -201,6 +212,7 @@ def _objective(
     check_number("temperature", temperature)
     check_number("lambda_reg", lambda_reg, zero=True)
     check_choice("regularizer", regularizer, Regularizer)
+    check_choice("reduction", reduction, Reduction)
     check_number("norm_eps", norm_eps, zero=True)
     inputs, *head = tensors.values()
     if not use_triton(backend, frozen=frozen, **tensors):
@@ -208,7 +220,7 @@ def _objective(
             bias, norm_weight, norm_bias = head
             inputs = reference.head_epilogue(inputs, bias, norm_weight, norm_bias, norm_eps, tanh)
         return reference.cosettle_loss(
-            frozen, inputs, grid, temperature, window, lambda_reg, regularizer, diagnostics
+            frozen, inputs, grid, temperature, window, lambda_reg, regularizer, reduction, diagnostics
         )
     height, width = grid
     epilogue = Epilogue(
@@ -224,6 +236,7 @@ def _objective(
         window_height=window,
         window_width=window,
         kl=regularizer == "kl",
+        per_sample=reduction == "none",
     )
     keep = needs_grad(*tensors.values())
     outputs = _cosettle(*epilogue, temperature, lambda_reg, diagnostics, keep)
@@ -242,6 +255,7 @@ def cosettle_loss(
     regularizer: Regularizer = "kl",
     backend: Backend = "auto",
     *,
+    reduction: Reduction = "mean",
     diagnostics: bool = True,
 ) -> CosettleLoss:
     """Compute the Co-Settle objective: cycle consistency plus weighted semantic separability.
@@ -263,17 +277,20 @@ def cosettle_loss(
             squared difference).
         backend: `"triton"`, `"eager"` (plain PyTorch), or `"auto"`, which selects Triton if it is installed
             and the tensors are on an NVIDIA GPU of compute capability 8.0 or higher and not in float64.
+        reduction: `"mean"` averages the losses of the samples; `"none"` returns one loss per sample, for
+            example to weigh them. The mean of the latter equals the former up to rounding.
         diagnostics: Whether to compute cycle accuracy and identity similarity, which need the complete cycle
             matrix.
 
     Returns:
-        A `CosettleLoss` of 0-d tensors, in float32 or (for float64 tokens) float64.
+        A `CosettleLoss` in float32 or (for float64 tokens) float64. Its losses are 0-d or, for
+        `reduction="none"`, (B,).
 
     Raises:
         ValueError: If an argument has an invalid shape, dtype, device or value, or one that
             `backend="triton"` does not support.
     """
-    options = (grid, temperature, window, lambda_reg, regularizer, backend, diagnostics)
+    options = (grid, temperature, window, lambda_reg, regularizer, backend, reduction, diagnostics)
     return _objective(frozen, {"projected": projected}, *options)
 
 
@@ -292,6 +309,7 @@ def cosettle_head_loss(
     *,
     norm_eps: float = 1e-5,
     tanh: bool = True,
+    reduction: Reduction = "mean",
     diagnostics: bool = True,
 ) -> CosettleLoss:
     """Compute `cosettle_loss` of layer_norm(tanh(linear + bias)) without storing the projected tokens.
@@ -313,16 +331,19 @@ def cosettle_head_loss(
             and the tensors are on an NVIDIA GPU of compute capability 8.0 or higher and not in float64.
         norm_eps: Epsilon of the layer norm, at least 0.
         tanh: Whether to apply tanh. Without it, the projected tokens are layer_norm(linear + bias).
+        reduction: `"mean"` averages the losses of the samples; `"none"` returns one loss per sample, for
+            example to weigh them. The mean of the latter equals the former up to rounding.
         diagnostics: Whether to compute cycle accuracy and identity similarity, which need the complete cycle
             matrix.
 
     Returns:
-        A `CosettleLoss` of 0-d tensors, in float32 or (for float64 tokens) float64.
+        A `CosettleLoss` in float32 or (for float64 tokens) float64. Its losses are 0-d or, for
+        `reduction="none"`, (B,).
 
     Raises:
         ValueError: If an argument has an invalid shape, dtype, device or value, or one that
             `backend="triton"` does not support.
     """
     tensors = {"linear": linear, "bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
-    options = (grid, temperature, window, lambda_reg, regularizer, backend, diagnostics)
+    options = (grid, temperature, window, lambda_reg, regularizer, backend, reduction, diagnostics)
     return _objective(frozen, tensors, *options, norm_eps, tanh)

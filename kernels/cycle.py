@@ -39,10 +39,10 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .checks import check_number, check_tensors
+from .checks import check_choice, check_number, check_tensors
 from .cycle_streaming import launch_streaming
 from .primitives import dot
-from .reference import CYCLE_EPS
+from .reference import CYCLE_EPS, Reduction
 from .runtime import (
     Backend,
     ceil_div,
@@ -170,46 +170,55 @@ def launch_cycle(walk_B3MD: Tensor, temperature: float, *, grad: bool) -> tuple[
     return loss_BM, grad_B3MD
 
 
-def _three_views(walk: Tensor, temperature: float, keep: bool) -> tuple[Tensor, Tensor]:
-    """Compute the loss (0-d, fp32) and, with `keep`, its scaled gradient (see `launch_cycle`)."""
+def _three_views(walk: Tensor, temperature: float, per_sample: bool, keep: bool) -> tuple[Tensor, Tensor]:
+    """Compute the loss (0-d or (B,), fp32) and, with `keep`, its scaled gradient (see `launch_cycle`)."""
     loss_BM, grad_walk = launch_cycle(walk.contiguous(), temperature, grad=keep)
-    return loss_BM.mean(), grad_walk
+    return loss_BM.mean(1) if per_sample else loss_BM.mean(), grad_walk
 
 
-def _three_views_backward(grad: Tensor, loss: Tensor, grad_walk: Tensor, temperature: float) -> Tensor:
+def _three_views_backward(
+    grad: Tensor, loss: Tensor, grad_walk: Tensor, temperature: float, per_sample: bool
+) -> Tensor:
     """Multiply the scaled gradient of the walk by the incoming gradient of the loss.
 
     The argument `loss` is unused, but it depends on the walk. A second derivative therefore raises an error.
     """
     samples, _, tokens, _ = grad_walk.shape
-    return grad_walk * (grad / (grad_scale(tokens) * temperature * samples * tokens))
+    grad = grad / (grad_scale(tokens) * temperature * tokens * (1 if per_sample else samples))
+    # In half precision, the factor alone could underflow: only the product is rounded.
+    return torch.mul(grad_walk, grad.view(-1, 1, 1, 1), out=torch.empty_like(grad_walk))
 
 
 _cycle_three_views = operator(
     "cycle_three_views",
     _three_views,
-    fake=lambda walk, temperature, keep: (
-        walk.new_empty((), dtype=torch.float32),
+    fake=lambda walk, temperature, per_sample, keep: (
+        walk.new_empty(walk.shape[: int(per_sample)], dtype=torch.float32),
         walk.new_empty(walk.shape if keep else (0,)),
     ),
 )
 _cycle_three_views_backward = operator(
     "cycle_three_views_backward",
     _three_views_backward,
-    fake=lambda grad, loss, grad_walk, temperature: grad_walk.new_empty(grad_walk.shape),
+    fake=lambda grad, loss, grad_walk, *_: grad_walk.new_empty(grad_walk.shape),
 )
 
 
-def _save(inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[float]]:
-    _walk, temperature, _keep = inputs
-    return output, (temperature,)
+def _save(inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    _walk, *options, _keep = inputs
+    return output, tuple(options)
 
 
 differentiate(_cycle_three_views, lambda *args: (_cycle_three_views_backward(*args),), losses=1, save=_save)
 
 
 def cycle_consistency_loss(
-    walk: Tensor, temperature: float = 0.03, there_and_back: bool = False, backend: Backend = "auto"
+    walk: Tensor,
+    temperature: float = 0.03,
+    there_and_back: bool = False,
+    backend: Backend = "auto",
+    *,
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """Compute the cross-entropy of a random walk through the views that should end where it began.
 
@@ -227,9 +236,11 @@ def cycle_consistency_loss(
         backend: `"triton"`, `"eager"` (plain PyTorch), or `"auto"`, which selects Triton if it is installed
             and the tensors are on an NVIDIA GPU of compute capability 8.0 or higher and not in float64. The
             kernels are for walks that visit three views; PyTorch computes all others.
+        reduction: `"mean"` averages the losses of the samples; `"none"` returns one loss per sample.
 
     Returns:
-        The mean over tokens and samples as a 0-d tensor, in float32 or (for float64 tokens) float64.
+        The mean over tokens and samples as a 0-d tensor or, for `reduction="none"`, the mean over tokens
+        (B,), in float32 or (for float64 tokens) float64.
 
     Raises:
         ValueError: If an argument has an invalid shape, dtype, device or value, or one that
@@ -239,9 +250,10 @@ def cycle_consistency_loss(
     if walk.shape[1] < 2:
         raise ValueError(f"walk must have at least 2 views in dimension 1, got shape {tuple(walk.shape)}")
     check_number("temperature", temperature)
+    check_choice("reduction", reduction, Reduction)
     if there_and_back:
         walk = torch.cat([walk, walk[:, :-1].flip(1)], dim=1)
     if use_triton(backend, walk=walk) and walk.shape[1] == 3:
-        loss: Tensor = _cycle_three_views(walk, temperature, needs_grad(walk))[0]
+        loss: Tensor = _cycle_three_views(walk, temperature, reduction == "none", needs_grad(walk))[0]
         return loss
-    return reference.cycle_consistency_loss(walk, temperature)
+    return reference.cycle_consistency_loss(walk, temperature, reduction)

@@ -21,15 +21,17 @@ from torch import Tensor
 from torch.nn import functional
 
 Regularizer = Literal["kl", "mse"]
+Reduction = Literal["mean", "none"]
 
 # Added to the return probabilities before the logarithm, as in the published implementation.
 CYCLE_EPS = 1e-6
 
 
 class CosettleLoss(NamedTuple):
-    """Losses and diagnostics of the Co-Settle objective, all 0-d tensors.
+    """Losses and diagnostics of the Co-Settle objective.
 
-    The losses are differentiable. The diagnostics are detached, or None with `diagnostics=False`.
+    The losses are differentiable: 0-d tensors, or (B,) with `reduction="none"`. The diagnostics are 0-d and
+    detached, or None with `diagnostics=False`.
 
     Attributes:
         loss: cycle + lambda_reg * separability.
@@ -92,18 +94,20 @@ def return_probability(affinities: list[Tensor]) -> Tensor:
     return (forward * back.transpose(-1, -2)).sum(-1)
 
 
-def cycle_loss_from_diagonal(return_BM: Tensor) -> Tensor:
+def cycle_loss_from_diagonal(return_BM: Tensor, reduction: Reduction = "mean") -> Tensor:
     """Compute the mean cross-entropy of the logits log(C_i + 1e-6) against target i from C's diagonal (B, M).
 
-    The rows of C sum to one, so the denominator of the softmax is the constant 1 + M * 1e-6.
+    The mean is over tokens and, for "mean", over samples. The rows of C sum to one, so the denominator of the
+    softmax is the constant 1 + M * 1e-6.
     """
     denominator = 1.0 + return_BM.shape[-1] * CYCLE_EPS
-    return -torch.log((return_BM + CYCLE_EPS) / denominator).mean()
+    entropy_BM = torch.log((return_BM + CYCLE_EPS) / denominator)
+    return -(entropy_BM.mean() if reduction == "mean" else entropy_BM.mean(1))
 
 
-def cycle_consistency_loss(walk_BTMD: Tensor, temperature: float) -> Tensor:
-    """Compute the cycle consistency loss (0-d) of a walk through T >= 2 views in the given order."""
-    return cycle_loss_from_diagonal(return_probability(cycle_affinities(walk_BTMD, temperature)))
+def cycle_consistency_loss(walk_BTMD: Tensor, temperature: float, reduction: Reduction = "mean") -> Tensor:
+    """Compute the cycle consistency loss of a walk through T >= 2 views in the given order."""
+    return cycle_loss_from_diagonal(return_probability(cycle_affinities(walk_BTMD, temperature)), reduction)
 
 
 def cycle_rows(affinities: list[Tensor]) -> Tensor:
@@ -128,16 +132,19 @@ def cycle_diagnostics(rows_3BM: Tensor) -> tuple[Tensor, Tensor]:
     return accuracy, diagonal * squares.rsqrt()
 
 
-def separability_loss(frozen_BTND: Tensor, projected_BTND: Tensor, regularizer: Regularizer) -> Tensor:
-    """Compute the separability loss (0-d) of L2-normalised tokens.
+def separability_loss(
+    frozen_BTND: Tensor, projected_BTND: Tensor, regularizer: Regularizer, reduction: Reduction
+) -> Tensor:
+    """Compute the separability loss of L2-normalised tokens.
 
-    "kl" is KL(softmax(frozen) || softmax(projected)) over channels, summed over views, tokens and channels,
-    and divided by B. "mse" is the mean squared difference.
+    "kl" is KL(softmax(frozen) || softmax(projected)) over channels, summed over views, tokens and channels.
+    "mse" is the mean squared difference. The losses of the samples are averaged for "mean".
     """
     if regularizer == "mse":
-        return functional.mse_loss(projected_BTND, frozen_BTND)
-    divergence = functional.kl_div(projected_BTND.log_softmax(-1), frozen_BTND.softmax(-1), reduction="sum")
-    return divergence / frozen_BTND.shape[0]
+        error = functional.mse_loss(projected_BTND, frozen_BTND, reduction=reduction)
+        return error if reduction == "mean" else error.mean((1, 2, 3))
+    divergence = functional.kl_div(projected_BTND.log_softmax(-1), frozen_BTND.softmax(-1), reduction="none")
+    return divergence.sum() / len(divergence) if reduction == "mean" else divergence.sum((1, 2, 3))
 
 
 def head_epilogue(
@@ -159,12 +166,13 @@ def cosettle_loss(
     window: int,
     lambda_reg: float,
     regularizer: Regularizer,
+    reduction: Reduction,
     diagnostics: bool,
 ) -> CosettleLoss:
     """Compute the complete objective; see `fasttrain_kernels.cosettle_loss`, which checks the arguments."""
     frozen, projected = unit(frozen_BTND.detach()), unit(projected_BTND)
-    separability = separability_loss(frozen, projected, regularizer)
+    separability = separability_loss(frozen, projected, regularizer, reduction)
     affinities = cycle_affinities(pool_tokens(projected, grid, window), temperature)
-    cycle = cycle_loss_from_diagonal(return_probability(affinities))
+    cycle = cycle_loss_from_diagonal(return_probability(affinities), reduction)
     accuracy, similarity = cycle_diagnostics(cycle_rows(affinities)) if diagnostics else (None, None)
     return CosettleLoss(cycle + lambda_reg * separability, cycle, separability, accuracy, similarity)

@@ -47,7 +47,7 @@ from torch import Tensor
 from . import reference
 from .checks import check_choice, check_tensors
 from .primitives import LOG2_E, exp2, exp2m1, log1p, sum_two, tanh
-from .reference import Regularizer
+from .reference import Reduction, Regularizer
 from .rows import (
     add_rows,
     append,
@@ -117,12 +117,18 @@ class Epilogue(NamedTuple):
     window_height: int
     window_width: int
     kl: bool
+    # Whether there is one loss per sample instead of their mean.
+    per_sample: bool = False
 
     @property
     def head(self) -> list[Tensor]:
         """Bias of the linear layer, weight and bias of the layer norm; empty without a head."""
         parameters = (self.bias, self.norm_weight, self.norm_bias)
         return [parameter for parameter in parameters if parameter is not None]
+
+    @property
+    def losses_shape(self) -> tuple[int, ...]:
+        return tuple(self.inputs.shape[: int(self.per_sample)])
 
     @property
     def cells(self) -> int:
@@ -188,9 +194,9 @@ def _growth(frozen, difference, D, BLOCK, HALF):
 
 
 @inline
-def _load_or_zero(pointer):
+def _load_or_zero(pointer, offset):
     """Load a number as fp32; 0 if the pointer is None."""
-    return 0.0 if pointer is None else tl.load(pointer).to(tl.float32)
+    return 0.0 if pointer is None else tl.load(pointer + offset).to(tl.float32)
 
 
 @inline
@@ -287,12 +293,13 @@ def _backward_kernel(
     input_ptr, frozen_ptr,  # [B, T, N, D], channels contiguous
     bias_ptr, norm_weight_ptr, norm_bias_ptr,  # [D]
     statistics_ptr,  # [B, T, N, STATISTICS]
-    grad_loss_ptr, grad_cycle_ptr, grad_term_ptr,  # [], may be None
+    grad_loss_ptr, grad_cycle_ptr, grad_term_ptr,  # [], or [B] with GRAD_STRIDE = 1; may be None
     grad_pooled_ptr,  # [B, T, M, D]
     grad_input_ptr,  # [B, T, N, D]
     grad_parameters_ptr,  # [programs, 3, D]: bias, layer norm weight, layer norm bias
     input_stride_b, input_stride_t, input_stride_n, frozen_stride_b, frozen_stride_t, frozen_stride_n,
     all_cells, views, height, width, whole_cells, term_scale, pooled_scale, lambda_reg,
+    GRAD_STRIDE: tl.constexpr,
     D: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
     HEAD: tl.constexpr, TANH: tl.constexpr, KL: tl.constexpr, POOL: tl.constexpr, HALF: tl.constexpr,
     UNIT: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr, STATISTICS: tl.constexpr,
@@ -304,11 +311,6 @@ def _backward_kernel(
     """
     program = tl.program_id(0)
     cells = tl.cdiv(height, WINDOW_H) * tl.cdiv(width, WINDOW_W)
-    grad_loss = _load_or_zero(grad_loss_ptr)
-    grad_term = (_load_or_zero(grad_term_ptr) + lambda_reg * grad_loss) * term_scale
-    if POOL:
-        grad_cycle = _load_or_zero(grad_cycle_ptr) + grad_loss
-        grad_cycle *= pooled_scale / (WINDOW_H * WINDOW_W)
     if HEAD:
         if KEEP_HEAD:
             bias, norm_weight, norm_bias = _load_head(
@@ -326,7 +328,12 @@ def _backward_kernel(
         input_base = input_ptr + sample * input_stride_b + view * input_stride_t
         frozen_base = frozen_ptr + sample * frozen_stride_b + view * frozen_stride_t
         grad_base = grad_input_ptr + view_of_sample * height * width * D
+        grad_loss = _load_or_zero(grad_loss_ptr, sample * GRAD_STRIDE)
+        grad_term = _load_or_zero(grad_term_ptr, sample * GRAD_STRIDE) + lambda_reg * grad_loss
+        grad_term *= term_scale
         if POOL:
+            grad_cycle = _load_or_zero(grad_cycle_ptr, sample * GRAD_STRIDE) + grad_loss
+            grad_cycle *= pooled_scale / (WINDOW_H * WINDOW_W)
             whole_cell, is_whole = _whole_cell(cell, height, width, WINDOW_H, WINDOW_W)
             pooled_row = grad_pooled_ptr + (view_of_sample * whole_cells + whole_cell) * D
 
@@ -438,7 +445,8 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """Compute the gradients of the inputs (B, T, N, D) and, with a head, of its parameters (3, D) in fp32.
 
-    The incoming gradients are 0-d tensors, which the kernel reads on the device. That of the separability is
+    The incoming gradients are 0-d tensors, or (B,) if there is one loss per sample. The kernel reads them on
+    the device. That of the separability is
     grad_separability + lambda_reg * grad_loss, and that of the pooled tokens is grad_pooled * (grad_cycle +
     grad_loss) * pooled_scale.
     """
@@ -446,8 +454,11 @@ def launch_backward(
     pool = grad_pooled_BTMD is not None
     tensors, numbers, constants = _shared_arguments(epilogue, pool, BACKWARD_SCHEDULE)
     grad_BTND = torch.empty_like(inputs, memory_format=torch.contiguous_format)
-    constants["STATISTICS"] = STATISTICS
-    first = (*tensors, statistics_BTNS, grad_loss, grad_cycle, grad_separability, grad_pooled_BTMD, grad_BTND)
+    constants |= {"STATISTICS": STATISTICS, "GRAD_STRIDE": int(epilogue.per_sample)}
+    # The incoming gradients of a sum or a mean over samples are expanded tensors.
+    losses = (grad_loss, grad_cycle, grad_separability)
+    grads = (None if grad is None else grad.contiguous() for grad in losses)
+    first = (*tensors, statistics_BTNS, *grads, grad_pooled_BTMD, grad_BTND)
     last = (*numbers, pooled_scale, lambda_reg)
     empty = inputs.new_empty(0, dtype=torch.float32) if head else None
     with on_device(inputs):
@@ -480,7 +491,7 @@ def _shared_arguments(
     block, chunks = row_blocks(channels)
     parameters = [parameter.contiguous() for parameter in epilogue.head] or [inputs] * 3
     # Turns the sum of the separability terms into the loss.
-    term_scale = 1.0 / (samples if epilogue.kl else inputs.numel())
+    term_scale = 1.0 / ((1 if epilogue.per_sample else samples) * (1 if epilogue.kl else inputs[0].numel()))
     numbers = (
         *inputs.stride()[:3], *frozen.stride()[:3],
         _all_cells(epilogue), views, epilogue.height, epilogue.width, epilogue.whole_cells, term_scale,
@@ -501,47 +512,58 @@ def _shared_arguments(
 # --- the loss alone -----------------------------------------------------------------------------------
 
 
-def _epilogue(projected: Tensor, frozen: Tensor, kl: bool) -> Epilogue:
+def _epilogue(projected: Tensor, frozen: Tensor, kl: bool, per_sample: bool) -> Epilogue:
     """Build the inputs for the loss alone. The grid matters only for pooling: use a row of 4-token cells."""
     return Epilogue(
         projected, frozen, bias=None, norm_weight=None, norm_bias=None, norm_eps=0.0, tanh=False,
         height=1, width=projected.shape[2], window_height=1, window_width=4, kl=kl,
+        per_sample=per_sample,
     )  # fmt: skip
 
 
-def _forward(projected: Tensor, frozen: Tensor, kl: bool, keep: bool) -> tuple[Tensor, Tensor]:
-    """Compute the loss (0-d) and the statistics for the backward, which are empty without `keep`."""
-    terms, _, statistics = launch_forward(_epilogue(projected, frozen, kl), pool=False, statistics=keep)
-    return terms.sum(), statistics
+def _forward(
+    projected: Tensor, frozen: Tensor, kl: bool, per_sample: bool, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """Compute the loss, 0-d or (B,), and the statistics for the backward, which are empty without `keep`."""
+    epilogue = _epilogue(projected, frozen, kl, per_sample)
+    terms, _, statistics = launch_forward(epilogue, pool=False, statistics=keep)
+    return terms.sum((1, 2)) if per_sample else terms.sum(), statistics
 
 
-def _backward(grad: Tensor, statistics: Tensor, projected: Tensor, frozen: Tensor, kl: bool) -> Tensor:
-    return launch_backward(_epilogue(projected, frozen, kl), statistics, grad)[0]
+def _backward(
+    grad: Tensor, statistics: Tensor, projected: Tensor, frozen: Tensor, kl: bool, per_sample: bool
+) -> Tensor:
+    return launch_backward(_epilogue(projected, frozen, kl, per_sample), statistics, grad)[0]
 
 
-def _save(inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[bool]]:
-    projected, frozen, kl, _ = inputs
-    return (output[1], projected, frozen), (kl,)
+def _save(inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[bool, ...]]:
+    projected, frozen, *options, _keep = inputs
+    return (output[1], projected, frozen), tuple(options)
 
 
 _separability = operator(
     "separability",
     _forward,
-    fake=lambda projected, frozen, kl, keep: (
-        projected.new_empty((), dtype=torch.float32),
+    fake=lambda projected, frozen, kl, per_sample, keep: (
+        projected.new_empty(projected.shape[: int(per_sample)], dtype=torch.float32),
         projected.new_empty(statistics_shape(projected, keep), dtype=torch.float32),
     ),
 )
 _separability_backward = operator(
     "separability_backward",
     _backward,
-    fake=lambda grad, statistics, projected, frozen, kl: projected.new_empty(projected.shape),
+    fake=lambda grad, statistics, projected, *_: projected.new_empty(projected.shape),
 )
 differentiate(_separability, lambda *args: (_separability_backward(*args),), losses=1, save=_save)
 
 
 def separability_loss(
-    frozen: Tensor, projected: Tensor, regularizer: Regularizer = "kl", backend: Backend = "auto"
+    frozen: Tensor,
+    projected: Tensor,
+    regularizer: Regularizer = "kl",
+    backend: Backend = "auto",
+    *,
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """Compute the semantic separability loss: how far the projected tokens moved from the frozen ones.
 
@@ -557,9 +579,10 @@ def separability_loss(
         regularizer: `"kl"` or `"mse"`.
         backend: `"triton"`, `"eager"` (plain PyTorch), or `"auto"`, which selects Triton if it is installed
             and the tensors are on an NVIDIA GPU of compute capability 8.0 or higher and not in float64.
+        reduction: `"mean"` averages the losses of the samples; `"none"` returns one loss per sample.
 
     Returns:
-        The loss as a 0-d tensor, in float32 or (for float64 tokens) float64.
+        The loss as a 0-d tensor or, for `reduction="none"`, (B,), in float32 or (for float64 tokens) float64.
 
     Raises:
         ValueError: If an argument has an invalid shape, dtype, device or value, or one that
@@ -567,8 +590,11 @@ def separability_loss(
     """
     check_tensors(frozen=(frozen, "BTND"), projected=(projected, "BTND"))
     check_choice("regularizer", regularizer, Regularizer)
+    check_choice("reduction", reduction, Reduction)
     frozen = frozen.detach()
     if not use_triton(backend, frozen=frozen, projected=projected):
-        return reference.separability_loss(reference.unit(frozen), reference.unit(projected), regularizer)
-    loss: Tensor = _separability(projected, frozen, regularizer == "kl", needs_grad(projected))[0]
+        units = reference.unit(frozen), reference.unit(projected)
+        return reference.separability_loss(*units, regularizer, reduction)
+    options = (regularizer == "kl", reduction == "none", needs_grad(projected))
+    loss: Tensor = _separability(projected, frozen, *options)[0]
     return loss

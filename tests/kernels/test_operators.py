@@ -189,17 +189,33 @@ def test_operators_pass_opcheck(device: str) -> None:
     for operator, arguments in [
         (
             operators.cosettle,
-            (tokens(1, 3, 4, 16), frozen, *parameters, 1e-5, True, 2, 2, 2, 2, True, 0.1, 3.0, True, True),
+            (
+                tokens(1, 3, 4, 16),
+                frozen,
+                *parameters,
+                1e-5,
+                True,
+                2,
+                2,
+                2,
+                2,
+                True,
+                True,
+                0.1,
+                3.0,
+                True,
+                True,
+            ),
         ),
-        (operators.separability, (tokens(1, 3, 4, 16), frozen, True, True)),
-        (operators.cycle_three_views, (tokens(1, 3, 4, 16), 0.1, True)),
+        (operators.separability, (tokens(1, 3, 4, 16), frozen, True, True, True)),
+        (operators.cycle_three_views, (tokens(1, 3, 4, 16), 0.1, True, True)),
         # The outputs for the gradient and the diagnostics are empty if they are not requested.
         (
             operators.cosettle,
-            (frozen, frozen, None, None, None, 0.0, False, 2, 2, 2, 2, False, 0.1, 3.0, False, False),
+            (frozen, frozen, None, None, None, 0.0, False, 2, 2, 2, 2, False, False, 0.1, 3.0, False, False),
         ),
-        (operators.separability, (frozen, frozen, False, False)),
-        (operators.cycle_three_views, (frozen.bfloat16(), 0.1, False)),
+        (operators.separability, (frozen, frozen, False, False, False)),
+        (operators.cycle_three_views, (frozen.bfloat16(), 0.1, False, False)),
     ]:
         torch.library.opcheck(operator.default, arguments, test_utils=checks)
 
@@ -290,6 +306,7 @@ def head_loss(**changed: object) -> None:
         ),
         ("grid must be (h, w) with h * w = N = 4 cells, got (3, 2) with 6 cells", loss, {"grid": (3, 2)}),
         ("window must be from 1 to 2 (the grid's shorter side), got 3", loss, {"window": 3}),
+        ("reduction must be one of 'mean', 'none', got 'sum'", loss, {"reduction": "sum"}),
         ("temperature must be finite and greater than 0, got 0", loss, {"temperature": 0}),
         ("temperature must be finite and greater than 0, got nan", loss, {"temperature": float("nan")}),
         ("lambda_reg must be finite and at least 0, got -1.0", loss, {"lambda_reg": -1.0}),

@@ -29,6 +29,25 @@ def test_pooling_matches_avg_pool2d() -> None:
     torch.testing.assert_close(reference.pool_tokens(tokens, (5, 7), 2), truth)
 
 
+@pytest.mark.parametrize("regularizer", ["kl", "mse"])
+def test_losses_per_sample_are_those_of_the_sample_alone(regularizer: str) -> None:
+    frozen, projected = torch.randn(2, 3, 3, 16, 8, dtype=torch.float64)
+
+    def losses(rows: slice, reduction: str) -> list[torch.Tensor]:
+        tokens = (frozen[rows], projected[rows])
+        out = cosettle_loss(*tokens, (4, 4), regularizer=regularizer, reduction=reduction)
+        walk = cycle_consistency_loss(0.1 * tokens[1], reduction=reduction)
+        return [*out[:3], walk, separability_loss(*tokens, regularizer, reduction=reduction)]
+
+    whole = slice(0, 3)
+    alone = [
+        torch.stack(each) for each in zip(*(losses(slice(i, i + 1), "mean") for i in range(3)), strict=True)
+    ]
+    for mean, each, truth in zip(losses(whole, "mean"), losses(whole, "none"), alone, strict=True):
+        torch.testing.assert_close(each, truth)
+        torch.testing.assert_close(each.mean(), mean)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     frozen, projected = (torch.randn(2, 3, 16, 8).to(dtype) for _ in range(2))

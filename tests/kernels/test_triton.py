@@ -324,6 +324,49 @@ def test_single_losses_of_any_shape_layout_and_extreme(case: dict[str, Any]) -> 
     check_part(**case)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("term", [0, 1, 2])
+def test_losses_per_sample(device: str, term: int, dtype: torch.dtype) -> None:
+    """The incoming gradients of the loss, the cycle loss or the separability loss differ between samples."""
+    parameters = [tokens(24, device=device, common=0.0) for _ in range(3)]
+    loss = head_objective((3, 2), reduction="none", regularizer="mse" if term == 2 else "kl")
+
+    def chosen_first(backend: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+        losses = loss(backend, *tensors)
+        assert all(each.shape == (3,) for each in losses)
+        return (losses[term], *losses)
+
+    frozen = tokens(3, 3, 6, 24, device=device)
+    check_against_eager(chosen_first, dtype, frozen, frozen + 0.3, *parameters)
+
+
+@pytest.mark.parametrize("part", ["walk", "separability"])
+def test_single_losses_per_sample(device: str, part: str) -> None:
+    frozen = tokens(3, 3, 6, 24, device=device)
+    walk = torch.nn.functional.normalize(frozen, dim=-1)
+
+    def loss(backend: str, *given: Tensor) -> tuple[Tensor, ...]:
+        if part == "walk":
+            return (cycle_consistency_loss(given[0], 0.1, backend=backend, reduction="none"),)
+        return (separability_loss(*given, backend=backend, reduction="none"),)
+
+    given = (walk,) if part == "walk" else (frozen, frozen + 0.3)
+    for dtype in (torch.float32, torch.bfloat16):
+        check_against_eager(loss, dtype, *given)
+
+
+def test_an_expanded_incoming_gradient(device: str) -> None:
+    """The gradient of a sum over samples is one number, expanded to all samples."""
+    frozen, projected = (tokens(3, 3, 4, 16, device=device) for _ in range(2))
+    projected.requires_grad_()
+
+    def gradient(reduction: str) -> Tensor:
+        out = cosettle_loss(frozen, projected, (2, 2), backend="triton", reduction=reduction)
+        return torch.autograd.grad(out.loss.mean(), projected)[0]
+
+    torch.testing.assert_close(gradient("none"), gradient("mean"))
+
+
 def test_low_temperature_with_the_head(device: str, cycle_kernels: str) -> None:
     """Logits are of the order of 100, the grid is odd, and 50 channels are not a power of two."""
     linear = 0.5 * tokens(1, 3, 15, 50, device=device)
