@@ -25,7 +25,7 @@ from fasttrain.cuda_graph import CapturedCall, is_recordable, recover
 from fasttrain.distributed import World
 from fasttrain.encoder_runtime import EncoderRuntime
 from fasttrain.errors import InputError, LocalInputError
-from fasttrain.objective import CosettleLoss, CosettleObjective
+from fasttrain.objective import CosettleObjective, CosettleOutput
 from fasttrain.optimizer import build_optimizer
 from fasttrain.profiling import RECORDED_PASS, span
 from fasttrain.projection import Projection
@@ -43,7 +43,7 @@ class Meter:
         # The result of `losses` before the run was resumed.
         self._earlier_T3 = torch.zeros(0, 3, dtype=torch.float64)
 
-    def add(self, step_index: int, losses: CosettleLoss) -> None:
+    def add(self, step_index: int, losses: CosettleOutput) -> None:
         """Record the detached losses of one forward pass, and its diagnostics if they were computed."""
         self._step_indices.append(step_index)
         # Stacking copies the values, which the next replay of a CUDA graph overwrites.
@@ -224,7 +224,7 @@ class BackboneTrainer:
             ratio=ratio, offset=asymmetric_offset(self.recipe.seed, step_index, count)
         )
 
-    def _run_pass(self, frames: Tensor, positions: Tensor, diagnostics: bool = False) -> CosettleLoss:
+    def _run_pass(self, frames: Tensor, positions: Tensor, diagnostics: bool = False) -> CosettleOutput:
         with span("encoder"):
             frozen_B3ND = self._encode(frames, positions)
         # With the cache enabled, a CUDA graph would replay with the weights as cast during the recording.
@@ -232,7 +232,7 @@ class BackboneTrainer:
             self.world.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False
         )
         with span("head and loss"), autocast:
-            losses: CosettleLoss = self.objective(frozen_B3ND, self.grid, diagnostics)
+            losses: CosettleOutput = self.objective(frozen_B3ND, self.grid, diagnostics)
         with span("backward"):
             self.scaler.scale(losses.loss / self.recipe.train.accumulate).backward()
         # Detached, because the outputs of a recorded graph would keep its autograd history alive.

@@ -5,10 +5,10 @@ from torch import Tensor, nn
 from fasttrain.errors import InputError
 from fasttrain.projection import Projection
 from fasttrain.recipe import ObjectiveRecipe
-from fasttrain_kernels import CosettleLoss, cosettle_head_loss
+from fasttrain_kernels import CosettleOutput, cosettle_head_loss
 from fasttrain_kernels.runtime import use_triton
 
-__all__ = ["CosettleLoss", "CosettleObjective"]
+__all__ = ["CosettleObjective", "CosettleOutput"]
 
 
 class CosettleObjective(nn.Module):
@@ -35,7 +35,7 @@ class CosettleObjective(nn.Module):
         self.projection = projection
         self.recipe = recipe
 
-    def forward(self, frozen_B3ND: Tensor, grid: tuple[int, int], diagnostics: bool) -> CosettleLoss:
+    def forward(self, frozen_B3ND: Tensor, grid: tuple[int, int], diagnostics: bool) -> CosettleOutput:
         """Compute the losses of frozen tokens.
 
         Args:

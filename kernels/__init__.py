@@ -7,10 +7,12 @@ See README.md.
 from .affinity import affinity_softmax
 from .cosettle import CosettleLoss, cosettle_head_loss, cosettle_loss
 from .cycle import cycle_consistency_loss
+from .reference import CosettleOutput
 from .separability import separability_loss
 
 __all__ = [
     "CosettleLoss",
+    "CosettleOutput",
     "affinity_softmax",
     "cosettle_head_loss",
     "cosettle_loss",

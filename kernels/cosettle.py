@@ -20,12 +20,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import reference
 from .checks import check_choice, check_grid, check_number, check_tensors
 from .cycle import grad_scale, launch_cycle
-from .reference import CosettleLoss, Reduction, Regularizer
+from .reference import CosettleOutput, Reduction, Regularizer
 from .runtime import Backend, differentiate, jit, needs_grad, on_device, operator, tl, use_triton
 from .separability import Epilogue, launch_backward, launch_forward, pooled_dtype, statistics_shape
 
@@ -200,7 +200,7 @@ def _objective(
     diagnostics: bool,
     norm_eps: float = 0.0,
     tanh: bool = False,
-) -> CosettleLoss:
+) -> CosettleOutput:
     """Check the arguments and compute the objective.
 
     `tensors` maps the argument names of the public function to its tensors: `projected` alone, or `linear`
@@ -242,7 +242,7 @@ def _objective(
     outputs = _cosettle(*epilogue, temperature, lambda_reg, diagnostics, keep)
     loss, cycle, separability, measured, _grad_pooled, _statistics = outputs
     accuracy, similarity = measured.unbind() if diagnostics else (None, None)
-    return CosettleLoss(loss, cycle, separability, accuracy, similarity)
+    return CosettleOutput(loss, cycle, separability, accuracy, similarity)
 
 
 def cosettle_loss(
@@ -257,7 +257,7 @@ def cosettle_loss(
     *,
     reduction: Reduction = "mean",
     diagnostics: bool = True,
-) -> CosettleLoss:
+) -> CosettleOutput:
     """Compute the Co-Settle objective: cycle consistency plus weighted semantic separability.
 
     Source: arXiv 2603.26597, section 3. The views are frame 1, frame 2, and frame 1 with asymmetric
@@ -283,7 +283,7 @@ def cosettle_loss(
             matrix.
 
     Returns:
-        A `CosettleLoss` in float32 or (for float64 tokens) float64. Its losses are 0-d or, for
+        A `CosettleOutput` in float32 or (for float64 tokens) float64. Its losses are 0-d or, for
         `reduction="none"`, (B,).
 
     Raises:
@@ -292,6 +292,45 @@ def cosettle_loss(
     """
     options = (grid, temperature, window, lambda_reg, regularizer, backend, reduction, diagnostics)
     return _objective(frozen, {"projected": projected}, *options)
+
+
+class CosettleLoss(nn.Module):
+    """`cosettle_loss` as a module without parameters; its arguments have the same meaning."""
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 0.03,
+        window: int = 2,
+        lambda_reg: float = 3.0,
+        regularizer: Regularizer = "kl",
+        backend: Backend = "auto",
+        reduction: Reduction = "mean",
+        diagnostics: bool = True,
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.window = window
+        self.lambda_reg = lambda_reg
+        self.regularizer = regularizer
+        self.backend = backend
+        self.reduction = reduction
+        self.diagnostics = diagnostics
+
+    def forward(self, frozen: Tensor, projected: Tensor, grid: tuple[int, int]) -> CosettleOutput:
+        """Compute the losses of tokens (B, 3, N, D) on the grid (h, w) with h * w = N."""
+        return cosettle_loss(
+            frozen,
+            projected,
+            grid,
+            self.temperature,
+            self.window,
+            self.lambda_reg,
+            self.regularizer,
+            self.backend,
+            reduction=self.reduction,
+            diagnostics=self.diagnostics,
+        )
 
 
 def cosettle_head_loss(
@@ -311,7 +350,7 @@ def cosettle_head_loss(
     tanh: bool = True,
     reduction: Reduction = "mean",
     diagnostics: bool = True,
-) -> CosettleLoss:
+) -> CosettleOutput:
     """Compute `cosettle_loss` of layer_norm(tanh(linear + bias)) without storing the projected tokens.
 
     Gradients flow into `linear`, `bias`, `norm_weight` and `norm_bias`.
@@ -337,7 +376,7 @@ def cosettle_head_loss(
             matrix.
 
     Returns:
-        A `CosettleLoss` in float32 or (for float64 tokens) float64. Its losses are 0-d or, for
+        A `CosettleOutput` in float32 or (for float64 tokens) float64. Its losses are 0-d or, for
         `reduction="none"`, (B,).
 
     Raises:

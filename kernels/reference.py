@@ -27,7 +27,7 @@ Reduction = Literal["mean", "none"]
 CYCLE_EPS = 1e-6
 
 
-class CosettleLoss(NamedTuple):
+class CosettleOutput(NamedTuple):
     """Losses and diagnostics of the Co-Settle objective.
 
     The losses are differentiable: 0-d tensors, or (B,) with `reduction="none"`. The diagnostics are 0-d and
@@ -168,11 +168,11 @@ def cosettle_loss(
     regularizer: Regularizer,
     reduction: Reduction,
     diagnostics: bool,
-) -> CosettleLoss:
+) -> CosettleOutput:
     """Compute the complete objective; see `fasttrain_kernels.cosettle_loss`, which checks the arguments."""
     frozen, projected = unit(frozen_BTND.detach()), unit(projected_BTND)
     separability = separability_loss(frozen, projected, regularizer, reduction)
     affinities = cycle_affinities(pool_tokens(projected, grid, window), temperature)
     cycle = cycle_loss_from_diagonal(return_probability(affinities), reduction)
     accuracy, similarity = cycle_diagnostics(cycle_rows(affinities)) if diagnostics else (None, None)
-    return CosettleLoss(cycle + lambda_reg * separability, cycle, separability, accuracy, similarity)
+    return CosettleOutput(cycle + lambda_reg * separability, cycle, separability, accuracy, similarity)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fasttrain.backbone_trainer import BackboneTrainer, Meter, asymmetric_offset
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
-from fasttrain.objective import CosettleLoss
+from fasttrain.objective import CosettleOutput
 from fasttrain.recipe import recipe_from_dict
 
 
@@ -23,8 +23,8 @@ def make_trainer(**sections: dict[str, Any]) -> BackboneTrainer:
     return BackboneTrainer(recipe_from_dict(tiny | sections), World.single())
 
 
-def losses(*values: float, diagnostics: Tensor | None = None) -> CosettleLoss:
-    return CosettleLoss(*(torch.tensor(value) for value in values), diagnostics, diagnostics)
+def losses(*values: float, diagnostics: Tensor | None = None) -> CosettleOutput:
+    return CosettleOutput(*(torch.tensor(value) for value in values), diagnostics, diagnostics)
 
 
 def test_meter_returns_means_and_resets() -> None:

@@ -1,5 +1,6 @@
 """Tests of the public functions with torch.compile, torch.export, autograd, copies and invalid arguments."""
 
+import inspect
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import fasttrain_kernels
 from fasttrain_kernels import (
+    CosettleLoss,
     affinity_softmax,
     cosettle_head_loss,
     cosettle_loss,
@@ -70,6 +72,24 @@ def test_torch_compile_gives_the_same_loss_and_gradient(device: str, loss: Loss)
     assert torch.equal(value, truth)
     truth_grad, value_grad = (torch.autograd.grad(result, projected)[0] for result in (truth, value))
     assert torch.equal(value_grad, truth_grad)
+
+
+def test_the_module_passes_its_options_to_the_function(device: str) -> None:
+    frozen, projected = torch.randn(2, 2, 3, 9, 8, device=device)
+    options = {"temperature": 0.1, "window": 3, "lambda_reg": 0.5, "regularizer": "mse", "reduction": "none"}
+    module = CosettleLoss(**options, backend="triton", diagnostics=False)
+    value = module(frozen, projected, (3, 3))
+    truth = cosettle_loss(frozen, projected, (3, 3), **options, backend="triton", diagnostics=False)
+    assert all(torch.equal(*losses) for losses in zip(value[:3], truth[:3], strict=True))
+    assert value.cycle_accuracy is None
+    with pytest.raises(ValueError, match="backend must be one of"):
+        CosettleLoss(backend="cuda")(frozen, projected, (3, 3))
+
+
+def test_the_defaults_of_the_module_are_those_of_the_function() -> None:
+    defaults = inspect.signature(cosettle_loss).parameters
+    for name, parameter in inspect.signature(CosettleLoss).parameters.items():
+        assert parameter.default == defaults[name].default, name
 
 
 def test_torch_compile_supports_a_changing_temperature(device: str) -> None:
