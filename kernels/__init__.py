@@ -7,6 +7,7 @@ See README.md.
 from .affinity import affinity_softmax
 from .cosettle import CosettleLoss, cosettle_head_loss, cosettle_loss
 from .cycle import cycle_consistency_loss
+from .linear import cosettle_linear_loss
 from .reference import CosettleOutput
 from .separability import separability_loss
 
@@ -15,6 +16,7 @@ __all__ = [
     "CosettleOutput",
     "affinity_softmax",
     "cosettle_head_loss",
+    "cosettle_linear_loss",
     "cosettle_loss",
     "cycle_consistency_loss",
     "separability_loss",
