@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .runtime import INTERPRETED, compute_capability, inline, jit, next_power_of_2, tl
+from .runtime import INTERPRETED, ROCM, compute_capability, inline, jit, next_power_of_2, tl
 
 # log2(e). Kernels scale logits by this factor in advance, so that exp becomes a single exp2.
 LOG2_E = 1.4426950408889634
@@ -21,11 +21,11 @@ def tile_options(tokens: Tensor) -> dict[str, Any]:
     """Choose the launch options of a kernel that computes tiles of the logits of `tokens`.
 
     Tiles are as large as the registers allow. They are smaller for float32, because three tf32 products need
-    more registers for their operands, and on GPUs before Hopper, whose tensor cores read all operands from
-    registers.
+    more registers for their operands, and on AMD GPUs and GPUs before Hopper, whose tensor cores read all
+    operands from registers.
     """
     half = tokens.element_size() == 2
-    wide = half and compute_capability(tokens.device) >= (9, 0)
+    wide = half and not ROCM and compute_capability(tokens.device) >= (9, 0)
     channels = max(next_power_of_2(tokens.shape[-1]), 16)
     return {
         "D": tokens.shape[-1],
@@ -36,26 +36,21 @@ def tile_options(tokens: Tensor) -> dict[str, Any]:
     }
 
 
-# When compiled, `exp2`, `reciprocal` and `_tanh_half` are single GPU instructions, whereas Triton's own
+# On NVIDIA GPUs, `exp2`, `reciprocal` and `_tanh_half` are single instructions, whereas Triton's own
 # functions need several more, for example to handle denormal numbers.
-if INTERPRETED:
+if INTERPRETED or ROCM:
 
+    @inline
     def exp2(x):
         return tl.exp2(x)
 
+    @inline
     def reciprocal(x):
         return 1.0 / x
 
+    @inline
     def _tanh_half(x):
         return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
-
-    def sum_two(left, right):
-        # The interpreter reduces tuples one element at a time, which is slow.
-        return tl.sum(left, 0), tl.sum(right, 0)
-
-    def dot(left, right, addend):
-        # The interpreter would multiply the bit patterns of bfloat16 numbers instead of their values.
-        return tl.dot(left.to(tl.float32), right.to(tl.float32), addend)
 
 else:
 
@@ -78,6 +73,19 @@ else:
         """tanh(x) with a relative error of 2^-11, like rounding to float16 (bfloat16: 2^-9)."""
         return _instruction(x, "tanh.approx.f32 $0, $1;")
 
+
+if INTERPRETED:
+
+    def sum_two(left, right):
+        # The interpreter reduces tuples one element at a time, which is slow.
+        return tl.sum(left, 0), tl.sum(right, 0)
+
+    def dot(left, right, addend):
+        # The interpreter would multiply the bit patterns of bfloat16 numbers instead of their values.
+        return tl.dot(left.to(tl.float32), right.to(tl.float32), addend)
+
+else:
+
     @jit
     def _add_two(left, right, other_left, other_right):
         return left + other_left, right + other_right
@@ -88,9 +96,12 @@ else:
         return tl.reduce((left, right), 0, _add_two)
 
     @jit
-    def dot(left, right, addend):
-        """left @ right + addend on tensor cores, summed in fp32; three tf32 products for fp32 operands."""
-        return tl.dot(left, right, addend, input_precision="tf32x3")
+    def dot(left, right, addend, PRECISION: tl.constexpr = "ieee" if ROCM else "tf32x3"):
+        """left @ right + addend on tensor cores, summed in fp32.
+
+        For fp32 operands, compute three tf32 products on NVIDIA GPUs, and an fp32 product on AMD GPUs.
+        """
+        return tl.dot(left, right, addend, input_precision=PRECISION)
 
 
 @inline

@@ -33,8 +33,11 @@ Backend = Literal["auto", "triton", "eager"]
 # project does not collide with an installed fasttrain_kernels.
 NAMESPACE = (__package__ or "fasttrain_kernels").replace(".", "_")
 
-# True if TRITON_INTERPRET=1 was set when the package was imported. The kernels then run on CPU tensors.
-INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
+# Whether PyTorch was built for AMD GPUs (ROCm).
+ROCM = torch.version.hip is not None
+
+# AMD Instinct MI200 and MI300, for which the kernels have been compiled.
+AMD_GPUS = ("gfx90a", "gfx942")
 
 
 def jit(kernel: Callable[..., Any] | None = None, **options: Any) -> Any:
@@ -42,6 +45,16 @@ def jit(kernel: Callable[..., Any] | None = None, **options: Any) -> Any:
     if kernel is None:
         return partial(jit, **options)
     return kernel if triton is None else triton.jit(kernel, **options)
+
+
+@jit
+def _nothing() -> None:
+    pass
+
+
+# True if TRITON_INTERPRET=1 was set when the package was imported. The kernels then run on CPU tensors. (The
+# variable itself is read differently by different versions of Triton.)
+INTERPRETED = triton is not None and not isinstance(_nothing, triton.JITFunction)
 
 
 def inline(function: Callable[..., Any]) -> Any:
@@ -60,7 +73,9 @@ def use_triton(backend: str, **tensors: Tensor) -> bool:
     obstacle = _obstacle(tensors)
     if backend == "triton" and obstacle:
         raise ValueError(obstacle)
-    return backend == "triton" or (backend == "auto" and not obstacle and not INTERPRETED)
+    # The kernels have been compiled for AMD GPUs, but never run on one.
+    chosen = not (obstacle or INTERPRETED or ROCM)
+    return backend == "triton" or (backend == "auto" and chosen)
 
 
 def _obstacle(tensors: dict[str, Tensor]) -> str | None:
@@ -71,8 +86,11 @@ def _obstacle(tensors: dict[str, Tensor]) -> str | None:
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             return f"{name} must be float16, bfloat16 or float32 for backend='triton', got {tensor.dtype}"
         if not INTERPRETED and not _is_supported(tensor.device):
-            expected = "an NVIDIA GPU of compute capability 8.0 or higher for backend='triton'"
-            return f"{name} must be on {expected}, got {tensor.device}. Move it, or pass backend='eager'."
+            return (
+                f"{name} must be on an NVIDIA GPU of compute capability 8.0 or higher or an AMD GPU "
+                f"({', '.join(AMD_GPUS)}) for backend='triton', got {tensor.device}. Move it, or pass "
+                "backend='eager'."
+            )
         # The operators would silently drop the tangent. (torch.compile does not support forward-mode anyway.)
         if not torch.compiler.is_compiling() and unpack_dual(tensor).tangent is not None:
             return (
@@ -84,8 +102,12 @@ def _obstacle(tensors: dict[str, Tensor]) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _is_supported(device: torch.device) -> bool:
-    """Whether the device is an NVIDIA GPU, Ampere or newer; torch.compile treats the answer as constant."""
-    return device.type == "cuda" and torch.version.hip is None and compute_capability(device) >= (8, 0)
+    """Whether the kernels support the device; torch.compile treats the answer as constant."""
+    if device.type != "cuda":
+        return False
+    if ROCM:
+        return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0] in AMD_GPUS
+    return compute_capability(device) >= (8, 0)
 
 
 def operator(
@@ -163,7 +185,7 @@ def ceil_div(dividend: int, divisor: int) -> int:
 
 
 def compute_capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a GPU, for example (8, 0) for an A100; (9, 0) for other devices."""
+    """Compute capability of an NVIDIA GPU, for example (8, 0) for an A100; (9, 0) for the CPU."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
@@ -186,9 +208,10 @@ def programs_at_once(kernel: Any, arguments: tuple[Any, ...], constants: dict[st
         compiled = kernel.warmup(*arguments, grid=(1,), **constants)
         # Loads the kernel, which sets `n_regs`.
         compiled._init_handles()
-        # Each of the four partitions of a multiprocessor has 16,384 registers, of which a warp takes a
-        # multiple of 256. A multiprocessor of an A100, H100 or B200 runs up to 32 programs.
-        warps = 4 * (16384 // (32 * 8 * ceil_div(compiled.n_regs, 8)))
+        # Each of the four partitions of a multiprocessor runs up to 16 warps (AMD: 8), which share 512
+        # registers per lane. A warp takes a multiple of 8. A multiprocessor of an A100, H100 or B200 runs up
+        # to 32 programs.
+        warps = 4 * min(512 // (8 * ceil_div(compiled.n_regs, 8)), 8 if ROCM else 16)
         programs = max(1, min(32, warps // constants["num_warps"]))
         _PROGRAMS[key] = programs * driver.utils.get_device_properties(device)["multiprocessor_count"]
     return _PROGRAMS[key]

@@ -135,3 +135,33 @@ launches = launches_at({channels}, torch.{dtype}, {architecture}, samples=3)
 print(json.dumps([name for name, recorded in launches.items() if not recorded]))
 """
     assert in_process(code) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["gfx90a", "gfx942"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_every_launcher_compiles_for_amd(in_process: Any, architecture: str, dtype: str) -> None:
+    """As in PyTorch for ROCm. Blocks have up to 64 KiB of shared memory."""
+    code = f"""
+import json, torch
+torch.version.hip = "6.4"
+from triton.backends.compiler import GPUTarget
+from benchmarks import kernel_resources
+
+class Driver(kernel_resources._Driver):
+    def get_current_target(self):
+        return GPUTarget("hip", "{architecture}", 64)
+
+    def get_device_properties(self, device):
+        return {{"multiprocessor_count": 304, "max_shared_mem": 65536}}
+
+    def load_binary(self, name, binary, *_):
+        return 1, 1, 128, 0, 1024
+
+kernel_resources._Driver = Driver
+launches = kernel_resources.launches_at(768, torch.{dtype}, 90, samples=3)
+print(json.dumps([[name, "hsaco" in one.kernel.asm] for name, each in launches.items() for one in each]))
+"""
+    rows = in_process(code)
+    assert {name for name, _ in rows} >= {"head forward", "head backward", "cycle", "sum", "streaming"}
+    assert all(compiled for _, compiled in rows)

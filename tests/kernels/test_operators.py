@@ -280,8 +280,8 @@ print("without Triton:", loss(without_triton) == truth, error_of(without_triton)
     assert run_python(code, tmp_path).splitlines() == [
         "a copy and the original in one process: True",
         "torch.compile with backend auto: True",
-        "on the CPU: frozen must be on an NVIDIA GPU of compute capability 8.0 or higher for "
-        "backend='triton', got cpu. Move it, or pass backend='eager'.",
+        "on the CPU: frozen must be on an NVIDIA GPU of compute capability 8.0 or higher or an AMD GPU "
+        "(gfx90a, gfx942) for backend='triton', got cpu. Move it, or pass backend='eager'.",
         "a second import replaces the first: True",
         "without Triton: True backend='triton' needs the package triton. Run 'pip install triton', or pass "
         "backend='eager'.",
