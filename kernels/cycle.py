@@ -117,16 +117,17 @@ def _cycle_kernel(
         there = there_IJ.to(element)
         back = back_IJ.to(element)
         grad_base = grad_ptr + sample * 3 * tokens * D
-        zero_IK = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
         for start in range(part * D_PER_PROGRAM, min(D, (part + 1) * D_PER_PROGRAM), BLOCK_D):
             offsets = row[:, None] * D + start + step[None, :]
             mask = exists[:, None] & (start + step < D)[None, :]
+            # The order of loads and products keeps few registers in use.
+            zero_IK = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
             first_IK = tl.load(first_ptr + offsets, mask=mask, other=0.0)
-            second_JK = tl.load(second_ptr + offsets, mask=mask, other=0.0)
             third_IK = tl.load(third_ptr + offsets, mask=mask, other=0.0)
             grad_second_JK = dot(tl.trans(there), first_IK, zero_IK)
             grad_second_JK = dot(tl.trans(back), third_IK, grad_second_JK)
             tl.store(grad_base + tokens * D + offsets, grad_second_JK.to(element), mask=mask)
+            second_JK = tl.load(second_ptr + offsets, mask=mask, other=0.0)
             grad_first_IK = dot(there, second_JK, zero_IK)
             tl.store(grad_base + offsets, grad_first_IK.to(element), mask=mask)
             grad_third_IK = dot(back, second_JK, zero_IK)

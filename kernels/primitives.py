@@ -95,13 +95,19 @@ else:
         """Sum two blocks in one reduction, so that warps exchange both partial sums at once."""
         return tl.reduce((left, right), 0, _add_two)
 
-    @jit
-    def dot(left, right, addend, PRECISION: tl.constexpr = "ieee" if ROCM else "tf32x3"):
-        """left @ right + addend on tensor cores, summed in fp32.
+    if ROCM:
 
-        For fp32 operands, compute three tf32 products on NVIDIA GPUs, and an fp32 product on AMD GPUs.
-        """
-        return tl.dot(left, right, addend, input_precision=PRECISION)
+        @jit
+        def dot(left, right, addend):
+            """left @ right + addend on matrix cores, summed in fp32."""
+            return tl.dot(left, right, addend, input_precision="ieee")
+
+    else:
+
+        @jit
+        def dot(left, right, addend):
+            """left @ right + addend on tensor cores, summed in fp32; three tf32 products for fp32."""
+            return tl.dot(left, right, addend, input_precision="tf32x3")
 
 
 @inline
