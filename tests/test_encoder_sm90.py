@@ -140,7 +140,13 @@ def process() -> Iterator[Executor]:
         yield pool
 
 
-@pytest.mark.parametrize(("name", "fuses_gelu"), [("dino", True), ("dinov2", True), ("clip", False)])
+@pytest.mark.parametrize(
+    ("name", "fuses_gelu"),
+    [
+        ("dinov2", True),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("dino", True), ("clip", False))),
+    ],
+)
 def test_the_program_in_bfloat16(process: Executor, name: str, fuses_gelu: bool) -> None:
     """A block has four products, attention, and one kernel per residual sum with its norm."""
     operations, kernels, arrays = process.submit(generate, name).result()

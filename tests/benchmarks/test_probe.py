@@ -8,6 +8,7 @@ import pytest
 from benchmarks import probe
 
 
+@pytest.mark.slow
 def test_every_section_runs(tmp_path: Path) -> None:
     out = tmp_path / "probe.json"
     probe.main(["--device", "cpu", "--out", str(out)])
