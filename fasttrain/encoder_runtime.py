@@ -80,7 +80,9 @@ class EncoderRuntime:
         # FP8 has one scale for the weights of a layer, whose rows LayerScale could make too small.
         if device.type == "cuda" and dtype != torch.float32 and recipe.precision != "fp8":
             fold_layer_scale(encoder.blocks)
-            fuse_gelu(encoder.blocks)
+            # Autocast does not cast the operands of the fused operator on a GPU.
+            if recipe.cast_weights:
+                fuse_gelu(encoder.blocks)
         self.encoder = encoder.to(device, dtype if recipe.cast_weights else torch.float32)
         self._dtype = dtype
         self._converts = (encoder.mean, encoder.std) != (IMAGENET_MEAN, IMAGENET_STD)

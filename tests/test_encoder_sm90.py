@@ -169,3 +169,11 @@ def test_the_program_in_fp8(process: Executor) -> None:
     assert operations.count("_scaled_mm") == 4 * DEPTH
     assert not {"addmm", "mm", "_addmm_activation"} & set(operations)
     assert len(kernels) <= 4 * DEPTH + 5, kernels
+
+
+@pytest.mark.slow
+def test_autocast_casts_every_product(process: Executor) -> None:
+    """It does not know the product with GELU, which would stay in float32."""
+    operations, _, _ = process.submit(generate, "dino", cast_weights=False).result()
+    assert operations.count("addmm") == 4 * DEPTH
+    assert "_addmm_activation" not in operations
