@@ -41,6 +41,7 @@ from benchmarks.measure import (
 )
 from fasttrain.data.images import Frame
 from fasttrain.data.loader import PairLoader
+from fasttrain.data.nvdec import has_dali
 from fasttrain.data.packed import is_packed
 from fasttrain.data.sources import open_source
 from fasttrain.distributed import World
@@ -226,8 +227,10 @@ def jpeg_engines() -> int:
     """Return the number of the GPU's JPEG engines that nvImageCodec finds.
 
     There are none in a container without the driver capability `video`, and DALI then decodes without them.
+    Raises ModuleNotFoundError if DALI is not installed.
     """
-    import nvidia.dali  # noqa: F401 - skips this measurement if DALI is not installed
+    # `Results` then skips this measurement and names the package.
+    import nvidia.dali  # noqa: F401
 
     environment = {**os.environ, "DALI_NVIMGCODEC_LOG_LEVEL": "3"}
     decode = subprocess.run(
@@ -267,7 +270,7 @@ def prepare(root: Path, source: Path | None, num_videos: int) -> tuple[dict[str,
         "source": "/".join(source.parts[-2:]) if source else "synthetic scenes",
         "videos": len(index),
         "frames": int(index.num_frames.sum()),
-        "loader": "DALI" if importlib.util.find_spec("nvidia.dali") else "PyTorch",
+        "loader": "DALI" if has_dali() else "PyTorch",
     }
     return {"frames": str(frames), "packed": str(packed)}, described
 

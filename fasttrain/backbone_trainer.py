@@ -92,7 +92,7 @@ class BackboneTrainer:
         encoder: The recipe's backbone, if it is already loaded. It is moved and cast in place.
 
     Attributes:
-        graph_failure: Why there is no CUDA graph although the recipe enables it; None otherwise.
+        graph_failure: The error that prevented the recording of a CUDA graph, or None.
 
     Raises:
         InputError: The weights cannot be loaded, or the recipe does not fit the backbone or the device.

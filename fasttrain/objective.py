@@ -30,7 +30,7 @@ class CosettleObjective(nn.Module):
             except ValueError as error:
                 raise InputError(
                     "objective.backend: 'triton' needs the package triton and an NVIDIA GPU of compute "
-                    "capability 8.0 or newer. Use objective.backend=auto"
+                    "capability 8.0 or newer, or an AMD GPU (gfx90a, gfx942). Use objective.backend=auto"
                 ) from error
         self.projection = projection
         self.recipe = recipe

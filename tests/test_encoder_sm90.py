@@ -1,7 +1,7 @@
 """The program that torch.compile generates for an encoder on an H100, from tensors without data.
 
-No GPU is needed, because the program is generated but not loaded. A process of its own does so, since PyTorch
-caches what it is told about the GPU.
+No GPU is needed, because the program is generated but not loaded. It is generated in a separate process,
+because PyTorch caches the properties of the pretended GPU.
 """
 
 import os
