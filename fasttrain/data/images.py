@@ -1,13 +1,15 @@
-"""Read and decode single images on the CPU. If DALI is installed, training decodes with it instead."""
+"""Read and decode single images on the CPU. If DALI is installed, training decodes JPEG and PNG with it."""
 
 from __future__ import annotations
 
 import io
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from fasttrain.files import os_reason
 
@@ -16,15 +18,18 @@ Frame = npt.NDArray[np.uint8]  # (H, W, 3) RGB
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
 
-_JPEG_START, _JPEG_SCAN, _JPEG_END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
+_JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 # A larger image is unreadable. Decoders allocate the memory for all pixels that a header claims, even if the
 # header is damaged: up to 13 GB for a JPEG. Frames of 8K video have half as many pixels.
 MAX_PIXELS = 2**26
 
+# A JPEG marker, except for the restart markers and escaped bytes within coded data.
+_JPEG_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
+_JPEG_SCAN = 0xDA
 _JPEG_SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers of the headers with a size
-_JPEG_WITHOUT_LENGTH = frozenset({0x00, 0x01, *range(0xD0, 0xD9), 0xFF})
+_JPEG_WITHOUT_LENGTH = frozenset({0x01, 0xD8, 0xD9})
 
 
 class UnreadableFrameError(Exception):
@@ -36,10 +41,14 @@ class UnreadableFrameError(Exception):
 
 
 def read_encoded(path: str | Path, frame: int = 0) -> Bytes:
-    """Read the bytes (n,) of an image file.
+    """Read an image file (n,). Images of other formats than JPEG and PNG are returned as BMP, upright.
 
-    Raises UnreadableFrameError if the file is missing, empty, truncated or too large. Truncation is checked
-    here because some decoders turn a truncated file into garbage without an error.
+    Those are the formats of which all decoders make the same frame: Pillow, DALI and nvJPEG. The content of a
+    file decides on its format, not its name.
+
+    Raises UnreadableFrameError if the file is missing, empty, truncated or too large, or an image of another
+    format that cannot be decoded. Truncation is checked here because some decoders turn a truncated file into
+    garbage without an error.
     """
     try:
         # np.fromfile would return uninitialised memory, without an error, if the disk fails.
@@ -50,13 +59,20 @@ def read_encoded(path: str | Path, frame: int = 0) -> Bytes:
     if not len(data):
         raise UnreadableFrameError("the file is empty", frame)
     head, tail = data[:8].tobytes(), data[-8:].tobytes()
-    if head.startswith(_JPEG_START) and not tail.endswith(_JPEG_END):
-        content = data.tobytes()
-        # An embedded thumbnail has its own end marker, so the marker must follow the last scan.
-        if content.rfind(_JPEG_END) <= content.rfind(_JPEG_SCAN):
+    if head.startswith(_JPEG_START):
+        # Other data may follow the image. They and an embedded thumbnail may contain an end marker.
+        is_complete = tail.endswith(_JPEG_END) or any(
+            marker == _JPEG_END[1] for marker, _ in _jpeg_segments(data.tobytes())
+        )
+        if not is_complete:
             raise UnreadableFrameError("truncated JPEG (no end-of-image marker)", frame)
-    if head == _PNG_START and tail != _PNG_END and _PNG_END not in data.tobytes():
-        raise UnreadableFrameError("truncated PNG (no IEND chunk)", frame)
+    elif head == _PNG_START:
+        if tail != _PNG_END and _PNG_END not in data.tobytes():
+            raise UnreadableFrameError("truncated PNG (no IEND chunk)", frame)
+    else:
+        buffer = io.BytesIO()
+        Image.fromarray(decode_image(data, frame)).save(buffer, "BMP")
+        return np.frombuffer(buffer.getvalue(), dtype=np.uint8)
     check_size(data, frame)
     return data
 
@@ -96,36 +112,39 @@ def _jpeg_size(content: bytes) -> tuple[int, int] | None:
 
     Pillow refuses some damaged headers that libjpeg, and thus DALI, accepts.
     """
-    position = len(_JPEG_START)
-    # Like libjpeg, skip bytes between two segments.
-    while 0 <= (position := content.find(b"\xff", position)) < len(content) - 9:
-        marker = content[position + 1]
+    for marker, start in _jpeg_segments(content):
         if marker in _JPEG_SIZES:
-            return _integer(content[position + 7 : position + 9]), _integer(
-                content[position + 5 : position + 7]
-            )
-        if marker in _JPEG_WITHOUT_LENGTH:
-            position += 1
-        elif marker == _JPEG_SCAN[1]:
+            return _integer(content[start + 5 : start + 7]), _integer(content[start + 3 : start + 5])
+        if marker == _JPEG_SCAN:
             return None
-        else:
-            position += 2 + _integer(content[position + 2 : position + 4])
     return None
+
+
+def _jpeg_segments(content: bytes) -> Iterator[tuple[int, int]]:
+    """Yield each marker of a JPEG and the position after it. Like libjpeg, skip bytes between segments."""
+    position = 0
+    while match := _JPEG_MARKER.search(content, position):
+        marker, position = match[1][0], match.end()
+        yield marker, position
+        if marker not in _JPEG_WITHOUT_LENGTH:
+            position += _integer(content[position : position + 2])
 
 
 def _integer(data: bytes) -> int:
     return int.from_bytes(data, "big")
 
 
-def decode_image(data: Bytes) -> Frame:
+def decode_image(data: Bytes, frame: int = 0) -> Frame:
     """Decode an image (n,) to RGB (H, W, 3) uint8 and apply its EXIF orientation.
 
     Raises UnreadableFrameError.
     """
-    check_size(data)
+    check_size(data, frame)
     try:
         with Image.open(io.BytesIO(data.tobytes())) as image:
-            ImageOps.exif_transpose(image, in_place=True)
+            image.load()
+            if exif_orientation(image) != 1:
+                ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):
                 # Pillow clips 16-bit grey to 255 instead of scaling it.
                 grey = np.asarray(image, dtype=np.float64) / 257
@@ -133,7 +152,16 @@ def decode_image(data: Bytes) -> Frame:
             return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     # Pillow's message contains a memory address, which would make packed sets irreproducible.
     except UnidentifiedImageError as error:
-        raise UnreadableFrameError("cannot be decoded: unknown image format") from error
+        raise UnreadableFrameError("cannot be decoded: unknown image format", frame) from error
     # Pillow's plugins raise exceptions of many types for damaged files: SyntaxError, struct.error, ...
     except Exception as error:
-        raise UnreadableFrameError(f"cannot be decoded: {error}") from error
+        raise UnreadableFrameError(f"cannot be decoded: {error}", frame) from error
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of an image, 1 (upright) to 8. Other decoders ignore damaged EXIF data."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    # Pillow raises exceptions of many types for damaged EXIF data.
+    except Exception:
+        return 1

@@ -75,7 +75,7 @@ def nvdec_refusal(video: VideoInfo) -> str | None:
         # DALI consumes two time stamps for each picture with two fields.
         "DALI miscounts the frames of interlaced video": not video.interlaced,
         "DALI miscounts hidden and repeated frames": not video.miscounted,
-        "DALI does not apply the rotation of the video": video.quarter_turns == 0,
+        "DALI does not apply the rotation of the video": video.upright,
         # cut_clip selects packets by time and starts at a decoder reset.
         "its frames cannot be located by time": video.times is not None
         and any(time <= video.times[0] for time in video.reset_times),

@@ -42,9 +42,16 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 
-from fasttrain.data.images import Bytes, Frame, UnreadableFrameError, decode_image, read_encoded
+from fasttrain.data.images import (
+    Bytes,
+    Frame,
+    UnreadableFrameError,
+    decode_image,
+    exif_orientation,
+    read_encoded,
+)
 from fasttrain.data.index import Skipped
 from fasttrain.data.map_ahead import map_ahead
 from fasttrain.data.nvdec import cut_clip, has_dali, has_nvdec, nvdec_refusal, rgb_correction
@@ -446,8 +453,7 @@ def _encode_file(path: Path, options: PackOptions) -> bytes:
     frame = decode_image(data)
     content = data.tobytes()
     with Image.open(io.BytesIO(content)) as image:
-        upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-        fits = upright and image.format == "JPEG" and image.mode == "RGB"
+        fits = exif_orientation(image) == 1 and image.format == "JPEG" and image.mode == "RGB"
     return content if fits and min(frame.shape[:2]) <= options.short_side else encode_jpeg(frame, options)
 
 

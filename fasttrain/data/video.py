@@ -2,15 +2,20 @@
 
 The number of a frame is its zero-based index in presentation order, even if the frame rate varies. Frames
 are decoded as ffmpeg displays them: with the colour matrix and range of the stream, rounded from 10 to 8
-bits, and rotated upright according to the display matrix.
+bits, and rotated or mirrored upright according to the display matrix.
+
+A frame that is read alone equals that of sequential decoding. Decoding therefore starts at a key frame only
+where this is exact, and otherwise at the beginning of the file.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +29,7 @@ from fasttrain.files import os_reason
 # Only video files need PyAV. Reading one begins with `probe_video`, which reports that it is missing.
 try:
     import av
+    import av.filter
     from av.bitstream import BitStreamFilterContext
     from av.stream import Disposition
 
@@ -32,7 +38,6 @@ except ModuleNotFoundError:
     HAS_PYAV = False
 
 Times = Sequence[int] | npt.NDArray[np.int64]
-PacketTimes = list[int | None]
 Matrix = Literal["bt601", "bt709", "bt2020"]
 
 VIDEO_SUFFIXES = frozenset(
@@ -43,8 +48,24 @@ VIDEO_SUFFIXES = frozenset(
 # Values of ffmpeg's AVColorSpace. Other matrices, which are rare or close to BT.601, are treated as BT.601.
 _MATRICES: dict[int, Matrix] = {1: "bt709", 9: "bt2020", 10: "bt2020"}
 
-# Containers for which ffmpeg guesses the time stamps, incorrectly with B-frames and after a seek.
-_GUESSED_TIMES = frozenset({"avi", "mpeg"})
+# Containers that store the presentation time of every frame. For others, ffmpeg guesses the times,
+# incorrectly with B-frames and after a seek.
+_TIMED_CONTAINERS = ("mov", "matroska", "mpegts", "flv", "ivf", "nut")
+
+# Codecs of which each packet holds one frame, and which can be decoded from any key frame. The same is true
+# of all codecs without dependencies between frames. Others have packets without a frame (MPEG-4), or packets
+# that are called key frames but depend on earlier ones (GIF).
+_SEEKABLE_CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "mpeg1video", "mpeg2video"})
+
+# Codecs whose first packet may be the only one with the parameter sets, or with the version of the encoder:
+# early versions of x264 encode 4:4:4 in a way of their own, which the decoder must know.
+_HEADERS_IN_FIRST_PACKET = frozenset({"h264", "hevc"})
+
+# Number of decoded frames whose times are compared with those of the packets: some files have wrong times.
+_NUM_CHECKED = 4
+
+# Number of key frames before a frame to try, until decoding starts at the beginning of the file.
+_MAX_SEEKS = 3
 
 # An H.264 IDR picture. It resets the decoder, unlike other pictures that ffmpeg flags as key frames.
 _IDR = re.compile(rb"\x00\x00\x01[\x05\x25\x45\x65]")
@@ -65,14 +86,14 @@ class VideoInfo:
     """Whether coded pictures are larger than displayed ones (H.264: if a side is not a multiple of 16)."""
     interlaced: bool
     """Whether the first frame is interlaced."""
-    quarter_turns: int
-    """Counter-clockwise quarter turns that rotate a decoded frame upright."""
+    upright: bool
+    """Whether the frames are stored upright, and need not be rotated or mirrored."""
     matrix: Matrix
     """YCbCr matrix; BT.601 if the stream does not specify one, as in ffmpeg."""
     times: Times | None
     """Presentation times of all frames, ascending; None if they are unreliable (AVI, MPEG-PS)."""
     key_times: Sequence[int]
-    """Presentation times of the key frames, ascending."""
+    """Presentation times of the key frames, ascending; none if decoding must start at the beginning."""
     reset_times: Sequence[int]
     """Presentation times of the key frames that reset the decoder, even those that are not displayed."""
     num_frames: int
@@ -83,29 +104,29 @@ class VideoInfo:
 def probe_video(path: Path) -> VideoInfo:
     """Scan a video file: read all of its packets and decode its first frame.
 
-    If the time stamps are unreliable, decode all frames to count them. Raises UnreadableFrameError if the
-    file is damaged, and InputError if PyAV is not installed.
+    If the packets do not tell the frames, or seem damaged, decode all frames. Damaged frames at the beginning
+    and at the end are left out, because many files are cut there. Raises UnreadableFrameError if another
+    frame is damaged, and InputError if PyAV is not installed.
     """
     require_pyav("reading")
     try:
+        # Not every file can be rewound, so it is opened twice.
+        with open_video(path) as container:
+            packets = _scan_packets(container, video_stream(container))
         with open_video(path) as container:
             stream = video_stream(container)
             context = stream.codec_context
-            times, key_times, reset_times, miscounted = _packet_times(container, stream)
-            if not times:
-                raise UnreadableFrameError("the file contains no video frames")
-            sorted_times = _sorted(times)
-            # The first frame may have a negative time. `seek` expects microseconds.
-            start = sorted_times[0] * (stream.time_base or 0) * av.time_base if sorted_times else 0
-            container.seek(min(0, int(start)))
-            pictures = container.decode(stream)
+            pictures = _intact_pictures(container, stream)
             first = next(pictures, None)
             if first is None:
-                raise UnreadableFrameError("the first frame cannot be decoded")
-            has_times = len(set(sorted_times)) == len(times) and container.format.name not in _GUESSED_TIMES
-            if has_times and first.pts in sorted_times:
-                # If the first key frame was cut off, the frames up to the next one cannot be decoded.
-                sorted_times = sorted_times[sorted_times.index(first.pts) :]
+                raise UnreadableFrameError("no frame can be decoded")
+            checked = [first.pts, *(picture.pts for picture in islice(pictures, _NUM_CHECKED - 1))]
+            # If the first key frame was cut off, the frames up to the next one cannot be decoded.
+            skipped = packets.times.index(first.pts) if first.pts in packets.times else 0
+            times = packets.times[skipped:]
+            if times[:_NUM_CHECKED] != checked:
+                times = [*checked, *(picture.pts for picture in pictures)]
+            distinct = sorted({time for time in times if time is not None})
             return VideoInfo(
                 path=path,
                 codec=context.codec.canonical_name,
@@ -114,14 +135,13 @@ def probe_video(path: Path) -> VideoInfo:
                 height=first.height,
                 cropped=(context.coded_width, context.coded_height) != (first.width, first.height),
                 interlaced=first.interlaced_frame,
-                quarter_turns=_quarter_turns(first),
+                upright=not any(_orientation(first)),
                 matrix=_MATRICES.get(int(first.colorspace), "bt601"),
-                times=_compact(sorted_times) if has_times else None,
-                key_times=_sorted(key_times),
-                reset_times=_sorted(reset_times),
-                # Count decoded frames, not packets: in AVI, an MPEG-4 packet may only repeat a frame.
-                num_frames=len(sorted_times) if has_times else 1 + sum(1 for _ in pictures),
-                miscounted=miscounted,
+                times=_compact(distinct) if packets.is_timed and distinct == times else None,
+                key_times=packets.key_times,
+                reset_times=packets.reset_times,
+                num_frames=len(times),
+                miscounted=packets.miscounted,
             )
     except (av.FFmpegError, OSError) as error:
         raise UnreadableFrameError(os_reason(error)) from error
@@ -149,6 +169,7 @@ def stream_video_frames(video: VideoInfo, frames: Sequence[int]) -> Iterator[Fra
     """Yield frames one at a time, given ascending numbers; otherwise the same as `read_video_frames`."""
     frame = 0
     try:
+        to_rgb = RgbConverter()
         with closing(_FrameReader(video, frames)) as reader:
             for frame in frames:
                 yield to_rgb(reader.read(frame))
@@ -156,11 +177,43 @@ def stream_video_frames(video: VideoInfo, frames: Sequence[int]) -> Iterator[Fra
         raise UnreadableFrameError(os_reason(error), frame) from error
 
 
-def to_rgb(picture: av.VideoFrame) -> Frame:
-    """Convert a decoded picture to (H, W, 3) uint8 RGB and rotate it upright."""
-    # With more threads, the converter starts new ones for every picture and hangs in a forked process.
-    rgb = np.asarray(picture.to_ndarray(format="rgb24", threads=1), dtype=np.uint8)
-    return np.ascontiguousarray(np.rot90(rgb, _quarter_turns(picture)))
+class RgbConverter:
+    """Convert decoded pictures to (H, W, 3) uint8 RGB and turn them upright, one after another."""
+
+    def __init__(self) -> None:
+        self._graph: av.filter.Graph | None = None
+        self._properties: tuple[Any, ...] = ()
+
+    def __call__(self, picture: av.VideoFrame) -> Frame:
+        properties = picture.width, picture.height, picture.format, picture.colorspace, picture.color_range
+        if self._graph is None or properties != self._properties:
+            self._graph, self._properties = _rgb_graph(picture), properties
+        self._graph.vpush(picture)
+        rgb = np.asarray(self._graph.vpull().to_ndarray(), dtype=np.uint8)
+        transpose, reverse_rows, reverse_columns = _orientation(picture)
+        rgb = rgb.swapaxes(0, 1) if transpose else rgb
+        return np.ascontiguousarray(rgb[:: -1 if reverse_rows else 1, :: -1 if reverse_columns else 1])
+
+
+def _rgb_graph(picture: av.VideoFrame) -> av.filter.Graph:
+    """Return the graph that the ffmpeg command would use to convert pictures like this one to RGB.
+
+    PyAV's own conversion differs from that of ffmpeg for interlaced video, 10 bits, odd sides and others.
+    """
+    graph = av.filter.Graph()
+    # With more threads, the graph starts new ones and hangs in a forked process.
+    graph.threads = 1
+    graph.link_nodes(
+        graph.add_buffer(
+            width=picture.width,
+            height=picture.height,
+            format=picture.format,
+            time_base=picture.time_base or Fraction(1, 1000),
+        ),
+        graph.add("format", "pix_fmts=rgb24"),
+        graph.add("buffersink"),
+    ).configure()
+    return graph
 
 
 class _FrameReader:
@@ -185,17 +238,23 @@ class _FrameReader:
         self.stream.codec_context.thread_count = 1
         self.pictures = self._decode()
         self.position: int | None = None
+        self.is_at_start = True
 
     def read(self, frame: int) -> av.VideoFrame:
         target = int(self.times[frame])
+        reason = "the frame cannot be decoded"
         for _ in self._attempts(target):
-            for time, picture in self.pictures:
-                self.position = time
-                if time == target:
-                    return picture
-                if time is not None and time > target:
-                    break
-        raise UnreadableFrameError("the frame cannot be decoded", frame)
+            try:
+                for time, picture in self.pictures:
+                    self.position = time
+                    if time == target:
+                        return picture
+                    if time is not None and time > target:
+                        break
+            # Some streams have headers only at their beginning.
+            except av.InvalidDataError as error:
+                reason = os_reason(error)
+        raise UnreadableFrameError(reason, frame)
 
     def _attempts(self, target: int) -> Iterator[None]:
         """Position the decoder before the frame at `target`. Each iteration tries another starting point."""
@@ -204,8 +263,14 @@ class _FrameReader:
             yield
         # The nearest key frame may not suffice: a container that seeks by decoding time may land on one shown
         # after the target, and in an open GOP, frames displayed before the key frame need the previous GOP.
-        for start in reversed(keys):
-            self.container.seek(start, stream=self.stream)
+        for start in reversed(keys[-_MAX_SEEKS:]):
+            if self.is_at_start and self.video.codec in _HEADERS_IN_FIRST_PACKET:
+                self._read_headers()
+            try:
+                self.container.seek(start, stream=self.stream)
+            # Some files can only be read from the beginning.
+            except av.FFmpegError:
+                break
             self.pictures = self._decode()
             yield
         # If no key frame leads to the target, decode from the start of the file.
@@ -213,8 +278,16 @@ class _FrameReader:
         self._open()
         yield
 
+    def _read_headers(self) -> None:
+        """Give the first packet to the decoder, which keeps the headers but does not decode the picture."""
+        self.is_at_start = False
+        self.stream.codec_context.skip_frame = "ALL"
+        with suppress(av.InvalidDataError):
+            next(self.container.demux(self.stream)).decode()
+
     def _decode(self) -> Generator[tuple[int | None, av.VideoFrame], None, None]:
         """Decode from the current position. For H.264, skip unwanted pictures that are not references."""
+        self.is_at_start = False
         context = self.stream.codec_context
         skips = context.name == "h264" and bool(self.wanted)
         wanted = False
@@ -223,9 +296,20 @@ class _FrameReader:
             # The second field of a picture may be in a separate packet, with a different time or none.
             is_second_field, wanted = wanted, packet.pts in self.wanted
             context.skip_frame = "NONREF" if skips and not wanted and not is_second_field else "DEFAULT"
-            for picture in packet.decode():
+            damage: av.InvalidDataError | None = None
+            try:
+                pictures = packet.decode()
+            except av.InvalidDataError as error:
+                # Some intact pictures are still waiting to be displayed.
+                pictures, damage = context.decode(None), error
+            for picture in pictures:
+                # Decoding may have started too close to this picture. If not, it is damaged.
+                if picture.is_corrupt:
+                    continue
                 yield number if self.video.times is None else picture.pts, picture
                 number += 1
+            if damage:
+                raise damage
 
 
 def open_video(path: Path) -> av.container.InputContainer:
@@ -236,68 +320,129 @@ def open_video(path: Path) -> av.container.InputContainer:
 
 
 def video_stream(container: av.container.InputContainer) -> av.VideoStream:
-    """Return the first video stream that is not a cover image. Raises UnreadableFrameError."""
-    for stream in container.streams.video:
-        if stream.disposition & Disposition.attached_pic:
-            continue
-        if stream.codec_context is None:
-            raise UnreadableFrameError("the codec is unknown to ffmpeg")
-        return stream
-    raise UnreadableFrameError("the file contains no video stream")
+    """Return the video stream that the ffmpeg command would choose. Raises UnreadableFrameError."""
+    streams = [
+        stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic
+    ]
+    if not streams:
+        raise UnreadableFrameError("the file contains no video stream")
+    decodable = [stream for stream in streams if stream.codec_context is not None]
+    if not decodable:
+        raise UnreadableFrameError("the codec is unknown to ffmpeg")
+    # A default stream counts as much as five million pixels.
+    return max(
+        decodable,
+        key=lambda stream: (
+            stream.width * stream.height + 5_000_000 * bool(stream.disposition & Disposition.default)
+        ),
+    )
 
 
-def _packet_times(
-    container: av.container.InputContainer, stream: av.VideoStream
-) -> tuple[PacketTimes, PacketTimes, PacketTimes, bool]:
-    """Read all packets and return three lists of times, in file order, and whether DALI miscounts the frames.
+@dataclass(frozen=True)
+class _Packets:
+    """What the packets of a video tell about its frames. The other fields are those of VideoInfo."""
 
-    The lists are the times of all displayed frames, of key frames, and of decoder resets.
-    """
-    codec, miscounted = stream.codec_context.codec.canonical_name, False
+    times: Sequence[int | None]
+    """Presentation times of the displayed frames, ascending; empty if only decoding can tell them."""
+    is_timed: bool
+    """Whether the container stores times, and none is earlier than those before it, as in joined files."""
+    key_times: list[int]
+    reset_times: list[int]
+    miscounted: bool
+
+
+def _scan_packets(container: av.container.InputContainer, stream: av.VideoStream) -> _Packets:
+    """Read all packets of a stream."""
+    codec = stream.codec_context.codec
+    name, miscounted, damaged = codec.canonical_name, False, False
+    latest, is_timed = None, container.format.name.startswith(_TIMED_CONTAINERS)
     # This filter detects damaged NAL units without decoding them.
-    structure = BitStreamFilterContext(f"{codec}_mp4toannexb", stream) if codec in ("h264", "hevc") else None
-    times: PacketTimes = []
-    key_times: PacketTimes = []
-    reset_times: PacketTimes = []
+    structure = BitStreamFilterContext(f"{name}_mp4toannexb", stream) if name in ("h264", "hevc") else None
+    times: list[int | None] = []
+    key_times: list[int] = []
+    reset_times: list[int] = []
     for packet in container.demux(stream):
         if not packet.size:
             continue
-        if packet.is_corrupt:
-            raise UnreadableFrameError(f"packet {len(times)} is corrupt")
+        damaged |= packet.is_corrupt
         header = memoryview(packet)[0]
         # Frames that an edit list discards are not displayed, but displayed frames may depend on them.
         displayed = not packet.is_discard
         # The show_frame bit of a VP8 frame header.
-        if codec == "vp8" and not header & 0x10:
+        if name == "vp8" and not header & 0x10:
             displayed, miscounted = False, True
         # The show_existing_frame bit of a VP9 frame header (profiles 0 to 2).
-        miscounted |= codec == "vp9" and bool(header & 0x08)
+        miscounted |= name == "vp9" and bool(header & 0x08)
         # Read now, because the filter moves the contents out of the packet.
         time, resets = packet.pts, packet.is_keyframe
         if displayed:
             times.append(time)
-            if packet.is_keyframe:
-                key_times.append(time)
+        if displayed and resets and time is not None:
+            key_times.append(time)
+        if packet.dts is not None:
+            is_timed &= latest is None or packet.dts >= latest
+            latest = packet.dts
         if structure:
             try:
                 units = structure.filter(packet)
-            except av.FFmpegError as error:
-                raise UnreadableFrameError(
-                    f"packet {len(times) - 1} is damaged: {os_reason(error)}"
-                ) from error
-            if codec == "h264":
+            except av.FFmpegError:
+                structure, units, damaged = None, [], True
+            if name == "h264":
                 resets = resets and any(_IDR.search(bytes(unit)) for unit in units)
-        if resets:
+        if resets and time is not None:
             reset_times.append(time)
-    return times, key_times, reset_times, miscounted
+    seekable = name in _SEEKABLE_CODECS or codec.intra_only
+    distinct = sorted({time for time in times if time is not None})
+    # MPEG-TS does not tell the size of a packet, so the last one may be incomplete.
+    intact = not damaged and container.format.name != "mpegts"
+    are_told = intact and is_timed and seekable and len(distinct) == len(times)
+    return _Packets(
+        times=distinct if are_told else [],
+        is_timed=is_timed,
+        key_times=sorted(key_times) if seekable else [],
+        reset_times=[] if damaged else sorted(reset_times),
+        miscounted=miscounted,
+    )
 
 
-def _sorted(times: PacketTimes) -> list[int]:
-    return sorted(time for time in times if time is not None)
+def _intact_pictures(
+    container: av.container.InputContainer, stream: av.VideoStream
+) -> Iterator[av.VideoFrame]:
+    """Decode a file from its beginning. Leave out damaged pictures at its beginning and end.
+
+    Raises UnreadableFrameError if a picture in between is damaged.
+    """
+    number = beyond = 0
+    damaged = False
+    for packet in container.demux(stream):
+        try:
+            pictures = packet.decode()
+        except av.InvalidDataError:
+            pictures, damaged = [], number > 0
+        for picture in pictures:
+            damaged |= picture.is_corrupt and number > 0
+            if not picture.is_corrupt:
+                number += 1
+                beyond += damaged
+                yield picture
+        # After a damaged picture at the end, only pictures that were waiting to be displayed can follow.
+        if beyond > stream.codec_context.reorder_depth + 1:
+            raise UnreadableFrameError(f"frame {number - beyond} is damaged", number - beyond)
 
 
-def _quarter_turns(picture: av.VideoFrame) -> int:
-    return round(picture.rotation / 90) % 4
+def _orientation(picture: av.VideoFrame) -> tuple[bool, bool, bool]:
+    """Return whether to transpose a picture, then to reverse its rows, and its columns, to show it upright.
+
+    This follows the display matrix (ISO/IEC 14496-12, section 6.2.2), which maps the pixel at (x, y) to
+    (a x + c y, b x + d y). Like ffmpeg, round its rotation to right angles.
+    """
+    data: Any = picture.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return False, False, False
+    a, b, _, c, d, *_ = np.frombuffer(bytes(data), dtype=np.int32).tolist()
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        return True, b < 0, c < 0
+    return False, d < 0, a < 0
 
 
 def _compact(times: list[int]) -> Times:

@@ -14,7 +14,7 @@ from test_video import REAL, sequential
 from fasttrain.data.loader import index_for_decoder
 from fasttrain.data.nvdec import cut_clip, has_nvdec, nvdec_refusal
 from fasttrain.data.sources import open_source
-from fasttrain.data.video import VideoInfo, probe_video, to_rgb
+from fasttrain.data.video import RgbConverter, VideoInfo, probe_video
 from fasttrain.errors import InputError
 
 GOOD = VideoInfo(
@@ -25,7 +25,7 @@ GOOD = VideoInfo(
     height=720,
     cropped=False,
     interlaced=False,
-    quarter_turns=0,
+    upright=True,
     matrix="bt709",
     times=range(0, 100, 10),
     key_times=[0],
@@ -47,7 +47,7 @@ GOOD = VideoInfo(
         ({"cropped": True}, "the displayed size differ"),
         ({"interlaced": True}, "interlaced"),
         ({"miscounted": True}, "hidden and repeated"),
-        ({"quarter_turns": 2}, "rotation"),
+        ({"upright": False}, "rotation"),
         ({"times": None}, "located by time"),
         ({"reset_times": []}, "located by time"),
         ({"width": 320, "height": 240}, "small frames"),
@@ -95,6 +95,7 @@ def check_clips(path: Path, pairs: list[tuple[int, int]]) -> None:
     for pair in pairs:
         data, numbers = cut_clip(video, pair)
         with av.open(io.BytesIO(data.tobytes())) as container:
+            to_rgb = RgbConverter()
             decoded = [to_rgb(frame) for frame in container.decode(video=0)]
         for frame, number in zip(pair, numbers, strict=True):
             np.testing.assert_array_equal(decoded[number], truth[frame])
