@@ -26,7 +26,7 @@ from fasttrain.checkpoint import drop_checkpoints, load_checkpoint, saved_steps
 from fasttrain.data.index import FrameIndex
 from fasttrain.data.loader import INSTALL_DALI, FramePairs, PairLoader, calibration_frames
 from fasttrain.data.nvdec import has_dali
-from fasttrain.data.sources import open_source
+from fasttrain.data.sources import describe_left_out, open_source
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.files import file_lock, naming, write_atomically, write_json
@@ -299,6 +299,8 @@ class Trainer:
             raise InputError(f"data.source: {error}") from None
         for name, reason in index.skipped:
             self.say(f"skipped {name}: {reason}")
+        if index.left_out:
+            self.say(describe_left_out(index.left_out))
         single = int((index.num_frames == 1).sum())
         if single:
             self.say(f"{single} of {len(index)} videos have a single frame; their pairs contain it twice")

@@ -16,7 +16,9 @@ from fasttrain.files import os_reason
 Bytes = npt.NDArray[np.uint8]  # (n,), the content of a file
 Frame = npt.NDArray[np.uint8]  # (H, W, 3) RGB
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
+)
 
 _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"

@@ -23,6 +23,8 @@ Storage = Literal["images", "frames", "clips"]
 StoredFrames = Sequence[npt.NDArray[Any]]
 # The name of each skipped video or frame, and the reason.
 Skipped = list[tuple[str, str]]
+# Kind of file (its suffix or the pattern of its name) -> how many files were left out, and the first one.
+LeftOut = dict[str, tuple[int, str]]
 # Video name -> its folder and the file names of its frames.
 FrameFolders = dict[str, tuple[Path, tuple[str, ...]]]
 
@@ -32,10 +34,17 @@ class FrameIndex(ABC):
 
     storage: Storage
 
-    def __init__(self, names: Sequence[str], num_frames: Iterable[int], skipped: Skipped) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        num_frames: Iterable[int],
+        skipped: Skipped,
+        left_out: LeftOut | None = None,
+    ) -> None:
         self.names: list[str] = list(names)
         self.num_frames: npt.NDArray[np.int64] = np.fromiter(num_frames, dtype=np.int64)
         self.skipped = skipped
+        self.left_out = left_out or {}
 
     def __len__(self) -> int:
         return len(self.names)
@@ -62,10 +71,10 @@ class FolderIndex(FrameIndex):
 
     storage: Storage = "images"
 
-    def __init__(self, folders: FrameFolders, skipped: Skipped) -> None:
+    def __init__(self, folders: FrameFolders, skipped: Skipped, left_out: LeftOut | None = None) -> None:
         names = sorted(folders)
         self._folders = [folders[name] for name in names]
-        super().__init__(names, (len(files) for _, files in self._folders), skipped)
+        super().__init__(names, (len(files) for _, files in self._folders), skipped, left_out)
 
     def read(self, video: int, frames: Sequence[int]) -> list[Bytes]:
         folder, files = self._folders[video]
@@ -77,10 +86,12 @@ class VideoIndex(FrameIndex):
 
     storage: Storage = "frames"
 
-    def __init__(self, videos: dict[str, VideoInfo], skipped: Skipped) -> None:
+    def __init__(
+        self, videos: dict[str, VideoInfo], skipped: Skipped, left_out: LeftOut | None = None
+    ) -> None:
         names = sorted(videos)
         self.videos = [videos[name] for name in names]
-        super().__init__(names, (video.num_frames for video in self.videos), skipped)
+        super().__init__(names, (video.num_frames for video in self.videos), skipped, left_out)
 
     def read(self, video: int, frames: Sequence[int]) -> StoredFrames:
         return read_video_frames(self.videos[video], [int(frame) for frame in frames])

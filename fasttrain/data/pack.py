@@ -66,7 +66,13 @@ from fasttrain.data.packed import (
     tar_header,
 )
 from fasttrain.data.sampling import evenly_spaced
-from fasttrain.data.sources import Kind, SourceFiles, find_source
+from fasttrain.data.sources import (
+    Kind,
+    SourceFiles,
+    describe_left_out,
+    describe_unreadable,
+    find_source,
+)
 from fasttrain.data.video import HAS_PYAV, VideoInfo, probe_video, stream_video_frames
 from fasttrain.errors import InputError, check_options
 from fasttrain.files import file_lock, naming, open_atomically, write_atomically
@@ -226,7 +232,8 @@ def pack(
     names = sorted(files.folders or files.videos)[target.number - 1 :: target.count]
     if not names and target.number == 1:
         raise InputError(
-            f"{str(source)!r} contains no frame folders and no video files. Pass a SOURCE with at least one."
+            f"{str(source)!r} {describe_unreadable(files.skipped, files.left_out)}. Pass a SOURCE with "
+            "at least one."
         )
     identity = {**dataclasses.asdict(options), "source": _digest(files)}
     if target.manifest_path.exists():
@@ -250,23 +257,24 @@ def pack(
         with Progress("videos", len(names), done=first) as progress:
             videos = _report(map_ahead(encode, names[first:], workers=workers), progress)
             skipped_last = _write_shards(target, done, videos, options.shard_bytes)
-        # List entries that were skipped before packing belong to no share, so share 1 reports them.
-        skipped = files.skipped if target.number == 1 else []
+        # Files that were skipped or left out before packing belong to no share, so share 1 reports them.
+        skipped, left_out = (files.skipped, files.left_out) if target.number == 1 else ([], {})
         skipped = [*skipped, *(entry for index in done for entry in index.skipped), *skipped_last]
         if target.count == 1 and not done:
-            name, reason = skipped[0]
             raise InputError(
-                f"{str(source)!r} contains no readable video ({len(skipped)} skipped, "
-                f"first {name}: {reason}). Pass a SOURCE with at least one."
+                f"{str(source)!r} {describe_unreadable(skipped, files.left_out)}. Pass a SOURCE with "
+                "at least one."
             )
         totals = {
             "shards": len(done),
             "total_frames": sum(len(index.frames) for index in done),
             "total_bytes": sum(index.num_bytes for index in done),
         }
-        _write_manifest(target, {**identity, **totals}, complete=True, skipped=skipped)
+        _write_manifest(target, {**identity, **totals, "left_out": left_out}, complete=True, skipped=skipped)
     for name, reason in skipped[:MAX_PRINTED]:
         say(f"skipped {name}: {reason}")
+    if left_out:
+        say(describe_left_out(left_out))
     listed = f" (listed in {target.manifest_path})" if skipped else ""
     say(
         f"frames: {totals['total_frames']}, shard files: {len(done)}, "

@@ -101,6 +101,9 @@ class Share:
         problem = f"it has no {missing[0]!r}" if missing else ""
         if not problem and not _is_skipped(manifest["skipped"]):
             problem = "the list of skipped files is malformed"
+        # Version 0.1.0 did not count the files that were left out.
+        if not problem and not _is_left_out(manifest.setdefault("left_out", {})):
+            problem = "the count of files left out is malformed"
         if problem:
             raise InputError(
                 f"{str(path)!r} is damaged ({problem}). Delete it and run `fasttrain pack` again."
@@ -198,6 +201,13 @@ def _is_skipped(value: Any) -> bool:
     )
 
 
+def _is_left_out(value: Any) -> bool:
+    """Whether a value from JSON maps kinds of files to their number and the first of them."""
+    return isinstance(value, dict) and all(
+        isinstance(entry, list) and [type(item) for item in entry] == [int, str] for entry in value.values()
+    )
+
+
 def tar_header(video: str, frame: int, size: int) -> bytes:
     """Return the tar header of a frame. On extraction, its path never leads out of the target folder."""
     folder = "/".join(name for name in video.split("/") if name not in ("", ".", ".."))
@@ -255,7 +265,10 @@ class PackedIndex(FrameIndex):
 
     def __init__(self, root: Path) -> None:
         shares = complete_shares(root)
-        skipped = [(name, reason) for share in shares for name, reason in share.read_manifest()["skipped"]]
+        manifests = [share.read_manifest() for share in shares]
+        skipped = [(name, reason) for manifest in manifests for name, reason in manifest["skipped"]]
+        # Only the first share has any.
+        left_out = {kind: (count, first) for kind, (count, first) in manifests[0]["left_out"].items()}
         # For each video: its name, its shard, and the byte ranges of its frames.
         videos: list[tuple[str, io.FileIO, npt.NDArray[np.void]]] = []
         for path in [path for share in shares for path in share.shard_paths()]:
@@ -270,7 +283,8 @@ class PackedIndex(FrameIndex):
                 f"({len(skipped)} skipped). Pack a source with readable videos."
             )
         videos.sort(key=lambda video: video[0])
-        super().__init__([name for name, _, _ in videos], (len(frames) for *_, frames in videos), skipped)
+        names, lengths = [name for name, _, _ in videos], (len(frames) for *_, frames in videos)
+        super().__init__(names, lengths, skipped, left_out)
         self._videos = [(file, frames) for _, file, frames in videos]
 
     def read(self, video: int, frames: Sequence[int]) -> list[Bytes]:

@@ -7,15 +7,17 @@ because evaluation also uses it.
 from __future__ import annotations
 
 import os
+import posixpath
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 from fasttrain.data.images import IMAGE_SUFFIXES, UnreadableFrameError
-from fasttrain.data.index import FolderIndex, FrameFolders, FrameIndex, Skipped, VideoIndex
+from fasttrain.data.index import FolderIndex, FrameFolders, FrameIndex, LeftOut, Skipped, VideoIndex
 from fasttrain.data.packed import PackedIndex, is_packed
 from fasttrain.data.video import VIDEO_SUFFIXES, VideoInfo, probe_video
 from fasttrain.data.video_cache import FileState, file_state, read_cache, write_cache
@@ -26,19 +28,54 @@ from fasttrain.files import os_reason, read_lines
 Kind = Literal["auto", "folders", "list", "videos", "packed"]
 
 _EXPECTED = (
-    "Expected a folder of frame folders (.jpg, .jpeg, .png) or video files, a text file that lists either, a "
-    "video file, or a packed set."
+    "Expected a folder of frame folders (images) or video files, a text file that lists either, a video "
+    "file, or a packed set."
 )
 _MISSING = "does not exist"
+
+# The number of kinds of files that are counted separately, and the number that one line names.
+MAX_KINDS, MAX_LISTED = 100, 5
+
+# Words in the names of images that are not frames, such as flow_x_00001.jpg, 1_mask.png or cover.jpg.
+_NO_FRAME = re.compile(
+    r"(?<![a-z])(flow|masks?|depth|disparity|seg|segmentation|annotations?|labels?|gt|thumb|thumbnail|cover|poster)"
+    r"(?![a-z])"
+)
+_ALL_ZEROS = bytes.maketrans(b"123456789", b"0" * 9)
+
+# How video files begin: MP4 and MOV, Matroska and WebM, AVI, FLV, ASF and WMV, MPEG-1 and MPEG-2, Ogg, GIF,
+# MXF, Y4M, RealMedia, IVF, and MPEG-TS, whose packets of 188 bytes may follow time stamps of 4 bytes. Each
+# packet begins with a G. The lines of a list may do so as well, but a text contains no zero byte.
+_VIDEO_START = re.compile(
+    rb"[^ -~].{3}(ftyp|moov|mdat|wide)|\x1aE\xdf\xa3|RIFF.{4}AVI |FLV\x01|0&\xb2u\x8ef\xcf\x11"
+    rb"|\0\0\x01[\xb3\xba]|OggS\0|GIF8[79]a|\x06\x0e\x2b\x34|YUV4MPEG2|\.RMF|DKIF\0"
+    rb"|(?=.*\0)(.{4})?G(.{187}G.{187}G|.{191}G.{191}G)",
+    re.DOTALL,
+)
+
+# Suffix in lower case -> the names of the files with it, in order.
+_BySuffix = dict[str, list[str]]
+# Videos of equal length usually have the same file names, so each distinct tuple is stored only once.
+_SharedNames = dict[tuple[str, ...], tuple[str, ...]]
 
 
 @dataclass(frozen=True)
 class SourceFiles:
     """The frame folders or video files of a source, by video name. No video has been opened yet."""
 
-    folders: FrameFolders
-    videos: dict[str, Path]
-    skipped: Skipped
+    folders: FrameFolders = field(default_factory=dict)
+    videos: dict[str, Path] = field(default_factory=dict)
+    skipped: Skipped = field(default_factory=list)
+    left_out: LeftOut = field(default_factory=dict)
+
+    def leave_out(self, kind: str, folder: str, names: Sequence[str]) -> None:
+        """Count files of a folder, all of one kind, that are neither taken nor skipped with a reason."""
+        if not names:
+            return
+        if kind not in self.left_out and len(self.left_out) >= MAX_KINDS:
+            kind = "of other kinds"
+        count, first = self.left_out.get(kind, (0, posixpath.join(folder, names[0])))
+        self.left_out[kind] = count + len(names), first
 
 
 def open_source(source: str | Path, *, kind: Kind = "auto", world: World | None = None) -> FrameIndex:
@@ -46,7 +83,8 @@ def open_source(source: str | Path, *, kind: Kind = "auto", world: World | None 
 
     The kinds of sources are:
 
-    - folders: frame folders (.jpg, .jpeg, .png) at any depth. The frames are in natural order of their names.
+    - folders: frame folders (folders of images) at any depth. The frames are the images whose names differ in
+      digits only, in the order of these numbers. See `docs/data.md` for folders with other images.
     - list: a text file with one frame folder or video file per line, as an absolute path or relative to the
       text file. A number after a frame folder limits the frames used; a number after a video file is ignored,
       because lists of labelled videos put the label there.
@@ -54,8 +92,9 @@ def open_source(source: str | Path, *, kind: Kind = "auto", world: World | None 
     - packed: a packed set written by `fasttrain pack`.
     - auto: detect the kind.
 
-    The processes of `world` divide the scan of the video files among themselves, and all return the same
-    index. Raises InputError if the source does not exist, is not of this kind or has no readable video.
+    The index counts all other visible files in `left_out`. The processes of `world` divide the scan of the
+    video files among themselves, and all return the same index. Raises InputError if the source does not
+    exist, is not of this kind or has no readable video.
     """
     path = Path(os.path.expanduser(source))
     if kind == "packed" or (kind == "auto" and is_packed(path)):
@@ -64,12 +103,26 @@ def open_source(source: str | Path, *, kind: Kind = "auto", world: World | None 
     if files.videos:
         index: FrameIndex = _scan_videos(path, files, world or World.single())
     else:
-        index = FolderIndex(files.folders, files.skipped)
+        index = FolderIndex(files.folders, files.skipped, files.left_out)
     if not len(index):
-        count = len(index.skipped)
-        first = "".join(f" ({count} skipped, first {name}: {reason})" for name, reason in index.skipped[:1])
-        raise InputError(f"{str(source)!r} contains no readable video{first}. {_EXPECTED}")
+        raise InputError(f"{str(source)!r} {describe_unreadable(index.skipped, index.left_out)}. {_EXPECTED}")
     return index
+
+
+def describe_unreadable(skipped: Skipped, left_out: LeftOut) -> str:
+    """Say that a source contains no readable video, and what it contains instead."""
+    found = [f"{len(skipped)} skipped, first {name}: {reason}" for name, reason in skipped[:1]]
+    found += [describe_left_out(left_out)] if left_out else []
+    return "contains no readable video" + (f" ({'; '.join(found)})" if found else "")
+
+
+def describe_left_out(left_out: LeftOut) -> str:
+    """Say how many files of a source were left out, by kind, and name the first of each kind."""
+    kinds = sorted(left_out.items(), key=lambda item: -item[1][0])
+    listed = [f"{count} {kind} (first {first})" for kind, (count, first) in kinds[:MAX_LISTED]]
+    others = sum(count for _, (count, _) in kinds[MAX_LISTED:])
+    listed += [f"{others} others"] if others else []
+    return f"files left out: {sum(count for count, _ in left_out.values())}, of which {', '.join(listed)}"
 
 
 def find_source(path: Path, *, kind: Kind = "auto") -> SourceFiles:
@@ -81,9 +134,9 @@ def find_source(path: Path, *, kind: Kind = "auto") -> SourceFiles:
         raise InputError(f"{str(path)!r} does not exist. {_EXPECTED}")
     if path.is_dir():
         return _search_folder(path, kind)
-    is_video = path.suffix.lower() in VIDEO_SUFFIXES
+    is_video = _suffix(path.name) in VIDEO_SUFFIXES or _starts_as_video(path)
     if kind == "videos" or (kind == "auto" and is_video):
-        return SourceFiles({}, {path.name: path}, [])
+        return SourceFiles(videos={path.name: path})
     if kind == "folders":
         raise InputError(
             f"{str(path)!r} is a file, but the kind is 'folders'. Pass a folder, or another kind."
@@ -101,15 +154,16 @@ def _search_folder(root: Path, kind: Kind) -> SourceFiles:
         raise InputError(
             f"{str(root)!r} is a folder, but the kind is 'list'. Pass a text file, or another kind."
         )
-    source = SourceFiles({}, {}, [])
-    # Videos of equal length usually have the same file names, so store each distinct tuple only once.
-    shared_names: dict[tuple[str, ...], tuple[str, ...]] = {}
+    source = SourceFiles()
+    shared_names: _SharedNames = {}
+    first_image = ""
 
     def visit(folder: Path, relative: str, ancestors: frozenset[tuple[int, int]]) -> None:
+        nonlocal first_image
         name = relative or root.resolve().name
         try:
             status = folder.stat()
-            entries = _list_folder(folder)
+            subfolders, files = _list_folder(folder)
         except OSError as error:
             source.skipped.append((name, os_reason(error)))
             return
@@ -117,21 +171,31 @@ def _search_folder(root: Path, kind: Kind) -> SourceFiles:
         # A symbolic link to an ancestor would lead to infinite recursion.
         if identity in ancestors:
             return
-        files = _frame_files(entries)
-        if files and kind != "videos":
-            source.folders[name] = folder, shared_names.setdefault(files, files)
-        for entry in entries:
-            path = f"{relative}/{entry.name}" if relative else entry.name
-            if entry.is_dir():
-                visit(Path(entry.path), path, ancestors | {identity})
-            elif kind != "folders" and _suffix(entry.name) in VIDEO_SUFFIXES:
-                source.videos[path] = Path(entry.path)
+        images = _take_images(files) if kind != "videos" else []
+        if images:
+            first_image = first_image or posixpath.join(relative, images[0])
+            if reason := _add_frames(source, name, folder, relative, images, shared_names):
+                source.skipped.append((name, reason))
+        # Each folder of a large set of frames may contain a file without a suffix. These are not opened.
+        opened = kind == "videos" or (kind == "auto" and not images)
+        for suffix, names in files.items():
+            videos: list[str] = []
+            if suffix in VIDEO_SUFFIXES and kind != "folders":
+                videos, names = names, []
+            elif not suffix and opened:
+                videos = [file for file in names if _starts_as_video(folder / file)]
+                names = sorted(set(names) - set(videos))
+            source.videos.update((posixpath.join(relative, file), folder / file) for file in videos)
+            source.leave_out(suffix or "without suffix", relative, names)
+        for subfolder in subfolders:
+            visit(folder / subfolder, posixpath.join(relative, subfolder), ancestors | {identity})
 
     visit(root, "", frozenset())
-    if source.folders and source.videos:
+    if first_image and source.videos:
         raise InputError(
-            f"{str(root)!r} contains both images and video files. Choose one: data.kind=folders or "
-            "data.kind=videos in training, --kind folders or --kind videos in pack."
+            f"{str(root)!r} contains both images (first: {first_image}) and video files (first: "
+            f"{next(iter(source.videos))}). Choose one: data.kind=folders or data.kind=videos in training, "
+            "--kind folders or --kind videos in pack."
         )
     return source
 
@@ -140,18 +204,80 @@ def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def _list_folder(folder: str | Path) -> list[os.DirEntry[str]]:
-    """List the entries of a folder, sorted by name, without hidden ones. Raises OSError."""
+def _starts_as_video(path: Path) -> bool:
+    """Whether a file without a known suffix begins like a video file."""
+    # Opening a named pipe would wait for its writer.
+    if not path.is_file():
+        return False
+    try:
+        with path.open("rb", buffering=0) as file:
+            return _VIDEO_START.match(file.read(512)) is not None
+    except OSError:
+        return False
+
+
+def _list_folder(folder: Path) -> tuple[list[str], _BySuffix]:
+    """List the subfolders and the files of a folder, sorted by name, without hidden ones. Raises OSError."""
+    folders: list[str] = []
+    files: list[str] = []
     with os.scandir(folder) as entries:
-        visible = (entry for entry in entries if not entry.name.startswith("."))
-        return sorted(visible, key=lambda entry: entry.name)
+        for entry in entries:
+            if not entry.name.startswith("."):
+                (folders if entry.is_dir() else files).append(entry.name)
+    by_suffix: _BySuffix = {}
+    for name in sorted(files):
+        by_suffix.setdefault(_suffix(name), []).append(name)
+    return sorted(folders), by_suffix
 
 
-def _frame_files(entries: Iterable[os.DirEntry[str]]) -> tuple[str, ...]:
-    """Select the image files among the sorted entries of a folder, in natural order."""
-    names = [entry.name for entry in entries if _suffix(entry.name) in IMAGE_SUFFIXES]
-    # Names of equal length are already in natural order; otherwise frame9 must precede frame10.
-    return tuple(names if len({len(name) for name in names}) == 1 else sorted(names, key=_natural_key))
+def _take_images(files: _BySuffix) -> list[str]:
+    """Remove the images from the files of a folder and return them."""
+    return [name for suffix in sorted(IMAGE_SUFFIXES & files.keys()) for name in files.pop(suffix)]
+
+
+def _add_frames(
+    source: SourceFiles,
+    name: str,
+    folder: Path,
+    relative: str,
+    images: Sequence[str],
+    shared_names: _SharedNames,
+    limit: int | None = None,
+) -> str | None:
+    """Add the first `limit` frames among the images of a folder. Returns a reason if it is skipped.
+
+    Frames are the images of one pattern: their names differ only in digits and in the case of the suffix.
+    The pattern must have more than half of the images, without those whose names say that they are none.
+    """
+    # Names of one form have equally many digits in every number.
+    forms: dict[bytes, list[str]] = {}
+    for image in images:
+        form = image.encode("utf-8", "surrogateescape").translate(_ALL_ZEROS)
+        forms.setdefault(form, []).append(image)
+    patterns: dict[str, list[list[str]]] = {}
+    for same in forms.values():
+        stem, suffix = os.path.splitext(same[0])
+        patterns.setdefault(re.sub("[0-9]+", "*", stem) + suffix.lower(), []).append(same)
+    counts = {pattern: sum(map(len, groups)) for pattern, groups in patterns.items()}
+    eligible = [pattern for pattern in counts if not _NO_FRAME.search(pattern.lower())] or list(counts)
+    pattern = max(eligible, key=lambda pattern: counts[pattern])
+    if 2 * counts[pattern] <= sum(counts[pattern] for pattern in eligible):
+        most = sorted(counts, key=lambda pattern: -counts[pattern])
+        listed = ", ".join(f"{counts[pattern]} {pattern}" for pattern in most[:MAX_LISTED])
+        return (
+            "contains several kinds of images, and it is not clear which are the frames: "
+            f"{listed}{', ...' if most[MAX_LISTED:] else ''}. Move all but the frames to another folder"
+        )
+    groups = patterns.pop(pattern)
+    # Names of one form are already in natural order; otherwise frame9 must precede frame10.
+    frames = tuple(groups[0] if len(groups) == 1 else sorted(chain(*groups), key=_natural_key))
+    if limit is not None and not 0 < limit <= len(frames):
+        return f"the list specifies {limit} frames, but the folder contains {len(frames)}"
+    for other, groups in patterns.items():
+        source.leave_out(other, relative, list(chain(*groups)))
+    frames = frames[:limit]
+    source.folders[name] = folder, shared_names.setdefault(frames, frames)
+    return None
 
 
 def _natural_key(name: str) -> list[str | int]:
@@ -161,7 +287,8 @@ def _natural_key(name: str) -> list[str | int]:
 
 def _read_list(path: Path) -> SourceFiles:
     """Read a list of frame folders or video files. A path may contain spaces, and a number may follow it."""
-    source = SourceFiles({}, {}, [])
+    source = SourceFiles()
+    shared_names: _SharedNames = {}
     for line in read_lines(path, "a video file or a text file that lists frame folders or video files"):
         # Only "# " starts a comment, because names in HMDB51 may start with "#".
         if line.startswith("# "):
@@ -175,7 +302,7 @@ def _read_list(path: Path) -> SourceFiles:
         name, limit = (parts[0], int(parts[1])) if has_number else (line, None)
         # Normalise ./video and video/ to video.
         name = Path(name).as_posix()
-        reason = _add_listed(source, name, path.parent / name, limit)
+        reason = _add_listed(source, name, path.parent / name, shared_names, limit)
         if reason:
             source.skipped.append((name, reason))
     missing = sum(reason == _MISSING for _, reason in source.skipped)
@@ -190,25 +317,31 @@ def _read_list(path: Path) -> SourceFiles:
     return source
 
 
-def _add_listed(source: SourceFiles, name: str, path: Path, limit: int | None) -> str | None:
+def _add_listed(
+    source: SourceFiles, name: str, path: Path, shared_names: _SharedNames, limit: int | None
+) -> str | None:
     """Add a video file, or the first `limit` frames of a frame folder. Returns a reason if it is skipped."""
     if name in source.folders or name in source.videos:
         return "duplicate entry in the list"
     if not os.path.exists(path):
         return _MISSING
     if not os.path.isdir(path):
+        if _suffix(name) in IMAGE_SUFFIXES:
+            return "is an image; list the folder of its video instead"
         source.videos[name] = path
         return None
     try:
-        files = _frame_files(_list_folder(path))
+        _, files = _list_folder(path)
     except OSError as error:
         return os_reason(error)
-    if not files:
-        return "contains no .jpg, .jpeg or .png files"
-    if limit is not None and not 0 < limit <= len(files):
-        return f"the list specifies {limit} frames, but the folder contains {len(files)}"
-    source.folders[name] = path, files[:limit]
-    return None
+    images = _take_images(files)
+    if not images:
+        return "contains no images"
+    reason = _add_frames(source, name, path, name, images, shared_names, limit)
+    if not reason:
+        for suffix, names in files.items():
+            source.leave_out(suffix or "without suffix", name, names)
+    return reason
 
 
 def _scan_videos(path: Path, source: SourceFiles, world: World) -> VideoIndex:
@@ -237,4 +370,5 @@ def _scan_videos(path: Path, source: SourceFiles, world: World) -> VideoIndex:
     if world.is_main and changed:
         write_cache(path, readable)
     unreadable = [(name, reason) for name, reason in scanned.items() if isinstance(reason, str)]
-    return VideoIndex({name: info for name, (_, info) in readable.items()}, source.skipped + unreadable)
+    videos = {name: info for name, (_, info) in readable.items()}
+    return VideoIndex(videos, source.skipped + unreadable, source.left_out)

@@ -41,8 +41,10 @@ Times = Sequence[int] | npt.NDArray[np.int64]
 Matrix = Literal["bt601", "bt709", "bt2020"]
 
 VIDEO_SUFFIXES = frozenset(
-    {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg"}
-    | {".ts", ".m2ts", ".wmv", ".flv", ".3gp", ".ogv"}
+    {".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v", ".mkv", ".mk3d", ".webm", ".avi", ".divx", ".flv"}
+    | {".mpg", ".mpeg", ".mpe", ".mpv", ".m1v", ".m2v", ".vob", ".ts", ".mts", ".m2ts", ".m2t", ".mxf"}
+    | {".wmv", ".asf", ".ogv", ".ogm", ".rm", ".rmvb", ".dv", ".y4m", ".nut", ".ivf", ".gif", ".apng"}
+    | {".h264", ".264", ".h265", ".265", ".hevc", ".mjpeg", ".mjpg"}
 )
 
 # Values of ffmpeg's AVColorSpace. Other matrices, which are rare or close to BT.601, are treated as BT.601.

@@ -18,7 +18,7 @@ from fasttrain.backbones import Backbone
 from fasttrain.data.images import UnreadableFrameError
 from fasttrain.data.index import FrameIndex
 from fasttrain.data.sampling import evenly_spaced
-from fasttrain.data.sources import open_source
+from fasttrain.data.sources import describe_left_out, open_source
 from fasttrain.distributed import World
 from fasttrain.errors import InputError, LocalInputError, check_options
 from fasttrain.evaluation import plots
@@ -80,6 +80,8 @@ def run(
         )
     if reasons:
         say(f"skipped videos: {len(reasons)} (for example {reasons[0]})")
+    if index.left_out:
+        say(describe_left_out(index.left_out))
     results = {
         variant: summarise([measures[variant] for measures in measured.values()])
         for variant in model.variants

@@ -1,8 +1,10 @@
 """open_source: the videos of each kind of source, their order, and the reports of skipped files."""
 
 import pickle
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from synthetic import encode_video, picture, write_folders
 
 from fasttrain.data.images import UnreadableFrameError
 from fasttrain.data.index import FolderIndex, FrameIndex, VideoIndex
-from fasttrain.data.sources import open_source
+from fasttrain.data.sources import MAX_KINDS, describe_left_out, find_source, open_source
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
 
@@ -87,7 +89,7 @@ def test_paths_in_a_frame_list_are_relative_to_the_list(tmp_path: Path) -> None:
         ("frames/class_0/video_0", "duplicate entry in the list"),
         ("frames/class_1/video_1", "the list specifies 9 frames, but the folder contains 4"),
         ("frames/class_0/video_2", "the list specifies 0 frames, but the folder contains 3"),
-        ("frames", "contains no .jpg, .jpeg or .png files"),
+        ("frames", "contains no images"),
         (too_long, "does not exist"),
     ]
 
@@ -205,10 +207,11 @@ def _write(path: Path, data: bytes) -> Path:
 def test_a_folder_of_images_and_videos_requires_a_kind(tmp_path: Path) -> None:
     root = write_folders(tmp_path / "mixed", [3])
     encode_video(root / "clip.mp4", [picture(0, t) for t in range(4)])
-    with pytest.raises(InputError, match="contains both images and video files"):
+    with pytest.raises(InputError, match=r"images \(first: .*/00000.jpg\) and video .*clip.mp4"):
         open_source(root)
-    assert open_source(root, kind="folders").names == ["class_0/video_0"]
-    assert open_source(root, kind="videos").names == ["clip.mp4"]
+    folders, videos = open_source(root, kind="folders"), open_source(root, kind="videos")
+    assert (folders.names, folders.left_out) == (["class_0/video_0"], {".mp4": (1, "clip.mp4")})
+    assert (videos.names, videos.left_out) == (["clip.mp4"], {".jpg": (3, "class_0/video_0/00000.jpg")})
 
 
 def test_an_unreadable_frame_error_has_the_frame_number(tmp_path: Path) -> None:
@@ -231,3 +234,144 @@ def test_a_number_that_is_too_long_belongs_to_the_name(tmp_path: Path) -> None:
     index = open_source(tmp_path / "list.txt")
     assert list(index.num_frames) == [1]
     assert [reason for _, reason in index.skipped] == ["does not exist"]
+
+
+# --- which images are frames ---
+
+
+def touch(folder: Path, *names: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).touch()
+    return folder
+
+
+def numbered(pattern: str, count: int) -> list[str]:
+    return [pattern.format(number) for number in range(1, count + 1)]
+
+
+@pytest.mark.parametrize(
+    ("frames", "others"),
+    [
+        (numbered("img_{:05d}.jpg", 4), numbered("flow_x_{:05d}.jpg", 4) + numbered("flow_y_{:05d}.jpg", 4)),
+        # Each object has a mask, so there are more masks than frames.
+        (numbered("{}.jpg", 12), numbered("{}_mask_1.png", 12) + numbered("{}_mask_2.png", 12)),
+        (numbered("rgb-{}.png", 3), numbered("Depth-{}.png", 9)),
+        (numbered("frame{:06d}.jpg", 3), ["cover.jpg", "poster.webp", "00001_thumb.jpg"]),
+        (numbered("{:05d}.jpg", 3), ["a.jpg", "b.jpg"]),
+        # Names are in the order of all their numbers, whatever the number of digits.
+        (["1_9.jpg", "1_10.JPG", "10_1.jpg"], []),
+        (["2011-09-26T13.02.25Z.png", "2011-09-26T13.02.26Z.png"], []),
+        # If no other images are left, the words mean nothing.
+        (numbered("cover song {}.bmp", 3), []),
+        (["whatever.tiff"], []),
+        (numbered("waterflow_{}.jpg", 3), ["segmented.jpg"]),
+    ],
+)
+def test_frames_are_the_images_of_one_pattern(tmp_path: Path, frames: list[str], others: list[str]) -> None:
+    root = touch(tmp_path / "a" / "video", *frames, *others).parent
+    source = find_source(root)
+    assert source.folders == {"video": (root / "video", tuple(frames))}
+    assert source.skipped == []
+    assert sum(count for count, _ in source.left_out.values()) == len(others)
+    (tmp_path / "list.txt").write_text(f"a/video {len(frames)}\n")
+    listed = find_source(tmp_path / "list.txt")
+    assert listed.folders == {"a/video": source.folders["video"]}
+    assert listed.left_out == {kind: (n, f"a/{first}") for kind, (n, first) in source.left_out.items()}
+
+
+@pytest.mark.parametrize(
+    ("images", "listed"),
+    [
+        (
+            [*numbered("flow_x_{}.jpg", 3), *numbered("flow_y_{}.jpg", 3)],
+            r"3 flow_x_\*\.jpg, 3 flow_y_\*\.jpg\.",
+        ),
+        ([*numbered("{:05d}.jpg", 4), *numbered("{:05d}.png", 4)], r"4 \*\.jpg, 4 \*\.png\."),
+        ([f"{letter}3f.jpg" for letter in "abcdef"], r"1 a\*f\.jpg, .*, 1 e\*f\.jpg, \.\.\.\."),
+    ],
+)
+def test_a_folder_without_a_majority_is_skipped(tmp_path: Path, images: list[str], listed: str) -> None:
+    touch(tmp_path / "video", *images)
+    touch(tmp_path / "good", "1.jpg")
+    source = find_source(tmp_path)
+    assert list(source.folders) == ["good"]
+    ((name, reason),) = source.skipped
+    assert name == "video"
+    assert re.search(f"kinds of images, .* are the frames: {listed} Move all but the frames", reason)
+    assert source.left_out == {}
+
+
+def test_a_folder_with_optical_flow(shared: Path) -> None:
+    index = open_source(shared / "cases" / "rawframes_flow")
+    assert index.num_frames.tolist() == [6]
+    name = "v_Archery_g01_c01"
+    assert index.left_out == {
+        f"flow_{axis}_*.jpg": (6, f"{name}/flow_{axis}_00001.jpg") for axis in ("x", "y")
+    }
+
+
+# --- which files are videos, and what is left out ---
+
+
+def test_files_left_out_are_counted_by_kind(tmp_path: Path) -> None:
+    touch(tmp_path, "B.TXT", "clip.MTS", "x.VOB", ".hidden.txt")
+    touch(tmp_path / "a", "a.txt", "readme", "1.json", "2.json", "3.json", "y.gif")
+    source = find_source(tmp_path)
+    assert list(source.videos) == ["clip.MTS", "x.VOB", "a/y.gif"]
+    assert source.left_out == {
+        ".txt": (2, "B.TXT"),
+        ".json": (3, "a/1.json"),
+        "without suffix": (1, "a/readme"),
+    }
+    assert describe_left_out(source.left_out) == (
+        "files left out: 6, of which 3 .json (first a/1.json), 2 .txt (first B.TXT), "
+        "1 without suffix (first a/readme)"
+    )
+    with pytest.raises(
+        InputError, match=r"no readable video \(3 skipped, first .*; files left out: 6, of which"
+    ):
+        open_source(tmp_path)
+
+
+def test_the_number_of_kinds_is_bounded(tmp_path: Path) -> None:
+    """A folder may contain millions of files, each with a suffix of its own."""
+    touch(tmp_path, *(f"x.{number:03d}" for number in range(MAX_KINDS + 50)))
+    left_out = find_source(tmp_path).left_out
+    assert len(left_out) == MAX_KINDS + 1
+    assert left_out["of other kinds"][0] == 50
+    assert describe_left_out(left_out).endswith(f", {MAX_KINDS - 4} others")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec"),
+    [
+        (".mp4", "libx264"),
+        (".mkv", "libx264"),
+        (".avi", "mpeg4"),
+        (".flv", "flv"),
+        (".wmv", "wmv2"),
+        (".mpg", "mpeg2video"),
+        (".ts", "mpeg2video"),
+        (".mxf", "mpeg2video"),
+        (".y4m", "wrapped_avframe"),
+        (".rm", "rv20"),
+    ],
+)
+def test_a_video_without_a_suffix_is_found(tmp_path: Path, suffix: str, codec: str) -> None:
+    frames = [picture(0, t, 96, 128) for t in range(5)]
+    path = encode_video(tmp_path / f"x{suffix}", frames, codec, time_base=Fraction(1, 25), times=range(5))
+    path.rename(tmp_path / "x")
+    # Lines of 94 bytes that begin with a G resemble the packets of MPEG-TS.
+    (tmp_path / "LICENSE").write_text(f"G{'x' * 92}\n" * 9)
+    (tmp_path / "Makefile").touch()
+    index = open_source(tmp_path)
+    assert (index.names, index.left_out) == (["x"], {"without suffix": (2, "LICENSE")})
+    assert open_source(tmp_path / "x").names == ["x"]
+
+
+def test_a_list_of_images_is_refused(tmp_path: Path) -> None:
+    write_folders(tmp_path, [2])
+    (tmp_path / "list.txt").write_text("class_0/video_0/00000.jpg\nclass_0/video_0/00001.jpg 1\n")
+    with pytest.raises(InputError, match=r"2 skipped, .*is an image; list the folder of its video instead"):
+        open_source(tmp_path / "list.txt")
