@@ -270,7 +270,9 @@ def pack(
             "total_frames": sum(len(index.frames) for index in done),
             "total_bytes": sum(index.num_bytes for index in done),
         }
-        _write_manifest(target, {**identity, **totals, "left_out": left_out}, complete=True, skipped=skipped)
+        # Without files left out, the manifest is the same as in earlier versions.
+        counted = {"left_out": left_out} if left_out else {}
+        _write_manifest(target, {**identity, **totals, **counted}, complete=True, skipped=skipped)
     for name, reason in skipped[:MAX_PRINTED]:
         say(f"skipped {name}: {reason}")
     if left_out:

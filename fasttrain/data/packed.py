@@ -101,7 +101,6 @@ class Share:
         problem = f"it has no {missing[0]!r}" if missing else ""
         if not problem and not _is_skipped(manifest["skipped"]):
             problem = "the list of skipped files is malformed"
-        # Version 0.1.0 did not count the files that were left out.
         if not problem and not _is_left_out(manifest.setdefault("left_out", {})):
             problem = "the count of files left out is malformed"
         if problem:

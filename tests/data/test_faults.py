@@ -99,6 +99,7 @@ def test_damaged_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     intact = (root / "0.mp4").read_bytes()
     (root / "truncated.mp4").write_bytes(intact[: len(intact) // 2])
     (root / "empty.mp4").write_bytes(b"")
+    (root / "notes.txt").touch()
     trainer = Trainer(make_recipe(tmp_path, root), World.single())
     # Damage three more videos after the trainer has indexed them.
     (root / "1.mp4").unlink()
@@ -111,6 +112,7 @@ def test_damaged_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert [result["bad_files"] for result in results.values()] == [2]
     assert "skipped empty.mp4: " in output
     assert "skipped truncated.mp4: " in output
+    assert "files left out: 1, of which 1 .txt (first notes.txt)" in output
     assert "1 of 7 videos have a single frame" in output
 
 

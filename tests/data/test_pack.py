@@ -149,13 +149,26 @@ def test_all_images_become_upright_rgb_jpegs(tmp_path: Path) -> None:
     image.save(folder / "0.jpg", exif=exif)
     image.convert("L").save(folder / "1.jpg")
     image.convert("CMYK").save(folder / "2.jpg")
-    image.convert("RGBA").save(folder / "3.png")
+    image.convert("RGBA").save(folder / "3.jpg", "PNG")
     source, index = open_source(tmp_path / "frames"), open_source(packed(tmp_path / "frames", tmp_path / "p"))
     for frame, stored in enumerate(index.read(0, [0, 1, 2, 3])):
         with Image.open(io.BytesIO(stored.tobytes())) as jpeg:
             orientation = jpeg.getexif().get(ExifTags.Base.Orientation, 1)
             assert (jpeg.format, jpeg.mode, orientation) == ("JPEG", "RGB", 1)
         assert np.abs(index.read_frame(0, frame).astype(int) - source.read_frame(0, frame)).mean() < 4
+
+
+def test_files_left_out_are_counted_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_folders(tmp_path / "frames", [3, 4])
+    (root / "notes.txt").touch()
+    Image.fromarray(picture(0, 0)).save(root / "class_0" / "video_0" / "cover.jpg")
+    for share in ((1, 2), (2, 2)):
+        packed(root, tmp_path / "packed", share)
+    index = open_source(tmp_path / "packed")
+    assert index.num_frames.tolist() == [3, 4]
+    assert index.left_out == {".txt": (1, "notes.txt"), "cover.jpg": (1, "class_0/video_0/cover.jpg")}
+    assert index.left_out == open_source(root).left_out
+    assert capsys.readouterr().out.count("files left out: 2, of which 1 .txt (first notes.txt), 1 cover") == 1
 
 
 def test_unreadable_frames_are_skipped_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -347,6 +360,8 @@ def change_index(**changes: object) -> Callable[[Path], object]:
         (change_manifest(shards=None), "it has no 'shards'"),
         (change_manifest(skipped=[["a"]]), "the list of skipped files is malformed"),
         (change_manifest(skipped=5), "the list of skipped files is malformed"),
+        (change_manifest(left_out=[5]), "the count of files left out is malformed"),
+        (change_manifest(left_out={".txt": ["a.txt", 1]}), "the count of files left out is malformed"),
         (change_index(names=["a"]), "npz'? is damaged"),
         (change_index(names=[["a"]] * 8), "npz'? is damaged"),
         (change_index(names=3), "npz'? is damaged"),
@@ -398,7 +413,8 @@ def test_damage_after_opening_is_an_unreadable_frame(
     [
         (["frames"], "DESTINATION is missing"),
         (["nowhere", "out"], "does not exist"),
-        (["empty", "out"], "contains no frame folders and no video files"),
+        (["empty", "out"], r"contains no readable video\. Pass a SOURCE"),
+        (["texts", "out"], r"no readable video \(files left out: 1, of which 1 \.txt \(first a\.txt\)\)\."),
         (["frames", "frames/class_0/video_0/00000.jpg"], "file exists; use another path"),
         (["frames", "frames/class_0/video_0/00000.jpg/x"], "not a directory; use another path"),
         (["broken", "out"], r"contains no readable video \(2 skipped, first a\.mp4: "),
@@ -418,6 +434,8 @@ def test_bad_input_gives_a_one_line_error(
 ) -> None:
     write_folders(tmp_path / "frames", [3])
     (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").touch()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.mp4").write_bytes(b"no video")
     (tmp_path / "broken" / "b.mp4").symlink_to("nowhere")
