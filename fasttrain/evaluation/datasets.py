@@ -9,7 +9,8 @@ Datasets with a label per video, their training and test lists and the paths of 
     list      --train-list and --test-list, `path label` per line        path
 
 The lists may be in --root or in a folder directly below it, the videos anywhere below --root or --videos, or
-in a packed set. A listed video matches the stored video whose path ends with the listed path. A frame
+in a packed set. A listed video matches the stored video whose path ends with the listed path; if there is
+none, its case is ignored, because published copies of UCF101 spell HandstandPushups in two ways. A frame
 folder, or a file with another suffix, can replace a video file of the same name. The class folders may be
 missing, except in plain lists.
 
@@ -29,7 +30,7 @@ import csv
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -76,7 +77,7 @@ class VideoSplit:
     train: list[LabelledVideo]
     test: list[LabelledVideo]
     missing: list[str]
-    """Listed videos that were not found; empty unless `--allow-missing` is set."""
+    """Listed videos that were not found, with a reason if there is one; empty unless `--allow-missing` is set."""
 
 
 def add_video_arguments(parser: argparse.ArgumentParser) -> None:
@@ -150,7 +151,7 @@ def read_split(arguments: argparse.Namespace) -> VideoSplit:
         )
     numbers = {label: number for number, label in enumerate(classes)}
     root = arguments.videos or arguments.root
-    by_end = _videos_by_end(root)
+    stored = _StoredVideos(root)
     train: list[LabelledVideo] = []
     test: list[LabelledVideo] = []
     missing = []
@@ -162,9 +163,9 @@ def read_split(arguments: argparse.Namespace) -> VideoSplit:
                     f"video {entry.name!r} has label {min(unknown)!r}; expected a label of the dataset "
                     f"({len(classes)} in total)"
                 )
-            path = _find_video(root, entry.name, by_end) or _find_video(root, entry.alias, by_end)
-            if path is None:
-                missing.append(entry.name)
+            path = stored.find(entry.name, entry.alias)
+            if path is None or isinstance(path, str):
+                missing.append(f"{entry.name}: {path}" if path else entry.name)
             else:
                 labels_T = np.array([numbers[label] for label in entry.labels])
                 videos.append(LabelledVideo(entry.name, path, labels_T))
@@ -404,30 +405,54 @@ _LAYOUTS: dict[str, tuple[Callable[[argparse.Namespace], _Lists], str | None]] =
 # --- finding videos ---
 
 
-def _videos_by_end(root: Path) -> dict[str, list[StoredVideo]]:
-    """Find the videos below a folder or in a packed set, by every end of their path: `c`, `b/c`, `a/b/c`."""
-    if not root.is_dir():
-        raise InputError(f"'{root}' is not a folder. Pass a folder or packed set of videos as --videos.")
-    is_set = is_packed(root)
-    index = PackedIndex(root) if is_set else FolderIndex(find_source(root, kind="folders").folders, [])
-    videos: dict[str, StoredVideo] = {name: (index, video) for video, name in enumerate(index.names)}
-    if not is_set:
-        videos |= find_source(root, kind="videos").videos
-    by_end = defaultdict(list)
-    for name, stored in videos.items():
-        parts = _without_suffix(name).split("/")
-        for start in range(len(parts)):
-            by_end["/".join(parts[start:])].append(stored)
-    return by_end
+class _StoredVideos:
+    """The videos below a folder or in a packed set."""
 
+    def __init__(self, root: Path) -> None:
+        if not root.is_dir():
+            raise InputError(f"'{root}' is not a folder. Pass a folder or packed set of videos as --videos.")
+        if is_packed(root):
+            index: FrameIndex = PackedIndex(root)
+            files = {}
+        else:
+            source = find_source(root, kind="folders")
+            index = FolderIndex(source.folders, source.skipped)
+            files = find_source(root, kind="videos").videos
+        self._root = root
+        self._reasons = dict(index.skipped)
+        self._videos = {name: (index, video) for video, name in enumerate(index.names)} | files
+        # By every end of the path in lower case: `c`, `b/c`, `a/b/c`.
+        self._names = defaultdict(list)
+        for name in dict.fromkeys([*self._videos, *self._reasons]):
+            parts = _without_suffix(name).lower().split("/")
+            for start in range(len(parts)):
+                self._names["/".join(parts[start:])].append(name)
 
-def _find_video(root: Path, name: str, by_end: Mapping[str, list[StoredVideo]]) -> StoredVideo | None:
-    """Find the file at this path (absolute or from the root), else the only video whose path ends with it."""
-    path = root / name
-    if path.is_file():
-        return path
-    matches = by_end.get(_without_suffix(os.path.relpath(path, root)), [])
-    return matches[0] if len(matches) == 1 else None
+    def find(self, *names: str) -> StoredVideo | str | None:
+        """Find the file at a path (absolute or from the root), else the only video whose path ends with it.
+
+        The first of `names` that is found counts. If no video has any of them, their case is ignored. Returns
+        a reason if several videos match, or if the one that matches was skipped.
+        """
+        reason = None
+        for same_case in (True, False):
+            if reason:
+                break
+            for path in [self._root / name for name in names if name]:
+                if path.is_file():
+                    return path
+                end = _without_suffix(os.path.relpath(path, self._root))
+                matches = self._names.get(end.lower(), [])
+                if same_case:
+                    matches = [name for name in matches if f"/{_without_suffix(name)}".endswith(f"/{end}")]
+                found = [name for name in matches if name in self._videos]
+                if len(found) == 1:
+                    return self._videos[found[0]]
+                if found:
+                    reason = f"matches {found[0]} and {found[1]}"
+                elif matches and not reason:
+                    reason = self._reasons[matches[0]]
+        return reason
 
 
 def _without_suffix(name: str) -> str:

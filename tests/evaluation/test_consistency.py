@@ -16,6 +16,7 @@ def test_unreadable_and_short_videos_are_skipped_and_reported(
 ) -> None:
     root = write_videos(tmp_path / "videos")
     write_frames(make_scene(3, 5), root / "short", "{:05d}.jpg")
+    (root / "notes.txt").touch()
     broken = root / NAMES[0] / "00004.jpg"
     broken.write_bytes(broken.read_bytes()[:-200])
     head = write_projection(tmp_path / "projection.safetensors")
@@ -28,7 +29,9 @@ def test_unreadable_and_short_videos_are_skipped_and_reported(
     before, after, difference = (report["results"][key] for key in ("before", "after", "difference"))
     assert difference["inter_original"] == pytest.approx(after["inter_original"] - before["inter_original"])
     assert (tmp_path / "figures/trade_off.png").stat().st_size > 0
-    assert "skipped videos: 2 (for example alpha" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "skipped videos: 2 (for example alpha" in printed
+    assert "files left out: 1, of which 1 .txt (first notes.txt)" in printed
 
 
 def test_all_videos_are_too_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,6 +61,36 @@ def test_frame_folders_without_class_folders(layout: str, tmp_path: Path) -> Non
     assert [video.name for video in split_of_frames.train] == [video.name for video in split.train]
 
 
+@pytest.mark.parametrize("stored", ["HandStandPushups", "HandstandPushups"])
+@pytest.mark.parametrize("layout", ["{0}/v_{0}_g01_c0{1}.avi", "v_{0}_g01_c0{1}/frame000001.jpg"])
+def test_the_class_of_ucf101_with_two_spellings(tmp_path: Path, stored: str, layout: str) -> None:
+    listed = "HandstandPushups/v_HandStandPushups_g01_c0"
+    (tmp_path / "classInd.txt").write_text("1 HandstandPushups\n")
+    (tmp_path / "trainlist01.txt").write_text(f"{listed}1.avi 1\n{listed}3.avi 1\n")
+    (tmp_path / "testlist01.txt").write_text(f"{listed}2.avi\n")
+    touch(tmp_path, *(layout.format(stored, number) for number in (1, 2)))
+    split = read(tmp_path, allow_missing=True)
+    assert [video.name for video in (*split.train, *split.test)] == [f"{listed}1.avi", f"{listed}2.avi"]
+    assert split.missing == [f"{listed}3.avi"]
+
+
+def test_case_is_ignored_only_if_one_video_matches(tmp_path: Path) -> None:
+    touch(tmp_path, "x/Clip.mp4", "x/clip.mp4", "y/Only.mp4", "y/Other.mp4")
+    options = lists(tmp_path, "x/clip.mp4 1\nx/CLIP.mp4 1\nonly.mp4 1\n", "OTHER.avi 1\n")
+    split = read(tmp_path, **options, allow_missing=True)
+    assert [video.path for video in split.train] == [tmp_path / "x/clip.mp4", tmp_path / "y/Only.mp4"]
+    assert [video.path for video in split.test] == [tmp_path / "y/Other.mp4"]
+    assert split.missing == ["x/CLIP.mp4: matches x/Clip.mp4 and x/clip.mp4"]
+
+
+def test_skipped_frame_folders_are_missing_with_the_reason(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"deep/e/{kind}_{number}.jpg" for kind in ("left", "right") for number in range(3)))
+    touch(tmp_path, "elsewhere/E.mp4")
+    split = read(tmp_path, **lists(tmp_path, "e.mp4 x\na.mp4 x\n", "b.mp4 x\n"), allow_missing=True)
+    (missing,) = split.missing
+    assert missing.startswith("e.mp4: contains several kinds of images")
+
+
 def test_ucf101_classes_are_sorted_by_number(tmp_path: Path) -> None:
     root = tmp_path
     touch(root, "videos/B/b1.mp4", "videos/A/a1.mp4", "videos/A/a2.mp4", "videos/B/b2.mp4")
