@@ -77,7 +77,7 @@ class VideoSplit:
     train: list[LabelledVideo]
     test: list[LabelledVideo]
     missing: list[str]
-    """Listed videos that were not found, with a reason if there is one; empty unless `--allow-missing` is set."""
+    """Listed videos that were not found, some with a reason; empty unless `--allow-missing` is set."""
 
 
 def add_video_arguments(parser: argparse.ArgumentParser) -> None:
