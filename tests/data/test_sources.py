@@ -141,13 +141,18 @@ def test_processes_divide_the_scan_of_videos(tmp_path: Path) -> None:
 
 def test_a_list_of_videos(tmp_path: Path) -> None:
     encode_video(tmp_path / "one.mp4", [picture(0, t) for t in range(4)])
-    (tmp_path / "list.txt").write_text("one.mp4\nmissing.mp4\none.mp4\n")
+    encode_video(tmp_path / "two.avi", [picture(0, t) for t in range(4)], "mpeg4").rename(tmp_path / "2.dat")
+    (tmp_path / "notes.txt").write_text("no video")
+    (tmp_path / "list.txt").write_text("one.mp4\nmissing.mp4\n2.dat\none.mp4\nnotes.txt\n")
     index = open_source(tmp_path / "list.txt", kind="list")
     assert isinstance(index, VideoIndex)
-    assert (index.names, index.skipped) == (
-        ["one.mp4"],
-        [("missing.mp4", "does not exist"), ("one.mp4", "duplicate entry in the list")],
-    )
+    assert index.names == ["2.dat", "one.mp4"]
+    assert index.skipped == [
+        ("missing.mp4", "does not exist"),
+        ("one.mp4", "duplicate entry in the list"),
+        ("notes.txt", "invalid data found when processing input"),
+    ]
+    assert index.left_out == {}
 
 
 def test_real_videos(shared: Path) -> None:
