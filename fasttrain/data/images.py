@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from fasttrain.files import os_reason
 
@@ -32,6 +32,17 @@ _JPEG_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
 _JPEG_SCAN = 0xDA
 _JPEG_SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers of the headers with a size
 _JPEG_WITHOUT_LENGTH = frozenset({0x01, 0xD8, 0xD9})
+
+# EXIF orientation -> what turns the image upright. Pillow's `exif_transpose` fails if another tag is damaged.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class UnreadableFrameError(Exception):
@@ -143,10 +154,11 @@ def decode_image(data: Bytes, frame: int = 0) -> Frame:
     """
     check_size(data, frame)
     try:
-        with Image.open(io.BytesIO(data.tobytes())) as image:
-            image.load()
-            if exif_orientation(image) != 1:
-                ImageOps.exif_transpose(image, in_place=True)
+        with Image.open(io.BytesIO(data.tobytes())) as file:
+            file.load()
+            image: Image.Image = file
+            if (orientation := exif_orientation(image)) != 1:
+                image = image.transpose(_UPRIGHT[orientation])
             if image.mode.startswith("I"):
                 # Pillow clips 16-bit grey to 255 instead of scaling it.
                 grey = np.asarray(image, dtype=np.float64) / 257
@@ -161,9 +173,10 @@ def decode_image(data: Bytes, frame: int = 0) -> Frame:
 
 
 def exif_orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation of an image, 1 (upright) to 8. Other decoders ignore damaged EXIF data."""
+    """Return the EXIF orientation of an image, 2 to 8, or 1 if it is upright or has none that is valid."""
     try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    # Pillow raises exceptions of many types for damaged EXIF data.
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    # Pillow raises exceptions of many types for damaged EXIF data, which other decoders ignore.
     except Exception:
         return 1
+    return orientation if orientation in _UPRIGHT else 1

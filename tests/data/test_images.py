@@ -1,6 +1,7 @@
 """Decoding of single images on the CPU."""
 
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,51 @@ def test_all_errors_of_pillow_become_unreadable_frame_errors() -> None:
     data[80:84] = bytes(4)
     with pytest.raises(UnreadableFrameError, match="cannot be decoded"):
         decoded(bytes(data))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "AVIF", "TIFF", "BMP", "PPM"])
+def test_images_of_other_formats_are_read_whatever_their_name(tmp_path: Path, kind: str) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    stored = Image.fromarray(picture(0, 0))
+    # GIF, BMP and PPM have no EXIF data.
+    options = {"exif": exif} if kind in ("WEBP", "AVIF", "TIFF") else {}
+    data = encoded(stored, kind, **options)
+    (tmp_path / "0.jpg").write_bytes(data)
+    with Image.open(io.BytesIO(data)) as image:
+        upright = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    read = read_encoded(tmp_path / "0.jpg")
+    # DALI reads BMP.
+    assert read[:2].tobytes() == b"BM"
+    np.testing.assert_array_equal(decode_image(read), upright)
+    (tmp_path / "0.jpg").write_bytes(data[: len(data) // 3])
+    with pytest.raises(UnreadableFrameError, match="cannot be decoded") as caught:
+        read_encoded(tmp_path / "0.jpg", 7)
+    assert caught.value.frame == 7
+
+
+@pytest.mark.parametrize(("tag", "kind"), [(0x11A, 1), (0x11A, 6), (0x132, 11), (0x8825, 6)])
+def test_damaged_exif_tags_do_not_matter(tag: int, kind: int) -> None:
+    """Pillow raises exceptions of several types for them, but other decoders do not read them."""
+    entries = struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHII", tag, kind, 1, 0xFFFF)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
+    image = Image.fromarray(picture(0, 0))
+    turned = np.rot90(decoded(encoded(image, "JPEG")), -1)
+    np.testing.assert_array_equal(decoded(encoded(image, "JPEG", exif=exif)), turned)
+
+
+@pytest.mark.parametrize(
+    "trailer", [bytes(999), b"\xff\xda" * 9, encoded(Image.new("L", (9, 9)), "JPEG")[:-2]]
+)
+def test_data_may_follow_a_jpeg(tmp_path: Path, trailer: bytes) -> None:
+    """Such as another picture or the video of a moving photo."""
+    path = tmp_path / "0.jpg"
+    intact = encoded(Image.fromarray(picture(0, 0)), "JPEG", progressive=True)
+    path.write_bytes(intact + trailer)
+    np.testing.assert_array_equal(decode_image(read_encoded(path)), decoded(intact))
+    path.write_bytes(intact[:-99])
+    with pytest.raises(UnreadableFrameError, match="truncated JPEG"):
+        read_encoded(path)
 
 
 def with_size(data: bytes, width: int, height: int) -> bytes:

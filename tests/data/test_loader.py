@@ -241,6 +241,14 @@ def test_reports_do_not_depend_on_threads_or_prefetch(tmp_path: Path) -> None:
     assert reasons == {"the file is empty", "cannot be decoded: unknown image format"}
 
 
+def test_a_gif_named_jpg_is_trained_on(shared: Path) -> None:
+    index = open_source(shared / "cases" / "gif_in_jpg")
+    loader = make_loader(index, pairs_per_video=4, num_steps=2)
+    batches = list(loader)
+    loader.close()
+    assert not bad_samples(batches)
+
+
 def test_a_damaged_sample_does_not_change_other_samples(tmp_path: Path) -> None:
     root = write_folders(tmp_path, [8] * NUM_VIDEOS)
     index = open_source(root)
