@@ -73,7 +73,13 @@ from fasttrain.data.sources import (
     describe_unreadable,
     find_source,
 )
-from fasttrain.data.video import HAS_PYAV, VideoInfo, probe_video, stream_video_frames
+from fasttrain.data.video import (
+    HAS_PYAV,
+    VideoInfo,
+    probe_video,
+    skipped_frames,
+    stream_video_frames,
+)
 from fasttrain.errors import InputError, check_options
 from fasttrain.files import file_lock, naming, open_atomically, write_atomically
 from fasttrain.loggers import Progress, say
@@ -401,7 +407,7 @@ def _encode(name: str, files: SourceFiles, options: PackOptions) -> EncodedVideo
         return _encode_folder(name, *files.folders[name], options)
     path = files.videos[name]
     try:
-        return EncodedVideo(name, _encode_video(path, options), [])
+        return _encode_video(name, path, options)
     except UnreadableFrameError as error:
         if _errno(error) == errno.EIO:
             # FFmpeg also has this error for damaged files, such as a truncated Matroska file. Reading the
@@ -413,21 +419,24 @@ def _encode(name: str, files: SourceFiles, options: PackOptions) -> EncodedVideo
             _raise_disk_error(error, path)
             return EncodedVideo(name, [], [(name, str(error))])
     try:
-        return EncodedVideo(name, _encode_video(path, options), [])
+        return _encode_video(name, path, options)
     except UnreadableFrameError as error:
         return EncodedVideo(name, [], [(name, str(error))])
 
 
-def _encode_video(path: Path, options: PackOptions) -> list[bytes]:
+def _encode_video(name: str, path: Path, options: PackOptions) -> EncodedVideo:
     video = probe_video(path)
+    skipped = skipped_frames(name, video)
     numbers = evenly_spaced(video.num_frames, options.frames or video.num_frames)
     if options.decoder == "nvdec" and nvdec_refusal(video) is None:
         try:
-            return [encode_jpeg(frame, options) for frame in _nvdec_frames(video, numbers, options)]
+            frames = [encode_jpeg(frame, options) for frame in _nvdec_frames(video, numbers, options)]
+            return EncodedVideo(name, frames, skipped)
         # DALI raises RuntimeError for all decoding errors, whether or not the video is damaged.
         except RuntimeError:
             warnings.warn("NVDEC failed to decode some videos. PyAV decodes them instead.", stacklevel=1)
-    return [encode_jpeg(frame, options) for frame in stream_video_frames(video, numbers)]
+    frames = [encode_jpeg(frame, options) for frame in stream_video_frames(video, numbers)]
+    return EncodedVideo(name, frames, skipped)
 
 
 def _encode_folder(name: str, folder: Path, files: Sequence[str], options: PackOptions) -> EncodedVideo:

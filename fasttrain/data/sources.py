@@ -19,7 +19,7 @@ from typing import Literal
 from fasttrain.data.images import IMAGE_SUFFIXES, UnreadableFrameError
 from fasttrain.data.index import FolderIndex, FrameFolders, FrameIndex, LeftOut, Skipped, VideoIndex
 from fasttrain.data.packed import PackedIndex, is_packed
-from fasttrain.data.video import VIDEO_SUFFIXES, VideoInfo, probe_video
+from fasttrain.data.video import VIDEO_SUFFIXES, VideoInfo, probe_video, skipped_frames
 from fasttrain.data.video_cache import FileState, file_state, read_cache, write_cache
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
@@ -371,4 +371,5 @@ def _scan_videos(path: Path, source: SourceFiles, world: World) -> VideoIndex:
         write_cache(path, readable)
     unreadable = [(name, reason) for name, reason in scanned.items() if isinstance(reason, str)]
     videos = {name: info for name, (_, info) in readable.items()}
-    return VideoIndex(videos, source.skipped + unreadable, source.left_out)
+    cut = [entry for name, info in videos.items() for entry in skipped_frames(name, info)]
+    return VideoIndex(videos, source.skipped + unreadable + cut, source.left_out)

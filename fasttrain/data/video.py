@@ -99,6 +99,8 @@ class VideoInfo:
     reset_times: Sequence[int]
     """Presentation times of the key frames that reset the decoder, even those that are not displayed."""
     num_frames: int
+    num_damaged: int
+    """Number of damaged frames at the ends of the file, which are left out."""
     miscounted: bool
     """Whether DALI miscounts frames: a packet hides its frame (VP8) or repeats an earlier one (VP9)."""
 
@@ -118,7 +120,8 @@ def probe_video(path: Path) -> VideoInfo:
         with open_video(path) as container:
             stream = video_stream(container)
             context = stream.codec_context
-            pictures = _intact_pictures(container, stream)
+            decoder = _Decoder(container, stream)
+            pictures = iter(decoder)
             first = next(pictures, None)
             if first is None:
                 raise UnreadableFrameError("no frame can be decoded")
@@ -143,10 +146,18 @@ def probe_video(path: Path) -> VideoInfo:
                 key_times=packets.key_times,
                 reset_times=packets.reset_times,
                 num_frames=len(times),
+                num_damaged=decoder.num_damaged,
                 miscounted=packets.miscounted,
             )
     except (av.FFmpegError, OSError) as error:
         raise UnreadableFrameError(os_reason(error)) from error
+
+
+def skipped_frames(name: str, video: VideoInfo) -> list[tuple[str, str]]:
+    """Return an entry for the report of skipped files if damaged frames of a video are left out."""
+    if not video.num_damaged:
+        return []
+    return [(f"{video.num_damaged} of the frames of {name}", "damaged where the file was cut off")]
 
 
 def require_pyav(action: str) -> None:
@@ -407,29 +418,35 @@ def _scan_packets(container: av.container.InputContainer, stream: av.VideoStream
     )
 
 
-def _intact_pictures(
-    container: av.container.InputContainer, stream: av.VideoStream
-) -> Iterator[av.VideoFrame]:
-    """Decode a file from its beginning. Leave out damaged pictures at its beginning and end.
+class _Decoder:
+    """Decode a file from its beginning, leaving out damaged pictures at its beginning and end.
 
-    Raises UnreadableFrameError if a picture in between is damaged.
+    Iteration raises UnreadableFrameError if a picture in between is damaged.
     """
-    number = beyond = 0
-    damaged = False
-    for packet in container.demux(stream):
-        try:
-            pictures = packet.decode()
-        except av.InvalidDataError:
-            pictures, damaged = [], number > 0
-        for picture in pictures:
-            damaged |= picture.is_corrupt and number > 0
-            if not picture.is_corrupt:
+
+    def __init__(self, container: av.container.InputContainer, stream: av.VideoStream) -> None:
+        self._container, self._stream = container, stream
+        self.num_damaged = 0
+
+    def __iter__(self) -> Iterator[av.VideoFrame]:
+        number = beyond = at_start = 0
+        for packet in self._container.demux(self._stream):
+            try:
+                pictures = packet.decode()
+            except av.InvalidDataError:
+                # Before the first picture, there are packets that depend on others that were cut off.
+                pictures, self.num_damaged = [], self.num_damaged + (number > 0)
+            for picture in pictures:
+                if picture.is_corrupt:
+                    self.num_damaged += 1
+                    continue
+                at_start = at_start if number else self.num_damaged
                 number += 1
-                beyond += damaged
+                beyond += self.num_damaged > at_start
                 yield picture
-        # After a damaged picture at the end, only pictures that were waiting to be displayed can follow.
-        if beyond > stream.codec_context.reorder_depth + 1:
-            raise UnreadableFrameError(f"frame {number - beyond} is damaged", number - beyond)
+            # After a damaged picture at the end, only pictures that were waiting to be displayed can follow.
+            if beyond > self._stream.codec_context.reorder_depth + 1:
+                raise UnreadableFrameError(f"frame {number - beyond} is damaged", number - beyond)
 
 
 def _orientation(picture: av.VideoFrame) -> tuple[bool, bool, bool]:

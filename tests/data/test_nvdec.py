@@ -31,6 +31,7 @@ GOOD = VideoInfo(
     key_times=[0],
     reset_times=[0],
     num_frames=10,
+    num_damaged=0,
     miscounted=False,
 )
 

@@ -11,6 +11,7 @@ from synthetic import encode_video, picture, remux
 
 from fasttrain.data import video as module
 from fasttrain.data.images import UnreadableFrameError
+from fasttrain.data.sources import open_source
 from fasttrain.data.video import (
     RgbConverter,
     VideoInfo,
@@ -199,6 +200,18 @@ def test_unneeded_h264_pictures_are_not_decoded(
 def test_scanning_detects_damage(shared: Path) -> None:
     with pytest.raises(UnreadableFrameError, match="frame 28 is damaged"):
         probe_video(shared / "videos" / "corrupted.mp4")
+
+
+def test_damaged_frames_at_the_end_of_a_file_are_left_out_and_reported(tmp_path: Path) -> None:
+    """MPEG-TS does not tell where the last picture ends, so only decoding shows that it is incomplete."""
+    whole = encode_video(tmp_path / "whole.ts", [picture(0, t, 96, 144) for t in range(40)], g=8, bf=0)
+    truth = sequential(whole)
+    (tmp_path / "cut.ts").write_bytes(whole.read_bytes()[: whole.stat().st_size * 6 // 10])
+    index = open_source(tmp_path)
+    cut = index.names.index("cut.ts")
+    assert index.skipped == [("1 of the frames of cut.ts", "damaged where the file was cut off")]
+    for frame in range(index.num_frames[cut]):
+        np.testing.assert_array_equal(index.read_frame(cut, frame), truth[frame])
 
 
 def test_a_deleted_video_is_an_unreadable_frame(tmp_path: Path) -> None:
