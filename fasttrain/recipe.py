@@ -134,7 +134,7 @@ class DataRecipe:
     jpeg_engine_load: Annotated[Fraction, MAY_CHANGE] = 0.65
     """With `mixed`, fraction of JPEG frames decoded by the GPU's JPEG engine; CPU and GPU share the rest."""
     num_threads: Annotated[int, Field(ge=0, le=2**12), MAY_CHANGE] = 0
-    """Decoding threads per process; 0: the machine's CPU cores divided among its processes."""
+    """Decoding threads per process; 0: one per CPU core of the process, less two if it uses a GPU."""
     prefetch: Annotated[Count, MAY_CHANGE] = 2
     """Number of batches to decode ahead."""
     max_bad_fraction: Annotated[Fraction, MAY_CHANGE] = 0.01

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -49,14 +49,14 @@ class FramePairs:
 
 
 @dataclass
-class _Sample:
-    """The state of one sample while it is loaded."""
+class _Batch:
+    """The state of a micro-batch of B samples while it is loaded."""
 
-    epoch: Ints  # (1,)
-    id: Ints  # (1,) sample id, before any replacement
-    parameters: SampleParameters  # (1,) of the sample, or of its replacement
-    pair: StoredFrames = ()
-    bad: list[str] = field(default_factory=list)  # a description of each failed attempt
+    epochs: Ints  # (B,)
+    ids: Ints  # (B,) sample ids, before any replacement
+    parameters: SampleParameters  # (B,) of the samples, or of their replacements
+    pairs: list[StoredFrames]  # B frame pairs
+    bad: list[list[str]]  # B lists with a description of each failed attempt
 
 
 class PairLoader:
@@ -90,35 +90,35 @@ class PairLoader:
             )
         self.index = index_for_decoder(index, recipe.data.decoder, world.device)
         self.num_batches = num_steps * self.accumulate
-        threads = recipe.data.num_threads or world.cores
+        threads = recipe.data.num_threads or decoding_threads(world)
         # One batch is used for training while `prefetch` others are decoded.
         self._depth = max(1, min(recipe.data.prefetch + 1, self.num_batches))
         self._stage = open_stage(recipe, self.index, world.device, num_threads=threads, depth=self._depth)
         # The rows of a micro-batch are divided among the threads.
         self._chunks = np.array_split(np.arange(self.batch_size), min(threads, self.batch_size))
         self._reading = map_ahead(
-            self._read_chunk,
-            ((number, rows) for number in range(self.num_batches) for rows in self._chunks),
+            self._read_rows,
+            ((batch, rows) for batch in self._drawn_batches() for rows in self._chunks),
             workers=threads,
             depth=self._depth * len(self._chunks),
         )
 
     def __iter__(self) -> Iterator[FramePairs]:
-        decoding: deque[list[_Sample]] = deque()
+        decoding: deque[_Batch] = deque()
         for _ in range(self.num_batches):
             while len(decoding) < self._depth:
                 chunks = list(islice(self._reading, len(self._chunks)))
                 if not chunks:
                     break
-                batch = [sample for chunk in chunks for sample in chunk]
-                self._submit(batch)
+                batch = chunks[0]
+                self._stage.submit(batch.pairs, batch.parameters)
                 decoding.append(batch)
             frames = self._collect(decoding)
             batch = decoding.popleft()
             yield FramePairs(
                 frames=frames,
-                samples=_parameters(batch)["sample"],
-                bad_samples=[bad for sample in batch for bad in sample.bad],
+                samples=batch.parameters["sample"],
+                bad_samples=[bad for attempts in batch.bad for bad in attempts],
             )
 
     def samples_of_step(self, step_index: int) -> tuple[Ints, list[str]]:
@@ -132,48 +132,53 @@ class PairLoader:
         self._reading.close()
         self._stage.close()
 
-    def _read_chunk(self, chunk: tuple[int, Ints]) -> list[_Sample]:
-        """Read some rows of a micro-batch, given as the number of the micro-batch and the rows."""
-        number, rows = chunk
-        step, micro = divmod(number, self.accumulate)
-        start = (self.first_step_index + step) * self.global_batch
-        start += (micro * self.world.size + self.world.rank) * self.batch_size
-        epochs, ids = self.sampling.order(start + rows, self.num_samples)
-        parameters = self.sampling.draw(self.index.num_frames, epochs, ids)
-        row_slices = [slice(i, i + 1) for i in range(len(rows))]
-        samples = [_Sample(epochs[row], ids[row], parameters[row]) for row in row_slices]
-        for sample in samples:
-            self._read(sample)
-        return samples
+    def _drawn_batches(self) -> Iterator[_Batch]:
+        """Draw the samples of each micro-batch, at once, because a call costs far more than a sample."""
+        for number in range(self.num_batches):
+            step, micro = divmod(number, self.accumulate)
+            start = (self.first_step_index + step) * self.global_batch
+            start += (micro * self.world.size + self.world.rank) * self.batch_size
+            epochs, ids = self.sampling.order(np.arange(start, start + self.batch_size), self.num_samples)
+            parameters = self.sampling.draw(self.index.num_frames, epochs, ids)
+            yield _Batch(epochs, ids, parameters, [()] * len(ids), [[] for _ in ids])
 
-    def _read(self, sample: _Sample) -> None:
+    def _read_rows(self, item: tuple[_Batch, Ints]) -> _Batch:
+        """Read some rows of a micro-batch."""
+        batch, rows = item
+        for row in rows:
+            self._read(batch, row)
+        return batch
+
+    def _read(self, batch: _Batch, row: int) -> None:
         """Read both frames of a sample, replacing it until both are readable."""
         while True:
-            video, frames = sample.parameters["video"][0], sample.parameters["frames"][0]
+            video, frames = batch.parameters["video"][row], batch.parameters["frames"][row]
             try:
-                sample.pair = self.index.read(int(video), frames)
+                batch.pairs[row] = self.index.read(int(video), frames)
                 return
             except UnreadableFrameError as error:
-                self._replace(sample, error.frame, str(error))
+                self._replace(batch, row, error.frame, str(error))
 
-    def _replace(self, sample: _Sample, frame: int, reason: str) -> None:
+    def _replace(self, batch: _Batch, row: int, frame: int, reason: str) -> None:
         """Draw a replacement sample and record the reason."""
-        name = self.index.names[sample.parameters["video"][0]]
-        attempt = len(sample.bad) + 1
+        name = self.index.names[batch.parameters["video"][row]]
+        attempt = len(batch.bad[row]) + 1
         if attempt > MAX_ATTEMPTS:
             # LocalInputError, because other ranks do not raise this error.
             raise LocalInputError(
                 f"data.source: {MAX_ATTEMPTS} samples in a row are unreadable; the last one is {name}, frame "
                 f"{frame}: {reason}. Check that the data are present and undamaged."
             )
-        sample.parameters = self.sampling.draw(self.index.num_frames, sample.epoch, sample.id, attempt)
-        replacement = self.index.names[sample.parameters["video"][0]]
-        sample.bad.append(f"{name}, frame {frame}: {reason}; replaced with a frame pair from {replacement}")
+        one = slice(row, row + 1)
+        batch.parameters[one] = self.sampling.draw(
+            self.index.num_frames, batch.epochs[one], batch.ids[one], attempt
+        )
+        replacement = self.index.names[batch.parameters["video"][row]]
+        batch.bad[row].append(
+            f"{name}, frame {frame}: {reason}; replaced with a frame pair from {replacement}"
+        )
 
-    def _submit(self, batch: list[_Sample]) -> None:
-        self._stage.submit([sample.pair for sample in batch], _parameters(batch))
-
-    def _collect(self, decoding: deque[list[_Sample]]) -> Tensor:
+    def _collect(self, decoding: deque[_Batch]) -> Tensor:
         """Return the frames of the oldest batch, after replacing all samples that cannot be decoded."""
         while True:
             try:
@@ -189,7 +194,7 @@ class PairLoader:
                     torch.cuda.synchronize(self.world.device)
                 self._repair(decoding, error)
 
-    def _repair(self, decoding: deque[list[_Sample]], error: RuntimeError) -> None:
+    def _repair(self, decoding: deque[_Batch], error: RuntimeError) -> None:
         """Replace the undecodable samples of the oldest batch, and submit all batches again, in order."""
         for _ in range(len(decoding) - 1):
             # An error in a later batch is raised again once that batch is the oldest.
@@ -198,30 +203,39 @@ class PairLoader:
         reason = "cannot be decoded (the file is damaged)"
         if self.index.storage == "clips":
             reason = "cannot be decoded with NVDEC (if the file is not damaged, set data.decoder=cpu)"
-        replaced = False
-        for sample in decoding[0]:
-            while (frame := self._undecodable_frame(sample)) is not None:
+        batch, replaced = decoding[0], False
+        for row in range(len(batch.pairs)):
+            while (frame := self._undecodable_frame(batch, row)) is not None:
                 replaced = True
-                self._replace(sample, frame, reason)
-                self._read(sample)
+                self._replace(batch, row, frame, reason)
+                self._read(batch, row)
         if not replaced:
             raise error
         for batch in decoding:
-            self._submit(batch)
+            self._stage.submit(batch.pairs, batch.parameters)
 
-    def _undecodable_frame(self, sample: _Sample) -> int | None:
+    def _undecodable_frame(self, batch: _Batch, row: int) -> int | None:
         """Return the number of the frame that the stage cannot decode, or None."""
         # Images are decoded one by one to identify the damaged one. A clip contains both frames, so its first
         # frame is reported.
-        clips = self.index.storage == "clips"
-        pairs = [sample.pair] if clips else [[stored, stored] for stored in sample.pair]
-        for frame, pair in zip(sample.parameters["frames"][0], pairs, strict=False):
-            self._stage.submit([pair], sample.parameters)
+        clips, pair = self.index.storage == "clips", batch.pairs[row]
+        pairs = [pair] if clips else [[stored, stored] for stored in pair]
+        for frame, one_pair in zip(batch.parameters["frames"][row], pairs, strict=False):
+            self._stage.submit([one_pair], batch.parameters[row : row + 1])
             try:
                 self._stage.collect()
             except RuntimeError:
                 return int(frame)
         return None
+
+
+def decoding_threads(world: World) -> int:
+    """Return the default number of decoding threads of a process.
+
+    While a GPU trains, two other threads need a core each, or it waits for them: the main thread and that of
+    the backward pass.
+    """
+    return max(1, world.cores - 2) if world.device.type == "cuda" else world.cores
 
 
 def open_stage(
@@ -264,10 +278,6 @@ def calibration_frames(index: FrameIndex, image_size: int) -> Tensor:
         )
     frames_F3SS = torch.stack(resized)
     return torch.stack((frames_F3SS, frames_F3SS.flip(0)))
-
-
-def _parameters(batch: list[_Sample]) -> SampleParameters:
-    return np.concatenate([sample.parameters for sample in batch])
 
 
 def index_for_decoder(index: FrameIndex, decoder: str, device: torch.device) -> FrameIndex:
