@@ -105,3 +105,7 @@ class ClipIndex(VideoIndex):
     def read(self, video: int, frames: Sequence[int]) -> StoredFrames:
         data, numbers = cut_clip(self.videos[video], [int(frame) for frame in frames])
         return [data, np.array(numbers, dtype=np.int32)]
+
+    def read_frame(self, video: int, frame: int) -> Frame:
+        (decoded,) = super().read(video, [frame])
+        return decoded
