@@ -67,10 +67,10 @@ SWEEP: dict[str, dict[str, Any]] = {
 DECODE_ONE = """
 import io, numpy, torch
 from PIL import Image
-from fasttrain.data.dali import Graph, decode_images
+from fasttrain.data.dali import Graph, bytes_input, decode_images
 file = io.BytesIO()
 Image.new("RGB", (64, 64)).save(file, "JPEG")
-decode = lambda: decode_images(device="mixed", engine_load=1.0)
+decode = lambda: decode_images(bytes_input(), device="mixed", engine_load=1.0)
 graph = Graph(decode, batch_size=1, device=torch.device("cuda"))
 graph.submit(stored=[numpy.frombuffer(file.getvalue(), numpy.uint8)])
 graph.collect()

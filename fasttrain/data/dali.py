@@ -79,19 +79,21 @@ class Graph:
         return output
 
 
-def decode_images(*, device: str, engine_load: float = 0.0) -> Any:
-    """Define the decoder node for JPEG and PNG images.
+def decode_images(stored: Any, *, device: str, engine_load: float = 0.0, **part: Any) -> Any:
+    """Define the decoder node for JPEG and PNG images, or for a part of each, given as for `fn.slice`.
 
     It applies the EXIF orientation. On the CPU, its output is identical to Pillow's.
     """
-    return fn.decoders.image(
-        _bytes_input(),
+    decode = fn.decoders.image_slice if part else fn.decoders.image
+    return decode(
+        stored,
         device=device,
         output_type=DALIImageType.RGB,
         # Required for the GPU to agree with the CPU.
         jpeg_fancy_upsampling=True,
         hw_decoder_load=engine_load,
         affine=False,
+        **part,
     )
 
 
@@ -99,7 +101,7 @@ def decode_clips(*, device: str) -> Any:
     """Define the decoder node for clips, (F, H, W, 3) each. The input `numbers` selects their frames."""
     numbers = _input("numbers", ndim=1, dtype=DALIDataType.INT32)
     # With `none`, a frame number beyond the end raises an error instead of returning a black frame.
-    return fn.decoders.video(_bytes_input(), frames=numbers, device=device, pad_mode="none", affine=False)
+    return fn.decoders.video(bytes_input(), frames=numbers, device=device, pad_mode="none", affine=False)
 
 
 class HostStage:
@@ -113,7 +115,7 @@ class HostStage:
         self._decoder: Graph | None = None
         if index.storage == "images":
             self._decoder = Graph(
-                lambda: decode_images(device="cpu"),
+                lambda: decode_images(bytes_input(), device="cpu"),
                 batch_size=2 * recipe.train.batch_size,
                 num_threads=num_threads,
                 depth=depth,
@@ -151,24 +153,40 @@ def pair_graph(recipe: Recipe, storage: Storage, device: torch.device) -> Any:
     """Define the nodes from stored frames to normalised crops, (3, S, S), or (2, 3, S, S) for each clip."""
     size = recipe.data.image_size
     decoder = "mixed" if recipe.data.decoder == "mixed" else "cpu"
-    box = _input("box", ndim=1, dtype=DALIDataType.FLOAT)
+    corners = _input("box", ndim=2, dtype=DALIDataType.FLOAT)
     mirror = _input("mirror", ndim=0, dtype=DALIDataType.INT32)
     if storage == "images":
-        frames = decode_images(device=decoder, engine_load=recipe.data.jpeg_engine_load)
+        stored = bytes_input()
+        # The box need not wait for the decoder, because the header contains the size.
+        sides = fn.peek_image_shape(stored, dtype=DALIDataType.FLOAT)[0:2]
     elif storage == "clips":
         frames = decode_clips(device=decoder)
+        sides = frames.shape(dtype=DALIDataType.FLOAT)[1:3]
     else:
         frames = _input("stored", no_copy=True, ndim=3, dtype=DALIDataType.UINT8, layout="HWC")
-    shape = frames.shape(dtype=DALIDataType.FLOAT)
-    sides = shape[1:3] if storage == "clips" else shape[0:2]
+        sides = frames.shape(dtype=DALIDataType.FLOAT)[0:2]
     # Round to pixels as sampling.pixel_box does.
-    start = dali_math.min(dali_math.floor(box[0:2] * sides + 0.5), sides - 1)
-    end = dali_math.max(dali_math.floor(box[2:4] * sides + 0.5), start + 1)
+    pixels = dali_math.floor(corners * sides + 0.5)
+    start = dali_math.min(pixels[0], sides - 1)
+    end = dali_math.max(pixels[1], start + 1)
+    box: dict[str, Any] = {
+        "start": fn.cast(start, dtype=DALIDataType.INT32),
+        "end": fn.cast(end, dtype=DALIDataType.INT32),
+        "axis_names": "HW",
+    }
+    # Frames on the host are cropped there, so that fewer bytes are copied to the GPU.
+    crops: Any
+    if storage != "images":
+        crops = fn.slice(frames, **box)
+    elif decoder == "cpu":
+        crops = decode_images(stored, device="cpu", **box)
+    else:
+        # Whether the JPEG engine decodes parts of images has not been measured.
+        frames = decode_images(stored, device="mixed", engine_load=recipe.data.jpeg_engine_load)
+        crops = fn.slice(frames, **box)
     resized: Any = fn.resize(
-        frames.gpu() if device.type == "cuda" else frames,
+        crops.gpu() if device.type == "cuda" else crops,
         size=[size, size],
-        roi_start=start,
-        roi_end=end,
         interp_type=DALIInterpType.INTERP_CUBIC,
         antialias=True,
     )
@@ -204,10 +222,10 @@ class GpuStage:
             depth=depth,
             device=device,
         )
-        self._pending: deque[tuple[Sequence[Bytes], SampleParameters]] = deque()
+        self._pending: deque[SampleParameters] = deque()
         # DALI reuses a freed buffer immediately, even if a copy from it is still queued behind a training
         # step. Each buffer is therefore kept until its copy is done.
-        self._in_flight: deque[tuple[torch.cuda.Event, object]] = deque()
+        self._in_flight: deque[tuple[torch.cuda.Event, Tensor]] = deque()
         self._limit = depth + 1
 
     def submit(self, pairs: Sequence[StoredFrames], parameters: SampleParameters) -> None:
@@ -219,21 +237,20 @@ class GpuStage:
         else:
             stored = first_then_second(pairs)
             boxes, flips = np.tile(parameters["box"], (2, 1)), np.tile(parameters["flip"], 2)
-        inputs |= {"box": boxes.astype(np.float32), "mirror": flips.astype(np.int32)}
+        inputs |= {"box": boxes.astype(np.float32).reshape(-1, 2, 2), "mirror": flips.astype(np.int32)}
         self._graph.submit(stored=stored, **inputs)
-        self._pending.append((stored, parameters))
+        self._pending.append(parameters)
 
     def collect(self) -> Tensor:
         """Return the oldest batch, (2, B, 3, S, S). Raises RuntimeError if a frame cannot be decoded."""
-        stored, parameters = self._pending.popleft()
+        parameters = self._pending.popleft()
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         batch = torch.from_dlpack(self._graph.collect(stream).as_tensor())
         views = batch.transpose(0, 1) if self._videos else batch.unflatten(0, (2, len(parameters)))
         frames = torch.empty(views.shape, dtype=self._dtype, device=self._device)
         frames.copy_(views)
         if stream is not None:
-            # When this copy is done, DALI's earlier copies from `stored` to the device are also done.
-            self._in_flight.append((stream.record_event(), (batch, stored)))
+            self._in_flight.append((stream.record_event(), batch))
             while self._in_flight and (len(self._in_flight) > self._limit or self._in_flight[0][0].query()):
                 self._in_flight[0][0].synchronize()
                 self._in_flight.popleft()
@@ -261,19 +278,21 @@ class GpuStage:
         self._pending.clear()
 
 
+def clip_graph(device: torch.device) -> Any:
+    """Define the nodes from a clip to its frames, resized to the input `short_side`, (F, H, W, 3)."""
+    return fn.resize(
+        decode_clips(device="mixed" if device.type == "cuda" else "cpu"),
+        resize_shorter=_input("short_side", ndim=0, dtype=DALIDataType.FLOAT),
+        interp_type=DALIInterpType.INTERP_CUBIC,
+        antialias=True,
+    )
+
+
 class ClipDecoder:
     """Decode and downscale the frames of one clip at a time, and return them to the host. Used by `pack`."""
 
     def __init__(self, device: torch.device) -> None:
-        def define() -> Any:
-            return fn.resize(
-                decode_clips(device="mixed" if device.type == "cuda" else "cpu"),
-                resize_shorter=_input("short_side", ndim=0, dtype=DALIDataType.FLOAT),
-                interp_type=DALIInterpType.INTERP_CUBIC,
-                antialias=True,
-            )
-
-        self._graph = Graph(define, batch_size=1, device=device)
+        self._graph = Graph(lambda: clip_graph(device), batch_size=1, device=device)
 
     def decode(self, clip: Bytes, numbers: Sequence[int], short_side: int) -> npt.NDArray[np.uint8]:
         """Decode frames by number, (F, H, W, 3) uint8, resized to `short_side`.
@@ -292,5 +311,6 @@ def _input(name: str, **options: Any) -> Any:
     return fn.external_source(name=name, batch=True, **options)
 
 
-def _bytes_input() -> Any:
+def bytes_input() -> Any:
+    """Define the input node `stored`, files (n,)."""
     return _input("stored", no_copy=True, ndim=1, dtype=DALIDataType.UINT8)

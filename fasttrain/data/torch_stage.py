@@ -8,8 +8,8 @@ Threads decode all submitted batches in order. On a CPU (`TorchHostStage`), they
 normalise each frame, with the same result as dali.HostStage. For a GPU (`TorchGpuStage`), one more thread
 sends the frames to the GPU, which transforms them on a stream of its own, as dali.GpuStage does.
 
-Legend: B frame pairs, F frames, H x W pixels of a frame or of the largest frame, S x S pixels of a crop,
-L pixels of a side, Y = 3 S rows of all colours.
+Legend: B frame pairs, F frames, H x W pixels of a frame or of the largest crop, S x S pixels of a resized
+crop, L pixels of the longest side, Y = 3 S rows of all colours.
 """
 
 from __future__ import annotations
@@ -140,20 +140,23 @@ class TorchGpuStage:
     def _transform(self, frames: list[Frame], parameters: SampleParameters) -> Tensor:
         """Crop, resize, flip and normalise frames of any sizes, to (F, 3, S, S).
 
-        Interpolation is linear, so a product with a matrix of weights resizes the columns of a frame, and
+        Interpolation is linear, so a product with a matrix of weights resizes the columns of a crop, and
         another its rows. The weights of the padding are zero.
         """
-        shapes = np.array([frame.shape for frame in frames])
-        boxes = zip(parameters["box"], shapes[:, 0], shapes[:, 1], strict=True)
-        top_F, left_F, bottom_F, right_F = np.array([pixel_box(*box) for box in boxes]).T
-        left_F, right_F = np.where(parameters["flip"], (right_F, left_F), (left_F, right_F))
-        rows_FSH = resize_weights(np.stack([shapes[:, 0], top_F, bottom_F]), self._size, self._device)
-        columns_FSW = resize_weights(np.stack([shapes[:, 1], left_F, right_F]), self._size, self._device)
+        crops = []
+        for frame, box in zip(frames, parameters["box"], strict=True):
+            top, left, bottom, right = pixel_box(box, *frame.shape[:2])
+            crops.append(frame[top:bottom, left:right])
+        heights_F, widths_F, _ = np.array([crop.shape for crop in crops]).T
+        rows_FSH = resize_weights(heights_F, self._size, self._device)
+        columns_FSW = resize_weights(widths_F, self._size, self._device)
         height, width = rows_FSH.shape[2], columns_FSW.shape[2]
         on_gpu = self._device.type == "cuda"
-        levels_FHW3 = torch.empty(len(frames), height, width, 3, dtype=torch.uint8, pin_memory=on_gpu)
-        for target_HW3, frame_HW3 in zip(levels_FHW3.numpy(), frames, strict=True):
-            target_HW3[: len(frame_HW3), : frame_HW3.shape[1]] = frame_HW3
+        levels_FHW3 = torch.empty(len(crops), height, width, 3, dtype=torch.uint8, pin_memory=on_gpu)
+        for target_HW3, crop_HW3 in zip(levels_FHW3.numpy(), crops, strict=True):
+            target_HW3[: len(crop_HW3), : crop_HW3.shape[1]] = crop_HW3
+        flips_F11 = _copy(torch.tensor(parameters["flip"])[:, None, None], self._device)
+        columns_FSW = torch.where(flips_F11, columns_FSW.flip(1), columns_FSW)
         levels_FHX = _copy(levels_FHW3, self._device).float().flatten(2)
         levels_FSW3 = (rows_FSH @ levels_FHX).unflatten(2, (width, 3))
         levels_FYW = levels_FSW3.permute(0, 3, 1, 2).flatten(1, 2)
@@ -162,21 +165,20 @@ class TorchGpuStage:
         return torch.addcmul(self._offset, levels_F3SS.round_().clamp_(0, 255), self._scale)
 
 
-def resize_weights(sides_3F: npt.NDArray[np.int64], size: int, device: torch.device) -> Tensor:
-    """Return the weights (F, size, L) of the pixels of F sides if a part of each is resized to `size`.
+def resize_weights(lengths_F: npt.NDArray[np.int64], size: int, device: torch.device) -> Tensor:
+    """Return the weights (F, size, L) of the pixels of F sides that are resized to `size`.
 
-    `sides_3F` has the length of each side (at most L), and the start and the end of its part. If the end
-    precedes the start, the part is mirrored. As in DALI, the filter reads pixels outside the part, and the
-    first and the last pixel of a side stand in for those beyond. The filter is the cubic convolution kernel
-    with a = -1/2 (Keys, "Cubic convolution interpolation for digital image processing", 1981), stretched if
-    the part is downscaled.
+    As in DALI, the first and the last pixel of a side stand in for those beyond. The filter is the cubic
+    convolution kernel with a = -1/2 (Keys, "Cubic convolution interpolation for digital image processing",
+    1981), stretched if the side is downscaled.
     """
-    longest, margin = int(sides_3F[0].max()), 2 + 2 * int(np.ptp(sides_3F[1:], axis=0).max()) // size
-    length_F11, start_F11, end_F11 = _copy(torch.tensor(sides_3F)[:, :, None, None], device)
-    scale_F11 = (end_F11 - start_F11) / size
-    centres_FS1 = start_F11 + (torch.arange(size, device=device) + 0.5)[:, None] * scale_F11
+    longest = int(lengths_F.max())
+    margin = 2 + 2 * longest // size
+    length_F11 = _copy(torch.tensor(lengths_F)[:, None, None], device)
+    scale_F11 = length_F11 / size
+    centres_FS1 = (torch.arange(size, device=device) + 0.5)[:, None] * scale_F11
     pixels_L = torch.arange(-margin, longest + margin, device=device)
-    x = (pixels_L + 0.5 - centres_FS1).abs() / scale_F11.abs().clamp(min=1)
+    x = (pixels_L + 0.5 - centres_FS1).abs() / scale_F11.clamp(min=1)
     near, far = (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2
     weights = torch.where(x < 1, near, far) * (x < 2)
     weights /= weights.sum(2, keepdim=True)

@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from synthetic import (
 )
 
 from fasttrain.data.index import FrameIndex
-from fasttrain.data.loader import MAX_ATTEMPTS, FramePairs, calibration_frames
+from fasttrain.data.loader import MAX_ATTEMPTS, FramePairs, calibration_frames, decoding_threads
 from fasttrain.data.sampling import Ints, PairSampling, pixel_box
 from fasttrain.data.sources import open_source
 from fasttrain.distributed import World
@@ -120,6 +121,14 @@ def test_steps_do_not_depend_on_the_split_of_the_global_batch(
     stream = sampling.order(np.arange(78), 26)[1].reshape(13, 6)
     np.testing.assert_array_equal(np.sort(steps), np.sort(stream))
     assert np.bincount(steps.flat, minlength=26).tolist() == [3] * 26
+
+
+def test_a_gpu_leaves_two_cores_to_the_threads_of_training() -> None:
+    threads = {}
+    for device, cores in [("cpu", 8), ("cuda", 8), ("cuda", 2)]:
+        world = replace(World.single(), device=torch.device(device), cores=cores)
+        threads[device, cores] = decoding_threads(world)
+    assert threads == {("cpu", 8): 8, ("cuda", 8): 6, ("cuda", 2): 1}
 
 
 def test_the_order_does_not_depend_on_threads_or_prefetch(tmp_path: Path) -> None:

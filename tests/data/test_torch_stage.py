@@ -77,7 +77,7 @@ def test_frames_are_those_of_dali(tmp_path: Path, size: int) -> None:
 
 @pytest.mark.parametrize(("length", "size"), [(340, 224), (100, 224), (224, 224), (900, 32)])
 def test_the_weights_are_those_of_bicubic_interpolation(length: int, size: int) -> None:
-    (weights,) = resize_weights(np.array([[length], [0], [length]]), size, CPU)
+    (weights,) = resize_weights(np.array([length]), size, CPU)
     identity = torch.eye(length)[None, None]
     (expected,) = torch.nn.functional.interpolate(
         identity, size=(size, length), mode="bicubic", antialias=True
@@ -86,8 +86,6 @@ def test_the_weights_are_those_of_bicubic_interpolation(length: int, size: int) 
     inner = slice(3, -3)
     torch.testing.assert_close(weights[inner], expected[inner], rtol=0, atol=1e-4)
     torch.testing.assert_close(weights.sum(1), torch.ones(size))
-    mirrored = resize_weights(np.array([[length], [length], [0]]), size, CPU)
-    torch.testing.assert_close(mirrored[0], weights.flip(0), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("make_stage", [host_stage, gpu_stage])
