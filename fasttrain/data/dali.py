@@ -8,9 +8,10 @@ concurrently, and returns them in order:
 Batches are fed without callbacks, because an exception in a callback would make the pipeline unusable. If
 DALI cannot decode a batch, `collect` raises; with the dynamic executor, other batches are not affected.
 
-For a GPU, one DALI graph (`GpuStage`) decodes on the CPU, the JPEG engine or NVDEC, then crops, resizes and
-normalises on the GPU. For a CPU (`HostStage`), DALI only decodes and PyTorch does the rest, because its
-antialiased bicubic interpolation of uint8 is faster there than DALI's. The tests compare both with Pillow.
+For a GPU, one DALI graph (`GpuStage`) decodes on the CPU, the JPEG engine or NVDEC, crops the frames where
+they have been decoded, and resizes and normalises the crops on the GPU. For a CPU (`HostStage`), DALI only
+decodes and PyTorch does the rest, because its antialiased bicubic interpolation of uint8 is faster there than
+DALI's. The tests compare both with Pillow.
 
 Legend: B frame pairs, F frames of a clip, H x W pixels of a frame, S x S pixels of a crop.
 """
