@@ -214,6 +214,24 @@ def test_an_undecodable_image_does_not_affect_other_batches(tmp_path: Path) -> N
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
+def test_a_file_that_ends_too_early_is_read_as_far_as_its_crop_needs(tmp_path: Path) -> None:
+    index = open_source(write_folders(tmp_path, [20, 9, 30]))
+    stage = make_stage(index)
+    whole = np.frombuffer(encoded(Image.fromarray(picture(0, 0, 400, 300))), np.uint8)
+    cut = whole[: len(whole) * 6 // 10]
+    _, parameters = draw(index, 0)
+    parameters["box"] = 0, 0, 0.4, 1
+    batches = []
+    for image in (whole, cut):
+        stage.submit([[image, image]] * PAIRS, parameters)
+        batches.append(stage.collect())
+    torch.testing.assert_close(*batches, rtol=0, atol=0)
+    parameters["box"] = 0.4, 0, 0.8, 1
+    stage.submit([[cut, cut]] * PAIRS, parameters)
+    with pytest.raises(RuntimeError):
+        stage.collect()
+
+
 def test_clips_read_single_frames(tmp_path: Path) -> None:
     videos = vp9_videos(tmp_path)
     np.testing.assert_array_equal(as_clips(videos, ["bt601"] * 3).read_frame(1, 7), videos.read_frame(1, 7))
