@@ -829,6 +829,7 @@ FOLDERS = [
         ".png",
         save_all=True,
         append_images=[Image.fromarray(picture(1, 0, *SIZE))],
+        refused="2 images in one file",
     ),
     images("webp", "WebP", ".webp", quality=95),
     images("webp_lossless", "lossless WebP", ".webp", lossless=True),

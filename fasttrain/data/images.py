@@ -29,9 +29,17 @@ MAX_PIXELS = 2**26
 
 # A JPEG marker, except for the restart markers and escaped bytes within coded data.
 _JPEG_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
-_JPEG_SCAN = 0xDA
-_JPEG_SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers of the headers with a size
+_JPEG_SCAN = b"\xda"
 _JPEG_WITHOUT_LENGTH = frozenset({0x01, 0xD8, 0xD9})
+# The marker and the length of a segment of a JPEG, up to the first scan, and the size of the frame, which is
+# baseline, extended or progressive, of 8 bits.
+_JPEG_SEGMENT = re.compile(rb"\xff([\xc0-\xc2\xc4\xda-\xfe])(..)", re.DOTALL)
+_JPEG_FRAME = re.compile(rb"\x08(?P<height>..)(?P<width>..)[\x01\x03\x04]", re.DOTALL)
+# The length and the type of a chunk of a PNG, and the first chunk, with the size and the type of colour.
+_PNG_CHUNK = re.compile(rb"(.{4})([A-Za-z]{4})", re.DOTALL)
+_PNG_HEADER = re.compile(
+    rb"\0\0\0\x0dIHDR(?P<width>.{4})(?P<height>.{4})[\1\2\4\x08\x10][\0\2\3\4\6]", re.DOTALL
+)
 
 # EXIF orientation -> what turns the image upright. Pillow's `exif_transpose` fails if another tag is damaged.
 _UPRIGHT = {
@@ -54,62 +62,60 @@ class UnreadableFrameError(Exception):
 
 
 def read_encoded(path: str | Path, frame: int = 0) -> Bytes:
-    """Read an image file (n,). Images of other formats than JPEG and PNG are returned as BMP, upright.
+    """Read an image file (n,), as `as_regular` returns it. The content decides on the format, not the name.
 
-    Those are the formats of which all decoders make the same frame: Pillow, DALI and nvJPEG. The content of a
-    file decides on its format, not its name.
-
-    Raises UnreadableFrameError if the file is missing, empty, truncated or too large, or an image of another
-    format that cannot be decoded. Truncation is checked here because some decoders turn a truncated file into
+    Raises UnreadableFrameError if the file is missing, empty, truncated or too large, or if Pillow cannot
+    decode an irregular image. Truncation is checked here because some decoders turn a truncated file into
     garbage without an error.
     """
     try:
         # np.fromfile would return uninitialised memory, without an error, if the disk fails.
         with open(path, "rb", buffering=0) as file:
-            data = np.frombuffer(file.readall(), dtype=np.uint8)
+            content = file.readall()
     except OSError as error:
         raise UnreadableFrameError(os_reason(error), frame) from error
-    if not len(data):
+    if not content:
         raise UnreadableFrameError("the file is empty", frame)
-    head, tail = data[:8].tobytes(), data[-8:].tobytes()
-    if head.startswith(_JPEG_START):
-        # Other data may follow the image. They and an embedded thumbnail may contain an end marker.
-        is_complete = tail.endswith(_JPEG_END) or any(
-            marker == _JPEG_END[1] for marker, _ in _jpeg_segments(data.tobytes())
-        )
-        if not is_complete:
-            raise UnreadableFrameError("truncated JPEG (no end-of-image marker)", frame)
-    elif head == _PNG_START:
-        if tail != _PNG_END and _PNG_END not in data.tobytes():
-            raise UnreadableFrameError("truncated PNG (no IEND chunk)", frame)
-    else:
-        buffer = io.BytesIO()
-        Image.fromarray(decode_image(data, frame)).save(buffer, "BMP")
-        return np.frombuffer(buffer.getvalue(), dtype=np.uint8)
-    check_size(data, frame)
-    return data
+    # Other data may follow a JPEG. They and an embedded thumbnail may contain an end marker.
+    if (
+        content.startswith(_JPEG_START)
+        and not content.endswith(_JPEG_END)
+        and _JPEG_END[1] not in _jpeg_markers(content)
+    ):
+        raise UnreadableFrameError("truncated JPEG (no end-of-image marker)", frame)
+    if content.startswith(_PNG_START) and not content.endswith(_PNG_END) and _PNG_END not in content:
+        raise UnreadableFrameError("truncated PNG (no IEND chunk)", frame)
+    return as_regular(content, frame)
+
+
+def as_regular(content: bytes, frame: int = 0) -> Bytes:
+    """Return a JPEG or PNG with a regular header unchanged, and any other image as BMP, upright (n,).
+
+    Of the former, all decoders make the same frame: Pillow, DALI and nvJPEG. DALI does not know all other
+    formats, and DALI 2.4 crashes if it cannot parse a header. Raises UnreadableFrameError.
+    """
+    data = np.frombuffer(content, dtype=np.uint8)
+    if size := _regular_size(content):
+        check_pixels(*size, frame)
+        return data
+    buffer = io.BytesIO()
+    Image.fromarray(decode_image(data, frame)).save(buffer, "BMP")
+    return np.frombuffer(buffer.getvalue(), dtype=np.uint8)
 
 
 def check_size(data: Bytes, frame: int = 0) -> None:
     """Raise UnreadableFrameError if the header of an image (n,) claims more than MAX_PIXELS pixels."""
-    content = data.tobytes()
-    size: tuple[int, int] | None = None
-    if content.startswith(_JPEG_START):
-        size = _jpeg_size(content)
-    elif content.startswith(_PNG_START):
-        size = _integer(content[16:20]), _integer(content[20:24])
-    else:
-        # Some files contain another format than their name says.
+    size = _regular_size(data.tobytes())
+    if size is None:
         try:
-            with Image.open(io.BytesIO(content)) as image:
+            with Image.open(io.BytesIO(data.tobytes())) as image:
                 size = image.size
         except Image.DecompressionBombError as error:
             raise UnreadableFrameError(str(error), frame) from error
         # Pillow's plugins raise exceptions of many types. The decoder will report the damage.
         except Exception:
             return
-    if size is not None:
-        check_pixels(*size, frame)
+    check_pixels(*size, frame)
 
 
 def check_pixels(width: int, height: int, frame: int = 0) -> None:
@@ -120,25 +126,33 @@ def check_pixels(width: int, height: int, frame: int = 0) -> None:
         )
 
 
-def _jpeg_size(content: bytes) -> tuple[int, int] | None:
-    """Return width and height of a JPEG, or None if no header before the first scan has them.
+def _regular_size(content: bytes) -> tuple[int, int] | None:
+    """Return width and height of a JPEG or PNG whose header, or whose chunks, are regular, otherwise None."""
+    part = header = None
+    if content.startswith(_JPEG_START):
+        position = len(_JPEG_START)
+        while (part := _JPEG_SEGMENT.match(content, position)) and part[1] != _JPEG_SCAN:
+            if part[1] <= b"\xc2":
+                header = _JPEG_FRAME.match(content, part.end())
+            position += 2 + _integer(part[2])
+    elif content.startswith(_PNG_START):
+        position = len(_PNG_START)
+        header = _PNG_HEADER.match(content, position)
+        while (part := _PNG_CHUNK.match(content, position)) and part[2] not in (b"IEND", b"acTL"):
+            position += 12 + _integer(part[1])
+    # Pillow decodes the others, and refuses animations (acTL).
+    if not (part and header) or part[2] == b"acTL":
+        return None
+    sides = _integer(header["width"]), _integer(header["height"])
+    return sides if all(sides) else None
 
-    Pillow refuses some damaged headers that libjpeg, and thus DALI, accepts.
-    """
-    for marker, start in _jpeg_segments(content):
-        if marker in _JPEG_SIZES:
-            return _integer(content[start + 5 : start + 7]), _integer(content[start + 3 : start + 5])
-        if marker == _JPEG_SCAN:
-            return None
-    return None
 
-
-def _jpeg_segments(content: bytes) -> Iterator[tuple[int, int]]:
-    """Yield each marker of a JPEG and the position after it. Like libjpeg, skip bytes between segments."""
+def _jpeg_markers(content: bytes) -> Iterator[int]:
+    """Yield the markers of a JPEG. Like libjpeg, skip bytes between segments."""
     position = 0
     while match := _JPEG_MARKER.search(content, position):
         marker, position = match[1][0], match.end()
-        yield marker, position
+        yield marker
         if marker not in _JPEG_WITHOUT_LENGTH:
             position += _integer(content[position : position + 2])
 
@@ -155,6 +169,8 @@ def decode_image(data: Bytes, frame: int = 0) -> Frame:
     check_size(data, frame)
     try:
         with Image.open(io.BytesIO(data.tobytes())) as file:
+            if (pages := getattr(file, "n_frames", 1)) > 1 and file.format != "MPO":
+                raise ValueError(f"{pages} images in one file; store each frame as a file of its own")
             file.load()
             image: Image.Image = file
             if (orientation := exif_orientation(image)) != 1:

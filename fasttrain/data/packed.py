@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fasttrain.data.images import Bytes, UnreadableFrameError, check_size
+from fasttrain.data.images import Bytes, UnreadableFrameError, as_regular
 from fasttrain.data.index import FrameIndex, Skipped, Storage
 from fasttrain.errors import InputError
 from fasttrain.files import os_reason, parse_json
@@ -306,9 +306,7 @@ def _read_frame(file: io.FileIO, frame: int, block: int, size: int, crc: int) ->
         raise UnreadableFrameError(f"{shard} is truncated", frame)
     if zlib.crc32(data) != crc:
         raise UnreadableFrameError(f"checksum mismatch in {shard}", frame)
-    encoded = np.frombuffer(data, dtype=np.uint8)
-    check_size(encoded, frame)
-    return encoded
+    return as_regular(data, frame)
 
 
 def _open_shard(path: Path, num_bytes: int) -> io.FileIO:

@@ -41,14 +41,16 @@ _NO_FRAME = re.compile(
     r"(?<![a-z])(flow|masks?|depth|disparity|seg|segmentation|annotations?|labels?|gt|thumb|thumbnail|cover|poster)"
     r"(?![a-z])"
 )
+_SAME_SUFFIX = {".jpeg": ".jpg", ".tiff": ".tif"}
 _ALL_ZEROS = bytes.maketrans(b"123456789", b"0" * 9)
 
-# How video files begin: MP4 and MOV, Matroska and WebM, AVI, FLV, ASF and WMV, MPEG-1 and MPEG-2, Ogg, GIF,
-# MXF, Y4M, RealMedia, IVF, and MPEG-TS, whose packets of 188 bytes may follow time stamps of 4 bytes. Each
-# packet begins with a G. The lines of a list may do so as well, but a text contains no zero byte.
+# How video files begin: MP4 and MOV, Matroska and WebM, AVI, FLV, ASF and WMV, MPEG-1, MPEG-2, H.264 and
+# HEVC, DAV, Ogg, GIF, MXF, Y4M, RealMedia, IVF, and MPEG-TS, whose packets of 188 bytes may follow time
+# stamps of 4 bytes. Each packet begins with a G. The lines of a list may do so as well, but a text contains
+# no zero byte.
 _VIDEO_START = re.compile(
     rb"[^ -~].{3}(ftyp|moov|mdat|wide)|\x1aE\xdf\xa3|RIFF.{4}AVI |FLV\x01|0&\xb2u\x8ef\xcf\x11"
-    rb"|\0\0\x01[\xb3\xba]|OggS\0|GIF8[79]a|\x06\x0e\x2b\x34|YUV4MPEG2|\.RMF|DKIF\0"
+    rb"|\0?\0\0\x01[\xb3\xba\x09\x67\x40]|DHAV|OggS\0|GIF8[79]a|\x06\x0e\x2b\x34|YUV4MPEG2|\.RMF|DKIF\0"
     rb"|(?=.*\0)(.{4})?G(.{187}G.{187}G|.{191}G.{191}G)",
     re.DOTALL,
 )
@@ -157,6 +159,8 @@ def _search_folder(root: Path, kind: Kind) -> SourceFiles:
     source = SourceFiles()
     shared_names: _SharedNames = {}
     first_image = ""
+    # Folders of images in a folder such as Annotations, which are frames only if there are no others.
+    set_aside: list[tuple[str, str, Path, str, list[str]]] = []
 
     def visit(folder: Path, relative: str, ancestors: frozenset[tuple[int, int]]) -> None:
         nonlocal first_image
@@ -174,7 +178,10 @@ def _search_folder(root: Path, kind: Kind) -> SourceFiles:
         images = _take_images(files) if kind != "videos" else []
         if images:
             first_image = first_image or posixpath.join(relative, images[0])
-            if reason := _add_frames(source, name, folder, relative, images, shared_names):
+            words = [part for part in relative.split("/") if _NO_FRAME.fullmatch(part.lower())]
+            if words:
+                set_aside.append((words[0], name, folder, relative, images))
+            elif reason := _add_frames(source, name, folder, relative, images, shared_names):
                 source.skipped.append((name, reason))
         # Each folder of a large set of frames may contain a file without a suffix. These are not opened.
         opened = kind == "videos" or (kind == "auto" and not images)
@@ -182,7 +189,7 @@ def _search_folder(root: Path, kind: Kind) -> SourceFiles:
             videos: list[str] = []
             if suffix in VIDEO_SUFFIXES and kind != "folders":
                 videos, names = names, []
-            elif not suffix and opened:
+            elif suffix not in IMAGE_SUFFIXES and (kind == "videos" or (opened and not suffix)):
                 videos = [file for file in names if _starts_as_video(folder / file)]
                 names = sorted(set(names) - set(videos))
             source.videos.update((posixpath.join(relative, file), folder / file) for file in videos)
@@ -191,6 +198,12 @@ def _search_folder(root: Path, kind: Kind) -> SourceFiles:
             visit(folder / subfolder, posixpath.join(relative, subfolder), ancestors | {identity})
 
     visit(root, "", frozenset())
+    has_frames = bool(source.folders)
+    for word, name, folder, relative, images in set_aside:
+        if has_frames:
+            source.leave_out(f"images below {word}", relative, images)
+        elif reason := _add_frames(source, name, folder, relative, images, shared_names):
+            source.skipped.append((name, reason))
     if first_image and source.videos:
         raise InputError(
             f"{str(root)!r} contains both images (first: {first_image}) and video files (first: "
@@ -246,8 +259,9 @@ def _add_frames(
 ) -> str | None:
     """Add the first `limit` frames among the images of a folder. Returns a reason if it is skipped.
 
-    Frames are the images of one pattern: their names differ only in digits and in the case of the suffix.
-    The pattern must have more than half of the images, without those whose names say that they are none.
+    Frames are the images of one pattern: their names differ only in digits, in case and in the spelling of
+    the suffix. The pattern must have more than half of the images, without those whose names say that they
+    are none.
     """
     # Names of one form have equally many digits in every number.
     forms: dict[bytes, list[str]] = {}
@@ -257,16 +271,20 @@ def _add_frames(
     patterns: dict[str, list[list[str]]] = {}
     for same in forms.values():
         stem, suffix = os.path.splitext(same[0])
-        patterns.setdefault(re.sub("[0-9]+", "*", stem) + suffix.lower(), []).append(same)
+        suffix = _SAME_SUFFIX.get(suffix.lower(), suffix)
+        patterns.setdefault((re.sub("[0-9]+", "*", stem) + suffix).lower(), []).append(same)
     counts = {pattern: sum(map(len, groups)) for pattern, groups in patterns.items()}
-    eligible = [pattern for pattern in counts if not _NO_FRAME.search(pattern.lower())] or list(counts)
+    eligible = [pattern for pattern in counts if not _NO_FRAME.search(pattern)] or list(counts)
     pattern = max(eligible, key=lambda pattern: counts[pattern])
-    if 2 * counts[pattern] <= sum(counts[pattern] for pattern in eligible):
+    is_majority = 2 * counts[pattern] > sum(counts[pattern] for pattern in eligible)
+    # A lone image beside a sequence is not the video, whatever the words in the names of the sequence.
+    if not is_majority or counts[pattern] == 1 < max(counts.values()):
         most = sorted(counts, key=lambda pattern: -counts[pattern])
         listed = ", ".join(f"{counts[pattern]} {pattern}" for pattern in most[:MAX_LISTED])
         return (
             "contains several kinds of images, and it is not clear which are the frames: "
-            f"{listed}{', ...' if most[MAX_LISTED:] else ''}. Move all but the frames to another folder"
+            f"{listed}{', ...' if most[MAX_LISTED:] else ''}. Move all but the frames to another folder, or "
+            "number the frames"
         )
     groups = patterns.pop(pattern)
     # Names of one form are already in natural order; otherwise frame9 must precede frame10.
@@ -281,7 +299,7 @@ def _add_frames(
 
 
 def _natural_key(name: str) -> list[str | int]:
-    parts = re.split(r"(\d+)", name)
+    parts = re.split(r"(\d+)", name.lower())
     return [int(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
@@ -336,7 +354,7 @@ def _add_listed(
         return os_reason(error)
     images = _take_images(files)
     if not images:
-        return "contains no images"
+        return "contains no images; to list its video files, give the path of each"
     reason = _add_frames(source, name, path, name, images, shared_names, limit)
     if not reason:
         for suffix, names in files.items():

@@ -44,7 +44,8 @@ VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v", ".mkv", ".mk3d", ".webm", ".avi", ".divx", ".flv"}
     | {".mpg", ".mpeg", ".mpe", ".mpv", ".m1v", ".m2v", ".vob", ".ts", ".mts", ".m2ts", ".m2t", ".mxf"}
     | {".wmv", ".asf", ".ogv", ".ogm", ".rm", ".rmvb", ".dv", ".y4m", ".nut", ".ivf", ".gif", ".apng"}
-    | {".h264", ".264", ".h265", ".265", ".hevc", ".mjpeg", ".mjpg"}
+    | {".h264", ".264", ".h265", ".265", ".hevc", ".mjpeg", ".mjpg", ".avc", ".obu"}
+    | {".dav", ".lrv", ".mj2", ".swf", ".wtv"}
 )
 
 # Values of ffmpeg's AVColorSpace. Other matrices, which are rare or close to BT.601, are treated as BT.601.
@@ -68,6 +69,9 @@ _NUM_CHECKED = 4
 
 # Number of key frames before a frame to try, until decoding starts at the beginning of the file.
 _MAX_SEEKS = 3
+
+# The filters that transpose a picture, reverse its rows, and reverse its columns.
+_TURNS = (("transpose", "cclock_flip"), ("vflip",), ("hflip",))
 
 # An H.264 IDR picture. It resets the decoder, unlike other pictures that ffmpeg flags as key frames.
 _IDR = re.compile(rb"\x00\x00\x01[\x05\x25\x45\x65]")
@@ -198,18 +202,16 @@ class RgbConverter:
         self._properties: tuple[Any, ...] = ()
 
     def __call__(self, picture: av.VideoFrame) -> Frame:
-        properties = picture.width, picture.height, picture.format, picture.colorspace, picture.color_range
+        colours = picture.format, picture.colorspace, picture.color_range
+        properties = picture.width, picture.height, *colours, *_orientation(picture)
         if self._graph is None or properties != self._properties:
             self._graph, self._properties = _rgb_graph(picture), properties
         self._graph.vpush(picture)
-        rgb = np.asarray(self._graph.vpull().to_ndarray(), dtype=np.uint8)
-        transpose, reverse_rows, reverse_columns = _orientation(picture)
-        rgb = rgb.swapaxes(0, 1) if transpose else rgb
-        return np.ascontiguousarray(rgb[:: -1 if reverse_rows else 1, :: -1 if reverse_columns else 1])
+        return np.asarray(self._graph.vpull().to_ndarray(), dtype=np.uint8)
 
 
 def _rgb_graph(picture: av.VideoFrame) -> av.filter.Graph:
-    """Return the graph that the ffmpeg command would use to convert pictures like this one to RGB.
+    """Return the graph by which the ffmpeg command would turn pictures like this one and convert them to RGB.
 
     PyAV's own conversion differs from that of ffmpeg for interlaced video, 10 bits, odd sides and others.
     """
@@ -222,6 +224,11 @@ def _rgb_graph(picture: av.VideoFrame) -> av.filter.Graph:
             height=picture.height,
             format=picture.format,
             time_base=picture.time_base or Fraction(1, 1000),
+        ),
+        *(
+            graph.add(*turn)
+            for turn, is_needed in zip(_TURNS, _orientation(picture), strict=True)
+            if is_needed
         ),
         graph.add("format", "pix_fmts=rgb24"),
         graph.add("buffersink"),
@@ -455,7 +462,12 @@ def _orientation(picture: av.VideoFrame) -> tuple[bool, bool, bool]:
     This follows the display matrix (ISO/IEC 14496-12, section 6.2.2), which maps the pixel at (x, y) to
     (a x + c y, b x + d y). Like ffmpeg, round its rotation to right angles.
     """
-    data: Any = picture.side_data.get("DISPLAYMATRIX")
+    try:
+        data: Any = picture.side_data.get("DISPLAYMATRIX")
+    # PyAV cannot read the matrix beside side data that it does not know, such as EXIF, but its rotation.
+    except ValueError:
+        quarters = round(picture.rotation / 90) % 4
+        return quarters in (1, 3), quarters in (1, 2), quarters in (2, 3)
     if data is None:
         return False, False, False
     a, b, _, c, d, *_ = np.frombuffer(bytes(data), dtype=np.int32).tolist()

@@ -85,6 +85,27 @@ def test_data_may_follow_a_jpeg(tmp_path: Path, trailer: bytes) -> None:
         read_encoded(path)
 
 
+JPEG = encoded(Image.fromarray(picture(0, 0)), "JPEG")
+
+
+# Fill bytes before a marker, and bytes between segments.
+@pytest.mark.parametrize("irregular", [JPEG[:2] + b"\xff\xff" + JPEG[2:], JPEG[:20] + b"\0\0" + JPEG[20:]])
+def test_an_irregular_image_does_not_reach_dali(tmp_path: Path, irregular: bytes) -> None:
+    """DALI 2.4 crashes in batches of some 40 images or more if it cannot parse the header of one."""
+    (tmp_path / "0.jpg").write_bytes(irregular)
+    read = read_encoded(tmp_path / "0.jpg")
+    assert read[:2].tobytes() == b"BM"
+    np.testing.assert_array_equal(decode_image(read), decoded(irregular))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "TIFF", "PNG"])
+def test_an_animation_is_not_a_frame(tmp_path: Path, kind: str) -> None:
+    first, *others = (Image.fromarray(picture(0, frame)) for frame in range(3))
+    first.save(tmp_path / "0.png", kind, save_all=True, append_images=others)
+    with pytest.raises(UnreadableFrameError, match="3 images in one file"):
+        read_encoded(tmp_path / "0.png")
+
+
 def with_size(data: bytes, width: int, height: int) -> bytes:
     """Change the size in the header of a JPEG, PNG or BMP, as damage to the file may do."""
     sizes = [value.to_bytes(4, "big") for value in (width, height)]
@@ -96,12 +117,10 @@ def with_size(data: bytes, width: int, height: int) -> bytes:
     return data[:start] + sizes[1][2:] + sizes[0][2:] + data[start + 4 :]
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "JPEG after fill bytes"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP"])
 def test_an_image_that_claims_too_many_pixels_is_not_decoded(kind: str, tmp_path: Path) -> None:
-    intact = encoded(Image.fromarray(picture(0, 0)), kind.split()[0])
+    intact = encoded(Image.fromarray(picture(0, 0)), kind)
     damaged = with_size(intact, 30_000, 60_000)
-    if kind.endswith("bytes"):
-        damaged = damaged[:2] + b"\0\xff\0\xff" + damaged[2:]
     (tmp_path / "intact.jpg").write_bytes(intact)
     (tmp_path / "damaged.jpg").write_bytes(damaged)
     assert len(read_encoded(tmp_path / "intact.jpg")) == len(intact)

@@ -89,7 +89,7 @@ def test_paths_in_a_frame_list_are_relative_to_the_list(tmp_path: Path) -> None:
         ("frames/class_0/video_0", "duplicate entry in the list"),
         ("frames/class_1/video_1", "the list specifies 9 frames, but the folder contains 4"),
         ("frames/class_0/video_2", "the list specifies 0 frames, but the folder contains 3"),
-        ("frames", "contains no images"),
+        ("frames", "contains no images; to list its video files, give the path of each"),
         (too_long, "does not exist"),
     ]
 
@@ -270,6 +270,7 @@ def numbered(pattern: str, count: int) -> list[str]:
         # If no other images are left, the words mean nothing.
         (numbered("cover song {}.bmp", 3), []),
         (["whatever.tiff"], []),
+        (["Frame1.jpeg", "frame2.JPG", "frame10.jpg"], []),
         (numbered("waterflow_{}.jpg", 3), ["segmented.jpg"]),
     ],
 )
@@ -293,6 +294,7 @@ def test_frames_are_the_images_of_one_pattern(tmp_path: Path, frames: list[str],
             r"3 flow_x_\*\.jpg, 3 flow_y_\*\.jpg\.",
         ),
         ([*numbered("{:05d}.jpg", 4), *numbered("{:05d}.png", 4)], r"4 \*\.jpg, 4 \*\.png\."),
+        ([*numbered("mask_dance_{}.jpg", 9), "info.png"], r"9 mask_dance_\*\.jpg, 1 info\.png\."),
         ([f"{letter}3f.jpg" for letter in "abcdef"], r"1 a\*f\.jpg, .*, 1 e\*f\.jpg, \.\.\.\."),
     ],
 )
@@ -303,8 +305,17 @@ def test_a_folder_without_a_majority_is_skipped(tmp_path: Path, images: list[str
     assert list(source.folders) == ["good"]
     ((name, reason),) = source.skipped
     assert name == "video"
-    assert re.search(f"kinds of images, .* are the frames: {listed} Move all but the frames", reason)
+    assert re.search(f"kinds of images, .* are the frames: {listed}", reason)
     assert source.left_out == {}
+
+
+def test_images_below_a_folder_of_annotations_are_frames_only_if_there_are_no_others(tmp_path: Path) -> None:
+    touch(tmp_path / "Annotations" / "480p" / "bear", "00000.png", "00001.png")
+    assert list(find_source(tmp_path).folders) == ["Annotations/480p/bear"]
+    touch(tmp_path / "JPEGImages" / "480p" / "bear", "00000.jpg", "00001.jpg")
+    source = find_source(tmp_path)
+    assert list(source.folders) == ["JPEGImages/480p/bear"]
+    assert source.left_out == {"images below Annotations": (2, "Annotations/480p/bear/00000.png")}
 
 
 def test_a_folder_with_optical_flow(shared: Path) -> None:
