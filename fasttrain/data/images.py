@@ -138,10 +138,10 @@ def _regular_size(content: bytes) -> tuple[int, int] | None:
     elif content.startswith(_PNG_START):
         position = len(_PNG_START)
         header = _PNG_HEADER.match(content, position)
-        while (part := _PNG_CHUNK.match(content, position)) and part[2] not in (b"IEND", b"acTL"):
+        while (part := _PNG_CHUNK.match(content, position)) and part[2] not in (b"IEND", b"acTL", b"eXIf"):
             position += 12 + _integer(part[1])
-    # Pillow decodes the others, and refuses animations (acTL).
-    if not (part and header) or part[2] == b"acTL":
+    # DALI crashes if EXIF data are damaged, and shows a part of an animation.
+    if not (part and header) or part[2] in (b"acTL", b"eXIf"):
         return None
     sides = _integer(header["width"]), _integer(header["height"])
     return sides if all(sides) else None
@@ -175,9 +175,13 @@ def decode_image(data: Bytes, frame: int = 0) -> Frame:
             image: Image.Image = file
             if (orientation := exif_orientation(image)) != 1:
                 image = image.transpose(_UPRIGHT[orientation])
+            if image.mode == "F":
+                raise ValueError("the levels are floating-point numbers")
             if image.mode.startswith("I"):
                 # Pillow clips 16-bit grey to 255 instead of scaling it.
                 grey = np.asarray(image, dtype=np.float64) / 257
+                if grey.min() < 0 or grey.max() > 255:
+                    raise ValueError("the levels are not of 16 bits")
                 return np.repeat(np.rint(grey).astype(np.uint8)[..., None], 3, axis=2)
             return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     # Pillow's message contains a memory address, which would make packed sets irreproducible.

@@ -75,6 +75,8 @@ _TURNS = (("transpose", "cclock_flip"), ("vflip",), ("hflip",))
 
 # An H.264 IDR picture. It resets the decoder, unlike other pictures that ffmpeg flags as key frames.
 _IDR = re.compile(rb"\x00\x00\x01[\x05\x25\x45\x65]")
+# The first byte of any H.264 slice, after a start code.
+_SLICE = re.compile(rb"\x00\x00\x01([\x01\x21\x41\x61\x05\x25\x45\x65])")
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,8 @@ def probe_video(path: Path) -> VideoInfo:
         with open_video(path) as container:
             stream = video_stream(container)
             context = stream.codec_context
+            # With more threads, the decoder marks fewer damaged pictures.
+            context.thread_count = 1
             decoder = _Decoder(container, stream)
             pictures = iter(decoder)
             first = next(pictures, None)
@@ -161,7 +165,7 @@ def skipped_frames(name: str, video: VideoInfo) -> list[tuple[str, str]]:
     """Return an entry for the report of skipped files if damaged frames of a video are left out."""
     if not video.num_damaged:
         return []
-    return [(f"{video.num_damaged} of the frames of {name}", "damaged where the file was cut off")]
+    return [(name, f"frames left out, damaged where the file was cut off: {video.num_damaged}")]
 
 
 def require_pyav(action: str) -> None:
@@ -262,19 +266,14 @@ class _FrameReader:
 
     def read(self, frame: int) -> av.VideoFrame:
         target = int(self.times[frame])
-        reason = "the frame cannot be decoded"
         for _ in self._attempts(target):
-            try:
-                for time, picture in self.pictures:
-                    self.position = time
-                    if time == target:
-                        return picture
-                    if time is not None and time > target:
-                        break
-            # Some streams have headers only at their beginning.
-            except av.InvalidDataError as error:
-                reason = os_reason(error)
-        raise UnreadableFrameError(reason, frame)
+            for time, picture in self.pictures:
+                self.position = time
+                if time == target:
+                    return picture
+                if time is not None and time > target:
+                    break
+        raise UnreadableFrameError("the frame cannot be decoded", frame)
 
     def _attempts(self, target: int) -> Iterator[None]:
         """Position the decoder before the frame at `target`. Each iteration tries another starting point."""
@@ -310,16 +309,24 @@ class _FrameReader:
         self.is_at_start = False
         context = self.stream.codec_context
         skips = context.name == "h264" and bool(self.wanted)
+        extradata = context.extradata or b""
+        # In MP4 and Matroska, NAL units follow their lengths (ISO/IEC 14496-15); elsewhere, start codes.
+        length_size = (extradata[4] & 3) + 1 if extradata[:1] == b"\x01" else 0
         wanted = False
         number = 0
         for packet in self.container.demux(self.stream):
             # The second field of a picture may be in a separate packet, with a different time or none.
             is_second_field, wanted = wanted, packet.pts in self.wanted
-            context.skip_frame = "NONREF" if skips and not wanted and not is_second_field else "DEFAULT"
+            is_needed = not skips or wanted or is_second_field or _is_reference(packet, length_size)
+            context.skip_frame = "DEFAULT" if is_needed else "NONREF"
             damage: av.InvalidDataError | None = None
             try:
                 pictures = packet.decode()
             except av.InvalidDataError as error:
+                # The packets before the first picture may depend on others: on those that were cut off, or on
+                # headers that are only at the beginning of the file.
+                if not number:
+                    continue
                 # Some intact pictures are still waiting to be displayed.
                 pictures, damage = context.decode(None), error
             for picture in pictures:
@@ -330,6 +337,26 @@ class _FrameReader:
                 number += 1
             if damage:
                 raise damage
+
+
+def _is_reference(packet: av.Packet, length_size: int) -> bool:
+    """Whether other pictures may depend on that of an H.264 packet: nal_ref_idc is not 0 in its first slice.
+
+    Asking the decoder to skip all other pictures would also hide damage.
+    """
+    if not packet.size:
+        return True
+    data = memoryview(packet)
+    if not length_size:
+        first = _SLICE.search(data)
+        return first is None or bool(first[1][0] & 0x60)
+    position = 0
+    while position + length_size < len(data):
+        header = data[position + length_size]
+        if header & 31 in (1, 2, 5):
+            return bool(header & 0x60)
+        position += length_size + int.from_bytes(data[position : position + length_size], "big")
+    return True
 
 
 def open_video(path: Path) -> av.container.InputContainer:

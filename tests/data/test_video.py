@@ -209,7 +209,7 @@ def test_damaged_frames_at_the_end_of_a_file_are_left_out_and_reported(tmp_path:
     (tmp_path / "cut.ts").write_bytes(whole.read_bytes()[: whole.stat().st_size * 6 // 10])
     index = open_source(tmp_path)
     cut = index.names.index("cut.ts")
-    assert index.skipped == [("1 of the frames of cut.ts", "damaged where the file was cut off")]
+    assert index.skipped == [("cut.ts", "frames left out, damaged where the file was cut off: 1")]
     for frame in range(index.num_frames[cut]):
         np.testing.assert_array_equal(index.read_frame(cut, frame), truth[frame])
 
