@@ -257,6 +257,31 @@ def test_a_stream_without_its_first_key_frame(tmp_path: Path) -> None:
     check_frames(cut, 20)
 
 
+def test_an_untimed_stream_without_its_first_key_frame(tmp_path: Path) -> None:
+    """The decoder reports errors until the next key frame, which ffmpeg passes over."""
+    original = encode_video(tmp_path / "x.avi", [picture(0, t) for t in range(30)], "libvpx", g=10)
+    cut = remux(original, tmp_path / "cut.avi", lambda number, data: data if number else None)
+    video = probe_video(cut)
+    truth = sequential(original)[10:]
+    assert video.num_frames == len(truth)
+    for frame in (0, 7, 19):
+        np.testing.assert_array_equal(read_video_frames(video, [frame])[0], truth[frame])
+
+
+def test_a_frame_that_depends_on_a_lost_one_is_unreadable(tmp_path: Path) -> None:
+    """The scan does not decode all frames. If the decoder skipped frames by itself, it would hide the loss."""
+    original = encode_video(tmp_path / "x.mp4", [picture(0, t) for t in range(30)], g=30, bf=2)
+    lost = remux(
+        original,
+        tmp_path / "lost.mp4",
+        lambda number, data: data[:4] + b"\x41" + bytes(len(data) - 5) if number == 7 else data,
+    )
+    video = probe_video(lost)
+    for frame in range(12, 30):
+        with pytest.raises(UnreadableFrameError):
+            read_video_frames(video, [frame])
+
+
 def test_hidden_vp8_frames_are_not_counted(tmp_path: Path) -> None:
     original = encode_video(tmp_path / "x.webm", [picture(0, t) for t in range(12)], "libvpx")
     hidden = remux(
