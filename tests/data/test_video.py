@@ -269,7 +269,7 @@ def test_an_untimed_stream_without_its_first_key_frame(tmp_path: Path) -> None:
 
 
 def test_a_frame_that_depends_on_a_lost_one_is_unreadable(tmp_path: Path) -> None:
-    """The scan does not decode all frames. If the decoder skipped frames by itself, it would hide the loss."""
+    """If the decoder skipped frames by itself, it would hide the loss."""
     original = encode_video(tmp_path / "x.mp4", [picture(0, t) for t in range(30)], g=30, bf=2)
     lost = remux(
         original,
