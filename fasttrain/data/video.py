@@ -112,7 +112,7 @@ class VideoInfo:
 
 
 def probe_video(path: Path) -> VideoInfo:
-    """Scan a video file: read all of its packets and decode its first frame.
+    """Scan a video file: read all of its packets and decode its first frames.
 
     If the packets do not tell the frames, or seem damaged, decode all frames. Damaged frames at the beginning
     and at the end are left out, because many files are cut there. Raises UnreadableFrameError if another
