@@ -62,7 +62,7 @@ class UnreadableFrameError(Exception):
 
 
 def read_encoded(path: str | Path, frame: int = 0) -> Bytes:
-    """Read an image file (n,), as `as_regular` returns it. The content decides on the format, not the name.
+    """Read an image file (n,), as `as_regular` returns it. Its content decides on its format, not its name.
 
     Raises UnreadableFrameError if the file is missing, empty, truncated or too large, or if Pillow cannot
     decode an irregular image. Truncation is checked here because some decoders turn a truncated file into
@@ -101,21 +101,6 @@ def as_regular(content: bytes, frame: int = 0) -> Bytes:
     buffer = io.BytesIO()
     Image.fromarray(decode_image(data, frame)).save(buffer, "BMP")
     return np.frombuffer(buffer.getvalue(), dtype=np.uint8)
-
-
-def check_size(data: Bytes, frame: int = 0) -> None:
-    """Raise UnreadableFrameError if the header of an image (n,) claims more than MAX_PIXELS pixels."""
-    size = _regular_size(data.tobytes())
-    if size is None:
-        try:
-            with Image.open(io.BytesIO(data.tobytes())) as image:
-                size = image.size
-        except Image.DecompressionBombError as error:
-            raise UnreadableFrameError(str(error), frame) from error
-        # Pillow's plugins raise exceptions of many types. The decoder will report the damage.
-        except Exception:
-            return
-    check_pixels(*size, frame)
 
 
 def check_pixels(width: int, height: int, frame: int = 0) -> None:
@@ -166,9 +151,9 @@ def decode_image(data: Bytes, frame: int = 0) -> Frame:
 
     Raises UnreadableFrameError.
     """
-    check_size(data, frame)
     try:
         with Image.open(io.BytesIO(data.tobytes())) as file:
+            check_pixels(*file.size, frame)
             if (pages := getattr(file, "n_frames", 1)) > 1 and file.format != "MPO":
                 raise ValueError(f"{pages} images in one file; store each frame as a file of its own")
             file.load()
@@ -176,14 +161,16 @@ def decode_image(data: Bytes, frame: int = 0) -> Frame:
             if (orientation := exif_orientation(image)) != 1:
                 image = image.transpose(_UPRIGHT[orientation])
             if image.mode == "F":
-                raise ValueError("the levels are floating-point numbers")
+                raise ValueError("its levels are floating-point numbers")
             if image.mode.startswith("I"):
                 # Pillow clips 16-bit grey to 255 instead of scaling it.
                 grey = np.asarray(image, dtype=np.float64) / 257
                 if grey.min() < 0 or grey.max() > 255:
-                    raise ValueError("the levels are not of 16 bits")
+                    raise ValueError("its levels exceed 16 bits")
                 return np.repeat(np.rint(grey).astype(np.uint8)[..., None], 3, axis=2)
             return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    except UnreadableFrameError:
+        raise
     # Pillow's message contains a memory address, which would make packed sets irreproducible.
     except UnidentifiedImageError as error:
         raise UnreadableFrameError("cannot be decoded: unknown image format", frame) from error

@@ -159,7 +159,7 @@ def _search_folder(root: Path, kind: Kind) -> SourceFiles:
     source = SourceFiles()
     shared_names: _SharedNames = {}
     first_image = ""
-    # Folders of images in a folder such as Annotations, which are frames only if there are no others.
+    # Images below a folder such as Annotations. They are frames only if the source has no others.
     set_aside: list[tuple[str, str, Path, str, list[str]]] = []
 
     def visit(folder: Path, relative: str, ancestors: frozenset[tuple[int, int]]) -> None:
@@ -189,7 +189,7 @@ def _search_folder(root: Path, kind: Kind) -> SourceFiles:
             videos: list[str] = []
             if suffix in VIDEO_SUFFIXES and kind != "folders":
                 videos, names = names, []
-            elif suffix not in IMAGE_SUFFIXES and (kind == "videos" or (opened and not suffix)):
+            elif not suffix and opened:
                 videos = [file for file in names if _starts_as_video(folder / file)]
                 names = sorted(set(names) - set(videos))
             source.videos.update((posixpath.join(relative, file), folder / file) for file in videos)
