@@ -1,8 +1,9 @@
 """Evaluate a training run on a benchmark, before and after its projection.
 
-Prints a table and writes the results to OUTPUT/TASK.json, together with pictures and the predicted masks
-(davis, vip) or poses (jhmdb). Under torchrun, the processes divide the sequences or videos among
-themselves. The `--` keeps torchrun from reading --run as one of its own options:
+Prints a table and writes the results to OUTPUT/TASK-DATASET-HASH.json. The hash stands for the weights and
+the settings, so that no other evaluation has the same file. Pictures and the predicted masks (davis, vip) or
+poses (jhmdb) are in the folder of the same name without `.json`. Under torchrun, the processes divide the
+sequences or videos among themselves. The `--` keeps torchrun from reading --run as one of its own options:
 
     torchrun --nproc-per-node=8 -m -- fasttrain eval probe --run RUN --root DATASET
 """
@@ -26,7 +27,13 @@ from fasttrain.evaluation import (
     retrieval,
     vip,
 )
-from fasttrain.evaluation.results import print_table, with_difference, write_results
+from fasttrain.evaluation.results import (
+    print_others,
+    print_table,
+    result_path,
+    with_difference,
+    write_results,
+)
 from fasttrain.files import make_folder
 from fasttrain.loggers import say
 
@@ -59,8 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "--output",
             type=Path,
             metavar="FOLDER",
-            help=f"folder for the results (default: eval/{name} in RUN or, without --run, in the working "
-            "directory)",
+            help="folder for the results (default: eval in RUN or, without --run, in the working directory)",
         )
         task.add_arguments(task_parser)
 
@@ -71,47 +77,33 @@ def run(arguments: argparse.Namespace) -> None:
     Raises InputError if the dataset or the encoder cannot be loaded.
     """
     task, description = TASKS[arguments.task]
-    output = arguments.output or (arguments.run or Path()) / "eval" / arguments.task
-    start, old_pictures = time.perf_counter(), _pictures(output)
+    folder = arguments.output or (arguments.run or Path()) / "eval"
+    start = time.perf_counter()
     with distributed.start(arguments.device) as world:
-        evaluated = world.run_on_all(lambda: _prepare(arguments, output, world))
-        report = task.run(arguments, evaluated, output, world)
-    if report is None:
+        evaluated = world.run_on_all(lambda: _prepare(arguments, folder, world))
+        identity = arguments.task, vars(arguments), evaluated.encoder, evaluated.projection
+        path = result_path(folder, *identity)
+        content = task.run(arguments, evaluated, path.with_suffix(""), world)
+    if content is None:
         return
-    results = with_difference(report["results"])
-    encoder, projection = evaluated.encoder, evaluated.projection
-    context = {
-        "task": arguments.task,
-        "settings": vars(arguments),
-        "model": {
-            "backbone": encoder.name,
-            "weights": encoder.weights,
-            "weights_hash": encoder.weights_hash,
-            "mean": encoder.mean,
-            "std": encoder.std,
-            "head": projection.head if projection else None,
-        },
-        # The folder may also contain pictures of other sequences, drawn by an earlier evaluation.
-        "pictures": [name for name, mtime in _pictures(output).items() if mtime != old_pictures.get(name)],
+    content |= {
+        "results": with_difference(content["results"]),
+        "pictures": sorted(picture.name for picture in path.with_suffix("").glob("figures/[!.]*")),
         "seconds": time.perf_counter() - start,
     }
-    path = output / f"{arguments.task}.json"
-    write_results(path, {**context, **report, "results": results})
-    print_table(f"{arguments.task}: {description}\n{encoder.name}, {encoder.weights}", results)
+    write_results(path, *identity, content)
+    encoder = evaluated.encoder
+    print_table(f"{arguments.task}: {description}\n{encoder.name}, {encoder.weights}", content["results"])
+    print_others(path)
     say(f"results written to {path}")
 
 
-def _prepare(arguments: argparse.Namespace, output: Path, world: World) -> model.EvaluatedModel:
+def _prepare(arguments: argparse.Namespace, folder: Path, world: World) -> model.EvaluatedModel:
     """Check the paths and load the encoder, so that bad input fails before the evaluation begins."""
     if not arguments.root.exists():
         raise InputError(f"--root: '{arguments.root}' does not exist. Pass the path of the dataset.")
     evaluated = model.load_model(arguments, world.device)
-    make_folder(output)
-    if not os.access(output, os.W_OK):
-        raise InputError(f"--output: '{output}' is not writable. Pass another folder.")
+    make_folder(folder)
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"--output: '{folder}' is not writable. Pass another folder.")
     return evaluated
-
-
-def _pictures(output: Path) -> dict[str, int]:
-    """Return the modification time of each picture in the output folder, sorted by name."""
-    return {path.name: path.stat().st_mtime_ns for path in sorted(output.glob("figures/*"))}

@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FOLDER",
         help="folder of cached features, which tasks and runs can share; all processes need access to it "
-        "(default: cache in the output folder)",
+        "(default: cache in the folder of the results)",
     )
     parser.add_argument(
         "--precision",
@@ -164,7 +164,7 @@ def extract(
     """
     check_options(arguments, num_frames=1, stride=1, batch_size=1, workers=0)
     model.encoder.grid(arguments.image_size, arguments.image_size)
-    cache = arguments.cache or output / "cache"
+    cache = arguments.cache or output.parent / "cache"
     descriptions = {variant: _describe(model, arguments, variant) for variant in model.variants}
     encoding = Lock()
 

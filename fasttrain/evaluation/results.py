@@ -1,23 +1,209 @@
-"""The results of an evaluation: the difference between the variants, the JSON file and the table."""
+"""The results of evaluations: their files, the table in the terminal, and how their metrics are read."""
 
+import hashlib
 import json
-import math
 import os
 import platform
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from importlib import metadata
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import torch
+from pydantic import BaseModel, Field
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 import fasttrain
-from fasttrain.files import printable, write_json
+from fasttrain.backbones import Backbone
+from fasttrain.errors import InputError
+from fasttrain.files import naming, printable, write_json
+from fasttrain.loggers import say
+from fasttrain.projection import Projection
+from fasttrain.weights import hash_state_dict
 
 # Packages whose versions are recorded with the results.
 PACKAGES = ("torch", "timm", "numpy", "scipy", "pillow")
+# The metrics that summarise a benchmark. Those of other benchmarks are their first one.
+HEADLINES = {
+    "probe": ("linear top-1",),
+    "consistency": ("intra_normalized_95", "inter_normalized_95"),
+}
+# What metrics mean, by the beginning of their names. The longest one that fits counts.
+MEANINGS = {
+    "J": "overlap of propagated and true masks (IoU), from 0 to 1",
+    "J-Recall": "share of frames with J above 0.5",
+    "J-Decay": "loss of J from the first to the last quarter of a video",
+    "F-": "agreement of the contours of propagated and true masks, from 0 to 1",
+    "F-Recall": "share of frames with F above 0.5",
+    "F-Decay": "loss of F from the first to the last quarter of a video",
+    "J&F": "mean of J and F",
+    "mIoU": "overlap of propagated and true parts, mean over the classes, from 0 to 1",
+    "PCK": "joints found within this distance, relative to the size of the person, in percent",
+    "R@": "videos with one of the same class among the k nearest, in percent",
+    "linear": "accuracy of a linear classifier, in percent",
+    "frame accuracy": "frames with the correct label, in percent",
+    "intra_original": "distance between matching tokens of two frames; depends on the scale of the features",
+    "intra_diameter": "spread of the tokens of a video, which is the scale of the features",
+    "intra_normalized": "distance within a video, relative to the spread of its tokens",
+    "inter_original": "distance between videos; depends on the scale of the features",
+    "inter_diameter": "spread of the tokens of all videos, which is the scale of the features",
+    "inter_normalized": "distance between videos, relative to the spread of the tokens",
+    "effective_rank": "share of the dimensions that the features use, from 0 to 1",
+    "cycle_accuracy": "places that are found again after going to another frame and back, from 0 to 1",
+}  # fmt: skip
+# Settings that say which model is measured, on which machine or what is drawn, but not what is measured.
+_NOT_PROTOCOL = (
+    *("task", "output", "run", "backbone", "weights", "projection", "num_heads", "activation", "mean", "std"),
+    *("baseline_only", "projection_only", "device", "cache", "workers", "batch_size", "pictures"),
+)
+# Settings that say where the model and the results are. The model itself is known by its hashes.
+_LOCATIONS = ("output", "run", "weights", "projection")
+
+ByVariant = Mapping[str, Mapping[str, float | None]]
+
+
+# --- files ---------------------------------------------------------------------------------------------
+
+
+def result_path(
+    folder: Path, task: str, settings: Mapping[str, Any], encoder: Backbone, projection: Projection | None
+) -> Path:
+    """Return the file for the results of an evaluation: FOLDER/TASK-DATASET-HASH.json.
+
+    The hash stands for the task, the weights and all settings, so only a repetition of the same evaluation
+    has the same file. Pictures and predictions belong in the folder of the same name without `.json`.
+
+    Args:
+        folder: The folder of all results, such as RUN/eval.
+        task: The name of the benchmark.
+        settings: The settings. `root`, if there is one, is the path of the data set.
+        encoder: The frozen backbone.
+        projection: The projection, if there is one.
+    """
+    settings = _absolute(settings)
+    key = {name: value for name, value in settings.items() if name not in _LOCATIONS}
+    key |= {"task": task, "encoder": encoder.weights_hash, "head": _hash(projection)}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    data = re.sub(r"[^\w.-]+", "_", Path(settings.get("root", "")).name)[:40]
+    return folder / f"{'-'.join(filter(None, (task, data, digest)))}.json"
+
+
+def write_results(
+    path: Path,
+    task: str,
+    settings: Mapping[str, Any],
+    encoder: Backbone,
+    projection: Projection | None,
+    content: Mapping[str, Any],
+) -> None:
+    """Write the results of an evaluation as JSON, atomically; non-finite numbers become null.
+
+    Args:
+        path: The file, from `result_path` with the same settings and model.
+        task: The name of the benchmark.
+        settings: The settings.
+        encoder: The frozen backbone.
+        projection: The projection, if there is one.
+        content: `results` (the metrics by variant), `pictures` (the names of the files in the folder
+            `figures`) and anything else that JSON can hold.
+    """
+    device = next(encoder.parameters()).device
+    versions = {name: metadata.version(name) for name in PACKAGES}
+    whole = {
+        "task": task,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "settings": _absolute(settings),
+        "model": {
+            "backbone": encoder.name,
+            "weights": encoder.weights,
+            "weights_hash": encoder.weights_hash,
+            "mean": encoder.mean,
+            "std": encoder.std,
+            "head": projection.head if projection else None,
+            "projection_hash": _hash(projection),
+        },
+        **content,
+        "versions": {"python": platform.python_version(), "fasttrain": fasttrain.__version__, **versions},
+    }
+    # Python's json module writes NaN and infinity, which JSON does not allow.
+    text = json.dumps(whole, default=os.fspath)
+    write_json(path, json.loads(text, parse_constant=lambda name: None))
+
+
+def _absolute(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: os.fspath(value.resolve()) if isinstance(value, Path) else value
+        for name, value in settings.items()
+    }
+
+
+def _hash(projection: Projection | None) -> str | None:
+    return hash_state_dict(projection.state_dict()) if projection else None
+
+
+class Model(BaseModel):
+    """The model of a result."""
+
+    backbone: str
+    weights: str
+    projection_hash: str | None = None
+
+
+class Result(BaseModel):
+    """The parts of a result that are shown. Results of version 0.1.0 lack those that have a default."""
+
+    task: str
+    model: Model
+    # Names of files, not paths, which could embed any file of the user in the report.
+    pictures: list[Annotated[str, Field(pattern=r"^[^/]+\.(png|mp4)$")]]
+    results: Annotated[dict[str, dict[str, float | None]], Field(min_length=1)]
+    date: str = ""
+    device: str = ""
+    settings: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+    seconds: float | None = None
+    versions: dict[str, str] = {}
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """The settings that say what is measured. Results with the same ones can be compared."""
+        return {name: value for name, value in self.settings.items() if name not in _NOT_PROTOCOL}
+
+    @property
+    def headlines(self) -> tuple[str, ...]:
+        """The metrics that summarise the result."""
+        metrics = next(iter(self.results.values()))
+        return tuple(name for name in HEADLINES.get(self.task, ()) if name in metrics) or tuple(metrics)[:1]
+
+    def values(self, metric: str) -> list[float]:
+        """The values of a metric before and after the projection, as far as they were measured."""
+        values = [self.results.get(variant, {}).get(metric) for variant in ("before", "after")]
+        return [value for value in values if value is not None]
+
+
+def find_results(folder: Path) -> list[Path]:
+    """Return the JSON files in a folder of results, or in a folder of it, as in version 0.1.0."""
+    return sorted([*folder.glob("*.json"), *folder.glob("*/*.json")])
+
+
+def read_result(path: Path) -> Result:
+    """Read a JSON file that `write_results` wrote. Raises InputError for any other file."""
+    try:
+        with naming(path):
+            return Result.model_validate_json(path.read_bytes())
+    except ValueError as error:
+        raise InputError(
+            f"'{path}' is not a result of `fasttrain eval`, or is damaged. Remove it."
+        ) from error
+
+
+# --- metrics -------------------------------------------------------------------------------------------
 
 
 def with_difference(by_variant: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
@@ -28,27 +214,68 @@ def with_difference(by_variant: dict[str, dict[str, float]]) -> dict[str, dict[s
     return {**by_variant, "difference": difference}
 
 
-def write_results(path: Path, content: Mapping[str, Any]) -> None:
-    """Write `content` and the package versions as JSON; non-finite numbers become null."""
-    versions = {name: metadata.version(name) for name in PACKAGES}
-    versions = {"python": platform.python_version(), "fasttrain": fasttrain.__version__, **versions}
-    text = json.dumps({**content, "versions": versions}, default=os.fspath)
-    # Python's json module writes NaN and infinity, which JSON does not allow.
-    write_json(path, json.loads(text, parse_constant=lambda name: None))
+def better(metric: str) -> str:
+    """Return `higher` or `lower`, whichever is better, or nothing for a measure of the features' scale."""
+    if metric.endswith("_original") or "_diameter_" in metric:
+        return ""
+    return "lower" if metric.startswith("intra_") or metric.endswith("-Decay") else "higher"
 
 
-def print_table(title: str, by_variant: dict[str, dict[str, float]]) -> None:
-    """Print one row per metric and one column per variant."""
+def meaning(metric: str) -> str:
+    """Return what a metric means in a few words, or nothing if that is not known."""
+    return MEANINGS.get(max((name for name in MEANINGS if metric.startswith(name)), key=len, default=""), "")
+
+
+def distinguish(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Describe what distinguishes each of several settings from the others, such as `year=2016`."""
+    names = dict.fromkeys(name for one in settings for name in one)
+    differing = [name for name in names if len({json.dumps(one.get(name)) for one in settings}) > 1]
+    return [", ".join(f"{name}={one[name]}" for name in differing if name in one) for one in settings]
+
+
+# --- the terminal --------------------------------------------------------------------------------------
+
+
+def print_table(title: str, by_variant: ByVariant) -> None:
+    """Print one row per metric, with the direction that is better and one column per variant."""
     table = Table(title=escape("\n".join(map(printable, title.split("\n")))))
     table.add_column("metric")
+    table.add_column("better")
     for variant in by_variant:
         table.add_column(variant, justify="right")
     for key in next(iter(by_variant.values())):
-        table.add_row(
-            escape(printable(key)), *(_cell(values[key], variant) for variant, values in by_variant.items())
-        )
+        cells = [format_value(values[key], variant) for variant, values in by_variant.items()]
+        table.add_row(escape(printable(key)), better(key), *cells)
     Console().print(table)
 
 
-def _cell(value: float, variant: str) -> str:
-    return "-" if math.isnan(value) else format(value, "+.4f" if variant == "difference" else ".4f")
+def format_value(value: float | None, variant: str = "") -> str:
+    """Format a metric for a table; `difference` has a sign, and an undefined value is a dash."""
+    if value is None or not isfinite(value):
+        return "-"
+    return format(value, "+.4f" if variant == "difference" else ".4f")
+
+
+def print_others(path: Path) -> None:
+    """Print the result in `path` and those of the same benchmark in its folder, oldest first."""
+    results = {}
+    for other in {path, *find_results(path.parent)}:
+        try:
+            results[other] = read_result(other)
+        except InputError:
+            continue
+    task = results[path].task
+    shown = sorted((result.date, other) for other, result in results.items() if result.task == task)
+    if len(shown) < 2:
+        return
+    say(f"all results of {task} in {path.parent} (* this one):")
+    others = [results[other] for _, other in shown]
+    differences = distinguish(
+        [result.protocol | {"projection": (result.model.projection_hash or "none")[:8]} for result in others]
+    )
+    for (date, other), result, difference in zip(shown, others, differences, strict=True):
+        values = [
+            f"{metric} {' -> '.join(map(format_value, result.values(metric)))}" for metric in result.headlines
+        ]
+        mark, when = "*" if other == path else " ", date[:16].replace("T", " ") or "no date".ljust(16)
+        say("  ".join((mark, when, *values, os.path.relpath(other, path.parent), difference)).rstrip())
