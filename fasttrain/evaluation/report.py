@@ -1,26 +1,36 @@
 """Collect training runs and their evaluations in one self-contained HTML page.
 
-The page shows learning curves, the trade-off of consistency and separability, tables, pictures and videos.
+The page begins with a table of all runs, and shows learning curves, the trade-off of consistency and
+separability, tables, pictures, short videos and recipes. What cannot be shown is named with the reason.
 """
 
 import argparse
 import base64
-import html
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, NamedTuple
 
-from pydantic import BaseModel, Field
+from jinja2 import Environment
+from PIL import Image
 
+import fasttrain
+from fasttrain.data.images import UnreadableFrameError, decode_image, read_encoded
 from fasttrain.errors import InputError
-from fasttrain.evaluation import plots
-from fasttrain.files import naming, write_atomically
-from fasttrain.loggers import say
+from fasttrain.evaluation import plots, results
+from fasttrain.evaluation.results import Result
+from fasttrain.files import os_reason, write_atomically
+from fasttrain.loggers import NON_FINITE, read_records, say
+from fasttrain.recipe import Recipe, load_recipe, to_dict, to_yaml
 
-STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.2rem .8rem;border-bottom:1px solid #ddd}"
-    "td+td,th+th{text-align:right}img,video{max-width:100%}"
-)
+# Twice the width at which most pictures are shown, so that they are sharp on dense screens.
+PICTURE_WIDTH = 1400
+# Larger videos are named, but not embedded.
+MAX_VIDEO_BYTES = 500_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,95 +44,286 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run and its results, oldest first."""
+
+    name: str
+    folder: Path
+    status: str
+    """How far the training is."""
+    has_metrics: bool
+    recipe: Recipe | None
+    results: list[tuple[Path, Result]]
+
+
+class Media(NamedTuple):
+    """A picture or a video."""
+
+    name: str
+    caption: str
+    data: str = ""
+    """Its content as a URL, unless it is too large."""
+    width: int = 0
+    """The width at which a picture is shown, in CSS pixels."""
+    is_video: bool = False
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Write the report of all runs.
 
-    The plots are also kept as files in a folder next to it. Raises InputError if a run has neither a
-    metrics.jsonl nor evaluations.
+    The plots that compare them are also kept as files in a folder next to it. Raises InputError if no run has
+    anything to show.
     """
     output: Path = arguments.output
     if output.is_dir():
         raise InputError(f"--output: '{output}' is a folder. Pass the name of an HTML file.")
-    runs_with_history, evaluations = [], []
-    for name, folder in zip(plots.run_names(arguments.runs), arguments.runs, strict=True):
-        paths = sorted(folder.glob("eval/*/*.json"))
-        evaluations += [(name, path, _read(path)) for path in paths]
-        if (folder / "metrics.jsonl").is_file():
-            runs_with_history.append(folder)
-        elif not paths:
-            raise InputError(
-                f"'{folder}' has neither metrics.jsonl nor eval/*/*.json. Pass the output folder of a run; "
-                "if it trained several backbones, pass OUTPUT/NAME of each."
-            )
-    drawn = output.parent / f"{output.stem}_figures"
-    sections = []
-    if runs_with_history:
-        plots.learning_curves(runs_with_history, drawn / "learning.png")
-        sections.append(("Learning curves", _show(drawn / "learning.png")))
-    points = [
-        (name, evaluation["results"]["before"], evaluation["results"]["after"])
-        for name, _, evaluation in evaluations
-        if evaluation["task"] == "consistency" and plots.has_trade_off(evaluation["results"])
-    ]
-    if points:
-        plots.trade_off(points, drawn / "trade_off.png")
-        sections.append(("Trade-off", _show(drawn / "trade_off.png")))
-    for name, path, evaluation in evaluations:
-        # The folder is named after the task unless the user chose another name.
-        task = " in ".join(dict.fromkeys((evaluation["task"], path.parent.name)))
-        model = evaluation["model"]
-        title = f"{name}: {task} ({model['backbone']}, {model['weights']})"
-        pictures = [path.parent / "figures" / picture for picture in evaluation["pictures"]]
-        # Pictures first, then videos.
-        pictures.sort(key=lambda picture: picture.suffix, reverse=True)
-        shown = "".join(_show(picture) for picture in pictures if picture.is_file())
-        sections.append((title, _table(evaluation["results"]) + shown))
-    body = "".join(f"<h2>{html.escape(title)}</h2>{content}" for title, content in sections)
-    head = f'<!doctype html><meta charset="utf-8"><title>fasttrain</title><style>{STYLE}</style>'
-    write_atomically(output, f"{head}<h1>fasttrain</h1>{body}\n".encode())
-    say(f"report written to {output}")
+    problems: list[str] = []
+    named = zip(plots.run_names(arguments.runs), arguments.runs, strict=True)
+    runs = [run for name, folder in named if (run := _read_run(name, folder, problems))]
+    if not runs:
+        raise InputError(" ".join(problems))
+    titles = _titles([result for run in runs for _, result in run.results])
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    )
+    text = template.render(
+        now=_minutes(datetime.now(timezone.utc).isoformat()),
+        version=fasttrain.__version__,
+        runs=[(run, _sections(run, titles, problems)) for run in runs],
+        summary=_summary(runs, titles),
+        plots=_draw_plots(runs, titles, output.parent / f"{output.stem}_figures", problems),
+        recipes={run.name: to_yaml(run.recipe) for run in runs if run.recipe},
+        differences=_recipe_differences(runs),
+        # The list is complete by now, because the template is rendered last.
+        problems=problems,
+        better=results.better,
+        meaning=results.meaning,
+        format_value=results.format_value,
+    )
+    write_atomically(output, text.encode())
+    for problem in problems:
+        say(f"not shown: {problem}")
+    say(f"report written to {output} ({output.stat().st_size / 1e6:.1f} MB)")
 
 
-class _Model(BaseModel):
-    backbone: str
-    weights: str
+# --- reading -------------------------------------------------------------------------------------------
 
 
-class _Evaluation(BaseModel):
-    """The part of the JSON file of an evaluation that the report shows."""
-
-    task: str
-    model: _Model
-    # Names of files, not paths, which could embed any file of the user in the page.
-    pictures: list[Annotated[str, Field(pattern=r"^[^/]+\.(png|mp4)$")]]
-    results: dict[str, dict[str, float | None]]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Read a JSON file that `fasttrain eval` wrote. Raises InputError for any other file."""
+def _read_run(name: str, folder: Path, problems: list[str]) -> Run | None:
+    """Read a run folder. What cannot be read is added to `problems`; None if there is nothing to show."""
+    evaluated: list[tuple[Path, Result]] = []
+    records: list[dict[str, Any]] = []
+    recipe = None
     try:
-        with naming(path):
-            return _Evaluation.model_validate_json(path.read_bytes()).model_dump()
+        for path in results.find_results(folder / "eval"):
+            try:
+                evaluated.append((path, results.read_result(path)))
+            except InputError as error:
+                problems.append(str(error))
+        records = read_records(folder / "metrics.jsonl")
+        if (path := folder / "recipe.yaml").exists():
+            recipe = load_recipe(path)
+    except OSError as error:
+        problems.append(f"'{error.filename}' cannot be read ({os_reason(error)}).")
+    # A recipe or a log that is damaged.
     except ValueError as error:
-        raise InputError(
-            f"'{path}' is not a result of `fasttrain eval`, or is damaged. Remove it."
-        ) from error
+        problems.append(f"{folder}: {error}")
+    if not records and not evaluated:
+        problems.append(
+            f"'{folder}' has neither metrics in metrics.jsonl nor results in eval. Pass the output folder of "
+            "a run; if it trained several backbones, pass OUTPUT/NAME of each."
+        )
+        return None
+    return Run(
+        name=name,
+        folder=folder,
+        status=_status(folder, records),
+        has_metrics=bool(records),
+        recipe=recipe,
+        results=sorted(evaluated, key=lambda one: (one[1].task, one[1].date)),
+    )
 
 
-def _show(path: Path) -> str:
-    """Return an HTML element that embeds a picture or video."""
-    with naming(path):
-        name, content = html.escape(path.stem), base64.b64encode(path.read_bytes()).decode()
-    if path.suffix == ".png":
-        return f'<p>{name}</p><img alt="{name}" src="data:image/png;base64,{content}">'
-    return f'<p>{name}</p><video controls loop muted src="data:video/mp4;base64,{content}"></video>'
+def _status(folder: Path, records: list[dict[str, Any]]) -> str:
+    if not records:
+        return "no training metrics"
+    step = records[-1].get("step")
+    if records[-1].get("event") == NON_FINITE:
+        return f"dropped at step {step}, because its loss was not finite"
+    return f"{step} steps" if (folder / "train.json").exists() else f"unfinished, at step {step}"
 
 
-def _table(results: dict[str, dict[str, float | None]]) -> str:
-    """Return an HTML table with one row per metric and one column per variant."""
-    rows = "".join(f"<th>{html.escape(variant)}</th>" for variant in ("", *results))
-    for key in dict.fromkeys(key for metrics in results.values() for key in metrics):
-        values = [metrics.get(key) for metrics in results.values()]
-        cells = "".join(f"<td>{'–' if value is None else format(value, '.4f')}</td>" for value in values)
-        rows += f"</tr><tr><td>{html.escape(key)}</td>{cells}"
-    return f"<table><tr>{rows}</tr></table>"
+# --- tables --------------------------------------------------------------------------------------------
+
+
+def _titles(evaluated: list[Result]) -> dict[str, str]:
+    """Name what each result measures (`_measured`): the benchmark, the data set and what distinguishes it."""
+    roots = list(dict.fromkeys(Path(result.settings.get("root", "")) for result in evaluated))
+    names = dict(zip(roots, plots.run_names(roots), strict=True))
+    titles = {}
+    distinct = {_measured(result): result for result in evaluated}
+    for _, group in groupby(sorted(distinct.items(), key=lambda one: one[1].task), lambda one: one[1].task):
+        keys, members = zip(*group, strict=True)
+        protocols = [result.protocol for result in members]
+        differences = results.distinguish(
+            [{key: value for key, value in protocol.items() if key != "root"} for protocol in protocols]
+        )
+        for key, result, difference in zip(keys, members, differences, strict=True):
+            root = result.settings.get("root")
+            titles[key] = result.task + (f" on {names[Path(root)]}" if root else "")
+            titles[key] += f", {difference}" if difference else ""
+    return titles
+
+
+def _measured(result: Result) -> str:
+    """Return a key that results share if they can be compared."""
+    return json.dumps([result.task, result.protocol], sort_keys=True)
+
+
+def _summary(
+    runs: list[Run], titles: Mapping[str, str]
+) -> tuple[list[tuple[str, str]], list[list[list[tuple[str, float, bool]]]]]:
+    """Return the columns of the table of all runs, as title and metric, and the rows.
+
+    Each cell is a list of variants: its name, its value, and whether it is the best value of the column.
+    """
+    columns = dict.fromkeys(
+        (_measured(result), metric)
+        for run in runs
+        for _, result in run.results
+        for metric in result.headlines
+    )
+    # Of several results of a run, the latest one counts.
+    latest = [{_measured(result): result for _, result in run.results} for run in runs]
+    rows: list[list[list[tuple[str, float, bool]]]] = [[] for _ in runs]
+    for key, metric in columns:
+        cells = [of_run[key].values(metric) if key in of_run else {} for of_run in latest]
+        values = [value for cell in cells for value in cell.values()]
+        direction = results.better(metric)
+        best = max(values, default=None) if direction == "higher" else min(values, default=None)
+        for row, cell in zip(rows, cells, strict=True):
+            row.append(
+                [(variant, value, bool(direction) and value == best) for variant, value in cell.items()]
+            )
+    return [(titles[key], metric) for key, metric in columns], rows
+
+
+def _recipe_differences(runs: list[Run]) -> dict[str, list[str]]:
+    """Return the recipe keys that differ between the runs, except `output`, with the value in each run."""
+    flat = [_flatten(to_dict(run.recipe)) if run.recipe else {} for run in runs]
+    keys = dict.fromkeys(key for one in flat for key in one if key != "output")
+    rows = {key: [json.dumps(one[key]) if key in one else "" for one in flat] for key in keys}
+    return {key: row for key, row in rows.items() if len({value for value in row if value}) > 1}
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+# --- sections ------------------------------------------------------------------------------------------
+
+
+def _sections(run: Run, titles: Mapping[str, str], problems: list[str]) -> list[dict[str, Any]]:
+    """Return what the template shows of each result of a run."""
+    sections = []
+    for path, result in run.results:
+        # In version 0.1.0, pictures were in the folder of the JSON file.
+        folders = path.with_suffix("") / "figures", path.parent / "figures"
+        figures = next((folder for folder in folders if folder.is_dir()), folders[0])
+        # Pictures first, then videos.
+        names = sorted(result.pictures, key=lambda name: name.endswith(".mp4"))
+        media = [_embed(figures / name, problems) for name in names]
+        facts = {
+            "date": _minutes(result.date),
+            "device": result.device,
+            "seconds": f"{result.seconds:.0f}" if result.seconds is not None else "",
+            "backbone": result.model.backbone,
+            "weights": result.model.weights,
+            "projection": (result.model.projection_hash or "")[:8],
+            **result.versions,
+        }
+        sections.append(
+            {
+                "title": titles[_measured(result)],
+                "facts": {name: fact for name, fact in facts.items() if fact},
+                "results": result.results,
+                "metrics": dict.fromkeys(key for metrics in result.results.values() for key in metrics),
+                "settings": _flatten(result.settings),
+                "data": _flatten(result.data),
+                "media": [each for each in media if each],
+                "path": path,
+            }
+        )
+    return sections
+
+
+def _draw_plots(
+    runs: list[Run], titles: Mapping[str, str], folder: Path, problems: list[str]
+) -> dict[str, Media | None]:
+    """Draw the plots that compare the runs; return them by title."""
+    drawn: dict[str, Media | None] = {}
+    trained = [run.folder for run in runs if run.has_metrics]
+    if trained:
+        path = folder / "learning.png"
+        try:
+            plots.learning_curves(trained, path)
+            caption = "The metrics of training and, if there was a validation, those of validation."
+            drawn["Learning curves"] = _embed(path, problems, caption)
+        except InputError as error:
+            problems.append(str(error))
+    consistency = [
+        (run.name, result)
+        for run in runs
+        for _, result in run.results
+        if result.task == "consistency" and plots.has_trade_off(result.results)
+    ]
+    if consistency:
+        path = folder / "trade_off.png"
+        # What is measured is named only if it differs.
+        several = len({_measured(result) for _, result in consistency}) > 1
+        points = [
+            (
+                f"{name}: {titles[_measured(result)]}" if several else name,
+                result.results["before"],
+                result.results["after"],
+            )
+            for name, result in consistency
+        ]
+        plots.trade_off(points, path)
+        caption = "Further left, a video is more consistent; further up, videos are easier to tell apart."
+        drawn["Trade-off"] = _embed(path, problems, caption)
+    return drawn
+
+
+def _embed(path: Path, problems: list[str], caption: str = "") -> Media | None:
+    """Return a picture, compressed, or a small video; None and a problem if it cannot be read."""
+    name = path.stem.replace("_", " ")
+    caption = caption or name
+    try:
+        if path.suffix == ".mp4":
+            size = path.stat().st_size
+            if size > MAX_VIDEO_BYTES:
+                return Media(name, f"{name}: the video is not embedded ({size / 1e6:.1f} MB); see {path}")
+            return Media(name, caption, _url("video/mp4", path.read_bytes()), is_video=True)
+        picture = Image.fromarray(decode_image(read_encoded(path)))
+    except (OSError, UnreadableFrameError) as error:
+        problems.append(f"picture '{path}': {os_reason(error)}.")
+        return None
+    width = picture.width // 2
+    picture.thumbnail((PICTURE_WIDTH, picture.height))
+    buffer = io.BytesIO()
+    picture.save(buffer, "WEBP", quality=80)
+    return Media(name, caption, _url("image/webp", buffer.getvalue()), width)
+
+
+def _url(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _minutes(date: str) -> str:
+    """Shorten a date in ISO format, in UTC."""
+    return f"{date[:16].replace('T', ' ')} UTC" if date else ""

@@ -6,7 +6,7 @@ import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib import metadata
 from math import isfinite
 from pathlib import Path
@@ -116,7 +116,7 @@ def write_results(
     versions = {name: metadata.version(name) for name in PACKAGES}
     whole = {
         "task": task,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "settings": _absolute(settings),
         "model": {
@@ -181,10 +181,10 @@ class Result(BaseModel):
         metrics = next(iter(self.results.values()))
         return tuple(name for name in HEADLINES.get(self.task, ()) if name in metrics) or tuple(metrics)[:1]
 
-    def values(self, metric: str) -> list[float]:
+    def values(self, metric: str) -> dict[str, float]:
         """The values of a metric before and after the projection, as far as they were measured."""
-        values = [self.results.get(variant, {}).get(metric) for variant in ("before", "after")]
-        return [value for value in values if value is not None]
+        values = {variant: self.results.get(variant, {}).get(metric) for variant in ("before", "after")}
+        return {variant: value for variant, value in values.items() if value is not None}
 
 
 def find_results(folder: Path) -> list[Path]:
@@ -275,7 +275,8 @@ def print_others(path: Path) -> None:
     )
     for (date, other), result, difference in zip(shown, others, differences, strict=True):
         values = [
-            f"{metric} {' -> '.join(map(format_value, result.values(metric)))}" for metric in result.headlines
+            f"{metric} {' -> '.join(map(format_value, result.values(metric).values()))}"
+            for metric in result.headlines
         ]
         mark, when = "*" if other == path else " ", date[:16].replace("T", " ") or "no date".ljust(16)
         say("  ".join((mark, when, *values, os.path.relpath(other, path.parent), difference)).rstrip())
