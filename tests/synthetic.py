@@ -277,6 +277,12 @@ def write_videos(root: Path, frames: int = 9) -> Path:
     return root
 
 
+def result_of(folder: Path, task: str) -> Path:
+    """Return the only result of a task in a folder."""
+    (path,) = folder.glob(f"{task}-*.json")
+    return path
+
+
 def write_projection(path: Path) -> Path:
     torch.manual_seed(0)
     Projection(WIDTH).save(path)

@@ -83,7 +83,7 @@ def test_images_are_packed_trained_on_and_evaluated(tmp_path: Path) -> None:
     assert "resuming after 1 of 2 steps" in resumed.out
     torch.testing.assert_close(load_file(projection), finished, rtol=0, atol=0)
     assert "as pictures only, not as videos" in evaluation.out
-    assert {path.suffix for path in (tmp_path / "figures").iterdir()} == {".png"}
+    assert {path.suffix for path in tmp_path.glob("davis-*/figures/*")} == {".png"}
 
 
 def test_a_video_file_is_refused_with_one_line(tmp_path: Path) -> None:

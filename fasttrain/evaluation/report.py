@@ -8,7 +8,8 @@ import argparse
 import base64
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import groupby
@@ -115,20 +116,17 @@ def _read_run(name: str, folder: Path, problems: list[str]) -> Run | None:
     evaluated: list[tuple[Path, Result]] = []
     records: list[dict[str, Any]] = []
     recipe = None
-    try:
-        for path in results.find_results(folder / "eval"):
-            try:
-                evaluated.append((path, results.read_result(path)))
-            except InputError as error:
-                problems.append(str(error))
+    for path in results.find_results(folder / "eval"):
+        with _noting(problems):
+            evaluated.append((path, results.read_result(path)))
+    with _noting(problems):
         records = read_records(folder / "metrics.jsonl")
+        if not all(isinstance(record, dict) and "step" in record for record in records):
+            records = []
+            raise InputError(f"'{folder / 'metrics.jsonl'}' is not a log of fasttrain.")
+    with _noting(problems):
         if (path := folder / "recipe.yaml").exists():
             recipe = load_recipe(path)
-    except OSError as error:
-        problems.append(f"'{error.filename}' cannot be read ({os_reason(error)}).")
-    # A recipe or a log that is damaged.
-    except ValueError as error:
-        problems.append(f"{folder}: {error}")
     if not records and not evaluated:
         problems.append(
             f"'{folder}' has neither metrics in metrics.jsonl nor results in eval. Pass the output folder of "
@@ -143,6 +141,18 @@ def _read_run(name: str, folder: Path, problems: list[str]) -> Run | None:
         recipe=recipe,
         results=sorted(evaluated, key=lambda one: (one[1].task, one[1].date)),
     )
+
+
+@contextmanager
+def _noting(problems: list[str]) -> Iterator[None]:
+    """Add bad input that is met within the context to `problems`."""
+    try:
+        yield
+    # ValueError: InputError, and text in another encoding.
+    except ValueError as error:
+        problems.append(str(error))
+    except OSError as error:
+        problems.append(f"'{error.filename}' cannot be read: {os_reason(error)}.")
 
 
 def _status(folder: Path, records: list[dict[str, Any]]) -> str:
@@ -269,12 +279,10 @@ def _draw_plots(
     trained = [run.folder for run in runs if run.has_metrics]
     if trained:
         path = folder / "learning.png"
-        try:
+        with _noting(problems):
             plots.learning_curves(trained, path)
             caption = "The metrics of training and, if there was a validation, those of validation."
             drawn["Learning curves"] = _embed(path, problems, caption)
-        except InputError as error:
-            problems.append(str(error))
     consistency = [
         (run.name, result)
         for run in runs
@@ -311,7 +319,7 @@ def _embed(path: Path, problems: list[str], caption: str = "") -> Media | None:
             return Media(name, caption, _url("video/mp4", path.read_bytes()), is_video=True)
         picture = Image.fromarray(decode_image(read_encoded(path)))
     except (OSError, UnreadableFrameError) as error:
-        problems.append(f"picture '{path}': {os_reason(error)}.")
+        problems.append(f"'{path}' cannot be read: {os_reason(error)}.")
         return None
     width = picture.width // 2
     picture.thumbnail((PICTURE_WIDTH, picture.height))

@@ -5,7 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from synthetic import MODEL, NAMES, SETTINGS, make_scene, write_frames, write_projection, write_videos
+from synthetic import (
+    MODEL,
+    NAMES,
+    SETTINGS,
+    make_scene,
+    result_of,
+    write_frames,
+    write_projection,
+    write_videos,
+)
 
 from fasttrain.__main__ import main
 from fasttrain.projection import Projection
@@ -22,13 +31,13 @@ def test_unreadable_and_short_videos_are_skipped_and_reported(
     head = write_projection(tmp_path / "projection.safetensors")
     words = ("--root", str(root), "--output", str(tmp_path), "--projection", str(head))
     assert main(["eval", "consistency", *words, *MODEL, "--image-size", "64"]) == 0
-    report = json.loads((tmp_path / "consistency.json").read_text())
+    report = json.loads(result_of(tmp_path, "consistency").read_text())
     assert report["data"]["videos"] == 2
     assert "short: fewer than 8 frames" in report["data"]["skipped"]
     assert any(line.startswith(NAMES[0]) for line in report["data"]["skipped"])
     before, after, difference = (report["results"][key] for key in ("before", "after", "difference"))
     assert difference["inter_original"] == pytest.approx(after["inter_original"] - before["inter_original"])
-    assert (tmp_path / "figures/trade_off.png").stat().st_size > 0
+    assert (result_of(tmp_path, "consistency").with_suffix("") / "figures/trade_off.png").stat().st_size > 0
     printed = capsys.readouterr().out
     assert "skipped videos: 2 (for example alpha" in printed
     assert "files left out: 1, of which 1 .txt (first notes.txt)" in printed

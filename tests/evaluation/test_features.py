@@ -120,7 +120,7 @@ def test_cache_key_covers_everything_that_determines_the_features(
 ) -> None:
     def count(model: EvaluatedModel, **options: Any) -> int:
         run(videos, model, tmp_path / "out", **options)
-        return len(list((tmp_path / "out" / "cache").rglob("*.safetensors")))
+        return len(list((tmp_path / "cache").rglob("*.safetensors")))
 
     assert count(model) == 4
     # Another projection reuses the features of the backbone.

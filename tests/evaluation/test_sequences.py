@@ -23,6 +23,7 @@ from synthetic import (
     SMALL,
     make_scene,
     pose,
+    result_of,
     write_davis,
     write_jhmdb,
     write_projection,
@@ -60,23 +61,23 @@ def command(task: str, root: Path, output: Path, *options: str) -> list[str]:
 
 
 def read_report(output: Path, task: str) -> dict[str, Any]:
-    return json.loads((output / f"{task}.json").read_text())
+    return json.loads(result_of(output, task).read_text())
 
 
 @pytest.fixture(scope="module")
 def evaluated(
     roots: dict[str, Path], projection: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """Evaluate each task with an untrained projection. Returns the output folders."""
+    """Evaluate each task with an untrained projection. Returns the folders of pictures and predictions."""
     folder = tmp_path_factory.mktemp("eval")
     for task, root in roots.items():
         assert main(command(task, root, folder / task, "--projection", str(projection))) == 0
-    return {task: folder / task for task in roots}
+    return {task: result_of(folder / task, task).with_suffix("") for task in roots}
 
 
 @pytest.mark.parametrize("task", WRITERS)
 def test_results_before_and_after_and_their_difference(evaluated: dict[str, Path], task: str) -> None:
-    report = read_report(evaluated[task], task)
+    report = read_report(evaluated[task].parent, task)
     before, after, difference = (report["results"][key] for key in ("before", "after", "difference"))
     headline = {"davis": "J&F-Mean", "vip": "mIoU", "jhmdb": "PCK@0.1"}[task]
     assert next(iter(before)) == headline
@@ -96,11 +97,11 @@ def test_pictures_of_the_chosen_sequences(
     names = {path.name for path in (evaluated[task] / "figures").iterdir()}
     assert names == {f"{name}{end}" for name in NAMES for end in (".png", ".mp4", "_arrows.png")}
     assert main(command(task, roots[task], tmp_path, "--pictures", "1")) == 0
-    assert {path.name.split(".")[0] for path in (tmp_path / "figures").iterdir()} == {"alpha", "alpha_arrows"}
+    assert {path.name.split(".")[0] for path in tmp_path.glob("*/figures/*")} == {"alpha", "alpha_arrows"}
 
 
 def test_davis_masks_have_the_reported_scores(evaluated: dict[str, Path], roots: dict[str, Path]) -> None:
-    report = read_report(evaluated["davis"], "davis")
+    report = read_report(evaluated["davis"].parent, "davis")
     scores: dict[str, list[float]] = {"J": [], "F": []}
     for name in NAMES:
         pairs = []
@@ -121,7 +122,7 @@ def test_davis_masks_have_the_reported_scores(evaluated: dict[str, Path], roots:
 
 
 def test_vip_masks_have_the_reported_scores(evaluated: dict[str, Path], roots: dict[str, Path]) -> None:
-    results = read_report(evaluated["vip"], "vip")["results"]["before"]
+    results = read_report(evaluated["vip"].parent, "vip")["results"]["before"]
     folder = roots["vip"] / "VIP_Fine/Annotations/Category_ids"
     truths = [read_label_map(path) for path in sorted(folder.glob("*/*.png"))]
     masks = [read_label_map(path) for path in sorted((evaluated["vip"] / "masks/before").glob("*/*.png"))]
@@ -131,7 +132,7 @@ def test_vip_masks_have_the_reported_scores(evaluated: dict[str, Path], roots: d
 
 
 def test_jhmdb_poses_have_the_reported_scores(evaluated: dict[str, Path], roots: dict[str, Path]) -> None:
-    report = read_report(evaluated["jhmdb"], "jhmdb")
+    report = read_report(evaluated["jhmdb"].parent, "jhmdb")
     poses = [
         [
             loadmat(folder / "wave" / name / "joint_positions.mat")["pos_img"]
@@ -154,7 +155,7 @@ def test_single_variant(
 ) -> None:
     assert main(command("jhmdb", roots["jhmdb"], tmp_path, "--projection", str(projection), option)) == 0
     variant = "before" if option == "--baseline-only" else "after"
-    both = read_report(evaluated["jhmdb"], "jhmdb")["results"]
+    both = read_report(evaluated["jhmdb"].parent, "jhmdb")["results"]
     assert read_report(tmp_path, "jhmdb")["results"] == {variant: both[variant]}
 
 
@@ -179,7 +180,7 @@ def test_two_processes_give_the_results_of_one(
         [sys.executable, *launcher, *words], capture_output=True, text=True, env={**os.environ, **threads}
     )
     assert completed.returncode == 0, completed.stderr[-2000:]
-    assert_same_output(tmp_path, evaluated["davis"], "davis")
+    assert_same_output(tmp_path, evaluated["davis"].parent, "davis")
 
 
 @pytest.mark.gpu
@@ -192,7 +193,7 @@ def test_gpu_equals_cpu(
     # The encoder rounds differently on a GPU, which changes the order of a few nearly equal affinities.
     for variant in ("before", "after"):
         on_gpu, on_cpu = (
-            read_report(folder, task)["results"][variant] for folder in (tmp_path, evaluated[task])
+            read_report(folder, task)["results"][variant] for folder in (tmp_path, evaluated[task].parent)
         )
         scale = 100 if task == "jhmdb" else 1
         key = next(iter(on_cpu))

@@ -38,7 +38,40 @@ SECONDS = 60.0
 HOSTILE = "\x1b]0;title\x07\x1b[2J\r\x9b31m\nfasttrain: all is well\u202egpj"
 MARKUP = '<img src=x onerror="alert(1)">'
 # Elements of the report, without those that can run code or load files.
-ELEMENTS = {"meta", "title", "style", "h1", "h2", "p", "img", "video", "table", "tr", "th", "td"}
+ELEMENTS = {
+    *(
+        "html",
+        "head",
+        "body",
+        "meta",
+        "title",
+        "style",
+        "nav",
+        "div",
+        "h1",
+        "h2",
+        "h3",
+        "p",
+        "small",
+        "b",
+        "a",
+    ),
+    *(
+        "ul",
+        "li",
+        "table",
+        "tr",
+        "th",
+        "td",
+        "figure",
+        "figcaption",
+        "img",
+        "video",
+        "details",
+        "summary",
+        "pre",
+    ),
+}
 # More memory than any command may use in addition to what the libraries need.
 BOMB = 3 * 2**29
 
@@ -253,7 +286,9 @@ class Elements(html.parser.HTMLParser):
         if tag not in ELEMENTS:
             self.problems.append(f"the element {tag}")
         for name, value in attrs:
-            if name.startswith("on") or (name in ("src", "href") and not (value or "").startswith("data:")):
+            if name.startswith("on") or (
+                name in ("src", "href") and not (value or "").startswith(("data:", "#"))
+            ):
                 self.problems.append(f"{tag} {name}={value}")
 
 
@@ -284,6 +319,8 @@ def names_in_the_report(folder: Path, run: Run) -> Iterator[str]:
     yield from elements.problems
     if page.read_text().count("<img") != 2:
         yield "the pictures are missing from the page"
+    # Without metrics, nothing else can be shown.
+    (source / "metrics.jsonl").unlink()
     for hostile in (
         {"pictures": ["../../../secret.png"]},
         {"pictures": [str(secret)]},
