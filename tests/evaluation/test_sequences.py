@@ -219,7 +219,8 @@ def test_davis_2016_merges_all_objects(tmp_path: Path, listing: str) -> None:
     report = read_report(tmp_path, "davis")
     assert report["data"]["objects"] == 3
     assert set(report["per_sequence"]["alpha"]["before"]) == {"1"}
-    assert set(np.unique(read_label_map(tmp_path / "masks/before/alpha/00003.png"))) == {0, 1}
+    mask = result_of(tmp_path, "davis").with_suffix("") / "masks/before/alpha/00003.png"
+    assert set(np.unique(read_label_map(mask))) == {0, 1}
 
 
 def test_jhmdb_lists_and_frames_without_pose(roots: dict[str, Path], tmp_path: Path) -> None:
@@ -236,8 +237,8 @@ def test_jhmdb_lists_and_frames_without_pose(roots: dict[str, Path], tmp_path: P
     assert list(report["per_sequence"]) == ["alpha", "beta"]
     assert report["data"]["frames"] == 2 * FRAMES
     listed.write_text("wave/gamma\n")
-    assert main(command("jhmdb", root, tmp_path, "--list", str(listed))) == 0
-    assert list(read_report(tmp_path, "jhmdb")["per_sequence"]) == ["gamma"]
+    assert main(command("jhmdb", root, tmp_path / "one", "--pictures", "0", "--list", str(listed))) == 0
+    assert list(read_report(tmp_path / "one", "jhmdb")["per_sequence"]) == ["gamma"]
 
 
 def test_vip_list_and_folder(
