@@ -1,5 +1,7 @@
 """The results of evaluations: their files, the table in the terminal, and how their metrics are read."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -10,7 +12,7 @@ from datetime import datetime, timezone
 from importlib import metadata
 from math import isfinite
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import BaseModel, Field
@@ -19,12 +21,13 @@ from rich.markup import escape
 from rich.table import Table
 
 import fasttrain
-from fasttrain.backbones import Backbone
 from fasttrain.errors import InputError
 from fasttrain.files import naming, printable, write_json
 from fasttrain.loggers import say
-from fasttrain.projection import Projection
-from fasttrain.weights import hash_state_dict
+
+if TYPE_CHECKING:
+    from fasttrain.backbones import Backbone
+    from fasttrain.projection import Projection
 
 # Packages whose versions are recorded with the results.
 PACKAGES = ("torch", "timm", "numpy", "scipy", "pillow")
@@ -144,6 +147,9 @@ def _absolute(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _hash(projection: Projection | None) -> str | None:
+    # Imported on demand, because it needs timm, which takes seconds to load. The report does not need either.
+    from fasttrain.weights import hash_state_dict
+
     return hash_state_dict(projection.state_dict()) if projection else None
 
 
