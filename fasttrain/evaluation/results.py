@@ -140,8 +140,9 @@ def write_results(
 
 
 def _absolute(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the paths of data absolute, which say what is measured."""
     return {
-        name: os.fspath(value.resolve()) if isinstance(value, Path) else value
+        name: os.fspath(value.resolve()) if isinstance(value, Path) and name not in _LOCATIONS else value
         for name, value in settings.items()
     }
 

@@ -412,15 +412,19 @@ def planted_links(folder: Path, run: Run) -> Iterator[str]:
             *("figures/learning.png", "checkpoints/step_00000002.pt", "checkpoints/step_00000004.pt"),
         ],
         "packed": ["pack-1of1.json", "frames-1of1-000000.tar", "frames-1of1-000000.npz", "pack-1of1.lock"],
-        "out": [
-            *("page.html", "page_figures/learning.png", "encoder.pt2", "davis.json"),
-            *("masks/before/alpha/00000.png", "figures/alpha.png", "figures/alpha.mp4"),
-        ],
     }
     davis = write_davis(folder / "davis")
     trained = write_run(folder / "trained")
     (trained / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     evaluation = ("--run", trained, "--device", "cpu", "--output", folder / "out", *SMALL["davis"])
+    if (ended := run("eval", "davis", "--root", davis, *evaluation)).code != 0:
+        yield f"evaluation: {ended.output[-200:]!r}"
+    (result,) = (folder / "out").glob("davis-*.json")
+    drawn = ("masks/before/alpha/00000.png", "figures/alpha.png", "figures/alpha.mp4")
+    names["out"] = [
+        *("page.html", "page_figures/learning.png", "encoder.pt2", result.name),
+        *(f"{result.stem}/{name}" for name in drawn),
+    ]
     commands = {
         "run": [lambda: train(folder, run)],
         "packed": [lambda: run("pack", folder / "frames", folder / "packed")],

@@ -18,7 +18,7 @@ from PIL import Image
 from synthetic import LAYOUTS, encode_video, write_davis, write_folders, write_run
 
 # Keys of JSON files whose values are times.
-TIMES = ("seconds", "pairs_per_second")
+TIMES = ("date", "seconds", "pairs_per_second")
 STEPS = 14
 RECIPE: dict[str, Any] = {
     "device": "cpu",
