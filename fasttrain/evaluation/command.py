@@ -28,8 +28,10 @@ from fasttrain.evaluation import (
     vip,
 )
 from fasttrain.evaluation.results import (
+    Result,
     print_others,
     print_table,
+    read_result,
     result_path,
     with_difference,
     write_results,
@@ -72,11 +74,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Evaluate the encoder on one task; write and print the results.
+    """Evaluate the encoder on one task; write and print the results. Raises InputError as `evaluate`."""
+    evaluated = evaluate(arguments)
+    if evaluated is None:
+        return
+    path, result = evaluated
+    _, description = TASKS[result.task]
+    title = f"{result.task}: {description}\n{result.model.backbone}, {result.model.weights}"
+    print_table(title, result.results)
+    print_others(path)
+    say(f"results written to {path}")
 
-    Raises InputError if the dataset or the encoder cannot be loaded.
+
+def evaluate(arguments: argparse.Namespace) -> tuple[Path, Result] | None:
+    """Evaluate the encoder on one task and write the results.
+
+    Returns the file and its content on the main process, and None on the others. Raises InputError if the
+    dataset or the encoder cannot be loaded.
     """
-    task, description = TASKS[arguments.task]
+    task, _ = TASKS[arguments.task]
     folder = arguments.output or (arguments.run or Path()) / "eval"
     start = time.perf_counter()
     with distributed.start(arguments.device) as world:
@@ -85,17 +101,14 @@ def run(arguments: argparse.Namespace) -> None:
         path = result_path(folder, *identity)
         content = task.run(arguments, evaluated, path.with_suffix(""), world)
     if content is None:
-        return
+        return None
     content |= {
         "results": with_difference(content["results"]),
         "pictures": sorted(picture.name for picture in path.with_suffix("").glob("figures/[!.]*")),
         "seconds": time.perf_counter() - start,
     }
     write_results(path, *identity, content)
-    encoder = evaluated.encoder
-    print_table(f"{arguments.task}: {description}\n{encoder.name}, {encoder.weights}", content["results"])
-    print_others(path)
-    say(f"results written to {path}")
+    return path, read_result(path)
 
 
 def _prepare(arguments: argparse.Namespace, folder: Path, world: World) -> model.EvaluatedModel:

@@ -174,6 +174,7 @@ class Result(BaseModel):
     device: str = ""
     settings: dict[str, Any] = {}
     data: dict[str, Any] = {}
+    per_sequence: dict[str, Any] = {}
     seconds: float | None = None
     versions: dict[str, str] = {}
 
