@@ -11,7 +11,6 @@ from PIL import Image
 from synthetic import (
     MODEL,
     SMALL,
-    make_recipe,
     picture,
     result_of,
     write_davis,
@@ -21,7 +20,7 @@ from synthetic import (
 
 from fasttrain.__main__ import main
 from fasttrain.evaluation import plots
-from fasttrain.recipe import to_yaml
+from fasttrain.recipe import recipe_from_dict, to_yaml
 
 HISTORY = '{"step": 1, "loss": 2}\n{"step": 2, "loss": 1}\n'
 PICTURE = picture(0, 0, 900, 3200)
@@ -106,12 +105,17 @@ def test_run_with_history_and_evaluations(tmp_path: Path) -> None:
 
 
 def test_summary_of_runs(tmp_path: Path) -> None:
-    """Only results of the same data and settings are in the same column, and the best value is bold."""
+    """Only results of the same data and settings are in the same column, and the best value is bold.
+
+    Of two results of one run, the latest one counts.
+    """
     values = {"one": 0.61, "two": 0.63}
     for name, value in values.items():
         run = write_history(tmp_path / name)
-        write_evaluation(run, results={"before": {"J": 0.5}, "after": {"J": value}})
-        recipe = make_recipe(seed=len(name) if name == "one" else 9)
+        results = {"before": {"J": 0.5}, "after": {"J": value}}
+        write_evaluation(run, "b", results=results, date="2026-02-01T10:00:00+00:00")
+        write_evaluation(run, "c", date="2026-01-01T10:00:00+00:00")
+        recipe = recipe_from_dict({"seed": int(100 * value), "output": name})
         (run / "recipe.yaml").write_text(to_yaml(recipe))
     write_evaluation(tmp_path / "two", "other", settings={"root": "data/DAVIS", "year": "2016"})
     decay = {"before": {"J-Decay": 0.2}, "after": {"J-Decay": 0.4}}
@@ -127,7 +131,7 @@ def test_summary_of_runs(tmp_path: Path) -> None:
     ]
     assert page.texts["b"] == ["0.6300", "0.6000", "0.2000"]
     # The recipes and what differs between them, which is not the folder.
-    assert page.texts["tr"][-1] == "seed 3 9"
+    assert page.texts["tr"][-2:] == ["key one two", "seed 61 63"]
     assert len(page.texts["pre"]) == 2
 
 

@@ -55,8 +55,12 @@ def test_only_a_repetition_replaces_a_result(tmp_path: Path, encoder: Backbone) 
         assert path.name.startswith("davis-DAVIS-")
 
 
-def test_a_result_says_when_and_how_it_was_made(tmp_path: Path, encoder: Backbone) -> None:
-    identity = "davis", {"root": tmp_path, "topk": 7}, encoder, Projection(encoder.embed_dim)
+def test_a_result_says_when_and_how_it_was_made(
+    tmp_path: Path, encoder: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = {"root": Path("DAVIS"), "run": Path("run"), "topk": 7}
+    identity = "davis", settings, encoder, Projection(encoder.embed_dim)
     path = result_path(tmp_path / "eval", *identity)
     write_results(
         path, *identity, {"J": [float("nan"), float("inf"), 0.1], "results": RESULTS, "pictures": []}
@@ -64,7 +68,7 @@ def test_a_result_says_when_and_how_it_was_made(tmp_path: Path, encoder: Backbon
     content = json.loads(path.read_text())
     assert torch.__version__.startswith(content["versions"]["torch"])
     assert content["J"] == [None, None, 0.1]
-    assert content["settings"] == {"root": str(tmp_path), "topk": 7}
+    assert content["settings"] == {"root": str(tmp_path / "DAVIS"), "run": "run", "topk": 7}
     assert content["device"] == "cpu"
     assert content["date"].endswith("+00:00")
     assert len(content["model"]["projection_hash"]) == len(content["model"]["weights_hash"])
