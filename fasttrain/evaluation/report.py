@@ -8,6 +8,7 @@ import argparse
 import base64
 import io
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -116,6 +117,9 @@ def _read_run(name: str, folder: Path, problems: list[str]) -> Run | None:
     evaluated: list[tuple[Path, Result]] = []
     records: list[dict[str, Any]] = []
     recipe = None
+    if not os.path.isdir(folder):
+        problems.append(f"'{folder}' is not a folder. Pass the output folder of a run.")
+        return None
     for path in results.find_results(folder / "eval"):
         with _noting(problems):
             evaluated.append((path, results.read_result(path)))
@@ -240,7 +244,12 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _sections(run: Run, titles: Mapping[str, str], problems: list[str]) -> list[dict[str, Any]]:
     """Return what the template shows of each result of a run."""
     sections = []
+    measured = [_measured(result) for _, result in run.results]
     for path, result in run.results:
+        title = titles[_measured(result)]
+        # Another projection, or other settings that do not matter to the results.
+        if measured.count(_measured(result)) > 1:
+            title += f" ({_minutes(result.date)})"
         # In version 0.1.0, pictures were in the folder of the JSON file.
         folders = path.with_suffix("") / "figures", path.parent / "figures"
         figures = next((folder for folder in folders if folder.is_dir()), folders[0])
@@ -258,7 +267,7 @@ def _sections(run: Run, titles: Mapping[str, str], problems: list[str]) -> list[
         }
         sections.append(
             {
-                "title": titles[_measured(result)],
+                "title": title,
                 "facts": {name: fact for name, fact in facts.items() if fact},
                 "results": result.results,
                 "metrics": dict.fromkeys(key for metrics in result.results.values() for key in metrics),

@@ -129,6 +129,7 @@ def test_summary_of_runs(tmp_path: Path) -> None:
         "one unfinished, at step 2 0.5000 → 0.6100 – –",
         "two 2 steps 0.5000 → 0.6300 0.5000 → 0.6000 0.2000 → 0.4000",
     ]
+    assert "davis on DAVIS, year=2017 (2026-01-01 10:00 UTC)" in page.texts["h3"]
     assert page.texts["b"] == ["0.6300", "0.6000", "0.2000"]
     # The recipes and what differs between them, which is not the folder.
     assert page.texts["tr"][-2:] == ["key one two", "seed 61 63"]
@@ -208,7 +209,10 @@ def test_odd_folders_are_named_and_the_others_shown(
     assert "dropped dropped at step 2, because its loss was not finite –" in page.texts["tr"]
     printed = capsys.readouterr().out
     for path in odd:
-        assert f"not shown: '{path}' has neither metrics in metrics.jsonl nor results in eval" in printed
+        reason = (
+            "has neither metrics in metrics.jsonl nor results in eval" if path.is_dir() else "is not a folder"
+        )
+        assert f"not shown: '{path}' {reason}" in printed
     for part in ("damaged.json' is not a result of `fasttrain eval`", "trian"):
         assert part in printed
         assert part in " ".join(page.texts["li"])
@@ -220,7 +224,8 @@ def test_invalid_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert f"--output: '{tmp_path}' is a folder" in capsys.readouterr().err
     assert report(page, write_history(tmp_path / "fresh", ""), tmp_path / "nothing") == 2
     error = capsys.readouterr().err
-    assert error.count("has neither metrics in metrics.jsonl nor results in eval") == 2
+    assert "has neither metrics in metrics.jsonl nor results in eval" in error
+    assert "nothing' is not a folder" in error
     assert error.count("\n") == 1
     assert not page.exists()
 
