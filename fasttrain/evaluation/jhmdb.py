@@ -191,7 +191,7 @@ def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation) -> dict[s
         pictures = [read_image(path) for path in frames]
         overlays = {
             row: [plots.overlay_pose(picture, pose_2JT[..., t]) for t, picture in enumerate(pictures)]
-            for row, pose_2JT in {"truth": truth_2JT, **poses}.items()
+            for row, pose_2JT in {**poses, "truth": truth_2JT}.items()
         }
         ends = truth_2JT[..., 0], truth_2JT[..., len(frames) // 2]
         judged = {
@@ -199,7 +199,8 @@ def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation) -> dict[s
             for variant, matches in matches_M4.items()
         }
         folder = evaluation.output / "figures"
-        sequences.draw(sequence.name, pictures, overlays, judged, folder, legend=plots.LIMB_COLORS)
+        title = f"{sequence.name}, {evaluation.model.encoder.name}"
+        sequences.draw(sequence.name, pictures, overlays, judged, folder, title, legend=plots.LIMB_COLORS)
     return {variant: metrics.count_correct(pose_2JT, truth_2JT) for variant, pose_2JT in poses.items()}
 
 

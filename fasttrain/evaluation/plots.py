@@ -52,7 +52,7 @@ STYLE: dict[Any, Any] = {
     "figure.constrained_layout.use": True,
     "savefig.bbox": "tight",
     "savefig.pad_inches": 0.05,
-    "savefig.dpi": 200,
+    "savefig.dpi": 150,
     # A name may contain a dollar sign.
     "text.parse_math": False,
 }
@@ -92,15 +92,21 @@ class Row(NamedTuple):
 
 
 def overlay_masks(frame_HWC: Frame, labels_HW: Labels) -> Frame:
-    """Tint every object in its colour, outlined in white and black, and turn the background grey."""
+    """Tint every object in its colour, outlined in white and black, and turn the background grey.
+
+    On grey, the colours are visible whatever the object wears.
+    """
     labels_HW = np.asarray(labels_HW).astype(np.uint8)
+    is_object_HW = labels_HW > 0
     grey_HWC = _grey(frame_HWC)
-    tinted_HWC = 0.4 * grey_HWC + 153 * _palette(256)[labels_HW]
-    picture_HWC = np.where(labels_HW[..., None] > 0, tinted_HWC, grey_HWC).astype(np.uint8)
-    width = max(1, round(labels_HW.shape[1] / 250))
-    for distance, brightness in ((2 * width, 0), (width, 255)):
+    tinted_HWC = 0.3 * grey_HWC + 0.7 * 255 * _palette(255)[labels_HW - is_object_HW]
+    picture_HWC = np.where(is_object_HW[..., None], tinted_HWC, grey_HWC).astype(np.uint8)
+    width = max(1, round(labels_HW.shape[1] / 400))
+    # The outer line is drawn on the background only, so that the colour of a small object remains visible.
+    for distance, brightness, drawn_HW in ((2 * width, 0, ~is_object_HW), (width, 255, True)):
         window = 2 * distance + 1
-        picture_HWC[maximum_filter(labels_HW, window) != minimum_filter(labels_HW, window)] = brightness
+        is_edge_HW = maximum_filter(labels_HW, window) != minimum_filter(labels_HW, window)
+        picture_HWC[is_edge_HW & drawn_HW] = brightness
     return picture_HWC
 
 
@@ -126,13 +132,22 @@ def overlay_pose(frame_HWC: Frame, joints_2J: npt.ArrayLike) -> Frame:
 
 @rc_context(STYLE)
 def contact_sheet(
-    rows: Sequence[Row], path: Path, columns: Sequence[str] = (), legend: Mapping[str, str] | None = None
+    rows: Sequence[Row],
+    path: Path,
+    columns: Sequence[str] = (),
+    legend: Mapping[str, str] | None = None,
+    title: str = "",
 ) -> None:
-    """Draw rows of pictures under the headings `columns`; `legend` maps names to colours."""
+    """Draw rows of pictures under the headings `columns`; `legend` maps names to colours.
+
+    The pictures may be large or small, such as maps with a pixel per token. All have one aspect ratio.
+    """
     count = max(len(row.pictures) for row in rows)
     height, width = rows[0].pictures[0].shape[:2]
-    lines = sum(bool(row.notes) for row in rows) + 1.4 * bool(legend)
-    figure = Figure(figsize=(COLUMN, len(rows) * COLUMN / count * height / width + 0.3 * lines + 0.5))
+    lines = sum(bool(row.notes) for row in rows) + 1.4 * bool(legend) + 1.2 * bool(title)
+    # A few large pictures would make a tower.
+    tile = min(COLUMN / count, 2.5 * width / height)
+    figure = Figure(figsize=(COLUMN, len(rows) * tile * height / width + 0.3 * lines + 0.5))
     figure.set_layout_engine("compressed", w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     grid = figure.subplots(len(rows), count, squeeze=False)
     for axes_of_row, row in zip(grid, rows, strict=True):
@@ -144,6 +159,8 @@ def contact_sheet(
         axes_of_row[0].set_ylabel(row.label)
     for axes, heading in zip(grid[0], columns, strict=False):
         axes.set_title(heading, loc="center")
+    if title:
+        figure.suptitle(title)
     if legend:
         handles = [Patch(facecolor=color, edgecolor="black", label=name) for name, color in legend.items()]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(legend))
@@ -336,8 +353,9 @@ def _run_style(number: int) -> dict[str, Any]:
 
 def _palette(count: int) -> npt.NDArray[np.float64]:
     """Return colours (count, 3): those of Okabe and Ito, then darker and lighter ones, repeated as needed."""
-    colors = np.array([to_rgb(color) for color in OKABE_ITO])
-    return np.resize(np.concatenate([colors, 0.55 * colors, 0.5 + 0.5 * colors]), (count, 3))
+    # Blue, the darkest, comes last.
+    colors = np.array([to_rgb(color) for color in (*OKABE_ITO[1:], OKABE_ITO[0])])
+    return np.resize(np.concatenate([colors, 0.4 * colors, 0.5 + 0.5 * colors]), (count, 3))
 
 
 def shorten(name: str, length: int = 26) -> str:

@@ -38,7 +38,8 @@ from fasttrain.evaluation.propagation import CONTEXT, RADIUS, TEMPERATURE, Propa
 from fasttrain.files import read_lines
 from fasttrain.loggers import Progress, say
 
-SHOWN_FRAMES = 6
+# The first frame, whose labels are given, and three moments.
+SHOWN_FRAMES = 4
 # The maximum height of the frames in contact sheets and videos.
 PICTURE_HEIGHT = 480
 MAX_MATCHES = 12
@@ -246,15 +247,21 @@ def save_masks(
 
     overlays = {
         name: list(map_ahead(overlay, zip(frames, maps, strict=True)))
-        for name, maps in {"truth": truth, **masks}.items()
+        for name, maps in {**masks, "truth": truth}.items()
     }
-    notes = {
-        name: [similarity_note(maps[t], truth[t]) for t in shown_frames(len(frames))]
-        for name, maps in masks.items()
-    }
+    notes, means = {}, []
+    for name, maps in masks.items():
+        notes[name] = [similarity_note(maps[t], truth[t]) for t in shown_frames(len(frames))]
+        # As in DAVIS, the first and the last frame do not count.
+        values = list(map_ahead(lambda pair: similarity(*pair), zip(maps[1:-1], truth[1:-1], strict=True)))
+        if not np.isnan(values).all():
+            means.append(f"{np.nanmean(values):.2f} {name}")
+    title = f"{sequence.name}, {evaluation.model.encoder.name}"
+    if means:
+        title += f": mean J {', '.join(means)}"
     ends = truth[0], truth[len(frames) // 2]
     judged = {variant: (matches, keep_their_label(matches, *ends)) for variant, matches in matches_M4.items()}
-    draw(sequence.name, frames, overlays, judged, evaluation.output / "figures", notes)
+    draw(sequence.name, frames, overlays, judged, evaluation.output / "figures", title, notes)
 
 
 def shown_frames(length: int) -> list[int]:
@@ -263,11 +270,17 @@ def shown_frames(length: int) -> list[int]:
 
 
 def similarity_note(labels_HW: LabelMap, truth_HW: LabelMap) -> str:
-    """Format the mean J over the true labels, without void pixels (255). Empty if nothing is labelled."""
+    """Format `similarity` as a note below a picture. Empty if nothing is labelled."""
+    value = similarity(labels_HW, truth_HW)
+    return "" if np.isnan(value) else f"J {value:.2f}"
+
+
+def similarity(labels_HW: LabelMap, truth_HW: LabelMap) -> float:
+    """Return the mean J over the true labels, without void pixels (255). NaN if nothing is labelled."""
     predicted_HW = np.where(truth_HW == 255, 0, labels_HW)
     shown = np.setdiff1d(truth_HW, (0, 255))
     values = [region_similarity(predicted_HW == label, truth_HW == label) for label in shown]
-    return f"J {np.mean(values):.2f}" if values else ""
+    return float(np.mean(values)) if values else np.nan
 
 
 def keep_their_label(matches_M4: Matches, first_HW: LabelMap, second_HW: LabelMap) -> list[bool]:
@@ -286,17 +299,25 @@ def draw(
     overlays: dict[str, list[Frame]],
     matches: dict[str, tuple[Matches, list[bool]]],
     folder: Path,
+    title: str,
     notes: Mapping[str, Sequence[str]] | None = None,
     legend: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a contact sheet of all overlays, a video of the predictions and a picture of the matches."""
+    """Write a contact sheet of all overlays, a video of the predictions and a picture of the matches.
+
+    The notes are below the pictures, except that the labels of the first frame are marked as given.
+    """
     shown = shown_frames(len(frames))
     sheet = [
-        plots.Row(row, [pictures[t] for t in shown], (notes or {}).get(row, ()))
+        plots.Row(
+            row,
+            [pictures[t] for t in shown],
+            () if row == "truth" else ("given", *(notes or {}).get(row, ())[1:]),
+        )
         for row, pictures in overlays.items()
     ]
     columns = [f"frame {t + 1}" for t in shown]
-    plots.contact_sheet(sheet, folder / f"{name}.png", columns, legend)
+    plots.contact_sheet(sheet, folder / f"{name}.png", columns, legend, title)
     predicted = [pictures for row, pictures in overlays.items() if row != "truth"]
     side_by_side = [np.concatenate(pictures, axis=1) for pictures in zip(*predicted, strict=True)]
     if HAS_PYAV:

@@ -15,7 +15,7 @@ from matplotlib.text import Text
 from fasttrain.errors import InputError
 from fasttrain.evaluation import plots
 from fasttrain.evaluation.jhmdb import JOINTS, end_at_their_joint
-from fasttrain.evaluation.sequences import find_matches, keep_their_label, similarity_note
+from fasttrain.evaluation.sequences import draw, find_matches, keep_their_label, similarity_note
 
 FRAME = np.full((30, 40, 3), (200, 100, 0), dtype=np.uint8)
 TRADE_OFF = {"intra_normalized_95": 0.4, "inter_normalized_95": 0.7}
@@ -47,7 +47,7 @@ def draw_arrows(path: Path) -> None:
 
 def draw_sheet(path: Path) -> None:
     rows = [plots.Row("truth", [FRAME, FRAME]), plots.Row("before", [FRAME], ["J 0.50"])]
-    plots.contact_sheet(rows, path, ["frame 1", "frame 2"], plots.LIMB_COLORS)
+    plots.contact_sheet(rows, path, ["frame 1", "frame 2"], plots.LIMB_COLORS, "title")
 
 
 def draw_segments(path: Path) -> None:
@@ -89,7 +89,35 @@ def test_masks_are_tinted_and_outlined() -> None:
     assert picture[15, [5, 20]].min() == 255
     assert picture[15, 3].tolist() == [0, 0, 0]
     for x, color in ((12, plots.OKABE_ITO[1]), (28, plots.OKABE_ITO[2])):
-        np.testing.assert_allclose(picture[15, x], 40 + 153 * np.array(to_rgb(color)), atol=1)
+        np.testing.assert_allclose(picture[15, x], 30 + 178.5 * np.array(to_rgb(color)), atol=1)
+
+
+# How people without red or green cones see linear RGB: Machado, Oliveira and Fernandes (2009), severity 1.
+VISION = {
+    "normal": np.eye(3),
+    "protanopia": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+    "deuteranopia": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+}
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_masks_differ_for_everyone(vision: str) -> None:
+    """Every mask has its own colour, in CIELAB units, on red, green and grey frames alike."""
+    labels = np.repeat(np.arange(1, 22, dtype=np.uint8), 12)[None].repeat(12, axis=0)
+    for frame_color in ((200, 20, 20), (20, 160, 20), (128, 128, 128)):
+        frame = np.full((*labels.shape, 3), frame_color, dtype=np.uint8)
+        lab = cielab(plots.overlay_masks(frame, labels)[6, 6::12] / 255, np.array(VISION[vision]))
+        distance = np.linalg.norm(lab[:, None] - lab, axis=-1) + 1000 * np.eye(len(lab))
+        assert distance[:7, :7].min() > 10
+        assert distance.min() > 3
+
+
+def cielab(rgb_C3: Any, simulation_33: Any) -> Any:
+    linear_C3 = np.where(rgb_C3 > 0.04045, ((rgb_C3 + 0.055) / 1.055) ** 2.4, rgb_C3 / 12.92)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    xyz_C3 = np.clip(linear_C3 @ simulation_33.T, 0, 1) @ (to_xyz / to_xyz.sum(1, keepdims=True)).T
+    x_C, y_C, z_C = np.where(xyz_C3 > 0.008856, np.cbrt(xyz_C3), 7.787 * xyz_C3 + 16 / 116).T
+    return np.stack([116 * y_C - 16, 500 * (x_C - y_C), 200 * (y_C - z_C)], axis=1)
 
 
 def test_training_and_validation_metrics_have_separate_panels(tmp_path: Path, figures: list[Figure]) -> None:
@@ -129,6 +157,25 @@ def test_matches_of_a_pose_are_judged_by_the_distance_to_the_same_joint() -> Non
     # The person measures 0.6 * 140 = 84 pixels, of which 20 % are 16.8.
     matches = np.array([[21, 1, 25, 50], [21, 1, 25, 66], [21, 1, 25, 68], [21, 1, 21, 1]], dtype=float)
     assert end_at_their_joint(matches, first, second) == [True, True, False, False]
+
+
+def test_the_first_labels_are_given_and_the_others_have_their_score(
+    tmp_path: Path, figures: list[Figure]
+) -> None:
+    overlays = {"before": [FRAME] * 2, "truth": [FRAME] * 2}
+    draw(
+        "clip",
+        [FRAME] * 2,
+        overlays,
+        {"before": (np.empty((0, 4)), [])},
+        tmp_path,
+        "clip, vit",
+        {"before": ["J 1.00", "J 0.50"]},
+    )
+    sheet = figures[0]
+    assert [axes.get_xlabel() for axes in sheet.axes] == ["given", "J 0.50", "", ""]
+    assert [axes.get_title() for axes in sheet.axes[:2]] == ["frame 1", "frame 2"]
+    assert sheet.get_suptitle() == "clip, vit"
 
 
 def test_notes_leave_out_void_pixels() -> None:
