@@ -19,6 +19,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from fasttrain.evaluation.metrics import boundary_accuracy, mean_iou, pck, region_similarity
+from fasttrain.evaluation.plots import pca_maps
 from fasttrain.evaluation.propagation import propagate_labels
 from fasttrain.evaluation.trade_off import consistency_separability
 
@@ -26,6 +27,7 @@ __all__ = [
     "boundary_accuracy",
     "consistency_separability",
     "mean_iou",
+    "pca_maps",
     "pck",
     "propagate_labels",
     "region_similarity",

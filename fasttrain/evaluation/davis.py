@@ -120,7 +120,7 @@ def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation) -> dict[s
     truth_THW[truth_THW > count] = 0
     size = evaluation.size(options.height, options.width)
     first_hwC = soft_labels(truth_THW[0], evaluation.model.encoder.grid(*size), classes=count + 1)
-    propagated, matches_M4 = sequences.propagate(sequence.frames, size, first_hwC, evaluation)
+    propagated, matches_M4 = sequences.propagate(sequence, size, first_hwC, evaluation)
     masks = {
         variant: [truth_THW[0], *(hard_labels(labels, truth_THW.shape[1:]) for labels in labels_ThwC[1:])]
         for variant, labels_ThwC in propagated.items()

@@ -178,7 +178,7 @@ def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation) -> dict[s
     grid = evaluation.model.encoder.grid(*size)
     pixels_per_cell = np.array([width / grid[1], height / grid[0]])
     first_hwC = joint_maps(truth_2JT[..., 0] / pixels_per_cell[:, None], grid, evaluation.arguments.sigma)
-    propagated, matches_M4 = sequences.propagate(frames, size, first_hwC, evaluation)
+    propagated, matches_M4 = sequences.propagate(sequence, size, first_hwC, evaluation)
     poses = {
         variant: poses_from_maps(labels_ThwC, pixels_per_cell) for variant, labels_ThwC in propagated.items()
     }

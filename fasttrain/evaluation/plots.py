@@ -5,12 +5,14 @@ Frames are uint8 RGB. Shape suffixes: T frames, H height, W width, C colours or 
 
 import math
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from matplotlib import rc_context
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, to_rgb
@@ -21,6 +23,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageOps
 from scipy.ndimage import maximum_filter, minimum_filter
+from torch import Tensor
 
 from fasttrain.data.images import Frame
 from fasttrain.errors import InputError
@@ -154,7 +157,8 @@ def contact_sheet(
         for axes, picture, note in zip_longest(axes_of_row, row.pictures, row.notes):
             axes.set(xticks=[], yticks=[], frame_on=False)
             if picture is not None:
-                axes.imshow(picture)
+                # The extent gives maps with a pixel per token the size of the frames.
+                axes.imshow(picture, extent=(0, width, height, 0), interpolation="nearest")
             axes.set_xlabel(note or "", labelpad=2)
         axes_of_row[0].set_ylabel(row.label)
     for axes, heading in zip(grid[0], columns, strict=False):
@@ -171,7 +175,7 @@ def contact_sheet(
 def correspondence_arrows(
     rows: Sequence[tuple[str, Frame, Frame, Matches, Sequence[bool]]], columns: tuple[str, str], path: Path
 ) -> None:
-    """Draw arrows from points of one frame to their matches in another, one row per variant.
+    """Join points of one frame and their matches in another by lines, one row per variant.
 
     A row is (name, first HWC, second HWC, matches M4, whether each match is correct); a match is x, y in the
     first frame and x, y in the second, as fractions of width and height. `columns` names the two frames.
@@ -192,16 +196,41 @@ def correspondence_arrows(
         for (x, y, x_match, y_match), is_correct in zip(matches_M4.tolist(), is_correct_M, strict=True):
             style = styles[is_correct]
             start, end = (x * width, y * height), (offset + x_match * width, y_match * height)
-            arrow = {"arrowstyle": "->", "shrinkA": 0, "shrinkB": 0, "path_effects": halo, **style}
-            axes.annotate("", end, start, arrowprops=arrow)
-            axes.plot(*start, "o", color=style["color"], markeredgecolor="white", markersize=5)
+            axes.plot(*zip(start, end, strict=True), path_effects=halo, **style)
+            marker, size = ("o", 7) if is_correct else ("X", 10)
+            for point in (start, end):
+                axes.plot(*point, marker, color=style["color"], markeredgecolor="white", markersize=size)
         axes.set(xticks=[], yticks=[], frame_on=False, ylabel=name)
-        axes.set_xlabel(f"{sum(is_correct_M)} of {len(matches_M4)} matches are correct")
+        axes.set_xlabel(f"{sum(is_correct_M)} of {len(matches_M4)} matches right")
     grid[0].tick_params(labeltop=True, labelbottom=False, length=0)
     grid[0].set_xticks([width / 2, offset + width / 2], columns)
-    wrong, correct = (Line2D([], [], **style) for style in styles)
-    figure.legend([correct, wrong], ["correct match", "wrong match"], loc="outside lower center", ncols=2)
+    wrong, correct = (
+        Line2D([], [], marker=marker, markersize=9, **style)
+        for marker, style in zip("Xo", styles, strict=True)
+    )
+    figure.legend([correct, wrong], ["right", "wrong"], loc="outside lower center", ncols=2)
     _save(figure, path)
+
+
+def pca_maps(tokens_ThwD: Tensor) -> Frame:
+    """Show tokens as colours: their first three principal components as red, green and blue.
+
+    The components are computed over all frames together, so that a colour means the same in all of them. The
+    2nd to 98th percentiles of each component become 0 to 255. The sign of a component is such that its
+    largest absolute value is positive. The maps are thus the same for rotated, shifted and scaled tokens, up
+    to rounding. Returns (T, h, w, 3) uint8. Source of the idea: DINOv2 (Oquab et al., 2023).
+    """
+    tokens_ND = tokens_ThwD.flatten(0, 2).float()
+    tokens_ND = tokens_ND - tokens_ND.mean(0)
+    # Eigenvectors of the covariance need less memory than a singular value decomposition of the tokens.
+    axes_DD = torch.linalg.eigh((tokens_ND.T @ tokens_ND).cpu().double()).eigenvectors
+    components_N3 = tokens_ND.cpu().double().numpy() @ axes_DD[:, -3:].flip(1).numpy()
+    largest_3 = np.take_along_axis(components_N3, np.abs(components_N3).argmax(0)[None], axis=0)
+    components_N3 *= np.where(largest_3 < 0, -1, 1)
+    low_3, high_3 = np.percentile(components_N3, (2, 98), axis=0)
+    scaled_N3 = (components_N3 - low_3) / np.maximum(high_3 - low_3, np.finfo(np.float64).tiny)
+    maps_N3 = (255 * scaled_N3.clip(0, 1)).round().astype(np.uint8)
+    return maps_N3.reshape(*tokens_ThwD.shape[:3], 3)
 
 
 def framed(picture_HWC: Frame, correct: bool | None = None) -> Frame:
@@ -213,7 +242,11 @@ def framed(picture_HWC: Frame, correct: bool | None = None) -> Frame:
 
 @rc_context(STYLE)
 def learning_curves(runs: Sequence[Path], path: Path) -> None:
-    """Draw each metric in the runs' `metrics.jsonl` over the steps. Raises InputError if there are none."""
+    """Draw each metric in the runs' `metrics.jsonl` over the steps, on axes from zero.
+
+    A metric that never changes has no panel. The frozen encoder, which training does not change, is a dashed
+    line in the panel of the video encoder. Raises InputError if there are no metrics.
+    """
     panels: dict[tuple[str, bool], dict[tuple[int, bool], list[tuple[int, float]]]] = {}
     for number, run in enumerate(runs):
         for record in read_records(run / "metrics.jsonl"):
@@ -225,6 +258,13 @@ def learning_curves(runs: Sequence[Path], path: Path) -> None:
     if not panels:
         paths = ", ".join(f"'{run}'" for run in runs)
         raise InputError(f"{paths}: no metrics in metrics.jsonl. Train for some steps first.")
+    changing = {
+        panel: curves
+        for panel, curves in panels.items()
+        if any(len({value for _, value in points}) > 1 for points in curves.values())
+    }
+    # After a single step, nothing has changed yet.
+    panels = changing or panels
     names = run_names(runs)
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -237,10 +277,17 @@ def learning_curves(runs: Sequence[Path], path: Path) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.grid()
         for (number, is_before), points in curves.items():
-            style = _run_style(number) | ({"linestyle": ":"} if is_before else {})
-            label = f"{names[number]}, before (frozen encoder)" if is_before else names[number]
-            style["marker"] = style["marker"] if len(points) < 30 and not is_before else None
-            (lines[label],) = axes.plot(*zip(*points, strict=True), label=label, **style)
+            style = _run_style(number)
+            if is_before:
+                label, style = f"{names[number]}, before (frozen encoder)", style | {"linestyle": "--"}
+                lines[label] = axes.axhline(points[-1][1], label=label, **style | {"marker": None})
+                continue
+            style |= {"linestyle": "-", "linewidth": 2 if len(points) < 500 else 1}
+            style["marker"] = style["marker"] if len(points) < 30 else None
+            (lines[names[number]],) = axes.plot(*zip(*points, strict=True), label=names[number], **style)
+        # Ratios are visible only on an axis from zero.
+        if axes.get_ylim()[0] > 0:
+            axes.set_ylim(bottom=0)
     if len(lines) > 1:
         figure.legend(handles=list(lines.values()), loc="outside lower center", ncols=3)
     _save(figure, path)
@@ -266,11 +313,8 @@ def trade_off(points: Sequence[tuple[str, Metrics, Metrics]], path: Path) -> Non
     for label, fill in {"before (frozen encoder)": "white", "after (with projection)": "0.5"}.items():
         axes.plot([], [], "o", markerfacecolor=fill, markeredgecolor="0.5", label=label)
     axes.margins(0.1)
-    # The axes span at least 20 % of the values, so that a negligible change looks small.
-    for limits, set_limits in ((axes.get_xlim(), axes.set_xlim), (axes.get_ylim(), axes.set_ylim)):
-        middle = sum(limits) / 2
-        margin = max(limits[1] - middle, 0.1 * middle)
-        set_limits(middle - margin, middle + margin)
+    # From zero, a negligible change looks small.
+    axes.set(xlim=(0, axes.get_xlim()[1]), ylim=(0, axes.get_ylim()[1]))
     axes.locator_params(nbins=5)
     x_label, y_label = ("{}\n({})".format(*DESCRIPTIONS[key]) for key in _TRADE_OFF)
     axes.set(xlabel=x_label, ylabel=y_label)
@@ -363,5 +407,8 @@ def shorten(name: str, length: int = 26) -> str:
 
 
 def _save(figure: Figure, path: Path) -> None:
+    """Write the figure as a PNG with 256 colours, which takes a third of the space."""
+    drawn = BytesIO()
+    figure.savefig(drawn, format="png")
     with open_atomically(path) as file:
-        figure.savefig(file, format="png")
+        Image.open(drawn).convert("RGB").quantize(256).save(file, format="PNG", optimize=True)

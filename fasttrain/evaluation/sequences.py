@@ -156,13 +156,16 @@ def evaluate_all(
 
 
 def propagate(
-    frames: Sequence[Path], size: tuple[int, int], first_labels_hwC: Tensor, evaluation: Evaluation
+    sequence: VideoSequence, size: tuple[int, int], first_labels_hwC: Tensor, evaluation: Evaluation
 ) -> tuple[dict[str, Tensor], dict[str, Matches]]:
     """Encode all frames at `size` and propagate the labels of the first frame.
 
     Returns, by variant, the soft labels (T, h, w, C) and the matches (M, 4) between the first and the middle
-    frame. Raises InputError for an unreadable frame.
+    frame. Draws PCA maps of the tokens if the sequence was chosen. Raises InputError for an unreadable frame.
     """
+    frames = sequence.frames
+    shown = shown_frames(len(frames)) if sequence.name in evaluation.drawn else []
+    shown_tokens: dict[str, list[Tensor]] = {variant: [] for variant in evaluation.model.variants}
     model, options = evaluation.model, evaluation.arguments
     settings = options.context, options.radius, options.topk, options.temperature
     first_labels_hwC = first_labels_hwC.to(evaluation.device)
@@ -178,12 +181,25 @@ def propagate(
                 propagators[variant] = Propagator(tokens_hwD, first_labels_hwC, *settings)
             else:
                 labels[variant].append(propagators[variant].step(tokens_hwD))
+            if number in shown:
+                shown_tokens[variant].append(tokens_hwD)
             if number in (0, len(frames) // 2):
                 matched[variant].append(tokens_hwD)
     matches = {
         variant: find_matches(first_hwD, middle_hwD, first_labels_hwC)
         for variant, (first_hwD, middle_hwD) in matched.items()
     }
+    if shown:
+        pictures = [shrink(read_image(frames[t])) for t in shown]
+        rows = {
+            variant: list(plots.pca_maps(torch.stack(tokens))) for variant, tokens in shown_tokens.items()
+        }
+        plots.contact_sheet(
+            [plots.Row(name, row) for name, row in {"frames": pictures, **rows}.items()],
+            evaluation.output / "figures" / f"{sequence.name}_pca.png",
+            [f"frame {t + 1}" for t in shown],
+            title=f"{sequence.name}, {model.encoder.name}: principal components of the tokens",
+        )
     return {variant: torch.stack(maps) for variant, maps in labels.items()}, matches
 
 

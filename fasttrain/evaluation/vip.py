@@ -126,7 +126,7 @@ def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation) -> dict[s
     first_hwC = soft_labels(
         resize_labels(first_HW, size), evaluation.model.encoder.grid(*size), classes=len(CLASSES)
     )
-    propagated, matches_M4 = sequences.propagate(sequence.frames, size, first_hwC, evaluation)
+    propagated, matches_M4 = sequences.propagate(sequence, size, first_hwC, evaluation)
     masks = {
         variant: [
             resize_labels(hard_labels(labels_hwC, size), truth_HW.shape)

@@ -133,6 +133,33 @@ def test_training_and_validation_metrics_have_separate_panels(tmp_path: Path, fi
         plots.learning_curves([tmp_path], tmp_path / "none.png")
 
 
+def test_curves_start_at_zero_and_constant_metrics_have_no_panel(
+    tmp_path: Path, figures: list[Figure]
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 9, "rank": 1, "before/cycle_accuracy": 0.4, "after/cycle_accuracy": 0.5}\n'
+        '{"step": 2, "loss": 8, "rank": 1, "before/cycle_accuracy": 0.4, "after/cycle_accuracy": 0.6}\n'
+    )
+    plots.learning_curves([tmp_path], tmp_path / "curves.png")
+    loss, accuracy = figures[0].axes
+    assert (loss.get_ylim()[0], accuracy.get_ylim()[0]) == (0, 0)
+    assert {line.get_linestyle() for line in accuracy.lines} == {"-", "--"}
+
+
+def test_pca_maps_do_not_depend_on_rotation_shift_and_scale() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(2, 6, 8, 5, generator=generator) * torch.tensor([5.0, 4, 3, 2, 1])
+    maps = plots.pca_maps(tokens)
+    assert maps.shape == (2, 6, 8, 3)
+    assert (maps.min(), maps.max()) == (0, 255)
+    rotation = torch.linalg.qr(torch.randn(5, 5, generator=generator))[0]
+    moved = plots.pca_maps(3 * tokens @ rotation + 7).astype(int)
+    assert np.abs(moved - maps).max() <= 1
+    # The first component, which has the largest variance, is red.
+    assert abs(np.corrcoef(maps[..., 0].ravel(), tokens[..., 0].flatten())[0, 1]) > 0.9
+    assert plots.pca_maps(torch.ones(1, 2, 2, 3)).max() == 0
+
+
 def test_matches_are_judged_by_the_label_where_they_end() -> None:
     first, second = np.zeros((2, 20, 40), dtype=np.uint8)
     first[5:15, 10:20], second[5:15, 20:30] = 1, 1

@@ -95,9 +95,10 @@ def test_pictures_of_the_chosen_sequences(
     evaluated: dict[str, Path], roots: dict[str, Path], tmp_path: Path, task: str
 ) -> None:
     names = {path.name for path in (evaluated[task] / "figures").iterdir()}
-    assert names == {f"{name}{end}" for name in NAMES for end in (".png", ".mp4", "_arrows.png")}
+    assert names == {f"{name}{end}" for name in NAMES for end in (".png", ".mp4", "_arrows.png", "_pca.png")}
     assert main(command(task, roots[task], tmp_path, "--pictures", "1")) == 0
-    assert {path.name.split(".")[0] for path in tmp_path.glob("*/figures/*")} == {"alpha", "alpha_arrows"}
+    stems = {path.name.split(".")[0] for path in tmp_path.glob("*/figures/*")}
+    assert stems == {"alpha", "alpha_arrows", "alpha_pca"}
 
 
 def test_davis_masks_have_the_reported_scores(evaluated: dict[str, Path], roots: dict[str, Path]) -> None:
@@ -289,7 +290,9 @@ def propagate_with_oracle(points_Thw: Tensor, first_hwC: Tensor, folder: Path) -
     arguments = argparse.Namespace(context=20, radius=20, topk=7, temperature=0.7)
     model = EvaluatedModel(encoder=Oracle(points_Thw), projection=None, variants=("before",))
     evaluation = Evaluation(arguments=arguments, model=model, output=folder, device=torch.device("cpu"))
-    labels_ThwC, matches_M4 = propagate(frames, (height, width), first_hwC, evaluation)
+    labels_ThwC, matches_M4 = propagate(
+        VideoSequence("alpha", frames, []), (height, width), first_hwC, evaluation
+    )
     matches = find_matches(*functional.one_hot(points_Thw[[0, len(frames) // 2]]).float(), first_hwC)
     np.testing.assert_array_equal(matches_M4["before"], matches)
     return labels_ThwC["before"]
