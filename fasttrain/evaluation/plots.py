@@ -286,8 +286,8 @@ def learning_curves(runs: Sequence[Path], path: Path) -> None:
             style["marker"] = style["marker"] if len(points) < 30 else None
             (lines[names[number]],) = axes.plot(*zip(*points, strict=True), label=names[number], **style)
         # Ratios are visible only on an axis from zero.
-        if axes.get_ylim()[0] > 0:
-            axes.set_ylim(bottom=0)
+        if axes.dataLim.ymin > 0:
+            axes.set_ylim(0, 1.08 * axes.dataLim.ymax)
     if len(lines) > 1:
         figure.legend(handles=list(lines.values()), loc="outside lower center", ncols=3)
     _save(figure, path)
@@ -411,4 +411,5 @@ def _save(figure: Figure, path: Path) -> None:
     drawn = BytesIO()
     figure.savefig(drawn, format="png")
     with open_atomically(path) as file:
-        Image.open(drawn).convert("RGB").quantize(256).save(file, format="PNG", optimize=True)
+        reduced = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        reduced.save(file, format="PNG", optimize=True)
