@@ -55,7 +55,7 @@ STYLE: dict[Any, Any] = {
     "figure.constrained_layout.use": True,
     "savefig.bbox": "tight",
     "savefig.pad_inches": 0.05,
-    "savefig.dpi": 150,
+    "savefig.dpi": 130,
     # A name may contain a dollar sign.
     "text.parse_math": False,
 }
@@ -261,9 +261,8 @@ def learning_curves(runs: Sequence[Path], path: Path) -> None:
     changing = {
         panel: curves
         for panel, curves in panels.items()
-        if any(len({value for _, value in points}) > 1 for points in curves.values())
+        if any(len(points) == 1 or len({value for _, value in points}) > 1 for points in curves.values())
     }
-    # After a single step, nothing has changed yet.
     panels = changing or panels
     names = run_names(runs)
     columns = min(3, len(panels))
