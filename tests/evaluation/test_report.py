@@ -94,7 +94,7 @@ def test_run_with_history_and_evaluations(tmp_path: Path) -> None:
     assert main(["eval", "consistency", "--root", videos, *common, "--image-size", "64"]) == 0
     assert report(page, run) == 0
     shown = sorted((result_of(run / "eval", "davis").with_suffix("") / "figures").iterdir())
-    assert {path.name for path in shown} == {"alpha.png", "alpha.mp4", "alpha_arrows.png"}
+    assert {path.name for path in shown} == {"alpha.png", "alpha.mp4", "alpha_arrows.png", "alpha_pca.png"}
     read = Page(page)
     assert read.texts["h3"] == ["consistency on videos", "davis on DAVIS"]
     assert {"alpha", "alpha arrows", "trade off"} < set(read.texts["figcaption"])
