@@ -41,14 +41,8 @@ from benchmarks.measure import (
     speedup,
 )
 from fasttrain.backbones import load_backbone
-from fasttrain.evaluation.propagation import (
-    CONTEXT,
-    RADIUS,
-    TEMPERATURE,
-    TOPK,
-    Propagator,
-    propagate_labels,
-)
+from fasttrain.evaluation.propagation import Propagator, propagate_labels
+from fasttrain.options import CONTEXT, RADIUS, TEMPERATURE, TOPK
 from fasttrain.projection import Projection
 from fasttrain.tools.synthetic import render_scene
 

@@ -5,9 +5,9 @@ checkpoints/, metrics.jsonl, tensorboard/, figures/ and train.json. To continue 
 same command.
 """
 
-# Each command is a module with the functions `add_arguments(parser)` and `run(arguments)`. Its docstring is
-# part of its --help text. `train` is this module. For bad input (an `InputError`, or an OS error in
-# `ADVICE`), one line is printed to stderr, and the exit code is 2. Any other exception is a bug, so its
+# Each command has options (see `options`) and a module with the function `run(arguments)`, which is imported
+# after the options have been parsed. `train` is this module. For bad input (an `InputError`, or an OS error
+# in `ADVICE`), one line is printed to stderr, and the exit code is 2. Any other exception is a bug, so its
 # traceback is shown.
 
 from __future__ import annotations
@@ -17,32 +17,25 @@ import errno
 import importlib
 import io
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import fasttrain
 from fasttrain.errors import InputError, LocalInputError, LostContactError, OtherRankError
 from fasttrain.files import os_reason, printable
 from fasttrain.launcher import describe_processes
+from fasttrain.options import COMMANDS, new_parser
 
 if TYPE_CHECKING:
     from fasttrain.recipe import Recipe
 
-# The module of a command is imported when the command runs, so that most --help texts need not load torch.
-COMMANDS = {
-    "train": (__name__, "train a projection (the default command)"),
-    "pack": ("fasttrain.data.pack", "convert videos or frame folders into a packed set for fast access"),
-    "eval": ("fasttrain.evaluation.command", "evaluate a run on a benchmark, before and after projection"),
-    "report": ("fasttrain.evaluation.report", "summarise runs in one HTML page"),
-    "export": ("fasttrain.tools.export", "export a trained video encoder to a single self-contained file"),
-    "doctor": ("fasttrain.tools.doctor", "list installed and missing components and what they affect"),
-    "schema": ("fasttrain.tools.schema", "print the JSON schema of recipes, for editors"),
-    "demo": ("fasttrain.tools.demo", "train on synthetic video and evaluate before and after projection"),
-}
 USAGE = """\
 usage: fasttrain RECIPE [KEY=VALUE ...]
        fasttrain COMMAND --help
+       fasttrain --version
        torchrun --nproc-per-node=8 -m fasttrain RECIPE [KEY=VALUE ...]
 
 Turn a frozen image encoder into a video encoder.
@@ -81,19 +74,22 @@ def _run_command(words: list[str]) -> int:
         # A file name that the terminal cannot encode must not end a run after hours of work.
         sys.stdout.reconfigure(errors="replace")
     if not words or words[0] in ("-h", "--help"):
-        print(USAGE, *(f"  {name:<8}{meaning}" for name, (_, meaning) in COMMANDS.items()), sep="\n")
+        print(USAGE, *(f"  {name:<8}{summary}" for name, (_, summary, _) in COMMANDS.items()), sep="\n")
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"fasttrain {fasttrain.__version__}")
         return 0
     try:
         describe_processes()
         name = _take_command(words)
-        module = importlib.import_module(COMMANDS[name][0])
-        parser = argparse.ArgumentParser(prog=f"fasttrain {name}", description=module.__doc__)
-        parser.formatter_class = argparse.RawDescriptionHelpFormatter
-        module.add_arguments(parser)
+        parser = new_parser(name)
+        if name in ("train", "demo"):
+            words = _without_dashes(words, parser)
         # Intermixed parsing allows options between positional arguments. argparse does not support it with
         # subcommands, which `eval` has.
         parse = parser.parse_args if name == "eval" else parser.parse_intermixed_args
-        module.run(parse(words))
+        arguments = parse(words)
+        importlib.import_module(COMMANDS[name].module).run(arguments)
     except InputError as error:
         # All ranks usually raise the same error, so only rank 0 prints it, unless it is specific to a rank.
         if isinstance(error, LocalInputError):
@@ -145,29 +141,34 @@ def _take_command(words: list[str]) -> str:
     return "train"
 
 
+def _without_dashes(words: list[str], parser: argparse.ArgumentParser) -> list[str]:
+    """Turn recipe keys that are written as options, `--KEY=VALUE` or `--KEY VALUE`, into `KEY=VALUE`."""
+    rest, overrides = [], []
+    remaining = iter(words)
+    for word in remaining:
+        option, equals, value = word.partition("=")
+        # Like argparse, accept abbreviations of options. `--` is one of all of them.
+        if not option.startswith("--") or any(
+            own.startswith(option) for own in parser._option_string_actions
+        ):
+            rest.append(word)
+            continue
+        from fasttrain.recipe import check_key
+
+        key = option[2:]
+        check_key(key)
+        if not equals:
+            value = next(remaining, "")
+        overrides.append(f"{key}={value}")
+    if overrides and os.environ.get("RANK", "0") == "0":
+        _print_error(
+            f"recipe keys are usually written without dashes: {' '.join(map(shlex.quote, overrides))}"
+        )
+    # At the end, because the first argument is the recipe.
+    return rest + overrides
+
+
 # --- the command `train` -------------------------------------------------------------------------------
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from fasttrain.recipe import keys_table
-
-    parser.add_argument("recipe", metavar="RECIPE", help="YAML file, such as recipes/dinov2.yaml")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        # Without a default, argparse would call this argument required in its error messages.
-        default=[],
-        metavar="KEY=VALUE",
-        help="recipe keys to override, such as data.source=PATH train.epochs=3",
-    )
-    parser.add_argument(
-        "--profile",
-        action="store_true",
-        help="profile a few early steps, and write a Chrome trace and a summary to OUTPUT/profile",
-    )
-    parser.add_argument(
-        "--keys", action="version", version=keys_table(), help="print all recipe keys as a table and exit"
-    )
 
 
 def run(arguments: argparse.Namespace) -> None:

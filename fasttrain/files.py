@@ -13,8 +13,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from filelock import FileLock, Timeout
-
 from fasttrain.errors import InputError
 
 # The suffix of temporary files.
@@ -142,6 +140,9 @@ def file_lock(path: Path, refusal: str) -> Iterator[None]:
     Raises:
         InputError: Another process holds the lock. The message is `refusal`.
     """
+    # Imported on demand, because --help does not need it.
+    from filelock import FileLock, Timeout
+
     make_folder(path.parent)
     lock = FileLock(path)
     try:

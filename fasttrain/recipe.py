@@ -464,21 +464,29 @@ _WORDING = (
 )
 
 
+def check_key(key: str) -> None:
+    """Raise InputError if a recipe has neither a key nor a section of this dotted path."""
+    if not any(f"{path}.".startswith(f"{key}.") for path, _ in _keys(Recipe)):
+        raise InputError(_unknown_key(key))
+
+
+def _unknown_key(path: str) -> str:
+    """Suggest a key of the same name in another section or else the most similar key."""
+    name = path.rpartition(".")[2].replace("-", "_")
+    nearest = max(
+        (key for key, _ in _keys(Recipe)),
+        key=lambda key: (key.endswith(f".{name}"), SequenceMatcher(None, path[:100], key).ratio()),
+    )
+    hint = "`fasttrain train --keys` lists all keys"
+    return f"unknown recipe key {_shown(path)}; did you mean {nearest!r}? {hint}"
+
+
 def _first_error(error: ValidationError) -> str:
     """Describe the first error that pydantic reports in one line: the key, the expectation and the value."""
     first = error.errors(include_url=False)[0]
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])[1:]
     if first["type"] == "unexpected_keyword_argument":
-        # Suggest a key of the same name in another section or else the most similar key.
-        name = path.rpartition(".")[2]
-        nearest = max(
-            (key for key, _ in _keys(Recipe)),
-            key=lambda key: (key.endswith(f".{name}"), SequenceMatcher(None, path[:100], key).ratio()),
-        )
-        return (
-            f"unknown recipe key {_shown(path)}; did you mean {nearest!r}? `fasttrain train --keys` lists "
-            "all keys"
-        )
+        return _unknown_key(path)
     if first["type"] == "literal_error":
         choices = first["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
         return f"{path}: {_shown(first['input'])} is not one of: {choices}"

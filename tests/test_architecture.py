@@ -31,6 +31,7 @@ ORDER = (
     "checkpoint",
     "loggers",
     "profiling",
+    "options",
     "recipe",
     "stopping",
     "distributed",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from synthetic import write_run, write_videos
 
-from fasttrain.__main__ import COMMANDS
+from fasttrain.options import COMMANDS, new_parser
 from fasttrain.recipe import keys_table, load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,9 +55,7 @@ def commands(page: Path) -> Iterator[list[str]]:
 
 @cache
 def parser_of(command: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=command)
-    importlib.import_module(COMMANDS[command][0]).add_arguments(parser)
-    return parser
+    return new_parser(command)
 
 
 @cache

@@ -6,12 +6,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from fasttrain.__main__ import COMMANDS, main, result_line
+import fasttrain
+from fasttrain.__main__ import main, result_line
 from fasttrain.errors import InputError, LocalInputError, LostContactError, OtherRankError
+from fasttrain.options import COMMANDS, TASKS
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
@@ -26,10 +29,49 @@ def test_every_command_is_listed_and_has_help(name: str, capsys: pytest.CaptureF
     assert f"usage: fasttrain {name}" in capsys.readouterr().out
 
 
+def test_help_and_version_import_only_the_standard_library() -> None:
+    """Torch takes seconds to import, and each package some tenths of a second."""
+    words = [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)]
+    words += [["eval", name, "--help"] for name in TASKS]
+    program = f"""
+import contextlib, io, sys
+before = set(sys.modules)
+from fasttrain.__main__ import main
+for words in {words}:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        main(words)
+roots = {{name.partition(".")[0] for name in set(sys.modules) - before}}
+print(*roots - set(sys.stdlib_module_names))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["fasttrain"]
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fasttrain {fasttrain.__version__}\n"
+
+
+def test_recipe_keys_may_be_written_as_options(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed: list[Any] = []
+    monkeypatch.setattr("fasttrain.__main__.run", passed.append)
+    words = ["--train.steps=100", "dino.yaml", "seed=1", "--optimizer.lr", "1e-4", "--prof", "--output=a b"]
+    assert main(words) == 0
+    assert passed[0].recipe == "dino.yaml"
+    assert passed[0].overrides == ["seed=1", "train.steps=100", "optimizer.lr=1e-4", "output=a b"]
+    assert passed[0].profile
+    hint = "recipe keys are usually written without dashes: train.steps=100 optimizer.lr=1e-4 'output=a b'"
+    assert capsys.readouterr().err == f"fasttrain: {hint}\n"
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [
         ([RECIPES / "dinov2.yaml", "train.epochz=3"], "'train.epochs'"),
+        ([RECIPES / "dinov2.yaml", "--batch-size=3"], "'batch-size'; did you mean 'train.batch_size'?"),
+        ([RECIPES / "dinov2.yaml", "--profiles"], "'profiles'; did you mean"),
         ([RECIPES / "quickstart.yaml", "data.source=nowhere"], "nowhere"),
         (
             ["nowhere.yaml"],
@@ -173,7 +215,8 @@ def test_characters_that_the_terminal_cannot_encode_are_replaced(
 
 def test_a_missing_optional_package_prints_one_line() -> None:
     program = "import sys; sys.modules['scipy'] = None; from fasttrain.__main__ import main; "
-    command = [sys.executable, "-c", f"{program} sys.exit(main(['eval']))"]
+    words = ["eval", "davis", "--run", "RUN", "--root", "ROOT"]
+    command = [sys.executable, "-c", f"{program} sys.exit(main({words}))"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     message = "package 'scipy' is not installed. Install it with: pip install 'fasttrain.eval.'"

@@ -36,9 +36,8 @@ import threading
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -83,6 +82,7 @@ from fasttrain.data.video import (
 from fasttrain.errors import InputError, check_options
 from fasttrain.files import file_lock, naming, open_atomically, write_atomically
 from fasttrain.loggers import Progress, say
+from fasttrain.options import PackOptions
 
 if HAS_PYAV:
     import av
@@ -95,21 +95,6 @@ MAX_PRINTED = 20
 MACHINE_ERRORS = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PackOptions:
-    """The options that determine the content of a packed set."""
-
-    frames: int = 0
-    """Number of evenly spaced frames to keep of each video; 0 keeps all."""
-    short_side: int = 256
-    """Short side in pixels to which larger frames are downscaled."""
-    quality: int = 90
-    """JPEG quality, 1..100."""
-    shard_bytes: int = 2**30
-    """Size at which a shard is full. The video that reaches it is the last one in the shard."""
-    decoder: Literal["pyav", "nvdec"] = "pyav"
-
-
 class EncodedVideo(NamedTuple):
     """The frames of a video as JPEG files."""
 
@@ -117,73 +102,6 @@ class EncodedVideo(NamedTuple):
     frames: list[bytes]
     """Empty if nothing was readable."""
     skipped: Skipped
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "source",
-        type=Path,
-        metavar="SOURCE",
-        help="folder of frame folders or video files at any depth, video file, or text file with one frame "
-        "folder or video file per line; with --check, a packed set",
-    )
-    parser.add_argument(
-        "destination",
-        metavar="DESTINATION",
-        type=Path,
-        nargs="?",
-        help="folder for the packed set; not used with --check",
-    )
-    kinds = ("auto", "folders", "list", "videos")
-    parser.add_argument(
-        "--kind", choices=kinds, default="auto", help="kind of the source; auto detects it (default: auto)"
-    )
-    for option, metavar, default, help in (
-        ("--frames", "K", PackOptions.frames, "number of evenly spaced frames per video; 0 keeps all frames"),
-        (
-            "--short-side",
-            "PIXELS",
-            PackOptions.short_side,
-            "short side to which larger frames are downscaled",
-        ),
-        ("--quality", "Q", PackOptions.quality, "JPEG quality, 1 to 100"),
-        (
-            "--shard-size",
-            "MIB",
-            PackOptions.shard_bytes >> 20,
-            "size of a shard file in MiB; the video that reaches this size is the last one in the file",
-        ),
-        ("--workers", "N", 0, "videos to encode at a time, each held in memory; 0 uses one per core"),
-    ):
-        help = f"{help} (default: {default})"
-        parser.add_argument(option, metavar=metavar, default=default, type=int, help=help)
-    parser.add_argument(
-        "--shard",
-        dest="share",
-        metavar="I/N",
-        default="1/1",
-        type=_share,
-        help="pack only share I of N of the source, to divide the work among N machines; each share has its "
-        "own shard files (default: 1/1)",
-    )
-    parser.add_argument(
-        "--decoder",
-        choices=("auto", "cpu", "gpu"),
-        default="auto",
-        help="where to decode video files: cpu uses PyAV; gpu uses NVDEC, but PyAV for videos that NVDEC "
-        "does not support; auto uses gpu if NVDEC and DALI are available, otherwise cpu, whereas "
-        "data.decoder=auto in training always uses cpu (default: auto)",
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="verify every frame of the packed set SOURCE instead of packing"
-    )
-
-
-def _share(text: str) -> tuple[int, int]:
-    number, _, count = text.partition("/")
-    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected I/N with I from 1 to N, such as 2/4")
-    return int(number), int(count)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -11,33 +11,12 @@ from typing import Any
 
 from fasttrain.distributed import World
 from fasttrain.errors import check_options
-from fasttrain.evaluation import linear_probe, metrics, plots
-from fasttrain.evaluation.features import add_split_arguments, class_numbers, extract_split
+from fasttrain.evaluation import metrics, plots
+from fasttrain.evaluation.features import class_numbers, extract_split
 from fasttrain.evaluation.linear_probe import fit_linear
 from fasttrain.evaluation.model import EvaluatedModel
 
 TOP = (1, 5)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_split_arguments(parser)
-    parser.add_argument(
-        "--neighbours",
-        type=int,
-        nargs="+",
-        default=list(metrics.NEIGHBOURS),
-        metavar="K",
-        help="values of k for k-NN; those above the number of training videos are skipped "
-        f"(default: {' '.join(map(str, metrics.NEIGHBOURS))})",
-    )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=metrics.TEMPERATURE,
-        metavar="T",
-        help="temperature of the k-NN votes (default: %(default)s)",
-    )
-    linear_probe.add_arguments(parser)
 
 
 def run(

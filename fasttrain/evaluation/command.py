@@ -11,22 +11,13 @@ sequences or videos among themselves. The `--` keeps torchrun from reading --run
 import argparse
 import os
 import time
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 from fasttrain import distributed
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
-from fasttrain.evaluation import (
-    classification,
-    consistency,
-    davis,
-    jhmdb,
-    localization,
-    model,
-    retrieval,
-    vip,
-)
+from fasttrain.evaluation import model
 from fasttrain.evaluation.results import (
     Result,
     print_others,
@@ -38,39 +29,7 @@ from fasttrain.evaluation.results import (
 )
 from fasttrain.files import make_folder
 from fasttrain.loggers import say
-
-# By name, in the order of the help: the task's module and a description for the help and the table.
-TASKS: dict[str, tuple[ModuleType, str]] = {
-    "davis": (davis, "video object segmentation by label propagation (J and F)"),
-    "vip": (vip, "body part segmentation by label propagation (mean IoU, IoU per class)"),
-    "jhmdb": (jhmdb, "human pose tracking by label propagation (PCK, mean and per joint)"),
-    "consistency": (consistency, "consistency and separability (distances within and between videos)"),
-    "retrieval": (retrieval, "video retrieval by nearest neighbours (recall at 1, 5 and 10 in percent)"),
-    "probe": (classification, "video classification by k-NN and a linear probe (accuracy in percent)"),
-    "localization": (localization, "temporal action localisation (frame accuracy, F1, edit, mAP in percent)"),
-}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    tasks = parser.add_subparsers(dest="task", required=True, metavar="{" + ",".join(TASKS) + "}")
-    for name, (task, description) in TASKS.items():
-        task_parser = tasks.add_parser(
-            name,
-            help=description,
-            description=task.__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        task_parser.add_argument(
-            "--root", type=Path, required=True, metavar="DATASET", help="path of the dataset"
-        )
-        model.add_arguments(task_parser)
-        task_parser.add_argument(
-            "--output",
-            type=Path,
-            metavar="FOLDER",
-            help="folder for the results (default: eval in RUN or, without --run, in the working directory)",
-        )
-        task.add_arguments(task_parser)
+from fasttrain.options import TASKS
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -79,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     if evaluated is None:
         return
     path, result = evaluated
-    _, description = TASKS[result.task]
+    _, description, _ = TASKS[result.task]
     title = f"{result.task}: {description}\n{result.model.backbone}, {result.model.weights}"
     print_table(title, result.results)
     print_others(path)
@@ -92,14 +51,14 @@ def evaluate(arguments: argparse.Namespace) -> tuple[Path, Result] | None:
     Returns the file and its content on the main process, and None on the others. Raises InputError if the
     dataset or the encoder cannot be loaded.
     """
-    task, _ = TASKS[arguments.task]
+    module, *_ = TASKS[arguments.task]
     folder = arguments.output or (arguments.run or Path()) / "eval"
     start = time.perf_counter()
     with distributed.start(arguments.device) as world:
         evaluated = world.run_on_all(lambda: _prepare(arguments, folder, world))
         identity = arguments.task, vars(arguments), evaluated.encoder, evaluated.projection
         path = result_path(folder, *identity)
-        content = task.run(arguments, evaluated, path.with_suffix(""), world)
+        content = import_module(module).run(arguments, evaluated, path.with_suffix(""), world)
     if content is None:
         return None
     content |= {

@@ -32,16 +32,6 @@ from fasttrain.recipe import Recipe
 RECORDED = ("cycle_accuracy", "effective_rank", "intra_normalized_95", "inter_normalized_95")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    for option, metavar, default, help in (
-        ("--num-frames", "N", 40, "number of evenly spaced frames per video"),
-        ("--num-videos", "N", 1000, "maximum number of videos, evenly spaced over the source"),
-        ("--image-size", "PIXELS", 224, "side of the centre crop"),
-    ):
-        help = f"{help} (default: {default})"
-        parser.add_argument(option, type=int, metavar=metavar, default=default, help=help)
-
-
 def run(
     arguments: argparse.Namespace, model: EvaluatedModel, output: Path, world: World
 ) -> dict[str, Any] | None:

@@ -80,55 +80,6 @@ class VideoSplit:
     """Listed videos that were not found, some with a reason; empty unless `--allow-missing` is set."""
 
 
-def add_video_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of datasets with a label per video."""
-    layouts = ("auto", *(layout for layout in _LAYOUTS if layout != "frames"))
-    parser.add_argument(
-        "--dataset",
-        choices=layouts,
-        default="auto",
-        help="layout of the lists; auto detects it from their names (default: auto)",
-    )
-    parser.add_argument(
-        "--split", type=int, choices=(1, 2, 3), default=1, help="split of UCF101 or HMDB51 (default: 1)"
-    )
-    _add_list_arguments(
-        parser, "list of training videos: `path label` per line, CSV as in kinetics or JSON as in ssv2"
-    )
-    parser.add_argument("--allow-missing", action="store_true", help="skip listed videos that are missing")
-
-
-def add_frame_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of datasets with a label per frame."""
-    parser.set_defaults(dataset="frames", allow_missing=False)
-    parser.add_argument(
-        "--split", default="1", metavar="N", help="split, listed in splits/*.splitN.bundle (default: 1)"
-    )
-    _add_list_arguments(parser, "list of training videos to use instead of splits/train.splitN.bundle")
-    parser.add_argument(
-        "--background",
-        nargs="*",
-        default=None,
-        metavar="LABEL",
-        help="labels whose segments are not scored; without LABEL, all are scored (default: the label "
-        "background, if there is one, as in MS-TCN)",
-    )
-
-
-def _add_list_arguments(parser: argparse.ArgumentParser, train_help: str) -> None:
-    parser.epilog = __doc__
-    parser.add_argument("--train-list", type=Path, metavar="FILE", help=train_help)
-    parser.add_argument(
-        "--test-list", type=Path, metavar="FILE", help="list of test videos, in the format of --train-list"
-    )
-    parser.add_argument(
-        "--videos",
-        type=Path,
-        metavar="FOLDER",
-        help="folder or packed set of the videos (default: the path given as --root)",
-    )
-
-
 def read_split(arguments: argparse.Namespace) -> VideoSplit:
     """Read the lists that the options select and find their videos.
 

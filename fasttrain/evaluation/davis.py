@@ -21,27 +21,10 @@ from fasttrain.evaluation import sequences
 from fasttrain.evaluation.frames import read_label_map
 from fasttrain.evaluation.metrics import boundary_accuracy, region_similarity, statistics
 from fasttrain.evaluation.model import EvaluatedModel
-from fasttrain.evaluation.propagation import TOPK
 from fasttrain.evaluation.sequences import Evaluation, LabelMap, VideoSequence, hard_labels, soft_labels
 
 # The label of void pixels, which are scored as background.
 VOID = 255
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--year",
-        choices=("2016", "2017"),
-        default="2017",
-        help="release of the dataset; 2016 merges all objects of a sequence (default: 2017)",
-    )
-    parser.add_argument(
-        "--subset", default="val", help="subset of the sequences, listed in SUBSET.txt (default: val)"
-    )
-    for option, default in (("--height", 480), ("--width", 880)):
-        help = f"{option[2:]} to which frames are resized (default: {default})"
-        parser.add_argument(option, type=int, metavar="PIXELS", default=default, help=help)
-    sequences.add_arguments(parser, topk=TOPK)
 
 
 def run(

@@ -35,7 +35,6 @@ from fasttrain.evaluation.datasets import (
     LabelledVideo,
     StoredVideo,
     VideoSplit,
-    add_video_arguments,
     read_split,
 )
 from fasttrain.evaluation.frames import centre_crop, stream_frames
@@ -48,39 +47,6 @@ from fasttrain.weights import hash_state_dict
 FORMAT = 2
 # A video file is identified by its size and this many chunks; hashing the whole file would be slow.
 _CHUNKS, _CHUNK_BYTES = 16, 1 << 12
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--image-size", type=int, metavar="PIXELS", default=224, help="side of the centre crop (default: 224)"
-    )
-    parser.add_argument(
-        "--cache",
-        type=Path,
-        metavar="FOLDER",
-        help="folder of cached features, which tasks and runs can share; all processes need access to it "
-        "(default: cache in the folder of the results)",
-    )
-    parser.add_argument(
-        "--precision",
-        choices=("fp32", "bf16"),
-        default="fp32",
-        help="precision of the encoder (default: fp32)",
-    )
-    for option, default, help in (
-        ("--batch-size", 32, "number of frames per batch"),
-        ("--workers", 0, "number of decoding threads; 0 uses one per core, up to 16"),
-    ):
-        help = f"{help} (default: {default})"
-        parser.add_argument(option, type=int, metavar="N", default=default, help=help)
-
-
-def add_split_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that `extract_split` uses."""
-    add_video_arguments(parser)
-    add_arguments(parser)
-    help = "number of evenly spaced frames per video (default: 16)"
-    parser.add_argument("--num-frames", type=int, metavar="N", default=16, help=help)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from fasttrain.errors import InputError, check_options
 from fasttrain.evaluation import metrics, plots, sequences
 from fasttrain.evaluation.frames import read_image
 from fasttrain.evaluation.model import EvaluatedModel
-from fasttrain.evaluation.propagation import TOPK
 from fasttrain.evaluation.sequences import Evaluation, VideoSequence
 from fasttrain.files import open_atomically
 
@@ -36,31 +35,6 @@ Coordinates = npt.NDArray[np.float64]
 POSES, FRAMES = "joint_positions", "Rename_Images"
 # Marks the test clips in a split file, after the clip's name.
 TEST = "2"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--split", type=int, choices=(1, 2, 3), default=1, help="test split (default: 1)")
-    parser.add_argument(
-        "--list",
-        type=Path,
-        metavar="FILE",
-        help="list of test clips to use instead of --split, one per line (CLASS/CLIP or videowalk's format)",
-    )
-    parser.add_argument(
-        "--size",
-        type=int,
-        metavar="PIXELS",
-        default=320,
-        help="side of the squares to which frames are resized (default: 320)",
-    )
-    parser.add_argument(
-        "--sigma",
-        type=float,
-        metavar="CELLS",
-        default=0.5,
-        help="standard deviation of a joint's Gaussian, in grid cells (default: 0.5)",
-    )
-    sequences.add_arguments(parser, topk=TOPK)
 
 
 def run(

@@ -9,7 +9,6 @@ is random.
 Shape suffixes: S samples, D channels, C classes.
 """
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,23 +20,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from fasttrain.errors import InputError
+from fasttrain.options import MAX_ITERATIONS
 
 # From strong to weak: each fit starts from the solution of the previous one.
 STRENGTHS = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
-MAX_ITERATIONS = 1000
 _MIN_DEVIATION = 1e-8
 # End the sweep after this many strengths without improvement, because fits with a weaker penalty are slower.
 _PATIENCE = 3
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--max-iterations",
-        type=int,
-        metavar="N",
-        default=MAX_ITERATIONS,
-        help="maximum number of L-BFGS iterations (default: %(default)s)",
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from scipy.ndimage import uniform_filter1d
 from fasttrain.data.sampling import evenly_spaced
 from fasttrain.distributed import World
 from fasttrain.errors import InputError, check_options
-from fasttrain.evaluation import datasets, features, linear_probe, metrics, plots
+from fasttrain.evaluation import datasets, features, metrics, plots
 from fasttrain.evaluation.datasets import LabelledVideo, Labels
 from fasttrain.evaluation.features import Extracted
 from fasttrain.evaluation.linear_probe import LinearClassifier, fit_linear
@@ -32,35 +32,6 @@ HELD_OUT = 0.2
 # Skip a video if the number of its labels differs from that of its frames by more than this share. Published
 # annotations are a few frames off; a larger difference means another frame rate.
 MAX_DIFFERENCE = 0.1
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    features.add_arguments(parser)
-    datasets.add_frame_arguments(parser)
-    parser.add_argument(
-        "--stride", type=int, default=1, metavar="N", help="encode every N-th frame (default: 1)"
-    )
-    parser.add_argument(
-        "--smooth",
-        type=int,
-        default=1,
-        metavar="N",
-        help="average the predictions over N encoded frames (default: 1)",
-    )
-    parser.add_argument(
-        "--max-train-frames",
-        type=int,
-        default=200_000,
-        metavar="N",
-        help="fit the classifier to at most N evenly spaced frames (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--tiou",
-        choices=tuple(metrics.TEMPORAL_IOU),
-        default="thumos",
-        help="IoU thresholds of the mAP: thumos 0.1 to 0.7, activitynet 0.5 to 0.95 (default: thumos)",
-    )
-    linear_probe.add_arguments(parser)
 
 
 def run(

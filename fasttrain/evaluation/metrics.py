@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fasttrain.errors import InputError
+from fasttrain.options import KNN_TEMPERATURE, NEIGHBOURS
 
 # --- Object masks: region similarity J and contour accuracy F ---------------------------------------------
 #
@@ -298,10 +299,8 @@ def recall_at(
 #
 # Shape suffixes: S test videos, N training videos, D channels, C classes, K neighbours.
 
-TEMPERATURE = 0.07
 # Below 0.0014, exp(1 / temperature), the vote of an identical video, overflows float64.
 MIN_TEMPERATURE = 0.0015
-NEIGHBOURS = (10, 20, 100, 200)
 
 
 def knn_classify(
@@ -311,7 +310,7 @@ def knn_classify(
     *,
     num_classes: int,
     neighbours: Sequence[int] = NEIGHBOURS,
-    temperature: float = TEMPERATURE,
+    temperature: float = KNN_TEMPERATURE,
 ) -> dict[int, Tensor]:
     """Sum the votes (S, C) of the k nearest training videos, for each k in `neighbours`.
 

@@ -5,14 +5,12 @@ Shape suffixes: B frames, H W pixels, N tokens, D channels.
 
 import argparse
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fasttrain.backbones import Backbone, load_backbone
-from fasttrain.configuration import ACTIVATIONS
 from fasttrain.errors import InputError
 from fasttrain.projection import Projection
 from fasttrain.video_encoder import UNSTORED, check_backbone, load_video_encoder, trained_backbone
@@ -35,53 +33,6 @@ class EvaluatedModel:
         if self.projection is not None:
             tokens_BND["after"] = self.projection(frozen_BND).float()
         return {variant: tokens_BND[variant] for variant in self.variants}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    encoder = parser.add_mutually_exclusive_group(required=True)
-    encoder.add_argument("--run", type=Path, metavar="RUN", help="output folder of a training run")
-    encoder.add_argument(
-        "--backbone",
-        metavar="NAME",
-        help="backbone to evaluate without a run: mae, dino, ... or a timm ViT",
-    )
-    parser.add_argument(
-        "--weights",
-        metavar="PATH",
-        help="weights of the backbone: a path, hf://..., timm://... or random (default: those of the run, or "
-        "random for --backbone)",
-    )
-    parser.add_argument(
-        "--projection",
-        type=Path,
-        metavar="FILE",
-        help="projection to use with --backbone (a projection.safetensors)",
-    )
-    parser.add_argument(
-        "--num-heads",
-        type=int,
-        metavar="N",
-        help="number of attention heads, like backbone.num_heads in a recipe",
-    )
-    parser.add_argument(
-        "--activation",
-        choices=tuple(ACTIVATIONS),
-        help="activation function of the MLPs, like backbone.activation",
-    )
-    for option in ("--mean", "--std"):
-        parser.add_argument(
-            option, type=float, nargs=3, metavar=("R", "G", "B"),
-            help="statistic of RGB values from 0 to 1, like the key of this name in a recipe's backbone",
-        )  # fmt: skip
-    only = parser.add_mutually_exclusive_group()
-    only.add_argument("--baseline-only", action="store_true", help="evaluate only the frozen backbone")
-    only.add_argument("--projection-only", action="store_true", help="evaluate only the projected features")
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cuda", "cpu"),
-        default="auto",
-        help="device; auto uses cuda if available (default: auto)",
-    )
 
 
 def load_model(arguments: argparse.Namespace, device: torch.device) -> EvaluatedModel:

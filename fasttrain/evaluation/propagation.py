@@ -19,9 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from fasttrain.errors import InputError
+from fasttrain.options import CONTEXT, RADIUS, TEMPERATURE, TOPK
 
-# The settings of the protocol: preceding frames, grid cells, keys per query (for DAVIS), softmax temperature.
-CONTEXT, RADIUS, TOPK, TEMPERATURE = 20, 20.0, 7, 0.7
 # The number of affinities computed at once: 256 MiB on a GPU, for few large matrix products, and 32 MiB on a
 # CPU, for its caches.
 GPU_AFFINITIES, CPU_AFFINITIES = 2**26, 2**23

@@ -35,17 +35,6 @@ PICTURE_WIDTH = 1400
 MAX_VIDEO_BYTES = 500_000
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a training run")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default="report.html",
-        metavar="FILE",
-        help="HTML file to write (default: %(default)s)",
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """A run and its results, oldest first."""

@@ -34,7 +34,7 @@ from fasttrain.evaluation.frames import (
 )
 from fasttrain.evaluation.metrics import region_similarity
 from fasttrain.evaluation.model import EvaluatedModel
-from fasttrain.evaluation.propagation import CONTEXT, RADIUS, TEMPERATURE, Propagator, check_settings
+from fasttrain.evaluation.propagation import Propagator, check_settings
 from fasttrain.files import read_lines
 from fasttrain.loggers import Progress, say
 
@@ -77,45 +77,6 @@ class Evaluation:
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Round a frame size to whole patches of the encoder."""
         return fit_to_patches((height, width), self.model.encoder.patch_size)
-
-
-def add_arguments(parser: argparse.ArgumentParser, *, topk: int) -> None:
-    """Add the propagation settings. The default of `topk` differs between benchmarks."""
-    parser.add_argument(
-        "--context",
-        type=int,
-        metavar="N",
-        default=CONTEXT,
-        help="number of preceding frames to attend to, besides the first frame (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--radius",
-        type=float,
-        metavar="CELLS",
-        default=RADIUS,
-        help="radius of the search in the preceding frames, in grid cells (default: %(default)g)",
-    )
-    parser.add_argument(
-        "--topk",
-        type=int,
-        metavar="K",
-        default=topk,
-        help="number of most similar tokens whose labels are combined (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        metavar="T",
-        default=TEMPERATURE,
-        help="temperature of the softmax that weights these labels (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--pictures",
-        type=int,
-        metavar="N",
-        default=8,
-        help="number of sequences to draw, evenly spaced over the list (default: %(default)s)",
-    )
 
 
 def evaluate_all(

@@ -41,28 +41,6 @@ SHORT_SIDE_STEP = 64
 VOID = 255
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--subset",
-        default="val",
-        help="subset of the videos, listed in lists/SUBSET_videos.txt (default: val)",
-    )
-    parser.add_argument(
-        "--list",
-        type=Path,
-        metavar="FILE",
-        help="text file with one video name or path per line, used instead of --subset",
-    )
-    parser.add_argument(
-        "--long-side",
-        type=int,
-        metavar="PIXELS",
-        default=880,
-        help="long side to which frames are resized (default: 880)",
-    )
-    sequences.add_arguments(parser, topk=10)
-
-
 def run(
     arguments: argparse.Namespace, model: EvaluatedModel, output: Path, world: World
 ) -> dict[str, Any] | None:

@@ -43,18 +43,6 @@ HEADINGS = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="recipe keys to override, such as train.epochs=3"
-    )
-    parser.add_argument(
-        "--recipe",
-        metavar="RECIPE",
-        default="recipes/quickstart.yaml",
-        help="recipe to train (default: %(default)s)",
-    )
-
-
 def run(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     make_videos(Path(recipe.data.source))

@@ -43,10 +43,6 @@ class Component(NamedTuple):
     required: bool = False
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Do nothing, because the command has no arguments."""
-
-
 def run(arguments: argparse.Namespace) -> None:
     components = check_machine()
     table = Table(title="fasttrain doctor")

@@ -25,18 +25,6 @@ from fasttrain.video_encoder import VideoEncoder, load_video_encoder
 PREPROCESSING_FILE = "preprocessing.json"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="output folder of a training run")
-    parser.add_argument("file", metavar="FILE", help="file to write, such as encoder.pt2")
-    parser.add_argument(
-        "--size", type=int, nargs=2, metavar=("H", "W"),
-        help="frame size in pixels, a multiple of the patch size (default: the training crop)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--weights", metavar="PATH", help="weights of the backbone (default: those used in training)"
-    )
-
-
 def run(arguments: argparse.Namespace) -> None:
     path = export(arguments.run, arguments.file, size=arguments.size, weights=arguments.weights)
     say(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")

@@ -10,9 +10,5 @@ import json
 from fasttrain.recipe import json_schema
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Do nothing, because the command has no arguments."""
-
-
 def run(arguments: argparse.Namespace) -> None:
     print(json.dumps(json_schema(), indent=2, ensure_ascii=False))

@@ -36,10 +36,11 @@ from fasttrain.data.sources import open_source
 from fasttrain.data.video_cache import cache_path
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
-from fasttrain.evaluation import davis, jhmdb, localization, retrieval, vip
+from fasttrain.evaluation import davis, jhmdb, vip
 from fasttrain.evaluation.datasets import read_split
 from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.sequences import evaluate_all
+from fasttrain.options import TASKS
 from fasttrain.projection import Projection
 from fasttrain.recipe import load_recipe, recipe_from_dict, recipe_hash, to_yaml
 from fasttrain.trainer import Trainer, check_run_folder
@@ -476,10 +477,10 @@ def splits(folder: Path) -> Seeds:
     return contents(folder, "*.txt", "*.csv", "*.json", "*.bundle")
 
 
-def parsed(add_arguments: Callable[[argparse.ArgumentParser], None], words: list[str]) -> argparse.Namespace:
+def parsed(task: str, words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--root", type=Path)
-    add_arguments(parser)
+    TASKS[task].add_options(parser)
     return parser.parse_args(words)
 
 
@@ -494,13 +495,13 @@ def read_split_file(folder: Path, name: str, outcome: Outcome) -> None:
         elif layout == "jhmdb":
             jhmdb.find_sequences(root, 1, root / "clips.txt" if name.endswith("clips.txt") else None)
         elif layout == "frames":
-            read_split(parsed(localization.add_arguments, ["--root", str(root)]))
+            read_split(parsed("localization", ["--root", str(root)]))
         else:
             words = ["--root", str(root)]
             if layout == "list":
                 words += ["--train-list", str(root / "train.txt"), "--test-list", str(root / "test.txt")]
-            read_split(parsed(retrieval.add_arguments, words))
-            split = read_split(parsed(retrieval.add_arguments, [*words, "--allow-missing"]))
+            read_split(parsed("retrieval", words))
+            split = read_split(parsed("retrieval", [*words, "--allow-missing"]))
             if split.missing:
                 outcome.skipped()
 
@@ -551,7 +552,7 @@ def read_annotations(folder: Path, name: str, outcome: Outcome) -> None:
     model = EvaluatedModel(encoder=_ENCODERS[0], projection=None, variants=("before",))
     module: Any = {"davis": davis, "vip": vip, "jhmdb": jhmdb}[task]
     options = ["--root", str(folder / task), *synthetic.SMALL[task], "--pictures", "0"]
-    arguments = parsed(module.add_arguments, options)
+    arguments = parsed(task, options)
     with outcome:
         if task == "davis":
             listed = davis.find_sequences(arguments.root, "2017", "val")
