@@ -172,13 +172,17 @@ def _without_dashes(words: list[str], parser: argparse.ArgumentParser) -> list[s
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from fasttrain.loggers import EnduringConsole, working
     from fasttrain.recipe import load_recipe
 
-    train(load_recipe(arguments.recipe, arguments.overrides), profile=arguments.profile)
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    with working("importing PyTorch", EnduringConsole(quiet=os.environ.get("RANK", "0") != "0")):
+        importlib.import_module("fasttrain.trainer")
+    train(recipe, profile=arguments.profile)
 
 
 def train(recipe: Recipe, *, profile: bool = False) -> None:
-    """Train a projection as a recipe describes, plot the learning curves, and print the path of the result.
+    """Train a projection as a recipe describes, plot the learning curves, and print where the results are.
 
     Under torchrun, call it in every process.
 
@@ -203,23 +207,15 @@ def train(recipe: Recipe, *, profile: bool = False) -> None:
         picture = Path("figures", "learning.png")
         outdated = [folder for folder in folders if results or not (folder / picture).exists()]
         if outdated:
-            try:
-                from fasttrain.evaluation.plots import learning_curves
-            except InputError as error:
-                trainer.say(f"no learning curves: {error}")
-            else:
-                for folder in outdated:
-                    learning_curves([folder], folder / picture)
-        trainer.say(result_line(folders))
-
-
-def result_line(folders: list[Path]) -> str:
-    """Return a line that names the saved projections and shows how to load the first one."""
-    from fasttrain.video_encoder import PROJECTION_FILE
-
-    first, names = folders[0], ",".join(folder.name for folder in folders)
-    path = (first if len(folders) == 1 else first.with_name(f"{{{names}}}")) / PROJECTION_FILE
-    return f"saved {path}; load it with fasttrain.load_video_encoder({str(first)!r})"
+            with trainer.working("drawing the learning curves"):
+                try:
+                    from fasttrain.evaluation.plots import learning_curves
+                except InputError as error:
+                    trainer.say(f"no learning curves: {error}")
+                else:
+                    for folder in outdated:
+                        learning_curves([folder], folder / picture)
+        trainer.say_results()
 
 
 if __name__ == "__main__":

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import sys
+import textwrap
+import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,27 +114,88 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+class EnduringConsole(Console):
+    """A console that discards output once its reader has exited (`fasttrain RECIPE | head`).
+
+    The work continues, because it may have taken hours and its results are in files.
+    """
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        # Python flushes stdout again at exit (see "Note on SIGPIPE" in the documentation of `signal`).
+        with open(os.devnull, "w") as devnull:
+            os.dup2(devnull.fileno(), sys.stdout.fileno())
+
+
 def say(line: str, console: Console | None = None) -> None:
     """Print a line without interpreting brackets as markup and without wrapping it.
 
     Names in it may contain any characters.
     """
-    (console or Console()).print(printable(line), highlight=False, markup=False, soft_wrap=True)
+    console = console or EnduringConsole()
+    console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
+
+
+def say_block(title: str, entries: Mapping[str, str], console: Console) -> None:
+    """Print a title and indented lines `name  text` below it, wrapped to 80 columns."""
+    say(title, console)
+    width = max(map(len, entries))
+    for name, text in entries.items():
+        indent = " " * (width + 4)
+        lines = textwrap.wrap(
+            printable(text), 80, initial_indent=f"  {name:<{width}}  ", subsequent_indent=indent,
+            # Paths must remain intact, so that they can be copied.
+            break_long_words=False, break_on_hyphens=False,
+        )  # fmt: skip
+        for line in lines:
+            say(line, console)
+
+
+# Seconds between signs of life in the first five minutes, and later.
+SECONDS_BETWEEN_SIGNS, SECONDS_BETWEEN_LATER_SIGNS = 4.0, 60.0
+
+
+@contextmanager
+def repeating(beat: Callable[[float], None]) -> Iterator[None]:
+    """Call `beat` with the elapsed seconds from a thread, at first every few seconds, later every minute."""
+    end, start = threading.Event(), time.monotonic()
+
+    def repeat() -> None:
+        elapsed = 0.0
+        while not end.wait(SECONDS_BETWEEN_SIGNS if elapsed < 300 else SECONDS_BETWEEN_LATER_SIGNS):
+            elapsed = time.monotonic() - start
+            beat(elapsed)
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()
+
+
+@contextmanager
+def working(what: str, console: Console) -> Iterator[None]:
+    """Print a line now and then for as long as the context lasts; nothing if it lasts a few seconds only."""
+    if console.quiet:
+        yield
+        return
+    with repeating(lambda seconds: say(f"{what} ({seconds:.0f} s so far)", console)):
+        yield
 
 
 class Progress:
-    """The progress of a long task: a bar on a terminal, otherwise a line per minute.
+    """The progress of a long task: a bar on a terminal, otherwise a line now and then.
 
     Use it as a context manager. Pass `enabled=False` on all ranks but one.
     """
-
-    SECONDS_BETWEEN_LINES = 60.0
 
     def __init__(
         self, unit: str, total: int, *, done: int = 0, enabled: bool = True, console: Console | None = None
     ) -> None:
         self._unit = unit
-        self._console = console or Console(quiet=not enabled)
+        self._console = console or EnduringConsole(quiet=not enabled)
         self._remaining = TimeRemainingColumn()
         self._bar = rich_progress.Progress(
             TextColumn(f"[bold]{unit}"),
@@ -148,13 +212,17 @@ class Progress:
             speed_estimate_period=600,
         )
         self._task = self._bar.add_task(unit, total=total, completed=done, status="")
+        self._stack = ExitStack()
         self._last_line = time.monotonic()
 
     def __enter__(self) -> Progress:
         self._bar.start()
+        if not (self._console.quiet or self._console.is_terminal):
+            self._stack.enter_context(repeating(self._sign))
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._stack.close()
         self._bar.stop()
 
     def advance(self, count: int = 1, status: str | None = None) -> None:
@@ -162,17 +230,21 @@ class Progress:
         self._bar.advance(self._task, count)
         if status is not None:
             self._bar.update(self._task, status=status)
-        if time.monotonic() - self._last_line > self.SECONDS_BETWEEN_LINES:
-            self._print()
 
     def show(self, status: str) -> None:
         """Show `status` immediately: next to the bar on a terminal, otherwise as a line."""
         self._bar.update(self._task, status=status)
-        self._print()
+        if not self._console.is_terminal:
+            self._print()
+
+    def _sign(self, _: float) -> None:
+        """Print a line unless `show` has just done so."""
+        if time.monotonic() - self._last_line > SECONDS_BETWEEN_SIGNS / 4:
+            self._print()
 
     def _print(self) -> None:
         self._last_line = time.monotonic()
-        if not self._console.is_terminal:
-            task = self._bar.tasks[0]
-            count = f"{self._unit} {task.completed:.0f}/{task.total:.0f}"
-            say(f"{count}  {task.fields['status']}  left {self._remaining.render(task)}", self._console)
+        task = self._bar.tasks[0]
+        parts = f"{self._unit} {task.completed:.0f}/{task.total:.0f}", task.fields["status"]
+        left = f"left {self._remaining.render(task)}"
+        say("  ".join(filter(None, (*parts, left))), self._console)

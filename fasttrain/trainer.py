@@ -11,16 +11,20 @@ A frame pair passes through `PairLoader`, `Trainer.train_step`, `BackboneTrainer
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+import torch
 
+import fasttrain
 from fasttrain.backbone_trainer import BackboneTrainer, backbone_recipes
 from fasttrain.checkpoint import drop_checkpoints, load_checkpoint, saved_steps
 from fasttrain.data.index import FrameIndex
@@ -30,14 +34,29 @@ from fasttrain.data.sources import describe_left_out, open_source
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.files import file_lock, naming, write_atomically, write_json
-from fasttrain.loggers import NON_FINITE, MetricsLog, Progress, last_event, say
+from fasttrain.loggers import (
+    NON_FINITE,
+    EnduringConsole,
+    MetricsLog,
+    Progress,
+    last_event,
+    say,
+    say_block,
+    working,
+)
 from fasttrain.optimizer import learning_rate_factor
 from fasttrain.profiling import STEP, StepProfiler, span
 from fasttrain.recipe import Recipe, differences, load_recipe, recipe_hash, to_yaml
 from fasttrain.stopping import Stopping
+from fasttrain.video_encoder import PROJECTION_FILE
 
 # Minimum denominator of the fraction of bad samples, so that one bad sample at the start does not stop a run.
 MIN_SEEN = 1000
+# The scaled learning rates of the paper (512 frame pairs) and of recipes/quickstart.yaml (16), and the factor
+# from which on a rate is far from them. AdamW moves a weight by about the learning rate in a step, so a low
+# rate leaves the projection close to its initial values.
+PEAK_LRS, FACTOR_FAR = (2e-4, 3e-3), 10
+FEW_STEPS = 100
 # The facts of runs of earlier versions whose checkpoints do not state them.
 EARLIER_FACTS = {"loader": "DALI"}
 
@@ -74,8 +93,9 @@ class Trainer:
             from fasttrain.evaluation.consistency import validate
 
             self.validate = validate
-        self.console = Console(quiet=not world.is_main)
+        self.console = EnduringConsole(quiet=not world.is_main)
         self.say = partial(say, console=self.console)
+        self.working = partial(working, console=self.console)
         recipes = backbone_recipes(recipe)
         for backbone_recipe in recipes:
             check_run_folder(backbone_recipe)
@@ -94,9 +114,10 @@ class Trainer:
         }
         # If only some ranks could read a file, the ranks would silently draw from different sets of videos.
         world.check_same(self.facts["data"], f"data.source: {recipe.data.source}")
-        self.backbone_trainers = [BackboneTrainer(each, world) for each in recipes]
-        for trainer in self.backbone_trainers:
-            self.say(trainer.encoder.summary)
+        self.backbone_trainers = []
+        for each in recipes:
+            with self.working(f"loading {each.backbone.name} from {each.backbone.weights}"):
+                self.backbone_trainers.append(BackboneTrainer(each, world))
         # Bad samples of this rank that the other ranks do not know of yet.
         self._new_bad_samples: list[str] = []
         # Those of all ranks since the last report, and their number in the whole run, including before a
@@ -123,6 +144,9 @@ class Trainer:
                     self._lock_run_folders(stack)
             self.say(f"training in {self.recipe.output!r} is already complete ({self.total_steps} steps)")
             return {}
+        say_block(f"fasttrain {fasttrain.__version__}", self._describe(), self.console)
+        for warning in self._warnings():
+            self.say(f"warning: {warning}")
         results: dict[str, dict[str, Any]] = {}
         first = self.completed_steps
         with self._open_run():
@@ -153,6 +177,9 @@ class Trainer:
                 f"repeat the command to continue"
             )
             raise KeyboardInterrupt
+        seconds, pairs = time.perf_counter() - self._start, (self.total_steps - first) * self.global_batch
+        duration = timedelta(seconds=round(seconds))
+        self.say(f"trained {pairs:,} pairs in {duration} (h:mm:ss), {pairs / seconds:.1f} pairs/s")
         return results
 
     def train_step(self, step_index: int, *, diagnostics: bool) -> None:
@@ -183,6 +210,67 @@ class Trainer:
         intervals = (train.log_every, train.save_every, self.recipe.eval.every)
         return any(self._is_due(every, completed_steps) for every in intervals)
 
+    # --- the opening lines ---------------------------------------------------------------------------------
+
+    def _describe(self) -> dict[str, str]:
+        """Describe the run in the order in which its parts are set up: name and text of each line."""
+        data, train, world = self.recipe.data, self.recipe.train, self.world
+        if world.device.type == "cuda":
+            device = torch.cuda.get_device_name(world.device)
+        else:
+            device = f"CPU, {world.cores} core{'s' * (world.cores > 1)}"
+        videos, pairs = len(self.index), len(self.index) * data.pairs_per_video
+        steps = f"{self.total_steps:,} steps = {self.total_steps / self.steps_per_epoch:.3g} epochs"
+        if self.completed_steps:
+            steps = f"resuming after {self.completed_steps} of {steps}"
+        warm_up = train.warmup_epochs / train.epochs * self.total_steps
+        return {
+            "device": f"{device}, {train.precision}",
+            "backbone": "; ".join(trainer.encoder.summary for trainer in self.backbone_trainers),
+            "data": f"{data.source}: {videos:,} videos, {int(self.index.num_frames.sum()):,} frames",
+            "epoch": f"{pairs:,} pairs = {videos:,} videos x {data.pairs_per_video} pairs",
+            "global batch": f"{self.global_batch:,} pairs = batch_size {train.batch_size} x accumulate "
+            f"{train.accumulate} x {world.size} process{'es' * (world.size > 1)}",
+            "training": f"{steps}, of which {warm_up:,.0f} warm up",
+            "learning rate": f"{self.peak_lr:.2g} at its peak = {self.recipe.optimizer.lr:g} x "
+            f"{self.global_batch} / 256",
+            "output": self.recipe.output,
+        }
+
+    def _warnings(self) -> Iterator[str]:
+        """Yield what is far from the recipes of this project, and what to do about it."""
+        lowest, highest = (factor * FACTOR_FAR**sign for factor, sign in zip(PEAK_LRS, (-1, 1), strict=True))
+        if not lowest <= self.peak_lr <= highest:
+            side, wanted = ("below", PEAK_LRS[0]) if self.peak_lr < lowest else ("above", PEAK_LRS[1])
+            yield (
+                f"a learning rate of {self.peak_lr:.2g} is far {side} that of the project's recipes; for "
+                f"{wanted:g} at this global batch, set optimizer.lr={wanted * 256 / self.global_batch:.2g}"
+            )
+        if self.total_steps < FEW_STEPS:
+            yield (
+                f"{self.total_steps} steps are few; raise train.steps, train.epochs or data.pairs_per_video, "
+                f"or use a smaller global batch"
+            )
+
+    def say_results(self) -> None:
+        """Print where the results are, and commands to continue with."""
+        files = {
+            "projection": PROJECTION_FILE,
+            "metrics": "metrics.jsonl",
+            "learning curves": "figures/learning.png",
+        }
+        folders = [trainer.folder for trainer in self.backbone_trainers]
+        for folder in folders:
+            found = {name: str(folder / file) for name, file in files.items() if (folder / file).exists()}
+            say_block("results", found, self.console)
+        run, source = shlex.quote(str(folders[0])), shlex.quote(self.recipe.data.source)
+        load = f"import fasttrain; encoder = fasttrain.load_video_encoder({json.dumps(str(folders[0]))})"
+        self.say("next, for example")
+        # Not wrapped, so that they can be copied.
+        self.say(f"  fasttrain eval consistency --run {run} --root {source}")
+        self.say(f"  fasttrain report {shlex.join(map(str, folders))}")
+        self.say(f"  python -i -c {shlex.quote(load)}")
+
     # --- metrics and files -----------------------------------------------------------------------------
 
     def _report(self) -> dict[str, dict[str, Any]]:
@@ -211,11 +299,11 @@ class Trainer:
                     record |= self.validate(trainer.encoder, projection, self.index, device, self.recipe)
                 listed = {"faults": faults} if faults else {}
                 self.logs[trainer.name].write(self.completed_steps, record | listed)
+            # The most important first, because a narrow terminal cuts off the end.
+            name = f"{trainer.name}  " if len(measured) > 1 else ""
             self.progress.show(
-                f"{trainer.name}  {rate:.1f} pairs/s  "
-                f"loss {record['loss']:.4f}  cycle {record['cycle']:.4f}  "
-                f"separability {record['separability']:.4f}  accuracy {record['cycle_accuracy']:.3f}  "
-                f"lr {record['lr']:.2e}"
+                f"{name}loss {record['loss']:.3f}  {rate:.0f} pairs/s  cycle {record['cycle']:.3f}  "
+                f"sep {record['separability']:.3f}"
             )
             records[trainer.name] = record
         if faults:
@@ -294,7 +382,8 @@ class Trainer:
             )
         self.world.check_same(os.path.exists(os.path.expanduser(data.source)), f"data.source: {data.source}")
         try:
-            index = open_source(data.source, kind=data.kind, world=self.world)
+            with self.working(f"reading the videos of {data.source}"):
+                index = open_source(data.source, kind=data.kind, world=self.world)
         except InputError as error:
             raise InputError(f"data.source: {error}") from None
         for name, reason in index.skipped:
@@ -347,8 +436,6 @@ class Trainer:
             trainer.load_state(state)
             # Checkpoints of earlier versions lack these.
             self.bad_samples, self._faults = state.get("bad_samples", 0), state.get("faults", [])
-        if completed_steps < self.total_steps:
-            self.say(f"resuming after {completed_steps} of {self.total_steps} steps")
         return completed_steps
 
     def _lock_run_folders(self, stack: ExitStack) -> None:
@@ -378,39 +465,40 @@ class Trainer:
                     "DALI is not installed, so Pillow and PyTorch load the frames, which takes more CPU "
                     f"time. To get DALI on Linux, run: {INSTALL_DALI}"
                 )
-            self.loader = PairLoader(
-                index=self.index,
-                recipe=self.recipe,
-                world=self.world,
-                first_step_index=self.completed_steps,
-                num_steps=self.total_steps - self.completed_steps,
-            )
-            stack.callback(self.loader.close)
-            self.logs = {}
-            tensorboard = self.recipe.train.tensorboard
-            if tensorboard and importlib.util.find_spec("tensorboard") is None:
-                self.say(
-                    "TensorBoard is not installed, so no events are written; metrics are in metrics.jsonl"
+            with self.working("preparing the first step"):
+                self.loader = PairLoader(
+                    index=self.index,
+                    recipe=self.recipe,
+                    world=self.world,
+                    first_step_index=self.completed_steps,
+                    num_steps=self.total_steps - self.completed_steps,
                 )
-                tensorboard = False
-            self._lock_run_folders(stack)
-            for trainer in self.backbone_trainers if self.world.is_main else ():
-                write_atomically(trainer.folder / "recipe.yaml", to_yaml(trainer.recipe).encode())
-                log = MetricsLog(
-                    trainer.folder, completed_steps=self.completed_steps, tensorboard=tensorboard
-                )
-                self.logs[trainer.name] = stack.enter_context(closing(log))
-            for trainer in self.backbone_trainers:
-                if trainer.runtime.awaits_calibration:
-                    trainer.calibrate(calibration_frames(self.index, self.recipe.data.image_size))
-                seconds = trainer.warm_up()
-                if trainer.graph_failure:
+                stack.callback(self.loader.close)
+                self.logs = {}
+                tensorboard = self.recipe.train.tensorboard
+                if tensorboard and importlib.util.find_spec("tensorboard") is None:
                     self.say(
-                        f"{trainer.name}: training without encoder.cuda_graph, because the recording failed: "
-                        f"{trainer.graph_failure}"
+                        "TensorBoard is not installed, so no events are written; metrics are in metrics.jsonl"
                     )
-                if seconds:
-                    self.say(f"{trainer.name}: warmed up in {seconds:.1f} s")
+                    tensorboard = False
+                self._lock_run_folders(stack)
+                for trainer in self.backbone_trainers if self.world.is_main else ():
+                    write_atomically(trainer.folder / "recipe.yaml", to_yaml(trainer.recipe).encode())
+                    log = MetricsLog(
+                        trainer.folder, completed_steps=self.completed_steps, tensorboard=tensorboard
+                    )
+                    self.logs[trainer.name] = stack.enter_context(closing(log))
+                for trainer in self.backbone_trainers:
+                    if trainer.runtime.awaits_calibration:
+                        trainer.calibrate(calibration_frames(self.index, self.recipe.data.image_size))
+                    seconds = trainer.warm_up()
+                    if trainer.graph_failure:
+                        self.say(
+                            f"{trainer.name}: training without encoder.cuda_graph, because the recording "
+                            f"failed: {trainer.graph_failure}"
+                        )
+                    if seconds:
+                        self.say(f"{trainer.name}: warmed up in {seconds:.1f} s")
             # From here on, signals stop the run after a step. Before, they end it at once.
             timeout = self.recipe.train.stall_timeout
             self.stopping = Stopping(self.world, stall_timeout=timeout, say=self.say)

@@ -2,12 +2,13 @@
 
 import io
 import json
+import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from fasttrain.loggers import MetricsLog, Progress
+from fasttrain.loggers import MetricsLog, Progress, say_block, working
 
 
 def test_records_after_the_last_checkpoint_are_removed(tmp_path: Path) -> None:
@@ -48,17 +49,54 @@ def test_a_terminal_with_80_columns_shows_count_and_time_left() -> None:
         assert part in last
 
 
-def test_lines_are_printed_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_are_printed_without_a_terminal() -> None:
     out = io.StringIO()
     with Progress("video", 10, console=Console(file=out, width=30)) as progress:
         progress.advance()
         assert out.getvalue() == ""
         progress.show("one line that is longer than the terminal")
-        monkeypatch.setattr(Progress, "SECONDS_BETWEEN_LINES", 0.0)
         progress.advance(status="[2 bad]")
+        progress.show("[2 bad]")
     assert [line.partition("  left ")[0] for line in out.getvalue().splitlines()] == [
         "video 1/10  one line that is longer than the terminal",
         "video 2/10  [2 bad]",
+    ]
+
+
+def test_a_long_task_gives_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    console = Console(file=out)
+    monkeypatch.setattr("fasttrain.loggers.SECONDS_BETWEEN_SIGNS", 0.01)
+    for context in (working("reading [videos]", console), Progress("video", 10, console=console)):
+        with context:
+            deadline, count = time.monotonic() + 10, out.getvalue().count("\n")
+            while out.getvalue().count("\n") < count + 2 and time.monotonic() < deadline:
+                time.sleep(0.01)
+    lines = out.getvalue().splitlines()
+    assert lines[0] == lines[1] == "reading [videos] (0 s so far)"
+    assert lines[-2:] == ["video 0/10  left -:--:--"] * 2
+
+
+def test_short_tasks_and_quiet_consoles_print_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    with working("reading", Console(file=out)):
+        pass
+    monkeypatch.setattr("fasttrain.loggers.SECONDS_BETWEEN_SIGNS", 0.01)
+    with working("reading", Console(file=out, quiet=True)):
+        time.sleep(0.03)
+    assert out.getvalue() == ""
+
+
+def test_blocks_are_aligned_and_keep_paths_intact() -> None:
+    out = io.StringIO()
+    path = f"/{'long-name/' * 9}"
+    say_block("title", {"a": "word " * 20, "path": f"see {path}"}, Console(file=out, width=40))
+    assert out.getvalue().splitlines() == [
+        "title",
+        f"  a     {'word ' * 13}word",
+        f"        {'word ' * 5}word",
+        "  path  see",
+        f"        {path}",
     ]
 
 

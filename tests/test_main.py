@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fasttrain
-from fasttrain.__main__ import main, result_line
+from fasttrain.__main__ import main
 from fasttrain.errors import InputError, LocalInputError, LostContactError, OtherRankError
 from fasttrain.options import COMMANDS, TASKS
 
@@ -121,15 +121,6 @@ def test_a_closed_pipe_ends_a_command_without_a_traceback() -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
-
-
-@pytest.mark.parametrize(
-    ("names", "file"),
-    [(["mae"], "mae/projection.safetensors"), (["mae", "dino"], "{mae,dino}/projection.safetensors")],
-)
-def test_the_last_line_of_a_run_shows_how_to_load_the_result(names: list[str], file: str) -> None:
-    line = result_line([Path("runs") / name for name in names])
-    assert line == f"saved runs/{file}; load it with fasttrain.load_video_encoder('runs/mae')"
 
 
 def test_a_full_disk_prints_one_line(

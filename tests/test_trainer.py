@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,7 @@ from fasttrain.errors import InputError
 from fasttrain.files import file_lock
 from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD
 from fasttrain.optimizer import learning_rate_factor
+from fasttrain.options import new_parser
 from fasttrain.profiling import RECORDED, RECORDED_PASS, SPANS
 from fasttrain.recipe import Recipe, TrainRecipe, load_recipe, recipe_from_dict, to_yaml
 from fasttrain.trainer import Trainer, check_bad_fraction
@@ -655,3 +657,47 @@ def test_learning_curves_are_drawn_even_if_the_run_ended_before(frames: Path, tm
     drawn = picture.stat()
     train(recipe)
     assert picture.stat() == drawn
+
+
+def test_the_first_and_last_lines_describe_the_run(
+    frames: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tiny(frames, tmp_path, optimizer={"lr": 1e-4})
+    with pytest.raises(RuntimeError, match="crashed"):
+        Interrupted(recipe, 3, crash).train()
+    out = capsys.readouterr().out
+    for line in (
+        f"  data           {frames}: 6 videos, 48 frames",
+        "  epoch          6 pairs = 6 videos x 1 pairs",
+        "  global batch   4 pairs = batch_size 4 x accumulate 1 x 1 process",
+        "  training       4 steps = 2.67 epochs, of which 1 warm up",
+        "  learning rate  1.6e-06 at its peak = 0.0001 x 4 / 256",
+        "warning: a learning rate of 1.6e-06 is far below that of the project's recipes; for 0.0002 at this "
+        "global batch, set optimizer.lr=0.013",
+    ):
+        assert f"{line}\n" in out
+    assert "warning: 4 steps are few" in out
+    train(recipe)
+    out = capsys.readouterr().out
+    assert "  training       resuming after 2 of 4 steps = 2.67 epochs" in out
+    assert "trained 8 pairs in 0:00:" in out
+    assert f"  projection       {tmp_path}/projection.safetensors\n" in out
+    command = next(line for line in out.splitlines() if line.startswith("  python -i -c "))
+    code = f'import fasttrain; encoder = fasttrain.load_video_encoder("{tmp_path}")'
+    assert shlex.split(command) == ["python", "-i", "-c", code]
+    commands = [shlex.split(line)[1:] for line in out.splitlines() if line.startswith("  fasttrain ")]
+    for name, *words in commands:
+        new_parser(name).parse_args(words)
+    assert [words[0] for words in commands] == ["eval", "report"]
+
+
+@pytest.mark.parametrize(
+    ("lr", "steps", "parts"), [(1e-3, 99, ["few"]), (1e-2, 100, []), (0.1, 100, ["above"])]
+)
+def test_only_settings_far_from_the_recipes_are_warned_about(
+    lr: float, steps: int, parts: list[str], frames: Path, tmp_path: Path
+) -> None:
+    recipe = tiny(frames, tmp_path, optimizer={"lr": lr * 256 / 4}, train={"steps": steps})
+    warnings = list(Trainer(recipe, World.single())._warnings())
+    assert len(warnings) == len(parts)
+    assert all(part in warning for part, warning in zip(parts, warnings, strict=True))

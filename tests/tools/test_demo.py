@@ -22,5 +22,5 @@ def test_the_demo_writes_results_and_a_picture(
     assert set(demo.HEADINGS) <= set(results["after"])
     assert (run / "figures" / "demo.png").is_file()
     out = capsys.readouterr().out
-    assert f"saved {run}/projection.safetensors; load it with fasttrain.load_video_encoder('{run}')" in out
+    assert f"  projection       {run}/projection.safetensors\n" in out
     assert "effective rank" in out
