@@ -28,9 +28,9 @@ from fasttrain.errors import InputError, LocalInputError
 from fasttrain.objective import CosettleObjective, CosettleOutput
 from fasttrain.optimizer import build_optimizer
 from fasttrain.profiling import RECORDED_PASS, span
-from fasttrain.projection import Projection
+from fasttrain.projection import PROJECTION_FILE, Projection
 from fasttrain.recipe import Recipe, to_dict
-from fasttrain.video_encoder import PROJECTION_FILE, UNSTORED, earlier_settings, projection_metadata
+from fasttrain.video_encoder import UNSTORED, earlier_settings, projection_metadata
 
 
 class Meter:
@@ -140,6 +140,20 @@ class BackboneTrainer:
         self._encode: Callable[[Tensor, Tensor], Tensor] = self.runtime.three_views
         self._recorded_pass: CapturedCall | None = None
         self.graph_failure: str | None = None
+
+    def load_projection(self) -> None:
+        """Start from the projection that the recipe names, if any. Raises InputError if it does not fit."""
+        location, own = self.recipe.projection.weights, self.projection
+        if location == "random":
+            return
+        given = self.world.run_on_all(lambda: Projection.find(location))
+        if (given.head, given.dim) != (own.head, own.dim):
+            raise InputError(
+                f"projection.weights: {location!r} has the head {given.head} and width {given.dim}, but this "
+                f"run has the head {own.head} and width {own.dim} ({self.name}). Set projection.head, or "
+                f"choose a projection that was trained on this backbone"
+            )
+        own.load_state_dict(given.state_dict())
 
     def calibrate(self, frames: Tensor) -> None:
         """Quantise the encoder to FP8 by its activations on frames (2, B, 3, S, S).

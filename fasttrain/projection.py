@@ -20,6 +20,8 @@ from fasttrain.weights import find_file, flatten_checkpoint, read_checkpoint, se
 Head = Literal["linear", "mlp2", "mlp3"]
 Init = Literal["trunc_normal", "xavier_uniform", "default"]
 
+# The name of the file in a run folder.
+PROJECTION_FILE = "projection.safetensors"
 # Number of linear layers.
 _DEPTH: dict[Head, int] = {"linear": 1, "mlp2": 2, "mlp3": 3}
 
@@ -114,6 +116,24 @@ class Projection(nn.Module):
         """
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         write_atomically(Path(path), save(tensors, {**(metadata or {}), "head": self.head}))
+
+    @classmethod
+    def find(cls, location: str) -> "Projection":
+        """Load the projection of a run folder, a safetensors file or a checkpoint of the paper's authors.
+
+        Args:
+            location: A path, or `hf://owner/repo/path` for a published checkpoint.
+
+        Returns:
+            The projection on the CPU.
+
+        Raises:
+            InputError: The file cannot be read, or does not contain a projection.
+        """
+        path = Path(location).expanduser()
+        if path.is_dir():
+            path /= PROJECTION_FILE
+        return cls.load(path) if path.suffix == ".safetensors" else cls.from_cosettle(location)
 
     @classmethod
     def load(cls, path: str | Path) -> "Projection":

@@ -93,6 +93,8 @@ class EncoderRecipe:
 class ProjectionRecipe:
     head: Literal["linear", "mlp2", "mlp3"] = "linear"
     """Architecture: Linear-tanh-LayerNorm, or 2 or 3 Linear layers with tanh in between, then LayerNorm."""
+    weights: str = "random"
+    """Initial projection: a run folder, a projection.safetensors, a published checkpoint, or `random`."""
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -164,9 +166,9 @@ class OptimizerRecipe:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class TrainRecipe:
-    epochs: Positive = 5.0
-    """Number of epochs, which may be fractional."""
-    steps: Count | None = None
+    epochs: Annotated[Positive, MAY_CHANGE] = 5.0
+    """Number of epochs, which may be fractional. A greater number extends a run."""
+    steps: Annotated[Count | None, MAY_CHANGE] = None
     """Number of optimiser steps; null: derived from `epochs`. The schedule always spans all steps."""
     warmup_epochs: NonNegative = 1.0
     """Epochs of linear learning-rate warm-up from 0; a cosine decay to 0 follows."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import operator
 import os
 import shlex
 import time
@@ -46,9 +47,9 @@ from fasttrain.loggers import (
 )
 from fasttrain.optimizer import learning_rate_factor
 from fasttrain.profiling import STEP, StepProfiler, span
-from fasttrain.recipe import Recipe, differences, load_recipe, recipe_hash, to_yaml
+from fasttrain.projection import PROJECTION_FILE
+from fasttrain.recipe import Recipe, TrainRecipe, differences, load_recipe, recipe_hash, to_yaml
 from fasttrain.stopping import Stopping
-from fasttrain.video_encoder import PROJECTION_FILE
 
 # Minimum denominator of the fraction of bad samples, so that one bad sample at the start does not stop a run.
 MIN_SEEN = 1000
@@ -97,8 +98,8 @@ class Trainer:
         self.say = partial(say, console=self.console)
         self.working = partial(working, console=self.console)
         recipes = backbone_recipes(recipe)
-        for backbone_recipe in recipes:
-            check_run_folder(backbone_recipe)
+        # The recipes with which the run has been trained so far, if it has begun.
+        earlier = [check_run_folder(backbone_recipe) for backbone_recipe in recipes]
         self.index = self._open_source()
         train = recipe.train
         self.global_batch = train.batch_size * train.accumulate * world.size
@@ -125,6 +126,10 @@ class Trainer:
         self._faults: list[str] = []
         self.bad_samples = 0
         self.completed_steps = self._resume()
+        self._check_length(next(filter(None, earlier), recipe).train)
+        if not self.completed_steps:
+            for trainer in self.backbone_trainers:
+                trainer.load_projection()
         self._profile = profile and world.is_main
 
     def train(self) -> dict[str, dict[str, Any]]:
@@ -227,6 +232,7 @@ class Trainer:
         return {
             "device": f"{device}, {train.precision}",
             "backbone": "; ".join(trainer.encoder.summary for trainer in self.backbone_trainers),
+            "projection": f"{self.recipe.projection.head}, weights {self.recipe.projection.weights!r}",
             "data": f"{data.source}: {videos:,} videos, {int(self.index.num_frames.sum()):,} frames",
             "epoch": f"{pairs:,} pairs = {videos:,} videos x {data.pairs_per_video} pairs",
             "global batch": f"{self.global_batch:,} pairs = batch_size {train.batch_size} x accumulate "
@@ -438,6 +444,21 @@ class Trainer:
             self.bad_samples, self._faults = state.get("bad_samples", 0), state.get("faults", [])
         return completed_steps
 
+    def _check_length(self, earlier: TrainRecipe) -> None:
+        """Say that the length of the run has changed, or raise InputError if it has completed more steps."""
+        if self.completed_steps > self.total_steps:
+            raise InputError(
+                f"train.steps: the run in {self.recipe.output!r} has completed {self.completed_steps} steps, "
+                f"but this command has {self.total_steps}. Raise train.steps or train.epochs, or use another "
+                f"output=DIR"
+            )
+        length = operator.attrgetter("steps", "epochs")
+        if length(earlier) != length(self.recipe.train) and self.completed_steps:
+            self.say(
+                f"the length of the run has changed: from step {self.completed_steps} on, the learning rate "
+                f"follows the schedule of {self.total_steps} steps"
+            )
+
     def _lock_run_folders(self, stack: ExitStack) -> None:
         """Lock the run folders until `stack` is closed, and delete what a killed run has left over."""
         for trainer in self.backbone_trainers if self.world.is_main else ():
@@ -483,6 +504,8 @@ class Trainer:
                     tensorboard = False
                 self._lock_run_folders(stack)
                 for trainer in self.backbone_trainers if self.world.is_main else ():
+                    # Left by a run that this one extends.
+                    (trainer.folder / "train.json").unlink(missing_ok=True)
                     write_atomically(trainer.folder / "recipe.yaml", to_yaml(trainer.recipe).encode())
                     log = MetricsLog(
                         trainer.folder, completed_steps=self.completed_steps, tensorboard=tensorboard
@@ -516,12 +539,15 @@ class Trainer:
             yield
 
 
-def check_run_folder(recipe: Recipe) -> None:
-    """Raise InputError if the run folder holds a run that must not be resumed with this recipe."""
+def check_run_folder(recipe: Recipe) -> Recipe | None:
+    """Return the recipe of the run in the run folder, if there is one.
+
+    Raises InputError if it must not be resumed with this recipe.
+    """
     folder = Path(recipe.output)
     path = folder / "recipe.yaml"
     if not path.exists():
-        return
+        return None
     if recipe.resume == "never":
         raise InputError(
             f"output: {str(folder)!r} already holds a run. Continue it with resume=auto, or use another "
@@ -546,6 +572,7 @@ def check_run_folder(recipe: Recipe) -> None:
         raise InputError(
             f"output: {str(folder)!r} holds a run of another recipe ({changed}). Use another output=DIR"
         )
+    return existing
 
 
 def check_bad_fraction(bad: int, seen: int, limit: float, last: str) -> None:

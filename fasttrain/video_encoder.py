@@ -19,10 +19,9 @@ from fasttrain.errors import InputError
 from fasttrain.families import FAMILIES
 from fasttrain.files import parse_json
 from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD, Triple
-from fasttrain.projection import Projection
+from fasttrain.projection import PROJECTION_FILE, Projection
 from fasttrain.recipe import recipe_from_dict
 
-PROJECTION_FILE = "projection.safetensors"
 # Arguments of `load_backbone` that the weights alone do not determine.
 UNSTORED = ("num_heads", "activation", "mean", "std")
 

@@ -90,7 +90,12 @@ def test_commands_exist_and_parse(page: Path) -> None:
 
 def check_fasttrain(words: list[str]) -> None:
     """Check that arguments parse, and that the recipe keys and recipe files in them exist."""
-    if not words or words == ["RECIPE"] or words[0].startswith("COMMAND") or words in (["--help"], ["--version"]):
+    if (
+        not words
+        or words == ["RECIPE"]
+        or words[0].startswith("COMMAND")
+        or words in (["--help"], ["--version"])
+    ):
         return
     command = words.pop(0) if words[0] in COMMANDS else "train"
     if not words and command in ("train", "eval", "pack", "report", "export"):

@@ -79,7 +79,7 @@ def test_losses_of_all_published_heads(shared: Path, case: str, head: Head, tmp_
     prefix = "projection."
     parameters = {k.removeprefix(prefix): torch.from_numpy(golden[k]) for k in golden if k.startswith(prefix)}
     save_release(tmp_path / "ours.pth", parameters)
-    projection = Projection.from_cosettle(tmp_path / "ours.pth")
+    projection = Projection.find(str(tmp_path / "ours.pth"))
     assert projection.head == head == str(golden["head"])
     frozen_B3ND = torch.from_numpy(golden["z"])
     side = int(frozen_B3ND.shape[2] ** 0.5)
@@ -141,7 +141,7 @@ def test_save_and_load(head: Head, tmp_path: Path) -> None:
     path = tmp_path / "run" / "projection.safetensors"
     projection = Projection(8, head=head, seed=3)
     projection.save(path, {"backbone": "{}", "recipe": "ä"})
-    loaded = Projection.load(path)
+    loaded = Projection.find(str(path))
     assert (loaded.head, loaded.dim) == (head, 8)
     assert loaded.metadata == {"backbone": "{}", "recipe": "ä", "head": head}
     for name, tensor in projection.state_dict().items():

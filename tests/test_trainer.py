@@ -575,6 +575,61 @@ def test_resuming_with_another_recipe_batch_data_or_weights_is_refused(frames: P
             run(tiny(frames, tmp_path))
 
 
+@pytest.mark.parametrize("interrupted_at", [4, 3])
+def test_a_run_can_be_extended(
+    interrupted_at: int, frames: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A complete run continues after step 4, and one that was interrupted in step 4 after step 2."""
+    done = interrupted_at // 2 * 2
+    for folder in ("one", "other"):
+        recipe = tiny(frames, tmp_path / folder)
+        if interrupted_at < 4:
+            with pytest.raises(RuntimeError, match="crashed"):
+                Interrupted(recipe, interrupted_at, crash).train()
+        else:
+            run(recipe)
+        longer = tiny(frames, tmp_path / folder, train={"steps": 8})
+        assert capsys.readouterr().out.count("the length of the run has changed") == 0
+        # Interrupted again, and only once in the other folder.
+        if folder == "one":
+            with pytest.raises(RuntimeError, match="crashed"):
+                Interrupted(longer, 7, crash).train()
+            assert not (tmp_path / folder / "train.json").exists()
+        run(longer)
+        line = f"from step {done} on, the learning rate follows the schedule of 8 steps"
+        assert capsys.readouterr().out.count(line) == 1
+    assert_same_bits(tmp_path / "one", tmp_path / "other")
+    records = metrics(tmp_path / "one")
+    assert [record["step"] for record in records] == [2, 4, 6, 8]
+    for record in records:
+        train = tiny(frames, tmp_path, train={"steps": 4 if record["step"] <= done else 8}).train
+        factor = learning_rate_factor(train, record["step"] - 1, train.steps)
+        assert record["lr"] == pytest.approx(0.1 * 4 / 256 * factor)
+    with pytest.raises(InputError, match=r"train\.steps: .* has completed 8 steps, but this command has 7"):
+        run(tiny(frames, tmp_path / "one", train={"steps": 7}))
+    with pytest.raises(InputError, match=r"train\.warmup_epochs"):
+        run(tiny(frames, tmp_path / "one", train={"steps": 9, "warmup_epochs": 0.5}))
+
+
+def test_training_can_start_from_a_projection(frames: Path, finished: Path, tmp_path: Path) -> None:
+    projection = tmp_path / "projection.safetensors"
+    shutil.copy(finished / projection.name, projection)
+    start = {"weights": str(tmp_path)}
+    trainer = Trainer(tiny(frames, tmp_path / "one", projection=start), World.single())
+    for name, tensor in trainer.backbone_trainers[0].projection.state_dict().items():
+        assert torch.equal(tensor, weights(finished)[name])
+    run(tiny(frames, tmp_path / "one", projection=start))
+    assert weights(tmp_path / "one")["norm.weight"].ne(weights(finished)["norm.weight"]).any()
+    with pytest.raises(RuntimeError, match="crashed"):
+        Interrupted(tiny(frames, tmp_path / "other", projection=start), 3, crash).train()
+    with pytest.raises(InputError, match=r"projection\.weights: .* head linear and width 32, .* head mlp2"):
+        run(tiny(frames, tmp_path / "mlp2", projection={**start, "head": "mlp2"}))
+    # A resumed run does not read it again.
+    projection.unlink()
+    run(tiny(frames, tmp_path / "other", projection=start))
+    assert_same_bits(tmp_path / "one", tmp_path / "other")
+
+
 def test_a_run_is_not_resumed_with_another_loader(
     frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
