@@ -16,7 +16,7 @@ from typing import Any
 
 from rich import progress as rich_progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 from fasttrain.files import make_folder, naming, printable, write_atomically
@@ -137,13 +137,13 @@ def say(line: str, console: Console | None = None) -> None:
 
 
 def say_block(title: str, entries: Mapping[str, str], console: Console) -> None:
-    """Print a title and indented lines `name  text` below it, wrapped to 80 columns."""
+    """Print a title and indented lines `name  text` below it, wrapped to at most 80 columns."""
     say(title, console)
-    width = max(map(len, entries))
+    width, columns = max(map(len, entries)), min(80, console.width)
     for name, text in entries.items():
         indent = " " * (width + 4)
         lines = textwrap.wrap(
-            printable(text), 80, initial_indent=f"  {name:<{width}}  ", subsequent_indent=indent,
+            printable(text), columns, initial_indent=f"  {name:<{width}}  ", subsequent_indent=indent,
             # Paths must remain intact, so that they can be copied.
             break_long_words=False, break_on_hyphens=False,
         )  # fmt: skip
@@ -198,9 +198,10 @@ class Progress:
         self._console = console or EnduringConsole(quiet=not enabled)
         self._remaining = TimeRemainingColumn()
         self._bar = rich_progress.Progress(
+            SpinnerColumn(),
             TextColumn(f"[bold]{unit}"),
             MofNCompleteColumn(),
-            BarColumn(bar_width=10),
+            BarColumn(bar_width=8),
             # The only column that is truncated on a narrow terminal.
             TextColumn("{task.fields[status]}", table_column=Column(ratio=1, no_wrap=True), markup=False),
             TextColumn("left"),

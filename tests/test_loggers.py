@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -90,7 +92,7 @@ def test_short_tasks_and_quiet_consoles_print_nothing(monkeypatch: pytest.Monkey
 def test_blocks_are_aligned_and_keep_paths_intact() -> None:
     out = io.StringIO()
     path = f"/{'long-name/' * 9}"
-    say_block("title", {"a": "word " * 20, "path": f"see {path}"}, Console(file=out, width=40))
+    say_block("title", {"a": "word " * 20, "path": f"see {path}"}, Console(file=out, width=100))
     assert out.getvalue().splitlines() == [
         "title",
         f"  a     {'word ' * 13}word",
@@ -98,6 +100,17 @@ def test_blocks_are_aligned_and_keep_paths_intact() -> None:
         "  path  see",
         f"        {path}",
     ]
+
+
+def test_work_goes_on_after_the_reader_of_its_output_has_exited(tmp_path: Path) -> None:
+    done = tmp_path / "done"
+    program = f"from fasttrain.loggers import say; say('a'); say('b'); open({str(done)!r}, 'x')"
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+    assert done.exists()
 
 
 def test_disabled_progress_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
