@@ -132,6 +132,8 @@ def say(line: str, console: Console | None = None) -> None:
 
     Names in it may contain any characters.
     """
+    global _last_line
+    _last_line = time.monotonic()
     console = console or EnduringConsole()
     console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
 
@@ -151,20 +153,22 @@ def say_block(title: str, entries: Mapping[str, str], console: Console) -> None:
             say(line, console)
 
 
-# Seconds between signs of life in the first five minutes, and later.
-SECONDS_BETWEEN_SIGNS, SECONDS_BETWEEN_LATER_SIGNS = 4.0, 60.0
+# Seconds of silence before a sign of life in the first five minutes of a task, and later.
+SILENCE, LATER_SILENCE = 4.0, 60.0
+# When `say` printed the last line.
+_last_line = time.monotonic()
 
 
 @contextmanager
 def repeating(beat: Callable[[float], None]) -> Iterator[None]:
-    """Call `beat` with the elapsed seconds from a thread, at first every few seconds, later every minute."""
+    """Call `beat`, which prints a line, with the elapsed seconds whenever `say` has been silent for long."""
     end, start = threading.Event(), time.monotonic()
 
     def repeat() -> None:
-        elapsed = 0.0
-        while not end.wait(SECONDS_BETWEEN_SIGNS if elapsed < 300 else SECONDS_BETWEEN_LATER_SIGNS):
-            elapsed = time.monotonic() - start
-            beat(elapsed)
+        while not end.wait(min(0.25, SILENCE)):
+            now = time.monotonic()
+            if now - _last_line >= (SILENCE if now - start < 300 else LATER_SILENCE):
+                beat(now - start)
 
     thread = threading.Thread(target=repeat, daemon=True)
     thread.start()
@@ -214,12 +218,11 @@ class Progress:
         )
         self._task = self._bar.add_task(unit, total=total, completed=done, status="")
         self._stack = ExitStack()
-        self._last_line = time.monotonic()
 
     def __enter__(self) -> Progress:
         self._bar.start()
         if not (self._console.quiet or self._console.is_terminal):
-            self._stack.enter_context(repeating(self._sign))
+            self._stack.enter_context(repeating(lambda _: self._print()))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -238,13 +241,7 @@ class Progress:
         if not self._console.is_terminal:
             self._print()
 
-    def _sign(self, _: float) -> None:
-        """Print a line unless `show` has just done so."""
-        if time.monotonic() - self._last_line > SECONDS_BETWEEN_SIGNS / 4:
-            self._print()
-
     def _print(self) -> None:
-        self._last_line = time.monotonic()
         task = self._bar.tasks[0]
         parts = f"{self._unit} {task.completed:.0f}/{task.total:.0f}", task.fields["status"]
         left = f"left {self._remaining.render(task)}"

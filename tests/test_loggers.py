@@ -68,7 +68,7 @@ def test_lines_are_printed_without_a_terminal() -> None:
 def test_a_long_task_gives_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
     console = Console(file=out)
-    monkeypatch.setattr("fasttrain.loggers.SECONDS_BETWEEN_SIGNS", 0.01)
+    monkeypatch.setattr("fasttrain.loggers.SILENCE", 0.01)
     for context in (working("reading [videos]", console), Progress("video", 10, console=console)):
         with context:
             deadline, count = time.monotonic() + 10, out.getvalue().count("\n")
@@ -83,7 +83,7 @@ def test_short_tasks_and_quiet_consoles_print_nothing(monkeypatch: pytest.Monkey
     out = io.StringIO()
     with working("reading", Console(file=out)):
         pass
-    monkeypatch.setattr("fasttrain.loggers.SECONDS_BETWEEN_SIGNS", 0.01)
+    monkeypatch.setattr("fasttrain.loggers.SILENCE", 0.01)
     with working("reading", Console(file=out, quiet=True)):
         time.sleep(0.03)
     assert out.getvalue() == ""
