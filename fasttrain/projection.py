@@ -133,6 +133,11 @@ class Projection(nn.Module):
         path = Path(location).expanduser()
         if path.is_dir():
             path /= PROJECTION_FILE
+        elif not (path.is_file() or location.startswith("hf://")):
+            raise InputError(
+                f"projection '{location}': no such file; pass a run folder, a projection.safetensors, or a "
+                f"checkpoint of the paper's authors (hf://owner/repo/path or a file)"
+            )
         return cls.load(path) if path.suffix == ".safetensors" else cls.from_cosettle(location)
 
     @classmethod

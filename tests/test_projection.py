@@ -142,6 +142,8 @@ def test_save_and_load(head: Head, tmp_path: Path) -> None:
     projection = Projection(8, head=head, seed=3)
     projection.save(path, {"backbone": "{}", "recipe": "ä"})
     loaded = Projection.find(str(path))
+    with pytest.raises(InputError, match="'nowhere': no such file; pass a run folder"):
+        Projection.find("nowhere")
     assert (loaded.head, loaded.dim) == (head, 8)
     assert loaded.metadata == {"backbone": "{}", "recipe": "ä", "head": head}
     for name, tensor in projection.state_dict().items():
