@@ -10,12 +10,14 @@ OUT ?= build/gpu-check
 install: $(VENV)/.installed
 
 $(VENV)/.installed: setup.py pyproject.toml
+	@echo "Installing fasttrain and its development tools in $(VENV). This takes a few minutes."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	$(BIN)/python -m pip install --progress-bar off --disable-pip-version-check --editable ".[dev]"
 	touch $@
 
+# WEIGHTS=timm://vit_small_patch14_dinov2.lvd142m uses that encoder instead of the small one in the package.
 demo: install
-	$(BIN)/python -m fasttrain demo
+	$(BIN)/python -m fasttrain demo $(if $(WEIGHTS),backbone.weights=$(WEIGHTS) output=runs/$(notdir $(WEIGHTS)))
 
 # One single-threaded process per core, because most tests are too small to use several threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile

@@ -21,6 +21,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import fasttrain
@@ -89,7 +90,7 @@ def _run_command(words: list[str]) -> int:
         # subcommands, which `eval` has.
         parse = parser.parse_args if name == "eval" else parser.parse_intermixed_args
         arguments = parse(words)
-        importlib.import_module(COMMANDS[name].module).run(arguments)
+        _import_module(COMMANDS[name].module).run(arguments)
     except InputError as error:
         # All ranks usually raise the same error, so only rank 0 prints it, unless it is specific to a rank.
         if isinstance(error, LocalInputError):
@@ -117,6 +118,14 @@ def _run_command(words: list[str]) -> int:
             _print_error(f"{_rank()}failed; its traceback follows")
         raise
     return 0
+
+
+def _import_module(name: str) -> ModuleType:
+    """Import a module that needs PyTorch, and print signs of life, because this may take long."""
+    from fasttrain.loggers import EnduringConsole, working
+
+    with working("importing PyTorch", EnduringConsole(quiet=os.environ.get("RANK", "0") != "0")):
+        return importlib.import_module(name)
 
 
 def _print_error(line: str) -> None:
@@ -172,12 +181,10 @@ def _without_dashes(words: list[str], parser: argparse.ArgumentParser) -> list[s
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from fasttrain.loggers import EnduringConsole, working
     from fasttrain.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    with working("importing PyTorch", EnduringConsole(quiet=os.environ.get("RANK", "0") != "0")):
-        importlib.import_module("fasttrain.trainer")
+    _import_module("fasttrain.trainer")
     train(recipe, profile=arguments.profile)
 
 

@@ -589,7 +589,7 @@ COMMANDS = {
     ),
     "demo": Command(
         "fasttrain.tools.demo",
-        "train on synthetic video and evaluate before and after projection",
+        "train on the clips in the package and evaluate on others",
         add_demo_options,
     ),
 }

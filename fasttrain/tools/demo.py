@@ -1,112 +1,141 @@
-"""Train recipes/quickstart.yaml on synthetic video, and evaluate it on held-out clips.
+"""Train recipes/quickstart.yaml on real video, and evaluate it on videos that were not trained on.
 
-The frozen features (before) are compared with the projected ones (after). Nothing is downloaded: the videos
-are rendered with known masks and encoded as H.264, and the backbone is a randomly initialised ViT. The
-results are printed as a table and written to demo.json and figures/demo.png in the run folder.
+Nothing is downloaded: eight short clips of DAVIS and a small encoder, distilled from DINOv2, are part of the
+package. They are unpacked in data/demo. The demo prints the command of each step, so that it can be repeated
+with other settings. To continue an interrupted demo, repeat it.
 """
 
-# Shape suffixes: V videos, T frames, H and W pixels, h x w grid, P = h * w tokens, D channels, C labels.
-
 import argparse
-from collections.abc import Callable
+import io
+import shlex
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
 
 from fasttrain.__main__ import train
-from fasttrain.data.sampling import evenly_spaced
-from fasttrain.evaluation import consistency_separability, propagate_labels, region_similarity
-from fasttrain.evaluation.frames import normalise
-from fasttrain.evaluation.plots import Row, contact_sheet, overlay_masks
-from fasttrain.evaluation.results import print_table, with_difference
-from fasttrain.evaluation.sequences import hard_labels, similarity_note, soft_labels
-from fasttrain.files import write_json
-from fasttrain.loggers import say
+from fasttrain.data.video import probe_video, stream_video_frames
+from fasttrain.evaluation import command, report
+from fasttrain.evaluation.results import Result, better, format_value, meaning
+from fasttrain.files import make_folder, write_atomically
+from fasttrain.loggers import Progress, say
+from fasttrain.options import new_parser
 from fasttrain.recipe import load_recipe
-from fasttrain.tools.synthetic import Scene, render_scene, write_scene
-from fasttrain.video_encoder import VideoEncoder, load_video_encoder
 
-TRAINING_SCENES = range(16)
-HELD_OUT_SCENES = range(100, 104)
-NUM_FRAMES = 24
-SHOWN_SCENE = 1
-SHOWN_FRAMES = evenly_spaced(NUM_FRAMES, 6)
-# Rows of the table (▲ higher is better, ▼ lower is better).
-HEADINGS = {
-    "J": "label propagation J, mean over held-out objects ▲",
-    "cycle_accuracy": "cycle accuracy ▲",
-    "intra_original": "intra-video distance ▼",
-    "inter_original": "inter-video distance ▲",
-    "effective_rank": "effective rank ▲",
-}
+# Its README is the card of the encoder and names the sources of the clips.
+PACKAGED = Path(__file__).with_name("demo_data")
+UNPACKED = Path("data", "demo")
+# The clips have 426 x 240 pixels. The evaluation rounds these sides to whole patches.
+SIZE = ("--height", "252", "--width", "448")
+STEPS = 5
+# Rows of the table, after J of each clip.
+PROPAGATION = ("J-Mean", "F-Mean")
+ANALYSIS = ("cycle_accuracy", "intra_normalized_95", "inter_normalized_95", "effective_rank")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    start = time.perf_counter()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    make_videos(Path(recipe.data.source))
+    _announce(1, "unpack eight clips and an encoder", f"see {UNPACKED / 'README.md'}")
+    unpack(UNPACKED)
+    _announce(2, "train a projection", _shell(arguments.recipe, *arguments.overrides))
     train(recipe)
-    scenes = [render_scene(seed, num_frames=NUM_FRAMES) for seed in HELD_OUT_SCENES]
-    encoder = load_video_encoder(recipe.output)
-    before, labels_before = measure(scenes, encoder, encoder.frozen)
-    after, labels_after = measure(scenes, encoder, encoder)
-    results = {"before": before, "after": after}
-    write_json(Path(recipe.output) / "demo.json", results)
-    picture = Path(recipe.output) / "figures" / "demo.png"
-    draw(scenes[SHOWN_SCENE], labels_before[SHOWN_SCENE], labels_after[SHOWN_SCENE], picture)
-    weights = recipe.backbone.weights
-    note = "randomly initialised, not pretrained" if weights == "random" else f"weights {weights}"
-    title = f"{recipe.backbone.name} ViT, {note}; {len(scenes)} held-out synthetic videos"
-    table = {name: {HEADINGS[key]: metrics[key] for key in HEADINGS} for name, metrics in results.items()}
-    print_table(title, with_difference(table))
-    say(f"picture: {picture}")
-    say(f"run folder: {recipe.output}")
+    folder = Path(recipe.output)
+    path, propagation = _evaluate(3, "propagate masks", folder, "davis", UNPACKED / "DAVIS", *SIZE)
+    _, analysis = _evaluate(4, "analyse the features", folder, "consistency", UNPACKED / "held_out")
+    page = folder / "report.html"
+    _announce(5, "write a report", _shell("report", str(folder), "--output", str(page)))
+    report.run(argparse.Namespace(runs=[folder], output=page))
+    print_results(propagation, analysis)
+    for line in (
+        "",
+        f"pictures    {path.with_suffix('') / 'figures'}",
+        f"report      {page} (open it in a browser)",
+        f"run folder  {folder}",
+        f"time        {time.perf_counter() - start:.0f} s",
+        "",
+        "Next, try DINOv2 itself, or your own videos:",
+        "  make demo WEIGHTS=timm://vit_small_patch14_dinov2.lvd142m",
+        "  fasttrain recipes/dinov2.yaml data.source=VIDEOS output=runs/mine",
+    ):
+        say(line)
 
 
-def draw(scene: Scene, before_THW: np.ndarray, after_THW: np.ndarray, path: Path) -> None:
-    """Draw a contact sheet: true and propagated masks of a few frames, with J below the propagated ones."""
-    sheet = []
-    for name, labels_THW in {"truth": scene.labels_THW, "before": before_THW, "after": after_THW}.items():
-        pictures = [overlay_masks(scene.frames_THWC[t], labels_THW[t]) for t in SHOWN_FRAMES]
-        notes = [similarity_note(labels_THW[t], scene.labels_THW[t]) for t in SHOWN_FRAMES]
-        sheet.append(Row(name, pictures, () if name == "truth" else notes))
-    contact_sheet(sheet, path, columns=[f"frame {t + 1}" for t in SHOWN_FRAMES])
+def unpack(folder: Path) -> None:
+    """Copy the files of the demo to `folder`, and write the held-out frames in the layout of DAVIS."""
+    files = [path for path in sorted(PACKAGED.rglob("*")) if path.is_file()]
+    clips = sorted(PACKAGED.glob("held_out/*.mp4"))
+    with Progress("files", len(files) + len(clips)) as progress:
+        for path in files:
+            _write(folder / path.relative_to(PACKAGED), path.read_bytes())
+            progress.advance()
+        for clip in clips:
+            video = probe_video(clip)
+            for number, frame_HWC in enumerate(stream_video_frames(video, range(video.num_frames))):
+                jpeg = io.BytesIO()
+                Image.fromarray(frame_HWC).save(jpeg, "jpeg", quality=95)
+                _write(folder / f"DAVIS/JPEGImages/480p/{clip.stem}/{number:05d}.jpg", jpeg.getvalue())
+            progress.advance()
 
 
-def make_videos(folder: Path) -> None:
-    """Render and encode the training clips that do not exist yet."""
-    for seed in TRAINING_SCENES:
-        path = folder / f"scene_{seed:03d}.mp4"
-        if not path.exists():
-            write_scene(render_scene(seed), path)
+def print_results(propagation: Result, analysis: Result) -> None:
+    """Print the figures of both evaluations as a table, and what they mean."""
+    table = Table(title="Held-out clips: frozen encoder (before), with projection (after)")
+    table.add_column("metric")
+    for heading in ("better", "before", "after", "difference"):
+        table.add_column(heading, justify="right")
+
+    def add(name: str, metric: str, values: Mapping[str, float | None], *, last: bool = False) -> None:
+        cells = [format_value(values[variant], variant) for variant in ("before", "after", "difference")]
+        table.add_row(name, better(metric), *cells, end_section=last)
+
+    gains = []
+    for clip, by_variant in propagation.per_sequence.items():
+        before, after = (by_variant[variant]["1"]["J"]["mean"] for variant in ("before", "after"))
+        gains.append(after - before)
+        add(f"J of {clip}", "J", {"before": before, "after": after, "difference": gains[-1]})
+    shown = [(propagation, metric) for metric in PROPAGATION] + [(analysis, metric) for metric in ANALYSIS]
+    for result, metric in shown:
+        values = {variant: by_metric[metric] for variant, by_metric in result.results.items()}
+        add(metric, metric, values, last=metric == PROPAGATION[-1])
+    Console().print("", table)
+    for metric in ("J", *(metric for _, metric in shown if metric != "J-Mean")):
+        say(f"{metric:<20}{meaning(metric)}")
+    say("")
+    say(f"J is higher after the projection on {sum(gain > 0 for gain in gains)} of {len(gains)} clips.")
+    # The raw distance within a video alone would mislead.
+    raw, spread = (
+        " to ".join(f"{analysis.results[variant][f'intra_{name}']:.3g}" for variant in ("before", "after"))
+        for name in ("original", "diameter_95")
+    )
+    say("Distances are relative to the spread of the features, as in the paper, because the")
+    say(f"projection changes their scale: the spread goes from {spread}, and the distance")
+    say(f"within a video, not divided by the spread, from {raw}.")
 
 
-@torch.inference_mode()
-def measure(
-    scenes: list[Scene], encoder: VideoEncoder, encode: Callable[[Tensor], Tensor]
-) -> tuple[dict[str, float], list[np.ndarray]]:
-    """Return the mean J and the consistency metrics, and the propagated masks (T, H, W) of each scene."""
-    features_VTPD, labels_VTHW, similarities = [], [], []
-    for scene in scenes:
-        truth_THW = scene.labels_THW
-        frames_1TCHW = normalise(
-            torch.from_numpy(scene.frames_THWC).movedim(-1, 1), encoder.mean, encoder.std
-        )[None]
-        grid = encoder.grid(*truth_THW.shape[1:])
-        tokens_ThwD = encode(frames_1TCHW)[0].float().unflatten(1, grid)
-        first_hwC = soft_labels(truth_THW[0], grid, int(truth_THW[0].max()) + 1)
-        labels_ThwC = propagate_labels(tokens_ThwD, first_hwC)
-        labels_THW = np.stack([hard_labels(labels_hwC, truth_THW.shape[1:]) for labels_hwC in labels_ThwC])
-        labels_VTHW.append(labels_THW)
-        similarities += [
-            region_similarity(labels_THW[t] == label, truth_THW[t] == label)
-            for label in range(1, int(truth_THW.max()) + 1)
-            for t in range(1, len(labels_THW) - 1)
-        ]
-        # The consistency metrics are defined on square grids, so use the centre square.
-        side = min(grid)
-        top, left = (grid[0] - side) // 2, (grid[1] - side) // 2
-        features_VTPD.append(tokens_ThwD[:, top : top + side, left : left + side].flatten(1, 2))
-    analysis = consistency_separability(torch.stack(features_VTPD))
-    return {"J": float(np.mean(similarities)), **analysis}, labels_VTHW
+def _write(path: Path, content: bytes) -> None:
+    if not path.exists():
+        make_folder(path.parent)
+        write_atomically(path, content)
+
+
+def _evaluate(
+    step: int, title: str, run_folder: Path, task: str, root: Path, *options: str
+) -> tuple[Path, Result]:
+    words = [task, "--run", str(run_folder), "--root", str(root), *options]
+    _announce(step, title, _shell("eval", *words))
+    evaluated = command.evaluate(new_parser("eval").parse_args(words))
+    assert evaluated is not None  # The demo runs in one process.
+    return evaluated
+
+
+def _announce(step: int, title: str, how: str) -> None:
+    Console().print()
+    say(f"[{step}/{STEPS}] {title}: {how}")
+
+
+def _shell(*words: str) -> str:
+    return shlex.join(("fasttrain", *words))

@@ -1,26 +1,42 @@
-"""The demo, with fewer scenes and steps than by default."""
+"""The demo, with fewer steps and smaller frames than by default."""
 
 import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from fasttrain.__main__ import main
 from fasttrain.tools import demo
 
 
-def test_the_demo_writes_results_and_a_picture(
+def test_the_demo_trains_evaluates_and_explains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "TRAINING_SCENES", range(2))
-    monkeypatch.setattr(demo, "HELD_OUT_SCENES", range(100, 102))
-    run = tmp_path / "run"
-    overrides = [f"output={run}", f"data.source={tmp_path / 'videos'}", "train.steps=2", "train.batch_size=2"]
-    assert main(["demo", *overrides, "backbone.patch_size=16", "train.tensorboard=false"]) == 0
-    results = json.loads((run / "demo.json").read_text())
-    assert set(results) == {"before", "after"}
-    assert set(demo.HEADINGS) <= set(results["after"])
-    assert (run / "figures" / "demo.png").is_file()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "SIZE", ("--height", "56", "--width", "112"))
+    assert main(["demo", "train.steps=2", "train.batch_size=2", "train.tensorboard=false"]) == 0
     out = capsys.readouterr().out
-    assert f"  projection       {run}/projection.safetensors\n" in out
-    assert "effective rank" in out
+    results = {
+        path.name.split("-")[0]: json.loads(path.read_text()) for path in Path("runs").rglob("eval/*.json")
+    }
+    assert set(results) == {"davis", "consistency"}
+    for clip, by_variant in results["davis"]["per_sequence"].items():
+        assert (
+            f"{by_variant['after']['1']['J']['mean']:.4f}" in out.partition(f"J of {clip}")[2].splitlines()[0]
+        )
+    # The commands that the demo prints can be repeated.
+    assert "fasttrain eval consistency --run runs/quickstart --root data/demo/held_out" in out
+    assert Path("runs/quickstart/report.html").is_file()
+
+
+def test_the_clips_are_unpacked_in_the_layout_of_davis(tmp_path: Path) -> None:
+    demo.unpack(tmp_path)
+    davis = tmp_path / "DAVIS"
+    for name in (davis / "ImageSets/2017/val.txt").read_text().split():
+        frames = sorted((davis / "JPEGImages/480p" / name).iterdir())
+        masks = sorted((davis / "Annotations/480p" / name).iterdir())
+        assert [path.stem for path in frames] == [path.stem for path in masks]
+        assert Image.open(frames[-1]).size == Image.open(masks[-1]).size == (426, 240)
+        # Held-out clips are not among the training clips.
+        assert not (tmp_path / "videos" / f"{name}.mp4").exists()
