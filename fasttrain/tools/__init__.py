@@ -1,1 +1,1 @@
-"""The commands demo, doctor, export and schema, and synthetic video for the demo and the tests."""
+"""The commands demo, doctor, export and schema, distillation, and synthetic video for benchmarks and tests."""
