@@ -86,7 +86,10 @@ def test_recipe_keys_may_be_written_as_options(
         (["pack", "nowhere", "--frames", "2", "packed"], "nowhere"),
         # Paths that the operating system refuses.
         ([RECIPES / "quickstart.yaml", f"data.source={'a' * 300}"], "aaa: file name too long; use another"),
-        (["report", ".", "--output", "metrics.jsonl/page.html"], "not a directory; use another path"),
+        (
+            ["report", ".", "--output", "metrics.jsonl/page.html"],
+            "metrics.jsonl: file exists; use another path",
+        ),
         pytest.param(
             [RECIPES / "quickstart.yaml", "device=cuda"],
             "device: 'cuda' is not available",
@@ -201,7 +204,7 @@ def test_characters_that_the_terminal_cannot_encode_are_replaced(
     out = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii", write_through=True))
     assert main(["report", str(tmp_path), "--output", str(tmp_path / "ü.html")]) == 0
-    assert out.getvalue().decode("ascii").endswith("?.html\n")
+    assert "?.html (" in out.getvalue().decode("ascii")
 
 
 def test_a_missing_optional_package_prints_one_line() -> None:

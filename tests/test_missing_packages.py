@@ -96,7 +96,7 @@ def test_a_video_file_is_refused_with_one_line(tmp_path: Path) -> None:
         ["demo", f"data.source={tmp_path / 'demo'}", f"output={tmp_path / 'run'}"],
     )
     for outcome, (source, action) in zip(
-        outcomes, [("data.source: ", "reading"), ("", "reading"), ("", "writing")], strict=True
+        outcomes, [("data.source: ", "reading"), ("", "reading"), ("", "reading")], strict=True
     ):
         message = f"{source}{action} video files needs the package av (PyAV), which is not installed. "
         assert (outcome.code, outcome.err) == (2, f"fasttrain: {message}Run: pip install av\n")

@@ -1,1 +1,1 @@
-"""The commands demo, doctor, export and schema, distillation, and synthetic video for benchmarks and tests."""
+"""The commands demo, doctor, export and schema; distillation; synthetic video for tests and benchmarks."""

@@ -83,7 +83,7 @@ def unpack(folder: Path) -> None:
 
 def print_results(propagation: Result, analysis: Result) -> None:
     """Print the figures of both evaluations as a table, and what they mean."""
-    table = Table(title="Held-out clips: frozen encoder (before), with projection (after)")
+    table = Table(title="Held-out clips, before and after the projection")
     table.add_column("metric")
     for heading in ("better", "before", "after", "difference"):
         table.add_column(heading, justify="right")

@@ -98,8 +98,8 @@ def test_run_with_history_and_evaluations(tmp_path: Path) -> None:
     read = Page(page)
     assert read.texts["h3"] == ["consistency on videos", "davis on DAVIS"]
     assert {"alpha", "alpha arrows", "trade off"} < set(read.texts["figcaption"])
-    # Two pictures drawn for the page, one of `consistency` and three of `davis`.
-    assert [source.split(";")[0] for source in read.sources] == ["data:image/webp"] * 5 + ["data:video/mp4"]
+    # Two pictures drawn for the page, one of `consistency` and four of `davis`.
+    assert [source.split(";")[0] for source in read.sources] == ["data:image/webp"] * 6 + ["data:video/mp4"]
     assert {f"#{anchor}" for anchor in read.anchors} == set(read.links)
     assert any("J&F-Mean, higher is better" in text for text in read.texts["th"])
 
