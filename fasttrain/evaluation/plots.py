@@ -312,8 +312,11 @@ def trade_off(points: Sequence[tuple[str, Metrics, Metrics]], path: Path) -> Non
     for label, fill in {"before (frozen encoder)": "white", "after (with projection)": "0.5"}.items():
         axes.plot([], [], "o", markerfacecolor=fill, markeredgecolor="0.5", label=label)
     axes.margins(0.1)
-    # From zero, a negligible change looks small.
-    axes.set(xlim=(0, axes.get_xlim()[1]), ylim=(0, axes.get_ylim()[1]))
+    # The axes span at least 20 % of the values, so that a negligible change looks small.
+    for limits, set_limits in ((axes.get_xlim(), axes.set_xlim), (axes.get_ylim(), axes.set_ylim)):
+        middle = sum(limits) / 2
+        margin = max(limits[1] - middle, 0.1 * middle)
+        set_limits(middle - margin, middle + margin)
     axes.locator_params(nbins=5)
     x_label, y_label = ("{}\n({})".format(*DESCRIPTIONS[key]) for key in _TRADE_OFF)
     axes.set(xlabel=x_label, ylabel=y_label)
