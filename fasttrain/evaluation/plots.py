@@ -409,7 +409,7 @@ def shorten(name: str, length: int = 26) -> str:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Write the figure as a PNG with 256 colours, which takes a third of the space."""
+    """Write the figure as a PNG with 256 colours, which is smaller."""
     drawn = BytesIO()
     figure.savefig(drawn, format="png")
     with open_atomically(path) as file:
