@@ -244,8 +244,8 @@ def framed(picture_HWC: Frame, correct: bool | None = None) -> Frame:
 def learning_curves(runs: Sequence[Path], path: Path) -> None:
     """Draw each metric in the runs' `metrics.jsonl` over the steps, on axes from zero.
 
-    A metric that never changes has no panel. The frozen encoder, which training does not change, is a dashed
-    line in the panel of the video encoder. Raises InputError if there are no metrics.
+    A metric that never changes has no panel. Training does not change the frozen encoder, so its metrics are
+    dashed lines in the panels of the video encoder. Raises InputError if there are no metrics.
     """
     panels: dict[tuple[str, bool], dict[tuple[int, bool], list[tuple[int, float]]]] = {}
     for number, run in enumerate(runs):
