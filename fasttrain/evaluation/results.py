@@ -41,7 +41,7 @@ MEANINGS = {
     "J": "overlap of propagated and true masks (IoU), from 0 to 1",
     "J-Recall": "share of frames with J above 0.5",
     "J-Decay": "loss of J from the first to the last quarter of a video",
-    "F-": "agreement of the contours of propagated and true masks, from 0 to 1",
+    "F-": "agreement of propagated and true contours, from 0 to 1",
     "F-Recall": "share of frames with F above 0.5",
     "F-Decay": "loss of F from the first to the last quarter of a video",
     "J&F": "mean of J and F",
@@ -52,12 +52,12 @@ MEANINGS = {
     "frame accuracy": "frames with the correct label, in percent",
     "intra_original": "distance between matching tokens of two frames; depends on the scale of the features",
     "intra_diameter": "spread of the tokens of a video, which is the scale of the features",
-    "intra_normalized": "distance within a video, relative to the spread of its tokens",
+    "intra_normalized": "distance within a video, relative to the spread of tokens",
     "inter_original": "distance between videos; depends on the scale of the features",
     "inter_diameter": "spread of the tokens of all videos, which is the scale of the features",
-    "inter_normalized": "distance between videos, relative to the spread of the tokens",
+    "inter_normalized": "distance between videos, relative to the spread of tokens",
     "effective_rank": "share of the dimensions that the features use, from 0 to 1",
-    "cycle_accuracy": "places that are found again after going to another frame and back, from 0 to 1",
+    "cycle_accuracy": "share of tokens found again after a walk to a frame and back",
 }  # fmt: skip
 # Settings that say which model is measured, on which machine or what is drawn, but not what is measured.
 _NOT_PROTOCOL = (

@@ -92,7 +92,7 @@ def print_results(propagation: Result, analysis: Result) -> None:
         cells = [format_value(values[variant], variant) for variant in ("before", "after", "difference")]
         table.add_row(name, better(metric), *cells, end_section=last)
 
-    gains = []
+    gains, worse = [], []
     for clip, by_variant in propagation.per_sequence.items():
         before, after = (by_variant[variant]["1"]["J"]["mean"] for variant in ("before", "after"))
         gains.append(after - before)
@@ -101,11 +101,17 @@ def print_results(propagation: Result, analysis: Result) -> None:
     for result, metric in shown:
         values = {variant: by_metric[metric] for variant, by_metric in result.results.items()}
         add(metric, metric, values, last=metric == PROPAGATION[-1])
+        if (values["difference"] or 0) * (1 if better(metric) == "higher" else -1) < 0:
+            worse.append(metric)
     Console().print("", table)
     for metric in ("J", *(metric for _, metric in shown if metric != "J-Mean")):
         say(f"{metric:<20}{meaning(metric)}")
     say("")
     say(f"J is higher after the projection on {sum(gain > 0 for gain in gains)} of {len(gains)} clips.")
+    if worse:
+        say(f"Worse after the projection: {', '.join(worse)}.")
+        say("Training trades separability for consistency. The recipe key")
+        say("objective.lambda_reg sets the weight of separability.")
     # The raw distance within a video alone would mislead.
     raw, spread = (
         " to ".join(f"{analysis.results[variant][f'intra_{name}']:.3g}" for variant in ("before", "after"))

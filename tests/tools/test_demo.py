@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from fasttrain.__main__ import main
+from fasttrain.evaluation.results import Model, Result, with_difference
 from fasttrain.tools import demo
 
 
@@ -28,6 +29,32 @@ def test_the_demo_trains_evaluates_and_explains(
     # The commands that the demo prints can be repeated.
     assert "fasttrain eval consistency --run runs/quickstart --root data/demo/held_out" in out
     assert Path("runs/quickstart/report.html").is_file()
+
+
+def test_the_table_names_what_became_worse(capsys: pytest.CaptureFixture[str]) -> None:
+    def result(task: str, **metrics: tuple[float, float]) -> Result:
+        results = {
+            variant: {name.replace("Mean", "-Mean"): values[number] for name, values in metrics.items()}
+            for number, variant in enumerate(("before", "after"))
+        }
+        model = Model(backbone="dinov2", weights="w")
+        return Result(task=task, model=model, pictures=[], results=with_difference(results))
+
+    analysis = {
+        f"{kind}_{name}": (1.0, 2.0) for kind in ("intra", "inter") for name in ("original", "diameter_95")
+    }
+    demo.print_results(
+        result("davis", JMean=(0.5, 0.6), FMean=(0.5, 0.5)),
+        result(
+            "consistency",
+            **analysis,
+            cycle_accuracy=(0.5, 0.4),
+            intra_normalized_95=(0.2, 0.3),
+            inter_normalized_95=(0.6, 0.7),
+            effective_rank=(0.5, 0.6),
+        ),
+    )
+    assert "Worse after the projection: cycle_accuracy, intra_normalized_95.\n" in capsys.readouterr().out
 
 
 def test_the_clips_are_unpacked_in_the_layout_of_davis(tmp_path: Path) -> None:
