@@ -71,6 +71,8 @@ class Evaluation:
     model: EvaluatedModel
     output: Path
     device: torch.device
+    progress: Progress
+    """It advances by one per frame."""
     drawn: Collection[str] = ()
     """Names of the sequences to draw."""
 
@@ -97,13 +99,20 @@ def evaluate_all(
     if arguments.pictures > 0 and world.is_main and not HAS_PYAV:
         say("PyAV is not installed, so the predictions are drawn as pictures only, not as videos")
     drawn = {sequences[i].name for i in evenly_spaced(len(sequences), max(0, arguments.pictures))}
-    evaluation = Evaluation(arguments=arguments, model=model, output=output, device=world.device, drawn=drawn)
     share, mine = world.shard(sequences), {}
-    with Progress("sequences", len(share), enabled=world.is_main) as progress:
+    with Progress("frames", sum(len(one.frames) for one in share), enabled=world.is_main) as progress:
+        evaluation = Evaluation(
+            arguments=arguments,
+            model=model,
+            output=output,
+            device=world.device,
+            progress=progress,
+            drawn=drawn,
+        )
         try:
             for sequence in share:
+                progress.advance(0, sequence.name)
                 mine[sequence.name] = evaluate(sequence, evaluation)
-                progress.advance()
         except InputError as error:
             raise LocalInputError(str(error)) from error
     results = world.merge(mine)
@@ -146,6 +155,7 @@ def propagate(
                 shown_tokens[variant].append(tokens_hwD)
             if number in (0, len(frames) // 2):
                 matched[variant].append(tokens_hwD)
+        evaluation.progress.advance()
     matches = {
         variant: find_matches(first_hwD, middle_hwD, first_labels_hwC)
         for variant, (first_hwD, middle_hwD) in matched.items()

@@ -101,7 +101,8 @@ def print_results(propagation: Result, analysis: Result) -> None:
     for result, metric in shown:
         values = {variant: by_metric[metric] for variant, by_metric in result.results.items()}
         add(metric, metric, values, last=metric == PROPAGATION[-1])
-        if (values["difference"] or 0) * (1 if better(metric) == "higher" else -1) < 0:
+        gain = (values["difference"] or 0) * (1 if better(metric) == "higher" else -1)
+        if result is analysis and gain < 0:
             worse.append(metric)
     Console().print("", table)
     for metric in ("J", *(metric for _, metric in shown if metric != "J-Mean")):
@@ -110,16 +111,15 @@ def print_results(propagation: Result, analysis: Result) -> None:
     say(f"J is higher after the projection on {sum(gain > 0 for gain in gains)} of {len(gains)} clips.")
     if worse:
         say(f"Worse after the projection: {', '.join(worse)}.")
-        say("Training trades separability for consistency. The recipe key")
-        say("objective.lambda_reg sets the weight of separability.")
+        say("Training weighs consistency against separability: see objective.lambda_reg.")
     # The raw distance within a video alone would mislead.
     raw, spread = (
         " to ".join(f"{analysis.results[variant][f'intra_{name}']:.3g}" for variant in ("before", "after"))
         for name in ("original", "diameter_95")
     )
-    say("Distances are relative to the spread of the features, as in the paper, because the")
-    say(f"projection changes their scale: the spread goes from {spread}, and the distance")
-    say(f"within a video, not divided by the spread, from {raw}.")
+    say("Distances are relative to the spread of the features, as in the paper, because")
+    say(f"the projection changes their scale: the spread goes from {spread},")
+    say(f"and the distance within a video, not divided by the spread, from {raw}.")
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -40,6 +40,7 @@ from fasttrain.evaluation.jhmdb import joint_maps, poses_from_maps
 from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.sequences import Evaluation, VideoSequence, find_matches, find_pairs, propagate
 from fasttrain.evaluation.vip import encoded_size
+from fasttrain.loggers import Progress
 
 WRITERS = {"davis": write_davis, "vip": write_vip, "jhmdb": write_jhmdb}
 
@@ -289,7 +290,13 @@ def propagate_with_oracle(points_Thw: Tensor, first_hwC: Tensor, folder: Path) -
         Image.new("RGB", (width, height)).save(frames[-1])
     arguments = argparse.Namespace(context=20, radius=20, topk=7, temperature=0.7)
     model = EvaluatedModel(encoder=Oracle(points_Thw), projection=None, variants=("before",))
-    evaluation = Evaluation(arguments=arguments, model=model, output=folder, device=torch.device("cpu"))
+    evaluation = Evaluation(
+        arguments=arguments,
+        model=model,
+        output=folder,
+        device=torch.device("cpu"),
+        progress=Progress("frames", 2),
+    )
     labels_ThwC, matches_M4 = propagate(
         VideoSequence("alpha", frames, []), (height, width), first_hwC, evaluation
     )
