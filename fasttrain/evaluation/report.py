@@ -75,9 +75,10 @@ def run(arguments: argparse.Namespace) -> None:
     if not runs:
         raise InputError(" ".join(problems))
     titles = _titles([result for run in runs for _, result in run.results])
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    environment = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
+    template = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     text = template.render(
         now=_minutes(datetime.now(timezone.utc).isoformat()),
         version=fasttrain.__version__,
