@@ -18,7 +18,6 @@ CPU, it evaluates one and then five, and estimates the time of 30.
 from __future__ import annotations
 
 import copy
-import json
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -42,6 +41,7 @@ from benchmarks.measure import (
 )
 from fasttrain.backbones import load_backbone
 from fasttrain.evaluation.propagation import Propagator, propagate_labels
+from fasttrain.evaluation.results import find_results, read_result
 from fasttrain.options import CONTEXT, RADIUS, TEMPERATURE, TOPK
 from fasttrain.projection import Projection
 from fasttrain.tools.synthetic import render_scene
@@ -195,9 +195,10 @@ def measure_davis(backbone: str, frames: int, device: str, counts: tuple[int, ..
         for pictures, count in enumerate(counts, 1):
             root = Path(folder) / f"davis{count}"
             write_davis(root, count, frames)
-            output = ["--root", str(root), "--output", str(root), "--pictures", str(pictures)]
+            output = ["--root", str(root), "--output", str(root / "eval"), "--pictures", str(pictures)]
             run_fasttrain("eval", "davis", *output, *encoder)
-            seconds[count] = json.loads((root / "davis.json").read_text(encoding="utf-8"))["seconds"]
+            (path,) = find_results(root / "eval")
+            seconds[count] = read_result(path).seconds
     result = {"backbone": backbone, "frames": frames, "seconds": seconds}
     if len(counts) == 2:
         # The difference between two runs has one picture, but no loading and no warm-up.
