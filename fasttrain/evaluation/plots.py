@@ -81,8 +81,8 @@ DESCRIPTIONS = {
 # Keys of metrics.jsonl that are not drawn.
 _BOOKKEEPING = ("step", "epoch", "seconds", "pairs_per_second", "lr", "bad_samples", "bad_files")
 _TRADE_OFF = ("intra_normalized_95", "inter_normalized_95")
-# The maximum numbers of class names along an axis and in the legend.
-_MAX_TICKS, _MAX_HANDLES = 20, 40
+# The maximum numbers of class names along an axis and in the legend, and of the points of a curve.
+_MAX_TICKS, _MAX_HANDLES, _MAX_POINTS = 20, 40, 50
 
 
 class Row(NamedTuple):
@@ -245,7 +245,8 @@ def learning_curves(runs: Sequence[Path], path: Path) -> None:
     """Draw each metric in the runs' `metrics.jsonl` over the steps, on axes from zero.
 
     A metric that never changes has no panel. Training does not change the frozen encoder, so its metrics are
-    dashed lines in the panels of the video encoder. Raises InputError if there are no metrics.
+    dashed lines in the panels of the video encoder. A curve of many points is a pale line below the means of
+    consecutive points. Raises InputError if there are no metrics.
     """
     panels: dict[tuple[str, bool], dict[tuple[int, bool], list[tuple[int, float]]]] = {}
     for number, run in enumerate(runs):
@@ -267,28 +268,37 @@ def learning_curves(runs: Sequence[Path], path: Path) -> None:
     names = run_names(runs)
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(PAGE / 3 * columns, 3.3 * rows + 0.5))
+    entries = len(names) + any(is_before for curves in panels.values() for _, is_before in curves)
+    width = PAGE / 3 * columns
+    legend_columns = min(3, _legend_columns(names, width))
+    figure = Figure(figsize=(width, 3.3 * rows + 0.3 * math.ceil(entries / legend_columns)))
     lines: dict[str, Line2D] = {}
     for position, ((key, is_validation), curves) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(rows, columns, position, xlabel="step")
         title, direction = DESCRIPTIONS.get(key, (key.replace("_", " "), ""))
-        axes.set(title=title, ylabel=f"validation, {direction}" if is_validation else direction)
+        axes.set(title=title, ylabel=f"validation\n{direction}" if is_validation else direction)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.grid()
         for (number, is_before), points in curves.items():
             style = _run_style(number)
             if is_before:
-                label, style = f"{names[number]}, before (frozen encoder)", style | {"linestyle": "--"}
-                lines[label] = axes.axhline(points[-1][1], label=label, **style | {"marker": None})
+                axes.axhline(points[-1][1], color=style["color"], linestyle="--")
                 continue
-            style |= {"linestyle": "-", "linewidth": 2 if len(points) < 500 else 1}
-            style["marker"] = style["marker"] if len(points) < 30 else None
-            (lines[names[number]],) = axes.plot(*zip(*points, strict=True), label=names[number], **style)
+            points_N2 = np.array(points)
+            if len(points) > _MAX_POINTS:
+                axes.plot(*points_N2.T, color=style["color"], alpha=0.2, linewidth=0.7, zorder=1)
+                points_N2 = np.array([part.mean(0) for part in np.array_split(points_N2, _MAX_POINTS)])
+            # Markers distinguish more runs than colours do; many markers would hide the line.
+            style |= {"linestyle": "-", "markevery": math.ceil(len(points_N2) / 12)}
+            (lines[names[number]],) = axes.plot(*points_N2.T, label=names[number], **style)
         # Ratios are visible only on an axis from zero.
         if axes.dataLim.ymin > 0:
             axes.set_ylim(0, 1.08 * axes.dataLim.ymax)
-    if len(lines) > 1:
-        figure.legend(handles=list(lines.values()), loc="outside lower center", ncols=3)
+    handles = list(lines.values())
+    if entries > len(names):
+        handles += [Line2D([], [], color="0.5", linestyle="--", label="before (frozen encoder)")]
+    if len(handles) > 1:
+        figure.legend(handles=handles, loc="outside lower center", ncols=legend_columns)
     _save(figure, path)
 
 
@@ -298,7 +308,8 @@ def trade_off(points: Sequence[tuple[str, Metrics, Metrics]], path: Path) -> Non
 
     A point is (name, before, after), each with the keys of `consistency_separability`.
     """
-    figure = Figure(figsize=(COLUMN, 5.2 + 0.15 * len(points)))
+    columns = min(2, _legend_columns([name for name, *_ in points], COLUMN))
+    figure = Figure(figsize=(COLUMN, 4.8 + 0.3 * math.ceil((len(points) + 2) / columns)))
     axes = figure.add_subplot()
     for number, (name, before, after) in enumerate(points):
         style = _run_style(number)
@@ -306,7 +317,7 @@ def trade_off(points: Sequence[tuple[str, Metrics, Metrics]], path: Path) -> Non
             [[metrics[key] for key in _TRADE_OFF] for metrics in (before, after)], dtype=float
         )
         arrow = {"arrowstyle": "->", "color": style["color"], "linewidth": 1.5, "shrinkA": 6, "shrinkB": 6}
-        axes.annotate("", (x_after, y_after), (x, y), arrowprops=arrow)
+        axes.annotate("", (x_after, y_after), (x, y), arrowprops=arrow, zorder=1)
         axes.plot(x, y, **style | {"linestyle": "none", "markerfacecolor": "white"})
         axes.plot(x_after, y_after, **style | {"linestyle": "none"}, label=name)
     for label, fill in {"before (frozen encoder)": "white", "after (with projection)": "0.5"}.items():
@@ -321,7 +332,7 @@ def trade_off(points: Sequence[tuple[str, Metrics, Metrics]], path: Path) -> Non
     x_label, y_label = ("{}\n({})".format(*DESCRIPTIONS[key]) for key in _TRADE_OFF)
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.grid()
-    figure.legend(loc="outside lower center", ncols=2, handlelength=1)
+    figure.legend(loc="outside lower center", ncols=columns, handlelength=1)
     _save(figure, path)
 
 
@@ -395,6 +406,12 @@ def run_names(runs: Sequence[Path]) -> list[str]:
 def _run_style(number: int) -> dict[str, Any]:
     color, marker = _LINE_COLORS[number % len(_LINE_COLORS)], _MARKERS[number % len(_MARKERS)]
     return {"color": color, "marker": marker, "linestyle": _DASHES[number % len(_DASHES)]}
+
+
+def _legend_columns(names: Sequence[str], width: float) -> int:
+    """Return how many columns of a legend fit into a figure `width` inches wide, but at least one."""
+    # An inch holds about 9 characters; a handle and the gap next to it are as wide as 9.
+    return max(1, int(9 * width / (9 + max(map(len, names)))))
 
 
 def _palette(count: int) -> npt.NDArray[np.float64]:

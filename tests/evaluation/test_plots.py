@@ -1,5 +1,6 @@
 """Pictures: the size of text, the colours, and which matches count as correct."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ def test_training_and_validation_metrics_have_separate_panels(tmp_path: Path, fi
     assert panels == [
         ("total loss", "lower is better", 1),
         ("cycle accuracy", "higher is better", 1),
-        ("cycle accuracy", "validation, higher is better", 2),
+        ("cycle accuracy", "validation\nhigher is better", 2),
         ("grad norm", "", 1),
     ]
     with pytest.raises(InputError, match="no metrics"):
@@ -144,6 +145,24 @@ def test_curves_start_at_zero_and_constant_metrics_have_no_panel(
     loss, accuracy = figures[0].axes
     assert (loss.get_ylim()[0], accuracy.get_ylim()[0]) == (0, 0)
     assert {line.get_linestyle() for line in accuracy.lines} == {"-", "--"}
+
+
+def test_long_curves_of_many_runs_are_smooth_and_named(tmp_path: Path, figures: list[Figure]) -> None:
+    runs = [tmp_path / f"run-with-a-name-that-is-quite-long-{number}" for number in range(8)]
+    for run in runs:
+        run.mkdir()
+        records = (
+            {"step": step, "loss": step % 2, "before/rank": 1, "after/rank": step} for step in range(300)
+        )
+        (run / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    plots.learning_curves(runs, tmp_path / "curves.png")
+    raw, means = figures[0].axes[0].lines[:2]
+    assert len(raw.get_xdata()) == 300
+    assert (len(means.get_xdata()), np.ptp(means.get_ydata())) == (50, 0)
+    (legend,) = figures[0].legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == [*(run.name for run in runs), "before (frozen encoder)"]
+    assert legend.get_window_extent().width < figures[0].bbox.width
 
 
 def test_pca_maps_do_not_depend_on_rotation_shift_and_scale() -> None:
