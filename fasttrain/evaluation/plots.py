@@ -22,6 +22,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageOps
+from scipy.linalg import orthogonal_procrustes
 from scipy.ndimage import maximum_filter, minimum_filter
 from torch import Tensor
 
@@ -212,14 +213,28 @@ def correspondence_arrows(
     _save(figure, path)
 
 
-def pca_maps(tokens_ThwD: Tensor) -> Frame:
+def pca_maps(tokens_ThwD: Tensor, like_ThwD: Tensor | None = None) -> Frame:
     """Show tokens as colours: their first three principal components as red, green and blue.
 
     The components are computed over all frames together, so that a colour means the same in all of them. The
     2nd to 98th percentiles of each component become 0 to 255. The sign of a component is such that its
     largest absolute value is positive. The maps are thus the same for rotated, shifted and scaled tokens, up
-    to rounding. Returns (T, h, w, 3) uint8. Source of the idea: DINOv2 (Oquab et al., 2023).
+    to rounding. With other tokens of the same frames, `like_ThwD`, the components are instead rotated among
+    themselves so that the colours resemble the maps of those tokens. Returns (T, h, w, 3) uint8. Source of
+    the idea: DINOv2 (Oquab et al., 2023).
     """
+    components_N3 = _principal_components(tokens_ThwD)
+    if like_ThwD is not None:
+        rotation_33, _ = orthogonal_procrustes(components_N3, _principal_components(like_ThwD))
+        components_N3 = components_N3 @ rotation_33
+    low_3, high_3 = np.percentile(components_N3, (2, 98), axis=0)
+    scaled_N3 = (components_N3 - low_3) / np.maximum(high_3 - low_3, np.finfo(np.float64).tiny)
+    maps_N3 = (255 * scaled_N3.clip(0, 1)).round().astype(np.uint8)
+    return maps_N3.reshape(*tokens_ThwD.shape[:3], 3)
+
+
+def _principal_components(tokens_ThwD: Tensor) -> npt.NDArray[np.float64]:
+    """Return the first three principal components (N, 3) of N tokens, each with a variance of 1."""
     tokens_ND = tokens_ThwD.flatten(0, 2).float()
     tokens_ND = tokens_ND - tokens_ND.mean(0)
     # Eigenvectors of the covariance need less memory than a singular value decomposition of the tokens.
@@ -227,10 +242,7 @@ def pca_maps(tokens_ThwD: Tensor) -> Frame:
     components_N3 = tokens_ND.cpu().double().numpy() @ axes_DD[:, -3:].flip(1).numpy()
     largest_3 = np.take_along_axis(components_N3, np.abs(components_N3).argmax(0)[None], axis=0)
     components_N3 *= np.where(largest_3 < 0, -1, 1)
-    low_3, high_3 = np.percentile(components_N3, (2, 98), axis=0)
-    scaled_N3 = (components_N3 - low_3) / np.maximum(high_3 - low_3, np.finfo(np.float64).tiny)
-    maps_N3 = (255 * scaled_N3.clip(0, 1)).round().astype(np.uint8)
-    return maps_N3.reshape(*tokens_ThwD.shape[:3], 3)
+    return components_N3 / np.maximum(components_N3.std(0), np.finfo(np.float64).tiny)
 
 
 def framed(picture_HWC: Frame, correct: bool | None = None) -> Frame:

@@ -162,9 +162,10 @@ def propagate(
     }
     if shown:
         pictures = [shrink(read_image(frames[t])) for t in shown]
-        rows = {
-            variant: list(plots.pca_maps(torch.stack(tokens))) for variant, tokens in shown_tokens.items()
-        }
+        tokens_ThwD = {variant: torch.stack(tokens) for variant, tokens in shown_tokens.items()}
+        # The same colours before and after.
+        like_ThwD = tokens_ThwD[model.variants[0]]
+        rows = {variant: list(plots.pca_maps(tokens, like_ThwD)) for variant, tokens in tokens_ThwD.items()}
         plots.contact_sheet(
             [plots.Row(name, row) for name, row in {"frames": pictures, **rows}.items()],
             evaluation.output / "figures" / f"{sequence.name}_pca.png",

@@ -174,6 +174,8 @@ def test_pca_maps_do_not_depend_on_rotation_shift_and_scale() -> None:
     rotation = torch.linalg.qr(torch.randn(5, 5, generator=generator))[0]
     moved = plots.pca_maps(3 * tokens @ rotation + 7).astype(int)
     assert np.abs(moved - maps).max() <= 1
+    like = plots.pca_maps(tokens * torch.tensor([-2, 3, 3, 1, 1]), tokens).astype(int)
+    assert np.abs(like - maps).mean() < 5
     # The first component, which has the largest variance, is red.
     assert abs(np.corrcoef(maps[..., 0].ravel(), tokens[..., 0].flatten())[0, 1]) > 0.9
     assert plots.pca_maps(torch.ones(1, 2, 2, 3)).max() == 0
