@@ -108,8 +108,24 @@ def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation) -> dict[s
         variant: [truth_THW[0], *(hard_labels(labels, truth_THW.shape[1:]) for labels in labels_ThwC[1:])]
         for variant, labels_ThwC in propagated.items()
     }
-    sequences.save_masks(sequence, masks, list(truth_THW), matches_M4, evaluation)
-    return {"notes": notes} | {variant: score(np.stack(maps), truth_THW) for variant, maps in masks.items()}
+    scores = {variant: score(np.stack(maps), truth_THW) for variant, maps in masks.items()}
+    means = {
+        variant: float(np.mean([of_object["J"]["mean"] for of_object in by_object.values()]))
+        for variant, by_object in scores.items()
+    }
+    sequences.save_masks(
+        sequence, masks, list(truth_THW), matches_M4, evaluation, "J", means, mean_similarity
+    )
+    return {"notes": notes, **scores}
+
+
+def mean_similarity(labels_HW: LabelMap, truth_HW: LabelMap) -> float:
+    """Return the mean J over the objects in the truth of one frame. NaN if there are none."""
+    values = [
+        region_similarity(labels_HW == label, truth_HW == label)
+        for label in np.unique(truth_HW[truth_HW > 0])
+    ]
+    return float(np.mean(values)) if values else np.nan
 
 
 def score(masks_THW: LabelMap, truth_THW: LabelMap) -> dict[str, dict[str, dict[str, float]]]:

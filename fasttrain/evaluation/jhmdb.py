@@ -161,6 +161,7 @@ def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation) -> dict[s
         path = evaluation.output / POSES / variant / action / sequence.name / "joint_positions.mat"
         with open_atomically(path) as file:
             savemat(file, {"pos_img": np.where(pose_2JT < 0, -1, pose_2JT + 1)})
+    counts = {variant: metrics.count_correct(pose_2JT, truth_2JT) for variant, pose_2JT in poses.items()}
     if sequence.name in evaluation.drawn:
         pictures = [read_image(path) for path in frames]
         overlays = {
@@ -172,10 +173,33 @@ def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation) -> dict[s
             variant: (matches, end_at_their_joint(matches * (width, height, width, height), *ends))
             for variant, matches in matches_M4.items()
         }
-        folder = evaluation.output / "figures"
-        title = f"{sequence.name}, {evaluation.model.encoder.name}"
-        sequences.draw(sequence.name, pictures, overlays, judged, folder, title, legend=plots.LIMB_COLORS)
-    return {variant: metrics.count_correct(pose_2JT, truth_2JT) for variant, pose_2JT in poses.items()}
+        results = {
+            variant: f"{summarise(metrics.percentages([count]))[METRICS[0]]:.0f} %"
+            for variant, count in counts.items()
+        }
+        notes = {
+            variant: [joints_note(pose_2JT, truth_2JT, t) for t in sequences.shown_frames(len(frames))]
+            for variant, pose_2JT in poses.items()
+        }
+        sequences.draw(
+            sequence.name,
+            pictures,
+            overlays,
+            judged,
+            evaluation,
+            METRICS[0],
+            results,
+            notes,
+            plots.LIMB_COLORS,
+        )
+    return counts
+
+
+def joints_note(pose_2JT: Coordinates, truth_2JT: Coordinates, t: int) -> str:
+    """Describe how many of the joints found in frame t are correct at the smallest threshold."""
+    # The first frame that is passed does not count.
+    correct, found_J = metrics.count_correct(pose_2JT[..., [t, t]], truth_2JT[..., [t, t]])
+    return f"{correct[0].sum()} of {found_J.sum()} right"
 
 
 def end_at_their_joint(

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from matplotlib import rc_context
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize, to_rgb
+from matplotlib.colors import Normalize, to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -114,6 +114,11 @@ def overlay_masks(frame_HWC: Frame, labels_HW: Labels) -> Frame:
     return picture_HWC
 
 
+def label_color(label: int) -> str:
+    """Return the colour of a label in `overlay_masks`, on medium grey, such as "#0072b2"."""
+    return to_hex(0.3 * 0.5 + 0.7 * _palette(label)[-1])
+
+
 def _grey(frame_HWC: Frame) -> Frame:
     return np.repeat(frame_HWC.mean(axis=-1, keepdims=True).astype(np.uint8), 3, axis=-1)
 
@@ -123,14 +128,14 @@ def overlay_pose(frame_HWC: Frame, joints_2J: npt.ArrayLike) -> Frame:
     joints_J2 = np.asarray(joints_2J, dtype=float).T
     image = Image.fromarray(_grey(frame_HWC))
     draw = ImageDraw.Draw(image)
-    size = max(2, round(min(image.size) / 70))
+    size = max(2, round(min(image.size) / 50))
     for start, end in LIMBS:
         if joints_J2[start, 0] >= 0 and joints_J2[end, 0] >= 0:
             limbs = "trunk" if start < 3 else "right limbs" if end % 2 else "left limbs"
             for fill, width in (("black", size + 2), (LIMB_COLORS[limbs], size)):
                 draw.line([*joints_J2[start], *joints_J2[end]], fill=fill, width=width)
     for joint in joints_J2[joints_J2[:, 0] >= 0]:
-        draw.circle(tuple(joint), size, fill="white", outline="black")
+        draw.circle(tuple(joint), 0.6 * size, fill="white", outline="black")
     return np.asarray(image)
 
 
@@ -141,17 +146,23 @@ def contact_sheet(
     columns: Sequence[str] = (),
     legend: Mapping[str, str] | None = None,
     title: str = "",
+    page: bool = False,
 ) -> None:
     """Draw rows of pictures under the headings `columns`; `legend` maps names to colours.
 
-    The pictures may be large or small, such as maps with a pixel per token. All have one aspect ratio.
+    The pictures may be large or small, such as maps with a pixel per token. All have one aspect ratio. The
+    sheet is as wide as a column of print or, with `page`, as a page.
     """
+    sheet_width = PAGE if page else COLUMN
+    legend_columns = _legend_columns(list(legend), sheet_width) if legend else 1
     count = max(len(row.pictures) for row in rows)
     height, width = rows[0].pictures[0].shape[:2]
-    lines = sum(bool(row.notes) for row in rows) + 1.4 * bool(legend) + 1.2 * bool(title)
+    lines = sum(bool(row.notes) for row in rows) + 1.2 * bool(title)
+    if legend:
+        lines += 0.4 + math.ceil(len(legend) / legend_columns)
     # A few large pictures would make a tower.
-    tile = min(COLUMN / count, 2.5 * width / height)
-    figure = Figure(figsize=(COLUMN, len(rows) * tile * height / width + 0.3 * lines + 0.5))
+    tile = min(sheet_width / count, 2.5 * width / height)
+    figure = Figure(figsize=(sheet_width, len(rows) * tile * height / width + 0.3 * lines + 0.5))
     figure.set_layout_engine("compressed", w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     grid = figure.subplots(len(rows), count, squeeze=False)
     for axes_of_row, row in zip(grid, rows, strict=True):
@@ -168,13 +179,16 @@ def contact_sheet(
         figure.suptitle(title)
     if legend:
         handles = [Patch(facecolor=color, edgecolor="black", label=name) for name, color in legend.items()]
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(legend))
+        figure.legend(handles=handles, loc="outside lower center", ncols=legend_columns)
     _save(figure, path)
 
 
 @rc_context(STYLE)
 def correspondence_arrows(
-    rows: Sequence[tuple[str, Frame, Frame, Matches, Sequence[bool]]], columns: tuple[str, str], path: Path
+    rows: Sequence[tuple[str, Frame, Frame, Matches, Sequence[bool]]],
+    columns: tuple[str, str],
+    path: Path,
+    title: str,
 ) -> None:
     """Join points of one frame and their matches in another by lines, one row per variant.
 
@@ -182,7 +196,8 @@ def correspondence_arrows(
     first frame and x, y in the second, as fractions of width and height. `columns` names the two frames.
     """
     height, width = rows[0][1].shape[:2]
-    figure = Figure(figsize=(COLUMN, len(rows) * (COLUMN / 2 * height / width + 0.3) + 0.5))
+    figure = Figure(figsize=(COLUMN, len(rows) * (COLUMN / 2 * height / width + 0.3) + 0.8))
+    figure.suptitle(title)
     styles: list[dict[str, Any]] = [
         {"color": WRONG, "linestyle": (0, (3, 1.5)), "linewidth": 1.2},
         {"color": CORRECT, "linestyle": "-", "linewidth": 1.2},
@@ -199,8 +214,10 @@ def correspondence_arrows(
             start, end = (x * width, y * height), (offset + x_match * width, y_match * height)
             axes.plot(*zip(start, end, strict=True), path_effects=halo, **style)
             marker, size = ("o", 7) if is_correct else ("X", 10)
+            # Above the lines of all matches.
+            end_style = {"color": style["color"], "markeredgecolor": "white", "markersize": size, "zorder": 3}
             for point in (start, end):
-                axes.plot(*point, marker, color=style["color"], markeredgecolor="white", markersize=size)
+                axes.plot(*point, marker, **end_style)
         axes.set(xticks=[], yticks=[], frame_on=False, ylabel=name)
         axes.set_xlabel(f"{sum(is_correct_M)} of {len(matches_M4)} matches right")
     grid[0].tick_params(labeltop=True, labelbottom=False, length=0)
@@ -368,7 +385,7 @@ def confusion_maps(counts: Mapping[str, Any], classes: Sequence[str], path: Path
         axes.imshow(fractions_CC, norm=scale.norm, cmap=scale.cmap, interpolation="nearest")
         axes.spines[:].set_visible(True)
         accuracy = 100 * np.trace(counts_CC) / max(1, counts_CC.sum())
-        axes.set(title=f"{variant}: {accuracy:.1f} % correct", xlabel="predicted class")
+        axes.set(title=f"{variant}: linear top-1 {accuracy:.1f} %", xlabel="predicted class")
         if len(classes) <= _MAX_TICKS:
             names = [shorten(name) for name in classes]
             axes.set_xticks(range(len(classes)), names, rotation=90)
@@ -387,7 +404,8 @@ def segment_bars(
 ) -> None:
     """Draw the labels of each video over time, one colour bar per row (truth, before, after) of labels (T,).
 
-    The background is light grey; classes that do not occur are omitted from the legend.
+    The background is light grey; classes that do not occur are omitted from the legend. The title of a video
+    has the share of frames whose labels are true.
     """
     seen = sorted({int(label) for _, rows in videos for row_T in rows.values() for label in np.unique(row_T)})
     palette = np.tile(to_rgb("0.9"), (len(classes), 1))
@@ -400,7 +418,12 @@ def segment_bars(
         axes.set_yticks(range(len(rows)), list(rows))
         axes.tick_params(axis="y", length=0)
         axes.spines[:].set_visible(False)
-        axes.set_title(name)
+        shares = [
+            f"{100 * np.mean(row_T == rows['truth']):.1f} % {row}"
+            for row, row_T in rows.items()
+            if row != "truth"
+        ]
+        axes.set_title(f"{name}: frame accuracy {', '.join(shares)}")
         for border in range(1, len(rows)):
             axes.axhline(border - 0.5, color="white", linewidth=4)
     grid[-1].set_xlabel("frame")
@@ -422,8 +445,8 @@ def _run_style(number: int) -> dict[str, Any]:
 
 def _legend_columns(names: Sequence[str], width: float) -> int:
     """Return how many columns of a legend fit into a figure `width` inches wide, but at least one."""
-    # An inch holds about 9 characters; a handle and the gap next to it are as wide as 9.
-    return max(1, int(9 * width / (9 + max(map(len, names)))))
+    # An inch holds about 9 characters; a handle and the gaps next to it are as wide as 8.
+    return max(1, int(9 * width / (8 + max(map(len, names)))))
 
 
 def _palette(count: int) -> npt.NDArray[np.float64]:

@@ -42,11 +42,13 @@ def run(
             split.classes[label]: recall_at(labels_QK[labels_Q == label], labels_Q[labels_Q == label], [1])[1]
             for label in labels_Q.unique().tolist()
         }
-    _draw(split, neighbours, arguments.num_frames, output)
+    _draw(split, neighbours, arguments.num_frames, output, model.encoder.name)
     return {"data": data, "results": results, "recall_at_1_per_class": per_class}
 
 
-def _draw(split: VideoSplit, neighbours: dict[str, Tensor], num_frames: int, output: Path) -> None:
+def _draw(
+    split: VideoSplit, neighbours: dict[str, Tensor], num_frames: int, output: Path, encoder: str
+) -> None:
     """Draw evenly spaced queries, each with its nearest videos by variant."""
     sheet = []
     for number in evenly_spaced(len(split.test), SHOWN_QUERIES):
@@ -59,8 +61,9 @@ def _draw(split: VideoSplit, neighbours: dict[str, Tensor], num_frames: int, out
                 for video in nearest_videos
             ]
             marks = ["✓" if video.label == query.label else "✗" for video in nearest_videos]
-            names = [plots.shorten(split.classes[video.label], 10) for video in (query, *nearest_videos)]
+            names = [plots.shorten(split.classes[video.label], 18) for video in (query, *nearest_videos)]
             notes = [f"{mark} {name}".strip() for mark, name in zip(["", *marks], names, strict=True)]
             sheet.append(plots.Row(variant, pictures, notes))
     columns = ["query", *(f"rank {rank}" for rank in range(1, SHOWN_NEIGHBOURS + 1))]
-    plots.contact_sheet(sheet, output / "figures" / "retrieval.png", columns)
+    path, title = output / "figures" / "retrieval.png", f"{encoder}: the most similar training videos"
+    plots.contact_sheet(sheet, path, columns, title=title, page=True)

@@ -32,7 +32,6 @@ from fasttrain.evaluation.frames import (
     write_label_map,
     write_video,
 )
-from fasttrain.evaluation.metrics import region_similarity
 from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.propagation import Propagator, check_settings
 from fasttrain.files import read_lines
@@ -219,8 +218,16 @@ def save_masks(
     truth: Sequence[LabelMap],
     matches_M4: dict[str, Matches],
     evaluation: Evaluation,
+    metric: str,
+    scores: Mapping[str, float],
+    score: Callable[[LabelMap, LabelMap], float],
+    legend: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the masks of each variant under the annotations' names; draw the sequence if it was chosen."""
+    """Write the masks of each variant under the annotations' names; draw the sequence if it was chosen.
+
+    The picture shows `metric`: the results of the sequence, `scores`, and the `score` of single frames, given
+    the predicted and the true labels.
+    """
     for variant, maps in masks.items():
         folder = evaluation.output / "masks" / variant / sequence.name
         paths = [folder / path.name for path in sequence.annotations]
@@ -237,38 +244,19 @@ def save_masks(
         name: list(map_ahead(overlay, zip(frames, maps, strict=True)))
         for name, maps in {**masks, "truth": truth}.items()
     }
-    notes, means = {}, []
+    notes = {}
     for name, maps in masks.items():
-        notes[name] = [similarity_note(maps[t], truth[t]) for t in shown_frames(len(frames))]
-        # As in DAVIS, the first and the last frame do not count.
-        values = list(map_ahead(lambda pair: similarity(*pair), zip(maps[1:-1], truth[1:-1], strict=True)))
-        if not np.isnan(values).all():
-            means.append(f"{np.nanmean(values):.2f} {name}")
-    title = f"{sequence.name}, {evaluation.model.encoder.name}"
-    if means:
-        title += f": mean J {', '.join(means)}"
+        values = [score(maps[t], truth[t]) for t in shown_frames(len(frames))]
+        notes[name] = ["" if np.isnan(value) else f"{metric} {value:.2f}" for value in values]
+    results = {variant: f"{value:.2f}" for variant, value in scores.items()}
     ends = truth[0], truth[len(frames) // 2]
     judged = {variant: (matches, keep_their_label(matches, *ends)) for variant, matches in matches_M4.items()}
-    draw(sequence.name, frames, overlays, judged, evaluation.output / "figures", title, notes)
+    draw(sequence.name, frames, overlays, judged, evaluation, metric, results, notes, legend)
 
 
 def shown_frames(length: int) -> list[int]:
     """Choose the frames of a contact sheet, evenly spaced."""
     return evenly_spaced(length, SHOWN_FRAMES)
-
-
-def similarity_note(labels_HW: LabelMap, truth_HW: LabelMap) -> str:
-    """Format `similarity` as a note below a picture. Empty if nothing is labelled."""
-    value = similarity(labels_HW, truth_HW)
-    return "" if np.isnan(value) else f"J {value:.2f}"
-
-
-def similarity(labels_HW: LabelMap, truth_HW: LabelMap) -> float:
-    """Return the mean J over the true labels, without void pixels (255). NaN if nothing is labelled."""
-    predicted_HW = np.where(truth_HW == 255, 0, labels_HW)
-    shown = np.setdiff1d(truth_HW, (0, 255))
-    values = [region_similarity(predicted_HW == label, truth_HW == label) for label in shown]
-    return float(np.mean(values)) if values else np.nan
 
 
 def keep_their_label(matches_M4: Matches, first_HW: LabelMap, second_HW: LabelMap) -> list[bool]:
@@ -286,25 +274,29 @@ def draw(
     frames: list[Frame],
     overlays: dict[str, list[Frame]],
     matches: dict[str, tuple[Matches, list[bool]]],
-    folder: Path,
-    title: str,
-    notes: Mapping[str, Sequence[str]] | None = None,
+    evaluation: Evaluation,
+    metric: str,
+    results: Mapping[str, str],
+    notes: Mapping[str, Sequence[str]],
     legend: Mapping[str, str] | None = None,
 ) -> None:
     """Write a contact sheet of all overlays, a video of the predictions and a picture of the matches.
 
-    The notes are below the pictures, except that the labels of the first frame are marked as given.
+    `results` holds the metric of the sequence by variant. The notes are below the pictures, except that the
+    labels of the first frame are marked as given.
     """
+    folder, about = evaluation.output / "figures", f"{name}, {evaluation.model.encoder.name}"
     shown = shown_frames(len(frames))
     sheet = [
         plots.Row(
             row,
             [pictures[t] for t in shown],
-            () if row == "truth" else ("given", *(notes or {}).get(row, ())[1:]),
+            () if row == "truth" else ("given", *notes[row][1:]),
         )
         for row, pictures in overlays.items()
     ]
     columns = [f"frame {t + 1}" for t in shown]
+    title = f"{about}: {metric} {', '.join(f'{result} {variant}' for variant, result in results.items())}"
     plots.contact_sheet(sheet, folder / f"{name}.png", columns, legend, title)
     predicted = [pictures for row, pictures in overlays.items() if row != "truth"]
     side_by_side = [np.concatenate(pictures, axis=1) for pictures in zip(*predicted, strict=True)]
@@ -316,7 +308,8 @@ def draw(
         for variant, (matches_M4, is_correct_M) in matches.items()
     ]
     columns_of_arrows = "frame 1", f"frame {middle + 1}"
-    plots.correspondence_arrows(arrows, columns_of_arrows, folder / f"{name}_arrows.png")
+    path, title = folder / f"{name}_arrows.png", f"{about}: most similar tokens"
+    plots.correspondence_arrows(arrows, columns_of_arrows, path, title)
 
 
 def shrink(frame_HWC: Frame) -> Frame:

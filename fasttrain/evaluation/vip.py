@@ -17,7 +17,7 @@ import numpy as np
 from fasttrain.data.map_ahead import map_ahead
 from fasttrain.distributed import World
 from fasttrain.errors import InputError, check_options
-from fasttrain.evaluation import sequences
+from fasttrain.evaluation import plots, sequences
 from fasttrain.evaluation.frames import read_image, read_label_map
 from fasttrain.evaluation.metrics import class_iou, confusion
 from fasttrain.evaluation.model import EvaluatedModel
@@ -112,11 +112,24 @@ def evaluate_sequence(sequence: VideoSequence, evaluation: Evaluation) -> dict[s
         ]
         for variant, labels_ThwC in propagated.items()
     }
-    sequences.save_masks(sequence, masks, truth, matches_M4, evaluation)
-    return {
-        variant: np.sum([confusion(*pair, len(CLASSES)) for pair in zip(maps, truth, strict=True)], axis=0)
+    counts = {
+        variant: np.sum([count(*pair) for pair in zip(maps, truth, strict=True)], axis=0)
         for variant, maps in masks.items()
     }
+    scores = {variant: summarise(counts_CC)["mIoU"] for variant, counts_CC in counts.items()}
+
+    def score(labels_HW: LabelMap, truth_HW: LabelMap) -> float:
+        return summarise(count(labels_HW, truth_HW))["mIoU"]
+
+    shown = {label for t in sequences.shown_frames(len(truth)) for label in np.unique(truth[t]).tolist()}
+    legend = {CLASSES[label]: plots.label_color(label) for label in sorted(shown - {0, VOID})}
+    sequences.save_masks(sequence, masks, truth, matches_M4, evaluation, "mIoU", scores, score, legend)
+    return counts
+
+
+def count(labels_HW: LabelMap, truth_HW: LabelMap) -> np.ndarray:
+    """Return the confusion counts (C, C) of one frame."""
+    return confusion(labels_HW, truth_HW, len(CLASSES))
 
 
 def summarise(confusion_CC: np.ndarray) -> dict[str, float]:

@@ -16,7 +16,7 @@ from matplotlib.text import Text
 from fasttrain.errors import InputError
 from fasttrain.evaluation import plots
 from fasttrain.evaluation.jhmdb import JOINTS, end_at_their_joint
-from fasttrain.evaluation.sequences import draw, find_matches, keep_their_label, similarity_note
+from fasttrain.evaluation.sequences import find_matches, keep_their_label
 
 FRAME = np.full((30, 40, 3), (200, 100, 0), dtype=np.uint8)
 TRADE_OFF = {"intra_normalized_95": 0.4, "inter_normalized_95": 0.7}
@@ -43,7 +43,7 @@ def write_history(run: Path) -> Path:
 def draw_arrows(path: Path) -> None:
     matches = np.array([[0.1, 0.1, 0.9, 0.9], [0.5, 0.5, 0.5, 0.5]])
     rows = [("before", FRAME, FRAME, matches, [True, False]), ("after", FRAME, FRAME, matches[:0], [])]
-    plots.correspondence_arrows(rows, ("frame 1", "frame 5"), path)
+    plots.correspondence_arrows(rows, ("frame 1", "frame 5"), path, "title")
 
 
 def draw_sheet(path: Path) -> None:
@@ -91,6 +91,10 @@ def test_masks_are_tinted_and_outlined() -> None:
     assert picture[15, 3].tolist() == [0, 0, 0]
     for x, color in ((12, plots.OKABE_ITO[1]), (28, plots.OKABE_ITO[2])):
         np.testing.assert_allclose(picture[15, x], 30 + 178.5 * np.array(to_rgb(color)), atol=1)
+    # The legend shows the colour on medium grey.
+    grey = np.full_like(FRAME, 128)
+    drawn = plots.overlay_masks(grey, labels)[15, 28]
+    np.testing.assert_allclose(drawn, 255 * np.array(to_rgb(plots.label_color(2))), atol=1)
 
 
 # How people without red or green cones see linear RGB: Machado, Oliveira and Fernandes (2009), severity 1.
@@ -205,28 +209,3 @@ def test_matches_of_a_pose_are_judged_by_the_distance_to_the_same_joint() -> Non
     # The person measures 0.6 * 140 = 84 pixels, of which 20 % are 16.8.
     matches = np.array([[21, 1, 25, 50], [21, 1, 25, 66], [21, 1, 25, 68], [21, 1, 21, 1]], dtype=float)
     assert end_at_their_joint(matches, first, second) == [True, True, False, False]
-
-
-def test_the_first_labels_are_given_and_the_others_have_their_score(
-    tmp_path: Path, figures: list[Figure]
-) -> None:
-    overlays = {"before": [FRAME] * 2, "truth": [FRAME] * 2}
-    draw(
-        "clip",
-        [FRAME] * 2,
-        overlays,
-        {"before": (np.empty((0, 4)), [])},
-        tmp_path,
-        "clip, vit",
-        {"before": ["J 1.00", "J 0.50"]},
-    )
-    sheet = figures[0]
-    assert [axes.get_xlabel() for axes in sheet.axes] == ["given", "J 0.50", "", ""]
-    assert [axes.get_title() for axes in sheet.axes[:2]] == ["frame 1", "frame 2"]
-    assert sheet.get_suptitle() == "clip, vit"
-
-
-def test_notes_leave_out_void_pixels() -> None:
-    truth = np.array([[0, 1, 1, 255]], dtype=np.uint8)
-    assert similarity_note(np.array([[0, 1, 0, 1]], dtype=np.uint8), truth) == "J 0.50"
-    assert similarity_note(truth, np.zeros_like(truth)) == ""

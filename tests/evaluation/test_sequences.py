@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy.io import loadmat, savemat
 from synthetic import (
@@ -34,7 +36,8 @@ from torch.nn import functional
 
 from fasttrain.__main__ import main
 from fasttrain.errors import InputError
-from fasttrain.evaluation import boundary_accuracy, mean_iou, pck, region_similarity
+from fasttrain.evaluation import boundary_accuracy, mean_iou, pck, plots, region_similarity
+from fasttrain.evaluation.davis import mean_similarity
 from fasttrain.evaluation.frames import read_label_map, write_label_map
 from fasttrain.evaluation.jhmdb import joint_maps, poses_from_maps
 from fasttrain.evaluation.model import EvaluatedModel
@@ -93,13 +96,38 @@ def test_results_before_and_after_and_their_difference(evaluated: dict[str, Path
 
 @pytest.mark.parametrize("task", WRITERS)
 def test_pictures_of_the_chosen_sequences(
-    evaluated: dict[str, Path], roots: dict[str, Path], tmp_path: Path, task: str
+    evaluated: dict[str, Path],
+    roots: dict[str, Path],
+    tmp_path: Path,
+    task: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    sheets: dict[str, Figure] = {}
+    monkeypatch.setattr(plots, "_save", lambda figure, path: sheets.update({path.name: figure}))
     names = {path.name for path in (evaluated[task] / "figures").iterdir()}
     assert names == {f"{name}{end}" for name in NAMES for end in (".png", ".mp4", "_arrows.png", "_pca.png")}
     assert main(command(task, roots[task], tmp_path, "--pictures", "1")) == 0
-    stems = {path.name.split(".")[0] for path in tmp_path.glob("*/figures/*")}
-    assert stems == {"alpha", "alpha_arrows", "alpha_pca"}
+    assert [path.name for path in tmp_path.glob("*/figures/*")] == ["alpha.mp4"]
+    assert set(sheets) == {"alpha.png", "alpha_arrows.png", "alpha_pca.png"}
+    # The title has the result of the sequence; each frame but the first has its own.
+    result = read_report(tmp_path, task)["per_sequence"]["alpha"]["before"]
+    title, note = {
+        "davis": lambda: (f"J {np.mean([one['J']['mean'] for one in result.values()]):.2f}", r"J \d\.\d\d"),
+        "vip": lambda: (f"mIoU {result['mIoU']:.2f}", r"mIoU \d\.\d\d"),
+        "jhmdb": lambda: (f"PCK@0.1 {result['PCK@0.1']:.0f} %", r"\d+ of 15 right"),
+    }[task]()
+    assert sheets["alpha.png"].get_suptitle() == f"alpha, test_vit: {title} before"
+    notes = [axes.get_xlabel() for axes in sheets["alpha.png"].axes]
+    assert (notes[0], notes[4:]) == ("given", [""] * 4)
+    assert all(re.fullmatch(note, text) for text in notes[1:4])
+    legend = {"davis": [], "vip": ["hair", "pants"], "jhmdb": [*plots.LIMB_COLORS]}[task]
+    assert [text.get_text() for one in sheets["alpha.png"].legends for text in one.get_texts()] == legend
+
+
+def test_only_frames_with_objects_have_a_score() -> None:
+    truth = np.array([[0, 1, 1, 2]])
+    assert mean_similarity(np.array([[0, 1, 0, 2]]), truth) == 0.75
+    assert np.isnan(mean_similarity(truth, np.zeros_like(truth)))
 
 
 def test_davis_masks_have_the_reported_scores(evaluated: dict[str, Path], roots: dict[str, Path]) -> None:
