@@ -151,7 +151,7 @@ def contact_sheet(
     """Draw rows of pictures under the headings `columns`; `legend` maps names to colours.
 
     The pictures may be large or small, such as maps with a pixel per token. All have one aspect ratio. The
-    sheet is as wide as a column of print or, with `page`, as a page.
+    sheet is as wide as a column of print or, for photos of many colours, as a `page`.
     """
     sheet_width = PAGE if page else COLUMN
     legend_columns = _legend_columns(list(legend), sheet_width) if legend else 1
@@ -180,7 +180,7 @@ def contact_sheet(
     if legend:
         handles = [Patch(facecolor=color, edgecolor="black", label=name) for name, color in legend.items()]
         figure.legend(handles=handles, loc="outside lower center", ncols=legend_columns)
-    _save(figure, path)
+    _save(figure, path, many_colors=page)
 
 
 @rc_context(STYLE)
@@ -460,10 +460,12 @@ def shorten(name: str, length: int = 26) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
-def _save(figure: Figure, path: Path) -> None:
-    """Write the figure as a PNG with 256 colours, which is smaller."""
+def _save(figure: Figure, path: Path, *, many_colors: bool = False) -> None:
+    """Write the figure as a PNG, by default with 256 colours, which is smaller."""
     drawn = BytesIO()
     figure.savefig(drawn, format="png")
     with open_atomically(path) as file:
-        reduced = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-        reduced.save(file, format="PNG", optimize=True)
+        image = Image.open(drawn).convert("RGB")
+        if not many_colors:
+            image = image.quantize(256, dither=Image.Dither.NONE)
+        image.save(file, format="PNG", optimize=True)

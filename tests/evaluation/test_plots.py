@@ -30,7 +30,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that a test saves."""
     saved: list[Figure] = []
     save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: (saved.append(figure), save(figure, path)))
+    monkeypatch.setattr(plots, "_save", lambda figure, path, **_: (saved.append(figure), save(figure, path)))
     return saved
 
 

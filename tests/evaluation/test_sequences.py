@@ -103,7 +103,7 @@ def test_pictures_of_the_chosen_sequences(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sheets: dict[str, Figure] = {}
-    monkeypatch.setattr(plots, "_save", lambda figure, path: sheets.update({path.name: figure}))
+    monkeypatch.setattr(plots, "_save", lambda figure, path, **_: sheets.update({path.name: figure}))
     names = {path.name for path in (evaluated[task] / "figures").iterdir()}
     assert names == {f"{name}{end}" for name in NAMES for end in (".png", ".mp4", "_arrows.png", "_pca.png")}
     assert main(command(task, roots[task], tmp_path, "--pictures", "1")) == 0
