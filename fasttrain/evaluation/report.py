@@ -33,6 +33,18 @@ from fasttrain.recipe import Recipe, load_recipe, to_dict, to_yaml
 PICTURE_WIDTH = 1400
 # Larger videos are named, but not embedded.
 MAX_VIDEO_BYTES = 500_000
+# What pictures show, by the end of their names. The first one that fits counts.
+CAPTIONS = {
+    "learning.png": "metrics of training and of validation; long curves are means, above the values in pale",
+    "_arrows.png": "tokens of the first frame, joined with the most similar ones of another frame",
+    "_pca.png": "the first three principal components of the tokens as colours",
+    "retrieval.png": "test videos and the most similar training videos",
+    "confusion.png": "predictions of the linear probe, as fractions of each true class",
+    "segments.png": "true and predicted actions over time",
+    "trade_off.png": "further left, a video is more consistent; further up, videos are easier to tell apart",
+    ".png": "what is given in the first frame, propagated before and after the projection, and the truth",
+    ".mp4": "what is propagated, before (left) and after (right)",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,8 +301,7 @@ def _draw_plots(
         path = folder / "learning.png"
         with _noting(problems):
             plots.learning_curves(trained, path)
-            caption = "The metrics of training and, if there was a validation, those of validation."
-            drawn["Learning curves"] = _embed(path, problems, caption)
+            drawn["Learning curves"] = _embed(path, problems)
     consistency = [
         (run.name, result)
         for run in runs
@@ -310,15 +321,14 @@ def _draw_plots(
             for name, result in consistency
         ]
         plots.trade_off(points, path)
-        caption = "Further left, a video is more consistent; further up, videos are easier to tell apart."
-        drawn["Trade-off"] = _embed(path, problems, caption)
+        drawn["Trade-off"] = _embed(path, problems)
     return drawn
 
 
-def _embed(path: Path, problems: list[str], caption: str = "") -> Media | None:
+def _embed(path: Path, problems: list[str]) -> Media | None:
     """Return a picture, compressed, or a small video; None and a problem if it cannot be read."""
     name = path.stem.replace("_", " ")
-    caption = caption or name
+    caption = f"{name}: {next(CAPTIONS[end] for end in CAPTIONS if path.name.endswith(end))}"
     try:
         if path.suffix == ".mp4":
             size = path.stat().st_size
