@@ -4,6 +4,7 @@ Frames are uint8 RGB. Shape suffixes: T frames, H height, W width, C colours or 
 """
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from itertools import zip_longest
@@ -157,11 +158,13 @@ def contact_sheet(
     legend_columns = _legend_columns(list(legend), sheet_width) if legend else 1
     count = max(len(row.pictures) for row in rows)
     height, width = rows[0].pictures[0].shape[:2]
-    lines = sum(bool(row.notes) for row in rows) + 1.2 * bool(title)
+    title = _wrapped(title, sheet_width)
+    lines = sum(bool(row.notes) for row in rows) + 1.2 * len(title.splitlines())
     if legend:
         lines += 0.4 + math.ceil(len(legend) / legend_columns)
     # A few large pictures would make a tower.
     tile = min(sheet_width / count, 2.5 * width / height)
+    sheet_width = min(sheet_width, count * tile + 0.4)
     figure = Figure(figsize=(sheet_width, len(rows) * tile * height / width + 0.3 * lines + 0.5))
     figure.set_layout_engine("compressed", w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     grid = figure.subplots(len(rows), count, squeeze=False)
@@ -197,7 +200,7 @@ def correspondence_arrows(
     """
     height, width = rows[0][1].shape[:2]
     figure = Figure(figsize=(COLUMN, len(rows) * (COLUMN / 2 * height / width + 0.3) + 0.8))
-    figure.suptitle(title)
+    figure.suptitle(_wrapped(title, COLUMN))
     styles: list[dict[str, Any]] = [
         {"color": WRONG, "linestyle": (0, (3, 1.5)), "linewidth": 1.2},
         {"color": CORRECT, "linestyle": "-", "linewidth": 1.2},
@@ -322,7 +325,9 @@ def learning_curves(runs: Sequence[Path], path: Path) -> None:
             (lines[names[number]],) = axes.plot(*points_N2.T, label=names[number], **style)
         # Ratios are visible only on an axis from zero.
         if axes.dataLim.ymin > 0:
-            axes.set_ylim(0, 1.08 * axes.dataLim.ymax)
+            # A single outlier would flatten the curve.
+            highest = max(np.max(line.get_ydata()) for line in axes.lines if line.get_alpha() is None)
+            axes.set_ylim(0, min(1.08 * axes.dataLim.ymax, 1.5 * highest))
     handles = list(lines.values())
     if entries > len(names):
         handles += [Line2D([], [], color="0.5", linestyle="--", label="before (frozen encoder)")]
@@ -411,7 +416,9 @@ def segment_bars(
     palette = np.tile(to_rgb("0.9"), (len(classes), 1))
     drawn = [label for label in seen if label not in background]
     palette[drawn] = _palette(len(drawn))
-    figure = Figure(figsize=(PAGE, 1.9 * len(videos) + 0.3 * math.ceil(len(seen) / 4) + 0.7))
+    names = {label: shorten(classes[label]) for label in seen}
+    columns = min(4, _legend_columns(list(names.values()), PAGE))
+    figure = Figure(figsize=(PAGE, 1.9 * len(videos) + 0.3 * math.ceil(len(seen) / columns) + 0.7))
     grid = figure.subplots(len(videos), 1, squeeze=False)[:, 0]
     for axes, (name, rows) in zip(grid, videos, strict=True):
         axes.imshow(palette[np.stack(list(rows.values()))], aspect="auto", interpolation="nearest")
@@ -427,8 +434,8 @@ def segment_bars(
         for border in range(1, len(rows)):
             axes.axhline(border - 0.5, color="white", linewidth=4)
     grid[-1].set_xlabel("frame")
-    handles = [Patch(color=palette[label], label=shorten(classes[label])) for label in seen]
-    figure.legend(handles=handles[:_MAX_HANDLES], loc="outside lower center", ncols=4)
+    handles = [Patch(color=palette[label], label=names[label]) for label in seen[:_MAX_HANDLES]]
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
     _save(figure, path)
 
 
@@ -441,6 +448,11 @@ def run_names(runs: Sequence[Path]) -> list[str]:
 def _run_style(number: int) -> dict[str, Any]:
     color, marker = _LINE_COLORS[number % len(_LINE_COLORS)], _MARKERS[number % len(_MARKERS)]
     return {"color": color, "marker": marker, "linestyle": _DASHES[number % len(_DASHES)]}
+
+
+def _wrapped(text: str, width: float) -> str:
+    """Break a title into lines that fit into a figure `width` inches wide."""
+    return textwrap.fill(text, int(9 * width))
 
 
 def _legend_columns(names: Sequence[str], width: float) -> int:

@@ -125,6 +125,16 @@ def cielab(rgb_C3: Any, simulation_33: Any) -> Any:
     return np.stack([116 * y_C - 16, 500 * (x_C - y_C), 200 * (y_C - z_C)], axis=1)
 
 
+def test_nothing_in_a_sheet_overlaps_or_widens_it(tmp_path: Path, figures: list[Figure]) -> None:
+    rows = [plots.Row(name, [FRAME[:, :15]] * 4) for name in ("before", "truth")]
+    title = "a-name-as-long-as-those-of-kinetics_000123_000133, vit_base_patch14_dinov2: J 0.70"
+    plots.contact_sheet(rows, tmp_path / "sheet.png", legend=plots.LIMB_COLORS, title=title)
+    figures[0].draw_without_rendering()
+    legend = figures[0].legends[0].get_window_extent()
+    assert legend.y1 < min(axes.get_window_extent().y0 for axes in figures[0].axes)
+    assert figures[0].texts[0].get_window_extent().width < figures[0].bbox.width
+
+
 def test_training_and_validation_metrics_have_separate_panels(tmp_path: Path, figures: list[Figure]) -> None:
     plots.learning_curves([write_history(tmp_path / "run")], tmp_path / "curves.png")
     panels = [(axes.get_title(loc="left"), axes.get_ylabel(), len(axes.lines)) for axes in figures[0].axes]
@@ -156,13 +166,16 @@ def test_long_curves_of_many_runs_are_smooth_and_named(tmp_path: Path, figures: 
     for run in runs:
         run.mkdir()
         records = (
-            {"step": step, "loss": step % 2, "before/rank": 1, "after/rank": step} for step in range(300)
+            {"step": step, "loss": 1 + step % 2 + 999 * (step == 299), "before/rank": 1, "after/rank": step}
+            for step in range(300)
         )
         (run / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
     plots.learning_curves(runs, tmp_path / "curves.png")
     raw, means = figures[0].axes[0].lines[:2]
     assert len(raw.get_xdata()) == 300
-    assert (len(means.get_xdata()), np.ptp(means.get_ydata())) == (50, 0)
+    assert (len(means.get_xdata()), np.ptp(means.get_ydata()[:-1])) == (50, 0)
+    # The outlier does not determine the axis.
+    assert figures[0].axes[0].get_ylim()[1] < 300
     (legend,) = figures[0].legends
     names = [text.get_text() for text in legend.get_texts()]
     assert names == [*(run.name for run in runs), "before (frozen encoder)"]
