@@ -114,7 +114,7 @@ def print_results(propagation: Result, analysis: Result) -> None:
         say("Training weighs consistency against separability: see objective.lambda_reg.")
     # The raw distance within a video alone would mislead.
     raw, spread = (
-        " to ".join(f"{analysis.results[variant][f'intra_{name}']:.3g}" for variant in ("before", "after"))
+        " to ".join(f"{analysis.results[variant][f'intra_{name}']:#.3g}" for variant in ("before", "after"))
         for name in ("original", "diameter_95")
     )
     say("Distances are relative to the spread of the features, as in the paper, because")
