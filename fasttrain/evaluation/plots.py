@@ -48,6 +48,8 @@ STYLE: dict[Any, Any] = {
     "font.size": 14,
     "axes.titlesize": "medium",
     "axes.titlelocation": "left",
+    # The grid is below everything, including arrows.
+    "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "grid.color": "0.9",
