@@ -187,7 +187,7 @@ def test_trade_off_of_runs(tmp_path: Path) -> None:
     assert report(page, tmp_path / "dino") == 0
     assert "Trade-off" not in Page(page).texts["h2"]
     assert (
-        "inter_normalized_95distance between videos, relative to the spread of the tokens higher - -"
+        "inter_normalized_95distance between videos, relative to the spread of tokens higher - -"
         in Page(page).texts["tr"]
     )
 
