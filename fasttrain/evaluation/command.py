@@ -20,6 +20,7 @@ from fasttrain.errors import InputError
 from fasttrain.evaluation import model
 from fasttrain.evaluation.results import (
     Result,
+    identify,
     print_others,
     print_table,
     read_result,
@@ -56,8 +57,8 @@ def evaluate(arguments: argparse.Namespace) -> tuple[Path, Result] | None:
     start = time.perf_counter()
     with distributed.start(arguments.device) as world:
         evaluated = world.run_on_all(lambda: _prepare(arguments, folder, world))
-        identity = arguments.task, vars(arguments), evaluated.encoder, evaluated.projection
-        path = result_path(folder, *identity)
+        identity = identify(arguments.task, vars(arguments), evaluated.encoder, evaluated.projection)
+        path = result_path(folder, identity)
         content = import_module(module).run(arguments, evaluated, path.with_suffix(""), world)
     if content is None:
         return None
@@ -66,7 +67,7 @@ def evaluate(arguments: argparse.Namespace) -> tuple[Path, Result] | None:
         "pictures": sorted(picture.name for picture in path.with_suffix("").glob("figures/[!.]*")),
         "seconds": time.perf_counter() - start,
     }
-    write_results(path, *identity, content)
+    write_results(path, identity, content, world.device)
     return path, read_result(path)
 
 

@@ -76,85 +76,87 @@ ByVariant = Mapping[str, Mapping[str, float | None]]
 # --- files ---------------------------------------------------------------------------------------------
 
 
-def result_path(
-    folder: Path, task: str, settings: Mapping[str, Any], encoder: Backbone, projection: Projection | None
-) -> Path:
-    """Return the file for the results of an evaluation: FOLDER/TASK-DATASET-HASH.json.
+def identify(
+    task: str, settings: Mapping[str, Any], encoder: Backbone, projection: Projection | None
+) -> dict[str, Any]:
+    """Return what identifies an evaluation: the task, its settings and the model.
 
-    The hash stands for the task, the weights and all settings, so only a repetition of the same evaluation
-    has the same file. Pictures and predictions belong in the folder of the same name without `.json`.
+    The paths of data become absolute. A list, which may change in place, is identified by its hash as well.
 
     Args:
-        folder: The folder of all results, such as RUN/eval.
         task: The name of the benchmark.
-        settings: The settings. `root`, if there is one, is the path of the data set.
+        settings: The settings. `root` is the path of the data set.
         encoder: The frozen backbone.
         projection: The projection, if there is one.
     """
-    settings = _absolute(settings)
-    key = {name: value for name, value in settings.items() if name not in _LOCATIONS}
-    key |= {"task": task, "encoder": encoder.weights_hash, "head": _hash(projection)}
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:8]
-    data = re.sub(r"[^\w.-]+", "_", Path(settings.get("root", "")).name)[:40]
+    # Imported on demand, because it needs timm, which takes seconds to load. The report does not need either.
+    from fasttrain.weights import hash_state_dict
+
+    recorded = dict(settings)
+    for name, path in settings.items():
+        if isinstance(path, Path) and name not in _LOCATIONS:
+            recorded[name] = os.fspath(path.resolve())
+            if path.is_file():
+                recorded[f"{name}_hash"] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    model = {
+        "backbone": encoder.name,
+        "weights": encoder.weights,
+        "weights_hash": encoder.weights_hash,
+        **{name: getattr(encoder, name) for name in ("num_heads", "activation", "mean", "std")},
+        "head": projection.head if projection else None,
+        "projection_hash": hash_state_dict(projection.state_dict()) if projection else None,
+    }
+    return {"task": task, "settings": recorded, "model": model}
+
+
+def result_path(folder: Path, identity: Mapping[str, Any]) -> Path:
+    """Return the file for the results of an evaluation: FOLDER/TASK-DATASET-HASH.json.
+
+    The hash stands for the identity, except for the places of the model and the results, so only a repetition
+    of the same evaluation has the same file. Pictures and predictions belong in the folder of the same name
+    without `.json`.
+
+    Args:
+        folder: The folder of all results, such as RUN/eval.
+        identity: The identity of the evaluation, from `identify`.
+    """
+    task, settings, model = identity["task"], identity["settings"], identity["model"]
+    key = [
+        task,
+        {name: value for name, value in settings.items() if name not in _LOCATIONS},
+        {name: value for name, value in model.items() if name not in _LOCATIONS},
+    ]
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
+    data = re.sub(r"[^\w.-]+", "_", Path(settings["root"]).name)[:40]
     return folder / f"{'-'.join(filter(None, (task, data, digest)))}.json"
 
 
 def write_results(
-    path: Path,
-    task: str,
-    settings: Mapping[str, Any],
-    encoder: Backbone,
-    projection: Projection | None,
-    content: Mapping[str, Any],
+    path: Path, identity: Mapping[str, Any], content: Mapping[str, Any], device: torch.device
 ) -> None:
     """Write the results of an evaluation as JSON, atomically; non-finite numbers become null.
 
     Args:
-        path: The file, from `result_path` with the same settings and model.
-        task: The name of the benchmark.
-        settings: The settings.
-        encoder: The frozen backbone.
-        projection: The projection, if there is one.
+        path: The file, from `result_path` with the same identity.
+        identity: The identity of the evaluation, from `identify`.
         content: `results` (the metrics by variant), `pictures` (the names of the files in the folder
             `figures`) and anything else that JSON can hold.
+        device: The device that encoded the frames.
     """
-    device = next(encoder.parameters()).device
-    versions = {name: metadata.version(name) for name in PACKAGES}
     whole = {
-        "task": task,
+        **identity,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "settings": _absolute(settings),
-        "model": {
-            "backbone": encoder.name,
-            "weights": encoder.weights,
-            "weights_hash": encoder.weights_hash,
-            "mean": encoder.mean,
-            "std": encoder.std,
-            "head": projection.head if projection else None,
-            "projection_hash": _hash(projection),
-        },
         **content,
-        "versions": {"python": platform.python_version(), "fasttrain": fasttrain.__version__, **versions},
+        "versions": {
+            "python": platform.python_version(),
+            "fasttrain": fasttrain.__version__,
+            **{name: metadata.version(name) for name in PACKAGES},
+        },
     }
     # Python's json module writes NaN and infinity, which JSON does not allow.
     text = json.dumps(whole, default=os.fspath)
     write_json(path, json.loads(text, parse_constant=lambda name: None))
-
-
-def _absolute(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Make the paths of data absolute, which say what is measured."""
-    return {
-        name: os.fspath(value.resolve()) if isinstance(value, Path) and name not in _LOCATIONS else value
-        for name, value in settings.items()
-    }
-
-
-def _hash(projection: Projection | None) -> str | None:
-    # Imported on demand, because it needs timm, which takes seconds to load. The report does not need either.
-    from fasttrain.weights import hash_state_dict
-
-    return hash_state_dict(projection.state_dict()) if projection else None
 
 
 class Model(BaseModel):
@@ -282,7 +284,15 @@ def print_others(path: Path) -> None:
     say(f"all results of {task} in {path.parent} (* this one):")
     others = [results[other] for _, other in shown]
     differences = distinguish(
-        [result.protocol | {"projection": (result.model.projection_hash or "none")[:8]} for result in others]
+        [
+            {
+                **result.protocol,
+                "backbone": result.model.backbone,
+                "weights": result.model.weights,
+                "projection": (result.model.projection_hash or "none")[:8],
+            }
+            for result in others
+        ]
     )
     for (date, other), result, difference in zip(shown, others, differences, strict=True):
         values = [

@@ -13,6 +13,7 @@ from fasttrain.evaluation.results import (
     better,
     distinguish,
     find_results,
+    identify,
     meaning,
     print_others,
     print_table,
@@ -33,23 +34,32 @@ def encoder() -> Backbone:
 def write(folder: Path, encoder: Backbone, seed: int | None = 0, **settings: Any) -> Path:
     """Write the result of an evaluation of DAVIS with a projection, or without one if `seed` is None."""
     projection = Projection(encoder.embed_dim, seed=seed) if seed is not None else None
-    identity = "davis", {"root": folder / "DAVIS", **settings}, encoder, projection
-    path = result_path(folder, *identity)
-    write_results(path, *identity, {"results": RESULTS, "pictures": []})
+    identity = identify("davis", {"root": folder / "DAVIS", **settings}, encoder, projection)
+    path = result_path(folder, identity)
+    write_results(path, identity, {"results": RESULTS, "pictures": []}, torch.device("cpu"))
     return path
 
 
 def test_only_a_repetition_replaces_a_result(tmp_path: Path, encoder: Backbone) -> None:
     first = write(tmp_path, encoder, year="2017", output=tmp_path / "one")
     assert write(tmp_path, encoder, year="2017", output=tmp_path / "moved") == first
+    listed = tmp_path / "list.txt"
+    listed.write_text("a")
+    with_list = write(tmp_path, encoder, list=listed)
+    listed.write_text("b")
     others = [
+        with_list,
+        write(tmp_path, encoder, list=listed),
         write(tmp_path, encoder, year="2016"),
         write(tmp_path, encoder, year="2017", root=tmp_path / "other" / "DAVIS"),
         write(tmp_path, encoder, seed=1, year="2017"),
         write(tmp_path, encoder, seed=None, year="2017"),
         write(tmp_path, load_backbone(**SETTINGS, seed=7), year="2017"),
+        # The run of a projection stores these values, so they are not among the settings.
+        write(tmp_path, load_backbone(**SETTINGS, mean=(0.5, 0.5, 0.5)), year="2017"),
+        write(tmp_path, load_backbone(**SETTINGS, activation="quick_gelu"), year="2017"),
     ]
-    assert len({first, *others}) == 6
+    assert len({first, *others}) == 10
     assert find_results(tmp_path) == sorted([first, *others])
     for path in (first, *others):
         assert path.name.startswith("davis-DAVIS-")
@@ -60,11 +70,10 @@ def test_a_result_says_when_and_how_it_was_made(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     settings = {"root": Path("DAVIS"), "run": Path("run"), "topk": 7}
-    identity = "davis", settings, encoder, Projection(encoder.embed_dim)
-    path = result_path(tmp_path / "eval", *identity)
-    write_results(
-        path, *identity, {"J": [float("nan"), float("inf"), 0.1], "results": RESULTS, "pictures": []}
-    )
+    identity = identify("davis", settings, encoder, Projection(encoder.embed_dim))
+    path = result_path(tmp_path / "eval", identity)
+    content = {"J": [float("nan"), float("inf"), 0.1], "results": RESULTS, "pictures": []}
+    write_results(path, identity, content, torch.device("cpu"))
     content = json.loads(path.read_text())
     assert torch.__version__.startswith(content["versions"]["torch"])
     assert content["J"] == [None, None, 0.1]
@@ -77,7 +86,7 @@ def test_a_result_says_when_and_how_it_was_made(
 
 def test_the_name_of_a_data_set_does_not_leave_the_folder(tmp_path: Path, encoder: Backbone) -> None:
     for root in ("/", "..", "a b/$(c) d", "x" * 200):
-        path = result_path(tmp_path, "davis", {"root": Path(root)}, encoder, None)
+        path = result_path(tmp_path, identify("davis", {"root": Path(root)}, encoder, None))
         assert path.parent == tmp_path
         assert set(path.name) & set(" $()/") == set()
         assert len(path.name) < 80
@@ -90,7 +99,7 @@ def test_other_results_of_the_benchmark_are_printed(
     print_others(path)
     assert capsys.readouterr().out == ""
     # As version 0.1.0 wrote it.
-    old = {"task": "davis", "model": {"backbone": "dino", "weights": "random"}, "settings": {"topk": 5}}
+    old = {"task": "davis", "model": {"backbone": "dino", "weights": "a.pth"}, "settings": {"topk": 5}}
     (tmp_path / "davis").mkdir()
     (tmp_path / "davis" / "davis.json").write_text(json.dumps({**old, "results": RESULTS, "pictures": []}))
     (tmp_path / "damaged.json").write_text("{")
@@ -100,6 +109,7 @@ def test_other_results_of_the_benchmark_are_printed(
     assert heading == f"all results of davis in {tmp_path} (* this one):"
     assert len(lines) == 3
     assert lines[0].startswith("   no date           J&F-Mean 0.5000 -> 0.6000  davis/davis.json  topk=5")
+    assert lines[0].endswith("weights=a.pth, projection=none")
     assert [line.split("topk=")[1].split(",")[0] for line in lines if line.startswith("*")] == ["7"]
 
 
