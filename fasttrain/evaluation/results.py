@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import BaseModel, Field
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 import fasttrain
 from fasttrain.errors import InputError
 from fasttrain.files import naming, printable, write_json
-from fasttrain.loggers import say
+from fasttrain.loggers import EnduringConsole, say
 
 if TYPE_CHECKING:
     from fasttrain.backbones import Backbone
@@ -259,7 +258,7 @@ def print_table(title: str, by_variant: ByVariant) -> None:
     for key in next(iter(by_variant.values())):
         cells = [format_value(values[key], variant) for variant, values in by_variant.items()]
         table.add_row(escape(printable(key)), better(key), *cells)
-    Console().print(table)
+    EnduringConsole().print(table)
 
 
 def format_value(value: float | None, variant: str = "") -> str:

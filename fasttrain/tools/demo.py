@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 
 from fasttrain.__main__ import train
@@ -21,7 +20,7 @@ from fasttrain.data.video import probe_video, stream_video_frames
 from fasttrain.evaluation import command, report
 from fasttrain.evaluation.results import Result, better, format_value, meaning
 from fasttrain.files import make_folder, write_atomically
-from fasttrain.loggers import Progress, say
+from fasttrain.loggers import EnduringConsole, Progress, say
 from fasttrain.options import new_parser
 from fasttrain.recipe import load_recipe
 
@@ -104,7 +103,7 @@ def print_results(propagation: Result, analysis: Result) -> None:
         gain = (values["difference"] or 0) * (1 if better(metric) == "higher" else -1)
         if result is analysis and gain < 0:
             worse.append(metric)
-    Console().print("", table)
+    EnduringConsole().print("", table)
     for metric in ("J", *(metric for _, metric in shown if metric != "J-Mean")):
         say(f"{metric:<20}{meaning(metric)}")
     say("")
@@ -139,7 +138,7 @@ def _evaluate(
 
 
 def _announce(step: int, title: str, how: str) -> None:
-    Console().print()
+    say("")
     say(f"[{step}/{STEPS}] {title}: {how}")
 
 

@@ -1,6 +1,8 @@
 """Tests of the results of evaluations: their files, the table, and how their metrics are read."""
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +133,11 @@ def test_only_settings_that_differ_are_named() -> None:
 def test_table_title_is_not_parsed_as_markup(capsys: pytest.CaptureFixture[str]) -> None:
     print_table("weights[/b] [red]", {"before": {"J": float("nan")}})
     assert "weights[/b]" in capsys.readouterr().out
+
+
+def test_the_table_does_not_end_a_command_whose_output_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        print_table("title", RESULTS)
