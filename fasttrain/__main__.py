@@ -152,29 +152,25 @@ def _take_command(words: list[str]) -> str:
 
 def _without_dashes(words: list[str], parser: argparse.ArgumentParser) -> list[str]:
     """Turn recipe keys that are written as options, `--KEY=VALUE` or `--KEY VALUE`, into `KEY=VALUE`."""
-    rest, overrides = [], []
+    result, converted = [], []
     remaining = iter(words)
     for word in remaining:
         option, equals, value = word.partition("=")
         # Like argparse, accept abbreviations of options. `--` is one of all of them.
-        if not option.startswith("--") or any(
+        if option.startswith("--") and not any(
             own.startswith(option) for own in parser._option_string_actions
         ):
-            rest.append(word)
-            continue
-        from fasttrain.recipe import check_key
+            from fasttrain.recipe import check_key
 
-        key = option[2:]
-        check_key(key)
-        if not equals:
-            value = next(remaining, "")
-        overrides.append(f"{key}={value}")
-    if overrides and os.environ.get("RANK", "0") == "0":
-        _print_error(
-            f"recipe keys are usually written without dashes: {' '.join(map(shlex.quote, overrides))}"
-        )
-    # At the end, because the first argument is the recipe.
-    return rest + overrides
+            key = option[2:]
+            check_key(key)
+            word = f"{key}={value if equals else next(remaining, '')}"
+            converted.append(shlex.quote(word))
+        result.append(word)
+    if converted and os.environ.get("RANK", "0") == "0":
+        _print_error(f"recipe keys are usually written without dashes: {' '.join(converted)}")
+    # The first argument is the recipe. The order of the others matters if a key is repeated.
+    return sorted(result, key=lambda word: "=" in word and not word.startswith("-"))
 
 
 # --- the command `train` -------------------------------------------------------------------------------

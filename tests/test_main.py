@@ -60,7 +60,8 @@ def test_recipe_keys_may_be_written_as_options(
     words = ["--train.steps=100", "dino.yaml", "seed=1", "--optimizer.lr", "1e-4", "--prof", "--output=a b"]
     assert main(words) == 0
     assert passed[0].recipe == "dino.yaml"
-    assert passed[0].overrides == ["seed=1", "train.steps=100", "optimizer.lr=1e-4", "output=a b"]
+    # In order, because the last of several values of a key counts.
+    assert passed[0].overrides == ["train.steps=100", "seed=1", "optimizer.lr=1e-4", "output=a b"]
     assert passed[0].profile
     hint = "recipe keys are usually written without dashes: train.steps=100 optimizer.lr=1e-4 'output=a b'"
     assert capsys.readouterr().err == f"fasttrain: {hint}\n"
