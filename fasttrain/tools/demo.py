@@ -122,7 +122,8 @@ def print_results(propagation: Result, analysis: Result) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    if not path.exists():
+    # Files of another version are replaced.
+    if not path.exists() or path.read_bytes() != content:
         make_folder(path.parent)
         write_atomically(path, content)
 

@@ -1,6 +1,7 @@
 """The demo, with fewer steps and smaller frames than by default."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,13 @@ def test_the_demo_trains_evaluates_and_explains(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "SIZE", ("--height", "56", "--width", "112"))
+    # Version 0.1.0 left its clips there, and an earlier version of the package may have had other files.
+    Path("data/demo/videos").mkdir(parents=True)
+    shutil.copy(demo.PACKAGED / "held_out" / "goat.mp4", "data/demo/videos/scene_000.mp4")
+    Path("data/demo/vit_tiny_patch14.safetensors").write_bytes(b"outdated")
     assert main(["demo", "train.steps=2", "train.batch_size=2", "train.tensorboard=false"]) == 0
     out = capsys.readouterr().out
+    assert "5 videos" in out
     results = {
         path.name.split("-")[0]: json.loads(path.read_text()) for path in Path("runs").rglob("eval/*.json")
     }
@@ -66,4 +72,5 @@ def test_the_clips_are_unpacked_in_the_layout_of_davis(tmp_path: Path) -> None:
         assert [path.stem for path in frames] == [path.stem for path in masks]
         assert Image.open(frames[-1]).size == Image.open(masks[-1]).size == (426, 240)
         # Held-out clips are not among the training clips.
-        assert not (tmp_path / "videos" / f"{name}.mp4").exists()
+        assert (tmp_path / "held_out" / f"{name}.mp4").exists()
+        assert not (tmp_path / "training" / f"{name}.mp4").exists()
