@@ -282,15 +282,6 @@ def _sections(run: Run, titles: Mapping[str, str], problems: list[str]) -> list[
     return sections
 
 
-def _given(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out options that are not set, and empty lists."""
-    return {
-        key: value
-        for key, value in values.items()
-        if value is not None and value is not False and value != []
-    }
-
-
 def _draw_plots(
     runs: list[Run], titles: Mapping[str, str], folder: Path, problems: list[str]
 ) -> dict[str, Media | None]:
