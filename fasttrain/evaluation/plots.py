@@ -29,6 +29,7 @@ from torch import Tensor
 
 from fasttrain.data.images import Frame
 from fasttrain.errors import InputError
+from fasttrain.evaluation.results import better
 from fasttrain.files import open_atomically
 from fasttrain.loggers import read_records
 
@@ -70,17 +71,16 @@ LIMBS = (
     *((5, 9), (6, 10), (7, 11), (8, 12), (9, 13), (10, 14)),
 )
 LIMB_COLORS = {"trunk": OKABE_ITO[6], "right limbs": OKABE_ITO[1], "left limbs": OKABE_ITO[2]}
-# The title of each metric in pictures, and which direction is better.
-LOWER, HIGHER = "lower is better", "higher is better"
-DESCRIPTIONS = {
-    "loss": ("total loss", LOWER),
-    "cycle": ("cycle loss", LOWER),
-    "separability": ("separability loss", LOWER),
-    "cycle_accuracy": ("cycle accuracy", HIGHER),
-    "identity_similarity": ("identity similarity", HIGHER),
-    "effective_rank": ("effective rank", HIGHER),
-    "intra_normalized_95": ("intra-video distance / 95 % diameter", LOWER),
-    "inter_normalized_95": ("inter-video distance / 95 % diameter", HIGHER),
+# The titles of metrics in pictures.
+TITLES = {
+    "loss": "total loss",
+    "cycle": "cycle loss",
+    "separability": "separability loss",
+    "cycle_accuracy": "cycle accuracy",
+    "identity_similarity": "identity similarity",
+    "effective_rank": "effective rank",
+    "intra_normalized_95": "intra-video distance / 95 % diameter",
+    "inter_normalized_95": "inter-video distance / 95 % diameter",
 }
 # Keys of metrics.jsonl that are not drawn.
 _BOOKKEEPING = ("step", "epoch", "seconds", "pairs_per_second", "lr", "bad_samples", "bad_files")
@@ -309,8 +309,11 @@ def learning_curves(runs: Sequence[Path], path: Path) -> None:
     lines: dict[str, Line2D] = {}
     for position, ((key, is_validation), curves) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(rows, columns, position, xlabel="step")
-        title, direction = DESCRIPTIONS.get(key, (key.replace("_", " "), ""))
-        axes.set(title=title, ylabel=f"validation\n{direction}" if is_validation else direction)
+        direction = f"{better(key)} is better" if key in TITLES else ""
+        axes.set(
+            title=TITLES.get(key, key.replace("_", " ")),
+            ylabel=f"validation\n{direction}" if is_validation else direction,
+        )
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.grid()
         for (number, is_before), points in curves.items():
@@ -365,7 +368,7 @@ def trade_off(points: Sequence[tuple[str, Metrics, Metrics]], path: Path) -> Non
         margin = max(limits[1] - middle, 0.1 * middle)
         set_limits(middle - margin, middle + margin)
     axes.locator_params(nbins=5)
-    x_label, y_label = ("{}\n({})".format(*DESCRIPTIONS[key]) for key in _TRADE_OFF)
+    x_label, y_label = (f"{TITLES[key]}\n({better(key)} is better)" for key in _TRADE_OFF)
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.grid()
     figure.legend(loc="outside lower center", ncols=columns, handlelength=1)

@@ -230,7 +230,8 @@ def better(metric: str) -> str:
     """Return `higher` or `lower`, whichever is better, or nothing for a measure of the features' scale."""
     if metric.endswith("_original") or "_diameter_" in metric:
         return ""
-    return "lower" if metric.startswith("intra_") or metric.endswith("-Decay") else "higher"
+    is_loss = metric in ("loss", "cycle", "separability") or metric.endswith("-Decay")
+    return "lower" if is_loss or metric.startswith("intra_") else "higher"
 
 
 def meaning(metric: str) -> str:
