@@ -21,10 +21,17 @@ CONTEXT, RADIUS, TOPK, TEMPERATURE = 20, 20.0, 7, 0.7
 NEIGHBOURS, KNN_TEMPERATURE = (10, 20, 100, 200), 0.07
 # The maximum number of iterations of L-BFGS for linear classifiers.
 MAX_ITERATIONS = 1000
-# Names that other modules define: layouts of datasets, thresholds of the mAP, activation functions.
+# Names that other modules define: layouts of datasets, thresholds of the mAP.
 LAYOUTS = ("ucf101", "hmdb51", "kinetics", "ssv2", "list")
 TEMPORAL_IOU = ("thumos", "activitynet")
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the lines of the description, and adds the default to the help of an option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        has_default = action.default not in (None, []) and action.const is None
+        return super()._get_help_string(action) if has_default else action.help
 
 
 def docstring(module: str) -> str:
@@ -36,10 +43,17 @@ def docstring(module: str) -> str:
 def new_parser(name: str) -> argparse.ArgumentParser:
     """Return the parser of a command."""
     module, _, add_options = COMMANDS[name]
-    parser = argparse.ArgumentParser(prog=f"fasttrain {name}", description=docstring(module))
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog=f"fasttrain {name}", description=docstring(module), formatter_class=HelpFormatter
+    )
     add_options(parser)
     return parser
+
+
+def _add_numbers(parser: argparse.ArgumentParser, *options: tuple[str, str, float, str]) -> None:
+    """Add options that take a number: the name, a word for the number, the default and the help."""
+    for option, metavar, default, help in options:
+        parser.add_argument(option, metavar=metavar, type=type(default), default=default, help=help)
 
 
 class _PrintKeys(argparse.Action):
@@ -52,16 +66,20 @@ class _PrintKeys(argparse.Action):
         raise SystemExit
 
 
-def add_train_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help="YAML file, such as recipes/dinov2.yaml")
+def _add_overrides(parser: argparse.ArgumentParser, example: str) -> None:
     parser.add_argument(
         "overrides",
         nargs="*",
         # Without a default, argparse would call this argument required in its error messages.
         default=[],
         metavar="KEY=VALUE",
-        help="recipe keys to override, such as data.source=PATH train.epochs=3",
+        help=f"recipe keys to override, such as {example}",
     )
+
+
+def add_train_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file, such as recipes/dinov2.yaml")
+    _add_overrides(parser, "data.source=PATH train.epochs=3")
     parser.add_argument(
         "--profile",
         action="store_true",
@@ -69,6 +87,13 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--keys", nargs=0, action=_PrintKeys, help="print all recipe keys as a table and exit"
+    )
+
+
+def add_demo_options(parser: argparse.ArgumentParser) -> None:
+    _add_overrides(parser, "train.epochs=3")
+    parser.add_argument(
+        "--recipe", metavar="RECIPE", default="recipes/quickstart.yaml", help="recipe to train"
     )
 
 
@@ -82,16 +107,16 @@ def add_pack_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "destination",
-        metavar="DESTINATION",
         type=Path,
         nargs="?",
+        metavar="DESTINATION",
         help="folder for the packed set; not used with --check",
     )
     kinds = ("auto", "folders", "list", "videos")
-    parser.add_argument(
-        "--kind", choices=kinds, default="auto", help="kind of the source; auto detects it (default: auto)"
-    )
-    for option, metavar, default, help in (
+    parser.add_argument("--kind", choices=kinds, default="auto", help="kind of the source; auto detects it")
+    size = "size of a shard file in MiB; the video that reaches this size is the last one in the file"
+    _add_numbers(
+        parser,
         ("--frames", "K", PackOptions.frames, "number of evenly spaced frames per video; 0 keeps all frames"),
         (
             "--short-side",
@@ -100,16 +125,9 @@ def add_pack_options(parser: argparse.ArgumentParser) -> None:
             "short side to which larger frames are downscaled",
         ),
         ("--quality", "Q", PackOptions.quality, "JPEG quality, 1 to 100"),
-        (
-            "--shard-size",
-            "MIB",
-            PackOptions.shard_bytes >> 20,
-            "size of a shard file in MiB; the video that reaches this size is the last one in the file",
-        ),
+        ("--shard-size", "MIB", PackOptions.shard_bytes >> 20, size),
         ("--workers", "N", 0, "videos to encode at a time, each held in memory; 0 uses one per core"),
-    ):
-        help = f"{help} (default: {default})"
-        parser.add_argument(option, metavar=metavar, default=default, type=int, help=help)
+    )
     parser.add_argument(
         "--shard",
         dest="share",
@@ -117,7 +135,7 @@ def add_pack_options(parser: argparse.ArgumentParser) -> None:
         default="1/1",
         type=_share,
         help="pack only share I of N of the source, to divide the work among N machines; each share has its "
-        "own shard files (default: 1/1)",
+        "own shard files",
     )
     parser.add_argument(
         "--decoder",
@@ -125,7 +143,7 @@ def add_pack_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="where to decode video files: cpu uses PyAV; gpu uses NVDEC, but PyAV for videos that NVDEC "
         "does not support; auto uses gpu if NVDEC and DALI are available, otherwise cpu, whereas "
-        "data.decoder=auto in training always uses cpu (default: auto)",
+        "data.decoder=auto in training always uses cpu",
     )
     parser.add_argument(
         "--check", action="store_true", help="verify every frame of the packed set SOURCE instead of packing"
@@ -157,46 +175,24 @@ class PackOptions:
 def add_report_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a training run")
     parser.add_argument(
-        "--output",
-        type=Path,
-        default="report.html",
-        metavar="FILE",
-        help="HTML file to write (default: %(default)s)",
+        "--output", type=Path, default="report.html", metavar="FILE", help="HTML file to write"
     )
 
 
 def add_export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="output folder of a training run")
     parser.add_argument("file", metavar="FILE", help="file to write, such as encoder.pt2")
-    parser.add_argument(
-        "--size", type=int, nargs=2, metavar=("H", "W"),
-        help="frame size in pixels, a multiple of the patch size (default: the training crop)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--weights", metavar="PATH", help="weights of the backbone (default: those used in training)"
-    )
-
-
-def add_demo_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="recipe keys to override, such as train.epochs=3"
-    )
-    parser.add_argument(
-        "--recipe",
-        metavar="RECIPE",
-        default="recipes/quickstart.yaml",
-        help="recipe to train (default: %(default)s)",
-    )
+    help = "frame size in pixels, a multiple of the patch size (default: the training crop)"
+    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help=help)
+    help = "weights of the backbone (default: those used in training)"
+    parser.add_argument("--weights", metavar="PATH", help=help)
 
 
 def add_eval_options(parser: argparse.ArgumentParser) -> None:
     tasks = parser.add_subparsers(dest="task", required=True, metavar="{" + ",".join(TASKS) + "}")
     for name, (module, summary, add_options) in TASKS.items():
         task_parser = tasks.add_parser(
-            name,
-            help=summary,
-            description=docstring(module),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            name, help=summary, description=docstring(module), formatter_class=HelpFormatter
         )
         task_parser.add_argument(
             "--root", type=Path, required=True, metavar="DATASET", help="path of the dataset"
@@ -211,123 +207,108 @@ def add_eval_options(parser: argparse.ArgumentParser) -> None:
         add_options(task_parser)
 
 
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    encoder = parser.add_mutually_exclusive_group(required=True)
+    encoder.add_argument("--run", type=Path, metavar="RUN", help="output folder of a training run")
+    help = "backbone to evaluate without a run: mae, dino, ... or a timm ViT"
+    encoder.add_argument("--backbone", metavar="NAME", help=help)
+    parser.add_argument(
+        "--weights",
+        metavar="PATH",
+        help="weights of the backbone: a path, hf://..., timm://... or random (default: those of the run, or "
+        "random for --backbone)",
+    )
+    help = "projection to use with --backbone (a projection.safetensors)"
+    parser.add_argument("--projection", type=Path, metavar="FILE", help=help)
+    help = "number of attention heads, like backbone.num_heads in a recipe"
+    parser.add_argument("--num-heads", type=int, metavar="N", help=help)
+    help = "activation function of the MLPs, like backbone.activation"
+    parser.add_argument("--activation", metavar="NAME", help=help)
+    help = "statistic of RGB values from 0 to 1, like the key of this name in a recipe's backbone"
+    for option in ("--mean", "--std"):
+        parser.add_argument(option, type=float, nargs=3, metavar=("R", "G", "B"), help=help)
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--baseline-only", action="store_true", help="evaluate only the frozen backbone")
+    only.add_argument("--projection-only", action="store_true", help="evaluate only the projected features")
+    devices = ("auto", "cuda", "cpu")
+    help = "device; auto uses cuda if available"
+    parser.add_argument("--device", choices=devices, default="auto", help=help)
+
+
+# --- the options of tasks ------------------------------------------------------------------------------
+
+
 def add_davis_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--year",
-        choices=("2016", "2017"),
-        default="2017",
-        help="release of the dataset; 2016 merges all objects of a sequence (default: 2017)",
+    help = "release of the dataset; 2016 merges all objects of a sequence"
+    parser.add_argument("--year", choices=("2016", "2017"), default="2017", help=help)
+    help = "subset of the sequences, listed in SUBSET.txt"
+    parser.add_argument("--subset", default="val", help=help)
+    _add_numbers(
+        parser,
+        ("--height", "PIXELS", 480, "height to which frames are resized"),
+        ("--width", "PIXELS", 880, "width to which frames are resized"),
     )
-    parser.add_argument(
-        "--subset", default="val", help="subset of the sequences, listed in SUBSET.txt (default: val)"
-    )
-    for option, default in (("--height", 480), ("--width", 880)):
-        help = f"{option[2:]} to which frames are resized (default: {default})"
-        parser.add_argument(option, type=int, metavar="PIXELS", default=default, help=help)
     _add_propagation_options(parser, topk=TOPK)
 
 
 def add_vip_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--subset",
-        default="val",
-        help="subset of the videos, listed in lists/SUBSET_videos.txt (default: val)",
-    )
-    parser.add_argument(
-        "--list",
-        type=Path,
-        metavar="FILE",
-        help="text file with one video name or path per line, used instead of --subset",
-    )
-    parser.add_argument(
-        "--long-side",
-        type=int,
-        metavar="PIXELS",
-        default=880,
-        help="long side to which frames are resized (default: 880)",
-    )
+    help = "subset of the videos, listed in lists/SUBSET_videos.txt"
+    parser.add_argument("--subset", default="val", help=help)
+    help = "text file with one video name or path per line, used instead of --subset"
+    parser.add_argument("--list", type=Path, metavar="FILE", help=help)
+    _add_numbers(parser, ("--long-side", "PIXELS", 880, "long side to which frames are resized"))
     _add_propagation_options(parser, topk=10)
 
 
 def add_jhmdb_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--split", type=int, choices=(1, 2, 3), default=1, help="test split (default: 1)")
+    parser.add_argument("--split", type=int, choices=(1, 2, 3), default=1, help="test split")
     parser.add_argument(
         "--list",
         type=Path,
         metavar="FILE",
         help="list of test clips to use instead of --split, one per line (CLASS/CLIP or videowalk's format)",
     )
-    parser.add_argument(
-        "--size",
-        type=int,
-        metavar="PIXELS",
-        default=320,
-        help="side of the squares to which frames are resized (default: 320)",
-    )
-    parser.add_argument(
-        "--sigma",
-        type=float,
-        metavar="CELLS",
-        default=0.5,
-        help="standard deviation of a joint's Gaussian, in grid cells (default: 0.5)",
+    _add_numbers(
+        parser,
+        ("--size", "PIXELS", 320, "side of the squares to which frames are resized"),
+        ("--sigma", "CELLS", 0.5, "standard deviation of a joint's Gaussian, in grid cells"),
     )
     _add_propagation_options(parser, topk=TOPK)
 
 
 def _add_propagation_options(parser: argparse.ArgumentParser, *, topk: int) -> None:
     """Add the propagation settings. The default of `topk` differs between benchmarks."""
-    parser.add_argument(
-        "--context",
-        type=int,
-        metavar="N",
-        default=CONTEXT,
-        help="number of preceding frames to attend to, besides the first frame (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--radius",
-        type=float,
-        metavar="CELLS",
-        default=RADIUS,
-        help="radius of the search in the preceding frames, in grid cells (default: %(default)g)",
-    )
-    parser.add_argument(
-        "--topk",
-        type=int,
-        metavar="K",
-        default=topk,
-        help="number of most similar tokens whose labels are combined (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        metavar="T",
-        default=TEMPERATURE,
-        help="temperature of the softmax that weights these labels (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--pictures",
-        type=int,
-        metavar="N",
-        default=8,
-        help="number of sequences to draw, evenly spaced over the list (default: %(default)s)",
+    _add_numbers(
+        parser,
+        ("--context", "N", CONTEXT, "number of preceding frames to attend to, besides the first frame"),
+        ("--radius", "CELLS", RADIUS, "radius of the search in the preceding frames, in grid cells"),
+        ("--topk", "K", topk, "number of most similar tokens whose labels are combined"),
+        ("--temperature", "T", TEMPERATURE, "temperature of the softmax that weights these labels"),
+        ("--pictures", "N", 8, "number of sequences to draw, evenly spaced over the list"),
     )
 
 
 def add_consistency_options(parser: argparse.ArgumentParser) -> None:
-    for option, metavar, default, help in (
+    _add_numbers(
+        parser,
         ("--num-frames", "N", 40, "number of evenly spaced frames per video"),
         ("--num-videos", "N", 1000, "maximum number of videos, evenly spaced over the source"),
         ("--image-size", "PIXELS", 224, "side of the centre crop"),
-    ):
-        help = f"{help} (default: {default})"
-        parser.add_argument(option, type=int, metavar=metavar, default=default, help=help)
+    )
 
 
 def add_retrieval_options(parser: argparse.ArgumentParser) -> None:
-    _add_video_options(parser)
+    """Add the options of datasets with a label per video."""
+    help = "layout of the lists; auto detects it from their names"
+    parser.add_argument("--dataset", choices=("auto", *LAYOUTS), default="auto", help=help)
+    help = "split of UCF101 or HMDB51"
+    parser.add_argument("--split", type=int, choices=(1, 2, 3), default=1, help=help)
+    _add_list_options(
+        parser, "list of training videos: `path label` per line, CSV as in kinetics or JSON as in ssv2"
+    )
+    parser.add_argument("--allow-missing", action="store_true", help="skip listed videos that are missing")
     _add_feature_options(parser)
-    help = "number of evenly spaced frames per video (default: 16)"
-    parser.add_argument("--num-frames", type=int, metavar="N", default=16, help=help)
+    _add_numbers(parser, ("--num-frames", "N", 16, "number of evenly spaced frames per video"))
 
 
 def add_probe_options(parser: argparse.ArgumentParser) -> None:
@@ -338,99 +319,49 @@ def add_probe_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=list(NEIGHBOURS),
         metavar="K",
-        help="values of k for k-NN; those above the number of training videos are skipped "
-        f"(default: {' '.join(map(str, NEIGHBOURS))})",
+        help="values of k for k-NN; those above the number of training videos are skipped",
     )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=KNN_TEMPERATURE,
-        metavar="T",
-        help="temperature of the k-NN votes (default: %(default)s)",
+    _add_numbers(
+        parser,
+        ("--temperature", "T", KNN_TEMPERATURE, "temperature of the k-NN votes"),
+        ("--max-iterations", "N", MAX_ITERATIONS, "maximum number of L-BFGS iterations"),
     )
-    _add_classifier_options(parser)
 
 
 def add_localization_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of datasets with a label per frame."""
+    parser.set_defaults(dataset="frames", allow_missing=False)
+    parser.add_argument("--split", default="1", metavar="N", help="split, listed in splits/*.splitN.bundle")
+    _add_list_options(parser, "list of training videos to use instead of splits/train.splitN.bundle")
+    parser.add_argument(
+        "--background",
+        nargs="*",
+        metavar="LABEL",
+        help="labels whose segments are not scored; without LABEL, all are scored (default: the label "
+        "background, if there is one, as in MS-TCN)",
+    )
     _add_feature_options(parser)
-    _add_frame_options(parser)
-    parser.add_argument(
-        "--stride", type=int, default=1, metavar="N", help="encode every N-th frame (default: 1)"
+    _add_numbers(
+        parser,
+        ("--stride", "N", 1, "encode every N-th frame"),
+        ("--smooth", "N", 1, "average the predictions over N encoded frames"),
+        ("--max-train-frames", "N", 200_000, "fit the classifier to at most N evenly spaced frames"),
+        ("--max-iterations", "N", MAX_ITERATIONS, "maximum number of L-BFGS iterations"),
     )
-    parser.add_argument(
-        "--smooth",
-        type=int,
-        default=1,
-        metavar="N",
-        help="average the predictions over N encoded frames (default: 1)",
-    )
-    parser.add_argument(
-        "--max-train-frames",
-        type=int,
-        default=200_000,
-        metavar="N",
-        help="fit the classifier to at most N evenly spaced frames (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--tiou",
-        choices=TEMPORAL_IOU,
-        default="thumos",
-        help="IoU thresholds of the mAP: thumos 0.1 to 0.7, activitynet 0.5 to 0.95 (default: thumos)",
-    )
-    _add_classifier_options(parser)
+    help = "IoU thresholds of the mAP: thumos 0.1 to 0.7, activitynet 0.5 to 0.95"
+    parser.add_argument("--tiou", choices=TEMPORAL_IOU, default="thumos", help=help)
 
 
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    encoder = parser.add_mutually_exclusive_group(required=True)
-    encoder.add_argument("--run", type=Path, metavar="RUN", help="output folder of a training run")
-    encoder.add_argument(
-        "--backbone",
-        metavar="NAME",
-        help="backbone to evaluate without a run: mae, dino, ... or a timm ViT",
-    )
-    parser.add_argument(
-        "--weights",
-        metavar="PATH",
-        help="weights of the backbone: a path, hf://..., timm://... or random (default: those of the run, or "
-        "random for --backbone)",
-    )
-    parser.add_argument(
-        "--projection",
-        type=Path,
-        metavar="FILE",
-        help="projection to use with --backbone (a projection.safetensors)",
-    )
-    parser.add_argument(
-        "--num-heads",
-        type=int,
-        metavar="N",
-        help="number of attention heads, like backbone.num_heads in a recipe",
-    )
-    parser.add_argument(
-        "--activation",
-        choices=ACTIVATIONS,
-        help="activation function of the MLPs, like backbone.activation",
-    )
-    for option in ("--mean", "--std"):
-        parser.add_argument(
-            option, type=float, nargs=3, metavar=("R", "G", "B"),
-            help="statistic of RGB values from 0 to 1, like the key of this name in a recipe's backbone",
-        )  # fmt: skip
-    only = parser.add_mutually_exclusive_group()
-    only.add_argument("--baseline-only", action="store_true", help="evaluate only the frozen backbone")
-    only.add_argument("--projection-only", action="store_true", help="evaluate only the projected features")
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cuda", "cpu"),
-        default="auto",
-        help="device; auto uses cuda if available (default: auto)",
-    )
+def _add_list_options(parser: argparse.ArgumentParser, train_help: str) -> None:
+    parser.epilog = docstring("fasttrain.evaluation.datasets")
+    parser.add_argument("--train-list", type=Path, metavar="FILE", help=train_help)
+    help = "list of test videos, in the format of --train-list"
+    parser.add_argument("--test-list", type=Path, metavar="FILE", help=help)
+    help = "folder or packed set of the videos (default: the path given as --root)"
+    parser.add_argument("--videos", type=Path, metavar="FOLDER", help=help)
 
 
 def _add_feature_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--image-size", type=int, metavar="PIXELS", default=224, help="side of the centre crop (default: 224)"
-    )
     parser.add_argument(
         "--cache",
         type=Path,
@@ -438,80 +369,21 @@ def _add_feature_options(parser: argparse.ArgumentParser) -> None:
         help="folder of cached features, which tasks and runs can share; all processes need access to it "
         "(default: cache in the folder of the results)",
     )
-    parser.add_argument(
-        "--precision",
-        choices=("fp32", "bf16"),
-        default="fp32",
-        help="precision of the encoder (default: fp32)",
-    )
-    for option, default, help in (
-        ("--batch-size", 32, "number of frames per batch"),
-        ("--workers", 0, "number of decoding threads; 0 uses one per core, up to 16"),
-    ):
-        help = f"{help} (default: {default})"
-        parser.add_argument(option, type=int, metavar="N", default=default, help=help)
-
-
-def _add_video_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of datasets with a label per video."""
-    parser.add_argument(
-        "--dataset",
-        choices=("auto", *LAYOUTS),
-        default="auto",
-        help="layout of the lists; auto detects it from their names (default: auto)",
-    )
-    parser.add_argument(
-        "--split", type=int, choices=(1, 2, 3), default=1, help="split of UCF101 or HMDB51 (default: 1)"
-    )
-    _add_list_options(
-        parser, "list of training videos: `path label` per line, CSV as in kinetics or JSON as in ssv2"
-    )
-    parser.add_argument("--allow-missing", action="store_true", help="skip listed videos that are missing")
-
-
-def _add_frame_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of datasets with a label per frame."""
-    parser.set_defaults(dataset="frames", allow_missing=False)
-    parser.add_argument(
-        "--split", default="1", metavar="N", help="split, listed in splits/*.splitN.bundle (default: 1)"
-    )
-    _add_list_options(parser, "list of training videos to use instead of splits/train.splitN.bundle")
-    parser.add_argument(
-        "--background",
-        nargs="*",
-        default=None,
-        metavar="LABEL",
-        help="labels whose segments are not scored; without LABEL, all are scored (default: the label "
-        "background, if there is one, as in MS-TCN)",
-    )
-
-
-def _add_list_options(parser: argparse.ArgumentParser, train_help: str) -> None:
-    parser.epilog = docstring("fasttrain.evaluation.datasets")
-    parser.add_argument("--train-list", type=Path, metavar="FILE", help=train_help)
-    parser.add_argument(
-        "--test-list", type=Path, metavar="FILE", help="list of test videos, in the format of --train-list"
-    )
-    parser.add_argument(
-        "--videos",
-        type=Path,
-        metavar="FOLDER",
-        help="folder or packed set of the videos (default: the path given as --root)",
-    )
-
-
-def _add_classifier_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--max-iterations",
-        type=int,
-        metavar="N",
-        default=MAX_ITERATIONS,
-        help="maximum number of L-BFGS iterations (default: %(default)s)",
+    help = "precision of the encoder"
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help=help)
+    _add_numbers(
+        parser,
+        ("--image-size", "PIXELS", 224, "side of the centre crop"),
+        ("--batch-size", "N", 32, "number of frames per batch"),
+        ("--workers", "N", 0, "number of decoding threads; 0 uses one per core, up to 16"),
     )
 
 
 def add_no_options(parser: argparse.ArgumentParser) -> None:
     """Do nothing, for commands without arguments."""
+
+
+# --- the commands --------------------------------------------------------------------------------------
 
 
 class Command(NamedTuple):

@@ -1,12 +1,18 @@
 """The options, whose module repeats some names so that it need not import their definitions."""
 
 from fasttrain import options
-from fasttrain.configuration import ACTIVATIONS
 from fasttrain.evaluation.datasets import _LAYOUTS
 from fasttrain.evaluation.metrics import TEMPORAL_IOU
 
 
 def test_choices_are_those_of_the_modules_that_define_them() -> None:
-    assert set(options.ACTIVATIONS) == set(ACTIVATIONS)
     assert {*options.LAYOUTS, "frames"} == set(_LAYOUTS)
     assert set(options.TEMPORAL_IOU) == set(TEMPORAL_IOU)
+
+
+def test_help_names_the_defaults_of_options_that_have_one() -> None:
+    text = options.new_parser("pack").format_help()
+    assert "(default: 256)" in text
+    assert "uses one per core (default: 0)" in " ".join(text.split())
+    assert "default: None" not in text
+    assert "default: False" not in text
