@@ -30,7 +30,7 @@ from fasttrain.optimizer import build_optimizer
 from fasttrain.profiling import RECORDED_PASS, span
 from fasttrain.projection import PROJECTION_FILE, Projection
 from fasttrain.recipe import Recipe, to_dict
-from fasttrain.video_encoder import UNSTORED, earlier_settings, projection_metadata
+from fasttrain.video_encoder import UNSTORED, check_backbone, earlier_settings, projection_metadata
 
 
 class Meter:
@@ -153,6 +153,9 @@ class BackboneTrainer:
                 f"run has the head {own.head} and width {own.dim} ({self.name}). Set projection.head, or "
                 f"choose a projection that was trained on this backbone"
             )
+        # Published projections do not say on which weights they were trained.
+        if "weights_hash" in given.metadata:
+            check_backbone(given, self.encoder, f"projection.weights: {location!r}")
         own.load_state_dict(given.state_dict())
 
     def calibrate(self, frames: Tensor) -> None:

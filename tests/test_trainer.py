@@ -624,6 +624,8 @@ def test_training_can_start_from_a_projection(frames: Path, finished: Path, tmp_
         Interrupted(tiny(frames, tmp_path / "other", projection=start), 3, crash).train()
     with pytest.raises(InputError, match=r"projection\.weights: .* head linear and width 32, .* head mlp2"):
         run(tiny(frames, tmp_path / "mlp2", projection={**start, "head": "mlp2"}))
+    with pytest.raises(InputError, match=r"projection\.weights: .* are not those used in training"):
+        run(tiny(frames, tmp_path / "deep", projection=start, backbone={"depth": 2}))
     # A resumed run does not read it again.
     projection.unlink()
     run(tiny(frames, tmp_path / "other", projection=start))
@@ -724,7 +726,7 @@ def test_the_first_and_last_lines_describe_the_run(
     for line in (
         "  epoch          6 pairs = 6 videos x 1 pairs",
         "  global batch   4 pairs = batch_size 4 x accumulate 1 x 1 process",
-        "  training       4 steps = 2.67 epochs, of which 1 warm up",
+        "  training       4 steps = 2.67 epochs, including a warm-up of 1",
         "  learning rate  1.6e-06 at its peak = 0.0001 x 4 / 256",
         "warning: a learning rate of 1.6e-06 is far below that of the project's recipes; for 0.0002 at this "
         "global batch, set optimizer.lr=0.013",
