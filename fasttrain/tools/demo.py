@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
         f"time        {time.perf_counter() - start:.0f} s",
         "",
         "Next, try DINOv2 itself, or your own videos:",
-        "  make demo WEIGHTS=timm://vit_small_patch14_dinov2.lvd142m",
+        "  fasttrain demo backbone.weights=timm://vit_small_patch14_dinov2.lvd142m output=runs/dinov2",
         "  fasttrain recipes/dinov2.yaml data.source=VIDEOS output=runs/mine",
     ):
         say(line)

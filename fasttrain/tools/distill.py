@@ -5,8 +5,7 @@
 The student has the teacher's first blocks, each with fewer heads and hidden units. It works in a subspace of
 the teacher's residual stream: that of the principal components of the teacher's tokens. It starts from the
 teacher's weights, projected on this subspace. Then each of its blocks learns to give the tokens that the
-teacher has after this block, and its final norm those after the last copied block, normalised. Intermediate
-tokens suit a small encoder, and labels propagate nearly as well with them as with the last ones.
+teacher has after this block, and its final norm those after the last copied block, normalised.
 
 The teacher, a DINOv2 without register tokens, encodes fixed views of the frames once. Training flips views
 and tokens at random. The result is a checkpoint in float16 for `load_backbone("dinov2", weights=...)`.
@@ -193,13 +192,7 @@ def shrink(teacher: Any, basis_CD: Tensor, depth: int) -> Any:
     return student
 
 
-def train(
-    student: Any,
-    teacher: Backbone,
-    views: list[Views],
-    held_out: list[Views],
-    path: Path,
-) -> None:
+def train(student: Any, teacher: Backbone, views: list[Views], held_out: list[Views], path: Path) -> None:
     """Minimise the mean over blocks of the squared error of the tokens, relative to their variance."""
     matrices = [p for p in student.parameters() if p.ndim > 1]
     others = [p for p in student.parameters() if p.ndim <= 1]

@@ -39,39 +39,10 @@ HOSTILE = "\x1b]0;title\x07\x1b[2J\r\x9b31m\nfasttrain: all is well\u202egpj"
 MARKUP = '<img src=x onerror="alert(1)">'
 # Elements of the report, without those that can run code or load files.
 ELEMENTS = {
-    *(
-        "html",
-        "head",
-        "body",
-        "meta",
-        "title",
-        "style",
-        "nav",
-        "div",
-        "h1",
-        "h2",
-        "h3",
-        "p",
-        "small",
-        "b",
-        "a",
-    ),
-    *(
-        "ul",
-        "li",
-        "table",
-        "tr",
-        "th",
-        "td",
-        "figure",
-        "figcaption",
-        "img",
-        "video",
-        "details",
-        "summary",
-        "pre",
-    ),
-}
+    "html", "head", "body", "meta", "title", "style", "nav", "div", "h1", "h2", "h3", "p", "small", "b", "a",
+    "ul", "li", "table", "tr", "th", "td", "figure", "figcaption", "img", "video", "details", "summary",
+    "pre",
+}  # fmt: skip
 # More memory than any command may use in addition to what the libraries need.
 BOMB = 3 * 2**29
 
