@@ -237,7 +237,7 @@ class Trainer:
             "epoch": f"{pairs:,} pairs = {videos:,} videos x {data.pairs_per_video} pairs",
             "global batch": f"{self.global_batch:,} pairs = batch_size {train.batch_size} x accumulate "
             f"{train.accumulate} x {world.size} process{'es' * (world.size > 1)}",
-            "training": f"{steps}, including a warm-up of {warm_up:,.0f}",
+            "training": f"{steps}, warm-up {warm_up:,.0f}",
             "learning rate": f"{self.peak_lr:.2g} at its peak = {self.recipe.optimizer.lr:g} x "
             f"{self.global_batch} / 256",
             "output": self.recipe.output,

@@ -40,8 +40,9 @@ def run(arguments: argparse.Namespace) -> None:
         return
     path, result = evaluated
     _, description, _ = TASKS[result.task]
-    title = f"{result.task}: {description}\n{result.model.backbone}, {result.model.weights}"
-    print_table(title, result.results)
+    say(f"{result.task}: {description}")
+    say(f"{result.model.backbone}, {result.model.weights}")
+    print_table(result.results)
     print_others(path)
     say(f"results written to {path}")
 

@@ -249,9 +249,9 @@ def distinguish(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 # --- the terminal --------------------------------------------------------------------------------------
 
 
-def print_table(title: str, by_variant: ByVariant) -> None:
+def print_table(by_variant: ByVariant) -> None:
     """Print one row per metric, with the direction that is better and one column per variant."""
-    table = Table(title=escape("\n".join(map(printable, title.split("\n")))))
+    table = Table()
     table.add_column("metric")
     table.add_column("better")
     for variant in by_variant:

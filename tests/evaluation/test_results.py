@@ -130,9 +130,9 @@ def test_only_settings_that_differ_are_named() -> None:
     ]
 
 
-def test_table_title_is_not_parsed_as_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    print_table("weights[/b] [red]", {"before": {"J": float("nan")}})
-    assert "weights[/b]" in capsys.readouterr().out
+def test_names_of_metrics_are_not_parsed_as_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table({"before": {"class[/b] [red]": float("nan")}})
+    assert "class[/b] [red]" in capsys.readouterr().out
 
 
 def test_the_table_does_not_end_a_command_whose_output_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,4 +140,4 @@ def test_the_table_does_not_end_a_command_whose_output_is_cut_off(monkeypatch: p
     os.close(reader)
     with open(writer, "w") as out:
         monkeypatch.setattr(sys, "stdout", out)
-        print_table("title", RESULTS)
+        print_table(RESULTS)
