@@ -296,7 +296,7 @@ def print_others(path: Path) -> None:
     )
     for (date, other), result, difference in zip(shown, others, differences, strict=True):
         values = [
-            f"{metric} {' -> '.join(map(format_value, result.values(metric).values()))}"
+            f"{metric} {' -> '.join(map(format_value, result.values(metric).values())) or '-'}"
             for metric in result.headlines
         ]
         mark, when = "*" if other == path else " ", date[:16].replace("T", " ") or "no date".ljust(16)

@@ -101,16 +101,21 @@ def test_other_results_of_the_benchmark_are_printed(
     print_others(path)
     assert capsys.readouterr().out == ""
     # As version 0.1.0 wrote it.
-    old = {"task": "davis", "model": {"backbone": "dino", "weights": "a.pth"}, "settings": {"topk": 5}}
+    old: dict[str, Any] = {
+        "task": "davis",
+        "model": {"backbone": "dino", "weights": "a.pth"},
+        "settings": {"topk": 5},
+    }
     (tmp_path / "davis").mkdir()
-    (tmp_path / "davis" / "davis.json").write_text(json.dumps({**old, "results": RESULTS, "pictures": []}))
+    old |= {"results": {"before": {"J&F-Mean": None}}, "pictures": []}
+    (tmp_path / "davis" / "davis.json").write_text(json.dumps(old))
     (tmp_path / "damaged.json").write_text("{")
     write(tmp_path, encoder, topk=10)
     print_others(path)
     heading, *lines = capsys.readouterr().out.splitlines()
     assert heading == f"all results of davis in {tmp_path} (* this one):"
     assert len(lines) == 3
-    assert lines[0].startswith("   no date           J&F-Mean 0.5000 -> 0.6000  davis/davis.json  topk=5")
+    assert lines[0].startswith("   no date           J&F-Mean -  davis/davis.json  topk=5")
     assert lines[0].endswith("weights=a.pth, projection=none")
     assert [line.split("topk=")[1].split(",")[0] for line in lines if line.startswith("*")] == ["7"]
 
