@@ -31,6 +31,7 @@ from fasttrain.profiling import RECORDED_PASS, span
 from fasttrain.projection import PROJECTION_FILE, Projection
 from fasttrain.recipe import Recipe, to_dict
 from fasttrain.video_encoder import UNSTORED, check_backbone, earlier_settings, projection_metadata
+from fasttrain.weights import hash_state_dict
 
 
 class Meter:
@@ -147,6 +148,7 @@ class BackboneTrainer:
         if location == "random":
             return
         given = self.world.run_on_all(lambda: Projection.find(location))
+        self.world.check_same(hash_state_dict(given.state_dict()), f"projection.weights: {location!r}")
         if (given.head, given.dim) != (own.head, own.dim):
             raise InputError(
                 f"projection.weights: {location!r} has the head {given.head} and width {given.dim}, but this "

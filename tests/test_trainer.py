@@ -618,6 +618,10 @@ def test_training_can_start_from_a_projection(frames: Path, finished: Path, tmp_
     trainer = Trainer(tiny(frames, tmp_path / "one", projection=start), World.single())
     for name, tensor in trainer.backbone_trainers[0].projection.state_dict().items():
         assert torch.equal(tensor, weights(finished)[name])
+    # Another node has another file.
+    trainer.backbone_trainers[0].world = OneOfTwo("another hash", str)
+    with pytest.raises(InputError, match=r"projection\.weights: .* ranks 0 and 1 differ"):
+        trainer.backbone_trainers[0].load_projection()
     run(tiny(frames, tmp_path / "one", projection=start))
     assert weights(tmp_path / "one")["norm.weight"].ne(weights(finished)["norm.weight"]).any()
     with pytest.raises(RuntimeError, match="crashed"):
