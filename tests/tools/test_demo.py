@@ -16,7 +16,7 @@ def test_the_demo_trains_evaluates_and_explains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "SIZE", ("--height", "56", "--width", "112"))
+    monkeypatch.setattr(demo, "SIZE", ("--height", "56", "--width", "112", "--pictures", "1"))
     # Version 0.1.0 left its clips there, and an earlier version of the package may have had other files.
     Path("data/demo/videos").mkdir(parents=True)
     shutil.copy(demo.PACKAGED / "held_out" / "goat.mp4", "data/demo/videos/scene_000.mp4")
