@@ -121,10 +121,12 @@ def _run_command(words: list[str]) -> int:
 
 
 def _import_module(name: str) -> ModuleType:
-    """Import a module that needs PyTorch, and print signs of life, because this may take long."""
+    """Import a module, and print signs of life, because PyTorch may take long."""
     from fasttrain.loggers import EnduringConsole, working
 
-    with working("importing PyTorch", EnduringConsole(quiet=os.environ.get("RANK", "0") != "0")):
+    # `fasttrain schema` does not need PyTorch, and its output is a file.
+    quiet = os.environ.get("RANK", "0") != "0" or name == COMMANDS["schema"].module
+    with working("importing PyTorch", EnduringConsole(quiet=quiet)):
         return importlib.import_module(name)
 
 

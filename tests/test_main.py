@@ -2,10 +2,14 @@
 
 import errno
 import io
+import json
 import re
 import subprocess
 import sys
+import time
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,6 +49,23 @@ print(*roots - set(sys.stdlib_module_names))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["fasttrain"]
+
+
+def test_signs_of_life_are_not_printed_into_the_schema(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`fasttrain schema > FILE` must write JSON, however slow the disk is."""
+
+    def import_slowly(name: str) -> ModuleType:
+        time.sleep(0.1)
+        return import_module(name)
+
+    monkeypatch.setattr("fasttrain.loggers.SILENCE", 0.01)
+    monkeypatch.setattr("fasttrain.__main__.importlib", SimpleNamespace(import_module=import_slowly))
+    assert main(["schema"]) == 0
+    assert "properties" in json.loads(capsys.readouterr().out)
+    assert main(["doctor"]) == 0
+    assert "importing PyTorch (0 s so far)" in capsys.readouterr().out
 
 
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
