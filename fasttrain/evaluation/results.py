@@ -66,8 +66,8 @@ _NOT_PROTOCOL = (
     *("task", "output", "run", "backbone", "weights", "projection", "num_heads", "activation", "mean", "std"),
     *("baseline_only", "projection_only", "device", "cache", "workers", "batch_size", "pictures"),
 )
-# Settings that say where the model and the results are. The model itself is known by its hashes.
-_LOCATIONS = ("output", "run", "weights", "projection")
+# Settings that say where the model, the results and cached features are. The model is known by its hashes.
+_LOCATIONS = ("output", "run", "weights", "projection", "cache")
 
 ByVariant = Mapping[str, Mapping[str, float | None]]
 

@@ -43,8 +43,9 @@ def write(folder: Path, encoder: Backbone, seed: int | None = 0, **settings: Any
 
 
 def test_only_a_repetition_replaces_a_result(tmp_path: Path, encoder: Backbone) -> None:
-    first = write(tmp_path, encoder, year="2017", output=tmp_path / "one")
-    assert write(tmp_path, encoder, year="2017", output=tmp_path / "moved") == first
+    first = write(tmp_path, encoder, year="2017", output=tmp_path / "one", cache=None)
+    moved = {"output": tmp_path / "moved", "cache": tmp_path / "cache"}
+    assert write(tmp_path, encoder, year="2017", **moved) == first
     listed = tmp_path / "list.txt"
     listed.write_text("a")
     with_list = write(tmp_path, encoder, list=listed)
