@@ -18,6 +18,7 @@ $(VENV)/.installed: setup.py pyproject.toml
 # WEIGHTS=timm://vit_small_patch14_dinov2.lvd142m uses that encoder instead of the small one in the package.
 demo: install
 	$(BIN)/python -m fasttrain demo $(if $(WEIGHTS),backbone.weights=$(WEIGHTS) output=runs/$(notdir $(WEIGHTS)))
+	@echo "These commands need the environment: source $(VENV)/bin/activate"
 
 # One single-threaded process per core, because most tests are too small to use several threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile

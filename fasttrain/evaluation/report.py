@@ -290,8 +290,11 @@ def _draw_plots(
     trained = [run.folder for run in runs if run.has_metrics]
     if trained:
         path = folder / "learning.png"
-        with _noting(problems):
+        try:
             plots.learning_curves(trained, path)
+        except InputError as error:
+            problems.append(str(error))
+        else:
             drawn["Learning curves"] = _embed(path, problems)
     consistency = [
         (run.name, result)
