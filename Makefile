@@ -17,7 +17,7 @@ $(VENV)/.installed: setup.py pyproject.toml
 
 # WEIGHTS=timm://vit_small_patch14_dinov2.lvd142m uses that encoder instead of the small one in the package.
 demo: install
-	$(BIN)/python -m fasttrain demo $(if $(WEIGHTS),backbone.weights=$(WEIGHTS) output=runs/$(notdir $(WEIGHTS)))
+	$(BIN)/python -m fasttrain demo $(if $(WEIGHTS),backbone.weights=$(WEIGHTS) output=runs/$(basename $(notdir $(WEIGHTS))))
 	@echo "These commands need the environment: source $(VENV)/bin/activate"
 
 # One single-threaded process per core, because most tests are too small to use several threads.

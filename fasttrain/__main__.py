@@ -124,9 +124,8 @@ def _import_module(name: str) -> ModuleType:
     """Import a module, and print signs of life, because PyTorch may take long."""
     from fasttrain.loggers import EnduringConsole, working
 
-    # `fasttrain schema` does not need PyTorch, and its output is a file.
-    quiet = os.environ.get("RANK", "0") != "0" or name == COMMANDS["schema"].module
-    with working("importing PyTorch", EnduringConsole(quiet=quiet)):
+    console = EnduringConsole(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
+    with working("importing PyTorch", console):
         return importlib.import_module(name)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import sys
 import textwrap
 import threading
 import time
@@ -124,7 +123,7 @@ class EnduringConsole(Console):
         self.quiet = True
         # Python flushes stdout again at exit (see "Note on SIGPIPE" in the documentation of `signal`).
         with open(os.devnull, "w") as devnull:
-            os.dup2(devnull.fileno(), sys.stdout.fileno())
+            os.dup2(devnull.fileno(), self.file.fileno())
 
 
 def say(line: str, console: Console | None = None) -> None:

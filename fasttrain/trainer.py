@@ -247,10 +247,12 @@ class Trainer:
         """Yield what is far from the recipes of this project, and what to do about it."""
         lowest, highest = (factor * FACTOR_FAR**sign for factor, sign in zip(PEAK_LRS, (-1, 1), strict=True))
         if not lowest <= self.peak_lr <= highest:
-            side, wanted = ("below", PEAK_LRS[0]) if self.peak_lr < lowest else ("above", PEAK_LRS[1])
+            low, wanted = self.peak_lr < lowest, PEAK_LRS[self.peak_lr > highest]
+            lr = f"optimizer.lr to {wanted * 256 / self.global_batch:.2g}"
             yield (
-                f"a learning rate of {self.peak_lr:.2g} is far {side} that of the project's recipes; for "
-                f"{wanted:g} at this global batch, set optimizer.lr={wanted * 256 / self.global_batch:.2g}"
+                f"the learning rate for a global batch of {self.global_batch}, {self.peak_lr:.2g}, is far "
+                f"{'below' if low else 'above'} the {wanted:g} of {'the paper' if low else 'the demo'}; "
+                + (f"raise train.accumulate, or {lr}" if low else f"lower {lr} or less")
             )
         if self.total_steps < FEW_STEPS:
             yield (

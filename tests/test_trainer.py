@@ -732,8 +732,8 @@ def test_the_first_and_last_lines_describe_the_run(
         "  global batch   4 pairs = batch_size 4 x accumulate 1 x 1 process",
         "  training       4 steps = 2.67 epochs, warm-up 1",
         "  learning rate  1.6e-06 at its peak = 0.0001 x 4 / 256",
-        "warning: a learning rate of 1.6e-06 is far below that of the project's recipes; for 0.0002 at this "
-        "global batch, set optimizer.lr=0.013",
+        "warning: the learning rate for a global batch of 4, 1.6e-06, is far below the 0.0002 of the paper; "
+        "raise train.accumulate, or optimizer.lr to 0.013",
     ):
         assert f"{line}\n" in out
     # A long path wraps the line.

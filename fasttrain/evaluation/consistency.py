@@ -25,7 +25,7 @@ from fasttrain.evaluation import plots
 from fasttrain.evaluation.frames import centre_crop, stream_frames
 from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.trade_off import MIN_FRAMES, VideoMeasures, measure_video, summarise
-from fasttrain.loggers import say
+from fasttrain.loggers import Progress, say
 from fasttrain.recipe import Recipe
 
 # The metrics recorded during training. The trade-off plot shows the two normalised distances.
@@ -40,25 +40,15 @@ def run(
     index = open_source(arguments.root)
     measured: dict[int, dict[str, VideoMeasures]] = {}
     skipped: dict[int, str] = {}
-    for video in world.shard(evenly_spaced(len(index), arguments.num_videos)):
-        try:
-            frames_T3HW = _read_frames(
-                index, video, arguments.num_frames, arguments.image_size, model.encoder
-            )
-        except UnreadableFrameError as error:
-            skipped[video] = f"{index.names[video]}: {error}"
-            continue
-        # Encode one frame at a time to bound the memory.
-        tokens = [model.tokens(frame_3HW[None].to(world.device)) for frame_3HW in frames_T3HW]
-        measured[video] = {}
-        for variant in model.variants:
-            tokens_TND = torch.cat([by_variant[variant] for by_variant in tokens])
-            if not tokens_TND.isfinite().all():
-                raise LocalInputError(
-                    f"video {index.names[video]!r}: its features {variant} the projection are not all "
-                    "finite. Check its frames and the weights."
-                )
-            measured[video][variant] = measure_video(tokens_TND)
+    videos = world.shard(evenly_spaced(len(index), arguments.num_videos))
+    with Progress("videos", len(videos), enabled=world.is_main) as progress:
+        for video in videos:
+            progress.advance(0, index.names[video])
+            try:
+                measured[video] = _measure(index, video, arguments, model, world.device)
+            except UnreadableFrameError as error:
+                skipped[video] = f"{index.names[video]}: {error}"
+            progress.advance()
     measured, skipped = world.merge(measured), world.merge(skipped)
     if not world.is_main:
         return None
@@ -80,6 +70,25 @@ def run(
         point = (model.encoder.name, results["before"], results["after"])
         plots.trade_off([point], output / "figures" / "trade_off.png")
     return {"data": {"videos": len(measured), "skipped": reasons}, "results": results}
+
+
+def _measure(
+    index: FrameIndex, video: int, arguments: argparse.Namespace, model: EvaluatedModel, device: torch.device
+) -> dict[str, VideoMeasures]:
+    """Measure one video with each variant. Raises UnreadableFrameError if it cannot be read."""
+    frames_T3HW = _read_frames(index, video, arguments.num_frames, arguments.image_size, model.encoder)
+    # Encode one frame at a time to bound the memory.
+    tokens = [model.tokens(frame_3HW[None].to(device)) for frame_3HW in frames_T3HW]
+    measured = {}
+    for variant in model.variants:
+        tokens_TND = torch.cat([by_variant[variant] for by_variant in tokens])
+        if not tokens_TND.isfinite().all():
+            raise LocalInputError(
+                f"video {index.names[video]!r}: its features {variant} the projection are not all "
+                "finite. Check its frames and the weights."
+            )
+        measured[variant] = measure_video(tokens_TND)
+    return measured
 
 
 def _read_frames(

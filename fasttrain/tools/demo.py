@@ -56,9 +56,9 @@ def run(arguments: argparse.Namespace) -> None:
         f"run folder  {folder}",
         f"time        {time.perf_counter() - start:.0f} s",
         "",
-        "Next, try DINOv2 itself, or your own videos:",
-        "  fasttrain demo backbone.weights=timm://vit_small_patch14_dinov2.lvd142m output=runs/dinov2",
+        "Next, train on your own videos, or see the demo with DINOv2 ViT-S/14:",
         "  fasttrain recipes/dinov2.yaml data.source=VIDEOS output=runs/mine",
+        "  fasttrain demo backbone.weights=timm://vit_small_patch14_dinov2.lvd142m output=runs/dinov2",
     ):
         say(line)
 
@@ -108,6 +108,9 @@ def print_results(propagation: Result, analysis: Result) -> None:
         say(f"{metric:<20}{meaning(metric)}")
     say("")
     say(f"J is higher after the projection on {sum(gain > 0 for gain in gains)} of {len(gains)} clips.")
+    if sum(gains) < 0:
+        say("So little video can harm a strong encoder. Train on more video, with a lower")
+        say("optimizer.lr or a higher objective.lambda_reg.")
     if worse:
         say(f"Worse after the projection: {', '.join(worse)}.")
         say("Training weighs consistency against separability: see objective.lambda_reg.")
