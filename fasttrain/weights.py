@@ -182,6 +182,19 @@ def _find(weights: str) -> tuple[Source, str]:
     return Source(weights, None, repo, revision, "" if folder == PurePosixPath(".") else str(folder)), name
 
 
+def short_name(weights: str) -> str:
+    """Name weights in a title: by their file or, if that has a standard name, by its folder or repository."""
+    if weights == "random":
+        return "random weights"
+    path = PurePosixPath(os.path.abspath(weights.partition("#")[0]))
+    if path.name in WEIGHT_FILES:
+        path = path.parent
+    while path.suffix in SUFFIXES:
+        path = path.with_suffix("")
+    # The revision of a repository.
+    return path.name.partition("@")[0]
+
+
 def _choose_file(weights: str, names: list[str]) -> str:
     """Choose the file of weights in a folder."""
     standard = [name for name in WEIGHT_FILES if name in names]

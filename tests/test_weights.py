@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fasttrain.backbones import Backbone, load_backbone
 from fasttrain.errors import InputError
 from fasttrain.families import FAMILIES
-from fasttrain.weights import hash_state_dict, read_checkpoint, seeded, timm_config
+from fasttrain.weights import hash_state_dict, read_checkpoint, seeded, short_name, timm_config
 
 WIDTH = 32
 
@@ -370,6 +370,23 @@ def test_naflex_weights_give_the_tokens_of_timm(monkeypatch: pytest.MonkeyPatch)
     with torch.no_grad():
         expected = reference.forward_features(images)
     torch.testing.assert_close(encoder.tokens(images), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("weights", "name"),
+    [
+        ("random", "random weights"),
+        ("data/demo/vit_tiny_patch14.safetensors", "vit_tiny_patch14"),
+        ("runs/mine/model.safetensors", "mine"),
+        ("vit-b-300ep.pth.tar#teacher", "vit-b-300ep"),
+        ("timm://vit_small_patch14_dinov2.lvd142m", "vit_small_patch14_dinov2.lvd142m"),
+        ("hf://facebook/dinov2-small", "dinov2-small"),
+        ("hf://facebook/dinov2-small@main/pytorch_model.bin", "dinov2-small"),
+        ("hf://yafeng19/Co-Settle/ckpts/base/DINO_vitb16", "DINO_vitb16"),
+    ],
+)
+def test_short_names(weights: str, name: str) -> None:
+    assert short_name(weights) == name
 
 
 def test_the_hash_depends_on_names_shapes_dtypes_and_values() -> None:

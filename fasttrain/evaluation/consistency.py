@@ -67,7 +67,7 @@ def run(
         for variant in model.variants
     }
     if plots.has_trade_off(results):
-        point = (model.encoder.name, results["before"], results["after"])
+        point = (model.title, results["before"], results["after"])
         plots.trade_off([point], output / "figures" / "trade_off.png")
     return {"data": {"videos": len(measured), "skipped": reasons}, "results": results}
 

@@ -14,6 +14,7 @@ from fasttrain.backbones import Backbone, load_backbone
 from fasttrain.errors import InputError
 from fasttrain.projection import Projection
 from fasttrain.video_encoder import UNSTORED, check_backbone, load_video_encoder, trained_backbone
+from fasttrain.weights import short_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,12 @@ class EvaluatedModel:
     projection: Projection | None
     variants: tuple[str, ...]
     """`before` (the frozen backbone alone), `after` (with the projection) or both."""
+
+    @property
+    def title(self) -> str:
+        """The backbone and its weights in titles, because a family says little about the weights."""
+        name, weights = self.encoder.name, short_name(self.encoder.weights)
+        return weights if weights.startswith(name) else f"{name} ({weights})"
 
     @torch.inference_mode()
     def tokens(self, frames_B3HW: Tensor) -> dict[str, Tensor]:

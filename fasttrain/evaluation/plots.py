@@ -95,7 +95,9 @@ class Row(NamedTuple):
     label: str
     pictures: Sequence[Frame]
     notes: Sequence[str] = ()
-    """Short texts below the pictures."""
+    """Short texts on the pictures."""
+    captions: Sequence[str] = ()
+    """Texts below the pictures."""
 
 
 def overlay_masks(frame_HWC: Frame, labels_HW: Labels) -> Frame:
@@ -161,22 +163,26 @@ def contact_sheet(
     count = max(len(row.pictures) for row in rows)
     height, width = rows[0].pictures[0].shape[:2]
     title = _wrapped(title, sheet_width)
-    lines = sum(bool(row.notes) for row in rows) + 1.2 * len(title.splitlines())
+    lines = sum(bool(row.captions) for row in rows) + 1.2 * len(title.splitlines())
     if legend:
         lines += 0.4 + math.ceil(len(legend) / legend_columns)
     # A few large pictures would make a tower.
     tile = min(sheet_width / count, 2.5 * width / height)
     sheet_width = min(sheet_width, count * tile + 0.4)
     figure = Figure(figsize=(sheet_width, len(rows) * tile * height / width + 0.3 * lines + 0.5))
+    # Legible on any ground.
+    outline = [withStroke(linewidth=4, foreground="black")]
     figure.set_layout_engine("compressed", w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     grid = figure.subplots(len(rows), count, squeeze=False)
     for axes_of_row, row in zip(grid, rows, strict=True):
-        for axes, picture, note in zip_longest(axes_of_row, row.pictures, row.notes):
+        cells = zip_longest(axes_of_row, row.pictures, row.notes, row.captions)
+        for axes, picture, note, caption in cells:
             axes.set(xticks=[], yticks=[], frame_on=False)
             if picture is not None:
                 # The extent gives maps with a pixel per token the size of the frames.
                 axes.imshow(picture, extent=(0, width, height, 0), interpolation="nearest")
-            axes.set_xlabel(note or "", labelpad=2)
+            axes.text(0.03, 0.04, note or "", color="white", path_effects=outline, transform=axes.transAxes)
+            axes.set_xlabel(caption or "", labelpad=2)
         axes_of_row[0].set_ylabel(row.label)
     for axes, heading in zip(grid[0], columns, strict=False):
         axes.set_title(heading, loc="center")
@@ -457,7 +463,7 @@ def _run_style(number: int) -> dict[str, Any]:
 
 def _wrapped(text: str, width: float) -> str:
     """Break a title into lines that fit into a figure `width` inches wide."""
-    return textwrap.fill(text, int(9 * width))
+    return textwrap.fill(text, int(10 * width))
 
 
 def _legend_columns(names: Sequence[str], width: float) -> int:

@@ -42,12 +42,12 @@ def run(
             split.classes[label]: recall_at(labels_QK[labels_Q == label], labels_Q[labels_Q == label], [1])[1]
             for label in labels_Q.unique().tolist()
         }
-    _draw(split, neighbours, arguments.num_frames, output, model.encoder.name)
+    _draw(split, neighbours, arguments.num_frames, output, model.title)
     return {"data": data, "results": results, "recall_at_1_per_class": per_class}
 
 
 def _draw(
-    split: VideoSplit, neighbours: dict[str, Tensor], num_frames: int, output: Path, encoder: str
+    split: VideoSplit, neighbours: dict[str, Tensor], num_frames: int, output: Path, model: str
 ) -> None:
     """Draw evenly spaced queries, each with its nearest videos by variant."""
     sheet = []
@@ -62,8 +62,8 @@ def _draw(
             ]
             marks = ["✓" if video.label == query.label else "✗" for video in nearest_videos]
             names = [plots.shorten(split.classes[video.label], 18) for video in (query, *nearest_videos)]
-            notes = [f"{mark} {name}".strip() for mark, name in zip(["", *marks], names, strict=True)]
-            sheet.append(plots.Row(variant, pictures, notes))
+            captions = [f"{mark} {name}".strip() for mark, name in zip(["", *marks], names, strict=True)]
+            sheet.append(plots.Row(variant, pictures, captions=captions))
     columns = ["query", *(f"rank {rank}" for rank in range(1, SHOWN_NEIGHBOURS + 1))]
-    path, title = output / "figures" / "retrieval.png", f"{encoder}: the most similar training videos"
+    path, title = output / "figures" / "retrieval.png", f"{model}: the most similar training videos"
     plots.contact_sheet(sheet, path, columns, title=title, page=True)

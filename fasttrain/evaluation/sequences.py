@@ -169,7 +169,7 @@ def propagate(
             [plots.Row(name, row) for name, row in {"frames": pictures, **rows}.items()],
             evaluation.output / "figures" / f"{sequence.name}_pca.png",
             [f"frame {t + 1}" for t in shown],
-            title=f"{sequence.name}, {model.encoder.name}: principal components of the tokens",
+            title=f"{sequence.name}, {model.title}: PCA of the tokens",
         )
     return {variant: torch.stack(maps) for variant, maps in labels.items()}, matches
 
@@ -282,10 +282,10 @@ def draw(
 ) -> None:
     """Write a contact sheet of all overlays, a video of the predictions and a picture of the matches.
 
-    `results` holds the metric of the sequence by variant. The notes are below the pictures, except that the
-    labels of the first frame are marked as given.
+    `results` holds the metric of the sequence by variant. The notes are written on the pictures, except that
+    the labels of the first frame are marked as given.
     """
-    folder, about = evaluation.output / "figures", f"{name}, {evaluation.model.encoder.name}"
+    folder, about = evaluation.output / "figures", f"{name}, {evaluation.model.title}"
     shown = shown_frames(len(frames))
     sheet = [
         plots.Row(

@@ -47,7 +47,7 @@ def draw_arrows(path: Path) -> None:
 
 
 def draw_sheet(path: Path) -> None:
-    rows = [plots.Row("truth", [FRAME, FRAME]), plots.Row("before", [FRAME], ["J 0.50"])]
+    rows = [plots.Row("truth", [FRAME, FRAME]), plots.Row("before", [FRAME], ["J 0.50"], ["name"])]
     plots.contact_sheet(rows, path, ["frame 1", "frame 2"], plots.LIMB_COLORS, "title")
 
 
@@ -133,6 +133,16 @@ def test_nothing_in_a_sheet_overlaps_or_widens_it(tmp_path: Path, figures: list[
     legend = figures[0].legends[0].get_window_extent()
     assert legend.y1 < min(axes.get_window_extent().y0 for axes in figures[0].axes)
     assert figures[0].texts[0].get_window_extent().width < figures[0].bbox.width
+
+
+def test_notes_are_on_their_pictures_and_captions_below(tmp_path: Path, figures: list[Figure]) -> None:
+    rows = [plots.Row(name, [FRAME] * 4, ["12 of 15 right"], ["name"]) for name in ("before", "after")]
+    plots.contact_sheet(rows, tmp_path / "sheet.png")
+    figures[0].draw_without_rendering()
+    for axes in (figures[0].axes[0], figures[0].axes[4]):
+        tile, note = (one.get_window_extent() for one in (axes, axes.texts[0]))
+        assert tile.count_contains(note.corners()) == 4
+        assert axes.xaxis.label.get_window_extent().y1 < tile.y0
 
 
 def test_training_and_validation_metrics_have_separate_panels(tmp_path: Path, figures: list[Figure]) -> None:

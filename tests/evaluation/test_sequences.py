@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -116,12 +117,21 @@ def test_pictures_of_the_chosen_sequences(
         "vip": lambda: (f"mIoU {result['mIoU']:.2f}", r"mIoU \d\.\d\d"),
         "jhmdb": lambda: (f"PCK@0.1 {result['PCK@0.1']:.0f} %", r"\d+ of 15 right"),
     }[task]()
-    assert sheets["alpha.png"].get_suptitle() == f"alpha, test_vit: {title} before"
-    notes = [axes.get_xlabel() for axes in sheets["alpha.png"].axes]
+    assert sheets["alpha.png"].get_suptitle() == f"alpha, test_vit (random weights): {title} before"
+    notes = [axes.texts[0].get_text() for axes in sheets["alpha.png"].axes]
     assert (notes[0], notes[4:]) == ("given", [""] * 4)
     assert all(re.fullmatch(note, text) for text in notes[1:4])
     legend = {"davis": [], "vip": ["hair", "pants"], "jhmdb": [*plots.LIMB_COLORS]}[task]
     assert [text.get_text() for one in sheets["alpha.png"].legends for text in one.get_texts()] == legend
+
+
+def test_titles_name_the_weights_once() -> None:
+    def title(weights: str) -> str:
+        encoder: Any = SimpleNamespace(name="dinov2", weights=weights)
+        return EvaluatedModel(encoder=encoder, projection=None, variants=()).title
+
+    assert title("data/demo/vit_tiny_patch14.safetensors") == "dinov2 (vit_tiny_patch14)"
+    assert title("hf://facebook/dinov2-small") == "dinov2-small"
 
 
 def test_only_frames_with_objects_have_a_score() -> None:
