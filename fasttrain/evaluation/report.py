@@ -16,6 +16,7 @@ from datetime import datetime, timezone
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from jinja2 import Environment
 from PIL import Image
@@ -31,17 +32,23 @@ from fasttrain.recipe import Recipe, load_recipe, to_dict, to_yaml
 
 # Twice the width at which most pictures are shown, so that they are sharp on dense screens.
 PICTURE_WIDTH = 1400
-# Larger videos are named, but not embedded.
+# Larger videos are linked instead of embedded.
 MAX_VIDEO_BYTES = 500_000
-# What pictures show, by the end of their names. The first one that fits counts.
+# A page of several runs embeds so many pictures of each result, which are those of one sequence, and no
+# video, because it would otherwise become too large. The others are linked.
+EMBEDDED = 3
+# What pictures show, by their names.
 CAPTIONS = {
-    "learning.png": "metrics of training and of validation; long curves are means, above the values in pale",
+    "learning.png": "Metrics of training and of validation. Long curves are means, above the values in pale.",
+    "trade_off.png": "Further left, a video is more consistent; further up, videos are easier to tell apart.",
+    "retrieval.png": "Test videos and the most similar training videos.",
+    "confusion.png": "Predictions of the linear probe, as fractions of each true class.",
+    "segments.png": "True and predicted actions over time.",
+}
+# What pictures of sequences show, by what follows the name of the sequence. The first one that fits counts.
+SEQUENCE_CAPTIONS = {
     "_arrows.png": "tokens of the first frame, joined with the most similar ones of another frame",
     "_pca.png": "the first three principal components of the tokens as colours",
-    "retrieval.png": "test videos and the most similar training videos",
-    "confusion.png": "predictions of the linear probe, as fractions of each true class",
-    "segments.png": "true and predicted actions over time",
-    "trade_off.png": "further left, a video is more consistent; further up, videos are easier to tell apart",
     ".png": "what is given in the first frame, propagated before and after the projection, and the truth",
     ".mp4": "what is propagated, before (left) and after (right)",
 }
@@ -65,8 +72,8 @@ class Media(NamedTuple):
 
     name: str
     caption: str
-    data: str = ""
-    """Its content as a URL, unless it is too large."""
+    data: str
+    """Its content as a URL."""
     width: int = 0
     """The width at which a picture is shown, in CSS pixels."""
     is_video: bool = False
@@ -94,7 +101,8 @@ def run(arguments: argparse.Namespace) -> None:
     text = template.render(
         now=_minutes(datetime.now(timezone.utc).isoformat()),
         version=fasttrain.__version__,
-        runs=[(run, _sections(run, titles, problems)) for run in runs],
+        runs=[(run, _sections(run, titles, output.parent, len(runs) > 1, problems)) for run in runs],
+        embedded=EMBEDDED,
         summary=_summary(runs, titles),
         plots=_draw_plots(runs, titles, output.parent / f"{output.stem}_figures", problems),
         recipes={run.name: to_yaml(run.recipe) for run in runs if run.recipe},
@@ -187,7 +195,9 @@ def _titles(evaluated: list[Result]) -> dict[str, str]:
         )
         for key, result, difference in zip(keys, members, differences, strict=True):
             root = result.settings.get("root")
-            titles[key] = result.task + (f" on {names[Path(root)]}" if root else "")
+            data = names[Path(root)] if root else ""
+            # Not "davis on DAVIS".
+            titles[key] = result.task + (f" on {data}" if data.lower() not in ("", result.task) else "")
             titles[key] += f", {difference}" if difference else ""
     return titles
 
@@ -243,8 +253,10 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 # --- sections ------------------------------------------------------------------------------------------
 
 
-def _sections(run: Run, titles: Mapping[str, str], problems: list[str]) -> list[dict[str, Any]]:
-    """Return what the template shows of each result of a run."""
+def _sections(
+    run: Run, titles: Mapping[str, str], folder: Path, is_one_of_several: bool, problems: list[str]
+) -> list[dict[str, Any]]:
+    """Return what the template shows of each result of a run. Links are relative to `folder`."""
     sections = []
     measured = [_measured(result) for _, result in run.results]
     for path, result in run.results:
@@ -255,9 +267,18 @@ def _sections(run: Run, titles: Mapping[str, str], problems: list[str]) -> list[
         # In version 0.1.0, pictures were in the folder of the JSON file.
         folders = path.with_suffix("") / "figures", path.parent / "figures"
         figures = next((folder for folder in folders if folder.is_dir()), folders[0])
+        # The trade-off of all runs is above.
+        names = [name for name in result.pictures if (result.task, name) != ("consistency", "trade_off.png")]
+        media, links = [], {}
         # Pictures first, then videos.
-        names = sorted(result.pictures, key=lambda name: name.endswith(".mp4"))
-        media = [_embed(figures / name, problems) for name in names]
+        for number, name in enumerate(sorted(names, key=lambda name: name.endswith(".mp4"))):
+            picture = figures / name
+            is_video = picture.suffix == ".mp4"
+            is_linked = is_one_of_several and (is_video or number >= EMBEDDED)
+            if picture.is_file() and (is_linked or (is_video and picture.stat().st_size > MAX_VIDEO_BYTES)):
+                links[name] = quote(os.path.relpath(picture, folder))
+            else:
+                media.append(_embed(picture, _caption(name), problems))
         facts = {
             "date": _minutes(result.date),
             "device": result.device,
@@ -272,10 +293,13 @@ def _sections(run: Run, titles: Mapping[str, str], problems: list[str]) -> list[
                 "title": title,
                 "facts": {name: fact for name, fact in facts.items() if fact},
                 "results": result.results,
+                "by_sequence": result.by_sequence,
+                "sequence_metric": result.sequence_metric,
                 "metrics": dict.fromkeys(key for metrics in result.results.values() for key in metrics),
                 "settings": _flatten(result.settings),
                 "data": _flatten(result.data),
                 "media": [each for each in media if each],
+                "links": links,
                 "path": path,
             }
         )
@@ -295,39 +319,37 @@ def _draw_plots(
         except InputError as error:
             problems.append(str(error))
         else:
-            drawn["Learning curves"] = _embed(path, problems)
-    consistency = [
-        (run.name, result)
-        for run in runs
-        for _, result in run.results
-        if result.task == "consistency" and plots.has_trade_off(result.results)
-    ]
-    if consistency:
-        path = folder / "trade_off.png"
-        # What is measured is named only if it differs.
-        several = len({_measured(result) for _, result in consistency}) > 1
-        points = [
-            (
-                f"{name}: {titles[_measured(result)]}" if several else name,
-                result.results["before"],
-                result.results["after"],
-            )
-            for name, result in consistency
-        ]
-        plots.trade_off(points, path)
-        drawn["Trade-off"] = _embed(path, problems)
+            drawn["Learning curves"] = _embed(path, CAPTIONS[path.name], problems)
+    # Distances on different data cannot be compared. Of several results of a run, the latest one counts.
+    consistency: dict[str, dict[str, Result]] = {}
+    for run in runs:
+        for _, result in run.results:
+            if result.task == "consistency" and plots.has_trade_off(result.results):
+                consistency.setdefault(titles[_measured(result)], {})[run.name] = result
+    for number, (title, by_run) in enumerate(consistency.items(), start=1):
+        path = folder / ("trade_off.png" if number == 1 else f"trade_off_{number}.png")
+        plots.trade_off(
+            [(name, result.results["before"], result.results["after"]) for name, result in by_run.items()],
+            path,
+        )
+        heading = "Trade-off" if len(consistency) == 1 else f"Trade-off: {title}"
+        drawn[heading] = _embed(path, CAPTIONS["trade_off.png"], problems)
     return drawn
 
 
-def _embed(path: Path, problems: list[str]) -> Media | None:
-    """Return a picture, compressed, or a small video; None and a problem if it cannot be read."""
+def _caption(name: str) -> str:
+    """Say what a picture or video of a result shows."""
+    if name in CAPTIONS:
+        return CAPTIONS[name]
+    end = next(end for end in SEQUENCE_CAPTIONS if name.endswith(end))
+    return f"{name.removesuffix(end)}: {SEQUENCE_CAPTIONS[end]}"
+
+
+def _embed(path: Path, caption: str, problems: list[str]) -> Media | None:
+    """Return a picture, compressed, or a video; None and a problem if it cannot be read."""
     name = path.stem.replace("_", " ")
-    caption = f"{name}: {next(CAPTIONS[end] for end in CAPTIONS if path.name.endswith(end))}"
     try:
         if path.suffix == ".mp4":
-            size = path.stat().st_size
-            if size > MAX_VIDEO_BYTES:
-                return Media(name, f"{name}: the video is not embedded ({size / 1e6:.1f} MB); see {path}")
             return Media(name, caption, _url("video/mp4", path.read_bytes()), is_video=True)
         picture = Image.fromarray(decode_image(read_encoded(path)))
     except (OSError, UnreadableFrameError) as error:

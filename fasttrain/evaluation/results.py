@@ -10,12 +10,13 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 from rich.markup import escape
 from rich.table import Table
 
@@ -166,6 +167,21 @@ class Model(BaseModel):
     projection_hash: str | None = None
 
 
+def _first_metric(per_sequence: Any) -> Any:
+    """Return the first metric of all sequences by variant; of several objects (DAVIS), the mean J."""
+    by_variant: dict[str, dict[str, float]] = {}
+    try:
+        for name, variants in per_sequence.items():
+            for variant, scores in variants.items():
+                first = next(iter(scores.values()))
+                if isinstance(first, dict):
+                    first = fmean(of_object["J"]["mean"] for of_object in scores.values())
+                by_variant.setdefault(variant, {})[name] = nan if first is None else first
+        return with_difference(by_variant)
+    except (AttributeError, KeyError, StopIteration, TypeError) as error:
+        raise ValueError("per_sequence is damaged") from error
+
+
 class Result(BaseModel):
     """The parts of a result that are shown. Results of version 0.1.0 lack those that have a default."""
 
@@ -179,6 +195,10 @@ class Result(BaseModel):
     settings: dict[str, Any] = {}
     data: dict[str, Any] = {}
     per_sequence: dict[str, Any] = {}
+    by_sequence: Annotated[
+        dict[str, dict[str, float]], Field(validation_alias="per_sequence"), BeforeValidator(_first_metric)
+    ] = {}
+    """The metric `sequence_metric` by variant, which may be `difference`, and sequence."""
     seconds: float | None = None
     versions: dict[str, str] = {}
 
@@ -192,6 +212,11 @@ class Result(BaseModel):
         """The metrics that summarise the result."""
         metrics = next(iter(self.results.values()))
         return tuple(name for name in HEADLINES.get(self.task, ()) if name in metrics) or tuple(metrics)[:1]
+
+    @property
+    def sequence_metric(self) -> str:
+        """The metric of single sequences."""
+        return "J" if self.task == "davis" else self.headlines[0]
 
     def values(self, metric: str) -> dict[str, float]:
         """The values of a metric before and after the projection, as far as they were measured."""

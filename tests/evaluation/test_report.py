@@ -96,11 +96,11 @@ def test_run_with_history_and_evaluations(tmp_path: Path) -> None:
     shown = sorted((result_of(run / "eval", "davis").with_suffix("") / "figures").iterdir())
     assert {path.name for path in shown} == {"alpha.png", "alpha.mp4", "alpha_arrows.png", "alpha_pca.png"}
     read = Page(page)
-    assert read.texts["h3"] == ["consistency on videos", "davis on DAVIS"]
+    assert read.texts["h3"] == ["consistency on videos", "davis"]
     captions = [caption.split(":")[0] for caption in read.texts["figcaption"]]
-    assert captions == ["learning", "trade off", "trade off", "alpha", "alpha arrows", "alpha pca", "alpha"]
-    # Two pictures drawn for the page, one of `consistency` and four of `davis`.
-    assert [source.split(";")[0] for source in read.sources] == ["data:image/webp"] * 6 + ["data:video/mp4"]
+    assert captions[2:] == ["alpha"] * 4
+    # Two pictures drawn for the page and four of `davis`.
+    assert [source.split(";")[0] for source in read.sources] == ["data:image/webp"] * 5 + ["data:video/mp4"]
     assert {f"#{anchor}" for anchor in read.anchors} == set(read.links)
     assert any("J&F-Mean, higher is better" in text for text in read.texts["th"])
 
@@ -127,12 +127,12 @@ def test_summary_of_runs(tmp_path: Path) -> None:
     # The contents of several runs are long. The table comes first.
     assert "<details open>" not in (tmp_path / "page.html").read_text()
     assert page.texts["tr"][:3] == [
-        "run training davis on DAVIS, year=2017J, higher is better "
-        "davis on DAVIS, year=2016J, higher is better mineJ-Decay, lower is better",
+        "run training davis, year=2017J, higher is better "
+        "davis, year=2016J, higher is better mineJ-Decay, lower is better",
         "one unfinished, at step 2 0.5000 → 0.6100 – –",
         "two 2 steps 0.5000 → 0.6300 0.5000 → 0.6000 0.2000 → 0.4000",
     ]
-    assert "davis on DAVIS, year=2017 (2026-01-01 10:00 UTC)" in page.texts["h3"]
+    assert "davis, year=2017 (2026-01-01 10:00 UTC)" in page.texts["h3"]
     assert page.texts["b"] == ["0.6300", "0.6000", "0.2000"]
     # The recipes and what differs between them, which is not the folder.
     assert page.texts["tr"][-2:] == ["key one two", "seed 61 63"]
@@ -152,13 +152,49 @@ def test_pictures_are_compressed_and_large_videos_left_out(tmp_path: Path) -> No
     page = Page(tmp_path / "page.html")
     assert [source.split(";")[0] for source in page.sources] == ["data:image/webp", "data:video/mp4"]
     assert len(page.sources[0]) < (figures / "picture.png").stat().st_size / 2
-    captions = page.texts["figcaption"]
-    assert [caption.split(":")[0] for caption in captions[:2]] == ["picture", "small"]
-    assert "large: the video is not embedded (0.6 MB)" in captions[2]
+    assert [caption.split(":")[0] for caption in page.texts["figcaption"]] == ["picture", "small"]
+    assert page.links[-1] == "run/eval/davis/figures/large.mp4"
     assert [text.split("figures/")[1].split(":")[0] for text in page.texts["li"][-2:]] == [
         "damaged.png' cannot be read",
         "missing.png' cannot be read",
     ]
+
+
+def test_pictures_of_several_runs_are_bounded(tmp_path: Path) -> None:
+    names = [f"a{end}" for end in (".mp4", ".png", "_arrows.png", "_pca.png")] + ["b.png"]
+    for run in ("one", "two: #2"):
+        figures = write_evaluation(tmp_path / run, pictures=[*names, "missing.png"])
+        for name in names:
+            Image.fromarray(PICTURE[:9, :9]).save(figures / name, "PNG")
+    (tmp_path / "page").mkdir()
+    assert report(tmp_path / "page/report.html", tmp_path / "one", tmp_path / "two: #2") == 0
+    page = Page(tmp_path / "page/report.html")
+    assert [caption.split(":")[0] for caption in page.texts["figcaption"]] == ["a"] * 6
+    assert page.links[-2:] == [f"../two%3A%20%232/eval/davis/figures/{name}" for name in ("b.png", "a.mp4")]
+    assert any("embeds the first 3 pictures of each evaluation" in text for text in page.texts["p"])
+    assert sum("missing.png' cannot be read" in text for text in page.texts["li"]) == 2
+
+
+@pytest.mark.parametrize("count", [2, 11])
+def test_results_of_sequences(tmp_path: Path, count: int) -> None:
+    """DAVIS has results of several objects per sequence. Undefined values are dashes."""
+
+    def objects(*similarities: float) -> dict[str, Any]:
+        return {str(number): {"J": {"mean": value}} for number, value in enumerate(similarities)}
+
+    davis = {f"clip {n}": {"before": objects(0.2, 0.4), "after": objects(0.4, 0.6)} for n in range(count)}
+    write_evaluation(tmp_path / "run", "a", per_sequence=davis)
+    clip = {"wave": {"before": {"PCK@0.1": None, "PCK@0.2": 7}, "after": {"PCK@0.1": 5, "PCK@0.2": 7}}}
+    results = {"before": {"PCK@0.1": 4}, "after": {"PCK@0.1": 5}}
+    write_evaluation(tmp_path / "run", "b", task="jhmdb", results=results, per_sequence=clip)
+    assert report(tmp_path / "page.html", tmp_path / "run") == 0
+    page = Page(tmp_path / "page.html")
+    assert page.texts["summary"].count("J of each sequence") == 1
+    assert page.texts["summary"].count("PCK@0.1 of each sequence") == 1
+    assert f"clip {count - 1} 0.3000 0.5000 +0.2000" in page.texts["tr"]
+    assert "wave - 5.0000 -" in page.texts["tr"]
+    # The contents, the table of JHMDB and a short table of DAVIS.
+    assert (tmp_path / "page.html").read_text().count("<details open>") == (3 if count <= 10 else 2)
 
 
 def test_results_of_version_0_1_0(tmp_path: Path) -> None:
@@ -190,6 +226,21 @@ def test_trade_off_of_runs(tmp_path: Path) -> None:
         "inter_normalized_95distance between videos, relative to the spread of tokens higher - -"
         in Page(page).texts["tr"]
     )
+
+
+def test_trade_offs_on_different_data_are_not_compared(tmp_path: Path) -> None:
+    metrics = {"intra_normalized_95": 0.5, "inter_normalized_95": 0.7}
+    for name in ("a", "b"):
+        write_evaluation(
+            tmp_path / "run", name, task="consistency", pictures=["trade_off.png"],
+            results={"before": metrics, "after": metrics}, settings={"root": f"data/{name}"},
+        )  # fmt: skip
+    assert report(tmp_path / "page.html", tmp_path / "run") == 0
+    page = Page(tmp_path / "page.html")
+    headings = [f"Trade-off: consistency on {name}" for name in ("a", "b")]
+    assert page.texts["h2"] == ["Summary", *headings, "run"]
+    # The pictures of the evaluations would repeat them.
+    assert len(page.sources) == 2
 
 
 def test_odd_folders_are_named_and_the_others_shown(
@@ -241,6 +292,8 @@ def test_invalid_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         {"results": {"before": {"J": "<script>"}}},
         {"results": {}},
         {"model": "dino"},
+        {"per_sequence": {"clip": {"before": {"1": {"J": "<script>"}}}}},
+        {"per_sequence": {"clip": {"before": {"J": "<script>"}}}},
     ],
 )
 def test_evaluations_of_strangers_are_refused(
