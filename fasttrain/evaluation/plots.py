@@ -167,7 +167,7 @@ def contact_sheet(
     if legend:
         lines += 0.4 + math.ceil(len(legend) / legend_columns)
     # A few large pictures would make a tower.
-    tile = min(sheet_width / count, 2.5 * width / height)
+    tile = min((sheet_width - 0.4) / count, 2.5 * width / height)
     sheet_width = min(sheet_width, count * tile + 0.4)
     figure = Figure(figsize=(sheet_width, len(rows) * tile * height / width + 0.3 * lines + 0.5))
     # Legible on any ground.
