@@ -239,8 +239,9 @@ def test_trade_offs_on_different_data_are_not_compared(tmp_path: Path) -> None:
     page = Page(tmp_path / "page.html")
     headings = [f"Trade-off: consistency on {name}" for name in ("a", "b")]
     assert page.texts["h2"] == ["Summary", *headings, "run"]
-    # The pictures of the evaluations would repeat them.
+    # The pictures of the evaluations, which would repeat them, are not even read.
     assert len(page.sources) == 2
+    assert "Not shown:" not in page.texts["p"]
 
 
 def test_odd_folders_are_named_and_the_others_shown(
