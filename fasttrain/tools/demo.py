@@ -91,11 +91,10 @@ def print_results(propagation: Result, analysis: Result) -> None:
         cells = [format_value(values[variant], variant) for variant in ("before", "after", "difference")]
         table.add_row(name, better(metric), *cells, end_section=last)
 
-    gains, worse = [], []
-    for clip, by_variant in propagation.per_sequence.items():
-        before, after = (by_variant[variant]["1"]["J"]["mean"] for variant in ("before", "after"))
-        gains.append(after - before)
-        add(f"J of {clip}", "J", {"before": before, "after": after, "difference": gains[-1]})
+    by_clip = propagation.by_sequence
+    for clip in by_clip["difference"]:
+        add(f"J of {clip}", "J", {variant: values[clip] for variant, values in by_clip.items()})
+    worse = []
     shown = [(propagation, metric) for metric in PROPAGATION] + [(analysis, metric) for metric in ANALYSIS]
     for result, metric in shown:
         values = {variant: by_metric[metric] for variant, by_metric in result.results.items()}
@@ -107,6 +106,7 @@ def print_results(propagation: Result, analysis: Result) -> None:
     for metric in ("J", *(metric for _, metric in shown if metric != "J-Mean")):
         say(f"{metric:<20}{meaning(metric)}")
     say("")
+    gains = by_clip["difference"].values()
     say(f"J is higher after the projection on {sum(gain > 0 for gain in gains)} of {len(gains)} clips.")
     if sum(gains) < 0:
         say("So little video can harm a strong encoder. Train on more video, with a lower")

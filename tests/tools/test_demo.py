@@ -44,7 +44,10 @@ def test_the_table_names_what_became_worse(capsys: pytest.CaptureFixture[str]) -
             for number, variant in enumerate(("before", "after"))
         }
         model = Model(backbone="dinov2", weights="w")
-        return Result(task=task, model=model, pictures=[], results=with_difference(results))
+        by_clip = {"goat": {variant: {"J": value} for variant, value in (("before", 0.5), ("after", 0.4))}}
+        return Result(
+            task=task, model=model, pictures=[], results=with_difference(results), per_sequence=by_clip
+        )
 
     analysis = {
         f"{kind}_{name}": (1.0, 2.0) for kind in ("intra", "inter") for name in ("original", "diameter_95")
@@ -60,7 +63,9 @@ def test_the_table_names_what_became_worse(capsys: pytest.CaptureFixture[str]) -
             effective_rank=(0.5, 0.6),
         ),
     )
-    assert "Worse after the projection: cycle_accuracy, intra_normalized_95.\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "J is higher after the projection on 0 of 1 clips.\nSo little video can harm" in out
+    assert "Worse after the projection: cycle_accuracy, intra_normalized_95.\n" in out
 
 
 def test_the_clips_are_unpacked_in_the_layout_of_davis(tmp_path: Path) -> None:
