@@ -64,7 +64,7 @@ def test_the_table_names_what_became_worse(capsys: pytest.CaptureFixture[str]) -
         ),
     )
     out = capsys.readouterr().out
-    assert "J is higher after the projection on 0 of 1 clips.\nSo little video can harm" in out
+    assert "J is higher after the projection on 0 of 1 clips.\nFive clips are little video" in out
     assert "Worse after the projection: cycle_accuracy, intra_normalized_95.\n" in out
 
 
