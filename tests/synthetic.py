@@ -206,9 +206,9 @@ MODEL = ("--backbone", "test_vit", "--device", "cpu")
 WIDTH = 64
 # Options that make each evaluation fast.
 SMALL = {
-    "davis": ("--height", "64", "--width", "96"),
-    "vip": ("--long-side", "96"),
-    "jhmdb": ("--size", "96"),
+    "davis": ("--height", "64", "--width", "96", "--pictures", "1"),
+    "vip": ("--long-side", "96", "--pictures", "1"),
+    "jhmdb": ("--size", "96", "--pictures", "1"),
 }
 
 

@@ -104,7 +104,7 @@ def test_frames_are_normalised_for_the_encoder(
     run = write_run(tmp_path / "run", name=name, **sizes, image_size=224, mean=(0, 0, 0), std=(1, 1, 1))
     root = {"davis": write_davis, "consistency": write_videos, "retrieval": ucf101}[task](tmp_path / "data")
     model = [option, run] if option == "--run" else ["--backbone", name, option, run / PROJECTION_FILE]
-    size = [] if task == "davis" else ["--image-size", 64]
+    size = ["--height", 64, "--width", 96] if task == "davis" else ["--image-size", 64]
     words = ["eval", task, "--root", root, "--output", tmp_path / "out", "--device", "cpu", *model, *size]
     assert main([*map(str, words)]) == 0
     for images in received:
