@@ -340,11 +340,10 @@ def load_state(vit: Any, state: StateDict, config: Config, *, name: str, weights
         if (width, depth) != (vit.embed_dim, len(vit.blocks)):
             reasons.insert(0, f"the checkpoint has width {width} and depth {depth}")
         family = _FAMILY_OF.get(config.model or "") or _likely_family(state)
-        likely = "" if not family or family in name else f", probably {family}"
+        likely = "" if not family or family in name else f"; these look like weights of {family}"
         raise InputError(
             f"weights {weights!r} ({found}) do not fit {name} (width {vit.embed_dim}, depth "
-            f"{len(vit.blocks)}): {'; '.join(reasons[:4])}. Set the name of the backbone to the "
-            f"model of these weights{likely}."
+            f"{len(vit.blocks)}): {'; '.join(reasons[:4])}. Check the name of the backbone{likely}"
         )
     broken = next((key for key, tensor in state.items() if not tensor.isfinite().all()), None)
     if broken is not None:

@@ -245,15 +245,15 @@ class Trainer:
 
     def _warnings(self) -> Iterator[str]:
         """Yield what is far from the recipes of this project, and what to do about it."""
-        lowest, highest = (factor * FACTOR_FAR**sign for factor, sign in zip(PEAK_LRS, (-1, 1), strict=True))
-        if not lowest <= self.peak_lr <= highest:
-            low, wanted = self.peak_lr < lowest, PEAK_LRS[self.peak_lr > highest]
-            lr = f"optimizer.lr to {wanted * 256 / self.global_batch:.2g}"
+        (low, high), scale = PEAK_LRS, self.global_batch / 256
+        scaled = f"the learning rate for a global batch of {self.global_batch}, {self.peak_lr:.2g}, is far"
+        if self.peak_lr < low / FACTOR_FAR:
             yield (
-                f"the learning rate for a global batch of {self.global_batch}, {self.peak_lr:.2g}, is far "
-                f"{'below' if low else 'above'} the {wanted:g} of {'the paper' if low else 'the demo'}; "
-                + (f"raise train.accumulate, or {lr}" if low else f"lower {lr} or less")
+                f"{scaled} below the {low:g} of the paper; raise train.accumulate, or optimizer.lr to "
+                f"{low / scale:.2g}"
             )
+        elif self.peak_lr > high * FACTOR_FAR:
+            yield f"{scaled} above the {high:g} of the demo; lower optimizer.lr to {high / scale:.2g} or less"
         if self.total_steps < FEW_STEPS:
             yield (
                 f"{self.total_steps} steps are few; raise train.steps, train.epochs or data.pairs_per_video, "

@@ -287,7 +287,9 @@ def test_the_message_names_the_family_of_other_weights(tmp_path: Path) -> None:
     # A bare file has no configuration, but LayerScale.
     torch.save(model.state_dict(), tmp_path / "bare.pth")
     for path in (tmp_path, tmp_path / "bare.pth"):
-        with pytest.raises(InputError, match=r"do not fit mae .*model of these weights, probably dinov2\.$"):
+        with pytest.raises(
+            InputError, match=r"Check the name of the backbone; these look like weights of dinov2$"
+        ):
             load_backbone("mae", weights=str(path), image_size=64, num_heads=4)
 
 

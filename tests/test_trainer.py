@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -718,6 +719,14 @@ def test_learning_curves_are_drawn_even_if_the_run_ended_before(frames: Path, tm
     drawn = picture.stat()
     train(recipe)
     assert picture.stat() == drawn
+
+
+def test_a_high_learning_rate_is_named_with_the_highest_usual_one() -> None:
+    run: Any = SimpleNamespace(peak_lr=0.1, global_batch=16, total_steps=1000)
+    assert list(Trainer._warnings(run)) == [
+        "the learning rate for a global batch of 16, 0.1, is far above the 0.003 of the demo; lower "
+        "optimizer.lr to 0.048 or less"
+    ]
 
 
 def test_the_first_and_last_lines_describe_the_run(

@@ -166,11 +166,11 @@ def test_dinov2_needs_layer_scale_and_supports_any_number_of_registers(
     [
         (
             {"blocks.1.attn.qkv.bias": None},
-            r"missing blocks\.1\.attn\.qkv\.bias\. Set the name",
+            r"missing blocks\.1\.attn\.qkv\.bias\. Check the name",
         ),
-        ({"pos_embed": None}, r"missing pos_embed\. Set the name"),
+        ({"pos_embed": None}, r"missing pos_embed\. Check the name"),
         ({"patch_embed.proj.weight": None}, "contain no ViT .*: their keys are cls_token, pos_embed, "),
-        ({"blocks.0.attn.gate": torch.zeros(3)}, r"unexpected blocks\.0\.attn\.gate\. Set the name"),
+        ({"blocks.0.attn.gate": torch.zeros(3)}, r"unexpected blocks\.0\.attn\.gate\. Check the name"),
         ({"norm.weight": torch.zeros(7)}, r"norm\.weight has the shape \[7\], expected \[32\]"),
         ({"blocks.2.norm1.weight": torch.zeros(32)}, r"missing blocks\.2\.attn\.proj\.bias and 10 more"),
         ({"pos_embed": torch.zeros(1, 19, 32)}, "19 positions do not form a square grid"),
