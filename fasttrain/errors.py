@@ -6,6 +6,9 @@ and is shown with its traceback.
 
 from argparse import Namespace
 
+# The name of the distribution in pyproject.toml.
+DISTRIBUTION = "fasttrain-video"
+
 
 class InputError(ValueError):
     """Bad input from the user. The message names the value, what was expected and what to do."""
@@ -21,6 +24,11 @@ class OtherRankError(RuntimeError):
 
 class LostContactError(OtherRankError):
     """The process that keeps the ranks together is gone. Each of the others prints this."""
+
+
+def pip_install(*extras: str) -> str:
+    """Return the command that installs one of the optional dependencies, such as `eval`."""
+    return " or ".join(f"pip install '{DISTRIBUTION}[{extra}]'" for extra in extras)
 
 
 def check_options(arguments: Namespace, **minimums: float) -> None:

@@ -84,9 +84,15 @@ def tasks_per_node(counts: str) -> list[int]:
     return expanded
 
 
+def available_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    # macOS cannot bind a process to cores.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cores_of_process(environ: MutableMapping[str, str] = os.environ) -> int:
     """Return the number of CPU cores for this process, which may share its cores with others."""
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cores()
     allocated = int(environ.get("SLURM_CPUS_ON_NODE", cores))
     # `srun` usually binds each task to cores of its own. The processes of torchrun share those of its task.
     if cores < allocated and "TORCHELASTIC_RUN_ID" not in environ:

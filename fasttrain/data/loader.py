@@ -26,7 +26,7 @@ from fasttrain.data.nvdec import has_dali, has_nvdec, nvdec_refusal
 from fasttrain.data.sampling import Ints, PairSampling, SampleParameters, evenly_spaced
 from fasttrain.data.torch_stage import FrameTransform, TorchGpuStage, TorchHostStage
 from fasttrain.distributed import World
-from fasttrain.errors import InputError, LocalInputError
+from fasttrain.errors import InputError, LocalInputError, pip_install
 from fasttrain.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 # Number of frames by which the scales of FP8 layers are chosen.
 CALIBRATION_FRAMES = 16
-INSTALL_DALI = "pip install 'fasttrain[cuda12]' or 'fasttrain[cuda13]'"
+INSTALL_DALI = pip_install("cuda12", "cuda13")
 # After this many unreadable samples in a row, assume that nothing is readable.
 MAX_ATTEMPTS = 32
 

@@ -81,6 +81,7 @@ from fasttrain.data.video import (
 )
 from fasttrain.errors import InputError, check_options
 from fasttrain.files import file_lock, naming, open_atomically, write_atomically
+from fasttrain.launcher import available_cores
 from fasttrain.loggers import Progress, say
 from fasttrain.options import PackOptions
 
@@ -109,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
     check_options(args, frames=0, short_side=16, quality=1, shard_size=1, workers=0)
     if args.quality > 100:
         raise InputError(f"--quality {args.quality}: expected at most 100")
-    workers = args.workers or len(os.sched_getaffinity(0))
+    workers = args.workers or available_cores()
     if args.check:
         say(f"{args.source}: all {check(args.source, workers=workers)} frames are intact")
         return

@@ -24,6 +24,7 @@ from fasttrain.data.video_cache import FileState, file_state, read_cache, write_
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.files import os_reason, read_lines
+from fasttrain.launcher import available_cores
 
 Kind = Literal["auto", "folders", "list", "videos", "packed"]
 
@@ -380,7 +381,7 @@ def _scan_videos(path: Path, source: SourceFiles, world: World) -> VideoIndex:
             return str(error)
 
     share = world.shard(list(source.videos))
-    with ThreadPoolExecutor(max_workers=min(32, len(os.sched_getaffinity(0)) * 2)) as pool:
+    with ThreadPoolExecutor(max_workers=min(32, available_cores() * 2)) as pool:
         scanned = dict(zip(share, pool.map(scan, share), strict=True))
     scanned = world.merge(scanned)
     readable = {name: result for name, result in scanned.items() if not isinstance(result, str)}

@@ -7,7 +7,7 @@ benchmark has a module that reads its dataset and evaluates the encoder. `comman
 
 from importlib import import_module
 
-from fasttrain.errors import InputError
+from fasttrain.errors import InputError, pip_install
 
 # The modules below import packages of the `eval` extra.
 try:
@@ -15,7 +15,7 @@ try:
     import_module("scipy")
 except ModuleNotFoundError as error:
     raise InputError(
-        f"package {error.name!r} is not installed. Install it with: pip install 'fasttrain[eval]'"
+        f"package {error.name!r} is not installed. Install it with: {pip_install('eval')}"
     ) from error
 
 from fasttrain.evaluation.metrics import boundary_accuracy, mean_iou, pck, region_similarity

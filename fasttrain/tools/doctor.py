@@ -14,11 +14,12 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from fasttrain.errors import InputError
+from fasttrain.errors import InputError, pip_install
+from fasttrain.launcher import available_cores
 
 DALI = (
     "Pillow and PyTorch load the training data, which takes more CPU time, and data.decoder=mixed is not "
-    "available; pip install 'fasttrain[cuda12]' or 'fasttrain[cuda13]' (Linux)"
+    f"available; {pip_install('cuda12', 'cuda13')} (Linux)"
 )
 PYAV = "video files cannot be read or written; frame folders and packed sets can; pip install av"
 NVJPEG = "data.decoder=mixed decodes JPEG on the CPU; pip install nvidia-nvjpeg-cu12"
@@ -26,12 +27,12 @@ COMPILER = (
     "Triton and torch.compile do not work on a GPU; install gcc and the Python headers (python3-dev), or set "
     "objective.backend=eager encoder.compile=none"
 )
-EVAL = "no evaluation, reports or learning curves; pip install 'fasttrain[eval]'"
+EVAL = f"no evaluation, reports or learning curves; {pip_install('eval')}"
 APEX = (
     "optimizer.name=apex_fused_adam and apex_fused_lamb are not available; build NVIDIA Apex from its "
     "repository with --cuda_ext (`apex` on PyPI is an unrelated project)"
 )
-TENSORBOARD = "no TensorBoard events; pip install 'fasttrain[tensorboard]'"
+TENSORBOARD = f"no TensorBoard events; {pip_install('tensorboard')}"
 
 
 class Component(NamedTuple):
@@ -57,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
     if missing:
         raise InputError(
             f"required components are missing: {', '.join(missing)}. Install them with: "
-            f"pip install 'fasttrain[cuda12]' or 'fasttrain[cuda13]'"
+            f"{pip_install('cuda12', 'cuda13')}"
         )
 
 
@@ -67,7 +68,7 @@ def check_machine() -> list[Component]:
     apex = _version("apex") if importlib.util.find_spec("amp_C") else None
     return [
         Component("Python", platform.python_version(), required=True),
-        Component("CPU cores", str(len(os.sched_getaffinity(0)))),
+        Component("CPU cores", str(available_cores())),
         Component("torch", _version("torch"), "nothing works", required=True),
         Component("GPU", _gpu(), "training runs on the CPU, which is practical for small models only"),
         Component("NVDEC", _nvdec(), "videos are packed on the CPU"),
