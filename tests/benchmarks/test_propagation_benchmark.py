@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import propagation as benchmark
-from benchmarks.propagation import FRAMES_AT_ONCE, Case, ResearchScript, measure_case
+from benchmarks.propagation import FRAMES_AT_ONCE, Case, ResearchScript, measure_time
 from fasttrain.evaluation import propagate_labels
 
 CPU = torch.device("cpu")
@@ -29,10 +29,9 @@ def test_script_and_fasttrain_match_the_golden_vectors(shared: Path, name: str) 
 
 
 def test_a_case_is_measured() -> None:
-    result = measure_case(Case("small", grid=(12, 20), channels=32), CPU, rounds=1)
-    assert result["time"]["agreeing_tokens"] > 0.999
-    assert result["time"]["ours"]["ms"] > 0
-    assert result["memory"]["script_over_ours"] > 1
+    time = measure_time(Case("small", grid=(12, 20), channels=32), CPU, rounds=1)
+    assert time["agreeing_tokens"] > 0.999
+    assert time["ours"]["ms"] > 0
 
 
 @pytest.mark.slow
@@ -41,5 +40,6 @@ def test_the_whole_program_runs(tmp_path: Path) -> None:
     benchmark.main(["--short", "--device", "cpu", "--backbone", "test_vit", "--out", str(out)])
     content = json.loads(out.read_text())
     assert content["skipped"] == {}
-    assert content["cases"].keys() == {"patch 16, 320 x 320"}
+    (case,) = content["cases"].values()
+    assert case["memory"]["script_over_ours"] > 1
     assert content["davis"]["data_set_seconds"] > 0
