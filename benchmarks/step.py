@@ -65,9 +65,8 @@ from fasttrain.checkpoint import drop_checkpoints
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.loggers import read_records
-from fasttrain.projection import Projection
+from fasttrain.projection import PROJECTION_FILE, Projection
 from fasttrain.recipe import Recipe, load_recipe, to_dict, to_yaml
-from fasttrain.video_encoder import PROJECTION_FILE
 
 Switches = dict[str, dict[str, Any]]
 SWITCHES: Switches = {"as it is": {}, "not compiled": {"compile": "none"}, "fp8": {"precision": "fp8"}}

@@ -50,6 +50,13 @@ def new_parser(name: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _local(text: str) -> Path:
+    """Convert an option to a path, and refuse addresses, which `Path` would change: hf://x into hf:/x."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a path on this machine")
+    return Path(text)
+
+
 def _add_numbers(parser: argparse.ArgumentParser, *options: tuple[str, str, float, str]) -> None:
     """Add options that take a number: the name, a word for the number, the default and the help."""
     for option, metavar, default, help in options:
@@ -173,19 +180,29 @@ class PackOptions:
 
 
 def add_report_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a training run")
+    parser.add_argument("runs", nargs="+", type=_local, metavar="RUN", help="output folder of a training run")
     parser.add_argument(
-        "--output", type=Path, default="report.html", metavar="FILE", help="HTML file to write"
+        "--output", type=_local, default="report.html", metavar="FILE", help="HTML file to write"
     )
 
 
 def add_export_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="output folder of a training run")
+    help = "output folder of a training run, or hf://owner/repo"
+    parser.add_argument("run", metavar="RUN", help=help)
     parser.add_argument("file", metavar="FILE", help="file to write, such as encoder.pt2")
     help = "frame size in pixels, a multiple of the patch size (default: the training crop)"
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help=help)
     help = "weights of the backbone (default: those used in training)"
     parser.add_argument("--weights", metavar="PATH", help=help)
+
+
+def add_push_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=_local, metavar="RUN", help="output folder of a training run")
+    help = "repository on the Hugging Face Hub, which is created if it does not exist"
+    parser.add_argument("repository", metavar="USER/NAME", help=help)
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    help = "public location of the backbone's weights, hf://... or timm://..., if the run used a copy of them"
+    parser.add_argument("--weights", metavar="LOCATION", help=help)
 
 
 def add_eval_options(parser: argparse.ArgumentParser) -> None:
@@ -200,16 +217,18 @@ def add_eval_options(parser: argparse.ArgumentParser) -> None:
         _add_model_options(task_parser)
         task_parser.add_argument(
             "--output",
-            type=Path,
+            type=_local,
             metavar="FOLDER",
-            help="folder for the results (default: eval in RUN or, without --run, in the working directory)",
+            help="folder for the results (default: eval in RUN or, if that is no folder, in the working "
+            "directory)",
         )
         add_options(task_parser)
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     encoder = parser.add_mutually_exclusive_group(required=True)
-    encoder.add_argument("--run", type=Path, metavar="RUN", help="output folder of a training run")
+    help = "output folder of a training run, or hf://owner/repo"
+    encoder.add_argument("--run", metavar="RUN", help=help)
     help = "backbone to evaluate without a run: mae, dino, ... or a timm ViT"
     encoder.add_argument("--backbone", metavar="NAME", help=help)
     parser.add_argument(
@@ -218,8 +237,11 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         help="weights of the backbone: a path, hf://..., timm://... or random (default: those of the run, or "
         "random for --backbone)",
     )
-    help = "projection to use with --backbone (a projection.safetensors)"
-    parser.add_argument("--projection", type=Path, metavar="FILE", help=help)
+    help = (
+        "projection to use with --backbone: a projection.safetensors, a run, hf://owner/repo, or "
+        "cosettle://NAME for that of the paper's authors"
+    )
+    parser.add_argument("--projection", metavar="PATH", help=help)
     help = "number of attention heads, like backbone.num_heads in a recipe"
     parser.add_argument("--num-heads", type=int, metavar="N", help=help)
     help = "activation function of the MLPs, like backbone.activation"
@@ -364,7 +386,7 @@ def _add_list_options(parser: argparse.ArgumentParser, train_help: str) -> None:
 def _add_feature_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache",
-        type=Path,
+        type=_local,
         metavar="FOLDER",
         help="folder of cached features, which tasks and runs can share; all processes need access to it "
         "(default: cache in the folder of the results)",
@@ -451,6 +473,7 @@ COMMANDS = {
         "export a trained video encoder to a single self-contained file",
         add_export_options,
     ),
+    "push": Command("fasttrain.tools.push", "publish a run on the Hugging Face Hub", add_push_options),
     "doctor": Command(
         "fasttrain.tools.doctor",
         "list installed and missing components and what they affect",

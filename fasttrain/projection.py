@@ -22,6 +22,8 @@ Init = Literal["trunc_normal", "xavier_uniform", "default"]
 
 # The name of the file in a run folder.
 PROJECTION_FILE = "projection.safetensors"
+# The projections that the paper's authors published, by the names of their backbones.
+COSETTLE = ("mae", "ijepa", "clip", "blip", "mocov3", "ibot", "dino", "dinov2")
 # Number of linear layers.
 _DEPTH: dict[Head, int] = {"linear": 1, "mlp2": 2, "mlp3": 3}
 
@@ -119,10 +121,12 @@ class Projection(nn.Module):
 
     @classmethod
     def find(cls, location: str) -> "Projection":
-        """Load the projection of a run folder, a safetensors file or a checkpoint of the paper's authors.
+        """Load the projection of a run, or one that the paper's authors published.
 
         Args:
-            location: A path, or `hf://owner/repo/path` for a published checkpoint.
+            location: A run folder, a projection.safetensors or a checkpoint of the paper's authors. It may be
+                on the Hugging Face Hub: `hf://owner/repo[@revision][/path]`. `cosettle://NAME` is the
+                authors' projection of this name (see `from_cosettle`).
 
         Returns:
             The projection on the CPU.
@@ -130,15 +134,21 @@ class Projection(nn.Module):
         Raises:
             InputError: The file cannot be read, or does not contain a projection.
         """
-        path = Path(location).expanduser()
-        if path.is_dir():
-            path /= PROJECTION_FILE
-        elif not (path.is_file() or location.startswith("hf://")):
-            raise InputError(
-                f"projection '{location}': no such file; pass a run folder, a projection.safetensors, or a "
-                f"checkpoint of the paper's authors (hf://owner/repo/path or a file)"
-            )
-        return cls.load(path) if path.suffix == ".safetensors" else cls.from_cosettle(location)
+        if location.startswith("cosettle://"):
+            return cls.from_cosettle(location)
+        if location.startswith("hf://"):
+            path = find_file(location, PROJECTION_FILE)
+        else:
+            path = Path(location).expanduser()
+            if path.is_dir():
+                path /= PROJECTION_FILE
+            if not path.is_file():
+                raise InputError(
+                    f"projection '{location}': no {PROJECTION_FILE} there. Pass the output folder of a "
+                    f"training run (with several backbones, output/NAME), a file, hf://owner/repo or "
+                    f"cosettle://NAME"
+                )
+        return cls.load(path) if path.suffix == ".safetensors" else cls.from_cosettle(path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Projection":
@@ -172,10 +182,11 @@ class Projection(nn.Module):
 
     @classmethod
     def from_cosettle(cls, path: str | Path) -> "Projection":
-        """Load the projection of a checkpoint that the paper's authors published (`ckpts/ours`).
+        """Load a projection that the paper's authors published (`ckpts/ours` of `yafeng19/Co-Settle`).
 
         Args:
-            path: A local file or `hf://owner/repo/path`.
+            path: The name of its backbone, `mae`, `ijepa`, `clip`, `blip`, `mocov3`, `ibot`, `dino` or
+                `dinov2`, or a copy of such a checkpoint: a local file or `hf://owner/repo/path`.
 
         Returns:
             The projection on the CPU. Its head is inferred from the keys of the checkpoint.
@@ -184,7 +195,16 @@ class Projection(nn.Module):
             InputError: The file cannot be read, or does not contain a projection (keys `adapter.adapter.*`).
         """
         prefix = "adapter.adapter.adapter_"
-        published = flatten_checkpoint(read_checkpoint(find_file(str(path))), str(path))
+        location = str(path)
+        name = location.removeprefix("cosettle://")
+        if name in COSETTLE:
+            location = f"hf://yafeng19/Co-Settle/ckpts/ours/{name}+ours"
+        elif name != location or not (location.startswith("hf://") or Path(location).exists()):
+            raise InputError(
+                f"projection {location!r}: no such file, nor one of the names of the projections that the "
+                f"paper's authors published: {', '.join(COSETTLE)}"
+            )
+        published = flatten_checkpoint(read_checkpoint(find_file(location)), location)
         state = {
             _own_name(key.partition(prefix)[2]): tensor.float()
             for key, tensor in published.items()

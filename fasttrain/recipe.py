@@ -94,7 +94,7 @@ class ProjectionRecipe:
     head: Literal["linear", "mlp2", "mlp3"] = "linear"
     """Architecture: Linear-tanh-LayerNorm, or 2 or 3 Linear layers with tanh in between, then LayerNorm."""
     weights: str = "random"
-    """Initial projection: a run folder, a projection.safetensors, a published checkpoint, or `random`."""
+    """Initial projection: a run folder or file, `hf://owner/repo[/path]`, `cosettle://NAME`, or `random`."""
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)

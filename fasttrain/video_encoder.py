@@ -19,8 +19,9 @@ from fasttrain.errors import InputError
 from fasttrain.families import FAMILIES
 from fasttrain.files import parse_json
 from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD, Triple
-from fasttrain.projection import PROJECTION_FILE, Projection
+from fasttrain.projection import Projection
 from fasttrain.recipe import recipe_from_dict
+from fasttrain.weights import absolute, is_missing
 
 # Arguments of `load_backbone` that the weights alone do not determine.
 UNSTORED = ("num_heads", "activation", "mean", "std")
@@ -110,9 +111,11 @@ def projection_metadata(
     """
     # Weights that have been moved may lack the configuration from which these values were taken.
     resolved = {name: getattr(encoder, name) for name in UNSTORED}
+    # Absolute, because the run may be loaded from another folder.
+    weights = absolute(encoder.weights)
     return {
-        "backbone": json.dumps(backbone_settings | resolved),
-        "weights": encoder.weights,
+        "backbone": json.dumps(backbone_settings | resolved | {"weights": weights}),
+        "weights": weights,
         "weights_hash": encoder.weights_hash,
         "head": projection.head,
         "recipe": json.dumps(recipe),
@@ -171,7 +174,8 @@ def load_video_encoder(
     """Load the video encoder that a training run has produced.
 
     Args:
-        run: The run folder (`output` of the recipe; with several backbones, `output/NAME`).
+        run: The run folder (`output` of the recipe; with several backbones, `output/NAME`), or a repository
+            on the Hugging Face Hub that `fasttrain push` has written: `hf://owner/repo[@revision][/path]`.
         device: The device to load it on. None: the CPU.
         weights: The new location of the backbone's weights, if they have been moved since training. Their
             hash must be the same as in training.
@@ -180,20 +184,21 @@ def load_video_encoder(
         The encoder in float32.
 
     Raises:
-        InputError: The folder does not contain a projection, or the weights cannot be read or have changed.
+        InputError: There is no projection, or the weights cannot be found or have changed.
     """
-    path = Path(run) / PROJECTION_FILE
-    if not path.is_file():
-        raise InputError(
-            f"run '{run}': no {PROJECTION_FILE} in this folder. Pass the output folder of a training run "
-            f"(with several backbones, output/NAME)"
-        )
-    projection = Projection.load(path)
+    projection = Projection.find(str(run))
     if "backbone" not in projection.metadata:
         raise InputError(
-            f"projection '{path}' does not name its backbone; pass the output folder of a training run"
+            f"projection '{run}' does not name its backbone; pass the output folder of a training run"
         )
     settings = trained_backbone(projection)
-    encoder = load_backbone(**settings | ({"weights": weights} if weights else {}))
+    if weights:
+        settings["weights"] = weights
+    elif is_missing(stored := settings.get("weights", "random")):
+        raise InputError(
+            f"run '{run}': the weights {stored!r} of its backbone are not there. Pass their location as "
+            f"weights=PATH (`--weights PATH`)"
+        )
+    encoder = load_backbone(**settings)
     check_backbone(projection, encoder, f"run '{run}'")
     return VideoEncoder(encoder, projection).to(device)

@@ -20,7 +20,14 @@ import huggingface_hub
 import numpy as np
 import timm
 import torch
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -75,7 +82,7 @@ class Source:
         if self.folder is not None:
             return sorted(path.name for path in self.folder.iterdir() if path.is_file())
         try:
-            files = huggingface_hub.list_repo_files(self.repo, revision=self.revision)
+            files = self._remote_files()
         # The type of network errors depends on the HTTP library that huggingface_hub uses.
         except Exception as error:
             files = self._cached_files()
@@ -99,6 +106,16 @@ class Source:
     def configuration(self, names: Collection[str]) -> dict[str, Any]:
         """Read those configuration files that the folder has."""
         return {name: read_json(self.fetch(name)) for name in CONFIG_FILES if name in names}
+
+    def _remote_files(self) -> list[str]:
+        hub = huggingface_hub.HfApi()
+        try:
+            # Unlike list_repo_files, this fails at once without a network, so that the cache is used.
+            found = hub.model_info(self.repo, revision=self.revision)
+            return [file.rfilename for file in found.siblings or []]
+        except HfHubHTTPError:
+            # Waits and repeats if the Hub is busy.
+            return list(hub.list_repo_files(self.repo, revision=self.revision))
 
     def _cached_files(self) -> list[str]:
         try:
@@ -222,10 +239,32 @@ def flatten_checkpoint(checkpoint: Any, weights: str) -> StateDict:
     return tensors
 
 
-def find_file(weights: str) -> Path:
-    """Return the local file of a path or `hf://owner/repo[@revision]/path`; download it if necessary."""
+def find_file(weights: str, preferred: str = "") -> Path:
+    """Return the local file of a path or `hf://owner/repo[@revision][/path]`; download it if necessary.
+
+    In a folder, it is the file of the name `preferred` or, without one, the only file of weights.
+    """
     source, name = _find(weights)
-    return source.fetch(name or _choose_file(weights, source.names()))
+    if not name:
+        names = source.names()
+        name = preferred if preferred in names else _choose_file(weights, names)
+    return source.fetch(name)
+
+
+def is_local(weights: str) -> bool:
+    """Say whether a location is a path of this machine."""
+    return weights != "random" and "://" not in weights
+
+
+def is_missing(weights: str) -> bool:
+    """Say whether a location is a path of this machine at which there is nothing."""
+    paths = (weights, weights.partition("#")[0])
+    return is_local(weights) and not any(Path(path).expanduser().exists() for path in paths)
+
+
+def absolute(weights: str) -> str:
+    """Return a location that does not depend on the current folder."""
+    return os.path.abspath(os.path.expanduser(weights)) if is_local(weights) else weights
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -253,6 +292,18 @@ def _load_timm(weights: str) -> tuple[StateDict, Config]:
 
 
 def _download_error(weights: str, file: str, error: Exception) -> InputError:
+    if isinstance(error, GatedRepoError):
+        return InputError(
+            f"weights {weights!r} are gated: accept their terms on the Hub, and log in with `hf auth login`"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return InputError(
+            f"weights {weights!r}: the Hub has no such repository, or it is private. Correct the name, or "
+            f"log in with `hf auth login`"
+        )
+    missing = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+    if missing or isinstance(error, RevisionNotFoundError):
+        return InputError(f"weights {weights!r}: {file} does not exist; correct the path or the revision")
     return InputError(
         f"weights {weights!r} cannot be downloaded ({type(error).__name__}). Without access to the Hub, "
         f"download {file} elsewhere, copy it to this machine and pass its local path"

@@ -23,10 +23,10 @@ from fasttrain.data.loader import PairLoader
 from fasttrain.data.sampling import PairSampling
 from fasttrain.distributed import World
 from fasttrain.evaluation.frames import write_label_map
-from fasttrain.projection import Projection
+from fasttrain.projection import PROJECTION_FILE, Projection
 from fasttrain.recipe import Recipe, TrainRecipe, recipe_from_dict
 from fasttrain.tools.synthetic import Scene, render_scene, write_scene
-from fasttrain.video_encoder import PROJECTION_FILE, projection_metadata
+from fasttrain.video_encoder import projection_metadata
 
 # --- images, frame folders and videos for training ---
 

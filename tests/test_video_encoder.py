@@ -12,8 +12,8 @@ from torch import Tensor
 from fasttrain.backbones import load_backbone
 from fasttrain.errors import InputError
 from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD
-from fasttrain.projection import Projection
-from fasttrain.video_encoder import PROJECTION_FILE, load_video_encoder
+from fasttrain.projection import PROJECTION_FILE, Projection
+from fasttrain.video_encoder import load_video_encoder
 
 
 def test_the_encoder_applies_backbone_and_projection_to_every_frame(tmp_path: Path) -> None:

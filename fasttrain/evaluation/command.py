@@ -54,7 +54,9 @@ def evaluate(arguments: argparse.Namespace) -> tuple[Path, Result] | None:
     dataset or the encoder cannot be loaded.
     """
     module, *_ = TASKS[arguments.task]
-    folder = arguments.output or (arguments.run or Path()) / "eval"
+    # A run on the Hub has no folder for results.
+    has_folder = arguments.run is not None and Path(arguments.run).is_dir()
+    folder = arguments.output or Path(arguments.run if has_folder else "") / "eval"
     start = time.perf_counter()
     with distributed.start(arguments.device) as world:
         evaluated = world.run_on_all(lambda: _prepare(arguments, folder, world))

@@ -63,7 +63,7 @@ def load_model(arguments: argparse.Namespace, device: torch.device) -> Evaluated
     else:
         settings: dict[str, Any] = {}
         if arguments.projection is not None:
-            projection = Projection.load(arguments.projection)
+            projection = Projection.find(arguments.projection)
             if "backbone" in projection.metadata:
                 settings = trained_backbone(projection)
                 options = {name: settings.get(name) for name in UNSTORED} | options

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fasttrain.__main__ import main
 from fasttrain.backbones import Backbone
-from fasttrain.video_encoder import PROJECTION_FILE
+from fasttrain.projection import PROJECTION_FILE
 
 SMALL = ["--image-size", "64", "--device", "cpu"]
 

@@ -41,10 +41,10 @@ from fasttrain.evaluation.datasets import read_split
 from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.sequences import evaluate_all
 from fasttrain.options import TASKS
-from fasttrain.projection import Projection
+from fasttrain.projection import PROJECTION_FILE, Projection
 from fasttrain.recipe import load_recipe, recipe_from_dict, recipe_hash, to_yaml
 from fasttrain.trainer import Trainer, check_run_folder
-from fasttrain.video_encoder import PROJECTION_FILE, load_video_encoder
+from fasttrain.video_encoder import load_video_encoder
 from reliability import mutations
 
 Seeds = dict[str, bytes]
