@@ -3,6 +3,7 @@
 The datasets have the layouts of the published ones.
 """
 
+import argparse
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy.io import savemat
+from torch import Tensor
 
 from fasttrain.backbones import load_backbone
 from fasttrain.data.index import FrameIndex
@@ -23,7 +25,7 @@ from fasttrain.data.loader import PairLoader
 from fasttrain.data.sampling import PairSampling
 from fasttrain.distributed import World
 from fasttrain.evaluation.frames import write_label_map
-from fasttrain.projection import PROJECTION_FILE, Projection
+from fasttrain.projection import PROJECTION_FILE, Head, Projection
 from fasttrain.recipe import Recipe, TrainRecipe, recipe_from_dict
 from fasttrain.tools.synthetic import Scene, render_scene, write_scene
 from fasttrain.video_encoder import projection_metadata
@@ -312,6 +314,36 @@ def write_run(folder: Path, seed: int = 0, **changes: Any) -> Path:
     projection = Projection(encoder.embed_dim, init="xavier_uniform", seed=seed)
     projection.save(folder / PROJECTION_FILE, projection_metadata(settings, encoder, projection, {}))
     return folder
+
+
+def write_weights(path: Path, shift: float = 0.0, container: str | None = None) -> str:
+    """Write a checkpoint of the test encoder; `shift` changes the weights. `container` is a key around it."""
+    encoder = load_backbone(**SETTINGS)
+    prefix_1D, positions_ND = encoder.get_buffer("prefix_PD"), encoder.get_buffer("positions_NC")
+    state: dict[str, Tensor] = {
+        **encoder.state_dict(),
+        "cls_token": prefix_1D[None],
+        "pos_embed": positions_ND[None],
+    }
+    state |= {"norm.bias": state["norm.bias"] + shift}
+    torch.save({container: state} if container else state, path)
+    return str(path)
+
+
+def published_name(name: str, head: Head) -> str:
+    """Translate a parameter name (`linears.I.*` or `norm.*`) to that in published checkpoints."""
+    layer, parameter = name.rsplit(".", 1)
+    if layer == "norm":
+        return f"adapter_layer_norm1.{parameter}"
+    number = "" if head == "linear" else str(int(layer.removeprefix("linears.")) + 1)
+    return f"adapter_linear{number}.{parameter}"
+
+
+def save_release(path: Path, parameters: dict[str, Tensor]) -> None:
+    """Write a checkpoint in the layout of the paper's release."""
+    model = {f"adapter.adapter.{name}": tensor for name, tensor in parameters.items()}
+    encoder = {"cls_token": torch.zeros(1, 1, 4)}
+    torch.save({"model": encoder | model, "args": argparse.Namespace(lr=1e-4), "epoch": 4}, path)
 
 
 @lru_cache

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import timm
 import torch
 import transformers
+from hub_server import Hub
 from safetensors.torch import load_file, save_file
 from synthetic import write_run
 from torch import Tensor, nn
@@ -445,32 +445,16 @@ def test_a_projection_remembers_what_the_configuration_says(tmp_path: Path) -> N
 # --- folders and repositories --------------------------------------------------------------------------
 
 
-def test_a_repository_is_loaded_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repository_is_loaded_by_its_name(tmp_path: Path, hub: Hub) -> None:
     random_model("dinov2").save_pretrained(tmp_path)
-    requests = []
-
-    def download(repo: str, path: str, revision: str | None = None) -> str:
-        requests.append(path)
-        return str(tmp_path / path)
-
-    files = [path.name for path in tmp_path.iterdir()]
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo, revision=None: [*files, "other.bin"])
+    hub.repos["owner/repo"] = {path.name: path.read_bytes() for path in tmp_path.iterdir()} | {
+        "other.bin": b""
+    }
     encoder = load_backbone("dinov2", weights="hf://owner/repo", image_size=64)
-    assert (encoder.num_heads, sorted(requests)) == (4, ["config.json", "model.safetensors"])
+    assert encoder.num_heads == 4
+    downloaded = {request.rpartition("/")[2] for request in hub.log if "/resolve/" in request}
+    assert downloaded == {"config.json", "model.safetensors"}
     assert encoder.weights_hash == load("dinov2", tmp_path).weights_hash
-
-
-def test_a_downloaded_repository_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    random_model("dinov2").save_pretrained(tmp_path)
-
-    def fail(*_: Any, **__: Any) -> None:
-        raise ConnectionError
-
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", fail)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, path, **_: str(tmp_path / path))
-    assert load_backbone("dinov2", weights="hf://owner/repo", image_size=64).num_heads == 4
 
 
 def test_loading_weights_leaves_the_random_state_unchanged(tmp_path: Path) -> None:

@@ -1,40 +1,26 @@
 """The projection: formulas and files, and the losses and gradients of the published implementation."""
 
-import argparse
+import re
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pytest
 import torch
+from hub_server import Hub
 from safetensors.torch import save_file
+from synthetic import published_name, save_release
 from torch import Tensor, nn
 
 from fasttrain.backbones import load_backbone
 from fasttrain.errors import InputError
 from fasttrain.families import FAMILIES
-from fasttrain.projection import Head, Init, Projection
+from fasttrain.projection import COSETTLE, PROJECTION_FILE, Head, Init, Projection
 from fasttrain_kernels import cosettle_loss
 
 HEADS = get_args(Head)
 MEAN_311 = torch.tensor((0.485, 0.456, 0.406))[:, None, None]
 STD_311 = torch.tensor((0.229, 0.224, 0.225))[:, None, None]
-
-
-def published_name(name: str, head: Head) -> str:
-    """Translate a parameter name (`linears.I.*` or `norm.*`) to that in published checkpoints."""
-    layer, parameter = name.rsplit(".", 1)
-    if layer == "norm":
-        return f"adapter_layer_norm1.{parameter}"
-    number = "" if head == "linear" else str(int(layer.removeprefix("linears.")) + 1)
-    return f"adapter_linear{number}.{parameter}"
-
-
-def save_release(path: Path, parameters: dict[str, Tensor]) -> None:
-    """Write a checkpoint in the layout of the paper's release."""
-    model = {f"adapter.adapter.{name}": tensor for name, tensor in parameters.items()}
-    encoder = {"cls_token": torch.zeros(1, 1, 4)}
-    torch.save({"model": encoder | model, "args": argparse.Namespace(lr=1e-4), "epoch": 4}, path)
 
 
 def relative_error(value: Tensor, expected: np.ndarray) -> float:
@@ -142,13 +128,58 @@ def test_save_and_load(head: Head, tmp_path: Path) -> None:
     projection = Projection(8, head=head, seed=3)
     projection.save(path, {"backbone": "{}", "recipe": "ä"})
     loaded = Projection.find(str(path))
-    with pytest.raises(InputError, match="'nowhere': no such file; pass a run folder"):
-        Projection.find("nowhere")
     assert (loaded.head, loaded.dim) == (head, 8)
     assert loaded.metadata == {"backbone": "{}", "recipe": "ä", "head": head}
     for name, tensor in projection.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name])
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_projections_on_the_hub(hub: Hub, tmp_path: Path) -> None:
+    projection = Projection(8, seed=3)
+    projection.save(tmp_path / PROJECTION_FILE)
+    save_release(
+        tmp_path / "ours.pth", {published_name(k, "linear"): t for k, t in projection.state_dict().items()}
+    )
+    run, checkpoint = (tmp_path / PROJECTION_FILE).read_bytes(), (tmp_path / "ours.pth").read_bytes()
+    hub.repos["me/run"] = {PROJECTION_FILE: run, "runs/mae/projection.safetensors": run, "model.bin": b""}
+    assert set(COSETTLE) == set(FAMILIES)
+    hub.repos["yafeng19/Co-Settle"] = {
+        f"ckpts/ours/{name}+ours/checkpoint.pth": checkpoint for name in COSETTLE
+    }
+    found = [
+        Projection.find("hf://me/run"),
+        Projection.find("hf://me/run@main/runs/mae"),
+        Projection.find("hf://me/run/runs/mae/projection.safetensors"),
+        Projection.find("hf://yafeng19/Co-Settle/ckpts/ours/mae+ours"),
+        *map(Projection.from_cosettle, COSETTLE),
+        *(Projection.find(f"cosettle://{name}") for name in COSETTLE),
+    ]
+    for each in found:
+        assert torch.equal(each.norm.weight, projection.norm.weight)
+        assert torch.equal(
+            each.get_parameter("linears.0.weight"), projection.get_parameter("linears.0.weight")
+        )
+
+
+def test_messages_about_projections_that_are_not_there(hub: Hub, tmp_path: Path) -> None:
+    hub.repos["me/run"] = {"README.md": b""}
+    for location, message in [
+        ("nowhere", "'nowhere': no projection.safetensors there. Pass the output folder"),
+        (str(tmp_path), f"'{tmp_path}': no projection.safetensors there"),
+        ("hf://me/run", "the folder has no weights"),
+        ("hf://me/run/projection.safetensors", "me/run/resolve/main/projection.safetensors does not exist"),
+        ("hf://me/other", "no such repository, or it is private"),
+        ("cosettle://foo", f"published: {', '.join(COSETTLE)}"),
+        ("cosettle://", f"published: {', '.join(COSETTLE)}"),
+    ]:
+        with pytest.raises(InputError, match=re.escape(message)):
+            Projection.find(location)
+    hub.private.add("me/run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("HF_TOKEN")
+        with pytest.raises(InputError, match="log in with `hf auth login`"):
+            Projection.find("hf://me/run")
 
 
 def test_messages_about_files_without_a_projection(tmp_path: Path) -> None:

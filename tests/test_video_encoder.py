@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from synthetic import SETTINGS, write_run
-from torch import Tensor
+from synthetic import SETTINGS, write_run, write_weights
 
 from fasttrain.backbones import load_backbone
 from fasttrain.errors import InputError
@@ -34,19 +33,6 @@ def test_the_encoder_applies_backbone_and_projection_to_every_frame(tmp_path: Pa
         encoder(video_BTCHW[0])
 
 
-def write_weights(path: Path, shift: float = 0.0) -> str:
-    """Write a checkpoint of the test encoder; `shift` changes the weights."""
-    encoder = load_backbone(**SETTINGS)
-    prefix_1D, positions_ND = encoder.get_buffer("prefix_PD"), encoder.get_buffer("positions_NC")
-    state: dict[str, Tensor] = {
-        **encoder.state_dict(),
-        "cls_token": prefix_1D[None],
-        "pos_embed": positions_ND[None],
-    }
-    torch.save(state | {"norm.bias": state["norm.bias"] + shift}, path)
-    return str(path)
-
-
 def test_moved_weights_are_accepted_and_changed_ones_refused(tmp_path: Path) -> None:
     # Without sizes in the metadata, they are read from the weights.
     weights = write_weights(tmp_path / "dino.pth")
@@ -54,12 +40,30 @@ def test_moved_weights_are_accepted_and_changed_ones_refused(tmp_path: Path) -> 
     assert load_video_encoder(str(run), "cpu").encoder.embed_dim == 32
     moved = tmp_path / "moved.pth"
     (tmp_path / "dino.pth").rename(moved)
-    with pytest.raises(InputError, match=r"dino\.pth': no such file"):
+    with pytest.raises(InputError, match=r"dino\.pth' of its backbone are not there. Pass .* weights=PATH"):
         load_video_encoder(run)
     assert load_video_encoder(run, weights=str(moved)).encoder.weights == str(moved)
     write_weights(moved, shift=1.0)
     with pytest.raises(InputError, match=r"moved\.pth' of dino are not those used in training"):
         load_video_encoder(run, weights=str(moved))
+
+
+@pytest.mark.parametrize("weights", ["dino.pth", "./dino.pth#teacher"])
+def test_a_run_loads_from_any_folder(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_weights(tmp_path / "dino.pth", container="teacher" if "#" in weights else None)
+    monkeypatch.chdir(tmp_path)
+    run = write_run(tmp_path / "run", weights=weights)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load_video_encoder("../run").encoder.weights == str(tmp_path / weights)
+    # Earlier versions stored the location as the user wrote it.
+    projection = Projection.load(run / PROJECTION_FILE)
+    settings = json.loads(projection.metadata["backbone"]) | {"weights": weights}
+    projection.save(run / PROJECTION_FILE, projection.metadata | {"backbone": json.dumps(settings)})
+    with pytest.raises(InputError, match="not there"):
+        load_video_encoder(run)
+    monkeypatch.chdir(tmp_path)
+    assert load_video_encoder(run).encoder.weights == weights
 
 
 def test_mean_std_and_heads_are_stored_with_the_projection(tmp_path: Path) -> None:
@@ -87,10 +91,10 @@ def test_projections_of_version_0_1_0_were_trained_with_the_imagenet_mean_and_st
 
 def test_folders_without_a_run_are_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(InputError, match=f"run '{folder}': no projection.safetensors"):
+        with pytest.raises(InputError, match=f"projection '{folder}': no projection.safetensors"):
             load_video_encoder(folder)
     Projection(32).save(tmp_path / PROJECTION_FILE)
-    with pytest.raises(InputError, match=r"projection\.safetensors' does not name its backbone"):
+    with pytest.raises(InputError, match="does not name its backbone"):
         load_video_encoder(tmp_path)
 
 

@@ -4,6 +4,7 @@ import argparse
 import os
 import pickle
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from hub_server import Hub
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -264,27 +266,22 @@ def test_the_message_about_a_missing_file_lists_the_sources(
 
 
 def test_hub_files_are_found_by_path_and_by_folder(
-    state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    state: dict[str, Tensor], hub: Hub, tmp_path: Path
 ) -> None:
     torch.save({"model": state}, tmp_path / "checkpoint.pth")
-    requests = []
-
-    def download(repo: str, path: str, revision: str | None = None) -> str:
-        requests.append((repo, path, revision))
-        return str(tmp_path / "checkpoint.pth")
-
+    content = (tmp_path / "checkpoint.pth").read_bytes()
     files = ["README.md", "ckpts/base/MAE/checkpoint.pth", "two/a.pth", "two/b.pth"]
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo, revision=None: files)
-    for weights in ("hf://owner/repo@main/x/checkpoint.pth", "hf://owner/repo/ckpts/base/MAE"):
+    hub.repos["owner/repo"] = dict.fromkeys(files, content)
+    for weights in ("hf://owner/repo@main/two/b.pth", "hf://owner/repo/ckpts/base/MAE"):
         encoder = load_backbone("mae", weights=weights, image_size=64, num_heads=2)
         assert encoder.weights_hash == hash_state_dict(state)
         assert encoder.weights == weights
-    assert requests == [
-        ("owner/repo", "x/checkpoint.pth", "main"),
-        ("owner/repo", "ckpts/base/MAE/checkpoint.pth", None),
+    assert [request for request in hub.log if request.startswith("HEAD")] == [
+        "HEAD /owner/repo/resolve/main/two/b.pth",
+        "HEAD /owner/repo/resolve/main/ckpts/base/MAE/checkpoint.pth",
     ]
     for path, message in [
+        ("/two/c.pth", r"/resolve/main/two/c\.pth does not exist; correct the path or the revision"),
         ("/two", r"/two': the folder has several files of weights \(a\.pth, b\.pth\)"),
         ("/other", "/other': the folder has no weights"),
         ("", r"repo': the folder has several files of weights \(ckpts/base/MAE/checkpoint\.pth, two"),
@@ -292,6 +289,27 @@ def test_hub_files_are_found_by_path_and_by_folder(
     ]:
         with pytest.raises(InputError, match=message):
             load_backbone("mae", weights=f"hf://owner/repo{path}")
+
+
+def test_downloaded_files_need_no_network(
+    state: dict[str, Tensor], hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(state, tmp_path / "x.pth")
+    hub.repos["owner/repo"] = {"a/x.pth": (tmp_path / "x.pth").read_bytes()}
+    weights = [f"hf://owner/repo{path}" for path in ("", "/a", "/a/x.pth")]
+    for each in weights:
+        load_backbone("mae", weights=each, image_size=64, num_heads=2)
+    # Nothing listens at this port.
+    template = huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(hub.url, "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    start = time.monotonic()
+    for each in weights:
+        load_backbone("mae", weights=each, image_size=64, num_heads=2)
+    with pytest.raises(InputError, match="cannot be downloaded"):
+        load_backbone("mae", weights="hf://owner/other")
+    # huggingface_hub waits 23 seconds if it repeats requests.
+    assert time.monotonic() - start < 10
 
 
 @pytest.fixture

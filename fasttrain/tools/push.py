@@ -177,7 +177,7 @@ def _copy_results(run: Path, folder: Path, projection: Projection) -> list[tuple
             say(f"not uploaded: {path}, because it is not a result of this projection")
             continue
         content = parse_json(path.read_bytes())
-        # Reasons why single videos were skipped, with their paths.
+        # Reasons why single videos were skipped, which may contain their paths.
         content.get("data", {}).pop("skipped", None)
         target = folder / "eval" / path.name
         target.parent.mkdir(exist_ok=True)
