@@ -12,24 +12,32 @@ from typing import Any
 import pytest
 import timm
 import torch
+from hub_server import Hub
 from synthetic import (
     LAYOUTS,
     clips,
     kinetics,
     plain,
+    published_name,
     result_of,
+    save_release,
     segmentation,
     ucf101,
     write_davis,
     write_frames,
     write_run,
     write_videos,
+    write_weights,
 )
 from torch import Tensor
 
+from fasttrain import options
 from fasttrain.__main__ import main
 from fasttrain.backbones import Backbone
-from fasttrain.projection import PROJECTION_FILE
+from fasttrain.evaluation.model import load_model
+from fasttrain.projection import PROJECTION_FILE, Projection
+from fasttrain.video_encoder import load_video_encoder
+from fasttrain.weights import hash_state_dict
 
 SMALL = ["--image-size", "64", "--device", "cpu"]
 
@@ -130,6 +138,40 @@ def test_a_projection_of_other_weights_is_refused(
     ]
     assert main([*map(str, words), "--projection", str(run / PROJECTION_FILE)]) == 2
     assert "other.pth' of test_vit are not those used in training" in capsys.readouterr().err
+
+
+def test_the_model_may_be_on_the_hub(run: Path, hub: Hub, tmp_path: Path) -> None:
+    """Also by the name of a projection that the paper's authors published, whose backbone is not stored."""
+    file = run / PROJECTION_FILE
+    state = Projection.load(file).state_dict()
+    save_release(tmp_path / "ours.pth", {published_name(key, "linear"): state[key] for key in state})
+    hub.repos["me/run"] = {PROJECTION_FILE: file.read_bytes()}
+    checkpoint = {"ckpts/ours/dino+ours/checkpoint.pth": (tmp_path / "ours.pth").read_bytes()}
+    hub.repos["yafeng19/Co-Settle"] = checkpoint
+    backbone = ["--backbone", "dino", "--weights", write_weights(tmp_path / "dino.pth"), "--num-heads", 2]
+    for model in (
+        ["--run", "hf://me/run"],
+        [*backbone, "--projection", "hf://me/run"],
+        [*backbone, "--projection", run],
+        [*backbone, "--projection", "cosettle://dino"],
+    ):
+        words = ["davis", "--root", tmp_path, *model]
+        arguments = options.new_parser("eval").parse_args([*map(str, words)])
+        loaded = load_model(arguments, torch.device("cpu"))
+        assert loaded.projection is not None
+        assert hash_state_dict(loaded.projection.state_dict()) == hash_state_dict(state)
+        assert loaded.encoder.weights_hash == load_video_encoder(run).encoder.weights_hash
+
+
+def test_results_of_a_run_on_the_hub_are_in_the_working_directory(
+    run: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.repos["me/run"] = {PROJECTION_FILE: (run / PROJECTION_FILE).read_bytes()}
+    videos = write_videos(tmp_path / "videos")
+    monkeypatch.chdir(tmp_path)
+    words = ["--root", videos, "--num-frames", 9, "--baseline-only"]
+    assert evaluate("consistency", "--run", "hf://me/run", *words) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["eval", "videos"]
 
 
 def test_packed_videos(run: Path, tmp_path: Path) -> None:
