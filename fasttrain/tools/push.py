@@ -274,7 +274,8 @@ def _shown_keys(recipe: dict[str, Any]) -> Iterable[tuple[str, str]]:
         value: Any = recipe
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
-        if value is not None:
+        # The number of steps, if it is given, counts instead of the epochs.
+        if value is not None and (key != "train.epochs" or recipe["train"].get("steps") is None):
             yield f"`{key}`", f"`{value}`"
 
 
@@ -291,8 +292,8 @@ def _results_table(evaluated: list[tuple[Path, Result]]) -> str:
                 values = result.values(metric)
                 shown = [results.format_value(values.get(variant)) for variant in ("before", "after")]
                 task = f"{result.task} ({difference})" if difference else result.task
-                rows.append((task, name, metric, results.better(metric), *shown))
-    header = ("benchmark", "data", "metric", "better", "before", "after")
+                rows.append((task, name, metric, *shown, results.better(metric), results.meaning(metric)))
+    header = ("benchmark", "data", "metric", "before", "after", "better", "meaning")
     return f"Before: the frozen encoder alone. After: with the projection.\n\n{_table(header, rows)}"
 
 

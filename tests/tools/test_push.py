@@ -114,7 +114,7 @@ def test_the_card_says_what_it_is_and_how_good(work: Path, run: Path, tmp_path: 
     assert "base_model" not in metadata
     values = json.loads(result_of(run / "eval", "consistency").read_text())["results"]
     before, after = (values[variant]["intra_normalized_95"] for variant in ("before", "after"))
-    row = f"| consistency | my videos | intra_normalized_95 | lower | {before:.4f} | {after:.4f} |"
+    row = f"| consistency | my videos | intra_normalized_95 | {before:.4f} | {after:.4f} | lower | distance "
     assert row in card
     for part in (
         'load_video_encoder("hf://me/tiny", weights="PATH")',
@@ -125,6 +125,7 @@ def test_the_card_says_what_it_is_and_how_good(work: Path, run: Path, tmp_path: 
         "@InProceedings{Liu_2026_CVPR",
     ):
         assert part in card
+    assert "train.epochs" not in card
     assert "$" not in card
 
 
