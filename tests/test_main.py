@@ -235,5 +235,5 @@ def test_a_missing_optional_package_prints_one_line() -> None:
     command = [sys.executable, "-c", f"{program} sys.exit(main({words}))"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    message = "package 'scipy' is not installed. Install it with: pip install 'fasttrain.eval.'"
+    message = "package 'scipy' is not installed. Install it with: pip install 'fasttrain-video.eval.'"
     assert re.fullmatch(f"fasttrain: {message}\n", done.stderr)
