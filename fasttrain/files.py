@@ -8,12 +8,15 @@ import glob
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from fasttrain.errors import InputError
+
+Row = TypeVar("Row")
+Parsed = TypeVar("Parsed")
 
 # The suffix of temporary files.
 PARTIAL = ".partial"
@@ -170,6 +173,22 @@ def read_lines(path: Path, expected: str = "a text file in UTF-8") -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{str(path)!r} cannot be read ({os_reason(error)}); expected {expected}") from error
     return [line.strip() for line in lines if line.strip()]
+
+
+def parse_rows(
+    path: Path, rows: Iterable[Row], parse: Callable[[Row], Parsed], expected: str
+) -> list[Parsed]:
+    """Parse the rows of a list. Raises InputError for a malformed row."""
+    parsed = []
+    for row in rows:
+        try:
+            parsed.append(parse(row))
+        except InputError:
+            raise
+        # TypeError, because the missing fields of a short CSV row are None.
+        except (LookupError, ValueError, TypeError) as error:
+            raise InputError(f"'{path}': malformed row {row!r}; expected {expected}") from error
+    return parsed
 
 
 def printable(text: str) -> str:

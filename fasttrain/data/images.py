@@ -62,18 +62,23 @@ class UnreadableFrameError(Exception):
 
 
 def read_encoded(path: str | Path, frame: int = 0) -> Bytes:
-    """Read an image file (n,), as `as_regular` returns it. Its content decides on its format, not its name.
-
-    Raises UnreadableFrameError if the file is missing, empty, truncated or too large, or if Pillow cannot
-    decode an irregular image. Truncation is checked here because some decoders turn a truncated file into
-    garbage without an error.
-    """
+    """Read an image file (n,), as `as_intact` returns it. Raises UnreadableFrameError."""
     try:
         # np.fromfile would return uninitialised memory, without an error, if the disk fails.
         with open(path, "rb", buffering=0) as file:
             content = file.readall()
     except OSError as error:
         raise UnreadableFrameError(os_reason(error), frame) from error
+    return as_intact(content, frame)
+
+
+def as_intact(content: bytes, frame: int = 0) -> Bytes:
+    """Return the content of an image file (n,) as `as_regular` does. It decides on the format, not the name.
+
+    Raises UnreadableFrameError if the file is empty, truncated or too large, or if Pillow cannot decode an
+    irregular image. Truncation is checked here because some decoders turn a truncated file into garbage
+    without an error.
+    """
     if not content:
         raise UnreadableFrameError("the file is empty", frame)
     # Other data may follow a JPEG. They and an embedded thumbnail may contain an end marker.

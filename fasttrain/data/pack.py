@@ -32,10 +32,12 @@ import io
 import itertools
 import json
 import os
+import shutil
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,13 +67,8 @@ from fasttrain.data.packed import (
     tar_header,
 )
 from fasttrain.data.sampling import evenly_spaced
-from fasttrain.data.sources import (
-    Kind,
-    SourceFiles,
-    describe_left_out,
-    describe_unreadable,
-    find_source,
-)
+from fasttrain.data.sources import Kind, SourceFiles, describe_left_out, describe_unreadable
+from fasttrain.data.tars import TarFiles, TarVideo, find_packable, uncompressed
 from fasttrain.data.video import (
     HAS_PYAV,
     VideoInfo,
@@ -80,7 +77,7 @@ from fasttrain.data.video import (
     stream_video_frames,
 )
 from fasttrain.errors import InputError, check_options
-from fasttrain.files import file_lock, naming, open_atomically, write_atomically
+from fasttrain.files import PARTIAL, file_lock, naming, open_atomically, write_atomically
 from fasttrain.launcher import available_cores
 from fasttrain.loggers import Progress, say
 from fasttrain.options import PackOptions
@@ -152,9 +149,9 @@ def pack(
     `share` is (I, N) for share I of N. The files written depend only on the source, the share and the
     options.
     """
-    files = find_source(source, kind=kind)
+    files = find_packable(source, destination, kind=kind, workers=workers)
     target = Share(destination, *share)
-    names = sorted(files.folders or files.videos)[target.number - 1 :: target.count]
+    names = _names_of(files, target)
     if not names and target.number == 1:
         raise InputError(
             f"{str(source)!r} {describe_unreadable(files.skipped, files.left_out)}. Pass a SOURCE with "
@@ -178,10 +175,9 @@ def pack(
         _write_manifest(target, identity, complete=False, skipped=[])
         done = [ShardIndex.read(path) for path in target.shard_paths()]
         first = done[-1].videos_done if done else 0
-        encode = functools.partial(_encode, files=files, options=options)
-        with Progress("videos", len(names), done=first) as progress:
-            videos = _report(map_ahead(encode, names[first:], workers=workers), progress)
-            skipped_last = _write_shards(target, done, videos, options.shard_bytes)
+        with Progress("videos", len(names), done=first) as progress, _temporary_folder(target) as folder:
+            encoded = _encode_all(files, names[first:], options, folder, workers)
+            skipped_last = _write_shards(target, done, _report(encoded, progress), options.shard_bytes)
         # Files that were skipped or left out before packing belong to no share, so share 1 reports them.
         skipped, left_out = (files.skipped, files.left_out) if target.number == 1 else ([], {})
         skipped = [*skipped, *(entry for index in done for entry in index.skipped), *skipped_last]
@@ -228,11 +224,36 @@ def check(root: Path, *, workers: int = 1) -> int:
     return frames
 
 
+def _names_of(files: SourceFiles, share: Share) -> list[str]:
+    """Return the names of the videos of a share, in the order in which they are packed."""
+    if not isinstance(files, TarFiles):
+        return sorted(files.folders or files.videos)[share.number - 1 :: share.count]
+    # Videos of a share are neighbours, so that few machines read the same tar.
+    names = list(files.tars)
+    start, end = (len(names) * number // share.count for number in (share.number - 1, share.number))
+    return names[start:end]
+
+
+@contextmanager
+def _temporary_folder(share: Share) -> Iterator[Path]:
+    """Provide an empty folder for temporary files. The caller holds the lock of the share."""
+    folder = share.folder / f".pack-{share}{PARTIAL}"
+    # A process that was killed has left its files.
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _digest(files: SourceFiles) -> str:
     """Hash the source without opening a video: names of videos and frames, sizes of video files."""
     digest = hashlib.sha256()
-    for name in sorted(files.folders or files.videos):
-        if files.folders:
+    for name in files.tars if isinstance(files, TarFiles) else sorted(files.folders or files.videos):
+        if isinstance(files, TarFiles):
+            details = tuple(f"{member.name} {member.size}" for member in files.tars[name].members)
+        elif files.folders:
             _, details = files.folders[name]
         else:
             video = files.videos[name]
@@ -320,20 +341,63 @@ def _write_shard(
 # --- encoding videos ---
 
 
+def _encode_all(
+    files: SourceFiles, names: Sequence[str], options: PackOptions, folder: Path, workers: int
+) -> Iterator[EncodedVideo]:
+    """Encode videos in order, in several threads. `folder` is for temporary files."""
+    if isinstance(files, TarFiles):
+        videos = uncompressed((_selected(files.tars[name], options) for name in names), folder)
+        return map_ahead(functools.partial(_encode_tar, options=options), videos, workers=workers)
+    return map_ahead(functools.partial(_encode, files=files, options=options), names, workers=workers)
+
+
 def _encode(name: str, files: SourceFiles, options: PackOptions) -> EncodedVideo:
-    """Encode the frames of a video file or frame folder. Called from several threads."""
+    """Encode the frames of a video file or frame folder."""
     if files.folders:
-        return _encode_folder(name, *files.folders[name], options)
+        folder, frames = files.folders[name]
+        return _encode_frames(name, folder, frames, lambda frame: read_encoded(folder / frame), options)
     path = files.videos[name]
+
+    def read_through() -> None:
+        with naming(path), path.open("rb") as file:
+            while file.read(2**20):
+                pass
+
+    return _encode_file(name, path, read_through, options)
+
+
+def _selected(video: TarVideo, options: PackOptions) -> TarVideo:
+    """Return a video with only the frames to pack, so that the others are not read."""
+    numbers = evenly_spaced(len(video.members), options.frames or len(video.members))
+    return dataclasses.replace(video, members=tuple(video.members[number] for number in numbers))
+
+
+def _encode_tar(video: TarVideo, options: PackOptions) -> EncodedVideo:
+    """Encode the frames of a video in a tar, or copied from a compressed one."""
+    try:
+        if not video.is_frames:
+            return _encode_file(video.name, video.url, video.read_through, options)
+        members = {member.name: member for member in video.members}
+        return _encode_frames(
+            video.name, video.path, list(members), lambda frame: video.read_frame(members[frame]), options
+        )
+    finally:
+        # The temporary copy may be as large as the video.
+        if video.is_compressed:
+            video.path.unlink(missing_ok=True)
+
+
+def _encode_file(
+    name: str, path: Path, read_through: Callable[[], None], options: PackOptions
+) -> EncodedVideo:
+    """Encode the frames of a video file. `read_through` raises OSError if the disk fails."""
     try:
         return _encode_video(name, path, options)
     except UnreadableFrameError as error:
         if _errno(error) == errno.EIO:
             # FFmpeg also has this error for damaged files, such as a truncated Matroska file. Reading the
             # file raises OSError if the disk fails. If it failed for a moment, the second attempt succeeds.
-            with naming(path), path.open("rb") as file:
-                while file.read(2**20):
-                    pass
+            read_through()
         else:
             _raise_disk_error(error, path)
             return EncodedVideo(name, [], [(name, str(error))])
@@ -358,12 +422,14 @@ def _encode_video(name: str, path: Path, options: PackOptions) -> EncodedVideo:
     return EncodedVideo(name, frames, skipped)
 
 
-def _encode_folder(name: str, folder: Path, files: Sequence[str], options: PackOptions) -> EncodedVideo:
-    """Encode the readable frames of a frame folder, numbered without gaps."""
+def _encode_frames(
+    name: str, folder: Path, files: Sequence[str], read: Callable[[str], Bytes], options: PackOptions
+) -> EncodedVideo:
+    """Encode the readable frames of a frame folder or of a tar, numbered without gaps."""
     video = EncodedVideo(name, [], [])
     for number in evenly_spaced(len(files), options.frames or len(files)):
         try:
-            video.frames.append(_encode_file(folder / files[number], options))
+            video.frames.append(_encode_image(read(files[number]), options))
         except UnreadableFrameError as error:
             _raise_disk_error(error, folder / files[number])
             video.skipped.append((f"{name}/{files[number]}", str(error)))
@@ -384,9 +450,8 @@ def _errno(error: UnreadableFrameError) -> int:
     return getattr(error.__cause__, "errno", None) or 0
 
 
-def _encode_file(path: Path, options: PackOptions) -> bytes:
-    """Encode an image file as JPEG in the requested size. A JPEG file that already fits is kept unchanged."""
-    data = read_encoded(path)
+def _encode_image(data: Bytes, options: PackOptions) -> bytes:
+    """Encode an image (n,) as JPEG in the requested size. A JPEG file that already fits is kept unchanged."""
     check_jpeg(data)
     frame = decode_image(data)
     content = data.tobytes()

@@ -6,10 +6,11 @@ because evaluation also uses it.
 
 from __future__ import annotations
 
+import csv
 import os
 import posixpath
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -23,16 +24,21 @@ from fasttrain.data.video import VIDEO_SUFFIXES, VideoInfo, probe_video, skipped
 from fasttrain.data.video_cache import FileState, file_state, read_cache, write_cache
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
-from fasttrain.files import os_reason, read_lines
+from fasttrain.files import os_reason, parse_rows, read_lines
 from fasttrain.launcher import available_cores
 
 Kind = Literal["auto", "folders", "list", "videos", "packed"]
 
 _EXPECTED = (
     "Expected a folder of frame folders (images) or video files, a text file that lists either, a video "
-    "file, or a packed set."
+    "file, or a packed set; or WebDataset tars for `fasttrain pack`."
 )
 _MISSING = "does not exist"
+# The columns of the lists of Kinetics by which they are recognised, and the folder of the archive with which
+# the CVD Foundation replaces corrupted videos of Kinetics-400, which have the same names.
+KINETICS_COLUMNS = ("youtube_id", "time_start", "time_end")
+REPLACEMENTS = "replacement_for_corrupted_k400"
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 # The number of kinds of files that are counted separately, and the number that one line names.
 MAX_KINDS, MAX_LISTED = 100, 5
@@ -90,7 +96,8 @@ def open_source(source: str | Path, *, kind: Kind = "auto", world: World | None 
       digits only, in the order of these numbers. See `docs/data.md` for folders with other images.
     - list: a text file with one frame folder or video file per line, as an absolute path or relative to the
       text file. A number after a frame folder limits the frames used; a number after a video file is ignored,
-      because lists of labelled videos put the label there.
+      because lists of labelled videos put the label there. A list of Kinetics selects the videos below its
+      folder.
     - videos: a folder of video files at any depth, or a single video file.
     - packed: a packed set written by `fasttrain pack`.
     - auto: detect the kind.
@@ -137,7 +144,12 @@ def find_source(path: Path, *, kind: Kind = "auto") -> SourceFiles:
         raise InputError(f"{str(path)!r} does not exist. {_EXPECTED}")
     if path.is_dir():
         return _search_folder(path, kind)
-    is_video = _suffix(path.name) in VIDEO_SUFFIXES or _starts_as_video(path)
+    if is_tar(path.name):
+        raise InputError(
+            f"{str(path)!r} is a tar file. Pack it first with `fasttrain pack {path} DESTINATION`, and pass "
+            "DESTINATION instead."
+        )
+    is_video = file_suffix(path.name) in VIDEO_SUFFIXES or _starts_as_video(path)
     if kind == "videos" or (kind == "auto" and is_video):
         return SourceFiles(videos={path.name: path})
     if kind == "folders":
@@ -148,7 +160,10 @@ def find_source(path: Path, *, kind: Kind = "auto") -> SourceFiles:
         raise InputError(
             f"{str(path)!r} is a video file, but the kind is 'list'. Pass a text file, or another kind."
         )
-    return _read_list(path)
+    lines = read_lines(path, "a video file or a text file that lists frame folders or video files")
+    if lines and set(KINETICS_COLUMNS) <= set(next(csv.reader(lines))):
+        return _read_kinetics(path, lines)
+    return _read_list(path, lines)
 
 
 def _search_folder(root: Path, kind: Kind) -> SourceFiles:
@@ -179,10 +194,9 @@ def _search_folder(root: Path, kind: Kind) -> SourceFiles:
         images = _take_images(files) if kind != "videos" else []
         if images:
             first_image = first_image or posixpath.join(relative, images[0])
-            words = [part for part in relative.split("/") if _NO_FRAME.fullmatch(part.lower())]
-            if words:
-                set_aside.append((words[0], name, folder, relative, images))
-            elif reason := _add_frames(source, name, folder, relative, images, shared_names):
+            if word := annotation_word(relative):
+                set_aside.append((word, name, folder, relative, images))
+            elif reason := add_frames(source, name, folder, relative, images, shared_names):
                 source.skipped.append((name, reason))
         # Each folder of a large set of frames may contain a file without a suffix. These are not opened.
         opened = kind == "videos" or (kind == "auto" and not images)
@@ -203,7 +217,7 @@ def _search_folder(root: Path, kind: Kind) -> SourceFiles:
     for word, name, folder, relative, images in set_aside:
         if has_frames:
             source.leave_out(f"images below {word}", relative, images)
-        elif reason := _add_frames(source, name, folder, relative, images, shared_names):
+        elif reason := add_frames(source, name, folder, relative, images, shared_names):
             source.skipped.append((name, reason))
     if first_image and source.videos:
         raise InputError(
@@ -214,8 +228,19 @@ def _search_folder(root: Path, kind: Kind) -> SourceFiles:
     return source
 
 
-def _suffix(name: str) -> str:
+def file_suffix(name: str) -> str:
+    """Return the suffix of a file name in lower case, with its dot."""
     return os.path.splitext(name)[1].lower()
+
+
+def is_tar(name: str) -> bool:
+    """Whether the name of a file is that of a tar that `fasttrain pack` reads."""
+    return name.lower().endswith(TAR_SUFFIXES)
+
+
+def annotation_word(relative: str) -> str | None:
+    """Return the first folder of a path whose images are usually not frames, such as Annotations."""
+    return next((part for part in relative.split("/") if _NO_FRAME.fullmatch(part.lower())), None)
 
 
 def _starts_as_video(path: Path) -> bool:
@@ -240,7 +265,7 @@ def _list_folder(folder: Path) -> tuple[list[str], _BySuffix]:
                 (folders if entry.is_dir() else files).append(entry.name)
     by_suffix: _BySuffix = {}
     for name in sorted(files):
-        by_suffix.setdefault(_suffix(name), []).append(name)
+        by_suffix.setdefault(file_suffix(name), []).append(name)
     return sorted(folders), by_suffix
 
 
@@ -249,7 +274,7 @@ def _take_images(files: _BySuffix) -> list[str]:
     return [name for suffix in sorted(IMAGE_SUFFIXES & files.keys()) for name in files.pop(suffix)]
 
 
-def _add_frames(
+def add_frames(
     source: SourceFiles,
     name: str,
     folder: Path,
@@ -304,21 +329,79 @@ def _natural_key(name: str) -> list[str | int]:
     return [int(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
-def _read_list(path: Path) -> SourceFiles:
-    """Read a list of frame folders or video files. A path may contain spaces, and a number may follow it."""
+def kinetics_clip(row: Mapping[str, str]) -> str:
+    """Return the file name of a clip of Kinetics, without the suffix, from its row of a published list.
+
+    Raises LookupError, TypeError or ValueError if the row is malformed.
+    """
+    start, end = int(row["time_start"]), int(row["time_end"])
+    return f"{row['youtube_id']}_{start:06d}_{end:06d}"
+
+
+def _read_kinetics(path: Path, lines: Sequence[str]) -> SourceFiles:
+    """Read a list of Kinetics. Its videos or frame folders are at any depth below the folder of the list.
+
+    If this is `annotations`, as in the published copies, they are below the folder above it.
+    """
+    folder = path.absolute().parent
+    root = folder.parent if folder.name == "annotations" else folder
+    files = _search_folder(root, "auto")
+    stored: dict[str, str] = {}
+    for name in sorted(files.folders or files.videos):
+        clip = posixpath.basename(name) if files.folders else Path(name).stem
+        if clip not in stored or REPLACEMENTS in name.split("/"):
+            stored[clip] = name
+    clips = parse_rows(
+        path, csv.DictReader(lines), kinetics_clip, f"the columns {', '.join(KINETICS_COLUMNS)}"
+    )
+    listed = dict.fromkeys(stored[clip] for clip in clips if clip in stored)
+    missing = [clip for clip in clips if clip not in stored]
+    if not listed:
+        raise InputError(
+            f"{str(path)!r} is a list of Kinetics, but none of its videos is below {str(root)!r} (listed: "
+            f"{len(clips)}{f', first: {missing[0]}.mp4' if missing else ''}). Move the list to the folder of "
+            "the videos, or to a folder `annotations` in it."
+        )
+    if missing:
+        reason = (
+            f"lists videos that do not exist below {str(root)!r}: {len(missing)} of {len(clips)}, such as "
+        )
+        files.skipped.append((path.name, f"{reason}{missing[0]}.mp4"))
+    if files.folders:
+        return SourceFiles(folders={name: files.folders[name] for name in listed}, skipped=files.skipped)
+    return SourceFiles(videos={name: files.videos[name] for name in listed}, skipped=files.skipped)
+
+
+def _split_line(folder: Path, line: str) -> tuple[str, int | None]:
+    """Split a line of a list into a path and the number of frames to use, if it has one.
+
+    The lists of MMAction2 have the columns `path label`, or `path frames label` for frame folders; those of
+    others, `path,label`. Any path may contain spaces and commas, so the longest one that exists counts.
+    """
+    # os.path.exists returns False for a name that is too long; Path.exists raises.
+    path, numbers = line, []
+    while not os.path.exists(folder / path):
+        # int() refuses numbers of thousands of digits, and no video has a billion frames.
+        if match := re.fullmatch(r"(.*\S)\s+(\d{1,9})", path):
+            numbers.append(int(match[2]))
+        elif not (match := re.fullmatch(r"(.*\S)\s*,[^,]*", path)):
+            break
+        path = match[1]
+    else:
+        return path, numbers[-1] if numbers else None
+    # No path exists. Name the one that is most likely meant.
+    return (match[1] if (match := re.fullmatch(r"(.*\S)\s+\d{1,9}", line)) else line), None
+
+
+def _read_list(path: Path, lines: Sequence[str]) -> SourceFiles:
+    """Read a list of frame folders or video files. A path may contain spaces, and numbers may follow it."""
     source = SourceFiles()
     shared_names: _SharedNames = {}
-    for line in read_lines(path, "a video file or a text file that lists frame folders or video files"):
+    for line in lines:
         # Only "# " starts a comment, because names in HMDB51 may start with "#".
         if line.startswith("# "):
             continue
-        # os.path.exists returns False for a name that is too long; Path.exists raises.
-        parts = line.rsplit(maxsplit=1)
-        # int() refuses numbers of thousands of digits, and no video has a billion frames.
-        has_number = (
-            len(parts) == 2 and re.fullmatch(r"\d{1,9}", parts[1]) and not os.path.exists(path.parent / line)
-        )
-        name, limit = (parts[0], int(parts[1])) if has_number else (line, None)
+        name, limit = _split_line(path.parent, line)
         # Normalise ./video and video/ to video.
         name = Path(name).as_posix()
         reason = _add_listed(source, name, path.parent / name, shared_names, limit)
@@ -345,7 +428,7 @@ def _add_listed(
     if not os.path.exists(path):
         return _MISSING
     if not os.path.isdir(path):
-        if _suffix(name) in IMAGE_SUFFIXES:
+        if file_suffix(name) in IMAGE_SUFFIXES:
             return "is an image; list the folder of its video instead"
         source.videos[name] = path
         return None
@@ -356,7 +439,7 @@ def _add_listed(
     images = _take_images(files)
     if not images:
         return "contains no images; to list its video files, give the path of each"
-    reason = _add_frames(source, name, path, name, images, shared_names, limit)
+    reason = add_frames(source, name, path, name, images, shared_names, limit)
     if not reason:
         for suffix, names in files.items():
             source.leave_out(suffix or "without suffix", name, names)

@@ -33,20 +33,18 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fasttrain.data.index import FolderIndex, FrameIndex
 from fasttrain.data.packed import PackedIndex, is_packed
-from fasttrain.data.sources import find_source
+from fasttrain.data.sources import find_source, kinetics_clip
 from fasttrain.data.video import VIDEO_SUFFIXES
 from fasttrain.errors import InputError
-from fasttrain.files import parse_json, read_lines
+from fasttrain.files import parse_json, parse_rows, read_lines
 
-Row = TypeVar("Row")
-Parsed = TypeVar("Parsed")
 Labels = npt.NDArray[np.int64]
 
 # A video file, or an index (of frame folders or a packed set) and the video's position in it.
@@ -188,20 +186,6 @@ def _find_list(arguments: argparse.Namespace, name: str) -> Path:
     return paths[0]
 
 
-def _parse(path: Path, rows: Iterable[Row], parse: Callable[[Row], Parsed], expected: str) -> list[Parsed]:
-    """Parse the rows of a list. Raises InputError for a malformed row."""
-    parsed = []
-    for row in rows:
-        try:
-            parsed.append(parse(row))
-        except InputError:
-            raise
-        # TypeError, because the missing fields of a short CSV row are None.
-        except (LookupError, ValueError, TypeError) as error:
-            raise InputError(f"'{path}': malformed row {row!r}; expected {expected}") from error
-    return parsed
-
-
 def _read_both(
     arguments: argparse.Namespace,
     names: tuple[str, str],
@@ -212,7 +196,7 @@ def _read_both(
     """Read the training and the test list: those passed as options, else the published ones (`names`)."""
     train = arguments.train_list or _find_list(arguments, names[0])
     test = arguments.test_list or _find_list(arguments, names[1])
-    return _parse(train, load(train), parse, expected), _parse(test, load(test), parse, expected)
+    return parse_rows(train, load(train), parse, expected), parse_rows(test, load(test), parse, expected)
 
 
 def _read_ucf(arguments: argparse.Namespace) -> _Lists:
@@ -245,7 +229,7 @@ def _read_hmdb(arguments: argparse.Namespace) -> _Lists:
 
     for path in sorted(_find_list(arguments, f"*{ending}").parent.glob(f"*{ending}")):
         classes.append(path.name.removesuffix(ending))
-        _parse(path, read_lines(path), parse, "a video and 0, 1 or 2")
+        parse_rows(path, read_lines(path), parse, "a video and 0, 1 or 2")
     return classes, marked["1"], marked["2"]
 
 
@@ -253,8 +237,7 @@ def _read_kinetics(arguments: argparse.Namespace) -> _Lists:
     """Read Kinetics: CSV files with the columns label, youtube_id, time_start, time_end and split."""
 
     def parse(row: dict[str, str]) -> _Entry:
-        start, end = int(row["time_start"]), int(row["time_end"])
-        file = f"{row['youtube_id']}_{start:06d}_{end:06d}.mp4"
+        file = f"{kinetics_clip(row)}.mp4"
         return _Entry(f"{row['label']}/{file}", [row["label"]], file)
 
     names, expected = ("train.csv", "val.csv"), "the columns label, youtube_id, time_start, time_end"
@@ -283,7 +266,7 @@ def _read_ssv2(arguments: argparse.Namespace) -> _Lists:
         return _Entry(f"{row['id']}.webm", [re.sub(r"[\[\]]", "", row["template"])])
 
     labels = _find_list(arguments, "labels.json")
-    numbers = _parse(
+    numbers = parse_rows(
         labels,
         load(labels, dict).items(),
         lambda entry: (int(entry[1]), entry[0]),
@@ -327,7 +310,7 @@ def _read_frames(arguments: argparse.Namespace) -> _Lists:
         return _Entry(name, labels, _breakfast_path(name))
 
     path = arguments.root / "mapping.txt"
-    classes = _parse(path, read_lines(path), parse_class, "`NUMBER LABEL`")
+    classes = parse_rows(path, read_lines(path), parse_class, "`NUMBER LABEL`")
     names = f"train.split{arguments.split}.bundle", f"test.split{arguments.split}.bundle"
     lists = _read_both(arguments, names, read_lines, parse, "NAME.txt")
     return [name for _, name in sorted(classes)], *lists
