@@ -31,7 +31,7 @@ Kind = Literal["auto", "folders", "list", "videos", "packed"]
 
 _EXPECTED = (
     "Expected a folder of frame folders (images) or video files, a text file that lists either, a video "
-    "file, or a packed set; or WebDataset tars for `fasttrain pack`."
+    "file, or a packed set. WebDataset tars must be packed first, with `fasttrain pack`."
 )
 _MISSING = "does not exist"
 # The columns of the lists of Kinetics by which they are recognised, and the folder of the archive with which

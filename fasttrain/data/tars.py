@@ -147,7 +147,7 @@ def find_packable(source: Path, destination: Path, *, kind: Kind = "auto", worke
 
 # --- finding tars ---
 
-_SUFFIXES = frozenset(file_suffix(suffix) for suffix in TAR_SUFFIXES)
+_SUFFIXES = frozenset({".tar", ".gz", ".tgz"})
 
 
 def _listed_tars(source: Path) -> list[Path] | None:
@@ -243,7 +243,7 @@ def _read_headers(labelled: tuple[str, Path]) -> _Tar:
     except Exception as error:
         problem = str(error)
     if problem is not None:
-        problem = f"damaged tar file ({problem}); members before the damage: {len(members)}"
+        problem = f"damaged tar file ({problem}); members read: {len(members)}"
     return _Tar(label, path, is_compressed, members, num_links, problem)
 
 
