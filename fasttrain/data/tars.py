@@ -12,6 +12,7 @@ while packing, when each video is copied to a temporary file. No name in a tar b
 
 from __future__ import annotations
 
+import errno
 import gzip
 import itertools
 import os
@@ -234,8 +235,8 @@ def _read_headers(labelled: tuple[str, Path]) -> _Tar:
                 else:
                     num_links += 1
     except OSError as error:
-        # gzip raises an OSError without a number for damaged data.
-        if error.errno is not None:
+        # gzip raises an OSError without a number for damaged data. A header may claim an impossible size.
+        if error.errno not in (None, errno.EINVAL):
             with naming(path):
                 raise
         problem = os_reason(error)

@@ -241,6 +241,76 @@ def test_a_number_that_is_too_long_belongs_to_the_name(tmp_path: Path) -> None:
     assert [reason for _, reason in index.skipped] == ["does not exist"]
 
 
+# --- lists of data sets with labels ---
+
+
+@pytest.mark.parametrize("layout", ["beside", "annotations"])
+def test_a_list_of_kinetics_selects_the_videos_that_exist(tmp_path: Path, layout: str) -> None:
+    """The layout of the CVD Foundation, in which some videos have a replacement."""
+    root = tmp_path / "k400"
+    clips = ["a_000001_000011", "-b_000090_000100", "c_c_001234_001244", "unlisted_000000_000010"]
+    replacement = root / "replacement/replacement_for_corrupted_k400/a_000001_000011.mp4"
+    paths = [root / "train" / f"{clips[0]}.mp4", root / "train/doing this, \u2028/" / f"{clips[1]}.mp4"]
+    paths += [root / "val" / f"{clips[2]}.webm", root / "train" / f"{clips[3]}.mp4", replacement]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    path = root / {"beside": "train.csv", "annotations": "annotations/train.csv"}[layout]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(
+        "label,youtube_id,time_start,time_end,split\n"
+        'doing that,a,1,11,train\n"doing this, too",-b,90,100,train\nx,c_c,1234,1244,val\nx,gone,0,10,train\n'
+    )
+    files = find_source(path)
+    assert files.videos == {str(path.relative_to(root)): path for path in (replacement, paths[1], paths[2])}
+    reason = f"lists videos that do not exist below {str(root)!r}: 1 of 4, such as gone_000000_000010.mp4"
+    assert files.skipped == [("train.csv", reason)]
+    assert files.left_out == {}
+
+
+def test_a_list_of_kinetics_selects_frame_folders(tmp_path: Path) -> None:
+    for clip in ("a_000001_000011", "b_000001_000011"):
+        (tmp_path / "train" / clip).mkdir(parents=True)
+        Image.fromarray(picture(0, 0)).save(tmp_path / "train" / clip / "img_00001.jpg")
+    (tmp_path / "train.csv").write_text("youtube_id,time_start,time_end,split\nb,1,11,train\n")
+    assert open_source(tmp_path / "train.csv").names == ["train/b_000001_000011"]
+
+
+def test_lists_of_other_tools(tmp_path: Path) -> None:
+    """The lists of MMAction2 (for frame folders, with frames and label) and of VideoMAE or TimeSformer."""
+    root = write_folders(tmp_path, [5, 5, 5, 5])
+    (root / "class_0/video_0").rename(root / "class_0/a, b")
+    (root / "class_0/video_2").rename(root / "class_0/v 7 8")
+    lines = ["class_0/a, b 5 17", "class_0/v 7 8 3 2", "class_1/video_1,4", "class_1/video_3, doing this"]
+    (root / "list.csv").write_text("\n".join([*lines, "gone/a, b.mp4 3", "gone.mp4,3"]))
+    index = open_source(root / "list.csv")
+    assert dict(zip(index.names, index.num_frames.tolist(), strict=True)) == {
+        "class_0/a, b": 5,
+        "class_0/v 7 8": 3,
+        "class_1/video_1": 5,
+        "class_1/video_3": 5,
+    }
+    assert index.skipped == [("gone/a, b.mp4", "does not exist"), ("gone.mp4,3", "does not exist")]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("a,x,1,11", "malformed row .*; expected the columns youtube_id, time_start, time_end"),
+        ("a,b,1", "malformed row"),
+        (
+            "x,a,1,11",
+            r"none of its videos is below .* \(listed: 1, first: a_000001_000011\.mp4\)\. Move the list",
+        ),
+    ],
+)
+def test_a_bad_list_of_kinetics_gives_a_one_line_error(tmp_path: Path, row: str, message: str) -> None:
+    (tmp_path / "x.csv").write_text(f"label,youtube_id,time_start,time_end\n{row}\n")
+    with pytest.raises(InputError, match=message) as caught:
+        open_source(tmp_path / "x.csv")
+    assert "\n" not in str(caught.value)
+
+
 # --- which images are frames ---
 
 

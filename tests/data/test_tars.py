@@ -251,13 +251,17 @@ def test_an_interrupted_run_continues_to_the_same_bytes(
 THIRD = 2 * (512 + len(JPEG) + -len(JPEG) % 512)
 
 
-def negative_size(data: bytes) -> bytes:
-    """Give the third member a size of -512 bytes, with a right checksum."""
-    header = bytearray(data[THIRD : THIRD + 512])
-    header[124:136] = b"\xff" * 10 + b"\xfe\x00"
-    header[148:156] = b" " * 8
-    header[148:156] = b"%06o\0 " % sum(header)
-    return data[:THIRD] + bytes(header) + data[THIRD + 512 :]
+def with_size(size: int) -> Callable[[bytes], bytes]:
+    """Return a function that gives the third member another size, with a right checksum."""
+
+    def change(data: bytes) -> bytes:
+        header = bytearray(data[THIRD : THIRD + 512])
+        header[124:136] = bytes([0x80 if size > 0 else 0xFF]) + size.to_bytes(11, "big", signed=True)
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        return data[:THIRD] + bytes(header) + data[THIRD + 512 :]
+
+    return change
 
 
 def huge_name(data: bytes) -> bytes:
@@ -272,7 +276,9 @@ def huge_name(data: bytes) -> bytes:
     [
         (lambda data: data[: THIRD + 600], "unexpected end of data"),
         (lambda data: data[:THIRD] + b"?" * 512 + data[THIRD + 512 :], "no header at byte"),
-        (negative_size, "negative size"),
+        (with_size(-512), "negative size"),
+        (with_size(2**40), "unexpected end of data"),
+        (with_size(2**62), "damaged tar file ("),
         (huge_name, "a header has an impossible size"),
     ],
 )
