@@ -161,7 +161,7 @@ def find_source(path: Path, *, kind: Kind = "auto") -> SourceFiles:
             f"{str(path)!r} is a video file, but the kind is 'list'. Pass a text file, or another kind."
         )
     lines = read_lines(path, "a video file or a text file that lists frame folders or video files")
-    if lines and set(KINETICS_COLUMNS) <= set(next(csv.reader(lines))):
+    if lines and set(KINETICS_COLUMNS) <= set(lines[0].replace('"', "").split(",")):
         return _read_kinetics(path, lines)
     return _read_list(path, lines)
 
@@ -329,6 +329,14 @@ def _natural_key(name: str) -> list[str | int]:
     return [int(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
+def kinetics_rows(path: Path, lines: Sequence[str]) -> list[dict[str, str]]:
+    """Return the rows of a published list of Kinetics by column. Raises InputError."""
+    try:
+        return list(csv.DictReader(lines))
+    except csv.Error as error:
+        raise InputError(f"{str(path)!r} is not a valid CSV file ({error})") from None
+
+
 def kinetics_clip(row: Mapping[str, str]) -> str:
     """Return the file name of a clip of Kinetics, without the suffix, from its row of a published list.
 
@@ -352,7 +360,7 @@ def _read_kinetics(path: Path, lines: Sequence[str]) -> SourceFiles:
         if clip not in stored or REPLACEMENTS in name.split("/"):
             stored[clip] = name
     clips = parse_rows(
-        path, csv.DictReader(lines), kinetics_clip, f"the columns {', '.join(KINETICS_COLUMNS)}"
+        path, kinetics_rows(path, lines), kinetics_clip, f"the columns {', '.join(KINETICS_COLUMNS)}"
     )
     listed = dict.fromkeys(stored[clip] for clip in clips if clip in stored)
     missing = [clip for clip in clips if clip not in stored]

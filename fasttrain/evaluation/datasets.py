@@ -26,7 +26,6 @@ Datasets with a label per frame: Breakfast, GTEA and 50Salads as published with 
 # Shape suffix: T frames.
 
 import argparse
-import csv
 import os
 import re
 from collections import defaultdict
@@ -40,7 +39,7 @@ import numpy.typing as npt
 
 from fasttrain.data.index import FolderIndex, FrameIndex
 from fasttrain.data.packed import PackedIndex, is_packed
-from fasttrain.data.sources import find_source, kinetics_clip
+from fasttrain.data.sources import find_source, kinetics_clip, kinetics_rows
 from fasttrain.data.video import VIDEO_SUFFIXES
 from fasttrain.errors import InputError
 from fasttrain.files import parse_json, parse_rows, read_lines
@@ -241,7 +240,9 @@ def _read_kinetics(arguments: argparse.Namespace) -> _Lists:
         return _Entry(f"{row['label']}/{file}", [row["label"]], file)
 
     names, expected = ("train.csv", "val.csv"), "the columns label, youtube_id, time_start, time_end"
-    train, test = _read_both(arguments, names, lambda path: csv.DictReader(read_lines(path)), parse, expected)
+    train, test = _read_both(
+        arguments, names, lambda path: kinetics_rows(path, read_lines(path)), parse, expected
+    )
     return sorted({entry.labels[0] for entry in train}), train, test
 
 

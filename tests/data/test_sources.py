@@ -296,8 +296,9 @@ def test_lists_of_other_tools(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("a,x,1,11", "malformed row .*; expected the columns youtube_id, time_start, time_end"),
+        ("a,x,one,11", "malformed row .*; expected the columns youtube_id, time_start, time_end"),
         ("a,b,1", "malformed row"),
+        ("a" * 200_000, "is not a valid CSV file"),
         (
             "x,a,1,11",
             r"none of its videos is below .* \(listed: 1, first: a_000001_000011\.mp4\)\. Move the list",
