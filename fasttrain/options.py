@@ -109,8 +109,9 @@ def add_pack_options(parser: argparse.ArgumentParser) -> None:
         "source",
         type=Path,
         metavar="SOURCE",
-        help="folder of frame folders or video files at any depth, video file, or text file with one frame "
-        "folder or video file per line; with --check, a packed set",
+        help="folder of frame folders or video files at any depth, video file, text file with one frame "
+        "folder or video file per line, list of Kinetics (CSV), or WebDataset: a tar, a folder or list of "
+        "tars, or a pattern such as train-{000000..000009}.tar; with --check, a packed set",
     )
     parser.add_argument(
         "destination",
@@ -459,7 +460,7 @@ COMMANDS = {
     "train": Command("fasttrain.__main__", "train a projection (the default command)", add_train_options),
     "pack": Command(
         "fasttrain.data.pack",
-        "convert videos or frame folders into a packed set for fast access",
+        "convert videos, frame folders or tars into a packed set for fast access",
         add_pack_options,
     ),
     "eval": Command(

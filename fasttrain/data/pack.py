@@ -1,4 +1,4 @@
-"""Pack videos or frame folders into a packed set, which provides fast random access to frames.
+"""Pack videos, frame folders or tars into a packed set, which provides fast random access to frames.
 
     fasttrain pack SOURCE DESTINATION              pack, or continue an interrupted run
     fasttrain pack SOURCE DESTINATION --shard 1/4  pack share 1 of 4, if four machines divide the work
@@ -15,6 +15,9 @@ keeps the complete shard files, and the result is the same as without the interr
 To divide the work among N machines, run the same command on each, with the same SOURCE and with
 --shard 1/N to --shard N/N. DESTINATION can be a folder that all machines share. If it is a local folder
 on each machine instead, copy the files into a single folder afterwards.
+
+SOURCE can also be a WebDataset or another tar of videos or frames: a .tar or .tar.gz file, a folder of them,
+a pattern such as train-{000000..000009}.tar, or a text file that lists them. Tars need not be extracted.
 
 The frames keep their order. With --frames K, both the first and the last frame are kept (if K > 1).
 JPEG files that are already small enough are stored unchanged. Unreadable frames of a frame folder are
