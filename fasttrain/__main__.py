@@ -1,28 +1,21 @@
-"""Train a projection as a recipe describes, in one process or under torchrun.
+"""The command line.
 
-The results are written to the run folder (recipe key `output`): recipe.yaml, projection.safetensors,
-checkpoints/, metrics.jsonl, tensorboard/, figures/ and train.json. To continue an interrupted run, repeat the
-same command.
+Each command has options (see `options`) and a module with the function `run(arguments)`, which is imported
+after the options have been parsed. For bad input (an `InputError`, or an OS error in `ADVICE`), one line is
+printed to stderr, and the exit code is 2. Any other exception is a bug, so its traceback is shown.
 """
-
-# Each command has options (see `options`) and a module with the function `run(arguments)`, which is imported
-# after the options have been parsed. `train` is this module. For bad input (an `InputError`, or an OS error
-# in `ADVICE`), one line is printed to stderr, and the exit code is 2. Any other exception is a bug, so its
-# traceback is shown.
 
 from __future__ import annotations
 
 import argparse
 import errno
-import importlib
 import io
 import os
 import shlex
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING
 
 import fasttrain
 from fasttrain.errors import InputError, LocalInputError, LostContactError, OtherRankError
@@ -30,16 +23,14 @@ from fasttrain.files import os_reason, printable
 from fasttrain.launcher import describe_processes
 from fasttrain.options import COMMANDS, new_parser
 
-if TYPE_CHECKING:
-    from fasttrain.recipe import Recipe
-
 USAGE = """\
 usage: fasttrain RECIPE [KEY=VALUE ...]
        fasttrain COMMAND --help
        fasttrain --version
        torchrun --nproc-per-node=8 -m fasttrain RECIPE [KEY=VALUE ...]
 
-Turn a frozen image encoder into a video encoder.
+Turn a frozen image encoder into a video encoder. RECIPE is a YAML file, or the name of one that ships with
+fasttrain, such as dinov2.
 
 commands:"""
 # OS errors that the user can resolve, and how.
@@ -90,7 +81,9 @@ def _run_command(words: list[str]) -> int:
         # subcommands, which `eval` has.
         parse = parser.parse_args if name == "eval" else parser.parse_intermixed_args
         arguments = parse(words)
-        _import_module(COMMANDS[name].module).run(arguments)
+        from fasttrain.loggers import import_module
+
+        import_module(COMMANDS[name].module).run(arguments)
     except InputError as error:
         # All ranks usually raise the same error, so only rank 0 prints it, unless it is specific to a rank.
         if isinstance(error, LocalInputError):
@@ -120,15 +113,6 @@ def _run_command(words: list[str]) -> int:
     return 0
 
 
-def _import_module(name: str) -> ModuleType:
-    """Import a module, and print signs of life, because PyTorch may take long."""
-    from fasttrain.loggers import EnduringConsole, working
-
-    console = EnduringConsole(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
-    with working("importing PyTorch", console):
-        return importlib.import_module(name)
-
-
 def _print_error(line: str) -> None:
     print(f"fasttrain: {printable(line)}", file=sys.stderr, flush=True)
 
@@ -144,10 +128,13 @@ def _take_command(words: list[str]) -> str:
     if word in COMMANDS:
         return words.pop(0)
     if not word.startswith("-") and Path(word).suffix not in (".yaml", ".yml") and not Path(word).is_file():
-        raise InputError(
-            f"{word!r} is neither a command nor a recipe file. Commands: {', '.join(COMMANDS)}. "
-            f"Recipes are YAML files, such as recipes/dinov2.yaml"
-        )
+        from fasttrain.recipe import shipped_recipes, unknown_name
+
+        if word not in shipped_recipes():
+            raise InputError(
+                f"{word!r} is neither a command nor a recipe{unknown_name(word, COMMANDS)}. "
+                f"Commands: {', '.join(COMMANDS)}"
+            )
     return "train"
 
 
@@ -164,7 +151,13 @@ def _without_dashes(words: list[str], parser: argparse.ArgumentParser) -> list[s
             from fasttrain.recipe import check_key
 
             key = option[2:]
-            check_key(key)
+            try:
+                check_key(key)
+            except InputError:
+                options = [*parser._option_string_actions, "--version"]
+                if not (nearest := get_close_matches(option, options, n=1, cutoff=0.8)):
+                    raise
+                raise InputError(f"unknown option {option!r}; did you mean {nearest[0]!r}?") from None
             word = f"{key}={value if equals else next(remaining, '')}"
             converted.append(shlex.quote(word))
         result.append(word)
@@ -172,54 +165,6 @@ def _without_dashes(words: list[str], parser: argparse.ArgumentParser) -> list[s
         _print_error(f"recipe keys are usually written without dashes: {' '.join(converted)}")
     # The first argument is the recipe. The order of the others matters if a key is repeated.
     return sorted(result, key=lambda word: "=" in word and not word.startswith("-"))
-
-
-# --- the command `train` -------------------------------------------------------------------------------
-
-
-def run(arguments: argparse.Namespace) -> None:
-    from fasttrain.recipe import load_recipe
-
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
-    _import_module("fasttrain.trainer")
-    train(recipe, profile=arguments.profile)
-
-
-def train(recipe: Recipe, *, profile: bool = False) -> None:
-    """Train a projection as a recipe describes, plot the learning curves, and print where the results are.
-
-    Under torchrun, call it in every process.
-
-    Args:
-        recipe: The recipe, as `load_recipe` returns it.
-        profile: Whether to profile a few early steps and write the trace to `output/profile`.
-
-    Raises:
-        InputError: The recipe, data, weights or run folder cannot be used, or training cannot continue.
-        KeyboardInterrupt: A signal was received, such as SIGTERM. A checkpoint has been written.
-    """
-    from fasttrain import distributed
-    from fasttrain.trainer import Trainer
-
-    with distributed.start(recipe.device) as world:
-        trainer = Trainer(recipe, world, profile=profile)
-        results = trainer.train()
-        if not world.is_main:
-            return
-        folders = [each.folder for each in trainer.backbone_trainers]
-        # A completed run may have ended before its learning curves were drawn.
-        picture = Path("figures", "learning.png")
-        outdated = [folder for folder in folders if results or not (folder / picture).exists()]
-        if outdated:
-            with trainer.working("drawing the learning curves"):
-                try:
-                    from fasttrain.evaluation.plots import learning_curves
-                except InputError as error:
-                    trainer.say(f"no learning curves: {error}")
-                else:
-                    for folder in outdated:
-                        learning_curves([folder], folder / picture)
-        trainer.say_results()
 
 
 if __name__ == "__main__":

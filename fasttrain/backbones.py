@@ -20,7 +20,16 @@ from torch import Tensor, nn
 
 from fasttrain.configuration import ACTIVATIONS, Config, activation_of, colours, num_heads, timm_config
 from fasttrain.errors import InputError
-from fasttrain.families import FAMILIES, TIMM, Family, build_family, build_timm, check_config, load_state
+from fasttrain.families import (
+    FAMILIES,
+    TIMM,
+    Family,
+    build_family,
+    build_timm,
+    check_config,
+    check_timm,
+    load_state,
+)
 from fasttrain.layouts import StateDict
 from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD, Triple
 from fasttrain.positions import PositionEncoding
@@ -75,6 +84,9 @@ def load_backbone(
         raise InputError(
             f"backbone {name!r} is neither one of {', '.join(FAMILIES)} nor a timm ViT{_similar(name)}"
         )
+    if name not in FAMILIES:
+        # Before the weights are downloaded.
+        check_timm(name)
     sizes = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
     given = {size: value for size, value in sizes.items() if value is not None}
     for size, value in given.items():

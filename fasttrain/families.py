@@ -153,14 +153,19 @@ def build_family(name: str, state: StateDict, config: Config, given: dict[str, i
     return vit
 
 
-def build_timm(name: str, config: Config, given: dict[str, int], image_size: int) -> Any:
+def check_timm(name: str) -> None:
+    """Raise InputError if a timm model is of another architecture than a ViT that fasttrain supports."""
     module = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
     if module not in TIMM_MODULES:
         reason = _REASONS.get(module, "")
         raise InputError(
-            f"backbone {name!r} is a model of timm's {module}{reason}; expected a ViT of "
-            f"{', '.join(TIMM_MODULES)}"
+            f"backbone {name!r} is a model of timm's {module}{reason}; fasttrain needs a ViT, all blocks of "
+            f"which have the same grid of patches. Choose one of the families {', '.join(FAMILIES)}, or a "
+            f"model of timm's {', '.join(TIMM_MODULES)}, such as vit_base_patch16_dinov3"
         )
+
+
+def build_timm(name: str, config: Config, given: dict[str, int], image_size: int) -> Any:
     sizes: dict[str, Any] = dict(given)
     if config.num_heads:
         sizes["num_heads"] = config.num_heads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import secrets
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from rich import progress as rich_progress
@@ -119,6 +121,12 @@ class EnduringConsole(Console):
     The work continues, because it may have taken hours and its results are in files.
     """
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        if self.is_jupyter:
+            # Plain lines. Otherwise, each would be an HTML output of its own.
+            super().__init__(**options, force_jupyter=False, force_terminal=False)
+
     def on_broken_pipe(self) -> None:
         self.quiet = True
         # Python flushes stdout again at exit (see "Note on SIGPIPE" in the documentation of `signal`).
@@ -186,6 +194,13 @@ def working(what: str, console: Console) -> Iterator[None]:
         return
     with repeating(lambda seconds: say(f"{what} ({seconds:.0f} s so far)", console)):
         yield
+
+
+def import_module(name: str) -> ModuleType:
+    """Import a module, and print signs of life, because PyTorch may take long."""
+    console = EnduringConsole(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
+    with working("importing PyTorch", console):
+        return importlib.import_module(name)
 
 
 class Progress:

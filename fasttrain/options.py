@@ -85,7 +85,7 @@ def _add_overrides(parser: argparse.ArgumentParser, example: str) -> None:
 
 
 def add_train_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help="YAML file, such as recipes/dinov2.yaml")
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or the name of a recipe: dinov2")
     _add_overrides(parser, "data.source=PATH train.epochs=3")
     parser.add_argument(
         "--profile",
@@ -100,7 +100,7 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
 def add_demo_options(parser: argparse.ArgumentParser) -> None:
     _add_overrides(parser, "train.epochs=3")
     parser.add_argument(
-        "--recipe", metavar="RECIPE", default="recipes/quickstart.yaml", help="recipe to train"
+        "--recipe", metavar="RECIPE", default="quickstart", help="recipe to train, a file or a name"
     )
 
 
@@ -457,7 +457,7 @@ TASKS = {
     ),
 }
 COMMANDS = {
-    "train": Command("fasttrain.__main__", "train a projection (the default command)", add_train_options),
+    "train": Command("fasttrain.training", "train a projection (the default command)", add_train_options),
     "pack": Command(
         "fasttrain.data.pack",
         "convert videos, frame folders or tars into a packed set for fast access",

@@ -1,7 +1,7 @@
 """Recipes: the keys, defaults and checks of a run's configuration.
 
-A recipe is a YAML file that is parsed strictly into frozen pydantic dataclasses. `load_recipe(path,
-overrides)` reads the file and the recipe that it inherits from (`base`), applies `key=value` overrides, and
+A recipe is a YAML file that is parsed strictly into frozen pydantic dataclasses. `load_recipe(recipe,
+overrides)` reads the file and the recipe that it inherits from (`base`), applies the overrides, and
 checks the name, type and range of every key. All defaults are defined here; they are the paper's (Co-Settle,
 arXiv 2603.26597). The string below a field documents the key. The table of keys in the documentation and the
 JSON schema (recipes/schema.json) are generated from these strings.
@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, field, is_dataclass
-from difflib import SequenceMatcher
+from difflib import SequenceMatcher, get_close_matches
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
@@ -196,13 +195,6 @@ class TrainRecipe:
 
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 
-    @field_validator("warmup_epochs")
-    @classmethod
-    def _check_warmup(cls, warmup_epochs: float, info: ValidationInfo) -> float:
-        if warmup_epochs >= info.data.get("epochs", math.inf):
-            raise ValueError(f"expected fewer than train.epochs={info.data['epochs']:g}")
-        return warmup_epochs
-
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class EvalRecipe:
@@ -264,6 +256,9 @@ class Recipe:
 
 
 _RECIPE = TypeAdapter(Recipe)
+# Inside the package in an installation, and next to it in a source checkout.
+_PACKAGE = Path(__file__).parent
+RECIPES = next(path for path in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if path.is_dir())
 # More than any recipe needs; see `_parse`.
 MAX_VALUES, MAX_DEPTH = 10_000, 20
 
@@ -291,13 +286,16 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(recipe: str | Path | Recipe, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
     """Read a recipe, apply overrides, and check all keys.
 
     Args:
-        path: A YAML file. If it does not exist relative to the current folder, a recipe that ships with
-            fasttrain is used, such as recipes/dinov2.yaml.
-        overrides: Assignments such as `train.epochs=3`, applied in order. Values are parsed as YAML.
+        recipe: A YAML file, or a recipe that ships with fasttrain if there is no such file
+            (`recipes/dinov2.yaml`). A name without suffix, such as `dinov2`, always means the latter. Or a
+            `Recipe`, to which the overrides are applied.
+        overrides: Assignments such as `"train.epochs=3"`, whose values are parsed as YAML, or a mapping
+            of keys and sections to values, such as `{"train.epochs": 3, "data": {"source": "videos"}}`.
+            They are applied in order.
 
     Returns:
         The recipe, with the default of every key that neither the file nor its `base` nor an override sets.
@@ -306,15 +304,46 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         InputError: The file does not exist or is not a YAML mapping, or a key is unknown, has the wrong type
             or is out of range.
     """
-    package = Path(__file__).parent
-    if "\0" in str(path):
-        raise InputError(f"recipe {str(path)!r}: a path cannot contain a null character; pass a YAML file")
-    # In an installation, the recipes are inside the package; in a source checkout, they are next to it.
-    candidates = (Path(path), package / path, package.parent / path)
-    tree = _read_tree(next((file for file in candidates if file.is_file()), candidates[0]))
-    for override in overrides:
-        tree = _override(tree, override)
+    if isinstance(recipe, Recipe):
+        tree = to_dict(recipe)
+    elif "\0" in str(recipe):
+        raise InputError(f"recipe {str(recipe)!r}: a path cannot contain a null character; pass a YAML file")
+    else:
+        tree = _read_tree(_find(recipe))
+    values = overrides.items() if isinstance(overrides, Mapping) else map(_assignment, overrides)
+    for key, value in values:
+        tree = _override(tree, key, value)
     return recipe_from_dict(tree)
+
+
+def shipped_recipes() -> list[str]:
+    """Return the names of the recipes that ship with fasttrain."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def is_name(recipe: str | Path) -> bool:
+    """Return whether this is the name of a recipe rather than a path: one word without a suffix."""
+    return Path(recipe).name == str(recipe) and not Path(recipe).suffix
+
+
+def _find(recipe: str | Path, folder: Path = Path()) -> Path:
+    """Return the file of a recipe: that of `folder`, or else the one that ships with fasttrain."""
+    shipped = RECIPES / f"{recipe}.yaml"
+    if is_name(recipe) and shipped.is_file():
+        return shipped
+    candidates = (folder / recipe, RECIPES.parent / recipe, RECIPES / recipe)
+    found = next((path for path in candidates if path.is_file()), candidates[0])
+    if is_name(recipe) and not found.is_file():
+        raise InputError(f"recipe {str(recipe)!r} does not exist{unknown_name(str(recipe))}")
+    return found
+
+
+def unknown_name(name: str, others: Iterable[str] = ()) -> str:
+    """Return the end of a message about an unknown name: the nearest one, and the recipes there are."""
+    names = shipped_recipes()
+    nearest = get_close_matches(name, [*names, *others], n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
+    return f"{hint} Recipes are YAML files, or one of {', '.join(names)}"
 
 
 def recipe_from_dict(tree: Mapping[str, Any]) -> Recipe:
@@ -366,7 +395,10 @@ def keys_table() -> str:
 def json_schema() -> dict[str, Any]:
     """Return the JSON schema of recipe files, which editors use to complete and check keys."""
     schema = _RECIPE.json_schema()
-    base = {"type": "string", "description": "Path, relative to this file, of a recipe to inherit from."}
+    description = (
+        "Recipe to inherit from: a path relative to this file, or the name of one that ships with fasttrain."
+    )
+    base = {"type": "string", "description": description}
     return schema | {"properties": {"base": base} | schema["properties"]}
 
 
@@ -390,7 +422,7 @@ def _read_tree(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
         return tree
     if not isinstance(base, str) or "\0" in base:
         raise InputError(f"base: {_shown(base)} in {str(path)!r} is not a path; expected that of a recipe")
-    return _merge(_read_tree(path.parent / base, (*heirs, path.resolve())), tree)
+    return _merge(_read_tree(_find(base, path.parent), (*heirs, path.resolve())), tree)
 
 
 def _parse(text: str) -> Any:
@@ -426,17 +458,21 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _override(tree: dict[str, Any], argument: str) -> dict[str, Any]:
-    """Return `tree` with a `key=value` assignment applied. A section as the value is merged key by key."""
+def _assignment(argument: str) -> tuple[str, Any]:
+    """Split `key=value`, and parse the value as YAML."""
     key, equals, text = argument.partition("=")
     if not equals or not key:
         raise InputError(f"argument {argument!r}: expected key=value, such as train.epochs=5")
-    value: Any = text
     # String keys keep the text, even if YAML would read it as a number or a boolean (2024, on).
     if not any(path == key and info.annotation is str for path, info in _keys(Recipe)):
         with suppress(ValueError):
-            value = _parse(text)
-    if key == "backbones" and isinstance(value, list):
+            return key, _parse(text)
+    return key, text
+
+
+def _override(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """Return `tree` with a value assigned to a dotted key. A section as the value is merged key by key."""
+    if key == "backbones" and isinstance(value, list | tuple):
         # A name, as in `backbones=[mae, dino]`, selects an entry of the recipe.
         entries = {entry.get("name"): entry for entry in tree.get(key) or [] if isinstance(entry, dict)}
         for name in value:

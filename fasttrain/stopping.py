@@ -68,11 +68,18 @@ class Stopping:
         wake, self._woken = socket.socketpair()
         for end in (wake, self._woken):
             end.setblocking(False)
-        thread = threading.Thread(target=self._watch, name="stopping", daemon=True)
+        watcher = threading.Thread(target=self._watch, name="stopping", daemon=True)
         # Called in reverse order: the thread ends when `wake` is closed.
         self._stack.callback(self._woken.close)
-        self._stack.callback(thread.join)
+        self._stack.callback(watcher.join)
         self._stack.callback(wake.close)
+        # In another thread, as of a web application, Python does not allow handlers.
+        if threading.current_thread() is threading.main_thread():
+            self._handle_signals(wake)
+        watcher.start()
+        return self
+
+    def _handle_signals(self, wake: socket.socket) -> None:
         # Python calls handlers only between two instructions of the main thread, which may be waiting for a
         # rank or a disk. It writes the number of the signal to this socket at once.
         self._stack.callback(
@@ -81,9 +88,16 @@ class Stopping:
         for number in SIGNALS:
             # `nohup` sets SIGHUP to be ignored, and it must stay so.
             if signal.getsignal(number) is not signal.SIG_IGN:
-                self._stack.callback(signal.signal, number, signal.signal(number, lambda *_: None))
-        thread.start()
-        return self
+                self._stack.callback(signal.signal, number, signal.signal(number, self._interrupt))
+
+    def _interrupt(self, number: int, _: object) -> None:
+        """Handle a signal in the main thread: a second Ctrl-C in a notebook interrupts the step."""
+        if _keeps_process(number) and self._is_second(time.monotonic()):
+            raise KeyboardInterrupt
+
+    def _is_second(self, now: float) -> bool:
+        """Return whether one of URGENT arrived before, and not only just now."""
+        return self._urgent_since is not None and now - self._urgent_since > SAME_SIGNAL
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
@@ -140,10 +154,10 @@ class Stopping:
             return
         name = signal.Signals(number).name
         if number in URGENT:
+            if self._is_second(now) and not _keeps_process(number):
+                self._end(f"ended at once, because {name} was the second signal", 128 + number)
             if self._urgent_since is None:
                 self._urgent_since = now
-            elif now - self._urgent_since > SAME_SIGNAL:
-                self._end(f"ended at once, because {name} was the second signal", 128 + number)
         first, self._requested = not self._requested, True
         if number == signal.SIGHUP:
             _replace_closed_terminal()
@@ -212,6 +226,11 @@ class Stopping:
                 print(f"fasttrain: {line}", file=sys.stderr, flush=True)
         finally:
             os._exit(code)
+
+
+def _keeps_process(number: int) -> bool:
+    """Return whether the process survives a second signal: in a notebook, it has the user's variables."""
+    return number == signal.SIGINT and hasattr(sys, "ps1")
 
 
 def _replace_closed_terminal() -> None:

@@ -184,7 +184,7 @@ class Trainer:
             raise KeyboardInterrupt
         seconds, pairs = time.perf_counter() - self._start, (self.total_steps - first) * self.global_batch
         duration = timedelta(seconds=round(seconds))
-        self.say(f"trained {pairs:,} pairs in {duration} (h:mm:ss), {pairs / seconds:.1f} pairs/s")
+        self.say(f"trained {count(pairs, 'pair')} in {duration} (h:mm:ss), {pairs / seconds:.1f} pairs/s")
         return results
 
     def train_step(self, step_index: int, *, diagnostics: bool) -> None:
@@ -223,20 +223,23 @@ class Trainer:
         if world.device.type == "cuda":
             device = torch.cuda.get_device_name(world.device)
         else:
-            device = f"CPU, {world.cores} core{'s' * (world.cores > 1)}"
+            device = f"CPU, {count(world.cores, 'core')}"
         videos, pairs = len(self.index), len(self.index) * data.pairs_per_video
-        steps = f"{self.total_steps:,} steps = {self.total_steps / self.steps_per_epoch:.3g} epochs"
+        epochs = f"{self.total_steps / self.steps_per_epoch:.3g}"
+        steps = f"{count(self.total_steps, 'step')} = {epochs} epoch{'s' * (epochs != '1')}"
         if self.completed_steps:
             steps = f"resuming after {self.completed_steps} of {steps}"
-        warm_up = train.warmup_epochs / train.epochs * self.total_steps
+        warm_up = min(1, train.warmup_epochs / train.epochs) * self.total_steps
         return {
             "device": f"{device}, {train.precision}",
             "backbone": "; ".join(trainer.encoder.summary for trainer in self.backbone_trainers),
             "projection": f"{self.recipe.projection.head}, weights {self.recipe.projection.weights!r}",
-            "data": f"{data.source}: {videos:,} videos, {int(self.index.num_frames.sum()):,} frames",
-            "epoch": f"{pairs:,} pairs = {videos:,} videos x {data.pairs_per_video} pairs",
-            "global batch": f"{self.global_batch:,} pairs = batch_size {train.batch_size} x accumulate "
-            f"{train.accumulate} x {world.size} process{'es' * (world.size > 1)}",
+            "data": f"{data.source}: {count(videos, 'video')}, "
+            f"{count(int(self.index.num_frames.sum()), 'frame')}",
+            "epoch": f"{count(pairs, 'pair')} = {count(videos, 'video')} x "
+            f"{count(data.pairs_per_video, 'pair')}",
+            "global batch": f"{count(self.global_batch, 'pair')} = batch_size {train.batch_size} x "
+            f"accumulate {train.accumulate} x {world.size} process{'es' * (world.size > 1)}",
             "training": f"{steps}, warm-up {warm_up:,.0f}",
             "learning rate": f"{self.peak_lr:.2g} at its peak = {self.recipe.optimizer.lr:g} x "
             f"{self.global_batch} / 256",
@@ -254,10 +257,16 @@ class Trainer:
             )
         elif self.peak_lr > high * FACTOR_FAR:
             yield f"{scaled} above the {high:g} of the demo; lower optimizer.lr to {high / scale:.2g} or less"
+        epochs, warm_up = self.recipe.train.epochs, self.recipe.train.warmup_epochs
+        if warm_up >= epochs:
+            yield (
+                f"the learning rate only rises, because train.warmup_epochs={warm_up:g} is not less than "
+                f"train.epochs={epochs:g}; a fifth is usual: train.warmup_epochs={epochs / 5:g}"
+            )
         if self.total_steps < FEW_STEPS:
             yield (
-                f"{self.total_steps} steps are few; raise train.steps, train.epochs or data.pairs_per_video, "
-                f"or use a smaller global batch"
+                f"a run of {count(self.total_steps, 'step')} is short; raise train.steps, train.epochs or "
+                f"data.pairs_per_video, or use a smaller global batch"
             )
 
     def say_results(self) -> None:
@@ -584,3 +593,8 @@ def check_bad_fraction(bad: int, seen: int, limit: float, last: str) -> None:
             f"data.max_bad_fraction: {bad} of {seen} samples are unreadable, which exceeds the allowed "
             f"fraction of {limit:g}. Repair the data or raise the limit. Last unreadable sample: {last}"
         )
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number with a noun in the singular or plural."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"

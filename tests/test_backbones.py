@@ -232,8 +232,8 @@ def test_a_timm_vit_returns_the_tokens_of_timm(name: str, sizes: dict[str, int])
             "'dinov3' is neither one of mae, .* nor a timm ViT; did you mean .*vit_base_patch16_dinov3 or",
         ),
         (
-            {"name": "resnet18"},
-            "'resnet18' is a model of timm's resnet; expected a ViT of vision_transformer",
+            {"name": "convnext_tiny", "weights": "nowhere"},
+            "'convnext_tiny' is a model of timm's convnext; fasttrain needs a ViT, .* such as vit_base_",
         ),
         ({"name": "beit_base_patch16_224"}, "timm's beit, whose positions are biases of the attention"),
         (

@@ -61,7 +61,7 @@ def test_signs_of_life_are_not_printed_into_the_schema(
         return import_module(name)
 
     monkeypatch.setattr("fasttrain.loggers.SILENCE", 0.01)
-    monkeypatch.setattr("fasttrain.__main__.importlib", SimpleNamespace(import_module=import_slowly))
+    monkeypatch.setattr("fasttrain.loggers.importlib", SimpleNamespace(import_module=import_slowly))
     assert main(["schema"]) == 0
     printed = capsys.readouterr()
     assert "properties" in json.loads(printed.out)
@@ -77,7 +77,7 @@ def test_recipe_keys_may_be_written_as_options(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passed: list[Any] = []
-    monkeypatch.setattr("fasttrain.__main__.run", passed.append)
+    monkeypatch.setattr("fasttrain.training.run", passed.append)
     words = ["--train.steps=100", "dino.yaml", "seed=1", "--optimizer.lr", "1e-4", "--prof", "--output=a b"]
     assert main(words) == 0
     assert passed[0].recipe == "dino.yaml"
@@ -93,7 +93,8 @@ def test_recipe_keys_may_be_written_as_options(
     [
         ([RECIPES / "dinov2.yaml", "train.epochz=3"], "'train.epochs'"),
         ([RECIPES / "dinov2.yaml", "--batch-size=3"], "'batch-size'; did you mean 'train.batch_size'?"),
-        ([RECIPES / "dinov2.yaml", "--profiles"], "'profiles'; did you mean"),
+        ([RECIPES / "dinov2.yaml", "--profiles"], "unknown option '--profiles'; did you mean '--profile'?"),
+        (["--verison"], "unknown option '--verison'; did you mean '--version'?"),
         ([RECIPES / "quickstart.yaml", "data.source=nowhere"], "nowhere"),
         (
             ["nowhere.yaml"],
@@ -101,8 +102,12 @@ def test_recipe_keys_may_be_written_as_options(
         ),
         (
             ["trian"],
-            "'trian' is neither a command nor a recipe file. Commands: train, ",
+            "'trian' is neither a command nor a recipe; did you mean 'train'? Recipes are YAML files, or ",
         ),
+        (["dinov3"], "'dinov3' is neither a command nor a recipe; did you mean 'dinov2'?"),
+        (["demo", "--recipe", "quikstart"], "recipe 'quikstart' does not exist; did you mean 'quickstart'?"),
+        # By name.
+        (["dinov2", "data.source=nowhere"], "nowhere"),
         # Options between positional arguments.
         ([RECIPES / "dino.yaml", "--profile", "data.source=nowhere"], "nowhere"),
         (["pack", "nowhere", "--frames", "2", "packed"], "nowhere"),
@@ -127,6 +132,8 @@ def test_bad_input_prints_one_line_and_exits_with_code_2(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    # No signs of life, which depend on the speed of the machine.
+    monkeypatch.setattr("fasttrain.loggers.SILENCE", 600)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n')
     assert main([str(word) for word in words]) == 2
     error = capsys.readouterr().err

@@ -121,8 +121,6 @@ def test_backbones_are_selected_by_name() -> None:
         ("backbone.mean=[123.7, 116.3, 103.5]", ("backbone.mean[0]: expected", "equal to 1, got 123.7")),
         ("backbone.std=[0.5, 0, 0.5]", ("backbone.std[1]: expected a value greater than 0, got 0",)),
         ("backbone.std=[1, 1, 1, 1]", ("backbone.std: expected 3 values, got [1, 1, 1, 1]",)),
-        ("train.warmup_epochs=9", ("train.warmup_epochs: expected fewer than train.epochs=5, got 9",)),
-        ("train.epochs=1", ("train.warmup_epochs: expected fewer than train.epochs=1",)),
         ("train=3", ("train: expected a section of keys, got 3",)),
         ("train.epochs.x=3", ("train.epochs: expected a valid number, got {'x': 3}",)),
         ("backbones={}", ("backbones: expected a list, got {}",)),
@@ -173,10 +171,55 @@ def test_messages_about_bad_files(text: str, part: str, tmp_path: Path) -> None:
 
 def test_built_in_recipes_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert load_recipe("recipes/mae.yaml") == load_recipe(RECIPES / "mae.yaml")
+    shipped = load_recipe(RECIPES / "mae.yaml")
+    # A folder of the same name, such as one of weights.
+    (tmp_path / "mae").mkdir()
+    assert load_recipe("recipes/mae.yaml") == load_recipe("mae") == load_recipe("mae", {}) == shipped
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "mae.yaml").write_text("seed: 7\n")
     assert load_recipe("recipes/mae.yaml").seed == 7
+    # A name always means the built-in recipe; a file without suffix can be given as a path.
+    (tmp_path / "dino").write_text("seed: 7\n")
+    assert load_recipe("dino").seed == 0
+    assert load_recipe("./dino").seed == load_recipe(tmp_path / "dino").seed == 7
+    with pytest.raises(
+        InputError, match=r"'dinov' does not exist; did you mean 'dino.*'\? .* all, base, blip"
+    ):
+        load_recipe("dinov")
+
+
+@pytest.mark.parametrize("base", ["base.yaml", "base", "recipes/base.yaml", "dinov2"])
+def test_a_recipe_anywhere_inherits_from_a_built_in_one(base: str, tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path, f"base: {base}\n")).train.accumulate == 4
+
+
+def test_a_base_next_to_the_recipe_precedes_the_built_in_one(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("seed: 7\n")
+    assert load_recipe(write(tmp_path, "base: base.yaml\n")).seed == 7
+
+
+def test_overrides_may_be_values() -> None:
+    given = {"train.epochs": 3, "train": {"warmup_epochs": 0.5}, "data.source": Path("2024"), "output": "on"}
+    recipe = load_recipe("dinov2", given)
+    assert (recipe.train.epochs, recipe.train.warmup_epochs, recipe.train.accumulate) == (3, 0.5, 4)
+    assert (recipe.data.source, recipe.output) == ("2024", "on")
+    assert load_recipe(recipe, {"seed": 5, "backbone": {"depth": 2}}) == load_recipe(
+        "dinov2", ["train.epochs=3", "train.warmup_epochs=.5", "data.source=2024", "output=on", "seed=5",
+                   "backbone.depth=2"],
+    )  # fmt: skip
+    assert [each.name for each in load_recipe("all", {"backbones": ("dino", "mae")}).backbones] == [
+        "dino",
+        "mae",
+    ]
+    for unknown, message in (
+        ({"epochs": 3}, "'epochs'; did you mean 'train.epochs'"),
+        ({"train.epochz": 3}, "'train.epochz'"),
+        ({"train": {"epochz": 3}}, "'train.epochz'"),
+        # Not YAML text.
+        ({"train.epochs": "3"}, "train.epochs: expected a valid number, got '3'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_recipe(recipe, unknown)
 
 
 def test_the_hash_ignores_only_keys_that_may_change_on_resume() -> None:

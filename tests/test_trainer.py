@@ -23,7 +23,6 @@ from safetensors.torch import load_file
 from synthetic import OneOfTwo, write_folders
 from torch import Tensor
 
-from fasttrain.__main__ import train
 from fasttrain.backbone_trainer import BackboneTrainer
 from fasttrain.checkpoint import load_checkpoint, save_checkpoint
 from fasttrain.distributed import World
@@ -35,6 +34,7 @@ from fasttrain.options import new_parser
 from fasttrain.profiling import RECORDED, RECORDED_PASS, SPANS
 from fasttrain.recipe import Recipe, TrainRecipe, load_recipe, recipe_from_dict, to_yaml
 from fasttrain.trainer import Trainer, check_bad_fraction
+from fasttrain.training import train
 from fasttrain.video_encoder import load_video_encoder
 
 VIDEOS = 6
@@ -737,7 +737,7 @@ def test_the_first_and_last_lines_describe_the_run(
         Interrupted(recipe, 3, crash).train()
     out = capsys.readouterr().out
     for line in (
-        "  epoch          6 pairs = 6 videos x 1 pairs",
+        "  epoch          6 pairs = 6 videos x 1 pair",
         "  global batch   4 pairs = batch_size 4 x accumulate 1 x 1 process",
         "  training       4 steps = 2.67 epochs, warm-up 1",
         "  learning rate  1.6e-06 at its peak = 0.0001 x 4 / 256",
@@ -747,7 +747,7 @@ def test_the_first_and_last_lines_describe_the_run(
         assert f"{line}\n" in out
     # A long path wraps the line.
     assert f"data {frames}: 6 videos, 48 frames epoch" in " ".join(out.split())
-    assert "warning: 4 steps are few" in out
+    assert "warning: a run of 4 steps is short" in out
     train(recipe)
     out = capsys.readouterr().out
     assert "  training       resuming after 2 of 4 steps = 2.67 epochs" in out

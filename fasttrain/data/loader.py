@@ -84,9 +84,11 @@ class PairLoader:
         self.global_batch = self.accumulate * world.size * self.batch_size
         if self.global_batch > self.num_samples:
             raise InputError(
-                f"train.batch_size: the global batch of {self.global_batch} pairs is larger than an epoch "
-                f"({self.num_samples} samples from {len(index)} videos). Lower train.batch_size or raise "
-                "data.pairs_per_video."
+                f"train.batch_size, train.accumulate: the global batch of {self.global_batch} pairs "
+                f"(batch_size {self.batch_size} x accumulate {self.accumulate} x {world.size} "
+                f"process{'es' * (world.size > 1)}) is larger than an epoch ({self.num_samples} pairs from "
+                f"{len(index)} video{'s' * (len(index) > 1)}). Lower one of them, or raise "
+                f"data.pairs_per_video"
             )
         self.index = index_for_decoder(index, recipe.data.decoder, world.device)
         self.num_batches = num_steps * self.accumulate

@@ -1,4 +1,4 @@
-"""Train recipes/quickstart.yaml on real video, and evaluate it on videos that were not trained on.
+"""Train the recipe `quickstart` on real video, and evaluate it on videos that were not trained on.
 
 Nothing is downloaded: eight short clips of DAVIS and a small encoder, distilled from DINOv2, are part of the
 package. They are unpacked in data/demo. The demo prints the command of each step, so that it can be repeated
@@ -15,7 +15,6 @@ from pathlib import Path
 from PIL import Image
 from rich.table import Table
 
-from fasttrain.__main__ import train
 from fasttrain.data.video import probe_video, stream_video_frames
 from fasttrain.evaluation import command, report
 from fasttrain.evaluation.results import Result, better, format_value, meaning
@@ -23,6 +22,7 @@ from fasttrain.files import make_folder, write_atomically
 from fasttrain.loggers import EnduringConsole, Progress, say
 from fasttrain.options import new_parser
 from fasttrain.recipe import load_recipe
+from fasttrain.training import train
 
 # Its README is the card of the encoder and names the sources of the clips.
 PACKAGED = Path(__file__).with_name("demo_data")
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
         f"time        {time.perf_counter() - start:.0f} s",
         "",
         "Next, train on your own videos, or see the demo with DINOv2 ViT-S/14:",
-        "  fasttrain recipes/dinov2.yaml data.source=VIDEOS output=runs/mine",
+        "  fasttrain dinov2 data.source=VIDEOS output=runs/mine",
         "  fasttrain demo backbone.weights=timm://vit_small_patch14_dinov2.lvd142m output=runs/dinov2",
     ):
         say(line)

@@ -1,0 +1,133 @@
+"""Train a projection as a recipe describes, in one process or under torchrun.
+
+The recipe is a YAML file, or the name of one that ships with fasttrain, such as dinov2. The results are
+written to the run folder (recipe key `output`): recipe.yaml, projection.safetensors, checkpoints/,
+metrics.jsonl, tensorboard/, figures/ and train.json. To continue an interrupted run, repeat the same command.
+"""
+
+# This module does not import PyTorch until the recipe has been checked.
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fasttrain.errors import InputError
+
+if TYPE_CHECKING:
+    from fasttrain.recipe import Recipe
+    from fasttrain.trainer import Trainer
+    from fasttrain.video_encoder import VideoEncoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    """What a training run has produced. All of it is also in the run folders.
+
+    Attributes:
+        results: The last metrics of each backbone, by its name, as in `train.json`.
+        folders: The run folder of each backbone, by its name.
+    """
+
+    results: dict[str, dict[str, Any]]
+    folders: dict[str, Path]
+
+    @cached_property
+    def encoders(self) -> dict[str, VideoEncoder]:
+        """The video encoder of each backbone, by its name, in float32 on the CPU.
+
+        They are loaded from the run folders on first use, because training may have cast their weights.
+        """
+        from fasttrain.video_encoder import load_video_encoder
+
+        return {name: load_video_encoder(folder) for name, folder in self.folders.items()}
+
+    @property
+    def encoder(self) -> VideoEncoder:
+        """The video encoder of a run with one backbone. Raises InputError if there are several."""
+        if len(self.folders) > 1:
+            raise InputError(
+                f"this run has several encoders ({', '.join(self.folders)}); choose one: encoders[NAME]"
+            )
+        return next(iter(self.encoders.values()))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from fasttrain.recipe import load_recipe
+
+    train(load_recipe(arguments.recipe, arguments.overrides), profile=arguments.profile)
+
+
+def train(
+    recipe: str | Path | Recipe,
+    *,
+    source: str | Path | None = None,
+    output: str | Path | None = None,
+    profile: bool = False,
+    **overrides: Any,
+) -> TrainingResult:
+    """Train a projection as a recipe describes, plot the learning curves, and print where the results are.
+
+    If `output` holds an interrupted run of the same recipe, it is continued. Under torchrun, call this
+    function in every process.
+
+    Args:
+        recipe: The name of a recipe that ships with fasttrain, such as `dinov2`, a YAML file, or a `Recipe`.
+        source: The videos to train on, recipe key `data.source`. None: those of the recipe.
+        output: The run folder, recipe key `output`. None: that of the recipe.
+        profile: Whether to profile a few early steps and write the trace to `output/profile`.
+        **overrides: Other recipe keys, as sections (`train={"epochs": 3}`) or dotted
+            (`**{"train.epochs": 3}`).
+
+    Returns:
+        The metrics and, loaded on first use, the encoder. All processes return the same metrics.
+
+    Raises:
+        InputError: The recipe, data, weights or run folder cannot be used, or training cannot continue.
+        KeyboardInterrupt: A signal was received, such as Ctrl-C or SIGTERM. A checkpoint has been written.
+    """
+    from fasttrain.loggers import import_module
+    from fasttrain.recipe import load_recipe
+
+    given = {"data.source": source, "output": output}
+    given = {key: str(value) for key, value in given.items() if value is not None}
+    recipe = load_recipe(recipe, given | overrides)
+    import_module("fasttrain.trainer")
+    from fasttrain import distributed
+    from fasttrain.trainer import Trainer
+
+    with distributed.start(recipe.device) as world:
+        trainer = Trainer(recipe, world, profile=profile)
+        has_trained = bool(trainer.train())
+        folders = {each.name: each.folder for each in trainer.backbone_trainers}
+        # The files of rank 0, which other nodes may not see.
+        results = world.gather(_read_results(folders) if world.is_main else None)[0]
+        if world.is_main:
+            _draw_learning_curves(trainer, folders, redraw=has_trained)
+            trainer.say_results()
+    return TrainingResult(results=results, folders=folders)
+
+
+def _read_results(folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    files = {name: folder / "train.json" for name, folder in folders.items()}
+    return {name: json.loads(file.read_bytes()) if file.exists() else {} for name, file in files.items()}
+
+
+def _draw_learning_curves(trainer: Trainer, folders: dict[str, Path], *, redraw: bool) -> None:
+    picture = Path("figures", "learning.png")
+    # A completed run may have ended before its learning curves were drawn.
+    outdated = [folder for folder in folders.values() if redraw or not (folder / picture).exists()]
+    if not outdated:
+        return
+    with trainer.working("drawing the learning curves"):
+        try:
+            from fasttrain.evaluation.plots import learning_curves
+        except InputError as error:
+            trainer.say(f"no learning curves: {error}")
+        else:
+            for folder in outdated:
+                learning_curves([folder], folder / picture)
