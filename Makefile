@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= build/gpu-check
 
-.PHONY: install demo test test-slow test-reliability check format docs gpu-check clean
+.PHONY: install demo notebook test test-slow test-reliability check format docs gpu-check clean
 
 install: $(VENV)/.installed
 
@@ -19,6 +19,11 @@ $(VENV)/.installed: setup.py pyproject.toml
 demo: install
 	$(BIN)/python -m fasttrain demo $(if $(WEIGHTS),backbone.weights=$(WEIGHTS) output=runs/$(basename $(notdir $(WEIGHTS))))
 	@echo "These commands need the environment: source $(VENV)/bin/activate"
+
+# Run the notebook in build/notebook. It is stored there with its outputs; the one in examples/ has none.
+notebook: install
+	rm -rf build/notebook && mkdir -p build/notebook && cp examples/quickstart.ipynb build/notebook
+	$(BIN)/jupyter execute --inplace build/notebook/quickstart.ipynb
 
 # One single-threaded process per core, because most tests are too small to use several threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile

@@ -722,7 +722,7 @@ def test_learning_curves_are_drawn_even_if_the_run_ended_before(frames: Path, tm
 
 
 def test_a_high_learning_rate_is_named_with_the_highest_usual_one() -> None:
-    run: Any = SimpleNamespace(peak_lr=0.1, global_batch=16, total_steps=1000)
+    run: Any = SimpleNamespace(recipe=Recipe(), peak_lr=0.1, global_batch=16, total_steps=1000)
     assert list(Trainer._warnings(run)) == [
         "the learning rate for a global batch of 16, 0.1, is far above the 0.003 of the demo; lower "
         "optimizer.lr to 0.048 or less"
@@ -763,7 +763,7 @@ def test_the_first_and_last_lines_describe_the_run(
 
 
 @pytest.mark.parametrize(
-    ("lr", "steps", "parts"), [(1e-3, 99, ["few"]), (1e-2, 100, []), (0.1, 100, ["above"])]
+    ("lr", "steps", "parts"), [(1e-3, 99, ["short"]), (1e-2, 100, []), (0.1, 100, ["above"])]
 )
 def test_only_settings_far_from_the_recipes_are_warned_about(
     lr: float, steps: int, parts: list[str], frames: Path, tmp_path: Path
