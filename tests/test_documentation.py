@@ -189,7 +189,7 @@ def test_python_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("fasttrain.recipe.RECIPES", recipe.parent)
     # Small enough for a test, with the name of a recipe that the snippets use.
     recipe.write_text(
-        "backbone: {name: dino, patch_size: 16, embed_dim: 32, depth: 1, num_heads: 2}\n"
+        "backbone: {name: dinov2, patch_size: 16, embed_dim: 32, depth: 1, num_heads: 2}\n"
         "data: {image_size: 64}\n"
         "train: {steps: 1, batch_size: 2, precision: fp32, tensorboard: false}\n"
         "device: cpu\n"
