@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -197,3 +198,10 @@ def test_python_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
     namespace: dict[str, object] = {}
     for block in blocks(page, "python"):
         exec(compile(block, f"{page.name}", "exec"), namespace)
+
+
+def test_the_notebook_is_stored_without_outputs() -> None:
+    notebook = json.loads((ROOT / "examples/quickstart.ipynb").read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert cells
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
