@@ -1,5 +1,6 @@
 """Turn a frozen image encoder into a video encoder (Co-Settle, arXiv 2603.26597)."""
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,10 @@ if TYPE_CHECKING:
     from fasttrain.recipe import Recipe, load_recipe
     from fasttrain.training import TrainingResult, train
     from fasttrain.video_encoder import VideoEncoder, load_video_encoder
+
+if sys.platform == "win32":
+    # Files are locked, and runs are stopped, by means that Windows does not have.
+    raise ImportError("fasttrain needs Linux or macOS. On Windows, install it in WSL 2")
 
 __version__ = "0.2.0"
 __all__ = [
