@@ -190,7 +190,8 @@ def add_report_options(parser: argparse.ArgumentParser) -> None:
 def add_export_options(parser: argparse.ArgumentParser) -> None:
     help = "output folder of a training run, or hf://owner/repo"
     parser.add_argument("run", metavar="RUN", help=help)
-    parser.add_argument("file", metavar="FILE", help="file to write, such as encoder.pt2")
+    help = "file to write, such as encoder.pt2 (torch.export) or encoder.onnx"
+    parser.add_argument("file", metavar="FILE", help=help)
     help = "frame size in pixels, a multiple of the patch size (default: the training crop)"
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help=help)
     help = "weights of the backbone (default: those used in training)"

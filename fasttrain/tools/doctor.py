@@ -33,6 +33,7 @@ APEX = (
     "repository with --cuda_ext (`apex` on PyPI is an unrelated project)"
 )
 TENSORBOARD = f"no TensorBoard events; {pip_install('tensorboard')}"
+ONNX = f"no export to ONNX; {pip_install('onnx')}"
 
 
 class Component(NamedTuple):
@@ -82,6 +83,7 @@ def check_machine() -> list[Component]:
         Component("SciPy", _version("scipy"), EVAL),
         Component("NVIDIA Apex", apex, APEX),
         Component("TensorBoard", _version("tensorboard"), TENSORBOARD),
+        Component("ONNX Runtime", _version("onnxruntime"), ONNX),
     ]
 
 
