@@ -1,4 +1,4 @@
-"""Logging of a run: metrics.jsonl, TensorBoard, and the terminal."""
+"""Logging of a run: metrics.jsonl, TensorBoard, and the terminal. `trackers` has experiment trackers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import secrets
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 from rich import progress as rich_progress
 from rich.console import Console
@@ -26,28 +26,51 @@ from fasttrain.files import make_folder, naming, printable, write_atomically
 NON_FINITE = "non-finite loss"
 
 
+class Viewer(Protocol):
+    """What shows metrics and pictures besides the run folder: TensorBoard or an experiment tracker."""
+
+    def write(self, completed_steps: int, numbers: Mapping[str, float]) -> None:
+        """Add metrics by name."""
+
+    def add_pictures(self, completed_steps: int, pictures: Mapping[str, Path]) -> None:
+        """Add PNG files by name."""
+
+    def close(self) -> None:
+        """Return once everything is written."""
+
+
 class MetricsLog:
-    """The log of a run folder: metrics.jsonl and, if `tensorboard`, TensorBoard events.
+    """The log of a run folder: metrics.jsonl and viewers, which it closes.
 
     Records of steps after `completed_steps` are removed: an interrupted run wrote them after its last
     checkpoint.
     """
 
-    def __init__(self, folder: Path, *, completed_steps: int, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, *, completed_steps: int, viewers: Sequence[Viewer] = ()) -> None:
         path = folder / "metrics.jsonl"
         kept = [record for record in read_records(path) if record["step"] <= completed_steps]
         write_atomically(path, "".join(f"{json.dumps(record)}\n" for record in kept).encode())
         self._path, self._file = path, path.open("a", encoding="utf-8")
-        self._events = TensorBoardEvents(folder / "tensorboard", completed_steps) if tensorboard else None
+        self._viewers = viewers
 
     def write(self, completed_steps: int, record: dict[str, Any]) -> None:
-        """Append a record to metrics.jsonl, and its numbers to TensorBoard."""
+        """Append a record to metrics.jsonl, and pass its numbers to the viewers."""
         with naming(self._path):
             self._file.write(json.dumps({"step": completed_steps, **record}) + "\n")
             self._file.flush()
-        if self._events is not None:
-            numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
-            self._events.write(completed_steps, numbers)
+        for viewer in self._viewers:
+            viewer.write(completed_steps, metric_numbers(record))
+
+    def add_pictures(self, completed_steps: int) -> None:
+        """Pass the learning curves and the pictures of evaluations in the run folder to the viewers."""
+        folder = self._path.parent
+        paths = [*folder.glob("figures/*.png"), *sorted(folder.glob("eval/*/figures/*.png"))]
+        pictures = {
+            path.relative_to(folder).with_suffix("").as_posix().replace("figures/", ""): path
+            for path in paths
+        }
+        for viewer in self._viewers if pictures else ():
+            viewer.add_pictures(completed_steps, pictures)
 
     def sync(self) -> None:
         """Return once metrics.jsonl is on disk."""
@@ -57,21 +80,31 @@ class MetricsLog:
     def close(self) -> None:
         with naming(self._path):
             self._file.close()
-        if self._events is not None:
-            self._events.close()
+        for viewer in self._viewers:
+            viewer.close()
+
+
+def metric_numbers(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics of a record, without texts and lists."""
+    return {
+        name: value for name, value in record.items() if isinstance(value, int | float) and name != "step"
+    }
 
 
 class TensorBoardEvents:
     """An event file of TensorBoard. It replaces the events of steps after `completed_steps`.
 
+    It begins with `recipe`, a text in YAML.
+
     SummaryWriter of PyTorch writes from a thread, so that an error such as a full disk would end in the
     traceback of that thread.
     """
 
-    def __init__(self, folder: Path, completed_steps: int) -> None:
+    def __init__(self, folder: Path, completed_steps: int, recipe: str) -> None:
         # Imported on demand, because TensorBoard is optional.
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+        from tensorboard.compat.proto.tensor_pb2 import TensorProto
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._summary = Event, Summary
@@ -82,9 +115,27 @@ class TensorBoardEvents:
         self._writer = RecordWriter(self._file)
         self._append(file_version="brain.Event:2")
         self._append(step=completed_steps + 1, session_log=SessionLog(status=SessionLog.START))
+        # The plugin for texts, which shows Markdown, recognises its events by its name.
+        text = TensorProto(string_val=[f"```yaml\n{recipe}\n```".encode()], dtype="DT_STRING")
+        plugin = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
+        self._add(completed_steps, [Summary.Value(tag="recipe", tensor=text, metadata=plugin)])
 
     def write(self, completed_steps: int, numbers: Mapping[str, float]) -> None:
         values = [self._summary.Value(tag=name, simple_value=number) for name, number in numbers.items()]
+        self._add(completed_steps, values)
+
+    def add_pictures(self, completed_steps: int, pictures: Mapping[str, Path]) -> None:
+        # Imported on demand, because --help does not need it.
+        from PIL import Image
+
+        for name, path in pictures.items():
+            with naming(path), Image.open(path) as picture:
+                width, height = picture.size
+                content = path.read_bytes()
+            image = self._summary.Image(width=width, height=height, encoded_image_string=content)
+            self._add(completed_steps, [self._summary.Value(tag=name, image=image)])
+
+    def _add(self, completed_steps: int, values: list[Any]) -> None:
         self._append(step=completed_steps, summary=self._summary(value=values))
 
     def close(self) -> None:

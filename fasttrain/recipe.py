@@ -187,6 +187,8 @@ class TrainRecipe:
     """Seconds without progress after which a run of several processes ends and names the one that hangs."""
     tensorboard: Annotated[bool, MAY_CHANGE] = True
     """Write TensorBoard events in addition to metrics.jsonl."""
+    tracker: Annotated[Literal["none", "trackio", "wandb"], MAY_CHANGE] = "none"
+    """Experiment tracker that gets the recipe, the metrics and the pictures as well."""
 
     @property
     def dtype(self) -> torch.dtype:

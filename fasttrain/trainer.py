@@ -16,7 +16,7 @@ import operator
 import os
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from datetime import timedelta
 from functools import partial
@@ -40,6 +40,8 @@ from fasttrain.loggers import (
     EnduringConsole,
     MetricsLog,
     Progress,
+    TensorBoardEvents,
+    Viewer,
     last_event,
     say,
     say_block,
@@ -48,8 +50,9 @@ from fasttrain.loggers import (
 from fasttrain.optimizer import learning_rate_factor
 from fasttrain.profiling import STEP, StepProfiler, span
 from fasttrain.projection import PROJECTION_FILE
-from fasttrain.recipe import Recipe, TrainRecipe, differences, load_recipe, recipe_hash, to_yaml
+from fasttrain.recipe import Recipe, TrainRecipe, differences, load_recipe, recipe_hash, to_dict, to_yaml
 from fasttrain.stopping import Stopping
+from fasttrain.trackers import Tracker, check_installed
 
 # Minimum denominator of the fraction of bad samples, so that one bad sample at the start does not stop a run.
 MIN_SEEN = 1000
@@ -94,6 +97,8 @@ class Trainer:
             from fasttrain.evaluation.consistency import validate
 
             self.validate = validate
+        if recipe.train.tracker != "none":
+            check_installed(recipe.train.tracker)
         self.console = EnduringConsole(quiet=not world.is_main)
         self.say = partial(say, console=self.console)
         self.working = partial(working, console=self.console)
@@ -132,8 +137,11 @@ class Trainer:
                 trainer.load_projection()
         self._profile = profile and world.is_main
 
-    def train(self) -> dict[str, dict[str, Any]]:
+    def train(self, draw: Callable[[list[Path]], None] | None = None) -> dict[str, dict[str, Any]]:
         """Train up to `total_steps`.
+
+        Args:
+            draw: Draws the learning curves of the run folders, on rank 0, once they are complete.
 
         Returns:
             The last metrics of each backbone by name; empty if the run was already complete.
@@ -176,13 +184,19 @@ class Trainer:
                 self._drop_non_finite()
                 self._collect_bad_samples()
                 self._save()
+            seconds = time.perf_counter() - self._start
+            if self.world.is_main and self.completed_steps == self.total_steps:
+                if draw is not None:
+                    draw([trainer.folder for trainer in self.backbone_trainers])
+                for trainer in self.backbone_trainers:
+                    self.logs[trainer.name].add_pictures(self.completed_steps)
         if self.completed_steps < self.total_steps:
             self.say(
                 f"stopped after {self.completed_steps} of {self.total_steps} steps; "
                 f"repeat the command to continue"
             )
             raise KeyboardInterrupt
-        seconds, pairs = time.perf_counter() - self._start, (self.total_steps - first) * self.global_batch
+        pairs = (self.total_steps - first) * self.global_batch
         duration = timedelta(seconds=round(seconds))
         self.say(f"trained {count(pairs, 'pair')} in {duration} (h:mm:ss), {pairs / seconds:.1f} pairs/s")
         return results
@@ -518,9 +532,26 @@ class Trainer:
                     # Left by a run that this one extends.
                     (trainer.folder / "train.json").unlink(missing_ok=True)
                     write_atomically(trainer.folder / "recipe.yaml", to_yaml(trainer.recipe).encode())
-                    log = MetricsLog(
-                        trainer.folder, completed_steps=self.completed_steps, tensorboard=tensorboard
-                    )
+                    viewers: list[Viewer] = []
+                    if tensorboard:
+                        events = trainer.folder / "tensorboard"
+                        viewers.append(
+                            TensorBoardEvents(events, self.completed_steps, to_yaml(trainer.recipe))
+                        )
+                    if (tracker := self.recipe.train.tracker) != "none":
+                        viewers.append(
+                            Tracker(
+                                tracker,
+                                trainer.folder,
+                                config=to_dict(trainer.recipe),
+                                completed_steps=self.completed_steps,
+                                group=Path(self.recipe.output).resolve().name
+                                if self.recipe.backbones
+                                else None,
+                                say=self.say,
+                            )
+                        )
+                    log = MetricsLog(trainer.folder, completed_steps=self.completed_steps, viewers=viewers)
                     self.logs[trainer.name] = stack.enter_context(closing(log))
                 for trainer in self.backbone_trainers:
                     if trainer.runtime.awaits_calibration:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from fasttrain.recipe import Recipe
     from fasttrain.trainer import Trainer
     from fasttrain.video_encoder import VideoEncoder
+
+LEARNING_CURVES = Path("figures", "learning.png")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,12 +105,15 @@ def train(
 
     with distributed.start(recipe.device) as world:
         trainer = Trainer(recipe, world, profile=profile)
-        has_trained = bool(trainer.train())
+        has_trained = bool(trainer.train(partial(_draw_learning_curves, trainer)))
         folders = {each.name: each.folder for each in trainer.backbone_trainers}
         # The files of rank 0, which other nodes may not see.
         results = world.gather(_read_results(folders) if world.is_main else None)[0]
         if world.is_main:
-            _draw_learning_curves(trainer, folders, redraw=has_trained)
+            missing = [folder for folder in folders.values() if not (folder / LEARNING_CURVES).exists()]
+            # A completed run may have ended before they were drawn.
+            if missing and not has_trained:
+                _draw_learning_curves(trainer, missing)
             trainer.say_results()
     return TrainingResult(results=results, folders=folders)
 
@@ -117,17 +123,12 @@ def _read_results(folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
     return {name: json.loads(file.read_bytes()) if file.exists() else {} for name, file in files.items()}
 
 
-def _draw_learning_curves(trainer: Trainer, folders: dict[str, Path], *, redraw: bool) -> None:
-    picture = Path("figures", "learning.png")
-    # A completed run may have ended before its learning curves were drawn.
-    outdated = [folder for folder in folders.values() if redraw or not (folder / picture).exists()]
-    if not outdated:
-        return
+def _draw_learning_curves(trainer: Trainer, folders: Iterable[Path]) -> None:
     with trainer.working("drawing the learning curves"):
         try:
             from fasttrain.evaluation.plots import learning_curves
         except InputError as error:
             trainer.say(f"no learning curves: {error}")
         else:
-            for folder in outdated:
-                learning_curves([folder], folder / picture)
+            for folder in folders:
+                learning_curves([folder], folder / LEARNING_CURVES)

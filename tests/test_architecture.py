@@ -30,6 +30,7 @@ ORDER = (
     "optimizer",
     "cuda_graph",
     "checkpoint",
+    "trackers",
     "loggers",
     "profiling",
     "options",

@@ -8,15 +8,21 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
-from fasttrain.loggers import MetricsLog, Progress, say_block, working
+from fasttrain.loggers import MetricsLog, Progress, TensorBoardEvents, say_block, working
+
+
+def write_picture(path: Path, size: tuple[int, int]) -> None:
+    path.parent.mkdir(parents=True)
+    Image.new("RGB", size).save(path)
 
 
 def test_records_after_the_last_checkpoint_are_removed(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    log = MetricsLog(tmp_path, completed_steps=2, tensorboard=False)
+    log = MetricsLog(tmp_path, completed_steps=2)
     log.write(3, {"loss": 0.5})
     log.close()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -26,10 +32,14 @@ def test_records_after_the_last_checkpoint_are_removed(tmp_path: Path) -> None:
 def test_tensorboard_events_are_not_duplicated_after_a_resume(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    write_picture(tmp_path / "figures/learning.png", (30, 20))
+    write_picture(tmp_path / "eval/davis-1/figures/bear.png", (8, 4))
     for completed_steps, steps in ((0, (2, 4, 5)), (4, (5, 6))):
-        log = MetricsLog(tmp_path, completed_steps=completed_steps, tensorboard=True)
+        events = TensorBoardEvents(tmp_path / "tensorboard", completed_steps, f"seed: {completed_steps}")
+        log = MetricsLog(tmp_path, completed_steps=completed_steps, viewers=[events])
         for step in steps:
             log.write(step, {"loss": completed_steps + 0.25, "faults": ["a name"]})
+        log.add_pictures(steps[-1])
         log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -37,6 +47,13 @@ def test_tensorboard_events_are_not_duplicated_after_a_resume(tmp_path: Path) ->
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [
         (2, 0.25), (4, 0.25), (5, 4.25), (6, 4.25),
     ]  # fmt: skip
+    assert [(event.step, event.tensor_proto.string_val[0]) for event in events.Tensors("recipe")] == [
+        (0, b"```yaml\nseed: 0\n```"), (4, b"```yaml\nseed: 4\n```"),
+    ]  # fmt: skip
+    assert events.Tags()["images"] == ["learning", "eval/davis-1/bear"]
+    (image,) = events.Images("learning")
+    assert (image.step, image.width, image.height) == (6, 30, 20)
+    assert image.encoded_image_string == (tmp_path / "figures/learning.png").read_bytes()
 
 
 def test_a_terminal_with_80_columns_shows_count_and_time_left() -> None:
@@ -125,6 +142,11 @@ def test_a_full_disk_is_named(
     name: str, tmp_path: Path, full_disk: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fasttrain.loggers.write_atomically", lambda path, _: path.touch())
+
+    def log() -> None:
+        viewers = [TensorBoardEvents(tmp_path, 0, "seed: 0")] if name == "tfevents" else []
+        MetricsLog(tmp_path, completed_steps=0, viewers=viewers).write(1, {"loss": 0.5})
+
     with pytest.raises(OSError, match="File too large") as raised:
-        MetricsLog(tmp_path, completed_steps=0, tensorboard=name == "tfevents").write(1, {"loss": 0.5})
+        log()
     assert name in raised.value.filename
