@@ -158,9 +158,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """Read the records of a metrics.jsonl file; the list is empty if the file does not exist."""
     records = []
     with naming(path):
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     for line in lines:
-        # If the run was killed, the last line may be incomplete.
+        # If the run was killed, the last line may be incomplete. Other damage is skipped, too.
         with suppress(json.JSONDecodeError):
             records.append(json.loads(line))
     return records

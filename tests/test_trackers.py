@@ -155,15 +155,9 @@ def train(videos: Path, output: Path, *overrides: str) -> int:
         [
             *("recipes/base.yaml", "backbone.name=dino", *(f"backbone.{size}" for size in sizes)),
             *("device=cpu", "data.image_size=32", f"data.source={videos}", f"output={output}"),
-            *(
-                "train.accumulate=1",
-                "data.pairs_per_video=4",
-                "train.steps=2",
-                "train.batch_size=2",
-                "train.precision=fp32",
-                "train.log_every=1",
-            ),
-            *("train.tensorboard=false", "data.num_threads=1", *overrides),
+            *("train.accumulate=1", "train.steps=2", "train.batch_size=2", "train.precision=fp32"),
+            *("train.log_every=1", "train.tensorboard=false", "data.num_threads=1", "data.pairs_per_video=4"),
+            *overrides,
         ]
     )
 

@@ -135,7 +135,7 @@ def _read_run(name: str, folder: Path, problems: list[str]) -> Run | None:
             evaluated.append((path, results.read_result(path)))
     with _noting(problems):
         records = read_records(folder / "metrics.jsonl")
-        if not all(isinstance(record, dict) and "step" in record for record in records):
+        if not all(isinstance(record, dict) and isinstance(record.get("step"), int) for record in records):
             records = []
             raise InputError(f"'{folder / 'metrics.jsonl'}' is not a log of fasttrain.")
     with _noting(problems):

@@ -49,6 +49,7 @@ MEANINGS = {
     "PCK": "joints found within this distance, relative to the size of the person, in percent",
     "R@": "videos with one of the same class among the k nearest, in percent",
     "linear": "accuracy of a linear classifier, in percent",
+    "NN": "accuracy of the votes of the k nearest videos, in percent",
     "frame accuracy": "frames with the correct label, in percent",
     "edit": "agreement of the order of segments, in percent",
     "F1@": "F1 of segments that overlap by this percentage or more, in percent",
@@ -261,6 +262,8 @@ def better(metric: str) -> str:
 
 def meaning(metric: str) -> str:
     """Return what a metric means in a few words, or nothing if that is not known."""
+    # The names of k-NN metrics begin with k.
+    metric = metric.lstrip("0123456789-")
     return MEANINGS.get(max((name for name in MEANINGS if metric.startswith(name)), key=len, default=""), "")
 
 
@@ -282,16 +285,17 @@ def print_table(by_variant: ByVariant) -> None:
     for variant in by_variant:
         table.add_column(variant, justify="right")
     for key in next(iter(by_variant.values())):
-        cells = [format_value(values[key], variant) for variant, values in by_variant.items()]
+        cells = [format_value(values[key], key, variant) for variant, values in by_variant.items()]
         table.add_row(escape(printable(key)), better(key), *cells)
     EnduringConsole().print(table)
 
 
-def format_value(value: float | None, variant: str = "") -> str:
+def format_value(value: float | None, metric: str, variant: str = "") -> str:
     """Format a metric for a table; `difference` has a sign, and an undefined value is a dash."""
     if value is None or not isfinite(value):
         return "-"
-    return format(value, "+.4f" if variant == "difference" else ".4f")
+    decimals = 2 if meaning(metric).endswith("in percent") else 4
+    return format(value, f"{'+' * (variant == 'difference')}.{decimals}f")
 
 
 def print_others(path: Path) -> None:
@@ -321,7 +325,8 @@ def print_others(path: Path) -> None:
     )
     for (date, other), result, difference in zip(shown, others, differences, strict=True):
         values = [
-            f"{metric} {' -> '.join(map(format_value, result.values(metric).values())) or '-'}"
+            f"{metric} "
+            f"{' -> '.join(format_value(value, metric) for value in result.values(metric).values()) or '-'}"
             for metric in result.headlines
         ]
         mark, when = "*" if other == path else " ", date[:16].replace("T", " ") or "no date".ljust(16)

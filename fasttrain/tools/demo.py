@@ -88,7 +88,8 @@ def print_results(propagation: Result, analysis: Result) -> None:
         table.add_column(heading, justify="right")
 
     def add(name: str, metric: str, values: Mapping[str, float | None], *, last: bool = False) -> None:
-        cells = [format_value(values[variant], variant) for variant in ("before", "after", "difference")]
+        variants = ("before", "after", "difference")
+        cells = [format_value(values[variant], metric, variant) for variant in variants]
         table.add_row(name, better(metric), *cells, end_section=last)
 
     by_clip = propagation.by_sequence

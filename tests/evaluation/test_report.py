@@ -192,7 +192,7 @@ def test_results_of_sequences(tmp_path: Path, count: int) -> None:
     assert page.texts["summary"].count("J of each sequence") == 1
     assert page.texts["summary"].count("PCK@0.1 of each sequence") == 1
     assert f"clip {count - 1} 0.3000 0.5000 +0.2000" in page.texts["tr"]
-    assert "wave - 5.0000 -" in page.texts["tr"]
+    assert "wave - 5.00 -" in page.texts["tr"]
     # The contents, the table of JHMDB and a short table of DAVIS.
     assert (tmp_path / "page.html").read_text().count("<details open>") == (3 if count <= 10 else 2)
 

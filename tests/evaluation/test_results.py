@@ -15,6 +15,7 @@ from fasttrain.evaluation.results import (
     better,
     distinguish,
     find_results,
+    format_value,
     identify,
     meaning,
     print_others,
@@ -147,3 +148,18 @@ def test_the_table_does_not_end_a_command_whose_output_is_cut_off(monkeypatch: p
     with open(writer, "w") as out:
         monkeypatch.setattr(sys, "stdout", out)
         print_table(RESULTS)
+
+
+@pytest.mark.parametrize(
+    ("metric", "shown"),
+    [
+        ("J", "0.1235"),
+        ("PCK@0.1 wrist", "0.12"),
+        ("R@5", "0.12"),
+        ("20-NN top-1", "0.12"),
+        ("mAP@0.5", "0.12"),
+    ],
+)
+def test_percentages_have_two_decimals(metric: str, shown: str) -> None:
+    assert format_value(0.123456, metric) == shown
+    assert format_value(0.123456, metric, "difference") == f"+{shown}"
