@@ -290,7 +290,7 @@ def _results_table(evaluated: list[tuple[Path, Result]]) -> str:
         for result, name, difference in zip(members, data, results.distinguish(protocols), strict=True):
             for metric in result.headlines:
                 values = result.values(metric)
-                shown = [results.format_value(values.get(variant)) for variant in ("before", "after")]
+                shown = [results.format_value(values.get(variant), metric) for variant in ("before", "after")]
                 task = f"{result.task} ({difference})" if difference else result.task
                 rows.append((task, name, metric, *shown, results.better(metric), results.meaning(metric)))
     header = ("benchmark", "data", "metric", "before", "after", "better", "meaning")
