@@ -249,6 +249,11 @@ class Backbone(nn.Module):
         """The dtype of the encoder, in which images must be passed."""
         return self.positions_NC.dtype
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the encoder, on which images must be passed."""
+        return self.positions_NC.device
+
     def train(self, mode: bool = True) -> "Backbone":
         """Stay in evaluation mode, because the encoder is frozen."""
         return super().train(False)

@@ -19,6 +19,8 @@ from typing import Any, Literal, NamedTuple
 CONTEXT, RADIUS, TOPK, TEMPERATURE = 20, 20.0, 7, 0.7
 # Those of the k-NN classifier.
 NEIGHBOURS, KNN_TEMPERATURE = (10, 20, 100, 200), 0.07
+# The short side in pixels to which whole frames are resized for the features of a video.
+SHORT_SIDE = 224
 # The maximum number of iterations of L-BFGS for linear classifiers.
 MAX_ITERATIONS = 1000
 # Names that other modules define: layouts of datasets, thresholds of the mAP.
@@ -207,6 +209,38 @@ def add_push_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", metavar="LOCATION", help=help)
 
 
+def add_embed_options(parser: argparse.ArgumentParser) -> None:
+    help = "folder of video files or frame folders at any depth, list of them, video file, or packed set"
+    parser.add_argument("videos", type=Path, metavar="VIDEOS", help=help)
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the features, one file per video")
+    _add_model_options(parser)
+    parser.set_defaults(projection_only=False)
+    help = "write the tokens of the frozen backbone although there is a projection"
+    parser.add_argument("--baseline-only", action="store_true", help=help)
+    help = "write the mean over the tokens of each frame, (T, D), instead of the tokens, (T, h, w, D)"
+    parser.add_argument("--pool", action="store_true", help=help)
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs="+",
+        default=[SHORT_SIDE],
+        metavar="PIXELS",
+        help="short side to which frames are resized, or height and width; both sides are rounded to "
+        "multiples of the patch size",
+    )
+    help = "dtype of the written features; float32 doubles the size of the files"
+    parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help=help)
+    formats = ("safetensors", "npz")
+    parser.add_argument("--format", choices=formats, default=formats[0], help="format of the files")
+    help = "precision of the encoder"
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help=help)
+    _add_numbers(
+        parser,
+        ("--stride", "N", 1, "encode every N-th frame"),
+        ("--batch-size", "N", 32, "number of frames per batch"),
+    )
+
+
 def add_eval_options(parser: argparse.ArgumentParser) -> None:
     tasks = parser.add_subparsers(dest="task", required=True, metavar="{" + ",".join(TASKS) + "}")
     for name, (module, summary, add_options) in TASKS.items():
@@ -217,6 +251,11 @@ def add_eval_options(parser: argparse.ArgumentParser) -> None:
             "--root", type=Path, required=True, metavar="DATASET", help="path of the dataset"
         )
         _add_model_options(task_parser)
+        only = task_parser.add_mutually_exclusive_group()
+        help = "evaluate only the frozen backbone"
+        only.add_argument("--baseline-only", action="store_true", help=help)
+        help = "evaluate only the projected features"
+        only.add_argument("--projection-only", action="store_true", help=help)
         task_parser.add_argument(
             "--output",
             type=_local,
@@ -228,10 +267,11 @@ def add_eval_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `load_model` reads, except for the choice of features before or after."""
     encoder = parser.add_mutually_exclusive_group(required=True)
     help = "output folder of a training run, or hf://owner/repo"
     encoder.add_argument("--run", metavar="RUN", help=help)
-    help = "backbone to evaluate without a run: mae, dino, ... or a timm ViT"
+    help = "backbone to use without a run: mae, dino, ... or a timm ViT"
     encoder.add_argument("--backbone", metavar="NAME", help=help)
     parser.add_argument(
         "--weights",
@@ -251,9 +291,6 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     help = "statistic of RGB values from 0 to 1, like the key of this name in a recipe's backbone"
     for option in ("--mean", "--std"):
         parser.add_argument(option, type=float, nargs=3, metavar=("R", "G", "B"), help=help)
-    only = parser.add_mutually_exclusive_group()
-    only.add_argument("--baseline-only", action="store_true", help="evaluate only the frozen backbone")
-    only.add_argument("--projection-only", action="store_true", help="evaluate only the projected features")
     devices = ("auto", "cuda", "cpu")
     help = "device; auto uses cuda if available"
     parser.add_argument("--device", choices=devices, default="auto", help=help)
@@ -468,6 +505,9 @@ COMMANDS = {
         "fasttrain.evaluation.command",
         "evaluate a run on a benchmark, before and after projection",
         add_eval_options,
+    ),
+    "embed": Command(
+        "fasttrain.tools.embed", "write the features of videos, one file per video", add_embed_options
     ),
     "report": Command("fasttrain.evaluation.report", "summarise runs in one HTML page", add_report_options),
     "export": Command(

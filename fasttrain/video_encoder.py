@@ -10,15 +10,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasttrain.backbones import Backbone, load_backbone
+from fasttrain.data.preprocessing import channels_last, normalise, read_resized, resize_all
 from fasttrain.errors import InputError
 from fasttrain.families import FAMILIES
 from fasttrain.files import parse_json
 from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD, Triple
+from fasttrain.options import SHORT_SIDE
 from fasttrain.projection import Projection
 from fasttrain.recipe import recipe_from_dict
 from fasttrain.weights import absolute, is_missing
@@ -64,6 +68,44 @@ class VideoEncoder(nn.Module):
         """
         return self.encoder.grid(height, width)
 
+    def preprocess(
+        self,
+        video: str | Path | npt.NDArray[np.uint8] | Tensor,
+        *,
+        size: int | tuple[int, int] = SHORT_SIDE,
+        frames: slice = slice(None),
+    ) -> Tensor:
+        """Prepare a video for the encoder: read, resize and normalise its frames.
+
+        The frames are resized on the CPU by antialiased bilinear interpolation, without a crop, as label
+        propagation and `fasttrain embed` do.
+
+        Args:
+            video: The path of a video file or frame folder, or uint8 RGB frames: (T, H, W, 3), (T, 3, H, W),
+                or either with a batch dimension B before T.
+            size: Short side of the resized frames in pixels, which keeps the aspect ratio, or height and
+                width. Both sides are rounded to the nearest multiple of the patch size.
+            frames: The frames to take, such as `slice(0, 64, 2)` for every second one of the first 64. The
+                default is all.
+
+        Returns:
+            Frames (B, T, 3, H, W), where B is 1 for a path or frames without a batch dimension, on the
+            encoder's device and in its dtype, to be passed to the encoder.
+
+        Raises:
+            InputError: The video cannot be read, the path contains several videos, no frame is selected, or
+                the frames have another dtype or shape.
+        """
+        patch = self.encoder.patch_size
+        if isinstance(video, str | Path):
+            resized_BT3HW = read_resized(video, frames, size, patch)[None]
+        else:
+            array = channels_last(video)
+            chosen_BTHW3 = (array if array.ndim == 5 else array[None])[:, frames]
+            resized_BT3HW = resize_all(iter(chosen_BTHW3.reshape(-1, *array.shape[-3:])), size, patch)
+            resized_BT3HW = resized_BT3HW.unflatten(0, chosen_BTHW3.shape[:2])
+        return normalise(resized_BT3HW.to(self.encoder.device), self.mean, self.std).to(self.encoder.dtype)
+
     def frozen(self, frames: Tensor) -> Tensor:
         """Encode frames without the projection.
 
@@ -74,8 +116,14 @@ class VideoEncoder(nn.Module):
             Tokens (B, T, N, D) of the frozen backbone.
 
         Raises:
-            InputError: The frames have another shape, or their size is not a multiple of the patch size.
+            InputError: As for `forward`.
         """
+        if not (isinstance(frames, Tensor) and frames.is_floating_point()):
+            raise InputError(
+                f"frames are {type(frames).__name__} of dtype {getattr(frames, 'dtype', None)}; expected a "
+                "floating-point tensor that is normalised with the encoder's mean and std. Pass "
+                "encoder.preprocess(frames)"
+            )
         if frames.ndim != 5 or frames.shape[2] != 3:
             raise InputError(f"frames have shape {tuple(frames.shape)}, expected (B, T, 3, H, W)")
         return self.encoder.tokens(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
@@ -86,13 +134,15 @@ class VideoEncoder(nn.Module):
         Args:
             frames: RGB frames (B, T, 3, H, W) with values from 0 to 1, normalised with `mean` and `std`, on
                 the encoder's device and in its dtype. H and W must be multiples of the patch size.
+                `preprocess` makes them from a file or from uint8 frames.
             normalize: Whether to divide every token by its L2 norm, as the losses and label propagation do.
 
         Returns:
             Projected tokens (B, T, N, D) in row-major order of the grid.
 
         Raises:
-            InputError: The frames have another shape, or their size is not a multiple of the patch size.
+            InputError: The frames have another shape or are not floating-point numbers, or their size is not
+                a multiple of the patch size.
         """
         tokens_BTND = self.projection(self.frozen(frames))
         return F.normalize(tokens_BTND, dim=-1) if normalize else tokens_BTND

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from fasttrain.distributed import World
+from fasttrain.encoder_options import EvaluatedModel
 from fasttrain.errors import check_options
 from fasttrain.evaluation import metrics, plots
 from fasttrain.evaluation.features import class_numbers, extract_split
 from fasttrain.evaluation.linear_probe import fit_linear
-from fasttrain.evaluation.model import EvaluatedModel
 
 TOP = (1, 5)
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from fasttrain import distributed
 from fasttrain.distributed import World
+from fasttrain.encoder_options import EvaluatedModel, load_model
 from fasttrain.errors import InputError
-from fasttrain.evaluation import model
 from fasttrain.evaluation.results import (
     Result,
     identify,
@@ -74,11 +74,11 @@ def evaluate(arguments: argparse.Namespace) -> tuple[Path, Result] | None:
     return path, read_result(path)
 
 
-def _prepare(arguments: argparse.Namespace, folder: Path, world: World) -> model.EvaluatedModel:
+def _prepare(arguments: argparse.Namespace, folder: Path, world: World) -> EvaluatedModel:
     """Check the paths and load the encoder, so that bad input fails before the evaluation begins."""
     if not arguments.root.exists():
         raise InputError(f"--root: '{arguments.root}' does not exist. Pass the path of the dataset.")
-    evaluated = model.load_model(arguments, world.device)
+    evaluated = load_model(arguments, world.device)
     make_folder(folder)
     if not os.access(folder, os.W_OK):
         raise InputError(f"--output: '{folder}' is not writable. Pass another folder.")

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from fasttrain.backbones import Backbone
 from fasttrain.data.images import UnreadableFrameError
 from fasttrain.data.index import FrameIndex
+from fasttrain.data.preprocessing import centre_crop, stream_frames
 from fasttrain.data.sampling import evenly_spaced
 from fasttrain.data.sources import describe_left_out, open_source
 from fasttrain.distributed import World
+from fasttrain.encoder_options import EvaluatedModel
 from fasttrain.errors import InputError, LocalInputError, check_options
 from fasttrain.evaluation import plots
-from fasttrain.evaluation.frames import centre_crop, stream_frames
-from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.trade_off import MIN_FRAMES, VideoMeasures, measure_video, summarise
 from fasttrain.loggers import Progress, say
 from fasttrain.recipe import Recipe

@@ -16,11 +16,11 @@ import numpy as np
 
 from fasttrain.data.map_ahead import map_ahead
 from fasttrain.distributed import World
+from fasttrain.encoder_options import EvaluatedModel
 from fasttrain.errors import InputError, check_options
 from fasttrain.evaluation import sequences
 from fasttrain.evaluation.frames import read_label_map
 from fasttrain.evaluation.metrics import boundary_accuracy, region_similarity, statistics
-from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.sequences import Evaluation, LabelMap, VideoSequence, hard_labels, soft_labels
 
 # The label of void pixels, which are scored as background.

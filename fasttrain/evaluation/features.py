@@ -27,9 +27,11 @@ from torch.nn import functional
 from fasttrain.data.images import Frame, UnreadableFrameError
 from fasttrain.data.index import FrameIndex, VideoIndex
 from fasttrain.data.map_ahead import map_ahead
+from fasttrain.data.preprocessing import centre_crop, stream_frames
 from fasttrain.data.sampling import evenly_spaced
 from fasttrain.data.video import probe_video
 from fasttrain.distributed import World
+from fasttrain.encoder_options import EvaluatedModel
 from fasttrain.errors import InputError, check_options
 from fasttrain.evaluation.datasets import (
     LabelledVideo,
@@ -37,8 +39,6 @@ from fasttrain.evaluation.datasets import (
     VideoSplit,
     read_split,
 )
-from fasttrain.evaluation.frames import centre_crop, stream_frames
-from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.files import os_reason, write_atomically
 from fasttrain.loggers import Progress, say
 from fasttrain.weights import hash_state_dict

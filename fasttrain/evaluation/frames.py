@@ -1,25 +1,17 @@
-"""Read and preprocess frames for the encoders, read and write label maps, write short videos.
+"""Read frames, read and write label maps, write short videos. Shape suffixes: H W pixels, C colours."""
 
-Shape suffixes: H W pixels, C colours, S side of a crop.
-"""
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
-from torch import Tensor
-from torch.nn import functional
 
 from fasttrain.data.images import Frame, UnreadableFrameError, check_pixels, decode_image, read_encoded
-from fasttrain.data.index import FrameIndex, VideoIndex
-from fasttrain.data.video import require_pyav, stream_video_frames
+from fasttrain.data.video import require_pyav
 from fasttrain.errors import InputError
 from fasttrain.files import open_atomically
-from fasttrain.normalization import Triple
 
 
 def read_image(path: Path) -> Frame:
@@ -62,44 +54,6 @@ def voc_palette() -> npt.NDArray[np.uint8]:
     # The definition: bit 3 i + c of a label is bit 7 - i of its colour's channel c.
     bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, count=9, bitorder="little")
     return np.packbits(bits.reshape(256, 3, 3), axis=1)[:, 0]
-
-
-def stream_frames(index: FrameIndex, video: int, frames: Sequence[int]) -> Iterator[Frame]:
-    """Read frames (H, W, 3) uint8 RGB of a video in ascending order. Raises UnreadableFrameError."""
-    if isinstance(index, VideoIndex):
-        # `read_frame` would open the file for every frame.
-        return stream_video_frames(index.videos[video], frames)
-    return (index.read_frame(video, frame) for frame in frames)
-
-
-def fit_to_patches(size: tuple[int, int], patch: int) -> tuple[int, int]:
-    """Round height and width to the nearest multiples of the patch size."""
-    height, width = (max(patch, round(side / patch) * patch) for side in size)
-    return height, width
-
-
-def resize(frame_HWC: Frame, size: tuple[int, int], mean: Triple, std: Triple) -> Tensor:
-    """Resize a frame (bilinear, antialiased) and normalise it: (3, height, width) float32."""
-    frame_13HW = torch.from_numpy(np.array(frame_HWC)).permute(2, 0, 1)[None]
-    resized_13HW = functional.interpolate(frame_13HW, size=size, mode="bilinear", antialias=True)
-    return normalise(resized_13HW[0], mean, std)
-
-
-def centre_crop(frame_HWC: Frame, side: int, mean: Triple, std: Triple) -> Tensor:
-    """Resize the short side to 8/7 S (256 for 224), crop the centre and normalise: (3, S, S) float32."""
-    height, width = frame_HWC.shape[:2]
-    scale = round(side * 8 / 7) / min(height, width)
-    size = (max(side, round(height * scale)), max(side, round(width * scale)))
-    top, left = (size[0] - side) // 2, (size[1] - side) // 2
-    return resize(frame_HWC, size, mean, std)[:, top : top + side, left : left + side]
-
-
-def normalise(frames_3HW: Tensor, mean: Triple, std: Triple) -> Tensor:
-    """Normalise uint8 RGB (..., 3, H, W) with the mean and std of an encoder, as float32."""
-    mean_311, std_311 = (
-        torch.tensor(values, device=frames_3HW.device).view(3, 1, 1) for values in (mean, std)
-    )
-    return (frames_3HW.float() / 255 - mean_311) / std_311
 
 
 def write_video(frames: Sequence[Frame], path: Path, rate: int = 12, **options: str) -> None:

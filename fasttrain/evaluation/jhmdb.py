@@ -19,10 +19,10 @@ from scipy.io import loadmat, savemat
 from torch import Tensor
 
 from fasttrain.distributed import World
+from fasttrain.encoder_options import EvaluatedModel
 from fasttrain.errors import InputError, check_options
 from fasttrain.evaluation import metrics, plots, sequences
 from fasttrain.evaluation.frames import read_image
-from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.sequences import Evaluation, VideoSequence
 from fasttrain.files import open_atomically
 

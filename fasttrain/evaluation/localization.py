@@ -19,12 +19,12 @@ from scipy.ndimage import uniform_filter1d
 
 from fasttrain.data.sampling import evenly_spaced
 from fasttrain.distributed import World
+from fasttrain.encoder_options import EvaluatedModel
 from fasttrain.errors import InputError, check_options
 from fasttrain.evaluation import datasets, features, metrics, plots
 from fasttrain.evaluation.datasets import LabelledVideo, Labels
 from fasttrain.evaluation.features import Extracted
 from fasttrain.evaluation.linear_probe import LinearClassifier, fit_linear
-from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.loggers import say
 
 SHOWN_VIDEOS = 4

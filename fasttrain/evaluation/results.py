@@ -91,7 +91,7 @@ def identify(
         projection: The projection, if there is one.
     """
     # Imported on demand, because it needs timm, which takes seconds to load. The report does not need either.
-    from fasttrain.weights import hash_state_dict
+    from fasttrain.encoder_options import describe_model
 
     recorded = dict(settings)
     for name, path in settings.items():
@@ -99,15 +99,7 @@ def identify(
             recorded[name] = os.fspath(path.resolve())
             if path.is_file():
                 recorded[f"{name}_hash"] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    model = {
-        "backbone": encoder.name,
-        "weights": encoder.weights,
-        "weights_hash": encoder.weights_hash,
-        **{name: getattr(encoder, name) for name in ("num_heads", "activation", "mean", "std")},
-        "head": projection.head if projection else None,
-        "projection_hash": hash_state_dict(projection.state_dict()) if projection else None,
-    }
-    return {"task": task, "settings": recorded, "model": model}
+    return {"task": task, "settings": recorded, "model": describe_model(encoder, projection)}
 
 
 def result_path(folder: Path, identity: Mapping[str, Any]) -> Path:

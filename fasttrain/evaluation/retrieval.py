@@ -13,11 +13,11 @@ from torch import Tensor
 
 from fasttrain.data.sampling import evenly_spaced
 from fasttrain.distributed import World
+from fasttrain.encoder_options import EvaluatedModel
 from fasttrain.evaluation import plots
 from fasttrain.evaluation.datasets import VideoSplit
 from fasttrain.evaluation.features import class_numbers, extract_split, middle_frame
 from fasttrain.evaluation.metrics import RANKS, nearest, recall_at
-from fasttrain.evaluation.model import EvaluatedModel
 
 SHOWN_QUERIES = 4
 SHOWN_NEIGHBOURS = 5

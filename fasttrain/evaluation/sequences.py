@@ -19,20 +19,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from fasttrain.data.map_ahead import map_ahead
+from fasttrain.data.preprocessing import fit_to_patches, normalise, resize
 from fasttrain.data.sampling import evenly_spaced
 from fasttrain.data.video import HAS_PYAV
 from fasttrain.distributed import World
+from fasttrain.encoder_options import EvaluatedModel
 from fasttrain.errors import InputError, LocalInputError
 from fasttrain.evaluation import plots
 from fasttrain.evaluation.frames import (
     Frame,
-    fit_to_patches,
     read_image,
-    resize,
     write_label_map,
     write_video,
 )
-from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.propagation import Propagator, check_settings
 from fasttrain.files import read_lines
 from fasttrain.loggers import Progress, say
@@ -142,7 +141,7 @@ def propagate(
     labels = {variant: [first_labels_hwC] for variant in model.variants}
     matched: dict[str, list[Tensor]] = {variant: [] for variant in model.variants}
     mean, std = model.encoder.mean, model.encoder.std
-    pixels = map_ahead(lambda path: resize(read_image(path), size, mean, std), frames)
+    pixels = map_ahead(lambda path: normalise(resize(read_image(path), size), mean, std), frames)
     for number, frame_3HW in enumerate(pixels):
         for variant, tokens_1ND in model.tokens(frame_3HW[None].to(evaluation.device)).items():
             tokens_hwD = tokens_1ND[0].unflatten(0, model.encoder.grid(*size))

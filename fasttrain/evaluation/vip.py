@@ -16,11 +16,11 @@ import numpy as np
 
 from fasttrain.data.map_ahead import map_ahead
 from fasttrain.distributed import World
+from fasttrain.encoder_options import EvaluatedModel
 from fasttrain.errors import InputError, check_options
 from fasttrain.evaluation import plots, sequences
 from fasttrain.evaluation.frames import read_image, read_label_map
 from fasttrain.evaluation.metrics import class_iou, confusion
-from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.sequences import (
     Evaluation,
     LabelMap,

@@ -30,9 +30,9 @@ from torch.nn import functional
 from torchvision.transforms import ColorJitter
 
 from fasttrain.backbones import Backbone, load_backbone
+from fasttrain.data.preprocessing import normalise
 from fasttrain.data.sampling import draw_crop, evenly_spaced, pixel_box
 from fasttrain.data.sources import open_source
-from fasttrain.evaluation.frames import normalise
 from fasttrain.loggers import Progress, say
 
 # The student: three blocks, because intermediate tokens need not be as abstract as the last ones.

@@ -11,12 +11,12 @@ from synthetic import SETTINGS, clips, write_frames
 from torch.nn import functional
 
 from fasttrain.backbones import load_backbone
+from fasttrain.data.preprocessing import centre_crop
 from fasttrain.data.sources import open_source
 from fasttrain.distributed import World
+from fasttrain.encoder_options import EvaluatedModel
 from fasttrain.errors import InputError
 from fasttrain.evaluation.features import Extracted, extract
-from fasttrain.evaluation.frames import centre_crop
-from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.projection import Projection
 from fasttrain.tools.synthetic import write_scene
 

@@ -1,4 +1,4 @@
-"""Label maps (damaged files raise InputError; greyscale files of any mode are accepted) and normalisation."""
+"""Label maps (damaged files raise InputError; greyscale files of any mode are accepted)."""
 
 import zlib
 from contextlib import suppress
@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from fasttrain.errors import InputError
-from fasttrain.evaluation.frames import centre_crop, normalise, read_label_map, resize, write_label_map
+from fasttrain.evaluation.frames import read_label_map, write_label_map
 
 
 def test_damaged_annotation_raises_or_reads_intact(tmp_path: Path) -> None:
@@ -44,16 +43,6 @@ def test_greyscale_masks_of_any_mode(mode: str, tmp_path: Path) -> None:
     mask = Image.fromarray(np.uint8([[0, 255], [255, 0]]))
     mask.convert(mode).save(tmp_path / "00000.png")
     np.testing.assert_array_equal(read_label_map(tmp_path / "00000.png"), np.asarray(mask))
-
-
-def test_frames_are_normalised_with_the_given_mean_and_std() -> None:
-    frame_HWC = np.random.default_rng(0).integers(0, 256, (80, 90, 3), dtype=np.uint8)
-    mean, std = (0.5, 0.4, 0.6), (0.5, 0.25, 0.3)
-    expected = (frame_HWC / 255 - mean) / std
-    normalised = normalise(torch.from_numpy(frame_HWC).movedim(-1, 0), mean, std)
-    np.testing.assert_allclose(normalised.movedim(0, -1), expected, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(resize(frame_HWC, (80, 90), mean, std), normalised)
-    np.testing.assert_allclose(centre_crop(frame_HWC, 70, mean, std), normalised[:, 5:75, 10:80])
 
 
 @pytest.mark.usefixtures("full_disk")

@@ -36,12 +36,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from fasttrain.__main__ import main
+from fasttrain.encoder_options import EvaluatedModel
 from fasttrain.errors import InputError
 from fasttrain.evaluation import boundary_accuracy, mean_iou, pck, plots, region_similarity
 from fasttrain.evaluation.davis import mean_similarity
 from fasttrain.evaluation.frames import read_label_map, write_label_map
 from fasttrain.evaluation.jhmdb import joint_maps, poses_from_maps
-from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.sequences import Evaluation, VideoSequence, find_matches, find_pairs, propagate
 from fasttrain.evaluation.vip import encoded_size
 from fasttrain.loggers import Progress

@@ -35,10 +35,10 @@ from fasttrain.data.pack import PackOptions, check, pack
 from fasttrain.data.sources import open_source
 from fasttrain.data.video_cache import cache_path
 from fasttrain.distributed import World
+from fasttrain.encoder_options import EvaluatedModel
 from fasttrain.errors import InputError
 from fasttrain.evaluation import davis, jhmdb, vip
 from fasttrain.evaluation.datasets import read_split
-from fasttrain.evaluation.model import EvaluatedModel
 from fasttrain.evaluation.sequences import evaluate_all
 from fasttrain.options import TASKS
 from fasttrain.projection import PROJECTION_FILE, Projection

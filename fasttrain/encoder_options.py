@@ -1,4 +1,4 @@
-"""The encoder under evaluation, before and after its projection, and the options that select it.
+"""The encoder that the options of a command select, before and after its projection.
 
 Shape suffixes: B frames, H W pixels, N tokens, D channels.
 """
@@ -14,7 +14,7 @@ from fasttrain.backbones import Backbone, load_backbone
 from fasttrain.errors import InputError
 from fasttrain.projection import Projection
 from fasttrain.video_encoder import UNSTORED, check_backbone, load_video_encoder, trained_backbone
-from fasttrain.weights import short_name
+from fasttrain.weights import hash_state_dict, short_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,18 @@ class EvaluatedModel:
         if self.projection is not None:
             tokens_BND["after"] = self.projection(frozen_BND).float()
         return {variant: tokens_BND[variant] for variant in self.variants}
+
+
+def describe_model(encoder: Backbone, projection: Projection | None) -> dict[str, Any]:
+    """Return what identifies an encoder with its projection in the files of results."""
+    return {
+        "backbone": encoder.name,
+        "weights": encoder.weights,
+        "weights_hash": encoder.weights_hash,
+        **{name: getattr(encoder, name) for name in UNSTORED},
+        "head": projection.head if projection else None,
+        "projection_hash": hash_state_dict(projection.state_dict()) if projection else None,
+    }
 
 
 def load_model(arguments: argparse.Namespace, device: torch.device) -> EvaluatedModel:
