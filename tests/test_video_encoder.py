@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from synthetic import SETTINGS, write_run, write_weights
+from synthetic import SETTINGS, picture, write_folders, write_run, write_weights
 
 from fasttrain.backbones import load_backbone
 from fasttrain.errors import InputError
@@ -31,6 +32,46 @@ def test_the_encoder_applies_backbone_and_projection_to_every_frame(tmp_path: Pa
     assert not tokens_BTND.requires_grad
     with pytest.raises(InputError, match=r"\(3, 3, 64, 96\), expected \(B, T, 3, H, W\)"):
         encoder(video_BTCHW[0])
+
+
+def test_preprocess_takes_files_and_uint8_frames_of_every_layout(tmp_path: Path) -> None:
+    mean, std = (0.5, 0.4, 0.6), (0.5, 0.25, 0.3)
+    encoder = load_video_encoder(write_run(tmp_path / "run", mean=mean, std=std))
+    root = write_folders(tmp_path / "videos", [5, 4], suffix=".png")
+    video_THWC = np.stack([picture(0, t) for t in range(5)])  # 48 x 64
+    expected = (torch.tensor(video_THWC / 255.0) - torch.tensor(mean)) / torch.tensor(std)
+    expected_1T3HW = expected.permute(0, 3, 1, 2)[None].float()
+    video_TCHW = torch.tensor(video_THWC).permute(0, 3, 1, 2)
+    for video in (root / "class_0/video_0", str(root / "class_0"), video_THWC, video_TCHW, video_TCHW[None]):
+        torch.testing.assert_close(encoder.preprocess(video, size=48), expected_1T3HW)
+        some = encoder.preprocess(video, size=48, frames=slice(1, None, 2))
+        torch.testing.assert_close(some, expected_1T3HW[:, 1::2])
+    twice = encoder.preprocess(np.stack([video_THWC, video_THWC]), size=(48, 64))
+    torch.testing.assert_close(twice, expected_1T3HW.expand(2, -1, -1, -1, -1))
+    assert encoder.preprocess(video_THWC).shape == (1, 5, 3, 224, 304)
+    assert encoder.half().preprocess(video_THWC, size=32).dtype == torch.float16
+    for frames in (video_THWC / 255, video_THWC[..., :2], video_THWC[0]):
+        with pytest.raises(
+            InputError, match=r"dtype \w+ and shape \(.*\); expected uint8 RGB, \(T, H, W, 3\)"
+        ):
+            encoder.preprocess(frames)
+    with pytest.raises(
+        InputError, match=r"contains 2 videos \(first: class_0/video_0\); pass the path of one"
+    ):
+        encoder.preprocess(root)
+    with pytest.raises(InputError, match="no frame is selected"):
+        encoder.preprocess(video_THWC, frames=slice(9, None))
+    (root / "class_0/video_0/00003.png").write_bytes(b"none")
+    with pytest.raises(InputError, match=r"class_0': frame 3 is unreadable \(cannot be decoded"):
+        encoder.preprocess(root / "class_0")
+
+
+def test_frames_that_are_not_normalised_are_refused(tmp_path: Path) -> None:
+    encoder = load_video_encoder(write_run(tmp_path))
+    for frames in (torch.zeros(1, 2, 3, 64, 64, dtype=torch.uint8), np.zeros((2, 64, 64, 3), np.uint8)):
+        for encode in (encoder, encoder.frozen):
+            with pytest.raises(InputError, match=r"of dtype \S*uint8; .* Pass encoder\.preprocess\(frames\)"):
+                encode(frames)
 
 
 def test_moved_weights_are_accepted_and_changed_ones_refused(tmp_path: Path) -> None:
