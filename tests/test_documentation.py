@@ -10,10 +10,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from synthetic import write_run, write_videos
+from synthetic import make_scene, write_run, write_videos
 
 from fasttrain.options import COMMANDS, new_parser
 from fasttrain.recipe import is_name, keys_table, load_recipe
+from fasttrain.tools.synthetic import write_scene
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -99,7 +100,7 @@ def check_fasttrain(words: list[str]) -> None:
     ):
         return
     command = words.pop(0) if words[0] in COMMANDS else "train"
-    if not words and command in ("train", "eval", "pack", "report", "export"):
+    if not words and command in ("train", "eval", "pack", "report", "export", "embed"):
         return  # Only the name of the command.
     if "--help" in words or "--keys" in words or words[:1] == ["..."]:
         return
@@ -185,6 +186,7 @@ def test_python_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "runs/dinov2")
     write_videos(tmp_path / "videos")
+    write_scene(make_scene(0), tmp_path / "clip.mp4")
     recipe = tmp_path / "recipes/dinov2.yaml"
     recipe.parent.mkdir()
     monkeypatch.setattr("fasttrain.recipe.RECIPES", recipe.parent)

@@ -34,7 +34,7 @@ from torch import Tensor
 from fasttrain import options
 from fasttrain.__main__ import main
 from fasttrain.backbones import Backbone
-from fasttrain.evaluation.model import load_model
+from fasttrain.encoder_options import load_model
 from fasttrain.projection import PROJECTION_FILE, Projection
 from fasttrain.video_encoder import load_video_encoder
 from fasttrain.weights import hash_state_dict
