@@ -17,8 +17,8 @@ GROUPS = {
     "recipe": "Recipes",
     "data/pack": "Packed sets",
     "data/": "Data sources and loading",
-    "evaluation/ tools/embed": "Evaluation and features",
-    "backbones families layouts configuration weights projection video encoder_options": "Backbones and projections",
+    "evaluation/ encoder_options tools/embed": "Evaluation and features",
+    "backbones families layouts configuration weights projection video": "Backbones and projections",
     "": "Training, devices and files",
 }
 # UnreadableFrameError is included because its message appears in the log, although it does not end a run.
