@@ -211,8 +211,8 @@ def add_push_options(parser: argparse.ArgumentParser) -> None:
 
 def add_embed_options(parser: argparse.ArgumentParser) -> None:
     help = "folder of video files or frame folders at any depth, list of them, video file, or packed set"
-    parser.add_argument("videos", type=Path, metavar="VIDEOS", help=help)
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the features, one file per video")
+    parser.add_argument("videos", metavar="VIDEOS", help=help)
+    parser.add_argument("out", type=_local, metavar="OUT", help="folder for the features, one file per video")
     _add_model_options(parser)
     parser.set_defaults(projection_only=False)
     help = "write the tokens of the frozen backbone although there is a projection"

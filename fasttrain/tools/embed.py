@@ -99,7 +99,7 @@ def _run(arguments: argparse.Namespace, world: World) -> None:
         return
     write_json(arguments.out / SETTINGS_FILE, {"settings": settings, "skipped": skipped})
     if not videos:
-        raise InputError(f"{str(arguments.videos)!r} {describe_unreadable(skipped, index.left_out)}")
+        raise InputError(f"{arguments.videos!r} {describe_unreadable(skipped, index.left_out)}")
     for name, reason in skipped[:MAX_PRINTED]:
         say(f"skipped {name}: {reason}")
     if index.left_out:
