@@ -7,6 +7,7 @@ import fcntl
 import glob
 import json
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +21,21 @@ Parsed = TypeVar("Parsed")
 
 # The suffix of temporary files.
 PARTIAL = ".partial"
+# A URL such as s3://bucket/folder, or several, such as zip://folder::s3://bucket/file.zip.
+_URL = re.compile(r"[A-Za-z][\w+.-]+(::[\w+.-]+)*://")
+
+
+def is_url(location: object) -> bool:
+    """Whether a string is a URL rather than a path."""
+    return isinstance(location, str) and _URL.match(location) is not None
+
+
+def cache_folder(name: str) -> Path:
+    """Return the path of a folder in the user's cache. Raises OSError if the user has no home folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if home.startswith("~"):
+        raise OSError(errno.ENOENT, "this user has no home folder", home)
+    return Path(home) / "fasttrain" / name
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:

@@ -138,6 +138,8 @@ class DataRecipe:
     """Decoding threads per process; 0: one per CPU core of the process, less two if it uses a GPU."""
     prefetch: Annotated[Count, MAY_CHANGE] = 2
     """Number of batches to decode ahead."""
+    cache_size: Annotated[NonNegative, MAY_CHANGE] = 32.0
+    """Size in GiB of the local cache of frames from a URL, for all such sources together; 0: no cache."""
     max_bad_fraction: Annotated[Fraction, MAY_CHANGE] = 0.01
     """Stop if more than this fraction of samples is unreadable; fewer are replaced, counted and logged."""
 

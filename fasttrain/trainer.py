@@ -34,7 +34,7 @@ from fasttrain.data.nvdec import has_dali
 from fasttrain.data.sources import describe_left_out, open_source
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
-from fasttrain.files import file_lock, naming, write_atomically, write_json
+from fasttrain.files import file_lock, is_url, naming, write_atomically, write_json
 from fasttrain.loggers import (
     NON_FINITE,
     EnduringConsole,
@@ -411,12 +411,14 @@ class Trainer:
                 "data.source: not set. Pass a folder of videos or frame folders, a text file that lists "
                 "them, or a packed set: data.source=PATH"
             )
-        self.world.check_same(os.path.exists(os.path.expanduser(data.source)), f"data.source: {data.source}")
+        if not is_url(data.source):
+            exists = os.path.exists(os.path.expanduser(data.source))
+            self.world.check_same(exists, f"data.source: {data.source}")
         try:
             with self.working(f"reading the videos of {data.source}"):
-                index = open_source(data.source, kind=data.kind, world=self.world)
+                index = open_source(data.source, kind=data.kind, world=self.world, cache_size=data.cache_size)
         except InputError as error:
-            raise InputError(f"data.source: {error}") from None
+            raise type(error)(f"data.source: {error}") from None
         for name, reason in index.skipped:
             self.say(f"skipped {name}: {reason}")
         if index.left_out:
@@ -586,6 +588,8 @@ def check_run_folder(recipe: Recipe) -> Recipe | None:
 
     Raises InputError if it must not be resumed with this recipe.
     """
+    if is_url(recipe.output):
+        raise InputError(f"output: {recipe.output!r} is a URL; expected a folder, such as a mounted one")
     folder = Path(recipe.output)
     path = folder / "recipe.yaml"
     if not path.exists():

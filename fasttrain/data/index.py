@@ -33,6 +33,8 @@ class FrameIndex(ABC):
     """An index of V videos, sorted by name."""
 
     storage: Storage
+    is_remote: bool = False
+    """Whether reading waits for a server, so that many threads should read."""
 
     def __init__(
         self,

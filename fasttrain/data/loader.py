@@ -23,6 +23,7 @@ from fasttrain.data.images import UnreadableFrameError
 from fasttrain.data.index import ClipIndex, FrameIndex, StoredFrames, VideoIndex
 from fasttrain.data.map_ahead import map_ahead
 from fasttrain.data.nvdec import has_dali, has_nvdec, nvdec_refusal
+from fasttrain.data.remote import READERS
 from fasttrain.data.sampling import Ints, PairSampling, SampleParameters, evenly_spaced
 from fasttrain.data.torch_stage import FrameTransform, TorchGpuStage, TorchHostStage
 from fasttrain.distributed import World
@@ -96,12 +97,13 @@ class PairLoader:
         # One batch is used for training while `prefetch` others are decoded.
         self._depth = max(1, min(recipe.data.prefetch + 1, self.num_batches))
         self._stage = open_stage(recipe, self.index, world.device, num_threads=threads, depth=self._depth)
-        # The rows of a micro-batch are divided among the threads.
-        self._chunks = np.array_split(np.arange(self.batch_size), min(threads, self.batch_size))
+        # The rows of a micro-batch are divided among the threads that read.
+        readers = max(threads, READERS) if self.index.is_remote else threads
+        self._chunks = np.array_split(np.arange(self.batch_size), min(readers, self.batch_size))
         self._reading = map_ahead(
             self._read_rows,
             ((batch, rows) for batch in self._drawn_batches() for rows in self._chunks),
-            workers=threads,
+            workers=readers,
             depth=self._depth * len(self._chunks),
         )
 

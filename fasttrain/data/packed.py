@@ -25,6 +25,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,9 @@ import numpy.typing as npt
 
 from fasttrain.data.images import Bytes, UnreadableFrameError, as_regular
 from fasttrain.data.index import FrameIndex, Skipped, Storage
+from fasttrain.data.remote import READERS, FrameCache, RemoteFiles, cut
 from fasttrain.errors import InputError
-from fasttrain.files import os_reason, parse_json
+from fasttrain.files import os_reason, parse_json, write_atomically
 
 FORMAT = 2
 TAR_BLOCK = 512
@@ -44,6 +46,9 @@ FRAME = np.dtype([("block", np.uint32), ("size", np.int32), ("crc", np.uint32)])
 # The fields of ShardIndex that are stored as JSON, in this order.
 _JSON_FIELDS = ("names", "skipped", "videos_done", "num_bytes")
 _MANIFEST = re.compile(r"pack-(\d+)of(\d+)\.json")
+_FILE_OF_SET = re.compile(rf"{_MANIFEST.pattern}|frames-\d+of\d+-\d+\.(tar|npz)")
+# An entry of dtype FRAME.
+_Range = tuple[int, int, int]
 # Keys on which all manifests of a set must agree. The decoder may differ, as not every machine has a GPU.
 _COMMON_KEYS = ("source", "frames", "short_side", "quality", "shard_bytes")
 
@@ -290,23 +295,104 @@ class PackedIndex(FrameIndex):
         """Read the JPEG bytes of frames. Raises UnreadableFrameError."""
         file, all_ranges = self._videos[video]
         ranges = all_ranges[np.asarray(frames)].tolist()
+        contents = self._read_ranges(file, ranges)
+        shard, read = os.path.basename(str(file.name)), []
+        for frame, (_, size, crc), data in zip(map(int, frames), ranges, contents, strict=True):
+            if isinstance(data, OSError):
+                raise UnreadableFrameError(f"{shard}: {os_reason(data)}", frame) from data
+            if len(data) < size:
+                raise UnreadableFrameError(f"{shard} is truncated", frame)
+            if zlib.crc32(data) != crc:
+                raise UnreadableFrameError(f"checksum mismatch in {shard}", frame)
+            read.append(as_regular(data, frame))
+        return read
+
+    def _read_ranges(self, file: io.FileIO, ranges: Sequence[_Range]) -> list[bytes | OSError]:
+        """Read byte ranges of a shard, or the error of each. The checksums are not compared."""
         for block, size, _ in ranges:
             # Announce all reads first, so that the disk can serve them at the same time.
             os.posix_fadvise(file.fileno(), block * TAR_BLOCK, size, os.POSIX_FADV_WILLNEED)
-        return [_read_frame(file, int(frame), *entry) for frame, entry in zip(frames, ranges, strict=True)]
+        return [_pread(file, block * TAR_BLOCK, size) for block, size, _ in ranges]
 
 
-def _read_frame(file: io.FileIO, frame: int, block: int, size: int, crc: int) -> Bytes:
-    shard = os.path.basename(str(file.name))
+class RemotePackedIndex(PackedIndex):
+    """An index of a packed set at a URL. The folder in the cache has copies of its manifests and indexes."""
+
+    is_remote = True
+
+    def __init__(self, url: str, cache_size: float) -> None:
+        self._files = RemoteFiles(url)
+        listed = _files_of_set(self._files)
+        with ThreadPoolExecutor(READERS) as pool:
+            states = dict(zip(listed, pool.map(self._files.state, listed, listed.values()), strict=True))
+        self._cache = FrameCache([url, sorted(states.items())], int(cache_size * 2**30))
+        folder = self._cache.folder
+        self._cache.make_room(sum(size for size, _ in states.values()))
+        for name, (size, _) in states.items():
+            if name.endswith(".tar"):
+                self._cache.create(name, size)
+        missing = [name for name in states if not (folder / name).exists()]
+        with ThreadPoolExecutor(READERS) as pool:
+            for _ in pool.map(lambda name: write_atomically(folder / name, self._files.read(name)), missing):
+                pass
+        try:
+            super().__init__(folder)
+        except InputError as error:
+            # Name the files that the user knows.
+            raise InputError(str(error).replace(str(folder), self._files.url)) from None
+
+    def _read_ranges(self, file: io.FileIO, ranges: Sequence[_Range]) -> list[bytes | OSError]:
+        contents = super()._read_ranges(file, ranges)
+        name = os.path.basename(str(file.name))
+        # Data that were damaged on their way are read once more.
+        for _ in range(2):
+            missing = [
+                i
+                for i, (data, entry) in enumerate(zip(contents, ranges, strict=True))
+                if not _is_intact(data, entry)
+            ]
+            if not missing:
+                break
+            places = {i: (ranges[i][0] * TAR_BLOCK, ranges[i][0] * TAR_BLOCK + ranges[i][1]) for i in missing}
+            spans = self._files.read_spans(name, places.values())
+            for i, place in places.items():
+                contents[i] = cut(spans, *place)
+            self._cache.write(name, spans)
+        return contents
+
+
+def _files_of_set(files: RemoteFiles) -> dict[str, dict[str, Any] | None]:
+    """List the files of a packed set, and what the file system says about them.
+
+    A web server may not list its files. The manifest of a set with a single share tells their names.
+    """
+    listed = {name: info for name, info in files.entries().items() if _FILE_OF_SET.fullmatch(name)}
+    if any(map(_MANIFEST.fullmatch, listed)):
+        return {**listed}
+    name = "pack-1of1.json"
     try:
-        data = os.pread(file.fileno(), size, block * TAR_BLOCK)
+        shards = parse_json(files.read(name))["shards"]
+    except (LookupError, TypeError, ValueError) as error:
+        reason = str(error) if isinstance(error, InputError) else f"{name} is incomplete"
+        raise InputError(
+            f"{files.url!r} is not a packed set ({reason}). Create one with `fasttrain pack` and copy all "
+            "its files there. A set of several shares needs a server that lists its files."
+        ) from None
+    paths = [Share(Path(), 1, 1).shard_path(number) for number in range(shards)]
+    return dict.fromkeys(
+        [name, *(path.name for path in paths), *(path.with_suffix(".npz").name for path in paths)]
+    )
+
+
+def _is_intact(data: bytes | OSError, entry: _Range) -> bool:
+    return not isinstance(data, OSError) and zlib.crc32(data) == entry[2]
+
+
+def _pread(file: io.FileIO, start: int, size: int) -> bytes | OSError:
+    try:
+        return os.pread(file.fileno(), size, start)
     except OSError as error:
-        raise UnreadableFrameError(f"{shard}: {os_reason(error)}", frame) from error
-    if len(data) < size:
-        raise UnreadableFrameError(f"{shard} is truncated", frame)
-    if zlib.crc32(data) != crc:
-        raise UnreadableFrameError(f"checksum mismatch in {shard}", frame)
-    return as_regular(data, frame)
+        return error
 
 
 def _open_shard(path: Path, num_bytes: int) -> io.FileIO:

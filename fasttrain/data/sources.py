@@ -19,13 +19,14 @@ from typing import Literal
 
 from fasttrain.data.images import IMAGE_SUFFIXES, UnreadableFrameError
 from fasttrain.data.index import FolderIndex, FrameFolders, FrameIndex, LeftOut, Skipped, VideoIndex
-from fasttrain.data.packed import PackedIndex, is_packed
+from fasttrain.data.packed import PackedIndex, RemotePackedIndex, is_packed
 from fasttrain.data.video import VIDEO_SUFFIXES, VideoInfo, probe_video, skipped_frames
 from fasttrain.data.video_cache import FileState, file_state, read_cache, write_cache
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
-from fasttrain.files import os_reason, parse_rows, read_lines
+from fasttrain.files import is_url, os_reason, parse_rows, read_lines
 from fasttrain.launcher import available_cores
+from fasttrain.recipe import DataRecipe
 
 Kind = Literal["auto", "folders", "list", "videos", "packed"]
 
@@ -87,7 +88,13 @@ class SourceFiles:
         self.left_out[kind] = count + len(names), first
 
 
-def open_source(source: str | Path, *, kind: Kind = "auto", world: World | None = None) -> FrameIndex:
+def open_source(
+    source: str | Path,
+    *,
+    kind: Kind = "auto",
+    world: World | None = None,
+    cache_size: float = DataRecipe.cache_size,
+) -> FrameIndex:
     """Index the videos of a source.
 
     The kinds of sources are:
@@ -106,6 +113,8 @@ def open_source(source: str | Path, *, kind: Kind = "auto", world: World | None 
     video files among themselves, and all return the same index. Raises InputError if the source does not
     exist, is not of this kind or has no readable video.
     """
+    if isinstance(source, str) and is_url(source):
+        return _open_url(source, kind, cache_size)
     path = Path(os.path.expanduser(source))
     if kind == "packed" or (kind == "auto" and is_packed(path)):
         return PackedIndex(path)
@@ -117,6 +126,15 @@ def open_source(source: str | Path, *, kind: Kind = "auto", world: World | None 
     if not len(index):
         raise InputError(f"{str(source)!r} {describe_unreadable(index.skipped, index.left_out)}. {_EXPECTED}")
     return index
+
+
+def _open_url(url: str, kind: Kind, cache_size: float) -> FrameIndex:
+    if kind in ("folders", "videos") or _suffix(url) in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
+        raise InputError(
+            f"{url!r}: video files and folders of frames are not read from URLs. Pack them with `fasttrain "
+            "pack` and copy the packed set there, or mount or copy the folder."
+        )
+    return RemotePackedIndex(url, cache_size)
 
 
 def describe_unreadable(skipped: Skipped, left_out: LeftOut) -> str:

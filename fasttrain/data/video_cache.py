@@ -7,7 +7,6 @@ $XDG_CACHE_HOME/fasttrain/videos (by default ~/.cache/fasttrain/videos) and may 
 
 from __future__ import annotations
 
-import errno
 import gzip
 import hashlib
 import json
@@ -22,7 +21,7 @@ import numpy as np
 
 from fasttrain.data.video import HAS_PYAV, VideoInfo
 from fasttrain.errors import InputError
-from fasttrain.files import write_atomically
+from fasttrain.files import cache_folder, write_atomically
 
 if HAS_PYAV:
     import av
@@ -48,11 +47,8 @@ def file_state(path: Path) -> FileState:
 
 def cache_path(source: Path) -> Path:
     """Return the path of the cache file for a source. Raises OSError if the user has no cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if home.startswith("~"):
-        raise OSError(errno.ENOENT, "this user has no home folder", home)
     digest = hashlib.sha256(os.fsencode(source.resolve())).hexdigest()
-    return Path(home) / "fasttrain" / "videos" / f"{digest[:32]}.json.gz"
+    return cache_folder("videos") / f"{digest[:32]}.json.gz"
 
 
 def read_cache(source: Path) -> CachedVideos:
