@@ -1,7 +1,7 @@
 """The commands and their options.
 
 They are apart from the modules that implement the commands, because importing these takes seconds: this
-module imports only the standard library. The text above the options in --help is the docstring of the
+module imports little but the standard library. The text above the options in --help is the docstring of the
 command's module.
 """
 
@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+from fasttrain.files import is_url
 
 # The settings of label propagation: preceding frames, grid cells, keys per query (for DAVIS), softmax
 # temperature.
@@ -36,6 +38,27 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
         return super()._get_help_string(action) if has_default else action.help
 
 
+class _Parser(argparse.ArgumentParser):
+    """Refuses URLs where paths are expected: `Path` would turn s3://bucket into s3:/bucket."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register("type", Path, _local_path)
+
+
+def _local_path(text: str) -> Path:
+    if is_url(text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is a URL, but a local path is expected. Copy or mount it. Only training, eval "
+            "consistency --root and eval --videos read packed sets from URLs"
+        )
+    return Path(text)
+
+
+def path_or_url(text: str) -> Path | str:
+    return text if is_url(text) else Path(text)
+
+
 def docstring(module: str) -> str:
     """Return the docstring of a module of fasttrain without importing it."""
     path = Path(__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
@@ -45,9 +68,7 @@ def docstring(module: str) -> str:
 def new_parser(name: str) -> argparse.ArgumentParser:
     """Return the parser of a command."""
     module, _, add_options = COMMANDS[name]
-    parser = argparse.ArgumentParser(
-        prog=f"fasttrain {name}", description=docstring(module), formatter_class=HelpFormatter
-    )
+    parser = _Parser(prog=f"fasttrain {name}", description=docstring(module), formatter_class=HelpFormatter)
     add_options(parser)
     return parser
 
@@ -248,7 +269,11 @@ def add_eval_options(parser: argparse.ArgumentParser) -> None:
             name, help=summary, description=docstring(module), formatter_class=HelpFormatter
         )
         task_parser.add_argument(
-            "--root", type=Path, required=True, metavar="DATASET", help="path of the dataset"
+            "--root",
+            type=path_or_url if name == "consistency" else Path,
+            required=True,
+            metavar="DATASET",
+            help="path of the dataset",
         )
         _add_model_options(task_parser)
         only = task_parser.add_mutually_exclusive_group()
@@ -418,8 +443,8 @@ def _add_list_options(parser: argparse.ArgumentParser, train_help: str) -> None:
     parser.add_argument("--train-list", type=Path, metavar="FILE", help=train_help)
     help = "list of test videos, in the format of --train-list"
     parser.add_argument("--test-list", type=Path, metavar="FILE", help=help)
-    help = "folder or packed set of the videos (default: the path given as --root)"
-    parser.add_argument("--videos", type=Path, metavar="FOLDER", help=help)
+    help = "folder of the videos, or path or URL of a packed set (default: the path given as --root)"
+    parser.add_argument("--videos", type=path_or_url, metavar="FOLDER", help=help)
 
 
 def _add_feature_options(parser: argparse.ArgumentParser) -> None:

@@ -36,7 +36,7 @@ import numpy.typing as npt
 from fasttrain.data.images import Bytes, UnreadableFrameError, as_regular
 from fasttrain.data.index import FrameIndex, Skipped, Storage
 from fasttrain.data.remote import READERS, FrameCache, RemoteFiles, cut
-from fasttrain.errors import InputError
+from fasttrain.errors import InputError, LocalInputError
 from fasttrain.files import os_reason, parse_json, write_atomically
 
 FORMAT = 2
@@ -372,15 +372,19 @@ def _files_of_set(files: RemoteFiles) -> dict[str, dict[str, Any] | None]:
     name = "pack-1of1.json"
     try:
         shards = parse_json(files.read(name))["shards"]
-    except (LookupError, TypeError, ValueError) as error:
-        reason = str(error) if isinstance(error, InputError) else f"{name} is incomplete"
-        raise InputError(
-            f"{files.url!r} is not a packed set ({reason}). Create one with `fasttrain pack` and copy all "
-            "its files there. A set of several shares needs a server that lists its files."
-        ) from None
-    paths = [Share(Path(), 1, 1).shard_path(number) for number in range(shards)]
-    return dict.fromkeys(
-        [name, *(path.name for path in paths), *(path.with_suffix(".npz").name for path in paths)]
+    except LocalInputError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        reason = f"it has no {name}"
+    except (LookupError, TypeError, ValueError):
+        reason = f"its {name} is damaged"
+    else:
+        paths = [Share(Path(), 1, 1).shard_path(number) for number in range(shards)]
+        indexes = [path.with_suffix(".npz") for path in paths]
+        return dict.fromkeys([name, *(path.name for path in paths + indexes)])
+    raise InputError(
+        f"{files.url!r} is not a packed set ({reason}). Create one with `fasttrain pack`, and copy all its "
+        "files there. A set of several shares needs a server that lists its files."
     )
 
 

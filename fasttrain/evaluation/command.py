@@ -28,7 +28,7 @@ from fasttrain.evaluation.results import (
     with_difference,
     write_results,
 )
-from fasttrain.files import make_folder
+from fasttrain.files import is_url, make_folder
 from fasttrain.loggers import say
 from fasttrain.options import TASKS
 
@@ -76,7 +76,7 @@ def evaluate(arguments: argparse.Namespace) -> tuple[Path, Result] | None:
 
 def _prepare(arguments: argparse.Namespace, folder: Path, world: World) -> EvaluatedModel:
     """Check the paths and load the encoder, so that bad input fails before the evaluation begins."""
-    if not arguments.root.exists():
+    if not is_url(arguments.root) and not arguments.root.exists():
         raise InputError(f"--root: '{arguments.root}' does not exist. Pass the path of the dataset.")
     evaluated = load_model(arguments, world.device)
     make_folder(folder)

@@ -39,7 +39,7 @@ import numpy.typing as npt
 
 from fasttrain.data.index import FolderIndex, FrameIndex
 from fasttrain.data.packed import PackedIndex, is_packed
-from fasttrain.data.sources import find_source, kinetics_clip, kinetics_rows
+from fasttrain.data.sources import find_source, kinetics_clip, kinetics_rows, open_source
 from fasttrain.data.video import VIDEO_SUFFIXES
 from fasttrain.errors import InputError
 from fasttrain.files import parse_json, parse_rows, read_lines
@@ -343,17 +343,20 @@ _LAYOUTS: dict[str, tuple[Callable[[argparse.Namespace], _Lists], str | None]] =
 class _StoredVideos:
     """The videos below a folder or in a packed set."""
 
-    def __init__(self, root: Path) -> None:
-        if not root.is_dir():
+    def __init__(self, root: Path | str) -> None:
+        files: dict[str, Path] = {}
+        if isinstance(root, str):
+            index: FrameIndex = open_source(root)
+        elif not root.is_dir():
             raise InputError(f"'{root}' is not a folder. Pass a folder or packed set of videos as --videos.")
-        if is_packed(root):
-            index: FrameIndex = PackedIndex(root)
-            files = {}
+        elif is_packed(root):
+            index = PackedIndex(root)
         else:
             source = find_source(root, kind="folders")
             index = FolderIndex(source.folders, source.skipped)
             files = find_source(root, kind="videos").videos
-        self._root = root
+        # None of the files in this folder is a video of a packed set at a URL.
+        self._root = Path(os.devnull) if isinstance(root, str) else root
         self._reasons = dict(index.skipped)
         self._videos = {name: (index, video) for video, name in enumerate(index.names)} | files
         # By every end of the path in lower case: `c`, `b/c`, `a/b/c`.
