@@ -79,7 +79,7 @@ graph.collect()
 
 def our_batches(recipe: Recipe, world: World, batches: int) -> Generator[Tensor, None, None]:
     """Yield batches of frames (2, B, 3, S, S) that fasttrain loads from the recipe's source."""
-    index = open_source(recipe.data.source)
+    index = open_source(recipe.data.source, cache_size=recipe.data.cache_size)
     loader = PairLoader(index=index, recipe=recipe, world=world, first_step_index=0, num_steps=batches)
     try:
         for batch in loader:
