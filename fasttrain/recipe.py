@@ -115,7 +115,7 @@ class ObjectiveRecipe:
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class DataRecipe:
     source: Annotated[str, MAY_CHANGE] = ""
-    """Training videos: a folder of videos or frame folders, a text file that lists them, or a packed set."""
+    """Training videos: a folder of videos or frame folders, a list of them, or a packed set (path or URL)."""
     kind: Annotated[Literal["auto", "folders", "list", "videos", "packed"], MAY_CHANGE] = "auto"
     """Type of the source; `auto`: detect it."""
     image_size: Annotated[int, Field(ge=1, le=2**14)] = 224

@@ -106,7 +106,8 @@ def open_source(
       because lists of labelled videos put the label there. A list of Kinetics selects the videos below its
       folder.
     - videos: a folder of video files at any depth, or a single video file.
-    - packed: a packed set written by `fasttrain pack`.
+    - packed: a packed set written by `fasttrain pack`. It may be at a URL that
+      fsspec can open; a local cache of at most `cache_size` GiB then keeps its frames.
     - auto: detect the kind.
 
     The index counts all other visible files in `left_out`. The processes of `world` divide the scan of the
@@ -129,10 +130,11 @@ def open_source(
 
 
 def _open_url(url: str, kind: Kind, cache_size: float) -> FrameIndex:
-    if kind in ("folders", "videos") or _suffix(url) in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
+    """Index the packed set at a URL."""
+    if kind not in ("auto", "packed") or _suffix(url) in {".txt", *VIDEO_SUFFIXES, *IMAGE_SUFFIXES}:
         raise InputError(
-            f"{url!r}: video files and folders of frames are not read from URLs. Pack them with `fasttrain "
-            "pack` and copy the packed set there, or mount or copy the folder."
+            f"{url!r}: only packed sets are read from URLs. Pack the videos with `fasttrain pack` and copy "
+            "the packed set there, or mount or copy their folder."
         )
     return RemotePackedIndex(url, cache_size)
 
@@ -427,6 +429,11 @@ def _read_list(path: Path, lines: Sequence[str]) -> SourceFiles:
         # Only "# " starts a comment, because names in HMDB51 may start with "#".
         if line.startswith("# "):
             continue
+        if is_url(line):
+            raise InputError(
+                f"{str(path)!r} lists the URL {line[:100]!r}, but only packed sets are read from URLs. Copy "
+                "or mount the folder, or pack the videos with `fasttrain pack`."
+            )
         name, limit = _split_line(path.parent, line)
         # Normalise ./video and video/ to video.
         name = Path(name).as_posix()

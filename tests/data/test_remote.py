@@ -289,14 +289,21 @@ def test_a_damaged_object_is_an_unreadable_frame(memory) -> None:
             "auto",
             r"'memory://bucket/nothing' is not a packed set \(it has no pack",
         ),
-        ("memory://bucket/video.mp4", "auto", "video files and folders of frames are not read from URLs"),
-        ("memory://bucket/packed", "folders", "not read from URLs"),
+        ("memory://bucket/video.mp4", "auto", "only packed sets are read from URLs"),
+        ("memory://bucket/list.txt", "auto", "only packed sets are read from URLs"),
+        ("memory://bucket/packed", "folders", "only packed sets are read from URLs"),
         ("nothing://bucket", "auto", "Protocol not known: nothing"),
     ],
 )
 def test_other_urls_are_refused_with_one_line(memory, url: str, kind, message: str) -> None:
     with pytest.raises(InputError, match=message):
         open_source(url, kind=kind)
+
+
+def test_a_list_cannot_contain_urls(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("s3://bucket/frames/video 20\n")
+    with pytest.raises(InputError, match=r"list.txt' lists the URL 's3://bucket/frames/video 20'"):
+        open_source(tmp_path / "list.txt")
 
 
 def test_errors_name_the_url(memory) -> None:
