@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import timm
 import torch
@@ -183,7 +184,10 @@ def test_packed_videos(run: Path, tmp_path: Path) -> None:
     assert evaluate("retrieval", *options, "--output", tmp_path / "out") == 0
     assert read(tmp_path / "out", "retrieval")["results"]["before"]["R@1"] == 100
     segmented = segmentation(tmp_path / "segmented", as_breakfast=True)
-    options = ["--run", run, "--root", segmented, "--videos", pack(segmented, tmp_path / "packed too")]
+    # At a URL, too.
+    memory = fsspec.filesystem("memory")
+    memory.put(f"{pack(segmented, tmp_path / 'packed too')}/", "/segmented/", recursive=True)
+    options = ["--run", run, "--root", segmented, "--videos", "memory://segmented"]
     assert evaluate("localization", *options, "--output", tmp_path / "out") == 0
     assert read(tmp_path / "out", "localization")["results"]["before"]["frame accuracy"] > 90
 
