@@ -259,8 +259,6 @@ def test_a_connection_that_fails_once_is_repeated(memory, packed: Path, monkeypa
 
 def test_a_server_that_is_gone_stops_the_run_instead_of_replacing_samples(memory, monkeypatch) -> None:
     monkeypatch.setattr(remote, "PAUSES", (0,))
-    loader = make_loader(open_source(URL), pairs_per_video=8, batch_size=4)
-    loader.close()
     index = open_source(URL)
 
     def gone(self, *args, **kwargs):
