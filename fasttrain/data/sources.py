@@ -131,7 +131,7 @@ def open_source(
 
 def _open_url(url: str, kind: Kind, cache_size: float) -> FrameIndex:
     """Index the packed set at a URL."""
-    if kind not in ("auto", "packed") or _suffix(url) in {".txt", *VIDEO_SUFFIXES, *IMAGE_SUFFIXES}:
+    if kind not in ("auto", "packed") or file_suffix(url) in {".txt", *VIDEO_SUFFIXES, *IMAGE_SUFFIXES}:
         raise InputError(
             f"{url!r}: only packed sets are read from URLs. Pack the videos with `fasttrain pack` and copy "
             "the packed set there, or mount or copy their folder."
