@@ -39,6 +39,8 @@ from fasttrain.data.remote import READERS, FrameCache, RemoteFiles, cut
 from fasttrain.errors import InputError, LocalInputError
 from fasttrain.files import os_reason, parse_json, write_atomically
 
+# macOS has no such call.
+HAS_FADVISE = hasattr(os, "posix_fadvise")
 FORMAT = 2
 TAR_BLOCK = 512
 # The position of a frame in its shard, in tar blocks; its size in bytes; its CRC-32.
@@ -309,7 +311,7 @@ class PackedIndex(FrameIndex):
 
     def _read_ranges(self, file: io.FileIO, ranges: Sequence[_Range]) -> list[bytes | OSError]:
         """Read byte ranges of a shard, or the error of each. The checksums are not compared."""
-        for block, size, _ in ranges:
+        for block, size, _ in ranges if HAS_FADVISE else ():
             # Announce all reads first, so that the disk can serve them at the same time.
             os.posix_fadvise(file.fileno(), block * TAR_BLOCK, size, os.POSIX_FADV_WILLNEED)
         return [_pread(file, block * TAR_BLOCK, size) for block, size, _ in ranges]
@@ -412,8 +414,9 @@ def _open_shard(path: Path, num_bytes: int) -> io.FileIO:
         raise InputError(
             f"{str(path)!r} has {size} bytes, expected {num_bytes}. Delete it and run `fasttrain pack` again."
         )
-    # The frames of a pair are far apart, so read-ahead would fetch unneeded data.
-    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+    if HAS_FADVISE:
+        # The frames of a pair are far apart, so read-ahead would fetch unneeded data.
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
     return file
 
 
