@@ -49,7 +49,7 @@ class _Parser(argparse.ArgumentParser):
 def _local_path(text: str) -> Path:
     if is_url(text):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is a URL, but a local path is expected. Copy or mount it. Only training, eval "
+            f"{text!r}: expected a path on this machine. Copy or mount it. Only training, embed, eval "
             "consistency --root and eval --videos read packed sets from URLs"
         )
     return Path(text)
@@ -71,13 +71,6 @@ def new_parser(name: str) -> argparse.ArgumentParser:
     parser = _Parser(prog=f"fasttrain {name}", description=docstring(module), formatter_class=HelpFormatter)
     add_options(parser)
     return parser
-
-
-def _local(text: str) -> Path:
-    """Convert an option to a path, and refuse addresses, which `Path` would change: hf://x into hf:/x."""
-    if "://" in text:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a path on this machine")
-    return Path(text)
 
 
 def _add_numbers(parser: argparse.ArgumentParser, *options: tuple[str, str, float, str]) -> None:
@@ -204,9 +197,9 @@ class PackOptions:
 
 
 def add_report_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=_local, metavar="RUN", help="output folder of a training run")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a training run")
     parser.add_argument(
-        "--output", type=_local, default="report.html", metavar="FILE", help="HTML file to write"
+        "--output", type=Path, default="report.html", metavar="FILE", help="HTML file to write"
     )
 
 
@@ -222,7 +215,7 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_push_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=_local, metavar="RUN", help="output folder of a training run")
+    parser.add_argument("run", type=Path, metavar="RUN", help="output folder of a training run")
     help = "repository on the Hugging Face Hub, which is created if it does not exist"
     parser.add_argument("repository", metavar="USER/NAME", help=help)
     parser.add_argument("--private", action="store_true", help="make a new repository private")
@@ -233,7 +226,7 @@ def add_push_options(parser: argparse.ArgumentParser) -> None:
 def add_embed_options(parser: argparse.ArgumentParser) -> None:
     help = "folder of video files or frame folders at any depth, list of them, video file, or packed set"
     parser.add_argument("videos", metavar="VIDEOS", help=help)
-    parser.add_argument("out", type=_local, metavar="OUT", help="folder for the features, one file per video")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the features, one file per video")
     _add_model_options(parser)
     parser.set_defaults(projection_only=False)
     help = "write the tokens of the frozen backbone although there is a projection"
@@ -283,7 +276,7 @@ def add_eval_options(parser: argparse.ArgumentParser) -> None:
         only.add_argument("--projection-only", action="store_true", help=help)
         task_parser.add_argument(
             "--output",
-            type=_local,
+            type=Path,
             metavar="FOLDER",
             help="folder for the results (default: eval in RUN or, if that is no folder, in the working "
             "directory)",
@@ -450,7 +443,7 @@ def _add_list_options(parser: argparse.ArgumentParser, train_help: str) -> None:
 def _add_feature_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache",
-        type=_local,
+        type=Path,
         metavar="FOLDER",
         help="folder of cached features, which tasks and runs can share; all processes need access to it "
         "(default: cache in the folder of the results)",

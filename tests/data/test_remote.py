@@ -336,7 +336,7 @@ def test_a_missing_bucket_and_missing_credentials_are_one_line(s3_url: str, monk
 def test_commands_for_local_files_refuse_urls(command: list[str], capsys) -> None:
     with pytest.raises(SystemExit):
         main(command)
-    assert "is a URL, but a local path is expected" in capsys.readouterr().err
+    assert "expected a path on this machine" in capsys.readouterr().err
 
 
 def test_a_run_folder_cannot_be_a_url(packed: Path, capsys) -> None:
