@@ -22,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from fasttrain.errors import InputError, LocalInputError, pip_install
+from fasttrain.errors import InputError, LocalInputError
 from fasttrain.files import cache_folder, make_folder, naming
 
 Result = TypeVar("Result")
@@ -63,7 +63,9 @@ class RemoteFiles:
         try:
             self._fs, self._path = url_to_fs(self.url)
         except ImportError as error:
-            raise InputError(f"{self.url!r}: {_reason(error)}. Run: {pip_install('remote')}") from None
+            # The extras of fsspec are named after its protocols.
+            extra = self.url.partition("://")[0].replace("https", "http")
+            raise InputError(f"{self.url!r}: {_reason(error)}. Run: pip install 'fsspec[{extra}]'") from None
         except Exception as error:
             raise InputError(f"{self.url!r} cannot be opened: {_reason(error)}") from None
         self._pid = os.getpid()

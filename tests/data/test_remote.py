@@ -312,7 +312,7 @@ def test_errors_name_the_url(memory) -> None:
 
 def test_a_missing_package_is_one_line(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(InputError, match=r"gcsfs .*Run: pip install '.*\[remote\]'"):
+    with pytest.raises(InputError, match=r"gcsfs .*Run: pip install 'fsspec\[gs\]'"):
         open_source("gs://bucket/packed")
 
 
