@@ -11,7 +11,9 @@ from benchmarks import loaders
 from benchmarks.loaders import BASELINE, OUR_VIDEO, OURS
 
 
-def test_loaders_are_measured(tmp_path: Path) -> None:
+def test_loaders_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loaders, "WIDTH", 64)
+    monkeypatch.setattr(loaders, "HEIGHT", 48)
     paths, data = loaders.prepare(tmp_path, None, 2)
     assert data == {"source": "synthetic scenes", "videos": 2, "frames": 80, "loader": "DALI"}
     paths["videos"] = loaders.encode_videos(paths["packed"], tmp_path / "videos")
