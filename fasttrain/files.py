@@ -184,10 +184,15 @@ def read_lines(path: Path, expected: str = "a text file in UTF-8") -> list[str]:
     video titles.
     """
     try:
-        # utf-8-sig skips a byte order mark, which some Windows editors write. Text mode reads \r\n as \n.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        return split_lines(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{str(path)!r} cannot be read ({os_reason(error)}); expected {expected}") from error
+
+
+def split_lines(content: bytes) -> list[str]:
+    """Return the lines of a text in UTF-8 as `read_lines` does. Raises UnicodeDecodeError."""
+    # utf-8-sig skips a byte order mark, which some Windows editors write, as they do \r.
+    lines = content.decode("utf-8-sig").replace("\r", "\n").split("\n")
     return [line.strip() for line in lines if line.strip()]
 
 

@@ -35,7 +35,7 @@ import numpy.typing as npt
 
 from fasttrain.data.images import Bytes, UnreadableFrameError, as_regular
 from fasttrain.data.index import FrameIndex, Skipped, Storage
-from fasttrain.data.remote import READERS, FrameCache, RemoteFiles, cut
+from fasttrain.data.remote import READERS, FrameCache, RemoteFiles, cut, is_final
 from fasttrain.errors import InputError, LocalInputError
 from fasttrain.files import os_reason, parse_json, write_atomically
 
@@ -368,7 +368,13 @@ def _files_of_set(files: RemoteFiles) -> dict[str, dict[str, Any] | None]:
 
     A web server may not list its files. The manifest of a set with a single share tells their names.
     """
-    listed = {name: info for name, info in files.entries().items() if _FILE_OF_SET.fullmatch(name)}
+    try:
+        entries = files.entries() or {}
+    except LocalInputError as error:
+        if not is_final(error.__cause__):
+            raise
+        entries = {}
+    listed = {name: info for name, info in entries.items() if _FILE_OF_SET.fullmatch(name)}
     if any(map(_MANIFEST.fullmatch, listed)):
         return {**listed}
     name = "pack-1of1.json"

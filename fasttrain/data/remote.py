@@ -17,7 +17,7 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -74,20 +74,23 @@ class RemoteFiles:
         """Return the URL of a file."""
         return f"{self.url}/{name}" if name else self.url
 
-    def entries(self) -> dict[str, dict[str, Any]]:
-        """Return what the file system says about each entry of the folder, by name; nothing if it refuses."""
+    def entries(self) -> dict[str, dict[str, Any]] | None:
+        """Return what the file system says about each entry of the folder, by name; None if there is none."""
 
-        def request(fs: Any) -> list[dict[str, Any]]:
+        def request(fs: Any) -> list[dict[str, Any]] | None:
             # Listings are cached in the process, but the folder may have changed.
             fs.invalidate_cache()
             try:
                 return fs.ls(self._path, detail=True)
-            except Exception as error:
-                if _is_final(error):
-                    return []
-                raise
+            except (FileNotFoundError, NotADirectoryError):
+                return None
 
-        return {entry["name"].rstrip("/").rpartition("/")[2]: entry for entry in self._request(request)}
+        entries = self._request(request)
+        if entries is None:
+            return None
+        paths = [(entry["name"].rstrip("/"), entry) for entry in entries]
+        # Empty objects of S3 may stand for folders, which then contain themselves.
+        return {path.rpartition("/")[2]: entry for path, entry in paths if path != self._path}
 
     def state(self, name: str, info: dict[str, Any] | None = None) -> RemoteState:
         """Return the state of a file. `info` is what `entries` says about it, if anything."""
@@ -95,11 +98,24 @@ class RemoteFiles:
             info = self._request(lambda fs: fs.info(self._name(name)), name)
         if not isinstance(info.get("size"), int):
             raise InputError(f"{self.location(name)!r}: the server does not tell the size of the file")
-        return info["size"], str([info[key] for key in _VERSION if key in info])
+        return info["size"], version(info)
 
     def read(self, name: str = "") -> bytes:
         """Read a whole file."""
         return self._request(lambda fs: fs.cat_file(self._name(name), **_unbuffered(fs)), name)
+
+    def read_files(self, names: Sequence[str]) -> list[bytes | FileNotFoundError]:
+        """Read whole files at the same time."""
+
+        def request(fs: Any) -> list[bytes | FileNotFoundError]:
+            paths = [self._name(name) for name in names]
+            contents = fs.cat_ranges(paths, None, None, **_unbuffered(fs))
+            for content in contents:
+                if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
+                    raise content
+            return contents
+
+        return self._request(request)
 
     def read_spans(self, name: str, ranges: Iterable[tuple[int, int]]) -> list[Span]:
         """Read byte ranges (start, end) of a file at the same time, with the bytes between close ranges.
@@ -137,7 +153,7 @@ class RemoteFiles:
             try:
                 return request(self._fs)
             except Exception as error:
-                if pause is None or _is_final(error):
+                if pause is None or is_final(error):
                     raise LocalInputError(
                         f"{self.location(name)!r} cannot be read: {_reason(error)}. Check the URL, the "
                         "credentials and the network, and repeat the command"
@@ -157,7 +173,12 @@ def _unbuffered(fs: Any) -> dict[str, str]:
     return {} if fs.async_impl else {"cache_type": "none"}
 
 
-def _is_final(error: Exception) -> bool:
+def version(info: dict[str, Any]) -> str:
+    """Return a text that changes when a file is replaced, from what the file system says about the file."""
+    return str([info[key] for key in _VERSION if key in info])
+
+
+def is_final(error: BaseException | None) -> bool:
     """Whether a repeated request would fail as well."""
     status = getattr(error, "status", 0)
     return (

@@ -10,7 +10,7 @@ import csv
 import os
 import posixpath
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -18,13 +18,23 @@ from pathlib import Path
 from typing import Literal
 
 from fasttrain.data.images import IMAGE_SUFFIXES, UnreadableFrameError
-from fasttrain.data.index import FolderIndex, FrameFolders, FrameIndex, LeftOut, Skipped, VideoIndex
+from fasttrain.data.index import (
+    FolderIndex,
+    FrameFolders,
+    FrameIndex,
+    LeftOut,
+    ListedFile,
+    RemoteFolderIndex,
+    Skipped,
+    VideoIndex,
+)
 from fasttrain.data.packed import PackedIndex, RemotePackedIndex, is_packed
+from fasttrain.data.remote import READERS, RemoteFiles, version
 from fasttrain.data.video import VIDEO_SUFFIXES, VideoInfo, probe_video, skipped_frames
 from fasttrain.data.video_cache import FileState, file_state, read_cache, write_cache
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
-from fasttrain.files import is_url, os_reason, parse_rows, read_lines
+from fasttrain.files import is_url, os_reason, parse_rows, read_lines, split_lines
 from fasttrain.launcher import available_cores
 from fasttrain.recipe import DataRecipe
 
@@ -35,11 +45,18 @@ _EXPECTED = (
     "file, or a packed set. WebDataset tars must be packed first, with `fasttrain pack`."
 )
 _MISSING = "does not exist"
+_DUPLICATE = "duplicate entry in the list"
+_IS_IMAGE = "is an image; list the folder of its video instead"
 # The columns of the lists of Kinetics by which they are recognised, and the folder of the archive with which
 # the CVD Foundation replaces corrupted videos of Kinetics-400, which have the same names.
 KINETICS_COLUMNS = ("youtube_id", "time_start", "time_end")
 REPLACEMENTS = "replacement_for_corrupted_k400"
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_LIST_SUFFIXES = (".txt", ".csv")
+_ONLY_FRAMES = (
+    "only packed sets and lists of frame folders are read from URLs. Pack the videos with `fasttrain pack` "
+    "and copy the packed set there, or mount or copy their folder."
+)
 
 # The number of kinds of files that are counted separately, and the number that one line names.
 MAX_KINDS, MAX_LISTED = 100, 5
@@ -67,6 +84,8 @@ _VIDEO_START = re.compile(
 _BySuffix = dict[str, list[str]]
 # Videos of equal length usually have the same file names, so each distinct tuple is stored only once.
 _SharedNames = dict[tuple[str, ...], tuple[str, ...]]
+# The entries of a folder at a URL by name. That of a subfolder is None.
+_Listing = dict[str, ListedFile | None]
 
 
 @dataclass(frozen=True)
@@ -77,6 +96,8 @@ class SourceFiles:
     videos: dict[str, Path] = field(default_factory=dict)
     skipped: Skipped = field(default_factory=list)
     left_out: LeftOut = field(default_factory=dict)
+    urls: Sequence[str] = ()
+    """The lines of a list of URLs. It has neither folders nor videos."""
 
     def leave_out(self, kind: str, folder: str, names: Sequence[str]) -> None:
         """Count files of a folder, all of one kind, that are neither taken nor skipped with a reason."""
@@ -104,38 +125,50 @@ def open_source(
     - list: a text file with one frame folder or video file per line, as an absolute path or relative to the
       text file. A number after a frame folder limits the frames used; a number after a video file is ignored,
       because lists of labelled videos put the label there. A list of Kinetics selects the videos below its
-      folder.
+      folder. Frame folders, but not video files, may be at URLs, as may their list.
     - videos: a folder of video files at any depth, or a single video file.
-    - packed: a packed set written by `fasttrain pack`. It may be at a URL that
-      fsspec can open; a local cache of at most `cache_size` GiB then keeps its frames.
-    - auto: detect the kind.
+    - packed: a packed set written by `fasttrain pack`. It may be at a URL.
+    - auto: detect the kind. At a URL, `.txt` and `.csv` are lists, and all others packed sets.
 
-    The index counts all other visible files in `left_out`. The processes of `world` divide the scan of the
-    video files among themselves, and all return the same index. Raises InputError if the source does not
-    exist, is not of this kind or has no readable video.
+    fsspec opens the URLs, and a local cache of at most `cache_size` GiB keeps their frames. The index counts
+    all other visible files in `left_out`. The processes of `world` divide the scan of the video files, and of
+    the folders at URLs, among themselves, and all return the same index. Raises InputError if the source does
+    not exist, is not of this kind or has no readable video.
     """
     if isinstance(source, str) and is_url(source):
-        return _open_url(source, kind, cache_size)
+        return _open_url(source, kind, world or World.single(), cache_size)
     path = Path(os.path.expanduser(source))
     if kind == "packed" or (kind == "auto" and is_packed(path)):
         return PackedIndex(path)
     files = find_source(path, kind=kind)
+    if files.urls:
+        return _open_list(str(source), "", files.urls, world or World.single(), cache_size)
     if files.videos:
         index: FrameIndex = _scan_videos(path, files, world or World.single())
     else:
         index = FolderIndex(files.folders, files.skipped, files.left_out)
-    if not len(index):
-        raise InputError(f"{str(source)!r} {describe_unreadable(index.skipped, index.left_out)}. {_EXPECTED}")
+    _refuse_empty(str(source), index)
     return index
 
 
-def _open_url(url: str, kind: Kind, cache_size: float) -> FrameIndex:
-    """Index the packed set at a URL."""
-    if kind not in ("auto", "packed") or file_suffix(url) in {".txt", *VIDEO_SUFFIXES, *IMAGE_SUFFIXES}:
-        raise InputError(
-            f"{url!r}: only packed sets are read from URLs. Pack the videos with `fasttrain pack` and copy "
-            "the packed set there, or mount or copy their folder."
-        )
+def _refuse_empty(source: str, index: FrameIndex) -> None:
+    if not len(index):
+        raise InputError(f"{source!r} {describe_unreadable(index.skipped, index.left_out)}. {_EXPECTED}")
+
+
+def _open_url(url: str, kind: Kind, world: World, cache_size: float) -> FrameIndex:
+    """Index the packed set, or the list of frame folders, at a URL."""
+    if kind == "list" or (kind == "auto" and url.endswith(_LIST_SUFFIXES)):
+        content = world.run_on_all(lambda: RemoteFiles(url).read())
+        try:
+            lines = split_lines(content)
+        except UnicodeDecodeError as error:
+            raise InputError(f"{url!r} is not a text in UTF-8 ({error.reason}); expected a list") from None
+        if _is_kinetics(lines):
+            raise InputError(f"{url!r} is a list of Kinetics: {_ONLY_FRAMES}")
+        return _open_list(url, posixpath.dirname(url), lines, world, cache_size)
+    if kind not in ("auto", "packed") or file_suffix(url) in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
+        raise InputError(f"{url!r}: {_ONLY_FRAMES}")
     return RemotePackedIndex(url, cache_size)
 
 
@@ -181,9 +214,7 @@ def find_source(path: Path, *, kind: Kind = "auto") -> SourceFiles:
             f"{str(path)!r} is a video file, but the kind is 'list'. Pass a text file, or another kind."
         )
     lines = read_lines(path, "a video file or a text file that lists frame folders or video files")
-    if lines and set(KINETICS_COLUMNS) <= set(lines[0].replace('"', "").split(",")):
-        return _read_kinetics(path, lines)
-    return _read_list(path, lines)
+    return _read_kinetics(path, lines) if _is_kinetics(lines) else _read_list(path, lines)
 
 
 def _search_folder(root: Path, kind: Kind) -> SourceFiles:
@@ -283,10 +314,14 @@ def _list_folder(folder: Path) -> tuple[list[str], _BySuffix]:
         for entry in entries:
             if not entry.name.startswith("."):
                 (folders if entry.is_dir() else files).append(entry.name)
+    return sorted(folders), _by_suffix(files)
+
+
+def _by_suffix(files: Iterable[str]) -> _BySuffix:
     by_suffix: _BySuffix = {}
     for name in sorted(files):
         by_suffix.setdefault(file_suffix(name), []).append(name)
-    return sorted(folders), by_suffix
+    return by_suffix
 
 
 def _take_images(files: _BySuffix) -> list[str]:
@@ -349,6 +384,10 @@ def _natural_key(name: str) -> list[str | int]:
     return [int(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
+def _is_kinetics(lines: Sequence[str]) -> bool:
+    return bool(lines) and set(KINETICS_COLUMNS) <= set(lines[0].replace('"', "").split(","))
+
+
 def kinetics_rows(path: Path, lines: Sequence[str]) -> list[dict[str, str]]:
     """Return the rows of a published list of Kinetics by column. Raises InputError."""
     try:
@@ -400,56 +439,74 @@ def _read_kinetics(path: Path, lines: Sequence[str]) -> SourceFiles:
     return SourceFiles(videos={name: files.videos[name] for name in listed}, skipped=files.skipped)
 
 
-def _split_line(folder: Path, line: str) -> tuple[str, int | None]:
+def _split_line(line: str, exists: Callable[[str], bool]) -> tuple[str, int | None]:
     """Split a line of a list into a path and the number of frames to use, if it has one.
 
-    The lists of MMAction2 have the columns `path label`, or `path frames label` for frame folders; those of
-    others, `path,label`. Any path may contain spaces and commas, so the longest one that exists counts.
+    Any path may contain spaces and commas, so the longest one that exists counts.
     """
-    # os.path.exists returns False for a name that is too long; Path.exists raises.
-    path, numbers = line, []
-    while not os.path.exists(folder / path):
+    for path, limit in _splits(line):
+        if exists(path):
+            return path, limit
+    # No path exists. Name the one that is most likely meant.
+    return (match[1] if (match := re.fullmatch(r"(.*\S)\s+\d{1,9}", line)) else line), None
+
+
+def _splits(line: str) -> Iterator[tuple[str, int | None]]:
+    """Yield the ways to split a line of a list, the longest path first.
+
+    The lists of MMAction2 have the columns `path label`, or `path frames label` for frame folders; those of
+    others, `path,label`.
+    """
+    path, numbers = line, list[int]()
+    while True:
+        yield path, numbers[-1] if numbers else None
         # int() refuses numbers of thousands of digits, and no video has a billion frames.
         if match := re.fullmatch(r"(.*\S)\s+(\d{1,9})", path):
             numbers.append(int(match[2]))
         elif not (match := re.fullmatch(r"(.*\S)\s*,[^,]*", path)):
-            break
+            return
         path = match[1]
-    else:
-        return path, numbers[-1] if numbers else None
-    # No path exists. Name the one that is most likely meant.
-    return (match[1] if (match := re.fullmatch(r"(.*\S)\s+\d{1,9}", line)) else line), None
+
+
+def _is_comment(line: str) -> bool:
+    # Only "# " starts a comment, because names in HMDB51 may start with "#".
+    return line.startswith("# ")
 
 
 def _read_list(path: Path, lines: Sequence[str]) -> SourceFiles:
     """Read a list of frame folders or video files. A path may contain spaces, and numbers may follow it."""
     source = SourceFiles()
     shared_names: _SharedNames = {}
-    for line in lines:
-        # Only "# " starts a comment, because names in HMDB51 may start with "#".
-        if line.startswith("# "):
-            continue
-        if is_url(line):
+    lines = [line for line in lines if not _is_comment(line)]
+    if urls := [line for line in lines if is_url(line)]:
+        if len(urls) < len(lines):
             raise InputError(
-                f"{str(path)!r} lists the URL {line[:100]!r}, but only packed sets are read from URLs. Copy "
-                "or mount the folder, or pack the videos with `fasttrain pack`."
+                f"{str(path)!r} lists both URLs (first: {urls[0][:100]!r}) and paths. Copy or mount the "
+                "folders at URLs, or split the list into two."
             )
-        name, limit = _split_line(path.parent, line)
+        return SourceFiles(urls=urls)
+    for line in lines:
+        # os.path.exists returns False for a name that is too long; Path.exists raises.
+        name, limit = _split_line(line, lambda name: os.path.exists(path.parent / name))
         # Normalise ./video and video/ to video.
         name = Path(name).as_posix()
         reason = _add_listed(source, name, path.parent / name, shared_names, limit)
         if reason:
             source.skipped.append((name, reason))
-    missing = sum(reason == _MISSING for _, reason in source.skipped)
-    if missing and missing == len(source.skipped) and not source.folders and not source.videos:
-        raise InputError(
-            f"{str(path)!r} was read as a list of frame folders or video files, but no line is an existing "
-            f"path, absolute or relative to the list (lines: {missing}, first: "
-            f"{source.skipped[0][0][:100]!r}). Correct the paths, or pass another source. {_EXPECTED}"
-        )
+    _refuse_missing(str(path), source)
     if source.folders and source.videos:
         raise InputError(f"{str(path)!r} lists both frame folders and video files. Split it into two lists.")
     return source
+
+
+def _refuse_missing(location: str, source: SourceFiles) -> None:
+    missing = sum(reason == _MISSING for _, reason in source.skipped)
+    if missing and missing == len(source.skipped) and not source.folders and not source.videos:
+        raise InputError(
+            f"{location!r} was read as a list of frame folders or video files, but no line is an existing "
+            f"path, absolute or relative to the list (lines: {missing}, first: "
+            f"{source.skipped[0][0][:100]!r}). Correct the paths, or pass another source. {_EXPECTED}"
+        )
 
 
 def _add_listed(
@@ -457,18 +514,30 @@ def _add_listed(
 ) -> str | None:
     """Add a video file, or the first `limit` frames of a frame folder. Returns a reason if it is skipped."""
     if name in source.folders or name in source.videos:
-        return "duplicate entry in the list"
+        return _DUPLICATE
     if not os.path.exists(path):
         return _MISSING
     if not os.path.isdir(path):
         if file_suffix(name) in IMAGE_SUFFIXES:
-            return "is an image; list the folder of its video instead"
+            return _IS_IMAGE
         source.videos[name] = path
         return None
     try:
         _, files = _list_folder(path)
     except OSError as error:
         return os_reason(error)
+    return _add_folder(source, name, path, files, shared_names, limit)
+
+
+def _add_folder(
+    source: SourceFiles,
+    name: str,
+    path: Path,
+    files: _BySuffix,
+    shared_names: _SharedNames,
+    limit: int | None,
+) -> str | None:
+    """Add the first `limit` frames of a listed folder with these files. Returns a reason if it is skipped."""
     images = _take_images(files)
     if not images:
         return "contains no images; to list its video files, give the path of each"
@@ -477,6 +546,83 @@ def _add_listed(
         for suffix, names in files.items():
             source.leave_out(suffix or "without suffix", name, names)
     return reason
+
+
+def _open_list(
+    source: str, base: str, lines: Sequence[str], world: World, cache_size: float
+) -> RemoteFolderIndex:
+    """Index a list of frame folders at URLs. `base` is the URL to which other lines are relative."""
+    lines = [line for line in lines if not _is_comment(line)]
+    urls = {path: _join(base, path) for line in lines for path, _ in _splits(line)}
+    # The folders that contain the listed ones tell which exist, in few requests.
+    parents = _list_urls({posixpath.dirname(url) for url in urls.values()}, world)
+
+    def entries_beside(path: str) -> _Listing:
+        return parents[posixpath.dirname(urls[path])] or {}
+
+    def exists(path: str) -> bool:
+        return posixpath.basename(urls[path]) in entries_beside(path)
+
+    listed = [_split_line(line, exists) for line in lines]
+    folders = {
+        urls[path]
+        for path, _ in listed
+        if exists(path) and entries_beside(path)[posixpath.basename(urls[path])] is None
+    }
+    listings = _list_urls(folders, world)
+    found = SourceFiles()
+    shared_names: _SharedNames = {}
+    frames: dict[str, tuple[str, dict[str, ListedFile]]] = {}
+    for path, limit in listed:
+        url, name = urls[path], path.rstrip("/") if is_url(path) else Path(path).as_posix()
+        files = {file: state for file, state in (listings.get(url) or {}).items() if state is not None}
+        by_suffix = _by_suffix(file for file in files if not file.startswith("."))
+        if name in frames:
+            reason: str | None = _DUPLICATE
+        elif not exists(path):
+            reason = _MISSING
+        elif url not in listings and file_suffix(url) in IMAGE_SUFFIXES:
+            reason = _IS_IMAGE
+        elif url not in listings or (
+            VIDEO_SUFFIXES & by_suffix.keys() and not IMAGE_SUFFIXES & by_suffix.keys()
+        ):
+            raise InputError(f"{source!r} lists {path[:100]!r}: {_ONLY_FRAMES}")
+        else:
+            reason = _add_folder(found, name, Path(name), by_suffix, shared_names, limit)
+        if reason:
+            found.skipped.append((name, reason))
+        else:
+            frames[name] = url, {file: files[file] for file in found.folders[name][1]}
+    _refuse_missing(source, found)
+    index = RemoteFolderIndex(frames, found.skipped, found.left_out, cache_size=cache_size)
+    _refuse_empty(source, index)
+    return index
+
+
+def _join(base: str, path: str) -> str:
+    """Return the URL of a path relative to the URL `base`, or of a URL, without `.` and `..`."""
+    scheme, _, rest = (path if is_url(path) else f"{base}/{path}").partition("://")
+    return f"{scheme}://{posixpath.normpath(rest)}"
+
+
+def _list_urls(urls: Iterable[str], world: World) -> dict[str, _Listing | None]:
+    """List folders at URLs, in parallel. The listing of a folder that does not exist is None."""
+    share = world.shard(sorted(urls))
+
+    def listing(files: RemoteFiles) -> _Listing | None:
+        entries = files.entries()
+        if entries is None:
+            return None
+        return {
+            name: None if entry["type"] == "directory" else (entry.get("size"), version(entry))
+            for name, entry in entries.items()
+        }
+
+    def list_share() -> dict[str, _Listing | None]:
+        with ThreadPoolExecutor(READERS) as pool:
+            return dict(zip(share, pool.map(listing, map(RemoteFiles, share)), strict=True))
+
+    return world.merge(world.run_on_all(list_share))
 
 
 def _scan_videos(path: Path, source: SourceFiles, world: World) -> VideoIndex:

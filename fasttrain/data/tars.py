@@ -128,6 +128,11 @@ def find_packable(source: Path, destination: Path, *, kind: Kind = "auto", worke
     tars = _listed_tars(source)
     if tars is None:
         files = find_source(source, kind=kind)
+        if files.urls:
+            raise InputError(
+                f"{str(source)!r} lists URLs, but only files of this machine are packed. Copy or mount the "
+                "folders, and list their paths."
+            )
         if files.folders or files.videos or not source.is_dir():
             return files
         tars = _tars_below(source, destination)

@@ -1,4 +1,4 @@
-"""Packed sets at URLs: the same data and the same run as from a disk, the cache, and failing servers."""
+"""Packed sets and frame lists at URLs: the same run as from a disk, the cache, and failing servers."""
 
 import contextlib
 import gc
@@ -31,6 +31,11 @@ from fasttrain.data.sources import open_source
 from fasttrain.errors import InputError, LocalInputError
 
 URL = "memory://bucket/packed"
+S3_LIST = "s3://bucket/frames/list.txt"
+LIST_URL = "memory://bucket/frames/list.txt"
+# The number after a folder limits its frames. The last line names a folder that does not exist.
+LIST = "class_0/video_0 18 3\n./class_1/video_1\n# no line\nclass_0/video_2,7\nclass_0/missing 3\n"
+FRAME = "/bucket/frames/class_1/video_1/00003.jpg"
 RECIPE = str(Path(__file__).resolve().parents[2] / "recipes" / "dino.yaml")
 SMALL = [
     *("backbone.weights=random", "backbone.patch_size=16", "backbone.embed_dim=32", "backbone.depth=1"),
@@ -44,6 +49,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("local")
     write_folders(root / "frames", [20, 9, 30])
     assert main(["pack", str(root / "frames"), str(root / "packed")]) == 0
+    (root / "frames/list.txt").write_text(LIST)
     return root / "packed"
 
 
@@ -52,6 +58,8 @@ def memory(packed: Path) -> Iterator[fsspec.AbstractFileSystem]:
     """fsspec's file system in memory with the packed set."""
     fs = fsspec.filesystem("memory")
     fs.put(f"{packed}/", "/bucket/packed/", recursive=True)
+    fs.put(f"{packed.parent / 'frames'}/", "/bucket/frames/", recursive=True)
+    fs.pipe_file("/bucket/frames/list.txt", LIST.encode())
     yield fs
     fs.rm("/", recursive=True)
 
@@ -69,19 +77,35 @@ def s3_url(packed: Path) -> Iterator[str]:
         fs = s3fs.S3FileSystem()
         fs.mkdir("bucket")
         fs.put(f"{packed}/", "bucket/packed/", recursive=True)
+        fs.put(f"{packed.parent / 'frames'}/", "bucket/frames/", recursive=True)
+        # Empty objects with the names of folders, as consoles create them.
+        fs.pipe("bucket/frames/class_0/video_0/", b"")
+        fs.pipe("bucket/frames/list.txt", LIST.encode())
         yield "s3://bucket/packed"
     server.stop()
 
 
-def check_equal(index: FrameIndex, packed: Path) -> None:
-    """Compare all frames with those of the local set."""
-    local = open_source(packed)
+def check_equal(index: FrameIndex, source: Path) -> None:
+    """Compare all frames with those of the local source."""
+    local = open_source(source)
+    assert index.skipped == local.skipped
     assert index.fingerprint() == local.fingerprint()
     for video, length in enumerate(local.num_frames.tolist()):
         # The first and the last frame are far apart; a frame may be asked for twice.
         frames = [length - 1, *range(length), 0]
         for ours, theirs in zip(index.read(video, frames), local.read(video, frames), strict=True):
             np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.fixture
+def frames(packed: Path) -> Path:
+    """The list whose copy in memory is at LIST_URL."""
+    return packed.parent / "frames/list.txt"
+
+
+def forbid(memory: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let all requests for the contents of frames fail."""
+    monkeypatch.setattr(type(memory), "cat_ranges", None)
 
 
 def cached_tar() -> Path:
@@ -99,6 +123,16 @@ def test_a_run_from_s3_is_the_same_as_from_a_disk(s3_url: str, packed: Path, tmp
             assert tensor.equal(projection[key])
 
 
+def test_a_run_from_a_list_at_s3_is_the_same_as_from_a_disk(
+    s3_url: str, frames: Path, tmp_path: Path
+) -> None:
+    for name, source in {"disk": frames, "s3": S3_LIST}.items():
+        assert main([RECIPE, *SMALL, f"data.source={source}", f"output={tmp_path / name}"]) == 0
+    first, second = (load_file(tmp_path / name / "projection.safetensors") for name in ("disk", "s3"))
+    assert all(tensor.equal(second[key]) for key, tensor in first.items())
+    check_equal(open_source(S3_LIST), frames)
+
+
 def test_a_run_can_move_to_s3_and_continue(s3_url: str, packed: Path, tmp_path: Path) -> None:
     whole, moved = [f"output={tmp_path / name}" for name in ("whole", "moved")]
     assert main([RECIPE, *SMALL, f"data.source={packed}", "train.save_every=2", whole]) == 0
@@ -111,10 +145,11 @@ def test_a_run_can_move_to_s3_and_continue(s3_url: str, packed: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_cache(s3_url: str, packed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("local", "url"), [("packed", "s3://bucket/packed"), ("frames/list.txt", S3_LIST)])
+def test_two_processes_share_the_cache(s3_url, packed: Path, local: str, url: str, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     command = [*torchrun, "-m", "fasttrain", RECIPE, *SMALL, "train.batch_size=2"]
-    for name, source in {"disk": str(packed), "s3": s3_url}.items():
+    for name, source in {"disk": packed.parent / local, "s3": url}.items():
         run = [f"data.source={source}", f"output={tmp_path / name}"]
         subprocess.run([*command, *run], check=True, capture_output=True)
     first, second = (load_file(tmp_path / name / "projection.safetensors") for name in ("disk", "s3"))
@@ -184,6 +219,85 @@ def test_frames_are_those_of_the_local_set(memory, packed: Path, gap: int, monke
     # The cache has all frames now.
     monkeypatch.setattr(type(memory), "cat_ranges", None)
     check_equal(index, packed)
+
+
+def test_frames_of_a_list_are_those_of_the_local_folders(memory, frames: Path, monkeypatch) -> None:
+    index = open_source(LIST_URL)
+    assert index.is_remote
+    assert index.skipped == [("class_0/missing", "does not exist")]
+    check_equal(index, frames)
+    check_equal(open_source(LIST_URL, cache_size=0), frames)
+    # The cache has all frames now.
+    forbid(memory, monkeypatch)
+    check_equal(open_source(LIST_URL), frames)
+
+
+def test_a_folder_is_listed_once(memory, frames: Path, monkeypatch) -> None:
+    listed, original = [], type(memory).ls
+    monkeypatch.setattr(
+        type(memory), "ls", lambda fs, path, **_: (listed.append(path), original(fs, path))[1]
+    )
+    open_source(LIST_URL)
+    root = "/bucket/frames"
+    videos = [f"{root}/class_0/video_0", f"{root}/class_0/video_2", f"{root}/class_1/video_1"]
+    # In addition, the folders that contain them, once each.
+    assert sorted(listed) == sorted([*videos, f"{root}/class_0", f"{root}/class_1"])
+
+
+def test_paths_in_lists_at_urls(memory, tmp_path: Path) -> None:
+    """A path may have the form of another one and its number, and be outside of the folder of the list."""
+    memory.mkdir("/bucket/lists")
+    memory.copy("/bucket/frames/class_1/video_1/", "/bucket/clip/", recursive=True)
+    memory.copy("/bucket/frames/class_1/video_1/", "/bucket/clip 2/", recursive=True)
+    lines = ["../clip", "../clip 2", "../clip 2 5", "memory://bucket/frames/class_1/video_1 4", "../clip 10"]
+    memory.pipe_file("/bucket/lists/list.csv", "\r\n".join(lines).encode())
+    index = open_source("memory://bucket/lists/list.csv")
+    lengths = dict(zip(index.names, index.num_frames.tolist(), strict=True))
+    assert lengths == {"../clip": 9, "../clip 2": 9, "memory://bucket/frames/class_1/video_1": 4}
+    assert index.skipped == [
+        ("../clip 2", "duplicate entry in the list"),
+        ("../clip", "duplicate entry in the list"),
+    ]
+    (tmp_path / "list.txt").write_text("# by URL\nmemory://bucket/clip\nmemory://bucket/clip 2 5\n")
+    index = open_source(tmp_path / "list.txt")
+    assert index.names == ["memory://bucket/clip", "memory://bucket/clip 2"]
+    assert index.num_frames.tolist() == [9, 5]
+
+
+def test_a_replaced_frame_is_read_again_in_the_next_run(memory, frames: Path, monkeypatch) -> None:
+    check_equal(open_source(LIST_URL), frames)
+    other = memory.cat_file("/bucket/frames/class_0/video_0/00000.jpg")
+    memory.pipe_file(FRAME, other)
+    (read,) = open_source(LIST_URL).read(2, [3])
+    assert read.tobytes() == other
+
+
+def test_a_damaged_entry_of_the_cache_of_a_list_is_read_again(memory, frames: Path) -> None:
+    check_equal(open_source(LIST_URL), frames)
+    (cached,) = Path(os.environ["XDG_CACHE_HOME"], "fasttrain/frames").glob("*/frames")
+    cached.write_bytes(cached.read_bytes()[:-9000] + b"\1" * 9000)
+    check_equal(open_source(LIST_URL), frames)
+
+
+def test_a_frame_that_is_gone_is_unreadable(memory) -> None:
+    index = open_source(LIST_URL)
+    memory.rm(FRAME)
+    with pytest.raises(UnreadableFrameError, match=r"00003.jpg does not exist") as caught:
+        index.read(2, [1, 3])
+    assert caught.value.frame == 3
+
+
+@pytest.mark.parametrize("lists", [True, False])
+def test_a_list_at_a_web_server_needs_its_listings(frames: Path, lists: bool) -> None:
+    # It does not tell the sizes of the frames, so there is no cache.
+    with web_server(frames.parent, lists=lists, ranges=False) as url:
+        if lists:
+            index, local = open_source(f"{url}/list.txt"), open_source(frames)
+            assert index.fingerprint() == local.fingerprint()
+            np.testing.assert_array_equal(index.read_frame(2, 8), local.read_frame(2, 8))
+        else:
+            with pytest.raises(InputError, match=r"class_0' cannot be read: 403"):
+                open_source(f"{url}/list.txt")
 
 
 def test_the_order_of_samples_is_that_of_the_local_set(memory, packed: Path) -> None:
@@ -287,9 +401,10 @@ def test_a_damaged_object_is_an_unreadable_frame(memory) -> None:
             "auto",
             r"'memory://bucket/nothing' is not a packed set \(it has no pack",
         ),
-        ("memory://bucket/video.mp4", "auto", "only packed sets are read from URLs"),
-        ("memory://bucket/list.txt", "auto", "only packed sets are read from URLs"),
-        ("memory://bucket/packed", "folders", "only packed sets are read from URLs"),
+        ("memory://bucket/video.mp4", "auto", "only packed sets and lists of frame folders are read"),
+        ("memory://bucket/packed", "folders", "only packed sets and lists of frame folders are read"),
+        ("memory://bucket/list.txt", "auto", "list.txt' cannot be read: it does not exist"),
+        ("memory://bucket/packed/frames-1of1-000000.tar", "list", "is not a text in UTF-8"),
         ("nothing://bucket", "auto", "Protocol not known: nothing"),
     ],
 )
@@ -298,10 +413,41 @@ def test_other_urls_are_refused_with_one_line(memory, url: str, kind, message: s
         open_source(url, kind=kind)
 
 
-def test_a_list_cannot_contain_urls(tmp_path: Path) -> None:
-    (tmp_path / "list.txt").write_text("s3://bucket/frames/video 20\n")
-    with pytest.raises(InputError, match=r"list.txt' lists the URL 's3://bucket/frames/video 20'"):
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("memory://bucket/frames\nvideo", r"lists both URLs \(first: 'memory://bucket/frames'\) and paths"),
+        (
+            "memory://bucket/videos/video.mp4",
+            "lists 'memory://bucket/videos/video.mp4': only packed sets and",
+        ),
+        ("memory://bucket/videos", "lists 'memory://bucket/videos': only packed sets and lists of frame"),
+        ("memory://bucket/nothing 3", r"no line is an existing path.*first: 'memory://bucket/nothing'"),
+        (f"memory:/{FRAME}", "contains no readable video.*is an image; list the folder"),
+        ("nothing://bucket/frames", "Protocol not known: nothing"),
+        ("zip://frames::memory://bucket/frames.zip", "cannot be opened"),
+        ("memory://bucket", "no line is an existing path"),
+    ],
+)
+def test_other_lists_of_urls_are_refused_with_one_line(
+    memory, lines: str, message: str, tmp_path: Path
+) -> None:
+    memory.pipe_file("/bucket/videos/video.mp4", b"")
+    (tmp_path / "list.txt").write_text(lines)
+    with pytest.raises(InputError, match=message):
         open_source(tmp_path / "list.txt")
+
+
+def test_a_list_of_kinetics_at_a_url_is_refused(memory) -> None:
+    memory.pipe_file("/bucket/train.csv", b"label,youtube_id,time_start,time_end,split\n")
+    with pytest.raises(InputError, match=r"train.csv' is a list of Kinetics: only packed sets and lists"):
+        open_source("memory://bucket/train.csv")
+
+
+def test_a_list_of_urls_cannot_be_packed(tmp_path: Path, capsys) -> None:
+    (tmp_path / "list.txt").write_text("s3://bucket/frames/video 20\n")
+    assert main(["pack", str(tmp_path / "list.txt"), str(tmp_path / "packed")]) == 2
+    assert "list.txt' lists URLs, but only files of this machine are packed" in capsys.readouterr().err
 
 
 def test_errors_name_the_url(memory) -> None:
@@ -316,13 +462,17 @@ def test_a_missing_package_is_one_line(monkeypatch) -> None:
         open_source("gs://bucket/packed")
 
 
-def test_a_missing_bucket_and_missing_credentials_are_one_line(s3_url: str, monkeypatch) -> None:
+def test_a_missing_bucket_and_missing_credentials_are_one_line(s3_url: str, monkeypatch, tmp_path) -> None:
     with pytest.raises(InputError, match=r"is not a packed set \(it has no pack-1of1\.json"):
         open_source("s3://missing-bucket/packed")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.setattr(s3fs.S3FileSystem, "_cache", {})
-    with pytest.raises(InputError, match="cannot be read: Unable to locate credentials"):
-        open_source(s3_url)
+    for url in (s3_url, S3_LIST):
+        with pytest.raises(InputError, match="cannot be read: Unable to locate credentials"):
+            open_source(url)
+    (tmp_path / "list.txt").write_text("s3://bucket/frames/class_0/video_0\n")
+    with pytest.raises(InputError, match=r"class_0' cannot be read: Unable to locate credentials"):
+        open_source(tmp_path / "list.txt")
 
 
 @pytest.mark.parametrize(
