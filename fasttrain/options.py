@@ -50,7 +50,7 @@ def _local_path(text: str) -> Path:
     if is_url(text):
         raise argparse.ArgumentTypeError(
             f"{text!r}: expected a path on this machine. Copy or mount it. Only training, embed, eval "
-            "consistency --root and eval --videos read packed sets from URLs"
+            "consistency --root and eval --videos read packed sets and frame lists from URLs"
         )
     return Path(text)
 
