@@ -224,7 +224,10 @@ def add_push_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_embed_options(parser: argparse.ArgumentParser) -> None:
-    help = "folder of video files or frame folders at any depth, list of them, video file, or packed set"
+    help = (
+        "folder of video files or frame folders at any depth, list of them, video file, or packed set (path "
+        "or URL)"
+    )
     parser.add_argument("videos", metavar="VIDEOS", help=help)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the features, one file per video")
     _add_model_options(parser)

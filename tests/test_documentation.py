@@ -100,7 +100,7 @@ def check_fasttrain(words: list[str]) -> None:
     ):
         return
     command = words.pop(0) if words[0] in COMMANDS else "train"
-    if not words and command in ("train", "eval", "pack", "report", "export", "embed"):
+    if not words:
         return  # Only the name of the command.
     if "--help" in words or "--keys" in words or words[:1] == ["..."]:
         return
