@@ -4,7 +4,8 @@ The repository gets the projection, the recipe, the results of `fasttrain eval` 
 model card. It does not get the weights of the backbone, which stay where they are. Anyone can then call
 `load_video_encoder("hf://USER/NAME")`.
 
-Of paths on this machine, only the last part is published. To log in, run `hf auth login` or set HF_TOKEN.
+Of paths on this machine and of URLs of data, only the last part is published. To log in, run
+`hf auth login` or set HF_TOKEN.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pathlib import Path
 from string import Template
 from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import urlsplit
 
 import huggingface_hub
 import timm
@@ -28,7 +30,7 @@ import fasttrain
 from fasttrain.errors import DISTRIBUTION, InputError
 from fasttrain.evaluation import results
 from fasttrain.evaluation.results import Result
-from fasttrain.files import parse_json
+from fasttrain.files import is_url, parse_json
 from fasttrain.loggers import say
 from fasttrain.options import TASKS
 from fasttrain.projection import PROJECTION_FILE, Projection
@@ -139,8 +141,8 @@ def write_repository(run: Path, folder: Path, repository: str, *, weights: str |
             f"run '{run}': its {PROJECTION_FILE} is not from a training run; push the run folder"
         )
     settings = trained_backbone(projection)
-    settings["weights"] = _published(weights or settings.get("weights", "random"), "weights")
-    recipe = _published(parse_json(projection.metadata["recipe"]))
+    settings["weights"] = published(weights or settings.get("weights", "random"), "weights")
+    recipe = published(parse_json(projection.metadata["recipe"]))
     recipe["backbone"] = {**recipe.get("backbone", {}), "weights": settings["weights"]}
     projection.metadata |= {
         "backbone": json.dumps(settings),
@@ -155,14 +157,17 @@ def write_repository(run: Path, folder: Path, repository: str, *, weights: str |
     return projection
 
 
-def _published(value: Any, key: str = "") -> Any:
-    """Replace paths of this machine in JSON by their last part."""
+def published(value: Any, key: str = "") -> Any:
+    """Replace paths of this machine and URLs in JSON by their last part, without host and password."""
     if isinstance(value, dict):
-        return {_published(name): _published(inner, name) for name, inner in value.items()}
+        return {published(name): published(inner, name) for name, inner in value.items()}
     if isinstance(value, list):
-        return [_published(inner, key) for inner in value]
+        return [published(inner, key) for inner in value]
     if not isinstance(value, str) or value.startswith(PUBLIC):
         return value
+    if is_url(value):
+        url = urlsplit(value)
+        return os.path.basename(url.path.rstrip("/")) or url.scheme
     is_place = key in PLACES or key.endswith("_list") or os.path.isabs(value)
     return os.path.basename(os.path.abspath(value)) if value and is_place else value
 
@@ -181,7 +186,7 @@ def _copy_results(run: Path, folder: Path, projection: Projection) -> list[tuple
         content.get("data", {}).pop("skipped", None)
         target = folder / "eval" / path.name
         target.parent.mkdir(exist_ok=True)
-        target.write_text(json.dumps(_published(content), indent=2), "utf-8")
+        target.write_text(json.dumps(published(content), indent=2), "utf-8")
         evaluated.append((path, result))
     # In the order of the documentation.
     tasks = list(TASKS)
@@ -285,7 +290,7 @@ def _results_table(evaluated: list[tuple[Path, Result]]) -> str:
     rows = []
     for _, group in groupby(evaluated, lambda one: one[1].task):
         members = [result for _, result in group]
-        protocols = [_published(result.protocol) for result in members]
+        protocols = [published(result.protocol) for result in members]
         data = [protocol.pop("root", "") for protocol in protocols]
         for result, name, difference in zip(members, data, results.distinguish(protocols), strict=True):
             for metric in result.headlines:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fasttrain.__main__ import main
 from fasttrain.errors import InputError
 from fasttrain.projection import PROJECTION_FILE, Projection
-from fasttrain.tools.push import push, write_repository
+from fasttrain.tools.push import published, push, write_repository
 from fasttrain.video_encoder import VideoEncoder, load_video_encoder
 
 
@@ -94,7 +94,7 @@ def test_a_published_run_gives_the_same_tokens(
     assert places == ("my videos", "run", "dino.pth")
 
 
-def test_no_path_of_the_machine_is_published(work: Path, run: Path, tmp_path: Path) -> None:
+def test_no_path_of_the_machine_ispublished(work: Path, run: Path, tmp_path: Path) -> None:
     write_repository(run, tmp_path, "me/tiny")
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) == 6
@@ -104,6 +104,19 @@ def test_no_path_of_the_machine_is_published(work: Path, run: Path, tmp_path: Pa
     # A folder with these files is a run, too.
     loaded = load_video_encoder(tmp_path, weights=str(work / "dino.pth"))
     assert torch.equal(tokens(loaded), tokens(load_video_encoder(run)))
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("s3://bucket/videos/packed/", "packed"),
+        ("https://me:password@host/packed", "packed"),
+        ("http://host:80", "http"),
+        ("hf://datasets/me/packed", "hf://datasets/me/packed"),
+    ],
+)
+def test_of_urls_only_what_is_public_ispublished(source: str, shown: str) -> None:
+    assert published({"data": {"source": source}}) == {"data": {"source": shown}}
 
 
 def test_the_card_says_what_it_is_and_how_good(work: Path, run: Path, tmp_path: Path) -> None:
@@ -147,7 +160,7 @@ def test_results_of_another_projection_and_of_an_earlier_upload_are_left_out(
     assert len(hub.commits) == 1
 
 
-def test_the_public_location_of_the_weights_is_published(work: Path, run: Path, hub: Hub) -> None:
+def test_the_public_location_of_the_weights_ispublished(work: Path, run: Path, hub: Hub) -> None:
     write_weights(work / "other.pth", shift=1.0)
     hub.repos["you/vit"] = {"a/dino.pth": (work / "dino.pth").read_bytes()}
     hub.repos["you/other"] = {"dino.pth": (work / "other.pth").read_bytes()}
