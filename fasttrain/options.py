@@ -225,8 +225,8 @@ def add_push_options(parser: argparse.ArgumentParser) -> None:
 
 def add_embed_options(parser: argparse.ArgumentParser) -> None:
     help = (
-        "folder of video files or frame folders at any depth, list of them, video file, or packed set (path "
-        "or URL)"
+        "folder of video files or frame folders at any depth, list of them, video file, or packed set; lists "
+        "of frame folders and packed sets may be URLs"
     )
     parser.add_argument("videos", metavar="VIDEOS", help=help)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the features, one file per video")
