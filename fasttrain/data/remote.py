@@ -68,6 +68,8 @@ class RemoteFiles:
             raise InputError(f"{self.url!r}: {_reason(error)}. Run: pip install 'fsspec[{extra}]'") from None
         except Exception as error:
             raise InputError(f"{self.url!r} cannot be opened: {_reason(error)}") from None
+        # s3fs opens at most 10 connections by default. The two frames of a pair are two requests.
+        getattr(self._fs, "config_kwargs", {}).setdefault("max_pool_connections", 2 * READERS)
         self._pid = os.getpid()
 
     def location(self, name: str) -> str:
@@ -158,6 +160,12 @@ class RemoteFiles:
                         f"{self.location(name)!r} cannot be read: {_reason(error)}. Check the URL, the "
                         "credentials and the network, and repeat the command"
                     ) from error
+                # Python shows the same warning only once.
+                warnings.warn(
+                    f"{self.location(name)!r} cannot be read now: {_reason(error)}. Trying again, up to "
+                    f"{len(PAUSES)} times.",
+                    stacklevel=2,
+                )
                 time.sleep(pause)
         raise AssertionError
 
@@ -272,8 +280,12 @@ def _lock_shared(folder: Path) -> BinaryIO:
     while True:
         make_folder(folder)
         path = folder / "lock"
-        with naming(path):
-            file = path.open("ab")
+        try:
+            with naming(path):
+                file = path.open("ab")
+        # Another process has just removed the folder.
+        except FileNotFoundError:
+            continue
         # File systems without locks refuse.
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_SH)
@@ -287,7 +299,13 @@ def _remove_unused(folder: Path) -> bool:
     """Remove the folder of a source unless a process uses it."""
     with suppress(OSError), (folder / "lock").open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
+        # Unless another process has removed the folder meanwhile. It may exist again.
+        if os.fstat(file.fileno()).st_nlink:
+            # The lock is removed last. Until then, other processes wait before they create files.
+            for path in folder.iterdir():
+                if path.name != "lock":
+                    path.unlink()
+            shutil.rmtree(folder, ignore_errors=True)
         return True
     return False
 
