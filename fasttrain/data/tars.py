@@ -44,8 +44,6 @@ from fasttrain.errors import InputError
 from fasttrain.files import naming, os_reason, read_lines
 from fasttrain.loggers import Progress
 
-# A header or an image that claims to be larger is damaged: no decoded image is larger.
-MAX_HEADER_BYTES, MAX_IMAGE_BYTES = 2**24, 2**29
 CHUNK = 2**20
 # An image with a number between its key and its suffix, such as clip.0001.jpg or clip.frame_01.png.
 _NUMBERED = re.compile(r"\.[^/.]*\d[^/.]*\.[^/.]+$")
@@ -80,8 +78,6 @@ class TarVideo:
 
     def read_frame(self, member: Member) -> Bytes:
         """Read an image, as `read_encoded` does. Raises UnreadableFrameError."""
-        if member.size > MAX_IMAGE_BYTES:
-            raise UnreadableFrameError(f"{member.size} bytes are too many for an image")
         try:
             with self.path.open("rb") as file:
                 file.seek(member.offset)
@@ -113,7 +109,8 @@ class _Tar(NamedTuple):
     path: Path
     is_compressed: bool
     members: dict[str, Member]
-    num_links: int
+    others: list[str]
+    """Links and special files."""
     problem: str | None
 
 
@@ -206,18 +203,6 @@ def _tars_below(root: Path, destination: Path) -> list[Path]:
 # --- reading headers ---
 
 
-class _Bounded:
-    """A file for tarfile that refuses to read a header of any size into memory."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.seek, self.tell, self._read = file.seek, file.tell, file.read
-
-    def read(self, size: int) -> bytes:
-        if not 0 <= size <= MAX_HEADER_BYTES:
-            raise tarfile.ReadError("a header has an impossible size")
-        return self._read(size)
-
-
 def _read_headers(labelled: tuple[str, Path]) -> _Tar:
     """Read the headers of a tar. If it is damaged, the members before the damage are listed.
 
@@ -225,7 +210,8 @@ def _read_headers(labelled: tuple[str, Path]) -> _Tar:
     """
     label, path = labelled
     members: dict[str, Member] = {}
-    num_links, is_compressed, problem = 0, False, None
+    others: list[str] = []
+    is_compressed, problem = False, None
     try:
         with path.open("rb") as raw:
             is_compressed = raw.read(2) == b"\x1f\x8b"
@@ -235,10 +221,11 @@ def _read_headers(labelled: tuple[str, Path]) -> _Tar:
                 parts = [part for part in member.name.split("/") if part not in ("", ".", "..")]
                 if member.isdir() or not parts or any(part.startswith(".") for part in parts):
                     continue
+                name = "/".join(parts)
                 if member.isreg() and not member.issparse():
-                    members["/".join(parts)] = Member(parts[-1], member.offset_data, member.size)
+                    members[name] = Member(parts[-1], member.offset_data, member.size)
                 else:
-                    num_links += 1
+                    others.append(name)
     except OSError as error:
         # gzip raises an OSError without a number for damaged data. A header may claim an impossible size.
         if error.errno not in (None, errno.EINVAL):
@@ -247,17 +234,17 @@ def _read_headers(labelled: tuple[str, Path]) -> _Tar:
         problem = os_reason(error)
     # For damaged tars, tarfile and zlib raise exceptions of many types.
     except Exception as error:
-        problem = str(error)
+        problem = str(error) or type(error).__name__
     if problem is not None:
         problem = f"damaged tar file ({problem}); members read: {len(members)}"
-    return _Tar(label, path, is_compressed, members, num_links, problem)
+    return _Tar(label, path, is_compressed, members, others, problem)
 
 
 def _iterate(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     """Yield the members whose data are complete. Raises exceptions of many types if the tar is damaged."""
-    bounded = cast(BinaryIO, _Bounded(file))
-    with tarfile.TarFile(fileobj=bounded, encoding="utf-8", errors="surrogateescape") as tar:
+    with tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape") as tar:
         while member := tar.next():
+            # Older versions of Python would read the same headers again and again.
             if member.size < 0:
                 raise tarfile.ReadError("a member has a negative size")
             if member.size and not member.issparse() and member.isreg():
@@ -318,7 +305,7 @@ def _videos(tar: _Tar, kind: Kind, grouped: TarFiles) -> list[tuple[str, tuple[M
     """Return name, members and whether they are frames of each video in a tar, in order of first members."""
     if tar.problem:
         grouped.skipped.append((tar.label, tar.problem))
-    grouped.leave_out("links", tar.label, ["link"] * tar.num_links)
+    grouped.leave_out("links or special files", tar.label, tar.others)
     # The names of the images by key (the path up to the first dot of the name), and of others by suffix.
     images: dict[str, list[str]] = {}
     others: dict[str, list[str]] = {}
@@ -359,8 +346,8 @@ def _videos(tar: _Tar, kind: Kind, grouped: TarFiles) -> list[tuple[str, tuple[M
 
 def _key(name: str) -> str:
     """Return the key of a member in a WebDataset: its path up to the first dot of its name."""
-    folder, _, file = name.rpartition("/")
-    return f"{folder}/{file.split('.')[0]}" if folder else file.split(".")[0]
+    folder, file = os.path.split(name)
+    return os.path.join(folder, file.split(".")[0])
 
 
 def _without_suffix(label: str) -> str:

@@ -5,6 +5,7 @@ import io
 import re
 import tarfile
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from fasttrain.__main__ import main
 from fasttrain.data.pack import PackOptions, pack
 from fasttrain.data.packed import PackedIndex, ShardIndex
 from fasttrain.data.sources import open_source
-from fasttrain.data.tars import TarVideo, find_packable
+from fasttrain.data.tars import TarVideo, _iterate, find_packable
 from fasttrain.errors import InputError
 
 JPEG = encoded(Image.fromarray(picture(0, 0)), quality=95)
@@ -276,10 +277,9 @@ def huge_name(data: bytes) -> bytes:
     [
         (lambda data: data[: THIRD + 600], "unexpected end of data"),
         (lambda data: data[:THIRD] + b"?" * 512 + data[THIRD + 512 :], "no header at byte"),
-        (with_size(-512), "negative size"),
         (with_size(2**40), "unexpected end of data"),
         (with_size(2**62), "damaged tar file ("),
-        (huge_name, "a header has an impossible size"),
+        (huge_name, "damaged tar file ("),
     ],
 )
 @pytest.mark.parametrize("compress", [False, True])
@@ -296,6 +296,14 @@ def test_members_before_the_damage_are_packed(
     assert name == "0.tar"
     assert problem.startswith("damaged tar file (")
     assert reason in problem
+
+
+def test_a_negative_size_does_not_lead_back(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "x.tar", {f"{video}/0.jpg": JPEG for video in range(4)})
+    members = _iterate(io.BytesIO(with_size(-512)(tar.read_bytes())))
+    # Newer versions of Python refuse the header themselves.
+    with pytest.raises(tarfile.ReadError, match=r"negative size|no header"):
+        list(islice(members, 9))
 
 
 def test_a_truncated_or_altered_gzip_file(tmp_path: Path) -> None:
@@ -324,7 +332,7 @@ def test_no_name_leads_out_of_the_destination(tmp_path: Path) -> None:
             tar.addfile(info)
     index = packed(path, tmp_path / "in" / "packed")
     assert index.names == ["abs", "up"]
-    assert index.left_out == {"links": (2, "x.tar/link")}
+    assert index.left_out == {"links or special files": (2, "x.tar/linked/d.jpg")}
     assert {path.name for path in tmp_path.iterdir()} == {"in"}
     with tarfile.open(tmp_path / "in/packed/frames-1of1-000000.tar") as tar:
         assert tar.getnames() == ["up/000000.jpg", "abs/000000.jpg"]
