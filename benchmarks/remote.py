@@ -15,6 +15,7 @@ import time
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from benchmarks.loaders import OURS, SIZE, our_batches, prepare
@@ -32,8 +33,6 @@ KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFA
 
 def serve(latencies: list[int], ports: Connection) -> None:
     """Serve the same objects at one port per latency, and send the ports."""
-    from threading import Thread
-
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -58,7 +57,7 @@ def serve(latencies: list[int], ports: Connection) -> None:
     ports.recv()
 
 
-def measure(source: str, setting: dict[str, Any], *, cache: bool, port: int | None) -> dict[str, float]:
+def measure(setting: dict[str, Any], source: str, cache: bool, port: int | None) -> dict[str, float]:
     """Measure the wall time and CPU time per batch. With the cache, all frames are in it before."""
     os.environ |= {**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "XDG_CACHE_HOME": setting["cache"]}
     if not cache:
@@ -101,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
         paths, results.content["data"] = prepare(Path(folder), args.source, 4 if args.short else 16)
         in_own_process(upload, paths["packed"], ports[0])
         setting = {**setting, "cache": f"{folder}/cache"}
-        run = partial(in_own_process, run_measure, setting)
+        run = partial(in_own_process, measure, setting)
         results.record(OURS, partial(run, paths["packed"], False, None), group="loaders")
         url = f"s3://{BUCKET}/packed"
         results.record("S3, all in the cache", partial(run, url, True, ports[0]), group="loaders")
@@ -121,10 +120,6 @@ def upload(packed: str, port: int) -> None:
     fs = s3fs.S3FileSystem()
     fs.mkdir(BUCKET)
     fs.put(f"{packed}/", f"{BUCKET}/packed/", recursive=True)
-
-
-def run_measure(setting: dict[str, Any], source: str, cache: bool, port: int | None) -> dict[str, float]:
-    return measure(source, setting, cache=cache, port=port)
 
 
 if __name__ == "__main__":

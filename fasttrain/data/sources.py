@@ -520,6 +520,8 @@ def _add_listed(
     if not os.path.isdir(path):
         if file_suffix(name) in IMAGE_SUFFIXES:
             return _IS_IMAGE
+        if is_tar(name):
+            return "is a tar file; pack it first, or list only tar files and pack the list"
         source.videos[name] = path
         return None
     try:

@@ -371,3 +371,6 @@ def test_training_on_a_tar_says_to_pack_it(tmp_path: Path) -> None:
         open_source(tar)
     with pytest.raises(InputError, match=r"1 \.tar .* WebDataset tars must be packed first"):
         open_source(tar.parent)
+    (tmp_path / "list.txt").write_text(f"{tar}\n")
+    with pytest.raises(InputError, match=r"x\.tar: is a tar file; pack it first"):
+        open_source(tmp_path / "list.txt")
