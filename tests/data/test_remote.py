@@ -1,6 +1,7 @@
 """Packed sets and frame lists at URLs: the same run as from a disk, the cache, and failing servers."""
 
 import contextlib
+import fcntl
 import gc
 import http.server
 import io
@@ -354,6 +355,23 @@ def test_sources_without_users_are_removed_to_make_room(memory, packed: Path) ->
     gc.collect()
     check_equal(open_source("memory://bucket/other", cache_size=size), packed)
     assert not folder.exists()
+
+
+def test_a_folder_that_another_process_uses_again_is_not_removed(tmp_path: Path, monkeypatch) -> None:
+    folder, flock, users = tmp_path / "source", fcntl.flock, []
+    remote._lock_shared(folder).close()
+
+    def late(file, operation: int) -> None:
+        monkeypatch.undo()
+        # Another process removes the folder before this one has the lock, and a third one creates it again.
+        assert remote._remove_unused(folder)
+        users.append(remote._lock_shared(folder))
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    remote._remove_unused(folder)
+    assert users
+    assert (folder / "lock").exists()
 
 
 def test_a_failing_disk_ends_the_cache_but_not_the_run(memory, packed: Path, request) -> None:
