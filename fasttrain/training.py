@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fasttrain.errors import InputError
+from fasttrain.files import naming
 
 if TYPE_CHECKING:
     from fasttrain.recipe import Recipe
@@ -119,8 +120,12 @@ def train(
 
 
 def _read_results(folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
-    files = {name: folder / "train.json" for name, folder in folders.items()}
-    return {name: json.loads(file.read_bytes()) if file.exists() else {} for name, file in files.items()}
+    results: dict[str, dict[str, Any]] = {}
+    for name, folder in folders.items():
+        path = folder / "train.json"
+        with naming(path):
+            results[name] = json.loads(path.read_bytes()) if path.exists() else {}
+    return results
 
 
 def _draw_learning_curves(trainer: Trainer, folders: Iterable[Path]) -> None:

@@ -178,7 +178,10 @@ def pack(
         _write_manifest(target, identity, complete=False, skipped=[])
         done = [ShardIndex.read(path) for path in target.shard_paths()]
         first = done[-1].videos_done if done else 0
-        with Progress("videos", len(names), done=first) as progress, _temporary_folder(target) as folder:
+        with (
+            Progress("videos", len(names), done=first) as progress,
+            _temporary_folder(target, files) as folder,
+        ):
             encoded = _encode_all(files, names[first:], options, folder, workers)
             skipped_last = _write_shards(target, done, _report(encoded, progress), options.shard_bytes)
         # Files that were skipped or left out before packing belong to no share, so share 1 reports them.
@@ -238,9 +241,12 @@ def _names_of(files: SourceFiles, share: Share) -> list[str]:
 
 
 @contextmanager
-def _temporary_folder(share: Share) -> Iterator[Path]:
-    """Provide an empty folder for temporary files. The caller holds the lock of the share."""
+def _temporary_folder(share: Share, files: SourceFiles) -> Iterator[Path]:
+    """Provide an empty folder for the videos of compressed tars. The caller holds the lock of the share."""
     folder = share.folder / f".pack-{share}{PARTIAL}"
+    if not (isinstance(files, TarFiles) and any(video.is_compressed for video in files.tars.values())):
+        yield folder
+        return
     # A process that was killed has left its files.
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
