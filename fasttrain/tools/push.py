@@ -69,12 +69,13 @@ def push(run: Path, repository: str, *, private: bool = False, weights: str | No
     Raises:
         InputError: The run cannot be read, the weights are others, or the Hub refuses or cannot be reached.
     """
+    if repository.count("/") != 1:
+        name = repository.rpartition("/")[2] or "dinov2-video"
+        raise InputError(f"repository {repository!r}: expected USER/NAME, such as me/{name}")
     try:
         huggingface_hub.utils.validate_repo_id(repository)
     except HFValidationError as error:
         raise InputError(f"repository {repository!r}: {error}") from error
-    if "/" not in repository:
-        raise InputError(f"repository {repository!r}: expected USER/NAME, such as me/{repository}")
     if huggingface_hub.get_token() is None:
         raise InputError("not logged in to the Hugging Face Hub; run `hf auth login`, or set HF_TOKEN")
     with TemporaryDirectory() as folder:

@@ -182,7 +182,8 @@ def test_the_public_location_of_the_weights_ispublished(work: Path, run: Path, h
         ("me/tiny", "wrong", "'me/tiny': the Hub does not accept the token"),
         ("you/tiny", None, "'you/tiny': the token may not write there"),
         ("tiny", None, "'tiny': expected USER/NAME"),
-        ("a/b/c", None, "repository 'a/b/c': "),
+        ("hf://me/tiny", None, "'hf://me/tiny': expected USER/NAME, such as me/tiny"),
+        ("me/a b", None, "repository 'me/a b': "),
     ],
 )
 def test_refusals_are_one_line(
