@@ -50,11 +50,11 @@ def test_preprocess_takes_files_and_uint8_frames_of_every_layout(tmp_path: Path)
     torch.testing.assert_close(twice, expected_1T3HW.expand(2, -1, -1, -1, -1))
     assert encoder.preprocess(video_THWC).shape == (1, 5, 3, 224, 304)
     assert encoder.half().preprocess(video_THWC, size=32).dtype == torch.float16
-    for frames in (video_THWC / 255, video_THWC[..., :2], video_THWC[0]):
+    for frames in (video_THWC / 255, video_THWC[..., :2], video_THWC[0], list(video_THWC[0]), None):
         with pytest.raises(
             InputError, match=r"dtype \w+ and shape \(.*\); expected uint8 RGB, \(T, H, W, 3\)"
         ):
-            encoder.preprocess(frames)
+            encoder.preprocess(frames)  # type: ignore[arg-type]
     with pytest.raises(
         InputError, match=r"contains 2 videos \(first: class_0/video_0\); pass the path of one"
     ):

@@ -69,7 +69,7 @@ def channels_last(frames: npt.NDArray[Any] | Tensor) -> Frame:
         array = np.moveaxis(array, -3, -1)
     if array.dtype != np.uint8 or array.ndim not in (4, 5) or array.shape[-1] != 3 or 0 in array.shape:
         raise InputError(
-            f"frames have dtype {array.dtype} and shape {tuple(frames.shape)}; expected uint8 RGB, "
+            f"frames have dtype {array.dtype} and shape {tuple(np.shape(frames))}; expected uint8 RGB, "
             "(T, H, W, 3) or (T, 3, H, W), or the same with a batch dimension before T"
         )
     return array
