@@ -36,5 +36,7 @@ def check_options(arguments: Namespace, **minimums: float) -> None:
     for name, minimum in minimums.items():
         value = getattr(arguments, name, minimum)
         # Options may be lists of numbers. The condition is `not >=` so that NaN is refused, too.
-        if not (min(value) if isinstance(value, list) else value) >= minimum:
-            raise InputError(f"--{name.replace('_', '-')} {value}: expected at least {minimum}")
+        values = value if isinstance(value, list) else [value]
+        if not min(values) >= minimum:
+            given = " ".join(map(str, values))
+            raise InputError(f"--{name.replace('_', '-')} {given}: expected at least {minimum}")

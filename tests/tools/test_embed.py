@@ -183,6 +183,7 @@ def test_two_processes_divide_the_videos(run: Path, tmp_path: Path) -> None:
     [
         (("--size", "1", "2", "3"), "--size 1 2 3: expected the short side, or height and width"),
         (("--stride", "0"), "--stride 0: expected at least 1"),
+        (("--size", "64", "0"), "--size 64 0: expected at least 1"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_written(
