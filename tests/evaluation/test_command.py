@@ -280,7 +280,7 @@ def test_unreadable_and_missing_videos(run: Path, tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("task", "words", "part"),
     [
-        ("probe", ["--neighbours", 5, 0], "--neighbours [5, 0]"),
+        ("probe", ["--neighbours", 5, 0], "--neighbours 5 0"),
         ("probe", ["--temperature", 0], "--temperature 0.0"),
         ("probe", ["--temperature", "nan"], "--temperature nan"),
         ("probe", ["--max-iterations", 0], "--max-iterations 0"),
