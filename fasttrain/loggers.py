@@ -196,6 +196,12 @@ def say(line: str, console: Console | None = None) -> None:
     console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
 
 
+def count(number: int, noun: str) -> str:
+    """Return a number with a noun in the singular or plural."""
+    plural = f"{noun}es" if noun.endswith("ss") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
 def say_block(title: str, entries: Mapping[str, str], console: Console) -> None:
     """Print a title and indented lines `name  text` below it, wrapped to at most 80 columns."""
     say(title, console)

@@ -281,7 +281,7 @@ def add_eval_options(parser: argparse.ArgumentParser) -> None:
             "--output",
             type=Path,
             metavar="FOLDER",
-            help="folder for the results (default: eval in RUN or, if that is no folder, in the working "
+            help="folder for the results (default: RUN/eval or, without a run folder, eval in the working "
             "directory)",
         )
         add_options(task_parser)

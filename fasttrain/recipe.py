@@ -294,9 +294,8 @@ def load_recipe(recipe: str | Path | Recipe, overrides: Sequence[str] | Mapping[
     """Read a recipe, apply overrides, and check all keys.
 
     Args:
-        recipe: A YAML file, or a recipe that ships with fasttrain if there is no such file
-            (`recipes/dinov2.yaml`). A name without suffix, such as `dinov2`, always means the latter. Or a
-            `Recipe`, to which the overrides are applied.
+        recipe: The name of a recipe that ships with fasttrain, such as `dinov2`; the path of a YAML file;
+            or a `Recipe`. If there is no file `recipes/dinov2.yaml`, the path means the shipped recipe.
         overrides: Assignments such as `"train.epochs=3"`, whose values are parsed as YAML, or a mapping
             of keys and sections to values, such as `{"train.epochs": 3, "data": {"source": "videos"}}`.
             They are applied in order.

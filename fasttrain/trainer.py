@@ -42,6 +42,7 @@ from fasttrain.loggers import (
     Progress,
     TensorBoardEvents,
     Viewer,
+    count,
     last_event,
     say,
     say_block,
@@ -253,7 +254,7 @@ class Trainer:
             "epoch": f"{count(pairs, 'pair')} = {count(videos, 'video')} x "
             f"{count(data.pairs_per_video, 'pair')}",
             "global batch": f"{count(self.global_batch, 'pair')} = batch_size {train.batch_size} x "
-            f"accumulate {train.accumulate} x {world.size} process{'es' * (world.size > 1)}",
+            f"accumulate {train.accumulate} x {count(world.size, 'process')}",
             "training": f"{steps}, warm-up {warm_up:,.0f}",
             "learning rate": f"{self.peak_lr:.2g} at its peak = {self.recipe.optimizer.lr:g} x "
             f"{self.global_batch} / 256",
@@ -628,8 +629,3 @@ def check_bad_fraction(bad: int, seen: int, limit: float, last: str) -> None:
             f"data.max_bad_fraction: {bad} of {seen} samples are unreadable, which exceeds the allowed "
             f"fraction of {limit:g}. Repair the data or raise the limit. Last unreadable sample: {last}"
         )
-
-
-def count(number: int, noun: str) -> str:
-    """Return a number with a noun in the singular or plural."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"

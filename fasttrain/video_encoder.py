@@ -234,7 +234,7 @@ def load_video_encoder(
         The encoder in float32.
 
     Raises:
-        InputError: There is no projection, or the weights cannot be found or have changed.
+        InputError: The run has no projection, or the weights of the backbone are missing or have changed.
     """
     projection = Projection.find(str(run))
     if "backbone" not in projection.metadata:

@@ -28,6 +28,7 @@ from fasttrain.data.sampling import Ints, PairSampling, SampleParameters, evenly
 from fasttrain.data.torch_stage import FrameTransform, TorchGpuStage, TorchHostStage
 from fasttrain.distributed import World
 from fasttrain.errors import InputError, LocalInputError, pip_install
+from fasttrain.loggers import count
 from fasttrain.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -86,10 +87,9 @@ class PairLoader:
         if self.global_batch > self.num_samples:
             raise InputError(
                 f"train.batch_size, train.accumulate: the global batch of {self.global_batch} pairs "
-                f"(batch_size {self.batch_size} x accumulate {self.accumulate} x {world.size} "
-                f"process{'es' * (world.size > 1)}) is larger than an epoch ({self.num_samples} pairs from "
-                f"{len(index)} video{'s' * (len(index) > 1)}). Lower one of them, or raise "
-                f"data.pairs_per_video"
+                f"(batch_size {self.batch_size} x accumulate {self.accumulate} x "
+                f"{count(world.size, 'process')}) is larger than an epoch ({self.num_samples} pairs from "
+                f"{count(len(index), 'video')}). Lower one of them, or raise data.pairs_per_video"
             )
         self.index = index_for_decoder(index, recipe.data.decoder, world.device)
         self.num_batches = num_steps * self.accumulate

@@ -85,7 +85,11 @@ def encoded_size(frame: tuple[int, int], size: int | Sequence[int], patch: int) 
     """Return height and width, in multiples of the patch size, to which a whole frame is resized.
 
     `frame` is its height and width; `size` is the short side, which keeps the aspect ratio, or both sides.
+    Raises InputError if `size` has other values.
     """
+    sides = (size,) if isinstance(size, int) else tuple(size)
+    if min(sides) < 1 or len(sides) > 2:
+        raise InputError(f"size {size}: expected the short side in pixels, or height and width")
     if not isinstance(size, int):
         height, width = size
         return fit_to_patches((height, width), patch)

@@ -1,10 +1,10 @@
 """Files at URLs that fsspec can open, and the local cache of the byte ranges that were read from them.
 
-The cache of a source is a folder of sparse files: a byte range is written at its place, and the rest are
-holes, which read as zeros. The checksum of a frame tells whether it is there. So there is no index that could
-be damaged, and processes share the files without locks. All frames are equally likely to be read next, so
-nothing is gained by replacing one with another: a full cache stores no more. Before that, the folders of
-other sources are removed, the least recently used first, unless a process uses them.
+The cache of a source is a folder of sparse files. A byte range is stored at the place that it has in the
+remote file; the rest are holes, which read as zeros. The checksum of a frame tells whether the frame is
+stored, so processes share the files without locks or an index. All frames are equally likely to be read next,
+so a full cache keeps what it has and stores no more. To make room for a new source, the folders of others are
+removed, the least recently used first, unless a process uses them.
 """
 
 from __future__ import annotations
@@ -206,7 +206,8 @@ def _reason(error: Exception) -> str:
 class FrameCache:
     """The folder of one source in the cache, in which all sources together may occupy `limit` bytes.
 
-    `identity` must change when the source does. The folder may not be used before `open` has returned.
+    `identity` must change when the source does. Other processes cannot remove the folder while this object
+    exists.
     """
 
     def __init__(self, identity: Any, limit: int) -> None:

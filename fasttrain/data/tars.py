@@ -273,7 +273,8 @@ def _group(tars: list[_Tar], kind: Kind, left_out: LeftOut, source: Path) -> Tar
     videos = [(tar, *video) for tar in tars for video in _videos(tar, kind, grouped)]
     files = [name for _, name, _, is_frames in videos if not is_frames]
     frames = [name for _, name, _, is_frames in videos if is_frames]
-    # As in a folder, images below a folder such as Annotations are frames only if there are no others.
+    # The rule for folders holds here, too: images below Annotations, for example, count as frames only if
+    # there are no other images.
     if not all(map(annotation_word, frames)):
         for tar, name, members, is_frames in videos:
             if is_frames and (word := annotation_word(name)):

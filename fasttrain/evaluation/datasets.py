@@ -355,7 +355,7 @@ class _StoredVideos:
             source = find_source(root, kind="folders")
             index = FolderIndex(source.folders, source.skipped)
             files = find_source(root, kind="videos").videos
-        # None of the files in this folder is a video of a packed set at a URL.
+        # A packed set at a URL has no files on this machine.
         self._root = Path(os.devnull) if isinstance(root, str) else root
         self._reasons = dict(index.skipped)
         self._videos = {name: (index, video) for video, name in enumerate(index.names)} | files

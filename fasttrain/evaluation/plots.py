@@ -285,8 +285,8 @@ def learning_curves(runs: Sequence[Path], path: Path) -> None:
     """Draw each metric in the runs' `metrics.jsonl` over the steps, on axes from zero.
 
     A metric that never changes has no panel. Training does not change the frozen encoder, so its metrics are
-    dashed lines in the panels of the video encoder. A long curve is pale, with the means of consecutive
-    points on top. Raises InputError if there are no metrics.
+    dashed lines in the panels of the video encoder. A long curve is drawn pale, and over it the means of
+    consecutive points. Raises InputError if no run has metrics.
     """
     panels: dict[tuple[str, bool], dict[tuple[int, bool], list[tuple[int, float]]]] = {}
     for number, run in enumerate(runs):

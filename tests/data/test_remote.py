@@ -298,7 +298,7 @@ def test_a_frame_that_is_gone_is_unreadable(memory) -> None:
 
 @pytest.mark.parametrize("lists", [True, False])
 def test_a_list_at_a_web_server_needs_its_listings(frames: Path, lists: bool) -> None:
-    # It does not tell the sizes of the frames, so there is no cache.
+    # This server does not list the sizes of files, without which frames are not cached.
     with web_server(frames.parent, lists=lists, ranges=False) as url:
         if lists:
             index, local = open_source(f"{url}/list.txt"), open_source(frames)
