@@ -169,7 +169,14 @@ def run_with_signals(
     return process.returncode, output
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "SIGINT",
+        "SIGTERM",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2")),
+    ],
+)
 def test_each_signal_stops_after_the_step(name: str) -> None:
     code, output = run_with_signals(lambda process: process.send_signal(signal.Signals[name]))
     assert (code, output) == (0, f"received {name}; writing a checkpoint after this step\nstopped\n")

@@ -62,7 +62,7 @@ def check_levels(frames: torch.Tensor, expected: torch.Tensor) -> None:
     assert difference.mean(axis=(2, 3, 4)).max() < 0.1
 
 
-@pytest.mark.parametrize("size", [32, 224])
+@pytest.mark.parametrize("size", [32, pytest.param(224, marks=pytest.mark.slow)])
 def test_frames_are_those_of_dali(tmp_path: Path, size: int) -> None:
     dali = pytest.importorskip("fasttrain.data.dali")
     pairs, parameters = make_batch()

@@ -36,6 +36,7 @@ from fasttrain import options
 from fasttrain.__main__ import main
 from fasttrain.backbones import Backbone
 from fasttrain.encoder_options import load_model
+from fasttrain.evaluation import plots
 from fasttrain.projection import PROJECTION_FILE, Projection
 from fasttrain.video_encoder import load_video_encoder
 from fasttrain.weights import hash_state_dict
@@ -65,6 +66,12 @@ def lists_of(root: Path) -> list[Any]:
     return ["--train-list", root / "train.txt", "--test-list", root / "test.txt"]
 
 
+@pytest.fixture(autouse=True)
+def _coarse_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw pictures at a low resolution, because drawing takes most of the time of a small evaluation."""
+    monkeypatch.setitem(plots.STYLE, "savefig.dpi", 30)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_end_to_end(
     layout: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -86,7 +93,7 @@ def test_every_layout_end_to_end(
         assert report["results"]["difference"][metric] == 0
         assert set(report["versions"]) >= {"torch", "fasttrain"}
         assert report["settings"]["num_frames"] == 2
-        assert (result_of(output, task).with_suffix("") / "figures" / picture).stat().st_size > 5000
+        assert (result_of(output, task).with_suffix("") / "figures" / picture).stat().st_size > 1000
         assert metric in capsys.readouterr().out
 
 
@@ -97,8 +104,10 @@ def pack(source: Path, destination: Path) -> Path:
     return destination
 
 
-@pytest.mark.parametrize("task", ["davis", "consistency", "retrieval"])
-@pytest.mark.parametrize("option", ["--run", "--projection"])
+# Both options with every task would repeat what the tasks share.
+@pytest.mark.parametrize(
+    ("option", "task"), [("--run", "davis"), ("--projection", "consistency"), ("--run", "retrieval")]
+)
 def test_frames_are_normalised_for_the_encoder(
     option: str, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,7 +218,7 @@ def test_tasks_and_variants_share_a_cache(run: Path, ucf: Path, tmp_path: Path) 
     assert single == [{"before": both["before"]}, {"after": both["after"]}]
 
 
-@pytest.mark.parametrize("task", ["probe", "consistency"])
+@pytest.mark.parametrize("task", [pytest.param("probe", marks=pytest.mark.slow), "consistency"])
 def test_two_processes_give_the_results_of_one(task: str, run: Path, tmp_path: Path) -> None:
     root = tmp_path / "data"
     if task == "consistency":
