@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -159,6 +159,26 @@ class BackboneTrainer:
         if "weights_hash" in given.metadata:
             check_backbone(given, self.encoder, f"projection.weights: {location!r}")
         own.load_state_dict(given.state_dict())
+
+    @property
+    def starts_at_frozen(self) -> bool:
+        """Whether the projection starts at the frozen features."""
+        return self.recipe.projection.weights == "random" and self.recipe.projection.init == "frozen"
+
+    def start_at_frozen(self, frames: Iterable[Tensor]) -> None:
+        """Start the projection at the frozen features, whose mean is estimated on frames (3, S, S).
+
+        All ranks use the estimates of rank 0.
+        """
+        dtype = self.dtype if self.world.device.type == "cuda" else None
+        count, sum_D, squares_D = 0, torch.zeros(()), torch.zeros(())
+        for frame in frames:
+            tokens_ND = self.runtime.tokens(frame[None].to(self.world.device, dtype))[0].double().cpu()
+            count += len(tokens_ND)
+            sum_D, squares_D = sum_D + tokens_ND.sum(dim=0), squares_D + tokens_ND.square().sum(dim=0)
+        mean_D = sum_D / count
+        std = (squares_D / count - mean_D.square()).mean().sqrt().item()
+        self.projection.start_at_frozen_(*self.world.gather((mean_D, std))[0])
 
     def calibrate(self, frames: Tensor) -> None:
         """Quantise the encoder to FP8 by its activations on frames (2, B, 3, S, S).

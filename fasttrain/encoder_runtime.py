@@ -168,6 +168,12 @@ class EncoderRuntime:
             parts = [self._encode(part, positions) for part in inputs.split(self._chunk, dim=1)]
             return torch.cat(parts).to(self._dtype)
 
+    @torch.no_grad()
+    def tokens(self, frames: Tensor) -> Tensor:
+        """Return the tokens (B, N, D) of frames (B, 3, H, W), normalised as for `three_views`, uncompiled."""
+        with self._autocast():
+            return self.encoder.tokens(self._normalise(frames)).to(self._dtype)
+
     def _autocast(self) -> AbstractContextManager[Any]:
         device = self.encoder.positions_NC.device
         return torch.autocast(device.type, self._dtype) if self._autocasts else nullcontext()

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ Init = Literal["trunc_normal", "xavier_uniform", "default"]
 PROJECTION_FILE = "projection.safetensors"
 # The projections that the paper's authors published, by the names of their backbones.
 COSETTLE = ("mae", "ijepa", "clip", "blip", "mocov3", "ibot", "dino", "dinov2")
+# Standard deviation of the inputs of tanh at the start at the frozen features: there, tanh is nearly linear.
+TANH_STD = 0.5
 # Number of linear layers.
 _DEPTH: dict[Head, int] = {"linear": 1, "mlp2": 2, "mlp3": 3}
 
@@ -41,7 +44,7 @@ class Projection(nn.Module):
     Args:
         dim: Embedding dimension D.
         head: Architecture: `linear`, `mlp2` or `mlp3`.
-        init: Initialisation of the linear layers: `trunc_normal` (standard deviation 0.02, zero bias),
+        init: Random initialisation of the linear layers: `trunc_normal` (standard deviation 0.02, zero bias),
             `xavier_uniform` (zero bias), or `default` (that of `nn.Linear`). The choice of the
             published implementation depends on the backbone (`Backbone.projection_init`).
         seed: Seed of the initialisation. The global generator is not affected.
@@ -107,6 +110,46 @@ class Projection(nn.Module):
         for linear in self.linears[:-1]:
             tokens = linear(tokens).tanh()
         return tokens
+
+    @torch.no_grad()
+    def start_at_frozen_(self, mean_D: Tensor, std: float) -> None:
+        """Set all parameters such that the outputs are nearly the frozen tokens without their mean.
+
+        The input of the layer norm is c (tokens - mean) with c = 0.5 / std, up to the curvature of tanh.
+
+        Args:
+            mean_D: The mean (D,) of the frozen tokens.
+            std: The standard deviation of all components of (tokens - mean).
+        """
+        scale = TANH_STD / std
+        linears = [cast(nn.Linear, linear) for linear in self.linears]
+        for linear in linears:
+            nn.init.eye_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        first = linears[0]
+        first.weight.mul_(scale)
+        first.bias.copy_(-scale * mean_D)
+        self.norm.reset_parameters()
+
+    @classmethod
+    def from_affine(cls, weight_DD: Tensor, bias_D: Tensor, std: float) -> "Projection":
+        """Return a `linear` head that nearly computes an affine map, followed by a layer norm.
+
+        Args:
+            weight_DD: The matrix W (D, D) of the map z -> W z + b.
+            bias_D: The vector b (D,), such that the outputs have zero mean, where tanh is nearly linear.
+            std: The standard deviation of all components of the map's outputs. The map is scaled by
+                c = 0.5 / std, so that they lie where tanh is nearly linear.
+
+        Returns:
+            The projection on the CPU, in float32.
+        """
+        projection, scale = cls(len(bias_D)), TANH_STD / std
+        linear = projection._last_linear
+        with torch.no_grad():
+            linear.weight.copy_(scale * weight_DD)
+            linear.bias.copy_(scale * bias_D)
+        return projection
 
     def save(self, path: str | Path, metadata: dict[str, str] | None = None) -> None:
         """Save the projection as a safetensors file, atomically.

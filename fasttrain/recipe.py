@@ -92,6 +92,8 @@ class EncoderRecipe:
 class ProjectionRecipe:
     head: Literal["linear", "mlp2", "mlp3"] = "linear"
     """Architecture: Linear-tanh-LayerNorm, or 2 or 3 Linear layers with tanh in between, then LayerNorm."""
+    init: Literal["published", "frozen"] = "published"
+    """Start without weights: random as `published`, or at the `frozen` features with their mean removed."""
     weights: str = "random"
     """Initial projection: a run folder or file, `hf://owner/repo[/path]`, `cosettle://NAME`, or `random`."""
 

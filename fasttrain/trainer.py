@@ -29,7 +29,7 @@ import fasttrain
 from fasttrain.backbone_trainer import BackboneTrainer, backbone_recipes
 from fasttrain.checkpoint import drop_checkpoints, load_checkpoint, saved_steps
 from fasttrain.data.index import FrameIndex
-from fasttrain.data.loader import INSTALL_DALI, FramePairs, PairLoader, calibration_frames
+from fasttrain.data.loader import INSTALL_DALI, FramePairs, PairLoader, calibration_frames, whole_frames
 from fasttrain.data.nvdec import has_dali
 from fasttrain.data.sources import describe_left_out, open_source
 from fasttrain.distributed import World
@@ -248,7 +248,12 @@ class Trainer:
         return {
             "device": f"{device}, {train.precision}",
             "backbone": "; ".join(trainer.encoder.summary for trainer in self.backbone_trainers),
-            "projection": f"{self.recipe.projection.head}, weights {self.recipe.projection.weights!r}",
+            "projection": f"{self.recipe.projection.head}, "
+            + (
+                "start at the frozen features"
+                if self.backbone_trainers[0].starts_at_frozen
+                else f"weights {self.recipe.projection.weights!r}"
+            ),
             "data": f"{data.source}: {count(videos, 'video')}, "
             f"{count(int(self.index.num_frames.sum()), 'frame')}",
             "epoch": f"{count(pairs, 'pair')} = {count(videos, 'video')} x "
@@ -559,6 +564,8 @@ class Trainer:
                 for trainer in self.backbone_trainers:
                     if trainer.runtime.awaits_calibration:
                         trainer.calibrate(calibration_frames(self.index, self.recipe.data.image_size))
+                    if not self.completed_steps and trainer.starts_at_frozen:
+                        trainer.start_at_frozen(whole_frames(self.index, self.recipe.data.image_size))
                     seconds = trainer.warm_up()
                     if trainer.graph_failure:
                         self.say(

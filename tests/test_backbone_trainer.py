@@ -85,6 +85,20 @@ def test_a_state_that_does_not_fit_is_refused(name: str) -> None:
         trainer.load_state(state | {name: torch.zeros(2)})
 
 
+def test_all_ranks_start_at_the_mean_of_rank_0() -> None:
+    class Second(World):
+        """Rank 1 of two simulated ranks."""
+
+        def gather(self, value: Any) -> list[Any]:
+            return [(torch.ones(32, dtype=torch.float64), 0.25), value]
+
+    trainer = make_trainer(projection={"init": "frozen"})
+    trainer.world = Second(**vars(trainer.world))
+    trainer.start_at_frozen(torch.randn(3, 3, 64, 64))
+    assert torch.equal(trainer.projection.get_parameter("linears.0.weight"), 2 * torch.eye(32))
+    assert torch.equal(trainer.projection.get_parameter("linears.0.bias"), torch.full((32,), -2.0))
+
+
 @pytest.mark.parametrize("changed", [{"0.mlp.fc1": math.nan}, {"0.mlp.fc1": "large"}, {"9.mlp.fc1": 1.0}])
 def test_damaged_scales_of_fp8_are_refused(changed: dict[str, Any]) -> None:
     trainer, resumed = (make_trainer(encoder={"precision": "fp8"}) for _ in range(2))

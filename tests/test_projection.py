@@ -123,6 +123,32 @@ def test_parameters_depend_on_the_seed_only(init: Init) -> None:
 
 
 @pytest.mark.parametrize("head", HEADS)
+def test_start_at_the_frozen_features(head: Head) -> None:
+    """The output has the direction of the centred tokens, in which the layer norm removes the mean."""
+    tokens = 3 * torch.randn(500, 16, generator=torch.Generator().manual_seed(0)) + torch.arange(16.0)
+    centred = tokens - tokens.mean(dim=0)
+    projection = Projection(16, head=head)
+    projection.start_at_frozen_(tokens.mean(dim=0), centred.std(correction=0).item())
+    out = projection(tokens)
+    similarity = torch.cosine_similarity(out, centred - centred.mean(dim=1, keepdim=True), dim=1)
+    assert similarity.min() > 0.9
+    assert similarity.mean() > 0.98
+
+
+def test_a_projection_from_an_affine_map() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(500, 16, generator=generator, dtype=torch.float64) + 1
+    weight = torch.randn(16, 16, generator=generator, dtype=torch.float64)
+    mapped = (tokens - 1) @ weight.T
+    projection = Projection.from_affine(weight, -weight.sum(dim=1), mapped.std().item())
+    assert (projection.head, projection.norm.weight.dtype) == ("linear", torch.float32)
+    linear, rest = projection.split(tokens.float())
+    inputs = linear + rest["bias"]
+    assert inputs.std().item() == pytest.approx(0.5, rel=1e-4)
+    torch.testing.assert_close(inputs.double(), mapped * 0.5 / mapped.std(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", HEADS)
 def test_save_and_load(head: Head, tmp_path: Path) -> None:
     path = tmp_path / "run" / "projection.safetensors"
     projection = Projection(8, head=head, seed=3)

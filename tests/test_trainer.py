@@ -25,6 +25,8 @@ from torch import Tensor
 
 from fasttrain.backbone_trainer import BackboneTrainer
 from fasttrain.checkpoint import load_checkpoint, save_checkpoint
+from fasttrain.data.loader import whole_frames
+from fasttrain.data.sources import open_source
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.files import file_lock
@@ -32,7 +34,7 @@ from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD
 from fasttrain.optimizer import learning_rate_factor
 from fasttrain.options import new_parser
 from fasttrain.profiling import RECORDED, RECORDED_PASS, SPANS
-from fasttrain.recipe import Recipe, TrainRecipe, load_recipe, recipe_from_dict, to_yaml
+from fasttrain.recipe import OptimizerRecipe, Recipe, TrainRecipe, load_recipe, recipe_from_dict, to_yaml
 from fasttrain.trainer import Trainer, check_bad_fraction
 from fasttrain.training import train
 from fasttrain.video_encoder import load_video_encoder
@@ -189,6 +191,33 @@ def test_a_resumed_run_in_fp8_keeps_its_scales(
     assert any(
         not torch.equal(value, weights(finished)[name]) for name, value in weights(tmp_path / "a").items()
     )
+
+
+def test_a_run_starts_at_the_frozen_features(
+    frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a learning rate near 0, the projection stays the frozen encoder without its mean."""
+    whole, resumed = (tiny(frames, tmp_path / name, projection={"init": "frozen"}) for name in ("a", "b"))
+    start = dataclasses.replace(whole, optimizer=OptimizerRecipe(lr=1e-12), output=str(tmp_path / "start"))
+    run(start)
+    assert "linear, start at the frozen features" in capsys.readouterr().out
+    encoder = load_video_encoder(tmp_path / "start")
+    images = torch.stack([*whole_frames(open_source(frames), 64)])
+    tokens = encoder.encoder.tokens(images)
+    centred = tokens - tokens.mean(dim=(0, 1))
+    centred = centred - centred.mean(dim=-1, keepdim=True)
+    assert torch.cosine_similarity(encoder.projection(tokens), centred, dim=-1).min() > 0.97
+    run(whole)
+    with pytest.raises(RuntimeError, match="crashed"):
+        Interrupted(resumed, 2, crash).train()
+    # A resumed run reads no frames for it.
+    monkeypatch.setattr("fasttrain.trainer.whole_frames", None)
+    run(resumed)
+    assert_same_bits(tmp_path / "a", tmp_path / "b")
+    # Neither does one that starts from a projection.
+    other = {"init": "frozen", "weights": str(tmp_path / "a")}
+    run(tiny(frames, tmp_path / "c", projection=other, train={"steps": 1}))
+    assert "linear, weights" in capsys.readouterr().out
 
 
 def test_bad_samples_are_counted_across_a_resume(tmp_path: Path) -> None:

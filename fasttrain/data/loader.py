@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 # Number of frames by which the scales of FP8 layers are chosen.
 CALIBRATION_FRAMES = 16
+# Number of frames by which the mean of the frozen tokens is estimated.
+MEAN_FRAMES = 128
 INSTALL_DALI = pip_install("cuda12", "cuda13")
 # After this many unreadable samples in a row, assume that nothing is readable.
 MAX_ATTEMPTS = 32
@@ -263,10 +265,19 @@ def calibration_frames(index: FrameIndex, image_size: int) -> Tensor:
 
     The second frames are the first ones in reverse order. Raises InputError if no frame is readable.
     """
-    transform, resized = FrameTransform(), []
+    frames_F3SS = torch.stack(list(whole_frames(index, image_size, CALIBRATION_FRAMES)))
+    return torch.stack((frames_F3SS, frames_F3SS.flip(0)))
+
+
+def whole_frames(index: FrameIndex, image_size: int, count: int = MEAN_FRAMES) -> Iterator[Tensor]:
+    """Yield up to `count` evenly spaced whole frames of the data (3, S, S), normalised as in training.
+
+    Raises InputError if no frame is readable.
+    """
+    transform, readable = FrameTransform(), False
     ends = np.cumsum(index.num_frames)
     whole = np.array([([0.0, 0.0, 1.0, 1.0], False)], dtype=[("box", float, 4), ("flip", bool)])[0]
-    for number in evenly_spaced(int(ends[-1]), CALIBRATION_FRAMES):
+    for number in evenly_spaced(int(ends[-1]), count):
         video = int(np.searchsorted(ends, number, side="right"))
         out_3SS = torch.empty(3, image_size, image_size)
         with suppress(UnreadableFrameError):
@@ -275,13 +286,12 @@ def calibration_frames(index: FrameIndex, image_size: int) -> Tensor:
                 whole,
                 out_3SS,
             )
-            resized.append(out_3SS)
-    if not resized:
+            readable = True
+            yield out_3SS
+    if not readable:
         raise InputError(
-            f"data.source: none of {CALIBRATION_FRAMES} frames can be read. Check that the data are undamaged"
+            f"data.source: none of {count} frames can be read. Check that the data are undamaged"
         )
-    frames_F3SS = torch.stack(resized)
-    return torch.stack((frames_F3SS, frames_F3SS.flip(0)))
 
 
 def index_for_decoder(index: FrameIndex, decoder: str, device: torch.device) -> FrameIndex:
