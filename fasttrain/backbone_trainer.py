@@ -163,7 +163,9 @@ class BackboneTrainer:
     @property
     def starts_at_frozen(self) -> bool:
         """Whether the projection starts at the frozen features."""
-        return self.recipe.projection.weights == "random" and self.recipe.projection.init == "frozen"
+        recipe = self.recipe.projection
+        frozen = recipe.init == "frozen" or self.projection.always_starts_at_frozen
+        return frozen and recipe.weights == "random"
 
     def start_at_frozen(self, frames: Iterable[Tensor]) -> None:
         """Start the projection at the frozen features, whose mean is estimated on frames (3, S, S).

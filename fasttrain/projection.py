@@ -5,8 +5,9 @@ A trained projection is stored as a safetensors file, whose metadata describe th
 """
 
 import re
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,32 +19,61 @@ from fasttrain.errors import InputError
 from fasttrain.files import write_atomically
 from fasttrain.weights import find_file, flatten_checkpoint, read_checkpoint, seeded
 
-Head = Literal["linear", "mlp2", "mlp3"]
+Head = Literal["linear", "mlp2", "mlp3", "lowrank", "residual"]
 Init = Literal["trunc_normal", "xavier_uniform", "default"]
 
 # The name of the file in a run folder.
 PROJECTION_FILE = "projection.safetensors"
+# The heads of the paper.
+PUBLISHED: tuple[Head, ...] = ("linear", "mlp2", "mlp3")
 # The projections that the paper's authors published, by the names of their backbones.
 COSETTLE = ("mae", "ijepa", "clip", "blip", "mocov3", "ibot", "dino", "dinov2")
 # Standard deviation of the inputs of tanh at the start at the frozen features: there, tanh is nearly linear.
 TANH_STD = 0.5
-# Number of linear layers.
-_DEPTH: dict[Head, int] = {"linear": 1, "mlp2": 2, "mlp3": 3}
+# The rank of the head `lowrank` is D divided by this.
+RANK_DIVISOR = 8
+
+
+class _Form(NamedTuple):
+    """What an architecture consists of, in addition to linear layers and the layer norm."""
+
+    layers: int
+    inner_tanh: bool = True  # after each linear layer but the last
+    last_tanh: bool = False  # after the last linear layer
+    low_rank: bool = False  # fewer outputs of the first layer
+    skip: bool = False  # adds the centred tokens to the output of the last layer
+    gate: bool = False  # multiplies the weight of the last layer by a scalar
+
+
+_FORMS: dict[Head, _Form] = {
+    "linear": _Form(layers=1, last_tanh=True),
+    "mlp2": _Form(layers=2),
+    "mlp3": _Form(layers=3),
+    "lowrank": _Form(layers=2, inner_tanh=False, last_tanh=True, low_rank=True, skip=True),
+    "residual": _Form(layers=2, skip=True, gate=True),
+}
 
 
 class Projection(nn.Module):
-    """The projection g of the paper (`ST_adapter.py` of github.com/yafeng19/Co-Settle).
+    """The projection g of the paper (`ST_adapter.py` of github.com/yafeng19/Co-Settle), and two more.
 
-    The module maps tokens (..., D) to tokens (..., D), which are not L2-normalised. All linear layers have D
-    inputs and D outputs:
+    The module maps tokens (..., D) to tokens (..., D), which are not L2-normalised. The linear layers of the
+    paper's heads have D inputs and D outputs:
 
         linear:  Linear, tanh, LayerNorm
         mlp2:    Linear, tanh, Linear, LayerNorm
         mlp3:    Linear, tanh, Linear, tanh, Linear, LayerNorm
 
+    The others add to x = c (tokens - mean), with constants c and mean that `start_at_frozen_` sets (before,
+    they are 1 and 0). They start at the frozen features, because U and the gate start at zero:
+
+        lowrank:   LayerNorm(tanh(x + U V x + bias)), where U and V have rank max(1, D // 8)
+        residual:  LayerNorm(x + gate W2 tanh(W1 x + bias1) + bias2), where the gate is a scalar, as in ReZero
+                   (Bachlechner et al., UAI 2021) and SkipInit (De and Smith, NeurIPS 2020)
+
     Args:
         dim: Embedding dimension D.
-        head: Architecture: `linear`, `mlp2` or `mlp3`.
+        head: Architecture: `linear`, `mlp2`, `mlp3`, `lowrank` or `residual`.
         init: Random initialisation of the linear layers: `trunc_normal` (standard deviation 0.02, zero bias),
             `xavier_uniform` (zero bias), or `default` (that of `nn.Linear`). The choice of the
             published implementation depends on the backbone (`Backbone.projection_init`).
@@ -56,18 +86,34 @@ class Projection(nn.Module):
         InputError: `head` is not one of the architectures.
     """
 
+    scale: Tensor
+    mean: Tensor
+
     def __init__(
         self, dim: int, *, head: Head = "linear", init: Init = "trunc_normal", seed: int = 0
     ) -> None:
         super().__init__()
-        if head not in _DEPTH:
-            raise InputError(f"head {head!r} is not one of: {', '.join(_DEPTH)}")
+        if head not in _FORMS:
+            raise InputError(f"head {head!r} is not one of: {', '.join(_FORMS)}")
         self.dim = dim
         self.head: Head = head
         self.metadata: dict[str, str] = {}
+        self._form = form = _FORMS[head]
+        inner = max(1, dim // RANK_DIVISOR) if form.low_rank else dim
+        widths = [dim] + [inner] * (form.layers - 1) + [dim]
         with seeded(seed):
-            self.linears = nn.ModuleList(_linear(dim, init) for _ in range(_DEPTH[head]))
+            self.linears = nn.ModuleList(_linear(*ends, init) for ends in pairwise(widths))
         self.norm = nn.LayerNorm(dim)
+        if form.low_rank:
+            # Its product with U would be a second bias.
+            cast(nn.Linear, self.linears[0]).register_parameter("bias", None)
+            nn.init.zeros_(self._last_linear.weight)
+        if form.gate:
+            self.gate = nn.Parameter(torch.zeros(()))
+        if form.skip:
+            nn.init.zeros_(self._last_linear.bias)
+            self.register_buffer("scale", torch.ones(()))
+            self.register_buffer("mean", torch.zeros(dim))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Project tokens.
@@ -78,8 +124,8 @@ class Projection(nn.Module):
         Returns:
             Projected tokens (..., D), which are not L2-normalised.
         """
-        out = self._last_linear(self._hidden(tokens))
-        return self.norm(out.tanh() if self.head == "linear" else out)
+        out = self._last_output(tokens, self._last_linear.bias)
+        return self.norm(out.tanh() if self._form.last_tanh else out)
 
     def split(self, tokens: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Compute the forward pass up to the last matrix product, for `fasttrain_kernels.cosettle_head_loss`.
@@ -88,7 +134,7 @@ class Projection(nn.Module):
             tokens: Tokens (..., D) of the frozen encoder.
 
         Returns:
-            The output (..., D) of the last linear layer without its bias, and the remaining arguments `rest`
+            The input (..., D) of tanh or the layer norm without the bias, and the remaining arguments `rest`
                 of the loss. `forward(tokens)` equals norm(tanh(output + bias)), or norm(output + bias) if
                 `rest["tanh"]` is False.
         """
@@ -97,23 +143,35 @@ class Projection(nn.Module):
             "norm_weight": self.norm.weight,
             "norm_bias": self.norm.bias,
             "norm_eps": self.norm.eps,
-            "tanh": self.head == "linear",
+            "tanh": self._form.last_tanh,
         }
-        return functional.linear(self._hidden(tokens), self._last_linear.weight), rest
+        return self._last_output(tokens, bias=None), rest
 
     @property
     def _last_linear(self) -> nn.Linear:
         return cast(nn.Linear, self.linears[-1])
 
-    def _hidden(self, tokens: Tensor) -> Tensor:
-        """Return the input (..., D) of the last linear layer."""
+    def _last_output(self, tokens: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the output (..., D) of the last linear layer, with this bias, and of the skip connection."""
+        form, weight = self._form, self._last_linear.weight
+        # Centred in float32, as mixed precision would round away small differences from a large mean.
+        inputs = (self.scale * (tokens - self.mean)).to(tokens.dtype) if form.skip else tokens
+        hidden = inputs
         for linear in self.linears[:-1]:
-            tokens = linear(tokens).tanh()
-        return tokens
+            hidden = linear(hidden)
+            if form.inner_tanh:
+                hidden = hidden.tanh()
+        out = functional.linear(hidden, weight * self.gate if form.gate else weight, bias)
+        return inputs + out if form.skip else out
+
+    @property
+    def always_starts_at_frozen(self) -> bool:
+        """Whether the head starts at the frozen features, however it is initialised."""
+        return self._form.skip
 
     @torch.no_grad()
     def start_at_frozen_(self, mean_D: Tensor, std: float) -> None:
-        """Set all parameters such that the outputs are nearly the frozen tokens without their mean.
+        """Set the parameters such that the outputs are nearly the frozen tokens without their mean.
 
         The input of the layer norm is c (tokens - mean) with c = 0.5 / std, up to the curvature of tanh.
 
@@ -122,6 +180,10 @@ class Projection(nn.Module):
             std: The standard deviation of all components of (tokens - mean).
         """
         scale = TANH_STD / std
+        if self._form.skip:
+            self.scale.fill_(scale)
+            self.mean.copy_(mean_D)
+            return
         linears = [cast(nn.Linear, linear) for linear in self.linears]
         for linear in linears:
             nn.init.eye_(linear.weight)
@@ -215,7 +277,7 @@ class Projection(nn.Module):
             raise InputError(
                 f"projection '{path}' cannot be read ({error}); pass projection.safetensors of a run folder"
             ) from error
-        if metadata.get("head") not in _DEPTH or "norm.weight" not in state:
+        if metadata.get("head") not in _FORMS or "norm.weight" not in state:
             raise InputError(
                 f"projection '{path}' is not from fasttrain; pass projection.safetensors of a run folder"
             )
@@ -254,7 +316,7 @@ class Projection(nn.Module):
             if prefix in key
         }
         depth = sum(key.startswith("linears.") and key.endswith(".weight") for key in state)
-        head = next((head for head, layers in _DEPTH.items() if layers == depth), None)
+        head = next((head for head in PUBLISHED if _FORMS[head].layers == depth), None)
         if head is None or "norm.weight" not in state:
             raise InputError(f"checkpoint '{path}' contains no Co-Settle projection (keys {prefix}*)")
         return _from_state_dict(head, state, f"checkpoint '{path}'")
@@ -266,8 +328,8 @@ def _own_name(published: str) -> str:
     return name.replace("layer_norm1.", "norm.")
 
 
-def _linear(dim: int, init: Init) -> nn.Linear:
-    linear = nn.Linear(dim, dim)
+def _linear(inputs: int, outputs: int, init: Init) -> nn.Linear:
+    linear = nn.Linear(inputs, outputs)
     if init == "trunc_normal":
         nn.init.trunc_normal_(linear.weight, std=0.02)
     elif init == "xavier_uniform":

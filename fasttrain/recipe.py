@@ -90,10 +90,10 @@ class EncoderRecipe:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class ProjectionRecipe:
-    head: Literal["linear", "mlp2", "mlp3"] = "linear"
-    """Architecture: Linear-tanh-LayerNorm, or 2 or 3 Linear layers with tanh in between, then LayerNorm."""
+    head: Literal["linear", "mlp2", "mlp3", "lowrank", "residual"] = "linear"
+    """The paper's heads of 1, 2 or 3 linear layers, or the tokens plus a low-rank map or a gated MLP."""
     init: Literal["published", "frozen"] = "published"
-    """Start without weights: random as `published`, or at the `frozen` features with their mean removed."""
+    """Start at random as `published`, or at the `frozen` features (lowrank and residual: always)."""
     weights: str = "random"
     """Initial projection: a run folder or file, `hf://owner/repo[/path]`, `cosettle://NAME`, or `random`."""
 

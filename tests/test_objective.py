@@ -17,6 +17,9 @@ def test_the_objective_equals_projection_and_losses(head: Head, regularizer: Lit
     generator = torch.Generator().manual_seed(0)
     frozen = torch.randn(2, 3, 16, 24, generator=generator, dtype=torch.float64)
     projection = Projection(24, head=head).double()
+    with torch.no_grad():
+        for tensor in (*projection.parameters(), *projection.buffers()):
+            tensor += 0.1 * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
     objective = CosettleObjective(projection, ObjectiveRecipe(regularizer=regularizer))
     out = objective(frozen, (4, 4), True)
     out.loss.backward()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fasttrain.backbones import load_backbone
 from fasttrain.errors import InputError
 from fasttrain.families import FAMILIES
-from fasttrain.projection import COSETTLE, PROJECTION_FILE, Head, Init, Projection
+from fasttrain.projection import COSETTLE, PROJECTION_FILE, PUBLISHED, Head, Init, Projection
 from fasttrain_kernels import cosettle_loss
 
 HEADS = get_args(Head)
@@ -82,7 +82,13 @@ def test_losses_of_all_published_heads(shared: Path, case: str, head: Head, tmp_
     assert out.loss.item() == pytest.approx(float(golden["loss"]), rel=1e-5)
 
 
-@pytest.mark.parametrize("head", HEADS)
+def layer_norm(x: np.ndarray, norm: nn.LayerNorm) -> np.ndarray:
+    centred = x - x.mean(-1, keepdims=True)
+    scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+    return scaled * norm.weight.detach().numpy() + norm.bias.detach().numpy()
+
+
+@pytest.mark.parametrize("head", PUBLISHED)
 def test_heads_match_their_formulas(head: Head) -> None:
     projection = Projection(6, head=head, seed=1).double()
     with torch.no_grad():
@@ -97,11 +103,30 @@ def test_heads_match_their_formulas(head: Head) -> None:
         # The last linear layer of an MLP is not followed by tanh.
         if head == "linear" or i < len(layers) - 1:
             x = np.tanh(x)
-    centred = x - x.mean(-1, keepdims=True)
-    scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
-    expected = scaled * projection.norm.weight.detach().numpy() + projection.norm.bias.detach().numpy()
+    expected = layer_norm(x, projection.norm)
     np.testing.assert_allclose(projection(tokens).detach(), expected, rtol=1e-12, atol=1e-12)
     assert len(layers) == {"linear": 1, "mlp2": 2, "mlp3": 3}[head]
+
+
+@pytest.mark.parametrize("head", ["lowrank", "residual"])
+def test_heads_that_add_to_the_tokens_match_their_formulas(head: Head) -> None:
+    projection = Projection(16, head=head).double()
+    with torch.no_grad():
+        for parameter in projection.parameters():
+            parameter.uniform_(-1, 1)
+    tokens, mean = torch.randn(2, 5, 16, dtype=torch.float64), torch.randn(16, dtype=torch.float64)
+    projection.start_at_frozen_(mean, std=2.0)
+    weights = {name: parameter.detach().numpy() for name, parameter in projection.named_parameters()}
+    x = 0.25 * (tokens - mean).numpy()
+    hidden, weight = x @ weights["linears.0.weight"].T, weights["linears.1.weight"].T
+    if head == "lowrank":
+        assert hidden.shape == (2, 5, 2)
+        x = np.tanh(x + hidden @ weight + weights["linears.1.bias"])
+    else:
+        hidden = np.tanh(hidden + weights["linears.0.bias"])
+        x = x + weights["gate"] * hidden @ weight + weights["linears.1.bias"]
+    expected = layer_norm(x, projection.norm)
+    np.testing.assert_allclose(projection(tokens).detach(), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("init", get_args(Init))
@@ -122,12 +147,13 @@ def test_parameters_depend_on_the_seed_only(init: Init) -> None:
         assert (first.get_parameter(f"linears.{i}.bias").abs().max() == 0) == (init != "default")
 
 
+@pytest.mark.parametrize("init", ["trunc_normal", "default"])
 @pytest.mark.parametrize("head", HEADS)
-def test_start_at_the_frozen_features(head: Head) -> None:
+def test_start_at_the_frozen_features(head: Head, init: Init) -> None:
     """The output has the direction of the centred tokens, in which the layer norm removes the mean."""
     tokens = 3 * torch.randn(500, 16, generator=torch.Generator().manual_seed(0)) + torch.arange(16.0)
     centred = tokens - tokens.mean(dim=0)
-    projection = Projection(16, head=head)
+    projection = Projection(16, head=head, init=init)
     projection.start_at_frozen_(tokens.mean(dim=0), centred.std(correction=0).item())
     out = projection(tokens)
     similarity = torch.cosine_similarity(out, centred - centred.mean(dim=1, keepdim=True), dim=1)
@@ -152,6 +178,7 @@ def test_a_projection_from_an_affine_map() -> None:
 def test_save_and_load(head: Head, tmp_path: Path) -> None:
     path = tmp_path / "run" / "projection.safetensors"
     projection = Projection(8, head=head, seed=3)
+    projection.start_at_frozen_(torch.arange(8.0), 2.0)
     projection.save(path, {"backbone": "{}", "recipe": "ä"})
     loaded = Projection.find(str(path))
     assert (loaded.head, loaded.dim) == (head, 8)
@@ -246,5 +273,5 @@ def test_messages_about_checkpoints_without_a_projection(tmp_path: Path) -> None
             Projection.from_cosettle(path)
     with pytest.raises(InputError, match="no such file"):
         Projection.from_cosettle(tmp_path / "nowhere.pth")
-    with pytest.raises(InputError, match="head 'mlp4' is not one of: linear, mlp2, mlp3"):
+    with pytest.raises(InputError, match="head 'mlp4' is not one of: linear, mlp2, mlp3, lowrank, residual"):
         Projection(8, head="mlp4")

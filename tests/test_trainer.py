@@ -34,7 +34,7 @@ from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD
 from fasttrain.optimizer import learning_rate_factor
 from fasttrain.options import new_parser
 from fasttrain.profiling import RECORDED, RECORDED_PASS, SPANS
-from fasttrain.recipe import OptimizerRecipe, Recipe, TrainRecipe, load_recipe, recipe_from_dict, to_yaml
+from fasttrain.recipe import Recipe, TrainRecipe, load_recipe, recipe_from_dict, to_yaml
 from fasttrain.trainer import Trainer, check_bad_fraction
 from fasttrain.training import train
 from fasttrain.video_encoder import load_video_encoder
@@ -197,9 +197,7 @@ def test_a_run_starts_at_the_frozen_features(
     frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With a learning rate near 0, the projection stays the frozen encoder without its mean."""
-    whole, resumed = (tiny(frames, tmp_path / name, projection={"init": "frozen"}) for name in ("a", "b"))
-    start = dataclasses.replace(whole, optimizer=OptimizerRecipe(lr=1e-12), output=str(tmp_path / "start"))
-    run(start)
+    run(tiny(frames, tmp_path / "start", projection={"init": "frozen"}, optimizer={"lr": 1e-12}))
     assert "linear, start at the frozen features" in capsys.readouterr().out
     encoder = load_video_encoder(tmp_path / "start")
     images = torch.stack([*whole_frames(open_source(frames), 64)])
@@ -207,7 +205,11 @@ def test_a_run_starts_at_the_frozen_features(
     centred = tokens - tokens.mean(dim=(0, 1))
     centred = centred - centred.mean(dim=-1, keepdim=True)
     assert torch.cosine_similarity(encoder.projection(tokens), centred, dim=-1).min() > 0.97
+    # This head always starts there.
+    whole, resumed = (tiny(frames, tmp_path / name, projection={"head": "residual"}) for name in ("a", "b"))
     run(whole)
+    assert "residual, start at the frozen features" in capsys.readouterr().out
+    assert not torch.equal(weights(tmp_path / "a")["mean"], torch.zeros(32))
     with pytest.raises(RuntimeError, match="crashed"):
         Interrupted(resumed, 2, crash).train()
     # A resumed run reads no frames for it.
@@ -215,9 +217,9 @@ def test_a_run_starts_at_the_frozen_features(
     run(resumed)
     assert_same_bits(tmp_path / "a", tmp_path / "b")
     # Neither does one that starts from a projection.
-    other = {"init": "frozen", "weights": str(tmp_path / "a")}
+    other = {"head": "residual", "weights": str(tmp_path / "a")}
     run(tiny(frames, tmp_path / "c", projection=other, train={"steps": 1}))
-    assert "linear, weights" in capsys.readouterr().out
+    assert "residual, weights" in capsys.readouterr().out
 
 
 def test_bad_samples_are_counted_across_a_resume(tmp_path: Path) -> None:
@@ -515,7 +517,13 @@ def test_several_backbones_train_on_a_gpu(
 
 @pytest.mark.parametrize(
     ("precision", "head", "regularizer"),
-    [("bf16", "linear", "kl"), ("fp16", "mlp2", "kl"), ("fp32", "mlp3", "mse")],
+    [
+        ("bf16", "linear", "kl"),
+        ("fp16", "mlp2", "kl"),
+        ("fp32", "mlp3", "mse"),
+        ("bf16", "lowrank", "kl"),
+        ("fp16", "residual", "kl"),
+    ],
 )
 def test_training_reduces_the_loss(
     precision: str, head: str, regularizer: str, frames: Path, tmp_path: Path

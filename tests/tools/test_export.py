@@ -12,6 +12,7 @@ from synthetic import write_run
 
 from fasttrain.errors import InputError
 from fasttrain.families import FAMILIES
+from fasttrain.projection import PROJECTION_FILE, Head, Projection
 from fasttrain.tools.export import export
 from fasttrain.video_encoder import load_video_encoder
 
@@ -54,10 +55,17 @@ def check(run: Path, file: Path, size: tuple[int, int]) -> float:
     return max(deviations)
 
 
-@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+@pytest.mark.parametrize(("suffix", "head"), [(".pt2", "linear"), (".onnx", "residual")])
 def test_the_file_computes_the_encoders_tokens(
-    suffix: str, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    suffix: str, head: Head, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    if head != "linear":
+        projection = Projection(32, head=head)
+        for parameter in projection.parameters():
+            torch.nn.init.uniform_(parameter, -1, 1)
+        metadata = Projection.find(str(run)).metadata
+        run = tmp_path / "run"
+        projection.save(run / PROJECTION_FILE, metadata)
     check(run, tmp_path / "new" / f"encoder{suffix}", size=(32, 48))
     assert capfd.readouterr() == ("", "")
 
