@@ -18,7 +18,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import fasttrain
-from fasttrain.errors import InputError, LocalInputError, LostContactError, OtherRankError
+from fasttrain.errors import InputError, LocalInputError, LostContactError, OtherRankError, needing_eval
 from fasttrain.files import os_reason, printable
 from fasttrain.launcher import describe_processes
 from fasttrain.options import COMMANDS, new_parser
@@ -83,7 +83,9 @@ def _run_command(words: list[str]) -> int:
         arguments = parse(words)
         from fasttrain.loggers import import_module
 
-        import_module(COMMANDS[name].module).run(arguments)
+        with needing_eval():
+            command = import_module(COMMANDS[name].module)
+        command.run(arguments)
     except InputError as error:
         # All ranks usually raise the same error, so only rank 0 prints it, unless it is specific to a rank.
         if isinstance(error, LocalInputError):

@@ -28,7 +28,7 @@ from fasttrain.errors import InputError, LocalInputError
 from fasttrain.objective import CosettleObjective, CosettleOutput
 from fasttrain.optimizer import build_optimizer
 from fasttrain.profiling import RECORDED_PASS, span
-from fasttrain.projection import PROJECTION_FILE, Projection
+from fasttrain.projection import LAST_PROJECTION_FILE, PROJECTION_FILE, Projection
 from fasttrain.recipe import Recipe, to_dict
 from fasttrain.video_encoder import UNSTORED, check_backbone, earlier_settings, projection_metadata
 from fasttrain.weights import hash_state_dict
@@ -172,6 +172,15 @@ class BackboneTrainer:
 
         All ranks use the estimates of rank 0.
         """
+        self.projection.start_at_frozen_(*self.world.gather(self._mean_and_std(frames))[0])
+
+    def centred(self, frames: Iterable[Tensor]) -> Projection:
+        """Return the frozen encoder with its mean removed as a projection, given frames (3, S, S)."""
+        mean_D, std = self._mean_and_std(frames)
+        return Projection.from_affine(torch.eye(len(mean_D)), -mean_D, std)
+
+    def _mean_and_std(self, frames: Iterable[Tensor]) -> tuple[Tensor, float]:
+        """Return the mean (D,) of the frozen tokens, and the standard deviation of the centred tokens."""
         dtype = self.dtype if self.world.device.type == "cuda" else None
         count, sum_D, squares_D = 0, torch.zeros(()), torch.zeros(())
         for frame in frames:
@@ -179,8 +188,7 @@ class BackboneTrainer:
             count += len(tokens_ND)
             sum_D, squares_D = sum_D + tokens_ND.sum(dim=0), squares_D + tokens_ND.square().sum(dim=0)
         mean_D = sum_D / count
-        std = (squares_D / count - mean_D.square()).mean().sqrt().item()
-        self.projection.start_at_frozen_(*self.world.gather((mean_D, std))[0])
+        return mean_D, (squares_D / count - mean_D.square()).mean().sqrt().item()
 
     def calibrate(self, frames: Tensor) -> None:
         """Quantise the encoder to FP8 by its activations on frames (2, B, 3, S, S).
@@ -319,16 +327,25 @@ class BackboneTrainer:
                 f"to resume from an earlier one, or use another output=DIR"
             ) from error
 
-    def save(self, completed_steps: int, facts: dict[str, Any]) -> None:
-        """Write the projection and a checkpoint with some `facts`; call it on rank 0 only."""
-        metadata = projection_metadata(
-            self.backbone_settings, self.encoder, self.projection, to_dict(self.recipe)
-        )
-        self.projection.save(self.folder / PROJECTION_FILE, metadata)
+    def save(self, completed_steps: int, facts: dict[str, Any], kept: Projection | None = None) -> None:
+        """Write the projection and a checkpoint with some `facts`; call it on rank 0 only.
+
+        If a better projection is `kept`, the current one is written to a file of its own.
+        """
+        if kept is None:
+            (self.folder / LAST_PROJECTION_FILE).unlink(missing_ok=True)
+            self._save_projection(self.projection, PROJECTION_FILE)
+        else:
+            self._save_projection(self.projection, LAST_PROJECTION_FILE)
+            self._save_projection(kept, PROJECTION_FILE)
         # The checkpoint is written last: a run that is interrupted in between resumes from the previous
         # checkpoint and overwrites the projection.
         state = {"step": completed_steps, **facts, **self.facts, **self.state()}
         save_checkpoint(self.folder / "checkpoints", completed_steps, state)
+
+    def _save_projection(self, projection: Projection, name: str) -> None:
+        metadata = projection_metadata(self.backbone_settings, self.encoder, projection, to_dict(self.recipe))
+        projection.save(self.folder / name, metadata)
 
 
 def backbone_settings(recipe: Recipe) -> dict[str, Any]:

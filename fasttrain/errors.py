@@ -5,6 +5,8 @@ and is shown with its traceback.
 """
 
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # The name of the distribution in pyproject.toml.
 DISTRIBUTION = "fasttrain-video"
@@ -29,6 +31,19 @@ class LostContactError(OtherRankError):
 def pip_install(*extras: str) -> str:
     """Return the command that installs one of the optional dependencies, such as `eval`."""
     return " or ".join(f"pip install '{DISTRIBUTION}[{extra}]'" for extra in extras)
+
+
+@contextmanager
+def needing_eval() -> Iterator[None]:
+    """Turn the absence of a package of the extra `eval`, imported within the context, into an InputError."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in ("matplotlib", "scipy"):
+            raise
+        raise InputError(
+            f"package {error.name!r} is not installed. Install it with: {pip_install('eval')}"
+        ) from error
 
 
 def check_options(arguments: Namespace, **minimums: float) -> None:

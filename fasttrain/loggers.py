@@ -48,7 +48,8 @@ class MetricsLog:
 
     def __init__(self, folder: Path, *, completed_steps: int, viewers: Sequence[Viewer] = ()) -> None:
         path = folder / "metrics.jsonl"
-        kept = [record for record in read_records(path) if record["step"] <= completed_steps]
+        # A run without a checkpoint begins again, with its record of step 0.
+        kept = [record for record in read_records(path) if record["step"] <= completed_steps > 0]
         write_atomically(path, "".join(f"{json.dumps(record)}\n" for record in kept).encode())
         self._path, self._file = path, path.open("a", encoding="utf-8")
         self._viewers = viewers

@@ -205,9 +205,11 @@ class TrainRecipe:
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class EvalRecipe:
     every: Annotated[int, Field(ge=0), MAY_CHANGE] = 0
-    """Steps between validations (consistency and separability, before and after); 0: never."""
+    """Steps between validations, without labels; the best projection is kept. 0: keep the last one."""
+    held_out: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    """Number of videos that are validated and not trained on; 0: validate num_videos training videos."""
     num_videos: Annotated[int, Field(ge=2), MAY_CHANGE] = 16
-    """Number of training videos used for validation."""
+    """Number of training videos used for validation, if none are held out."""
     num_frames: Annotated[int, Field(ge=8), MAY_CHANGE] = 20
     """Number of frames per validation video."""
 

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import fasttrain
@@ -31,9 +32,12 @@ from fasttrain.checkpoint import drop_checkpoints, load_checkpoint, saved_steps
 from fasttrain.data.index import FrameIndex
 from fasttrain.data.loader import INSTALL_DALI, FramePairs, PairLoader, calibration_frames, whole_frames
 from fasttrain.data.nvdec import has_dali
+from fasttrain.data.sampling import evenly_spaced
 from fasttrain.data.sources import describe_left_out, open_source
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
+from fasttrain.evaluation.trade_off import MIN_FRAMES
+from fasttrain.evaluation.validation import Validation, describe_kept
 from fasttrain.files import file_lock, is_url, naming, write_atomically, write_json
 from fasttrain.loggers import (
     NON_FINITE,
@@ -50,7 +54,7 @@ from fasttrain.loggers import (
 )
 from fasttrain.optimizer import learning_rate_factor
 from fasttrain.profiling import STEP, StepProfiler, span
-from fasttrain.projection import PROJECTION_FILE
+from fasttrain.projection import LAST_PROJECTION_FILE, PROJECTION_FILE
 from fasttrain.recipe import Recipe, TrainRecipe, differences, load_recipe, recipe_hash, to_dict, to_yaml
 from fasttrain.stopping import Stopping
 from fasttrain.trackers import Tracker, check_installed
@@ -62,6 +66,11 @@ MIN_SEEN = 1000
 # rate leaves the projection close to its initial values.
 PEAK_LRS, FACTOR_FAR = (2e-4, 3e-3), 10
 FEW_STEPS = 100
+# What may help if no projection is better than the frozen features.
+WHAT_TO_CHANGE = (
+    "raise objective.lambda_reg, lower optimizer.lr, train on more videos, or start at the frozen features "
+    "with projection.init=frozen"
+)
 # The facts of runs of earlier versions whose checkpoints do not state them.
 EARLIER_FACTS = {"loader": "DALI"}
 
@@ -81,10 +90,11 @@ class Trainer:
         InputError: The recipe, data, weights or run folder cannot be used.
     """
 
-    # Set by `_open_run` for the duration of the loop. Only rank 0 has logs and a profiler.
+    # Set by `_open_run` for the duration of the loop. Only rank 0 has logs, validations and a profiler.
     loader: PairLoader
     batches: Iterator[FramePairs]
     logs: dict[str, MetricsLog]
+    validations: dict[str, Validation]
     progress: Progress
     profiler: StepProfiler | None
     stopping: Stopping
@@ -93,11 +103,6 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, world: World, *, profile: bool = False) -> None:
         self.recipe, self.world = recipe, world
-        if recipe.eval.every:
-            # Imported on demand, because it needs Matplotlib, which is optional.
-            from fasttrain.evaluation.consistency import validate
-
-            self.validate = validate
         if recipe.train.tracker != "none":
             check_installed(recipe.train.tracker)
         self.console = EnduringConsole(quiet=not world.is_main)
@@ -106,7 +111,7 @@ class Trainer:
         recipes = backbone_recipes(recipe)
         # The recipes with which the run has been trained so far, if it has begun.
         earlier = [check_run_folder(backbone_recipe) for backbone_recipe in recipes]
-        self.index = self._open_source()
+        self.index, self.validated = self._hold_out(self._open_source())
         train = recipe.train
         self.global_batch = train.batch_size * train.accumulate * world.size
         samples_per_epoch = len(self.index) * recipe.data.pairs_per_video
@@ -131,6 +136,8 @@ class Trainer:
         # resume.
         self._faults: list[str] = []
         self.bad_samples = 0
+        # The states of the validations in the checkpoint, by backbone.
+        self._earlier_validations: dict[str, dict[str, Any]] = {}
         self.completed_steps = self._resume()
         self._check_length(next(filter(None, earlier), recipe).train)
         if not self.completed_steps:
@@ -255,7 +262,8 @@ class Trainer:
                 else f"weights {self.recipe.projection.weights!r}"
             ),
             "data": f"{data.source}: {count(videos, 'video')}, "
-            f"{count(int(self.index.num_frames.sum()), 'frame')}",
+            f"{count(int(self.index.num_frames.sum()), 'frame')}"
+            + (f"; {held_out} more held out" if (held_out := self.recipe.eval.held_out) else ""),
             "epoch": f"{count(pairs, 'pair')} = {count(videos, 'video')} x "
             f"{count(data.pairs_per_video, 'pair')}",
             "global batch": f"{count(self.global_batch, 'pair')} = batch_size {train.batch_size} x "
@@ -295,11 +303,17 @@ class Trainer:
             "projection": PROJECTION_FILE,
             "metrics": "metrics.jsonl",
             "learning curves": "figures/learning.png",
+            "last projection": LAST_PROJECTION_FILE,
         }
         folders = [trainer.folder for trainer in self.backbone_trainers]
-        for folder in folders:
+        for trainer, folder in zip(self.backbone_trainers, folders, strict=True):
             found = {name: str(folder / file) for name, file in files.items() if (folder / file).exists()}
+            record = json.loads(path.read_bytes()) if (path := folder / "train.json").exists() else {}
+            if kept := describe_kept(record):
+                found["kept"] = kept
             say_block("results", found, self.console)
+            if kept and not record["best_step"]:
+                self.say(f"warning: training {trainer.name} did not improve its features; {WHAT_TO_CHANGE}")
         run, source = shlex.quote(str(folders[0])), shlex.quote(self.recipe.data.source)
         load = f"import fasttrain; encoder = fasttrain.load_video_encoder({json.dumps(str(folders[0]))})"
         self.say("next, for example")
@@ -331,9 +345,9 @@ class Trainer:
         for trainer, metrics in measured:
             record: dict[str, Any] = {**metrics, **common}
             if self.world.is_main:
-                if self._is_due(self.recipe.eval.every, self.completed_steps):
-                    projection, device = trainer.projection, self.world.device
-                    record |= self.validate(trainer.encoder, projection, self.index, device, self.recipe)
+                validation = self.validations.get(trainer.name)
+                if validation and self._is_due(self.recipe.eval.every, self.completed_steps):
+                    record |= validation.update(trainer.projection, self.completed_steps)
                 listed = {"faults": faults} if faults else {}
                 self.logs[trainer.name].write(self.completed_steps, record | listed)
             # The most important first, because a narrow terminal cuts off the end.
@@ -400,7 +414,12 @@ class Trainer:
                 log.sync()
             facts = self.facts | {"bad_samples": self.bad_samples, "faults": self._faults}
             for trainer, losses_T3 in zip(self.backbone_trainers, losses, strict=True):
-                trainer.save(self.completed_steps, facts | {"losses": losses_T3})
+                state, kept = facts | {"losses": losses_T3}, None
+                if validation := self.validations.get(trainer.name):
+                    state["validation"] = validation.state()
+                    if not validation.keeps(self.completed_steps):
+                        kept = validation.kept
+                trainer.save(self.completed_steps, state, kept)
             # Old checkpoints are deleted last, so that the backbones always have a checkpoint in common.
             for trainer in self.backbone_trainers:
                 folder = trainer.folder / "checkpoints"
@@ -433,6 +452,21 @@ class Trainer:
         if single:
             self.say(f"{single} of {len(index)} videos have a single frame; their pairs contain it twice")
         return index
+
+    def _hold_out(self, index: FrameIndex) -> tuple[FrameIndex, FrameIndex]:
+        """Return the videos to train on, and those from which to choose the ones to validate."""
+        held_out = self.recipe.eval.held_out
+        if not held_out:
+            return index, index
+        long_enough = np.flatnonzero(index.num_frames >= MIN_FRAMES)
+        if held_out > len(long_enough) or held_out == len(index):
+            raise InputError(
+                f"eval.held_out: {held_out} is too many for {count(len(index), 'video')}, of which "
+                f"{len(long_enough)} have at least {MIN_FRAMES} frames; lower it, or pass more videos"
+            )
+        chosen = long_enough[evenly_spaced(len(long_enough), held_out)]
+        others = np.setdiff1d(np.arange(len(index)), chosen)
+        return index.select(others.tolist()), index.select(chosen.tolist())
 
     def _resume(self) -> int:
         """Load the newest checkpoint that all backbones have in common; return the number of completed steps.
@@ -473,6 +507,8 @@ class Trainer:
                         f"or remove DALI) and weights with their configuration, or another output=DIR"
                     )
             trainer.load_state(state)
+            if "validation" in state:
+                self._earlier_validations[trainer.name] = state["validation"]
             # Checkpoints of earlier versions lack these.
             self.bad_samples, self._faults = state.get("bad_samples", 0), state.get("faults", [])
         return completed_steps
@@ -574,6 +610,7 @@ class Trainer:
                         )
                     if seconds:
                         self.say(f"{trainer.name}: warmed up in {seconds:.1f} s")
+                self._begin_validation()
             # From here on, signals stop the run after a step. Before, they end it at once.
             timeout = self.recipe.train.stall_timeout
             self.stopping = Stopping(self.world, stall_timeout=timeout, say=self.say)
@@ -589,6 +626,28 @@ class Trainer:
             self._start = time.perf_counter()
             self._last_report = self.completed_steps, self._start
             yield
+
+    def _begin_validation(self) -> None:
+        """Measure the frozen features and, before the first step, the initial projections, on rank 0."""
+        self.validations = {}
+        for trainer in self.backbone_trainers if self.recipe.eval.every and self.world.is_main else ():
+            centred = trainer.centred(whole_frames(self.index, self.recipe.data.image_size))
+            validation = Validation(trainer.encoder, centred, self.validated, self.recipe)
+            if not validation.frozen:
+                self.say(
+                    f"warning: no video can be validated, so the last projection will be kept; pass videos "
+                    f"of at least {MIN_FRAMES} frames, or eval.every=0 to turn validation off"
+                )
+                return
+            self.validations[trainer.name] = validation
+            earlier = self._earlier_validations.get(trainer.name)
+            if not self.completed_steps:
+                self.logs[trainer.name].write(0, validation.update(trainer.projection, 0))
+            elif not (earlier and validation.resume(earlier, trainer.projection)):
+                self.say(
+                    f"{trainer.name}: only projections after step {self.completed_steps} are compared, "
+                    f"because the run has not been validated in this way before"
+                )
 
 
 def check_run_folder(recipe: Recipe) -> Recipe | None:

@@ -17,7 +17,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fasttrain.errors import InputError
+from fasttrain.errors import InputError, needing_eval
 from fasttrain.files import naming
 
 if TYPE_CHECKING:
@@ -131,7 +131,8 @@ def _read_results(folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
 def _draw_learning_curves(trainer: Trainer, folders: Iterable[Path]) -> None:
     with trainer.working("drawing the learning curves"):
         try:
-            from fasttrain.evaluation.plots import learning_curves
+            with needing_eval():
+                from fasttrain.evaluation.plots import learning_curves
         except InputError as error:
             trainer.say(f"no learning curves: {error}")
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import os
@@ -43,6 +44,8 @@ class FrameIndex(ABC):
     storage: Storage
     is_remote: bool = False
     """Whether reading waits for a server, so that many threads should read."""
+    _per_video: tuple[str, ...] = ()
+    """The names of further attributes that have an entry for each video."""
 
     def __init__(
         self,
@@ -58,6 +61,15 @@ class FrameIndex(ABC):
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def select(self, videos: Sequence[int]) -> FrameIndex:
+        """Return an index of some of the videos, in the given order."""
+        chosen = copy.copy(self)
+        for name in ("names", *self._per_video):
+            entries = getattr(self, name)
+            setattr(chosen, name, [entries[video] for video in videos])
+        chosen.num_frames = self.num_frames[np.asarray(videos, dtype=np.int64)]
+        return chosen
 
     def fingerprint(self) -> str:
         """Hash the names and lengths of the videos. A run can resume only on data with the same hash."""
@@ -80,6 +92,7 @@ class FolderIndex(FrameIndex):
     """An index of videos stored as frame folders."""
 
     storage: Storage = "images"
+    _per_video = ("_folders",)
 
     def __init__(self, folders: FrameFolders, skipped: Skipped, left_out: LeftOut | None = None) -> None:
         names = sorted(folders)
@@ -100,6 +113,7 @@ class RemoteFolderIndex(FrameIndex):
 
     storage: Storage = "images"
     is_remote = True
+    _per_video = ("_folders", "_starts")
 
     def __init__(
         self,
@@ -171,6 +185,7 @@ class VideoIndex(FrameIndex):
     """An index of video files, which are decoded on the CPU."""
 
     storage: Storage = "frames"
+    _per_video = ("videos",)
 
     def __init__(
         self, videos: dict[str, VideoInfo], skipped: Skipped, left_out: LeftOut | None = None

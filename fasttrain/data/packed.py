@@ -268,6 +268,7 @@ class PackedIndex(FrameIndex):
     """An index of a packed set, in which every frame is a byte range of a shard."""
 
     storage: Storage = "images"
+    _per_video = ("_videos",)
 
     def __init__(self, root: Path) -> None:
         shares = complete_shares(root)

@@ -2,26 +2,19 @@
 
 The functions exported here compute metrics from arrays and tensors; they need neither a model nor files. Each
 benchmark has a module that reads its dataset and evaluates the encoder. `command.py` implements
-`fasttrain eval`.
+`fasttrain eval`, and `validation.py` the validation during training.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from fasttrain.errors import InputError, pip_install
+from fasttrain.errors import needing_eval
 
-# The modules below import packages of the `eval` extra.
-try:
-    import_module("matplotlib")
-    import_module("scipy")
-except ModuleNotFoundError as error:
-    raise InputError(
-        f"package {error.name!r} is not installed. Install it with: {pip_install('eval')}"
-    ) from error
-
-from fasttrain.evaluation.metrics import boundary_accuracy, mean_iou, pck, region_similarity
-from fasttrain.evaluation.plots import pca_maps
-from fasttrain.evaluation.propagation import propagate_labels
-from fasttrain.evaluation.trade_off import consistency_separability
+if TYPE_CHECKING:
+    from fasttrain.evaluation.metrics import boundary_accuracy, mean_iou, pck, region_similarity
+    from fasttrain.evaluation.plots import pca_maps
+    from fasttrain.evaluation.propagation import propagate_labels
+    from fasttrain.evaluation.trade_off import consistency_separability
 
 __all__ = [
     "boundary_accuracy",
@@ -32,3 +25,25 @@ __all__ = [
     "propagate_labels",
     "region_similarity",
 ]
+
+# Imported on first use, because training validates without the packages of the extra `eval`.
+_MODULES = {
+    "boundary_accuracy": "metrics",
+    "consistency_separability": "trade_off",
+    "mean_iou": "metrics",
+    "pca_maps": "plots",
+    "pck": "metrics",
+    "propagate_labels": "propagation",
+    "region_similarity": "metrics",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    with needing_eval():
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

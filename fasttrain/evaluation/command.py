@@ -17,7 +17,7 @@ from pathlib import Path
 from fasttrain import distributed
 from fasttrain.distributed import World
 from fasttrain.encoder_options import EvaluatedModel, load_model
-from fasttrain.errors import InputError
+from fasttrain.errors import InputError, needing_eval
 from fasttrain.evaluation.results import (
     Result,
     identify,
@@ -53,7 +53,8 @@ def evaluate(arguments: argparse.Namespace) -> tuple[Path, Result] | None:
     Returns the file and its content on the main process, and None on the others. Raises InputError if the
     dataset or the encoder cannot be loaded.
     """
-    module, *_ = TASKS[arguments.task]
+    with needing_eval():
+        module = import_module(TASKS[arguments.task][0])
     # A run on the Hub has no folder for results.
     has_folder = arguments.run is not None and Path(arguments.run).is_dir()
     folder = arguments.output or Path(arguments.run if has_folder else "") / "eval"
@@ -62,7 +63,7 @@ def evaluate(arguments: argparse.Namespace) -> tuple[Path, Result] | None:
         evaluated = world.run_on_all(lambda: _prepare(arguments, folder, world))
         identity = identify(arguments.task, vars(arguments), evaluated.encoder, evaluated.projection)
         path = result_path(folder, identity)
-        content = import_module(module).run(arguments, evaluated, path.with_suffix(""), world)
+        content = module.run(arguments, evaluated, path.with_suffix(""), world)
     if content is None:
         return None
     content |= {

@@ -1,23 +1,19 @@
 """Measure how consistent features are within videos and how separable videos are (the paper's trade-off).
 
 The dataset can be any source that training accepts: frame folders, a frame list, video files or a packed set.
-Training records a selection of these metrics every `eval.every` steps if the recipe sets that key.
+`validation.py` measures the same during training.
 """
 
 # The metrics themselves are in `trade_off.py`. Shape suffixes: T frames, H W pixels, N tokens, D channels.
 
 import argparse
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from fasttrain.backbones import Backbone
 from fasttrain.data.images import UnreadableFrameError
 from fasttrain.data.index import FrameIndex
-from fasttrain.data.preprocessing import centre_crop, stream_frames
 from fasttrain.data.sampling import evenly_spaced
 from fasttrain.data.sources import describe_left_out, open_source
 from fasttrain.distributed import World
@@ -25,11 +21,8 @@ from fasttrain.encoder_options import EvaluatedModel
 from fasttrain.errors import InputError, LocalInputError, check_options
 from fasttrain.evaluation import plots
 from fasttrain.evaluation.trade_off import MIN_FRAMES, VideoMeasures, measure_video, summarise
+from fasttrain.evaluation.validation import read_frames
 from fasttrain.loggers import Progress, say
-from fasttrain.recipe import Recipe
-
-# The metrics recorded during training. The trade-off plot shows the two normalised distances.
-RECORDED = ("cycle_accuracy", "effective_rank", "intra_normalized_95", "inter_normalized_95")
 
 
 def run(
@@ -76,7 +69,7 @@ def _measure(
     index: FrameIndex, video: int, arguments: argparse.Namespace, model: EvaluatedModel, device: torch.device
 ) -> dict[str, VideoMeasures]:
     """Measure one video with each variant. Raises UnreadableFrameError if it cannot be read."""
-    frames_T3HW = _read_frames(index, video, arguments.num_frames, arguments.image_size, model.encoder)
+    frames_T3HW = read_frames(index, video, arguments.num_frames, arguments.image_size, model.encoder)
     # Encode one frame at a time to bound the memory.
     tokens = [model.tokens(frame_3HW[None].to(device)) for frame_3HW in frames_T3HW]
     measured = {}
@@ -89,48 +82,3 @@ def _measure(
             )
         measured[variant] = measure_video(tokens_TND)
     return measured
-
-
-def _read_frames(
-    index: FrameIndex, video: int, num_frames: int, image_size: int, encoder: Backbone
-) -> Tensor:
-    """Read evenly spaced crops (T, 3, H, W) of a video, normalised for the encoder.
-
-    Raises UnreadableFrameError if the video is too short or a frame is unreadable.
-    """
-    length = int(index.num_frames[video])
-    if length < MIN_FRAMES:
-        raise UnreadableFrameError(f"fewer than {MIN_FRAMES} frames")
-    frames = stream_frames(index, video, evenly_spaced(length, num_frames))
-    return torch.stack([centre_crop(frame, image_size, encoder.mean, encoder.std) for frame in frames])
-
-
-@torch.no_grad()
-def validate(
-    encoder: Backbone, projection: nn.Module, index: FrameIndex, device: torch.device, recipe: Recipe
-) -> dict[str, float]:
-    """Measure evenly spaced videos of `index`; returns metrics named `before/...` and `after/...`.
-
-    Unreadable videos and videos with fewer than 8 frames are skipped. Undefined metrics are omitted, for
-    example the inter-video distance of a single video. Returns an empty dictionary if no video qualifies.
-    """
-    measured: dict[str, list[VideoMeasures]] = {"before": [], "after": []}
-    long_enough = [video for video in range(len(index)) if index.num_frames[video] >= MIN_FRAMES]
-    for chosen in evenly_spaced(len(long_enough), recipe.eval.num_videos):
-        try:
-            frames_T3HW = _read_frames(
-                index, long_enough[chosen], recipe.eval.num_frames, recipe.data.image_size, encoder
-            )
-        except UnreadableFrameError:
-            continue
-        # The trainer may have cast the encoder to a lower precision.
-        tokens_TND = encoder.tokens(frames_T3HW.to(device, encoder.dtype)).float()
-        measured["before"].append(measure_video(tokens_TND))
-        measured["after"].append(measure_video(projection(tokens_TND).float()))
-    results = {variant: summarise(videos) for variant, videos in measured.items() if videos}
-    return {
-        f"{variant}/{key}": metrics[key]
-        for variant, metrics in results.items()
-        for key in RECORDED
-        if math.isfinite(metrics[key])
-    }

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from io import BytesIO
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -79,11 +79,20 @@ TITLES = {
     "cycle_accuracy": "cycle accuracy",
     "identity_similarity": "identity similarity",
     "effective_rank": "effective rank",
+    "color_r2": "propagation of colours, R²",
     "intra_normalized_95": "intra-video distance / 95 % diameter",
     "inter_normalized_95": "inter-video distance / 95 % diameter",
 }
 # Keys of metrics.jsonl that are not drawn.
-_BOOKKEEPING = ("step", "epoch", "seconds", "pairs_per_second", "lr", "bad_samples", "bad_files")
+_BOOKKEEPING = (
+    *("step", "epoch", "seconds", "pairs_per_second", "lr", "bad_samples", "bad_files"),
+    *("best_step", "best_score", "score"),
+)
+# The lines of what training does not change.
+_FROZEN: dict[str, tuple[Literal["--", ":"], str]] = {
+    "before": ("--", "before (frozen encoder)"),
+    "centred": (":", "frozen encoder, mean removed"),
+}
 _TRADE_OFF = ("intra_normalized_95", "inter_normalized_95")
 # The maximum numbers of class names along an axis and in the legend, and of the points of a curve.
 _MAX_TICKS, _MAX_HANDLES, _MAX_POINTS = 20, 40, 50
@@ -284,18 +293,18 @@ def framed(picture_HWC: Frame, correct: bool | None = None) -> Frame:
 def learning_curves(runs: Sequence[Path], path: Path) -> None:
     """Draw each metric in the runs' `metrics.jsonl` over the steps, on axes from zero.
 
-    A metric that never changes has no panel. Training does not change the frozen encoder, so its metrics are
-    dashed lines in the panels of the video encoder. A long curve is drawn pale, and over it the means of
-    consecutive points. Raises InputError if no run has metrics.
+    A metric that never changes has no panel. Training does not change the frozen encoder, so its metrics,
+    with and without its mean, are broken lines in the panels of the video encoder. A long curve is drawn
+    pale, and over it the means of consecutive points. Raises InputError if no run has metrics.
     """
-    panels: dict[tuple[str, bool], dict[tuple[int, bool], list[tuple[int, float]]]] = {}
+    panels: dict[tuple[str, bool], dict[tuple[int, str], list[tuple[int, float]]]] = {}
     for number, run in enumerate(runs):
         for record in read_records(run / "metrics.jsonl"):
             for key, value in record.items():
                 variant, _, name = key.rpartition("/")
                 if name not in _BOOKKEEPING and isinstance(value, int | float):
                     curves = panels.setdefault((name, bool(variant)), {})
-                    curves.setdefault((number, variant == "before"), []).append((record["step"], value))
+                    curves.setdefault((number, variant), []).append((record["step"], value))
     if not panels:
         paths = ", ".join(f"'{run}'" for run in runs)
         raise InputError(f"{paths}: no metrics in metrics.jsonl. Train for some steps first.")
@@ -308,7 +317,8 @@ def learning_curves(runs: Sequence[Path], path: Path) -> None:
     names = run_names(runs)
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    entries = len(names) + any(is_before for curves in panels.values() for _, is_before in curves)
+    drawn = {variant for curves in panels.values() for _, variant in curves}
+    entries = len(names) + len(drawn & _FROZEN.keys())
     width = PAGE / 3 * columns
     legend_columns = min(3, _legend_columns(names, width))
     figure = Figure(figsize=(width, 3.3 * rows + 0.3 * math.ceil(entries / legend_columns)))
@@ -322,10 +332,10 @@ def learning_curves(runs: Sequence[Path], path: Path) -> None:
         )
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.grid()
-        for (number, is_before), points in curves.items():
+        for (number, variant), points in curves.items():
             style = _run_style(number)
-            if is_before:
-                axes.axhline(points[-1][1], color=style["color"], linestyle="--")
+            if variant in _FROZEN:
+                axes.axhline(points[-1][1], color=style["color"], linestyle=_FROZEN[variant][0])
                 continue
             points_N2 = np.array(points)
             if len(points) > _MAX_POINTS:
@@ -340,8 +350,8 @@ def learning_curves(runs: Sequence[Path], path: Path) -> None:
             highest = max(np.max(line.get_ydata()) for line in axes.lines if line.get_alpha() is None)
             axes.set_ylim(0, min(1.08 * axes.dataLim.ymax, 1.5 * highest))
     handles = list(lines.values())
-    if entries > len(names):
-        handles += [Line2D([], [], color="0.5", linestyle="--", label="before (frozen encoder)")]
+    for variant, (line, label) in _FROZEN.items():
+        handles += [Line2D([], [], color="0.5", linestyle=line, label=label)] if variant in drawn else []
     if len(handles) > 1:
         figure.legend(handles=handles, loc="outside lower center", ncols=legend_columns)
     _save(figure, path)

@@ -26,6 +26,7 @@ from fasttrain.data.images import UnreadableFrameError, decode_image, read_encod
 from fasttrain.errors import InputError
 from fasttrain.evaluation import plots, results
 from fasttrain.evaluation.results import Result
+from fasttrain.evaluation.validation import describe_kept
 from fasttrain.files import os_reason, write_atomically
 from fasttrain.loggers import NON_FINITE, read_records, say
 from fasttrain.recipe import Recipe, load_recipe, to_dict, to_yaml
@@ -175,7 +176,10 @@ def _status(folder: Path, records: list[dict[str, Any]]) -> str:
     step = records[-1].get("step")
     if records[-1].get("event") == NON_FINITE:
         return f"dropped at step {step}, because its loss was not finite"
-    return f"{step} steps" if (folder / "train.json").exists() else f"unfinished, at step {step}"
+    if not (folder / "train.json").exists():
+        return f"unfinished, at step {step}"
+    kept = describe_kept(records[-1])
+    return f"{step} steps; keeps {kept}" if kept else f"{step} steps"
 
 
 # --- tables --------------------------------------------------------------------------------------------

@@ -1,0 +1,218 @@
+"""Validation during training, without labels: which projection to keep, and whether any is worth keeping.
+
+Three encoders are measured on the same frames: the frozen one (`before`), the frozen one with the mean of its
+tokens removed (`centred`), which costs no training, and that of the current projection (`after`). `score`
+decides which is better.
+"""
+
+# Shape suffixes: T frames, S pixels per side, H W pixels, h w grid, N = h * w tokens, C colours, D channels.
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fasttrain.backbones import Backbone
+from fasttrain.data.images import UnreadableFrameError
+from fasttrain.data.index import FrameIndex
+from fasttrain.data.preprocessing import centre_crop, stream_frames
+from fasttrain.data.sampling import evenly_spaced
+from fasttrain.evaluation.propagation import propagate_labels
+from fasttrain.evaluation.trade_off import MIN_FRAMES, VideoMeasures, measure_video, summarise
+from fasttrain.projection import Projection
+from fasttrain.recipe import Recipe
+
+# The metrics of `trade_off` that are recorded. The plot of the trade-off shows the two normalised distances.
+RECORDED = ("cycle_accuracy", "effective_rank", "intra_normalized_95", "inter_normalized_95")
+COLOUR = "color_r2"
+
+
+def score(metrics: Mapping[str, float]) -> float:
+    """Return the number by which projections are compared; higher is better.
+
+    It is how well the features propagate colours. Neither term of the objective trains that, unlike the cycle
+    accuracy, which training can raise while label propagation becomes worse.
+
+    Args:
+        metrics: The metrics of an encoder on the validation videos: `color_r2` and those in `RECORDED`.
+    """
+    return metrics.get(COLOUR, math.nan)
+
+
+def color_r2(tokens_TND: Tensor, frames_T3HW: Tensor, grid: tuple[int, int]) -> float:
+    """Propagate the colours of a video's first frame by label propagation, and compare them with the truth.
+
+    The colours of tokens are the means of their patches. Their propagation measures correspondence without
+    labels (Vondrick et al., "Tracking Emerges by Colorizing Videos", ECCV 2018, train by it).
+
+    Args:
+        tokens_TND: Features of the frames.
+        frames_T3HW: The frames, in any scale.
+        grid: The grid (h, w) with h * w = N.
+
+    Returns:
+        The coefficient of determination R2 of the colours of all frames but the first: 1 if all are right, 0
+            if they are as far from the truth as the mean colour is. NaN if all colours are equal, and minus
+            infinity if a feature is not finite.
+    """
+    if not tokens_TND.isfinite().all():
+        return -math.inf
+    colors_ThwC = functional.adaptive_avg_pool2d(frames_T3HW.float(), grid).permute(0, 2, 3, 1)
+    propagated_ThwC = propagate_labels(tokens_TND.unflatten(1, grid), colors_ThwC[0])
+    truth_ThwC = colors_ThwC[1:].to(propagated_ThwC.device).double()
+    error = (propagated_ThwC[1:].double() - truth_ThwC).square().sum()
+    spread = (truth_ThwC - truth_ThwC.mean(dim=(0, 1, 2))).square().sum()
+    return 1 - (error / spread).item() if spread > 0 else math.nan
+
+
+def read_frames(index: FrameIndex, video: int, num_frames: int, image_size: int, encoder: Backbone) -> Tensor:
+    """Read evenly spaced crops (T, 3, H, W) of a video, normalised for the encoder.
+
+    Raises UnreadableFrameError if the video is too short or a frame is unreadable.
+    """
+    length = int(index.num_frames[video])
+    if length < MIN_FRAMES:
+        raise UnreadableFrameError(f"fewer than {MIN_FRAMES} frames")
+    frames = stream_frames(index, video, evenly_spaced(length, num_frames))
+    return torch.stack([centre_crop(frame, image_size, encoder.mean, encoder.std) for frame in frames])
+
+
+class Validation:
+    """Measures the projections of one backbone during training, and keeps the best one.
+
+    The frozen tokens of the videos are computed once and kept in host memory, in the encoder's dtype.
+
+    Args:
+        encoder: The frozen backbone, which the trainer may have cast to a lower precision.
+        centred: The frozen encoder with its mean removed, as a projection.
+        index: The videos to choose from. Those with fewer than 8 frames or unreadable ones are skipped.
+        recipe: The recipe, whose section `eval` says how many to measure.
+
+    Attributes:
+        frozen: The metrics and scores of the frozen features, `before` and `centred`; empty if no video can
+            be measured.
+        best: The best projection so far, as a copy on the CPU; None before the first.
+        best_step: The number of completed steps after which it was measured.
+        best_score: Its score.
+    """
+
+    def __init__(self, encoder: Backbone, centred: Projection, index: FrameIndex, recipe: Recipe) -> None:
+        self.centred = centred.to(encoder.device)
+        self.best: Projection | None = None
+        self.best_step, self.best_score = 0, -math.inf
+        # Scores on other videos or frames cannot be compared.
+        self.settings = [recipe.eval.held_out, recipe.eval.num_videos, recipe.eval.num_frames]
+        side = recipe.data.image_size
+        self._grid, self._device = encoder.grid(side, side), encoder.device
+        # The colours (T, 3, h, w) of the patches, and the frozen tokens (T, N, D).
+        self._videos: list[tuple[Tensor, Tensor]] = []
+        long_enough = np.flatnonzero(index.num_frames >= MIN_FRAMES)
+        for chosen in evenly_spaced(len(long_enough), recipe.eval.held_out or recipe.eval.num_videos):
+            try:
+                frames_T3HW = read_frames(
+                    index, int(long_enough[chosen]), recipe.eval.num_frames, side, encoder
+                )
+            except UnreadableFrameError:
+                continue
+            with torch.no_grad():
+                tokens_TND = encoder.tokens(frames_T3HW.to(encoder.device, encoder.dtype)).cpu()
+            colors_T3hw = functional.adaptive_avg_pool2d(frames_T3HW, self._grid)
+            self._videos.append((colors_T3hw, tokens_TND))
+        self.frozen: dict[str, dict[str, float]] = {}
+        if self._videos:
+            frozen = {"before": self._measure(nn.Identity()), "centred": self._measure(self.centred)}
+            # Undefined, for example, if every video has a single colour.
+            self.frozen = frozen if math.isfinite(frozen["centred"]["score"]) else {}
+
+    @property
+    def beats_frozen(self) -> bool:
+        """Whether a projection was better than the frozen features with their mean removed."""
+        return self.best_score > self.frozen["centred"]["score"]
+
+    def keeps(self, completed_steps: int) -> bool:
+        """Whether the projection after `completed_steps` steps is the one to keep."""
+        return self.beats_frozen and self.best_step == completed_steps
+
+    @property
+    def kept(self) -> Projection:
+        """The best projection so far, or the frozen features with their mean removed if none was better."""
+        return self.best if self.best is not None and self.beats_frozen else self.centred
+
+    def update(self, projection: Projection, completed_steps: int) -> dict[str, float | int | None]:
+        """Measure a projection, and keep a copy of it if it is the best.
+
+        Returns:
+            The metrics `before/...`, `centred/...` and `after/...`, without undefined ones such as the
+                inter-video distance of a single video; `best_step`, which is None if no projection was better
+                than the frozen features with their mean removed, and `best_score`.
+        """
+        measured = self.frozen | {"after": self._measure(projection)}
+        if measured["after"]["score"] > self.best_score:
+            self.best, self.best_step = copy.deepcopy(projection).cpu(), completed_steps
+            self.best_score = measured["after"]["score"]
+        numbers = {
+            f"{variant}/{key}": value
+            for variant, metrics in measured.items()
+            for key, value in metrics.items()
+            if math.isfinite(value)
+        }
+        best_step = self.best_step if self.beats_frozen else None
+        return numbers | {"best_step": best_step, "best_score": self.best_score}
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run needs to continue exactly."""
+        best = None if self.best is None else self.best.state_dict()
+        return {
+            "settings": self.settings,
+            "step": self.best_step,
+            "score": self.best_score,
+            "projection": best,
+        }
+
+    def resume(self, state: Mapping[str, Any], projection: Projection) -> bool:
+        """Continue with what `state` has returned; `projection` is one of the same architecture.
+
+        Returns False, without a change, if that was measured on other videos or frames.
+        """
+        if state["settings"] != self.settings:
+            return False
+        if state["projection"] is not None:
+            self.best = copy.deepcopy(projection).cpu()
+            self.best.load_state_dict(state["projection"])
+        self.best_step, self.best_score = state["step"], state["score"]
+        return True
+
+    @torch.no_grad()
+    def _measure(self, projection: nn.Module) -> dict[str, float]:
+        """Return the recorded metrics and the score of a projection of the frozen tokens."""
+        measured: list[VideoMeasures] = []
+        colors = []
+        for colors_T3hw, frozen_TND in self._videos:
+            tokens_TND = projection(frozen_TND.to(self._device).float()).float()
+            measured.append(measure_video(tokens_TND))
+            colors.append(color_r2(tokens_TND, colors_T3hw, self._grid))
+        summary = summarise(measured)
+        defined = [r2 for r2 in colors if not math.isnan(r2)]
+        metrics = {key: summary[key] for key in RECORDED} | {COLOUR: fmean(defined) if defined else math.nan}
+        return metrics | {"score": score(metrics)}
+
+
+def describe_kept(record: Mapping[str, Any]) -> str:
+    """Say which projection a run keeps, given its last record; an empty text if it was not validated."""
+    if "best_step" not in record:
+        return ""
+    best, frozen, step = record["best_score"], record["centred/score"], record["best_step"]
+    if step is None:
+        return (
+            f"the frozen features with their mean removed, because no projection was better on the "
+            f"validation videos (best score {best:.3f}, frozen {frozen:.3f})"
+        )
+    return f"the projection after step {step} (score {best:.3f}, frozen with its mean removed {frozen:.3f})"
