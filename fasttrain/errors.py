@@ -39,10 +39,11 @@ def needing_eval() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name not in ("matplotlib", "scipy"):
+        package = (error.name or "").partition(".")[0]
+        if package not in ("matplotlib", "scipy"):
             raise
         raise InputError(
-            f"package {error.name!r} is not installed. Install it with: {pip_install('eval')}"
+            f"package {package!r} is not installed. Install it with: {pip_install('eval')}"
         ) from error
 
 

@@ -237,10 +237,12 @@ def test_characters_that_the_terminal_cannot_encode_are_replaced(
 
 
 def test_a_missing_optional_package_prints_one_line() -> None:
-    program = "import sys; sys.modules['scipy'] = None; from fasttrain.__main__ import main; "
+    program = "import sys; sys.modules['scipy'] = sys.modules['matplotlib'] = None; "
+    # Training needs neither package.
+    program += "import fasttrain.trainer; from fasttrain.__main__ import main; "
     words = ["eval", "davis", "--run", "RUN", "--root", "ROOT"]
     command = [sys.executable, "-c", f"{program} sys.exit(main({words}))"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    message = "package 'scipy' is not installed. Install it with: pip install 'fasttrain-video.eval.'"
+    message = "package 'matplotlib' is not installed. Install it with: pip install 'fasttrain-video.eval.'"
     assert re.fullmatch(f"fasttrain: {message}\n", done.stderr)

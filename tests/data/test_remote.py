@@ -104,6 +104,19 @@ def frames(packed: Path) -> Path:
     return packed.parent / "frames/list.txt"
 
 
+@pytest.mark.parametrize("is_list", [False, True])
+def test_some_of_the_videos(memory, packed: Path, frames: Path, is_list: bool) -> None:
+    local, index = open_source(frames if is_list else packed), open_source(LIST_URL if is_list else URL)
+    for whole in (local, index):
+        chosen = whole.select([2, 1])
+        assert chosen.names == [local.names[2], local.names[1]]
+        assert chosen.num_frames.tolist() == local.num_frames[[2, 1]].tolist()
+        for number, video in enumerate((2, 1)):
+            (ours,), (theirs,) = chosen.read(number, [3]), local.read(video, [3])
+            np.testing.assert_array_equal(ours, theirs)
+        assert len(whole) == 3
+
+
 def forbid(memory: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let all requests for the contents of frames fail."""
     monkeypatch.setattr(type(memory), "cat_ranges", None)

@@ -1,4 +1,4 @@
-"""`fasttrain eval consistency`, and the same metrics during training."""
+"""`fasttrain eval consistency`."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,6 @@ import torch
 from synthetic import (
     MODEL,
     NAMES,
-    SETTINGS,
     make_scene,
     result_of,
     write_frames,
@@ -67,35 +66,3 @@ def test_invalid_settings(
 ) -> None:
     assert main(["eval", "consistency", "--root", str(tmp_path), *MODEL, option, value]) == 2
     assert f"{option} {value}: expected at least" in capsys.readouterr().err
-
-
-def test_metrics_are_recorded_during_training(tmp_path: Path) -> None:
-    run, videos = tmp_path / "run", write_videos(tmp_path / "videos")
-    recipe = tmp_path / "recipe.yaml"
-    backbone = {key: value for key, value in SETTINGS.items() if key != "image_size"}
-    recipe.write_text(
-        json.dumps(
-            {
-                "output": str(run),
-                "device": "cpu",
-                "backbone": backbone,
-                "data": {"source": str(videos), "image_size": 64, "num_threads": 1},
-                "train": {
-                    "steps": 5, "batch_size": 3, "precision": "bf16", "log_every": 3, "tensorboard": False,
-                },
-                "eval": {"every": 2, "num_videos": 2, "num_frames": 8},
-            }
-        )
-    )  # fmt: skip
-    assert main([str(recipe)]) == 0
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    validated = {record["step"]: record for record in records if "after/intra_normalized_95" in record}
-    # Every second step, independently of `train.log_every`, and at the last step.
-    assert list(validated) == [2, 4, 5]
-    for variant in ("before", "after"):
-        for key in ("intra_normalized_95", "inter_normalized_95", "cycle_accuracy", "effective_rank"):
-            assert f"{variant}/{key}" in validated[4]
-    # The backbone is frozen; only the projection changes.
-    assert validated[2]["before/intra_normalized_95"] == validated[4]["before/intra_normalized_95"]
-    assert validated[2]["after/intra_normalized_95"] != validated[4]["after/intra_normalized_95"]
-    assert (run / "figures" / "learning.png").is_file()
