@@ -175,6 +175,7 @@ def training(run: Run) -> dict[str, Any]:
         output = root / "run"
         recipe = with_changes(run.recipe, "data", source=sources["packed"], pairs_per_video=run.pairs)
         recipe = with_changes(recipe, "train", steps=count, log_every=count // 4, save_every=count // 2)
+        recipe = with_changes(recipe, "eval", every=0)
         path = root / "recipe.yaml"
         path.write_text(to_yaml(dataclasses.replace(recipe, output=str(output))), encoding="utf-8")
 

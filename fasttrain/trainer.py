@@ -37,7 +37,7 @@ from fasttrain.data.sources import describe_left_out, open_source
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.evaluation.trade_off import MIN_FRAMES
-from fasttrain.evaluation.validation import Validation, describe_kept
+from fasttrain.evaluation.validation import Validation, describe_kept, has_improved
 from fasttrain.files import file_lock, is_url, naming, write_atomically, write_json
 from fasttrain.loggers import (
     NON_FINITE,
@@ -312,7 +312,7 @@ class Trainer:
             if kept := describe_kept(record):
                 found["kept"] = kept
             say_block("results", found, self.console)
-            if kept and not record["best_step"]:
+            if kept and not has_improved(record):
                 self.say(f"warning: training {trainer.name} did not improve its features; {WHAT_TO_CHANGE}")
         run, source = shlex.quote(str(folders[0])), shlex.quote(self.recipe.data.source)
         load = f"import fasttrain; encoder = fasttrain.load_video_encoder({json.dumps(str(folders[0]))})"

@@ -209,10 +209,16 @@ def describe_kept(record: Mapping[str, Any]) -> str:
     """Say which projection a run keeps, given its last record; an empty text if it was not validated."""
     if "best_step" not in record:
         return ""
-    best, frozen, step = record["best_score"], record["centred/score"], record["best_step"]
+    step, best = record["best_step"], record["best_score"]
+    frozen = f"frozen {record['before/score']:.3f}, without its mean {record['centred/score']:.3f}"
     if step is None:
         return (
-            f"the frozen features with their mean removed, because no projection was better on the "
-            f"validation videos (best score {best:.3f}, frozen {frozen:.3f})"
+            "the frozen features with their mean removed, because no projection was better on the "
+            f"validation videos (best score {best:.3f}; {frozen})"
         )
-    return f"the projection after step {step} (score {best:.3f}, frozen with its mean removed {frozen:.3f})"
+    return f"the projection after step {step} (score {best:.3f}; {frozen})"
+
+
+def has_improved(record: Mapping[str, Any]) -> bool:
+    """Return whether a trained projection is better than the frozen features, with and without their mean."""
+    return bool(record["best_step"]) and record["best_score"] > record["before/score"]

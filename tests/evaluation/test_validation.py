@@ -163,7 +163,7 @@ def test_the_best_projection_is_kept_and_the_last_one_stays(
     assert [record["best_step"] for record in records] == [0, 1, 2, 2, 2]
     assert json.loads((tmp_path / "train.json").read_text())["best_score"] == 0.9
     printed = " ".join(capsys.readouterr().out.split())
-    assert "kept the projection after step 2 (score 0.900, frozen with its mean removed 0.000)" in printed
+    assert "kept the projection after step 2 (score 0.900; frozen 0.000, without its mean 0.000)" in printed
     assert "did not improve" not in printed
 
 
