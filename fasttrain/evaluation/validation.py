@@ -38,8 +38,8 @@ COLOUR = "color_r2"
 def score(metrics: Mapping[str, float]) -> float:
     """Return the number by which projections are compared; higher is better.
 
-    It is how well the features propagate colours, which neither term of the objective trains. It can be wrong:
-    in a run of the demo, it preferred projections with a lower J.
+    It is how well the features propagate colours, which neither term of the objective trains. It can be
+    wrong: in a run of the demo, it preferred projections with a lower J.
 
     Args:
         metrics: The metrics of an encoder on the validation videos: `color_r2` and those in `RECORDED`.
