@@ -21,6 +21,7 @@ ORDER = (
     "backbones",
     "families",
     "objective",
+    "moments",
     "projection",
     "positions",
     "weights",
