@@ -21,6 +21,7 @@ ORDER = (
     "backbones",
     "families",
     "objective",
+    "closed_form",
     "moments",
     "projection",
     "positions",
