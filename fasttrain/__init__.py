@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fasttrain.backbones import Backbone, load_backbone
     from fasttrain.errors import InputError
+    from fasttrain.fitting import fit
     from fasttrain.projection import Projection
     from fasttrain.recipe import Recipe, load_recipe
     from fasttrain.training import TrainingResult, train
@@ -24,6 +25,7 @@ __all__ = [
     "Recipe",
     "TrainingResult",
     "VideoEncoder",
+    "fit",
     "load_backbone",
     "load_recipe",
     "load_video_encoder",
@@ -38,6 +40,7 @@ _MODULES = {
     "Recipe": "fasttrain.recipe",
     "TrainingResult": "fasttrain.training",
     "VideoEncoder": "fasttrain.video_encoder",
+    "fit": "fasttrain.fitting",
     "load_backbone": "fasttrain.backbones",
     "load_recipe": "fasttrain.recipe",
     "load_video_encoder": "fasttrain.video_encoder",

@@ -75,7 +75,7 @@ def _run_command(words: list[str]) -> int:
         describe_processes()
         name = _take_command(words)
         parser = new_parser(name)
-        if name in ("train", "demo"):
+        if name in ("train", "fit", "demo"):
             words = _without_dashes(words, parser)
         # Intermixed parsing allows options between positional arguments. argparse does not support it with
         # subcommands, which `eval` has.

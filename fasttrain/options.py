@@ -25,6 +25,8 @@ NEIGHBOURS, KNN_TEMPERATURE = (10, 20, 100, 200), 0.07
 SHORT_SIDE = 224
 # The maximum number of iterations of L-BFGS for linear classifiers.
 MAX_ITERATIONS = 1000
+# The number of frame pairs from which the closed form is computed.
+FIT_PAIRS = 2048
 # Names that other modules define: layouts of datasets, thresholds of the mAP.
 LAYOUTS = ("ucf101", "hmdb51", "kinetics", "ssv2", "list")
 TEMPORAL_IOU = ("thumos", "activitynet")
@@ -111,6 +113,12 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keys", nargs=0, action=_PrintKeys, help="print all recipe keys as a table and exit"
     )
+
+
+def add_fit_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or the name of a recipe: dinov2")
+    _add_overrides(parser, "data.source=PATH output=DIR")
+    _add_numbers(parser, ("--pairs", "N", FIT_PAIRS, "number of frame pairs to encode; at most one epoch is"))
 
 
 def add_demo_options(parser: argparse.ArgumentParser) -> None:
@@ -517,6 +525,11 @@ TASKS = {
 }
 COMMANDS = {
     "train": Command("fasttrain.training", "train a projection (the default command)", add_train_options),
+    "fit": Command(
+        "fasttrain.fitting",
+        "compute a projection in closed form, without training",
+        add_fit_options,
+    ),
     "pack": Command(
         "fasttrain.data.pack",
         "convert videos, frame folders or tars into a packed set for fast access",

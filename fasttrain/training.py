@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from fasttrain.video_encoder import VideoEncoder
 
 LEARNING_CURVES = Path("figures", "learning.png")
+# What `fasttrain fit` writes in place of train.json.
+FIT_FILE = "fit.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +105,15 @@ def train(
     recipe = load_recipe(recipe, given | overrides)
     import_module("fasttrain.trainer")
     from fasttrain import distributed
+    from fasttrain.backbone_trainer import backbone_recipes
     from fasttrain.trainer import Trainer
 
+    for each in backbone_recipes(recipe):
+        if Path(each.output, FIT_FILE).exists():
+            raise InputError(
+                f"output: {each.output!r} holds a projection of `fasttrain fit`. To start from it, pass "
+                f"projection.weights={shlex.quote(each.output)} and another output=DIR"
+            )
     with distributed.start(recipe.device) as world:
         trainer = Trainer(recipe, world, profile=profile)
         has_trained = bool(trainer.train(partial(_draw_learning_curves, trainer)))

@@ -11,6 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = (
     "tools",
     "__main__",
+    "fitting",
+    "fitter",
     "training",
     "trainer",
     "evaluation",

@@ -1,0 +1,175 @@
+"""Fit projections in closed form: gather moments, choose the strength on held-out videos, write run folders.
+
+A `Trainer` has set up the backbones, the data and the run folders. All ranks gather moments; rank 0 does the
+rest.
+"""
+
+# Shape suffixes: B pairs, N tokens, D channels.
+
+from __future__ import annotations
+
+import math
+import shlex
+import time
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from fasttrain.backbone_trainer import BackboneTrainer
+from fasttrain.closed_form import linear_projection, reliability, solve
+from fasttrain.data.index import FrameIndex
+from fasttrain.data.loader import PairLoader, calibration_frames
+from fasttrain.data.sampling import evenly_spaced
+from fasttrain.errors import InputError
+from fasttrain.evaluation.trade_off import MIN_FRAMES
+from fasttrain.evaluation.validation import Validation
+from fasttrain.files import file_lock, write_atomically, write_json
+from fasttrain.loggers import Progress, count, say_block
+from fasttrain.moments import TokenMoments
+from fasttrain.projection import PROJECTION_FILE
+from fasttrain.recipe import to_dict, to_yaml
+from fasttrain.trainer import Trainer, check_bad_fraction
+from fasttrain.training import FIT_FILE
+from fasttrain.video_encoder import projection_metadata
+
+# The strengths to choose from, besides infinity: the frozen features with their mean removed.
+STRENGTHS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
+# Unless the recipe says how many videos to hold out, eval.num_videos are, but at most one of so many.
+HELD_OUT_EVERY = 5
+# Quantiles of the reliability of directions in fit.json.
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+# Number of pairs to encode at a time.
+CHUNK = 16
+
+
+def fit_all(trainer: Trainer, pairs: int) -> dict[str, dict[str, Any]]:
+    """Fit a projection for each backbone, and return the content of fit.json by its name, on all ranks."""
+    world, start = trainer.world, time.perf_counter()
+    index, validated = _split(trainer)
+    results: dict[str, dict[str, Any]] = {}
+    for backbone, moments in zip(trainer.backbone_trainers, _gather(trainer, index, pairs), strict=True):
+        write = partial(_write, trainer, backbone, moments, validated)
+        content = world.run_on_all(write if world.is_main else lambda: None)
+        results[backbone.name] = world.gather(content)[0]
+    if world.is_main:
+        _say_results(trainer, results, time.perf_counter() - start)
+    return results
+
+
+def _split(trainer: Trainer) -> tuple[FrameIndex, FrameIndex]:
+    """Return the videos whose moments are gathered, and those on which the strength is chosen."""
+    index, recipe = trainer.index, trainer.recipe.eval
+    if recipe.held_out:
+        return index, trainer.validated
+    long_enough = np.flatnonzero(index.num_frames >= MIN_FRAMES)
+    number = min(recipe.num_videos, len(long_enough) // HELD_OUT_EVERY)
+    if not number:
+        trainer.say("too few videos to hold any out; the strength is chosen on those that are fitted")
+        return index, index
+    chosen = long_enough[evenly_spaced(len(long_enough), number)]
+    others = np.setdiff1d(np.arange(len(index)), chosen)
+    return index.select(others.tolist()), index.select(chosen.tolist())
+
+
+def _gather(trainer: Trainer, index: FrameIndex, pairs: int) -> list[TokenMoments]:
+    """Return the moments of the first pairs of the training stream, by backbone, the same on all ranks."""
+    recipe, world, backbones = trainer.recipe, trainer.world, trainer.backbone_trainers
+    pairs = min(pairs, len(index) * recipe.data.pairs_per_video)
+    batch = max(1, min(recipe.train.batch_size, pairs // world.size))
+    steps = math.ceil(pairs / (batch * world.size))
+    loader = PairLoader(
+        index=index,
+        recipe=replace(recipe, train=replace(recipe.train, batch_size=batch, accumulate=1)),
+        world=world,
+        first_step_index=0,
+        num_steps=steps,
+    )
+    for backbone in backbones:
+        if backbone.runtime.awaits_calibration:
+            backbone.calibrate(calibration_frames(index, recipe.data.image_size))
+    moments = [TokenMoments(backbone.encoder.embed_dim, world.device) for backbone in backbones]
+    bad_samples: list[str] = []
+    try:
+        with Progress("batch", steps, enabled=world.is_main, console=trainer.console) as progress:
+            for step, loaded in enumerate(loader):
+                bad_samples += loaded.bad_samples
+                # The last batches may extend over the number of pairs.
+                own = min(batch, max(0, pairs - (step * world.size + world.rank) * batch))
+                for frames in loaded.frames[:, :own].split(CHUNK, dim=1) if own else ():
+                    for backbone, gathered in zip(backbones, moments, strict=True):
+                        tokens_BND = backbone.runtime.tokens(frames.flatten(0, 1))
+                        gathered.add(tokens_BND.unflatten(0, frames.shape[:2]).transpose(0, 1))
+                progress.advance()
+    finally:
+        loader.close()
+    bad_samples = [line for share in world.gather(bad_samples) for line in share]
+    for line in bad_samples:
+        trainer.say(f"unreadable sample: {line}")
+    if bad_samples:
+        limit = recipe.data.max_bad_fraction
+        check_bad_fraction(len(bad_samples), pairs + len(bad_samples), limit, bad_samples[-1])
+    return [gathered.of_all_ranks(world) for gathered in moments]
+
+
+def _write(
+    trainer: Trainer, backbone: BackboneTrainer, moments: TokenMoments, validated: FrameIndex
+) -> dict[str, Any]:
+    """Choose the strength, write the run folder, and return the content of fit.json."""
+    recipe = backbone.recipe
+    with trainer.working("choosing the strength"):
+        centred = linear_projection(moments, solve(moments, math.inf))
+        validation = Validation(backbone.encoder, centred, validated, recipe)
+        if not validation.frozen:
+            raise InputError(
+                f"data.source: none of {count(len(validated), 'video')} can be validated; pass videos of at "
+                f"least {MIN_FRAMES} readable frames"
+            )
+        scores: dict[str, float | None] = {"frozen": validation.frozen["centred"]["score"]}
+        for number, strength in enumerate(STRENGTHS):
+            projection = linear_projection(moments, solve(moments, strength)).to(trainer.world.device)
+            scores[f"{strength:g}"] = validation.update(projection, number).get("after/score")
+    quantiles = reliability(moments).quantile(torch.tensor(QUANTILES, dtype=torch.float64))
+    content = {
+        "backbone": backbone.name,
+        "strength": STRENGTHS[validation.best_step] if validation.beats_frozen else None,
+        "scores": scores,
+        "reliability": dict(zip(map(str, QUANTILES), quantiles.tolist(), strict=True)),
+        "pairs": moments.num_samples,
+        "tokens": moments.num_tokens,
+        "matches": moments.num_matches,
+        "validated_videos": len(validated),
+    }
+    kept = validation.kept
+    metadata = projection_metadata(backbone.backbone_settings, backbone.encoder, kept, to_dict(recipe))
+    refusal = f"output: another run is writing to {str(backbone.folder)!r}; use another output=DIR"
+    with file_lock(backbone.folder / "run.lock", refusal):
+        kept.save(backbone.folder / PROJECTION_FILE, metadata)
+        write_json(backbone.folder / FIT_FILE, content)
+        # Written last: a folder with a recipe but without fit.json is that of a training run.
+        write_atomically(backbone.folder / "recipe.yaml", to_yaml(recipe).encode())
+    return content
+
+
+def _say_results(trainer: Trainer, results: dict[str, dict[str, Any]], seconds: float) -> None:
+    for backbone in trainer.backbone_trainers:
+        found = results[backbone.name]
+        strength, frozen = found["strength"], "the frozen features with their mean removed"
+        score = found["scores"]["frozen"]
+        if strength is None:
+            chosen = f"none is better than {frozen} (score {score:.3f}), which are the result"
+        else:
+            chosen = f"{strength:g}, score {found['scores'][f'{strength:g}']:.3f} ({frozen}: {score:.3f})"
+        lines = {
+            "backbone": backbone.encoder.summary,
+            "pairs": f"{found['pairs']:,}, with {found['matches']:,} matched tokens",
+            "reliability": f"{found['reliability']['0.5']:.2f} (median over directions)",
+            "strength": f"{chosen}; chosen on {count(found['validated_videos'], 'video')}",
+            "projection": str(backbone.folder / PROJECTION_FILE),
+        }
+        say_block("closed form", lines, trainer.console)
+    trainer.say(f"fitted in {seconds:.1f} s; next, for example")
+    run, data = str(trainer.backbone_trainers[0].folder), trainer.recipe.data.source
+    trainer.say(f"  fasttrain eval consistency --run {shlex.quote(run)} --root {shlex.quote(data)}")
