@@ -50,7 +50,8 @@ def fit_all(trainer: Trainer, pairs: int) -> dict[str, dict[str, Any]]:
     world, start = trainer.world, time.perf_counter()
     index, validated = _split(trainer)
     results: dict[str, dict[str, Any]] = {}
-    for backbone, moments in zip(trainer.backbone_trainers, _gather(trainer, index, pairs), strict=True):
+    gathered = gather_moments(trainer, index, pairs)
+    for backbone, moments in zip(trainer.backbone_trainers, gathered, strict=True):
         write = partial(_write, trainer, backbone, moments, validated)
         content = world.run_on_all(write if world.is_main else lambda: None)
         results[backbone.name] = world.gather(content)[0]
@@ -74,7 +75,7 @@ def _split(trainer: Trainer) -> tuple[FrameIndex, FrameIndex]:
     return index.select(others.tolist()), index.select(chosen.tolist())
 
 
-def _gather(trainer: Trainer, index: FrameIndex, pairs: int) -> list[TokenMoments]:
+def gather_moments(trainer: Trainer, index: FrameIndex, pairs: int) -> list[TokenMoments]:
     """Return the moments of the first pairs of the training stream, by backbone, the same on all ranks."""
     recipe, world, backbones = trainer.recipe, trainer.world, trainer.backbone_trainers
     pairs = min(pairs, len(index) * recipe.data.pairs_per_video)

@@ -1,0 +1,131 @@
+"""`fasttrain fit`: the projection in closed form, from the command line and from Python."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from synthetic import write_folders
+
+import fasttrain
+from fasttrain.__main__ import main
+from fasttrain.distributed import World
+from fasttrain.errors import InputError
+from fasttrain.fitter import STRENGTHS, gather_moments
+from fasttrain.projection import Projection
+from fasttrain.recipe import load_recipe, to_dict
+from fasttrain.trainer import Trainer
+
+TINY: dict[str, Any] = {
+    "device": "cpu",
+    "data": {"image_size": 32, "num_threads": 1, "pairs_per_video": 2},
+    "train": {"steps": 1, "batch_size": 2, "accumulate": 1, "precision": "fp32", "tensorboard": False},
+    "backbone": {"weights": "random", "patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2},
+    "eval": {"num_frames": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folders(tmp_path_factory.mktemp("frames"), [8] * 6)
+
+
+def fit(frames: Path, output: Path, monkeypatch: pytest.MonkeyPatch, metric: str, **keys: Any) -> Any:
+    """Fit with the greatest value of a metric as the criterion."""
+    score = "fasttrain.evaluation.validation.score"
+    monkeypatch.setattr(score, lambda metrics: -metrics[metric] if metric else 0.0)
+    return fasttrain.fit("dino", source=frames, output=output, **{**TINY, **keys})
+
+
+def test_other_commands_accept_the_run_folder(
+    frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The strongest filter leaves the lowest effective rank, so it is chosen by this criterion."""
+    folder = tmp_path / "fit"
+    fitted = fit(frames, folder, monkeypatch, "effective_rank")
+    content = json.loads((folder / "fit.json").read_text())
+    assert fitted.results == {"dino": content}
+    assert content["strength"] == min(STRENGTHS)
+    # Of six videos, one is held out. An epoch has two pairs of each of the others, with 2 x 4 tokens.
+    assert (content["pairs"], content["tokens"], content["validated_videos"]) == (10, 80, 1)
+    assert "strength     0.01, score " in capsys.readouterr().out
+    assert torch.isfinite(fitted.encoder(torch.zeros(1, 2, 3, 32, 32))).all()
+    evaluated = ["--device", "cpu", "--image-size", "32", "--num-frames", "8"]
+    assert main(["eval", "consistency", "--run", str(folder), "--root", str(frames), *evaluated]) == 0
+    assert main(["report", str(folder), "--output", str(tmp_path / "report.html")]) == 0
+    # The first step moves the weights by the learning rate.
+    keys = {**TINY, "projection.weights": str(folder), "optimizer.lr": 1e-9}
+    trained = fasttrain.train("dino", source=frames, output=tmp_path / "run", **keys)
+    start, end = Projection.find(str(folder)), Projection.find(str(trained.folders["dino"]))
+    torch.testing.assert_close(dict(end.state_dict()), dict(start.state_dict()), rtol=0, atol=1e-6)
+
+
+def test_the_frozen_features_are_kept_if_no_strength_is_better(
+    frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fitted = fit(frames, tmp_path, monkeypatch, "", backbones=[{"name": "dino", **TINY["backbone"]}])
+    assert fitted.results["dino"]["strength"] is None
+    assert "none is better than the frozen features with their mean" in capsys.readouterr().out
+    weight_DD = Projection.find(str(tmp_path / "dino")).linears[0].weight
+    assert torch.equal(weight_DD, weight_DD[0, 0] * torch.eye(32))
+
+
+def test_pairs_are_divided_among_processes(frames: Path, tmp_path: Path) -> None:
+    """Seven pairs in batches of two: the last process gets one pair less."""
+    recipe = load_recipe("dino", {**TINY, "data.source": str(frames), "output": str(tmp_path)})
+    single, *ranks = (
+        gather_moments(trainer, trainer.index, 7)[0]
+        for trainer in (
+            Trainer(recipe, dataclasses.replace(World.single("cpu"), rank=rank, size=size))
+            for rank, size in ((0, 1), (0, 2), (1, 2))
+        )
+    )
+    assert [rank.num_samples for rank in ranks] == [4, 3]
+    ranks[0].merge(ranks[1])
+    assert (ranks[0].num_tokens, ranks[0].num_matches) == (single.num_tokens, single.num_matches)
+    for name in ("mean_D", "total_DD", "noise_DD", "video_DD"):
+        torch.testing.assert_close(getattr(ranks[0], name), getattr(single, name), rtol=1e-5, atol=1e-6)
+
+
+def test_a_folder_is_used_for_one_projection(
+    frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same fit may be repeated."""
+    fitted, trained = tmp_path / "fit", tmp_path / "run"
+    first = fit(frames, fitted, monkeypatch, "effective_rank")
+    assert fit(frames, fitted, monkeypatch, "effective_rank") == first
+    with pytest.raises(InputError, match=r"holds a run of another recipe \(seed: 0 -> 1\)"):
+        fit(frames, fitted, monkeypatch, "effective_rank", seed=1)
+    with pytest.raises(
+        InputError, match=r"projection of `fasttrain fit`\. To start from it, pass projection"
+    ):
+        fasttrain.train("dino", source=frames, output=fitted, **TINY)
+    trained.mkdir()
+    (trained / "recipe.yaml").write_text(json.dumps(to_dict(load_recipe("dino", TINY))))
+    with pytest.raises(InputError, match="holds a training run; use another output=DIR"):
+        fit(frames, trained, monkeypatch, "effective_rank")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pairs", "0"], "--pairs: 0 is less than 1; pass the number of frame pairs"),
+        (
+            ["projection.head=mlp2"],
+            "projection.head: 'mlp2' cannot be fitted, because the closed form is a linear",
+        ),
+    ],
+)
+def test_invalid_arguments_are_refused_in_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", "dino", *arguments]) == 2
+    assert capsys.readouterr().err.startswith(f"fasttrain: {message}")
+
+
+def test_videos_that_cannot_be_validated_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="none of 2 videos can be validated; pass videos of at least 8"):
+        fit(write_folders(tmp_path / "short", [4] * 2), tmp_path / "fit", monkeypatch, "")
+    assert not (tmp_path / "fit" / "recipe.yaml").exists()
