@@ -77,18 +77,23 @@ class TokenMoments:
         self.num_matches = 0
         self._noise_DD = torch.zeros(dim, dim, dtype=torch.float64, device=device)
 
-    def add(self, tokens_B2ND: Tensor) -> None:
-        """Add the tokens of both frames of B pairs, of any floating-point dtype."""
-        for chunk_B2ND in tokens_B2ND.split(CHUNK):
-            self._add(chunk_B2ND.to(self.device, torch.float64))
+    def add(self, tokens_B2ND: Tensor, match_by_B2ND: Tensor | None = None) -> None:
+        """Add the tokens of both frames of B pairs, of any floating-point dtype.
 
-    def _add(self, tokens_B2ND: Tensor) -> None:
+        Tokens match if those of `match_by_B2ND` do, which are by default the same tokens.
+        """
+        if match_by_B2ND is None:
+            match_by_B2ND = tokens_B2ND
+        for chunks in zip(tokens_B2ND.split(CHUNK), match_by_B2ND.split(CHUNK), strict=True):
+            self._add(*(chunk_B2ND.to(self.device, torch.float64) for chunk_B2ND in chunks))
+
+    def _add(self, tokens_B2ND: Tensor, match_by_B2ND: Tensor) -> None:
         self._tokens.add(tokens_B2ND.flatten(0, 2))
         frames_B2D = tokens_B2ND.mean(2)
         self._frames.add(frames_B2D.flatten(0, 1))
         self._samples.add(frames_B2D.mean(1))
         first_BND, second_BND = tokens_B2ND.unbind(1)
-        nearest_BN, is_mutual_BN = mutual_nearest(first_BND, second_BND)
+        nearest_BN, is_mutual_BN = mutual_nearest(*match_by_B2ND.unbind(1))
         partner_BND = second_BND.gather(1, nearest_BN[..., None].expand_as(second_BND))
         difference_MD = (first_BND - partner_BND)[is_mutual_BN]
         self._noise_DD = self._noise_DD + difference_MD.T @ difference_MD / 2
