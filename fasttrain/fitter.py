@@ -29,10 +29,9 @@ from fasttrain.evaluation.validation import Validation
 from fasttrain.files import file_lock, write_atomically, write_json
 from fasttrain.loggers import Progress, count, say_block
 from fasttrain.moments import TokenMoments
-from fasttrain.projection import PROJECTION_FILE
+from fasttrain.projection import FIT_FILE, PROJECTION_FILE
 from fasttrain.recipe import to_dict, to_yaml
 from fasttrain.trainer import Trainer, check_bad_fraction
-from fasttrain.training import FIT_FILE
 from fasttrain.video_encoder import projection_metadata
 
 # The strengths to choose from, besides infinity: the frozen features with their mean removed.
@@ -145,6 +144,7 @@ def _write(
     }
     kept = validation.kept
     metadata = projection_metadata(backbone.backbone_settings, backbone.encoder, kept, to_dict(recipe))
+    metadata["strength"] = "infinite" if content["strength"] is None else f"{content['strength']:g}"
     refusal = f"output: another run is writing to {str(backbone.folder)!r}; use another output=DIR"
     with file_lock(backbone.folder / "run.lock", refusal):
         kept.save(backbone.folder / PROJECTION_FILE, metadata)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from fasttrain.errors import InputError
 from fasttrain.options import FIT_PAIRS
-from fasttrain.training import FIT_FILE, TrainingResult
+from fasttrain.training import TrainingResult
 
 if TYPE_CHECKING:
     from fasttrain.recipe import Recipe
@@ -74,6 +74,7 @@ def fit(
     from fasttrain import distributed
     from fasttrain.backbone_trainer import backbone_recipes
     from fasttrain.fitter import fit_all
+    from fasttrain.projection import FIT_FILE
     from fasttrain.trainer import Trainer
 
     for each in backbone_recipes(recipe):

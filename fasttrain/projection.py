@@ -28,6 +28,8 @@ PROJECTION_FILE = "projection.safetensors"
 PUBLISHED: tuple[Head, ...] = ("linear", "mlp2", "mlp3")
 # The projection after the last step, if the run keeps a better one.
 LAST_PROJECTION_FILE = "projection-last.safetensors"
+# What `fasttrain fit` writes in place of train.json.
+FIT_FILE = "fit.json"
 # The projections that the paper's authors published, by the names of their backbones.
 COSETTLE = ("mae", "ijepa", "clip", "blip", "mocov3", "ibot", "dino", "dinov2")
 # Standard deviation of the inputs of tanh at the start at the frozen features: there, tanh is nearly linear.

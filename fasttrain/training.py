@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from fasttrain.video_encoder import VideoEncoder
 
 LEARNING_CURVES = Path("figures", "learning.png")
-# What `fasttrain fit` writes in place of train.json.
-FIT_FILE = "fit.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +104,7 @@ def train(
     import_module("fasttrain.trainer")
     from fasttrain import distributed
     from fasttrain.backbone_trainer import backbone_recipes
+    from fasttrain.projection import FIT_FILE
     from fasttrain.trainer import Trainer
 
     for each in backbone_recipes(recipe):

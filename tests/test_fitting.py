@@ -16,6 +16,7 @@ from fasttrain.errors import InputError
 from fasttrain.fitter import STRENGTHS, gather_moments
 from fasttrain.projection import Projection
 from fasttrain.recipe import load_recipe, to_dict
+from fasttrain.tools.push import write_repository
 from fasttrain.trainer import Trainer
 
 TINY: dict[str, Any] = {
@@ -55,6 +56,11 @@ def test_other_commands_accept_the_run_folder(
     evaluated = ["--device", "cpu", "--image-size", "32", "--num-frames", "8"]
     assert main(["eval", "consistency", "--run", str(folder), "--root", str(frames), *evaluated]) == 0
     assert main(["report", str(folder), "--output", str(tmp_path / "report.html")]) == 0
+    assert "a projection in closed form" in (tmp_path / "report.html").read_text()
+    write_repository(folder, tmp_path / "repository", "me/fitted")
+    card = (tmp_path / "repository" / "README.md").read_text()
+    assert "strength 0.01" in card
+    assert "optimizer.lr" not in card
     # The first step moves the weights by the learning rate.
     keys = {**TINY, "projection.weights": str(folder), "optimizer.lr": 1e-9}
     trained = fasttrain.train("dino", source=frames, output=tmp_path / "run", **keys)

@@ -29,6 +29,7 @@ from fasttrain.evaluation.results import Result
 from fasttrain.evaluation.validation import describe_kept
 from fasttrain.files import os_reason, write_atomically
 from fasttrain.loggers import NON_FINITE, read_records, say
+from fasttrain.projection import FIT_FILE
 from fasttrain.recipe import Recipe, load_recipe, to_dict, to_yaml
 
 # Twice the width at which most pictures are shown, so that they are sharp on dense screens.
@@ -172,7 +173,8 @@ def _noting(problems: list[str]) -> Iterator[None]:
 
 def _status(folder: Path, records: list[dict[str, Any]]) -> str:
     if not records:
-        return "no training metrics"
+        is_fit = (folder / FIT_FILE).exists()
+        return "a projection in closed form (`fasttrain fit`)" if is_fit else "no training metrics"
     step = records[-1].get("step")
     if records[-1].get("event") == NON_FINITE:
         return f"dropped at step {step}, because its loss was not finite"

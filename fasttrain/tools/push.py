@@ -43,6 +43,8 @@ KEYS = (
     *("objective.temperature", "objective.window", "objective.lambda_reg", "optimizer.lr", "train.epochs"),
     *("train.steps", "train.batch_size", "train.accumulate", "train.precision", "seed"),
 )
+# The sections of these that do not matter for a projection of `fasttrain fit`.
+TRAINED_ONLY = ("objective.", "optimizer.", "train.")
 # The settings that name a place.
 PLACES = ("source", "output", "weights", "projection", "run", "root", "videos", "list")
 PUBLIC = ("hf://", "timm://", "cosettle://")
@@ -238,7 +240,7 @@ def _card(
         weights=weights,
         load=load,
         dim=projection.dim,
-        training=_table(("key", "value"), _shown_keys(recipe)),
+        training=_table(("key", "value"), _shown_keys(recipe, projection.metadata.get("strength"))),
         results=_results_table(evaluated),
         pictures="\n\n".join(f"![{Path(name).stem}](figures/{name})" for name in pictures),
     )
@@ -275,8 +277,13 @@ def _base_model(location: str) -> dict[str, Any]:
     return {"base_model": name, "base_model_relation": "adapter"} if name else {}
 
 
-def _shown_keys(recipe: dict[str, Any]) -> Iterable[tuple[str, str]]:
+def _shown_keys(recipe: dict[str, Any], strength: str | None) -> Iterable[tuple[str, str]]:
+    """Yield keys and values; `strength` is that of the closed form, None for a trained projection."""
+    if strength is not None:
+        yield "closed form (`fasttrain fit`)", f"strength {strength}"
     for key in KEYS:
+        if strength is not None and key.startswith(TRAINED_ONLY):
+            continue
         value: Any = recipe
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
