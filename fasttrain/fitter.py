@@ -15,14 +15,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from fasttrain.backbone_trainer import BackboneTrainer
 from fasttrain.closed_form import linear_projection, reliability, solve
 from fasttrain.data.index import FrameIndex
 from fasttrain.data.loader import PairLoader, calibration_frames
-from fasttrain.data.sampling import evenly_spaced
 from fasttrain.errors import InputError
 from fasttrain.evaluation.trade_off import MIN_FRAMES
 from fasttrain.evaluation.validation import Validation
@@ -64,14 +62,10 @@ def _split(trainer: Trainer) -> tuple[FrameIndex, FrameIndex]:
     index, recipe = trainer.index, trainer.recipe.eval
     if recipe.held_out:
         return index, trainer.validated
-    long_enough = np.flatnonzero(index.num_frames >= MIN_FRAMES)
-    number = min(recipe.num_videos, len(long_enough) // HELD_OUT_EVERY)
+    number = min(recipe.num_videos, int((index.num_frames >= MIN_FRAMES).sum()) // HELD_OUT_EVERY)
     if not number:
         trainer.say("too few videos to hold any out; the strength is chosen on those that are fitted")
-        return index, index
-    chosen = long_enough[evenly_spaced(len(long_enough), number)]
-    others = np.setdiff1d(np.arange(len(index)), chosen)
-    return index.select(others.tolist()), index.select(chosen.tolist())
+    return trainer.hold_out(index, number)
 
 
 def gather_moments(trainer: Trainer, index: FrameIndex, pairs: int) -> list[TokenMoments]:

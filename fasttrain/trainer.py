@@ -111,7 +111,7 @@ class Trainer:
         recipes = backbone_recipes(recipe)
         # The recipes with which the run has been trained so far, if it has begun.
         earlier = [check_run_folder(backbone_recipe) for backbone_recipe in recipes]
-        self.index, self.validated = self._hold_out(self._open_source())
+        self.index, self.validated = self.hold_out(self._open_source(), recipe.eval.held_out)
         train = recipe.train
         self.global_batch = train.batch_size * train.accumulate * world.size
         samples_per_epoch = len(self.index) * recipe.data.pairs_per_video
@@ -453,9 +453,8 @@ class Trainer:
             self.say(f"{single} of {len(index)} videos have a single frame; their pairs contain it twice")
         return index
 
-    def _hold_out(self, index: FrameIndex) -> tuple[FrameIndex, FrameIndex]:
+    def hold_out(self, index: FrameIndex, held_out: int) -> tuple[FrameIndex, FrameIndex]:
         """Return the videos to train on, and those from which to choose the ones to validate."""
-        held_out = self.recipe.eval.held_out
         if not held_out:
             return index, index
         long_enough = np.flatnonzero(index.num_frames >= MIN_FRAMES)
