@@ -14,8 +14,6 @@ derivation is in docs/theory.md.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -28,48 +26,64 @@ from fasttrain.projection import Projection
 RIDGE = 1e-9
 
 
-def solve(moments: TokenMoments, strength: float) -> Tensor:
-    """Return the matrix W (D, D) of the closed form, in float64.
+class ClosedForm:
+    """The closed form of some moments for every strength, and its relatives.
 
     Args:
         moments: The moments of the frozen tokens.
-        strength: The weight mu > 0 of separability. Infinity gives the identity.
+
+    Attributes:
+        reliability_D: The correlations 1 - rho of matched tokens in the closed form's directions, descending.
+            A negative value means that matched tokens differ more than any two tokens do.
+
+    Raises:
+        InputError: The tokens do not vary, or are not finite.
     """
-    total_DD, noise_DD = _total(moments), moments.noise_DD
-    if math.isinf(strength):
-        return torch.eye(moments.dim, dtype=torch.float64, device=total_DD.device)
-    # Divided by the greater one of 1 and mu, so that a very large mu does not overflow.
-    noise_DD = noise_DD / max(1, strength)
-    total_DD = total_DD * min(1, strength)
-    # W is the transpose of (N + mu T)^-1 mu T, because N and T are symmetric.
-    return torch.linalg.solve(noise_DD + total_DD, total_DD).T
+
+    def __init__(self, moments: TokenMoments) -> None:
+        variance = moments.total_DD.diagonal().mean()
+        if not (variance > 0 and variance.isfinite()):
+            raise InputError(
+                f"data.source: the frozen tokens of {moments.num_samples} pairs have the variance "
+                f"{variance.item():g}; expected a positive number. Check the frames and the weights"
+            )
+        values_D, self._vectors_DD = torch.linalg.eigh(moments.total_DD)
+        self._values_D = values_D.clamp_min(0) + RIDGE * variance
+        self._inverse_DD = self._total_to(-0.5)
+        # In whitened coordinates, T is the identity, and the eigenvectors of N are orthogonal.
+        rho_D, self._directions_DD = torch.linalg.eigh(self._inverse_DD @ moments.noise_DD @ self._inverse_DD)
+        self.reliability_D = 1 - rho_D
+
+    def _total_to(self, power: float) -> Tensor:
+        """Return the symmetric power of T."""
+        return self._vectors_DD * self._values_D**power @ self._vectors_DD.T
+
+    def solve(
+        self, strength: float, *, whitening: float = 0.0, rank: int | None = None, identity: float = 0.0
+    ) -> Tensor:
+        """Return the matrix W (D, D).
+
+        Args:
+            strength: The weight mu > 0 of separability. Infinity gives the gain 1 to all directions.
+            whitening: 0: the minimum above. 1: the tokens are also whitened, with the same gains; values in
+                between whiten partly.
+            rank: Number of the most reliable directions to keep. None: all.
+            identity: The weight of the identity in a mixture with these gains.
+        """
+        gain_D = 1 / (1 + (1 - self.reliability_D).clamp_min(0) / strength)
+        if rank is not None:
+            gain_D[rank:] = 0
+        gain_D = identity + (1 - identity) * gain_D
+        filter_DD = self._directions_DD * gain_D @ self._directions_DD.T
+        return self._total_to((1 - whitening) / 2) @ filter_DD @ self._inverse_DD
 
 
-def reliability(moments: TokenMoments) -> Tensor:
-    """Return 1 - rho (D,), ascending: the correlations of matched tokens in the closed form's directions.
-
-    Negative values are possible in directions where matched tokens differ more than any two tokens do.
-    """
-    # The eigenvalues of L^-1 N L^-T with T = L L^T are those of N v = rho T v.
-    factor_DD = torch.linalg.cholesky(_total(moments))
-    half_DD = torch.linalg.solve_triangular(factor_DD, moments.noise_DD, upper=False)
-    whitened_DD = torch.linalg.solve_triangular(factor_DD, half_DD.T, upper=False)
-    return 1 - torch.linalg.eigvalsh(whitened_DD).flip(0)
+def solve(moments: TokenMoments, strength: float) -> Tensor:
+    """Return the matrix W (D, D) of the closed form for one strength, in float64 (see `ClosedForm`)."""
+    return ClosedForm(moments).solve(strength)
 
 
 def linear_projection(moments: TokenMoments, weight_DD: Tensor) -> Projection:
     """Return the projection of a matrix W: W (z - mean), scaled, and tanh, which is nearly linear there."""
     variance = (weight_DD @ moments.total_DD * weight_DD).sum() / moments.dim
     return Projection.from_affine(weight_DD, -weight_DD @ moments.mean_D, variance.sqrt().item())
-
-
-def _total(moments: TokenMoments) -> Tensor:
-    """Return the covariance T (D, D) of the tokens with the ridge. Raises InputError if they do not vary."""
-    total_DD = moments.total_DD
-    variance = total_DD.diagonal().mean()
-    if not (variance > 0 and variance.isfinite()):
-        raise InputError(
-            f"data.source: the frozen tokens of {moments.num_samples} pairs have the variance "
-            f"{variance.item():g}; expected a positive number. Check the frames and the weights"
-        )
-    return total_DD + RIDGE * variance * torch.eye(moments.dim, dtype=torch.float64, device=total_DD.device)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fasttrain.backbone_trainer import BackboneTrainer
-from fasttrain.closed_form import linear_projection, reliability, solve
+from fasttrain.closed_form import ClosedForm, linear_projection
 from fasttrain.data.index import FrameIndex
 from fasttrain.data.loader import PairLoader, calibration_frames
 from fasttrain.errors import InputError
@@ -114,7 +114,8 @@ def _write(
     """Choose the strength, write the run folder, and return the content of fit.json."""
     recipe = backbone.recipe
     with trainer.working("choosing the strength"):
-        centred = linear_projection(moments, solve(moments, math.inf))
+        form = ClosedForm(moments)
+        centred = linear_projection(moments, torch.eye(moments.dim, dtype=torch.float64))
         validation = Validation(backbone.encoder, centred, validated, recipe)
         if not validation.frozen:
             raise InputError(
@@ -123,9 +124,9 @@ def _write(
             )
         scores: dict[str, float | None] = {"frozen": validation.frozen["centred"]["score"]}
         for number, strength in enumerate(STRENGTHS):
-            projection = linear_projection(moments, solve(moments, strength)).to(trainer.world.device)
+            projection = linear_projection(moments, form.solve(strength)).to(trainer.world.device)
             scores[f"{strength:g}"] = validation.update(projection, number).get("after/score")
-    quantiles = reliability(moments).quantile(torch.tensor(QUANTILES, dtype=torch.float64))
+    quantiles = form.reliability_D.quantile(torch.tensor(QUANTILES, dtype=torch.float64))
     content = {
         "backbone": backbone.name,
         "strength": STRENGTHS[validation.best_step] if validation.beats_frozen else None,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fasttrain.closed_form import linear_projection, reliability, solve
+from fasttrain.closed_form import ClosedForm, linear_projection, solve
 from fasttrain.errors import InputError
 from fasttrain.moments import TokenMoments
 
@@ -54,7 +54,7 @@ def test_the_solution_minimises_the_quadratic_objective(moments: TokenMoments, s
 
 def test_a_strong_separability_gives_the_frozen_features(moments: TokenMoments) -> None:
     eye_DD = torch.eye(DIM, dtype=torch.float64)
-    assert torch.equal(solve(moments, math.inf), eye_DD)
+    torch.testing.assert_close(solve(moments, math.inf), eye_DD, rtol=0, atol=1e-9)
     torch.testing.assert_close(solve(moments, 1e300), eye_DD)
 
 
@@ -72,8 +72,28 @@ def test_directions_are_kept_by_their_reliability() -> None:
 
 def test_reliability_has_the_generalised_eigenvalues(moments: TokenMoments) -> None:
     rho_D = torch.linalg.eigvals(torch.linalg.solve(moments.total_DD, moments.noise_DD)).real
-    expected_D = (1 - rho_D).sort().values
-    torch.testing.assert_close(reliability(moments), expected_D, rtol=0, atol=1e-7)
+    expected_D = (1 - rho_D).sort(descending=True).values
+    torch.testing.assert_close(ClosedForm(moments).reliability_D, expected_D, rtol=0, atol=1e-7)
+
+
+def test_relatives_of_the_closed_form(moments: TokenMoments) -> None:
+    form = ClosedForm(moments)
+    eye_DD, plain_DD = torch.eye(DIM, dtype=torch.float64), form.solve(0.3)
+    white_DD = form.solve(math.inf, whitening=1)
+    torch.testing.assert_close(white_DD @ moments.total_DD @ white_DD.T, eye_DD, rtol=0, atol=1e-6)
+    mixed_DD = form.solve(0.3, identity=0.25)
+    torch.testing.assert_close(mixed_DD, 0.25 * eye_DD + 0.75 * plain_DD, rtol=0, atol=1e-9)
+    # A projector on the most reliable directions leaves the two most reliable coordinates.
+    kept_DD = form.solve(math.inf, rank=2)
+    torch.testing.assert_close(kept_DD @ kept_DD, kept_DD, rtol=0, atol=1e-9)
+    noise = [
+        torch.trace(map_DD @ moments.noise_DD @ map_DD.T).item() for map_DD in (kept_DD, eye_DD - kept_DD)
+    ]
+    total = [
+        torch.trace(map_DD @ moments.total_DD @ map_DD.T).item() for map_DD in (kept_DD, eye_DD - kept_DD)
+    ]
+    assert noise[0] / total[0] < noise[1] / total[1]
+    assert torch.linalg.matrix_rank(kept_DD, tol=1e-6) == 2
 
 
 def test_a_rotation_of_the_tokens_rotates_the_solution() -> None:
