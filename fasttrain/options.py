@@ -51,8 +51,8 @@ class _Parser(argparse.ArgumentParser):
 def _local_path(text: str) -> Path:
     if is_url(text):
         raise argparse.ArgumentTypeError(
-            f"{text!r}: expected a path on this machine. Copy or mount it. Only training, embed, eval "
-            "consistency --root and eval --videos read packed sets and frame lists from URLs"
+            f"{text!r}: expected a path on this machine. Copy or mount it. Only training, embed, "
+            "analyse, eval consistency --root and eval --videos read packed sets and frame lists from URLs"
         )
     return Path(text)
 
@@ -285,14 +285,32 @@ def add_eval_options(parser: argparse.ArgumentParser) -> None:
         only.add_argument("--baseline-only", action="store_true", help=help)
         help = "evaluate only the projected features"
         only.add_argument("--projection-only", action="store_true", help=help)
-        task_parser.add_argument(
-            "--output",
-            type=Path,
-            metavar="FOLDER",
-            help="folder for the results (default: RUN/eval or, without a run folder, eval in the working "
-            "directory)",
-        )
+        _add_output_option(task_parser)
         add_options(task_parser)
+
+
+def add_analyse_options(parser: argparse.ArgumentParser) -> None:
+    help = "videos to analyse, as for data.source in training (default: those that the run was trained on)"
+    parser.add_argument("root", type=path_or_url, nargs="?", metavar="SOURCE", help=help)
+    _add_model_options(parser)
+    parser.set_defaults(task="analyse", baseline_only=False, projection_only=False)
+    _add_output_option(parser)
+    _add_numbers(
+        parser,
+        ("--num-videos", "N", 100, "maximum number of videos, evenly spaced over the source"),
+        ("--pairs", "N", 8, "number of evenly spaced frame pairs per video"),
+        ("--image-size", "PIXELS", 224, "side of the centre crop"),
+    )
+
+
+def _add_output_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="folder for the results (default: RUN/eval or, without a run folder, eval in the working "
+        "directory)",
+    )
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -539,6 +557,11 @@ COMMANDS = {
         "fasttrain.evaluation.command",
         "evaluate a run on a benchmark, before and after projection",
         add_eval_options,
+    ),
+    "analyse": Command(
+        "fasttrain.evaluation.analyse",
+        "predict from videos whether a projection will help, and what will limit it",
+        add_analyse_options,
     ),
     "embed": Command(
         "fasttrain.tools.embed", "write the features of videos, one file per video", add_embed_options

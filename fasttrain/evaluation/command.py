@@ -11,8 +11,10 @@ sequences or videos among themselves. The `--` keeps torchrun from reading --run
 import argparse
 import os
 import time
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from fasttrain import distributed
 from fasttrain.distributed import World
@@ -32,6 +34,9 @@ from fasttrain.files import is_url, make_folder
 from fasttrain.loggers import say
 from fasttrain.options import TASKS
 
+# The function `run` of a task: see "Add an evaluation" in docs/architecture.md.
+Measure = Callable[[argparse.Namespace, EvaluatedModel, Path, World], dict[str, Any] | None]
+
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate the encoder on one task; write and print the results. Raises InputError as `evaluate`."""
@@ -47,14 +52,16 @@ def run(arguments: argparse.Namespace) -> None:
     say(f"results written to {path}")
 
 
-def evaluate(arguments: argparse.Namespace) -> tuple[Path, Result] | None:
+def evaluate(arguments: argparse.Namespace, measure: Measure | None = None) -> tuple[Path, Result] | None:
     """Evaluate the encoder on one task and write the results.
 
-    Returns the file and its content on the main process, and None on the others. Raises InputError if the
-    dataset or the encoder cannot be loaded.
+    `measure` takes the place of the function `run` of the task's module. Returns the file and its content on
+    the main process, and None on the others. Raises InputError if the dataset or the encoder cannot be
+    loaded.
     """
-    with needing_eval():
-        module = import_module(TASKS[arguments.task][0])
+    if measure is None:
+        with needing_eval():
+            measure = import_module(TASKS[arguments.task].module).run
     # A run on the Hub has no folder for results.
     has_folder = arguments.run is not None and Path(arguments.run).is_dir()
     folder = arguments.output or Path(arguments.run if has_folder else "") / "eval"
@@ -63,7 +70,7 @@ def evaluate(arguments: argparse.Namespace) -> tuple[Path, Result] | None:
         evaluated = world.run_on_all(lambda: _prepare(arguments, folder, world))
         identity = identify(arguments.task, vars(arguments), evaluated.encoder, evaluated.projection)
         path = result_path(folder, identity)
-        content = module.run(arguments, evaluated, path.with_suffix(""), world)
+        content = measure(arguments, evaluated, path.with_suffix(""), world)
     if content is None:
         return None
     content |= {
@@ -78,7 +85,7 @@ def evaluate(arguments: argparse.Namespace) -> tuple[Path, Result] | None:
 def _prepare(arguments: argparse.Namespace, folder: Path, world: World) -> EvaluatedModel:
     """Check the paths and load the encoder, so that bad input fails before the evaluation begins."""
     if not is_url(arguments.root) and not arguments.root.exists():
-        raise InputError(f"--root: '{arguments.root}' does not exist. Pass the path of the dataset.")
+        raise InputError(f"'{arguments.root}' does not exist. Pass the path of the dataset.")
     evaluated = load_model(arguments, world.device)
     make_folder(folder)
     if not os.access(folder, os.W_OK):

@@ -391,6 +391,35 @@ def trade_off(points: Sequence[tuple[str, Metrics, Metrics]], path: Path) -> Non
     _save(figure, path)
 
 
+@rc_context(STYLE)
+def predicted_trade_off(
+    title: str,
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    points: Mapping[str, tuple[float, float]],
+    path: Path,
+) -> None:
+    """Draw curves and points of intra- and inter-video distances relative to those of the frozen features."""
+    columns = min(2, _legend_columns([*curves, *points], COLUMN))
+    figure = Figure(figsize=(COLUMN, 5 + 0.3 * math.ceil((len(curves) + len(points)) / columns)))
+    axes = figure.add_subplot(title=_wrapped(title, COLUMN))
+    for number, (name, curve) in enumerate(curves.items()):
+        axes.plot(*np.array(curve).T, color=_LINE_COLORS[number], linestyle=_DASHES[number], label=name)
+    for number, (name, (x, y)) in enumerate(points.items(), start=len(curves)):
+        style = _run_style(number) | {"linestyle": "none", "markersize": 9, "markeredgecolor": "black"}
+        axes.plot(x, y, **style, label=name, zorder=3)
+    axes.margins(0.1)
+    # Ratios are visible only on axes from zero.
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.set(
+        xlabel="intra-video distance / that of the frozen encoder\n(lower is better)",
+        ylabel="inter-video distance / frozen\n(higher is better)",
+    )
+    axes.grid()
+    figure.legend(loc="outside lower center", ncols=columns)
+    _save(figure, path)
+
+
 def has_trade_off(results: Mapping[str, Metrics]) -> bool:
     """Whether both variants have a defined trade-off; a single video has no inter-video distance."""
     values = [results.get(variant, {}).get(key) for variant in ("before", "after") for key in _TRADE_OFF]

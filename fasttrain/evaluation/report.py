@@ -43,6 +43,7 @@ EMBEDDED = 3
 CAPTIONS = {
     "learning.png": "Metrics of training and of validation. Long curves are means, above the values in pale.",
     "trade_off.png": "Further left, a video is more consistent; further up, videos are easier to tell apart.",
+    "predicted_trade_off.png": "What a projection in closed form can reach, relative to the frozen encoder.",
     "retrieval.png": "Test videos and the most similar training videos.",
     "confusion.png": "Predictions of the linear probe, as fractions of each true class.",
     "segments.png": "True and predicted actions over time.",

@@ -35,6 +35,7 @@ PACKAGES = ("torch", "timm", "numpy", "scipy", "pillow")
 HEADLINES = {
     "probe": ("linear top-1",),
     "consistency": ("intra_normalized_95", "inter_normalized_95"),
+    "analyse": ("intra_relative", "inter_relative"),
 }
 # What metrics mean, by the beginning of their names. The longest one that fits counts.
 MEANINGS = {
@@ -60,6 +61,8 @@ MEANINGS = {
     "inter_original": "distance between videos; depends on the scale of the features",
     "inter_diameter": "spread of the tokens of all videos, which is the scale of the features",
     "inter_normalized": "distance between videos, relative to the spread of tokens",
+    "intra_relative": "squared distance between matching tokens, relative to the spread of tokens",
+    "inter_relative": "squared distance between videos, relative to the spread of tokens",
     "effective_rank": "share of the dimensions that the features use, from 0 to 1",
     "color_r2": "how well colours are propagated: 1 if all are right, 0 if no better than the mean colour",
     "cycle_accuracy": "share of tokens found again after a walk to a frame and back",
