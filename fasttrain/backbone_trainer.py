@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from fasttrain.profiling import RECORDED_PASS, span
 from fasttrain.projection import LAST_PROJECTION_FILE, PROJECTION_FILE, Projection
 from fasttrain.recipe import Recipe, to_dict
 from fasttrain.video_encoder import UNSTORED, check_backbone, earlier_settings, projection_metadata
+from fasttrain.weighting import build_weighting
 from fasttrain.weights import hash_state_dict
 
 
@@ -129,12 +130,18 @@ class BackboneTrainer:
         ).to(world.device)
         objective = CosettleObjective(self.projection, recipe.objective)
         # Without the fused Triton kernels, compilation fuses the operations around the matrix products.
-        self._compiles_objective = self.runtime.compiled and (
-            world.device.type == "cpu" or recipe.objective.backend == "eager"
+        # A compiled backward pass frees what the separate gradients of `gradnorm` need.
+        self._compiles_objective = (
+            self.runtime.compiled
+            and (world.device.type == "cpu" or recipe.objective.backend == "eager")
+            and recipe.objective.weighting != "gradnorm"
         )
         if self._compiles_objective:
             objective.compile(dynamic=False)
         self.objective = world.wrap(objective)
+        # The last layer that both terms share.
+        self._shared_weight = cast(torch.nn.Linear, self.projection.linears[-1]).weight
+        self.weighting = build_weighting(recipe, self.grid, self._shared_weight)
         self.optimizer = build_optimizer(recipe.optimizer, self.projection)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
         self.meter = Meter()
@@ -226,6 +233,7 @@ class BackboneTrainer:
                 # Averaging gradients over ranks and scaling the loss cannot be part of the graph.
                 self._encode = self._record(self._encode, frames, positions) or self._encode
         self.optimizer.zero_grad(set_to_none=False)
+        self.weighting.reset()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - start
@@ -283,6 +291,7 @@ class BackboneTrainer:
         with span("head and loss"), autocast:
             losses: CosettleOutput = self.objective(frozen_B3ND, self.grid, diagnostics)
         with span("backward"):
+            losses = self.weighting(losses, self._shared_weight, self.scaler.scale)
             self.scaler.scale(losses.loss / self.recipe.train.accumulate).backward()
         # Detached, because the outputs of a recorded graph would keep its autograd history alive.
         return losses._make(value if value is None else value.detach() for value in losses)
@@ -295,12 +304,19 @@ class BackboneTrainer:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=False)
+            self.weighting.update(self.world)
+
+    def read_metrics(self) -> dict[str, float]:
+        """Return the metrics since the last call: means over steps and ranks, and the adapted weights."""
+        metrics = self.meter.read(self.world)
+        return metrics | self.weighting.metrics(metrics["separability"])
 
     def state(self) -> dict[str, Any]:
         return {
             "projection": self.projection.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "weighting": self.weighting.state_dict(),
             "largest_inputs": self.runtime.largest_inputs,
         }
 
@@ -310,7 +326,8 @@ class BackboneTrainer:
             self.projection.load_state_dict(state["projection"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
-            # Checkpoints of 0.1.0 lack these.
+            # Checkpoints of 0.1.0 lack these, and fixed weights have no state.
+            self.weighting.load_state_dict(state.get("weighting", {}))
             if largest_inputs := state.get("largest_inputs"):
                 self.runtime.quantise({name: float(value) for name, value in largest_inputs.items()})
             for parameter, averages in self.optimizer.state.items():

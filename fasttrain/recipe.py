@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
@@ -105,13 +105,24 @@ class ObjectiveRecipe:
     window: Count = 2
     """Side of the average-pooling window on the token grid before the affinities; 1: no pooling."""
     lambda_reg: NonNegative = 3.0
-    """Weight of the separability loss."""
+    """Weight of the separability loss, or with adaptive `weighting` its start."""
+    weighting: Literal["fixed", "constrained", "uncertainty", "gradnorm"] = "fixed"
+    """Weights of the two losses: `fixed`: 1 and lambda_reg; the other methods adapt them at every step."""
+    separability_limit: Annotated[float, Field(gt=0, le=2)] = 0.1
+    """With `constrained`: largest mean cosine distance of the projected tokens from the frozen tokens."""
     regularizer: Literal["kl", "mse"] = "kl"
     """Separability loss: KL divergence over channels, or mean squared error of the normalised tokens."""
     asymmetric_ratio: NonNegative = 10.0
     """The third view's positions are cropped from a map enlarged by 1 + ratio; 0: the usual positions."""
     backend: Annotated[Literal["auto", "triton", "eager"], MAY_CHANGE] = "auto"
     """Implementation of the losses; `auto`: Triton kernels on a GPU if Triton is installed, else eager."""
+
+    @field_validator("weighting")
+    @classmethod
+    def _check_start(cls, weighting: str, earlier: ValidationInfo) -> str:
+        if weighting != "fixed" and earlier.data.get("lambda_reg") == 0:
+            raise ValueError("expected fixed for lambda_reg=0, from which no other weight can be reached")
+        return weighting
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)

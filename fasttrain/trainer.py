@@ -327,7 +327,7 @@ class Trainer:
     def _report(self) -> dict[str, dict[str, Any]]:
         """Read, log and return the metrics. Elsewhere, the host waits for the device only in `_save`."""
         self._drop_non_finite()
-        measured = [(trainer, trainer.meter.read(self.world)) for trainer in self.backbone_trainers]
+        measured = [(trainer, trainer.read_metrics()) for trainer in self.backbone_trainers]
         now = time.perf_counter()
         last_report_steps, last_report_time = self._last_report
         rate = (self.completed_steps - last_report_steps) * self.global_batch / (now - last_report_time)

@@ -22,6 +22,7 @@ ORDER = (
     "encoder_runtime",
     "backbones",
     "families",
+    "weighting",
     "objective",
     "closed_form",
     "moments",

@@ -78,6 +78,8 @@ TITLES = {
     "separability": "separability loss",
     "cycle_accuracy": "cycle accuracy",
     "identity_similarity": "identity similarity",
+    "lambda": "weight of the separability loss",
+    "cosine_distance": "cosine distance from frozen",
     "effective_rank": "effective rank",
     "color_r2": "propagation of colours, R²",
     "intra_normalized_95": "intra-video distance / 95 % diameter",
