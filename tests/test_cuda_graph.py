@@ -149,7 +149,14 @@ def weights(trainer: BackboneTrainer) -> Tensor:
 
 @pytest.mark.parametrize(
     "overrides",
-    [(), ("train.accumulate=2",), ("train.precision=fp16",), ("encoder.precision=fp8",)],
+    [
+        (),
+        ("train.accumulate=2",),
+        ("train.precision=fp16",),
+        ("encoder.precision=fp8",),
+        ("objective.weighting=gradnorm",),
+        ("objective.weighting=constrained", "train.precision=fp16"),
+    ],
 )
 def test_pretended_graphs_equal_plain_passes(pretended: None, overrides: tuple[str, ...]) -> None:
     """Losses and projection are the same to the bit, also after a resume with or without graphs."""

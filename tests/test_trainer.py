@@ -435,8 +435,10 @@ def test_ranks_that_see_different_files_are_refused(frames: Path, finished: Path
             Trainer(recipe, OneOfTwo(other, instead_of=type(other)))
 
 
-def test_no_scalars_are_read_between_log_steps(frames: Path, tmp_path: Path) -> None:
-    recipe = tiny(frames, tmp_path, train={"steps": 9, "log_every": 9, "save_every": 9})
+@pytest.mark.parametrize("weighting", ["fixed", "gradnorm"])
+def test_no_scalars_are_read_between_log_steps(weighting: str, frames: Path, tmp_path: Path) -> None:
+    train = {"steps": 9, "log_every": 9, "save_every": 9}
+    recipe = tiny(frames, tmp_path, train=train, objective={"weighting": weighting})
     Trainer(recipe, World.single(), profile=True).train()
     summary = json.loads((tmp_path / "profile" / "summary.json").read_text())
     assert summary["steps"] == RECORDED

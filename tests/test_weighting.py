@@ -110,7 +110,7 @@ def settle(method: str, cycle: Any, separability: Any, steps: int = 2000, **obje
 
 
 def test_the_multiplier_of_a_constraint_converges() -> None:
-    """Minimise (x - 2)^2 subject to x^2 / 2 <= 0.5: x = 1, where 2 (x - 2) + lambda 2 x = 0, so lambda = 1."""
+    """Minimise (x - 2)^2 subject to x^2 / 2 <= 0.5: x = 1, where the gradients cancel for lambda = 1."""
     functions = (lambda x: (x - 2) ** 2, lambda x: x**2)
     x, multiplier = settle("constrained", *functions, separability_limit=0.5)
     assert x == pytest.approx(1.0, abs=0.01)
@@ -127,7 +127,9 @@ def test_uncertainty_weighs_by_the_inverse_of_the_losses() -> None:
 
 def test_gradnorm_balances_the_gradients() -> None:
     """Both losses keep their values, so that the weighted gradients become equal."""
-    _, weight = settle("gradnorm", lambda x: x - x.detach() + 1, lambda x: 5 * (x - x.detach()) + 1, steps=200)
+    _, weight = settle(
+        "gradnorm", lambda x: x - x.detach() + 1, lambda x: 5 * (x - x.detach()) + 1, steps=200
+    )
     assert weight == pytest.approx(1 / 5, rel=1e-2)
 
 
