@@ -37,7 +37,7 @@ def main() -> None:
     )
     trainer = BackboneTrainer(recipe, World.single(device))
     frames = torch.randn(2, PAPER.batch, 3, 224, 224, device=device, dtype=trainer.dtype)
-    encode = partial(trainer.runtime.three_views, frames, trainer.asymmetric_positions(0))
+    encode = partial(trainer.runtime.training_views, frames, trainer.asymmetric_positions(0))
     for profiled in (False, True):
         torch.cuda.synchronize()
         if profiled:

@@ -266,7 +266,7 @@ def parts(run: Run) -> dict[str, Any]:
     """
     trainer, frames = run.trainer(run.recipe), run.frames(run.recipe)
     positions = trainer.asymmetric_positions(0)
-    frozen_B3ND = trainer.runtime.three_views(frames, positions).clone()
+    frozen_B3ND = trainer.runtime.training_views(frames, positions).clone()
 
     def head_and_loss() -> None:
         with torch.autocast(run.device.type, trainer.dtype, enabled=trainer.dtype != torch.float32):
@@ -275,7 +275,7 @@ def parts(run: Run) -> dict[str, Any]:
 
     timings = run.time(
         {
-            "encoder": lambda: lambda: trainer.runtime.three_views(frames, positions),
+            "encoder": lambda: lambda: trainer.runtime.training_views(frames, positions),
             "head and loss": lambda: head_and_loss,
             "optimiser": lambda: lambda: trainer.update(1e-4),
         }
@@ -302,7 +302,7 @@ def encoder_flops(trainer: BackboneTrainer, frames: Tensor, positions: Tensor) -
     formulas = {torch.ops.aten._addmm_activation: product}
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
     with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        trainer.encoder.three_views(frames[:, :1].to(positions.dtype), positions)
+        trainer.encoder.training_views(frames[:, :1].to(positions.dtype), positions)
     return float(counter.get_total_flops())
 
 

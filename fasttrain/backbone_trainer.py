@@ -1,9 +1,10 @@
 """The training of one backbone: its frozen encoder, projection, optimiser, loss scaling and metrics.
 
-`trainer` feeds frame pairs to one or several `BackboneTrainer`s, each with a run folder. This module does not
+`trainer` feeds frames to one or several `BackboneTrainer`s, each with a run folder. This module does not
 read data, so that benchmarks can run it on frames that are already on the device.
 
-Shape suffixes: B pairs, S pixels per image side, N tokens, D channels, T steps, P passes per step.
+Shape suffixes: B samples, T frames, V = T + 1 views, S pixels per image side, N tokens, D channels.
+In `Meter`: T steps, P passes per step.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ class BackboneTrainer:
         self.optimizer = build_optimizer(recipe.optimizer, self.projection)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
         self.meter = Meter()
-        self._encode: Callable[[Tensor, Tensor], Tensor] = self.runtime.three_views
+        self._encode: Callable[[Tensor, Tensor], Tensor] = self.runtime.training_views
         self._recorded_pass: CapturedCall | None = None
         self.graph_failure: str | None = None
 
@@ -198,7 +199,7 @@ class BackboneTrainer:
         return mean_D, (squares_D / count - mean_D.square()).mean().sqrt().item()
 
     def calibrate(self, frames: Tensor) -> None:
-        """Quantise the encoder to FP8 by its activations on frames (2, B, 3, S, S).
+        """Quantise the encoder to FP8 by its activations on frames (T, B, 3, S, S).
 
         All ranks use the scales of rank 0, and a resumed run those of its checkpoint.
         """
@@ -220,17 +221,19 @@ class BackboneTrainer:
             return 0.0
         start = time.perf_counter()
         size = recipe.data.image_size
-        frames = torch.zeros(2, recipe.train.batch_size, 3, size, size, device=device, dtype=self.dtype)
+        shape = (recipe.objective.frames, recipe.train.batch_size, 3, size, size)
+        frames = torch.zeros(shape, device=device, dtype=self.dtype)
         positions = self.asymmetric_positions(step_index=0)
         with self.world.no_sync(self.objective):
             self._run_pass(frames, positions, diagnostics=True)
             if self._compiles_objective or device.type == "cuda":
                 # Passes with and without diagnostics are compiled separately.
                 self._run_pass(frames, positions)
-            if uses_graph and self.world.is_single and not self.scaler.is_enabled():
+            # A graph cannot average gradients over ranks, scale the loss or change the walk.
+            whole = self.world.is_single and not self.scaler.is_enabled() and not recipe.objective.curriculum
+            if uses_graph and whole:
                 self._recorded_pass = self._record(self._run_pass, frames, positions)
             elif uses_graph:
-                # Averaging gradients over ranks and scaling the loss cannot be part of the graph.
                 self._encode = self._record(self._encode, frames, positions) or self._encode
         self.optimizer.zero_grad(set_to_none=False)
         self.weighting.reset()
@@ -257,11 +260,20 @@ class BackboneTrainer:
             ) from error
         return None
 
-    def forward_backward(self, frames: Tensor, step_index: int, *, last: bool, diagnostics: bool) -> None:
-        """Run the forward and backward pass of one micro-batch, frames (2, B, 3, S, S).
+    def forward_backward(
+        self,
+        frames: Tensor,
+        step_index: int,
+        *,
+        last: bool,
+        diagnostics: bool,
+        walk_frames: int | None = None,
+    ) -> None:
+        """Run the forward and backward pass of one micro-batch, frames (T, B, 3, S, S).
 
-        Gradients are averaged over ranks in the `last` pass of a step. Passes with diagnostics bypass the
-        CUDA graph, which is recorded without them.
+        The longest walk visits the first `walk_frames` frames, by default all of them. Gradients are averaged
+        over ranks in the `last` pass of a step. Passes with diagnostics bypass the CUDA graph, which is
+        recorded without them.
         """
         positions = self.asymmetric_positions(step_index)
         with nullcontext() if last else self.world.no_sync(self.objective):
@@ -269,7 +281,7 @@ class BackboneTrainer:
                 with span(RECORDED_PASS):
                     losses = self._recorded_pass(frames, positions)
             else:
-                losses = self._run_pass(frames, positions, diagnostics)
+                losses = self._run_pass(frames, positions, diagnostics, walk_frames)
         with span("meters"):
             self.meter.add(step_index, losses)
 
@@ -281,15 +293,21 @@ class BackboneTrainer:
             ratio=ratio, offset=asymmetric_offset(self.recipe.seed, step_index, count)
         )
 
-    def _run_pass(self, frames: Tensor, positions: Tensor, diagnostics: bool = False) -> CosettleOutput:
+    def _run_pass(
+        self,
+        frames: Tensor,
+        positions: Tensor,
+        diagnostics: bool = False,
+        walk_frames: int | None = None,
+    ) -> CosettleOutput:
         with span("encoder"):
-            frozen_B3ND = self._encode(frames, positions)
+            frozen_BVND = self._encode(frames, positions)
         # With the cache enabled, a CUDA graph would replay with the weights as cast during the recording.
         autocast = torch.autocast(
             self.world.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False
         )
         with span("head and loss"), autocast:
-            losses: CosettleOutput = self.objective(frozen_B3ND, self.grid, diagnostics)
+            losses: CosettleOutput = self.objective(frozen_BVND, self.grid, diagnostics, walk_frames)
         with span("backward"):
             losses = self.weighting(losses, self._shared_weight, self.scaler.scale)
             self.scaler.scale(losses.loss / self.recipe.train.accumulate).backward()

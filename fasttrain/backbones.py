@@ -1,10 +1,11 @@
 """The frozen image encoders: eight published families of ViTs, and any plain timm ViT by name.
 
-`load_backbone` builds a ViT of timm and loads its weights. Training encodes three views of each frame pair
-(`Backbone.three_views`); evaluation and inference need plain tokens (`Backbone.tokens`).
+`load_backbone` builds a ViT of timm and loads its weights. Training encodes T + 1 views of T frames
+(`Backbone.training_views`); evaluation and inference need plain tokens (`Backbone.tokens`).
 
-Shape suffixes: B images, H and W pixels, N patch tokens on an h x w grid, P class and register tokens, L all
-tokens, S cells per side of a square grid, D channels, C channels of the positions (see `positions`).
+Shape suffixes: B images, T frames, V = T + 1 views, H and W pixels, N patch tokens on an h x w grid, P class
+and register tokens, L all tokens, S cells per side of a square grid, D channels, C channels of the
+positions (see `positions`).
 """
 
 import math
@@ -359,28 +360,31 @@ class Backbone(nn.Module):
 
     forward = tokens
 
-    def three_views(self, frames: Tensor, positions: Tensor) -> Tensor:
-        """Encode the three views of a batch of frame pairs without waiting for the device.
+    def training_views(self, frames: Tensor, positions: Tensor) -> Tensor:
+        """Encode the views of a batch for training without waiting for the device.
 
-        The blocks process one batch of 3 B images, and the patches of frame 1 are embedded once.
+        The blocks process one batch of (T + 1) B images, and the patches of frame 1 are embedded once.
 
         Args:
-            frames: Frames (2, B, 3, H, W) of the training image size, normalised with `mean` and `std`.
+            frames: T frames of each of B samples, (T, B, 3, H, W), of the training image size and normalised
+                with `mean` and `std`.
             positions: Asymmetric positions (N, C).
 
         Returns:
-            Contiguous tokens (B, 3, N, D) of frame 1, frame 2, and frame 1 with asymmetric positions.
+            Contiguous tokens (B, T + 1, N, D) of the frames, and of frame 1 with asymmetric positions.
         """
         own_NC = self.positions(self.grid(frames.shape[-2], frames.shape[-1]))
-        first_BND, second_BND = self._patches(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).unbind(0)
-        patches_B3ND = torch.stack((first_BND, second_BND, first_BND), 1)
-        added_3ND, rotary_3NR = self._split(torch.stack((own_NC, own_NC, positions)))
-        inputs_B3ND = patches_B3ND + added_3ND
-        rotary = None if rotary_3NR is None else rotary_3NR.expand(len(first_BND), -1, -1, -1).flatten(0, 1)
-        views_B3ND = self._blocks(inputs_B3ND.flatten(0, 1), rotary).unflatten(0, inputs_B3ND.shape[:2])
+        patches_TBND = self._patches(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+        patches_BVND = torch.stack((*patches_TBND, patches_TBND[0]), 1)
+        added_VND, rotary_VNR = self._split(torch.stack((*[own_NC] * len(frames), positions)))
+        inputs_BVND = patches_BVND + added_VND
+        rotary = None
+        if rotary_VNR is not None:
+            rotary = rotary_VNR.expand(len(inputs_BVND), -1, -1, -1).flatten(0, 1)
+        views_BVND = self._blocks(inputs_BVND.flatten(0, 1), rotary).unflatten(0, inputs_BVND.shape[:2])
         if self._norm_plain:
-            return self.norm(views_B3ND).contiguous()
-        return torch.cat((views_B3ND[:, :2], self.norm(views_B3ND[:, 2:])), 1)
+            return self.norm(views_BVND).contiguous()
+        return torch.cat((views_BVND[:, :-1], self.norm(views_BVND[:, -1:])), 1)
 
     def _patches(self, images_BCHW: Tensor) -> Tensor:
         return self.patch_embed(images_BCHW).flatten(1, 2)

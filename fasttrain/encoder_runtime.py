@@ -3,7 +3,7 @@
 The options of the recipe's section `encoder` affect the speed and memory use of the encoder; its outputs
 change only by rounding errors. `backbones` defines what is computed.
 
-Shape suffixes: B pairs, N tokens, D channels; R rows, K inputs and O outputs of a linear layer.
+Shape suffixes: B samples, T frames, N tokens, D channels; R rows, K inputs and O outputs of a linear layer.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from fasttrain.errors import InputError
 from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD
 from fasttrain.recipe import EncoderRecipe
 
-# Frames (2, B, 3, H, W) and asymmetric positions (N, C) -> tokens (B, 3, N, D).
-ThreeViews = Callable[[Tensor, Tensor], Tensor]
+# Frames (T, B, 3, H, W) and asymmetric positions (N, C) -> tokens (B, T + 1, N, D).
+TrainingViews = Callable[[Tensor, Tensor], Tensor]
 ATTENTION = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -102,7 +102,7 @@ class EncoderRuntime:
         if mode == "auto":
             mode = "default" if device.type == "cuda" else "none"
         self.compiled = mode != "none"
-        encode: ThreeViews = encoder.three_views if recipe.batch_views else self._encode_separately
+        encode: TrainingViews = encoder.training_views if recipe.batch_views else self._encode_separately
         self._chunk = recipe.chunk or (CPU_CHUNK if device.type == "cpu" else 0)
         if recipe.attention == "auto" and device.type == "cpu" and dtype != torch.float32:
             _unfuse_attention(encoder)
@@ -124,7 +124,7 @@ class EncoderRuntime:
 
     @torch.no_grad()
     def calibrate(self, frames: Tensor, positions: Tensor) -> dict[str, float]:
-        """Encode frames (2, B, 3, H, W); return the largest input of each linear layer, for `quantise`."""
+        """Encode frames (T, B, 3, H, W); return the largest input of each linear layer, for `quantise`."""
         largest: dict[str, Tensor] = {}
 
         def record(name: str, inputs: tuple[Tensor]) -> None:
@@ -156,8 +156,8 @@ class EncoderRuntime:
         use_float8(self.encoder.blocks, largest_inputs)
 
     @torch.no_grad()
-    def three_views(self, frames: Tensor, positions: Tensor) -> Tensor:
-        """Compute `Backbone.three_views` with the recipe's options, without waiting for the GPU.
+    def training_views(self, frames: Tensor, positions: Tensor) -> Tensor:
+        """Compute `Backbone.training_views` with the recipe's options, without waiting for the GPU.
 
         The frames are normalised with the ImageNet mean and std, whatever those of the encoder.
         """
@@ -186,11 +186,11 @@ class EncoderRuntime:
         return torch.addcmul(self._shift, frames, self._scale, out=out)
 
     def _encode_separately(self, frames: Tensor, positions: Tensor) -> Tensor:
-        first_BND, second_BND = self.encoder.tokens(frames[0]), self.encoder.tokens(frames[1])
-        return torch.stack((first_BND, second_BND, self.encoder.tokens(frames[0], positions)), 1)
+        views = [self.encoder.tokens(frame) for frame in frames]
+        return torch.stack((*views, self.encoder.tokens(frames[0], positions)), 1)
 
 
-def _with_attention(encode: ThreeViews, kernel: SDPBackend) -> ThreeViews:
+def _with_attention(encode: TrainingViews, kernel: SDPBackend) -> TrainingViews:
     """Wrap `encode` so that it selects the attention kernel inside of the compiled function.
 
     torch.compile does not guard on a selection outside of the function: an encoder might reuse the program of
@@ -213,7 +213,7 @@ def _unfuse_attention(encoder: Backbone) -> None:
                 module.fused_attn = False
 
 
-def compile_fixed(function: ThreeViews, options: dict[str, Any]) -> ThreeViews:
+def compile_fixed(function: TrainingViews, options: dict[str, Any]) -> TrainingViews:
     """Compile a function for fixed shapes. PyTorch caches the code across runs (TORCHINDUCTOR_CACHE_DIR)."""
     # Each kind of encoder is compiled to its own program, and PyTorch stops compiling after 8 by default.
     limit = torch._dynamo.config.recompile_limit

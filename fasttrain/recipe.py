@@ -81,7 +81,7 @@ class EncoderRecipe:
     attention: Annotated[Literal["auto", "cudnn", "flash", "efficient", "math"], MAY_CHANGE] = "auto"
     """Scaled dot-product attention kernel; `auto`: PyTorch's choice, or unfused on a CPU if faster."""
     batch_views: Annotated[bool, MAY_CHANGE] = True
-    """Encode the three views in one batch, which is faster; false: one pass per view, in less memory."""
+    """Encode all views in one batch, which is faster; false: one pass per view, in less memory."""
     chunk: Annotated[int, Field(ge=0), MAY_CHANGE] = 0
     """Number of frame pairs to encode at a time, which limits memory; 0: all on a GPU, 4 on a CPU."""
     cast_weights: Annotated[bool, MAY_CHANGE] = True
@@ -113,7 +113,13 @@ class ObjectiveRecipe:
     regularizer: Literal["kl", "mse"] = "kl"
     """Separability loss: KL divergence over channels, or mean squared error of the normalised tokens."""
     asymmetric_ratio: NonNegative = 10.0
-    """The third view's positions are cropped from a map enlarged by 1 + ratio; 0: the usual positions."""
+    """The last view's positions are cropped from a map enlarged by 1 + ratio; 0: the usual positions."""
+    frames: Annotated[int, Field(ge=2, le=2**10)] = 2
+    """Frames per sample, at the distance of data.gap; the walk visits all of them, there and back."""
+    sub_cycles: bool = False
+    """Average the cycle loss over the walks through the first 2, 3, ... frames."""
+    curriculum: bool = False
+    """Lengthen the walk during the run, from the first 2 frames to all of them."""
     backend: Annotated[Literal["auto", "triton", "eager"], MAY_CHANGE] = "auto"
     """Implementation of the losses; `auto`: Triton kernels on a GPU if Triton is installed, else eager."""
 
@@ -134,13 +140,13 @@ class DataRecipe:
     image_size: Annotated[int, Field(ge=1, le=2**14)] = 224
     """Side of the square training crop in pixels."""
     gap: Fraction = 0.15
-    """Distance between the two frames, as a fraction of the video's length."""
+    """Distance between a frame and the next one, as a fraction of the video's length."""
     crop_area: tuple[PositiveFraction, PositiveFraction] = (0.5, 1.0)
     """Range of the crop's area, as a fraction of the frame."""
     crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
     """Range of the crop's aspect ratio, sampled log-uniformly."""
     flip: Fraction = 0.5
-    """Probability of flipping both frames horizontally."""
+    """Probability of flipping the frames of a sample horizontally."""
     pairs_per_video: Count = 1
     """Frame pairs drawn from each video per epoch."""
     decoder: Annotated[Literal["auto", "cpu", "mixed"], MAY_CHANGE] = "auto"

@@ -1,11 +1,11 @@
 """The training loop: set-up, steps, logs, checkpoints and resuming.
 
-A `Trainer` feeds one stream of frame pairs to one or several `BackboneTrainer`s. All random numbers are
+A `Trainer` feeds one stream of frames to one or several `BackboneTrainer`s. All random numbers are
 derived from the seed and the position in the run, so a resumed run gives the same result as an uninterrupted
 one.
 
-A frame pair passes through `PairLoader`, `Trainer.train_step`, `BackboneTrainer.forward_backward`,
-`EncoderRuntime.three_views` (frozen tokens) and `CosettleObjective` (projection and losses).
+A sample passes through `PairLoader`, `Trainer.train_step`, `BackboneTrainer.forward_backward`,
+`EncoderRuntime.training_views` (frozen tokens) and `CosettleObjective` (projection and losses).
 """
 
 from __future__ import annotations
@@ -211,7 +211,10 @@ class Trainer:
 
     def train_step(self, step_index: int, *, diagnostics: bool) -> None:
         """Take one optimiser step with every backbone, on the same frames."""
-        passes = self.recipe.train.accumulate
+        passes, objective = self.recipe.train.accumulate, self.recipe.objective
+        walk_frames = None
+        if objective.curriculum:
+            walk_frames = curriculum_frames(objective.frames, step_index, self.total_steps)
         for i in range(passes):
             with span("data"):
                 pairs = next(self.batches)
@@ -219,7 +222,11 @@ class Trainer:
             self._new_bad_samples += pairs.bad_samples
             for trainer in self.backbone_trainers:
                 trainer.forward_backward(
-                    pairs.frames, step_index, last=i == passes - 1, diagnostics=diagnostics
+                    pairs.frames,
+                    step_index,
+                    last=i == passes - 1,
+                    diagnostics=diagnostics,
+                    walk_frames=walk_frames,
                 )
         for trainer in self.backbone_trainers:
             trainer.update(self._lr(step_index))
@@ -647,6 +654,11 @@ class Trainer:
                     f"{trainer.name}: only projections after step {self.completed_steps} are compared, "
                     f"because the run has not been validated in this way before"
                 )
+
+
+def curriculum_frames(frames: int, step_index: int, total_steps: int) -> int:
+    """Return how many frames the walk of a step visits: from 2 to `frames`, for equally many steps each."""
+    return 2 + step_index * (frames - 1) // total_steps
 
 
 def check_run_folder(recipe: Recipe) -> Recipe | None:

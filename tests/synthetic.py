@@ -26,7 +26,7 @@ from fasttrain.data.sampling import PairSampling
 from fasttrain.distributed import World
 from fasttrain.evaluation.frames import write_label_map
 from fasttrain.projection import PROJECTION_FILE, Head, Projection
-from fasttrain.recipe import Recipe, TrainRecipe, recipe_from_dict
+from fasttrain.recipe import DataRecipe, ObjectiveRecipe, Recipe, TrainRecipe, recipe_from_dict
 from fasttrain.tools.synthetic import Scene, render_scene, write_scene
 from fasttrain.video_encoder import projection_metadata
 
@@ -169,17 +169,18 @@ class OneOfTwo(World):
 
 
 def make_recipe(seed: int = 0, **changes: Any) -> Recipe:
-    """Return a small recipe; `changes` are keys of its sections `data` and `train`."""
+    """Return a small recipe; `changes` are keys of its sections `data`, `train` and `objective`."""
     data: dict[str, Any] = {"image_size": 32, "num_threads": 2, "max_bad_fraction": 0.5}
     train: dict[str, Any] = {"batch_size": 2, "precision": "fp32"}
+    objective: dict[str, Any] = {}
+    sections = {TrainRecipe: train, ObjectiveRecipe: objective, DataRecipe: data}
     for key, value in changes.items():
-        (train if key in TrainRecipe.__dataclass_fields__ else data)[key] = value
-    return recipe_from_dict({"seed": seed, "data": data, "train": train})
+        next(values for kind, values in sections.items() if key in kind.__dataclass_fields__)[key] = value
+    return recipe_from_dict({"seed": seed, "data": data, "train": train, "objective": objective})
 
 
 def make_sampling(**changes: Any) -> PairSampling:
-    recipe = make_recipe(**changes)
-    return PairSampling(recipe.data, recipe.seed)
+    return PairSampling(make_recipe(**changes))
 
 
 def make_loader(

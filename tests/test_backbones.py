@@ -58,20 +58,20 @@ def test_tokens_match_the_published_implementation(shared: Path, family: str, ki
         tokens["other_tokens"] = encoder.tokens(normalised(golden["other_frame"]))
     for name, value in tokens.items():
         assert relative_error(value, torch.from_numpy(golden[name])) < 1e-5, name
-    views_B3ND = encoder.three_views(frames, positions)
+    views_B3ND = encoder.training_views(frames, positions)
     expected = [torch.from_numpy(golden[name]) for name in ("tokens1", "tokens2", "tokens1_asym")]
     assert relative_error(views_B3ND, torch.stack(expected, 1)) < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_three_views_equal_separate_passes(family: str) -> None:
+def test_training_views_equal_separate_passes(family: str) -> None:
     encoder = load_backbone(family, **TINY)
     frames = random_images(2, 3, 3, 64, 64)
     positions = encoder.asymmetric_positions(offset=(3, 29))
     embedded, encoded = [], []
     encoder.patch_embed.register_forward_hook(lambda module, args, out: embedded.append(len(out)))
     encoder.blocks[0].register_forward_hook(lambda module, args, out: encoded.append(len(out)))
-    views_B3ND = encoder.three_views(frames, positions)
+    views_B3ND = encoder.training_views(frames, positions)
     # One batch each: the patches of two frames are embedded, and the blocks process three views.
     assert (embedded, encoded) == ([6], [9])
     assert views_B3ND.shape == (3, 3, 16, 32)
@@ -82,13 +82,13 @@ def test_three_views_equal_separate_passes(family: str) -> None:
 
 
 @pytest.mark.parametrize(("family", "dtype"), [("ijepa", torch.bfloat16), ("dinov2", torch.float16)])
-def test_three_views_in_half_precision(family: str, dtype: torch.dtype) -> None:
+def test_training_views_in_half_precision(family: str, dtype: torch.dtype) -> None:
     frames = random_images(2, 2, 3, 64, 64)
     exact = load_backbone(family, **TINY).double()
-    expected = exact.three_views(frames.double(), exact.asymmetric_positions(offset=(3, 29)))
+    expected = exact.training_views(frames.double(), exact.asymmetric_positions(offset=(3, 29)))
     encoder = load_backbone(family, **TINY).to(dtype)
     positions = encoder.asymmetric_positions(offset=(3, 29))
-    views_B3ND = encoder.three_views(frames.to(dtype), positions)
+    views_B3ND = encoder.training_views(frames.to(dtype), positions)
     assert views_B3ND.dtype == positions.dtype == dtype
     assert views_B3ND.is_contiguous()
     frames = frames.to(dtype)
@@ -115,11 +115,11 @@ def test_positions_are_resized_in_float32_before_casting(first_use_before_cast: 
 
 
 @pytest.mark.parametrize("family", ["ijepa", "clip", "dinov2"])
-def test_three_views_compile_without_graph_breaks(family: str) -> None:
+def test_training_views_compile_without_graph_breaks(family: str) -> None:
     encoder = load_backbone(family, **(TINY | {"depth": 1}))
     frames, positions = random_images(2, 1, 3, 64, 64), encoder.asymmetric_positions(offset=(0, 1))
-    compiled = torch.compile(encoder.three_views, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(frames, positions), encoder.three_views(frames, positions))
+    compiled = torch.compile(encoder.training_views, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(frames, positions), encoder.training_views(frames, positions))
 
 
 @settings(max_examples=20, deadline=None)
@@ -287,7 +287,7 @@ def test_tokens_on_a_gpu_match_those_on_the_cpu(family: str, monkeypatch: pytest
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     encoder = load_backbone(family, **TINY)
     frames = random_images(2, 2, 3, 64, 64)
-    expected = encoder.three_views(frames, encoder.asymmetric_positions(offset=(5, 7)))
+    expected = encoder.training_views(frames, encoder.asymmetric_positions(offset=(5, 7)))
     encoder.cuda()
-    actual = encoder.three_views(frames.cuda(), encoder.asymmetric_positions(offset=(5, 7)))
+    actual = encoder.training_views(frames.cuda(), encoder.asymmetric_positions(offset=(5, 7)))
     assert relative_error(actual.cpu(), expected) < 1e-4

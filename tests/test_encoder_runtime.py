@@ -45,7 +45,7 @@ def views(
     positions = encoder.asymmetric_positions(offset=(3, 5))
     if runtime.awaits_calibration:
         runtime.quantise(runtime.calibrate(frames, positions))
-    return runtime.three_views(frames, positions)
+    return runtime.training_views(frames, positions)
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:
@@ -95,11 +95,11 @@ def test_the_encoder_receives_frames_with_its_own_mean_and_std(
         return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
     exact = load_backbone("dino", **TINY, mean=mean, std=std)
-    expected = exact.three_views(normalised(mean, std), exact.asymmetric_positions(offset=(3, 5)))
+    expected = exact.training_views(normalised(mean, std), exact.asymmetric_positions(offset=(3, 5)))
     encoder = load_backbone("dino", **TINY, mean=mean, std=std)
     runtime = EncoderRuntime(encoder, EncoderRecipe(**options), dtype=dtype, device=torch.device(device))
     frames = normalised(IMAGENET_MEAN, IMAGENET_STD).to(device)
-    positions, encode = encoder.asymmetric_positions(offset=(3, 5)), runtime.three_views
+    positions, encode = encoder.asymmetric_positions(offset=(3, 5)), runtime.training_views
     if device == "cuda":
         encode = CapturedCall(encode, (torch.zeros_like(frames), positions))
     tokens = encode(frames, positions).cpu()
@@ -113,8 +113,8 @@ def test_frames_are_not_copied_for_an_encoder_with_the_mean_and_std_of_imagenet(
     encoder, frames = load_backbone("dino", **TINY), torch.randn(2, 3, 3, 64, 64)
     assert (encoder.mean, encoder.std) == (IMAGENET_MEAN, IMAGENET_STD)
     received: list[Tensor] = []
-    monkeypatch.setattr(encoder, "three_views", lambda frames, _: received.append(frames) or frames)
-    EncoderRuntime(encoder, EncoderRecipe(), dtype=torch.float32, device=CPU).three_views(frames, frames)
+    monkeypatch.setattr(encoder, "training_views", lambda frames, _: received.append(frames) or frames)
+    EncoderRuntime(encoder, EncoderRecipe(), dtype=torch.float32, device=CPU).training_views(frames, frames)
     assert received[0] is frames
 
 
@@ -235,16 +235,16 @@ def test_calibration_records_the_largest_input_of_each_layer() -> None:
     encoder = load_backbone("dino", **TINY)
     runtime = EncoderRuntime(encoder, EncoderRecipe(precision="fp8"), dtype=torch.float32, device=CPU)
     frames, positions = torch.randn(2, 2, 3, 64, 64), encoder.asymmetric_positions(offset=(3, 5))
-    before = runtime.three_views(frames, positions)
+    before = runtime.training_views(frames, positions)
     assert runtime.awaits_calibration
     largest = runtime.calibrate(frames, positions)
     # Calibration alone changes nothing.
-    assert torch.equal(runtime.three_views(frames, positions), before)
+    assert torch.equal(runtime.training_views(frames, positions), before)
     layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     assert set(largest) == {f"{block}.{layer}" for block in (0, 1) for layer in layers}
     seen = []
     encoder.blocks[1].mlp.fc2.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].abs().max()))
-    runtime.three_views(frames, positions)
+    runtime.training_views(frames, positions)
     assert largest["1.mlp.fc2"] == max(seen).item()
     runtime.quantise(largest)
     assert not runtime.awaits_calibration

@@ -114,7 +114,7 @@ def generate(name: str, **options: Any) -> Program:
             with patch.object(Tensor, "item", constant(1.0)):
                 runtime.quantise({layer: 1.0 for layer, _ in layers})
         try:
-            runtime.three_views(
+            runtime.training_views(
                 torch.empty(2, 8, 3, 64, 64, device=cuda), torch.empty_like(encoder.positions_NC)
             )
         # PyTorch wraps the exception.

@@ -75,11 +75,11 @@ def test_rotary_positions_of_numbered_cells_are_compressed(name: str) -> None:
 
 @pytest.mark.parametrize("name", TIMM)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_three_views_equal_separate_passes(name: str, dtype: torch.dtype) -> None:
+def test_training_views_equal_separate_passes(name: str, dtype: torch.dtype) -> None:
     encoder = encoder_of(name).to(dtype)
     frames = images(4).unflatten(0, (2, 2)).to(dtype)
     positions = encoder.asymmetric_positions(offset=(3, 29))
-    views_B3ND = encoder.three_views(frames, positions)
+    views_B3ND = encoder.training_views(frames, positions)
     separate = [encoder.tokens(frames[0]), encoder.tokens(frames[1]), encoder.tokens(frames[0], positions)]
     expected_B3ND = torch.stack(separate, 1)
     assert views_B3ND.dtype == dtype
@@ -94,11 +94,11 @@ def test_rotary_positions_that_are_random_in_training_are_fixed() -> None:
     assert torch.equal(*tables)
 
 
-def test_three_views_with_rotary_positions_compile_without_graph_breaks() -> None:
+def test_training_views_with_rotary_positions_compile_without_graph_breaks() -> None:
     encoder = encoder_of("eva02_tiny_patch14_224")
     frames, positions = images(2).unflatten(0, (2, 1)), encoder.asymmetric_positions(offset=(0, 1))
-    compiled = torch.compile(encoder.three_views, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(frames, positions), encoder.three_views(frames, positions))
+    compiled = torch.compile(encoder.training_views, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(frames, positions), encoder.training_views(frames, positions))
 
 
 @pytest.mark.parametrize("how", ["plain", "offset", "antialias", "bilinear"])

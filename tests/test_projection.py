@@ -38,7 +38,7 @@ def test_losses_and_gradients_match_the_published_implementation(shared: Path, f
     frames = [(torch.from_numpy(golden[name]) / 255 - MEAN_311) / STD_311 for name in ("frame1", "frame2")]
     row, column = (int(start) for start in golden["crop_offset"])
     positions = encoder.asymmetric_positions(ratio=float(golden["asym_ratio"]), offset=(row, column))
-    frozen_B3ND = encoder.three_views(torch.stack(frames), positions)
+    frozen_B3ND = encoder.training_views(torch.stack(frames), positions)
     out = cosettle_loss(
         frozen_B3ND,
         projection(frozen_B3ND),

@@ -1,9 +1,9 @@
-"""Decode and transform frame pairs with DALI. This is the only module that imports DALI.
+"""Decode and transform frames with DALI. This is the only module that imports DALI.
 
-A stage receives the stored frame pairs of a batch with their crops and flips, processes all submitted batches
+A stage receives the stored frames of a batch with their crops and flips, processes all submitted batches
 concurrently, and returns them in order:
 
-    submit(pairs, parameters)  ->  collect() -> (2, B, 3, S, S)
+    submit(pairs, parameters)  ->  collect() -> (T, B, 3, S, S)
 
 Batches are fed without callbacks, because an exception in a callback would make the pipeline unusable. If
 DALI cannot decode a batch, `collect` raises; with the dynamic executor, other batches are not affected.
@@ -13,7 +13,7 @@ they have been decoded, and resizes and normalises the crops on the GPU. For a C
 decodes and PyTorch does the rest, because its antialiased bicubic interpolation of uint8 is faster there than
 DALI's. The tests compare both with Pillow.
 
-Legend: B frame pairs, F frames of a clip, H x W pixels of a frame, S x S pixels of a crop.
+Legend: B samples of T frames, F frames of a clip, H x W pixels of a frame, S x S pixels of a crop.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fasttrain.data.images import Bytes, Frame
 from fasttrain.data.index import ClipIndex, FrameIndex, Storage, StoredFrames
 from fasttrain.data.nvdec import rgb_correction
 from fasttrain.data.sampling import SampleParameters
-from fasttrain.data.torch_stage import FrameTransform, first_then_second
+from fasttrain.data.torch_stage import FrameTransform, frame_by_frame, num_frames
 from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD
 from fasttrain.recipe import Recipe
 
@@ -117,7 +117,7 @@ class HostStage:
         if index.storage == "images":
             self._decoder = Graph(
                 lambda: decode_images(bytes_input(), device="cpu"),
-                batch_size=2 * recipe.train.batch_size,
+                batch_size=recipe.objective.frames * recipe.train.batch_size,
                 num_threads=num_threads,
                 depth=depth,
             )
@@ -127,22 +127,22 @@ class HostStage:
         self._transform = FrameTransform()
 
     def submit(self, pairs: Sequence[StoredFrames], parameters: SampleParameters) -> None:
-        """Start processing a batch of B stored frame pairs."""
-        frames = first_then_second(pairs)
+        """Start processing a batch: the stored frames of B samples."""
+        frames = frame_by_frame(pairs)
         if self._decoder:
             self._decoder.submit(stored=frames)
         self._pending.append((frames, parameters))
 
     def collect(self) -> Tensor:
-        """Return the oldest batch, (2, B, 3, S, S). Raises RuntimeError if a frame cannot be decoded."""
+        """Return the oldest batch, (T, B, 3, S, S). Raises RuntimeError if a frame cannot be decoded."""
         frames, parameters = self._pending.popleft()
         if self._decoder:
             decoded = self._decoder.collect()
             # These views keep the batch's buffer alive, so that DALI does not reuse it for the next batch.
             frames = [np.asarray(decoded[i]) for i in range(len(decoded))]
-        out = torch.empty(2, len(parameters), 3, self._size, self._size)
-        # `frames` lists all first frames, then all second frames.
-        list(self._pool.map(self._transform, frames, [*parameters, *parameters], out.flatten(0, 1)))
+        count = num_frames(parameters)
+        out = torch.empty(count, len(parameters), 3, self._size, self._size)
+        list(self._pool.map(self._transform, frames, np.tile(parameters, count), out.flatten(0, 1)))
         return out
 
     def close(self) -> None:
@@ -151,7 +151,7 @@ class HostStage:
 
 
 def pair_graph(recipe: Recipe, storage: Storage, device: torch.device) -> Any:
-    """Define the nodes from stored frames to normalised crops, (3, S, S), or (2, 3, S, S) for each clip."""
+    """Define the nodes from stored frames to normalised crops, (3, S, S), or (T, 3, S, S) for each clip."""
     size = recipe.data.image_size
     decoder = "mixed" if recipe.data.decoder == "mixed" else "cpu"
     corners = _input("box", ndim=2, dtype=DALIDataType.FLOAT)
@@ -218,7 +218,7 @@ class GpuStage:
         self._std = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1)
         self._graph = Graph(
             lambda: pair_graph(recipe, index.storage, device),
-            batch_size=2 * recipe.train.batch_size,
+            batch_size=recipe.objective.frames * recipe.train.batch_size,
             num_threads=num_threads,
             depth=depth,
             device=device,
@@ -230,24 +230,24 @@ class GpuStage:
         self._limit = depth + 1
 
     def submit(self, pairs: Sequence[StoredFrames], parameters: SampleParameters) -> None:
-        """Start processing a batch of B stored frame pairs."""
+        """Start processing a batch: the stored frames of B samples."""
         inputs: dict[str, Any] = {}
         if self._videos:
             stored, inputs["numbers"] = [clip for clip, _ in pairs], [numbers for _, numbers in pairs]
             boxes, flips = parameters["box"], parameters["flip"]
         else:
-            stored = first_then_second(pairs)
-            boxes, flips = np.tile(parameters["box"], (2, 1)), np.tile(parameters["flip"], 2)
+            stored, count = frame_by_frame(pairs), num_frames(parameters)
+            boxes, flips = np.tile(parameters["box"], (count, 1)), np.tile(parameters["flip"], count)
         inputs |= {"box": boxes.astype(np.float32).reshape(-1, 2, 2), "mirror": flips.astype(np.int32)}
         self._graph.submit(stored=stored, **inputs)
         self._pending.append(parameters)
 
     def collect(self) -> Tensor:
-        """Return the oldest batch, (2, B, 3, S, S). Raises RuntimeError if a frame cannot be decoded."""
+        """Return the oldest batch, (T, B, 3, S, S). Raises RuntimeError if a frame cannot be decoded."""
         parameters = self._pending.popleft()
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         batch = torch.from_dlpack(self._graph.collect(stream).as_tensor())
-        views = batch.transpose(0, 1) if self._videos else batch.unflatten(0, (2, len(parameters)))
+        views = batch.transpose(0, 1) if self._videos else batch.unflatten(0, (-1, len(parameters)))
         frames = torch.empty(views.shape, dtype=self._dtype, device=self._device)
         frames.copy_(views)
         if stream is not None:
@@ -260,7 +260,7 @@ class GpuStage:
         return frames
 
     def _recolour(self, frames: Tensor, parameters: SampleParameters) -> None:
-        """Correct the colours of (2, B, 3, S, S) in place, because DALI decodes every video as BT.601."""
+        """Correct the colours of (T, B, 3, S, S) in place, because DALI decodes every video as BT.601."""
         matrices = [self._videos[video].matrix for video in parameters["video"]]
         if set(matrices) == {"bt601"}:
             return

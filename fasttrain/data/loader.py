@@ -1,4 +1,4 @@
-"""The data loader of training: batches of frame pairs on the device, in the order of the training stream.
+"""The data loader of training: batches of frames on the device, in the order of the training stream.
 
 Threads read micro-batches in advance (reading files and decoding videos release the GIL), and a stage decodes
 images and transforms the frames in advance: a stage of dali.py if DALI is installed, otherwise one of
@@ -45,9 +45,9 @@ MAX_ATTEMPTS = 32
 
 @dataclass(frozen=True)
 class FramePairs:
-    """A micro-batch of B frame pairs."""
+    """A micro-batch of B frame pairs, or of B samples of T frames with objective.frames=T."""
 
-    frames: Tensor  # (2, B, 3, S, S) on the device, normalised with the ImageNet mean and std
+    frames: Tensor  # (T, B, 3, S, S) on the device, normalised with the ImageNet mean and std
     samples: Ints  # (B,) sample ids, after replacement
     bad_samples: list[str]  # one description per unreadable sample: frame, reason and replacement
 
@@ -59,7 +59,7 @@ class _Batch:
     epochs: Ints  # (B,)
     ids: Ints  # (B,) sample ids, before any replacement
     parameters: SampleParameters  # (B,) of the samples, or of their replacements
-    pairs: list[StoredFrames]  # B frame pairs
+    pairs: list[StoredFrames]  # the frames of B samples
     bad: list[list[str]]  # B lists with a description of each failed attempt
 
 
@@ -82,7 +82,7 @@ class PairLoader:
         self, *, index: FrameIndex, recipe: Recipe, world: World, first_step_index: int, num_steps: int
     ) -> None:
         self.recipe, self.world, self.first_step_index = recipe, world, first_step_index
-        self.sampling = PairSampling(recipe.data, recipe.seed)
+        self.sampling = PairSampling(recipe)
         self.num_samples = len(index) * recipe.data.pairs_per_video
         self.batch_size, self.accumulate = recipe.train.batch_size, recipe.train.accumulate
         self.global_batch = self.accumulate * world.size * self.batch_size
@@ -156,7 +156,7 @@ class PairLoader:
         return batch
 
     def _read(self, batch: _Batch, row: int) -> None:
-        """Read both frames of a sample, replacing it until both are readable."""
+        """Read the frames of a sample, replacing it until all are readable."""
         while True:
             video, frames = batch.parameters["video"][row], batch.parameters["frames"][row]
             try:
@@ -222,10 +222,10 @@ class PairLoader:
 
     def _undecodable_frame(self, batch: _Batch, row: int) -> int | None:
         """Return the number of the frame that the stage cannot decode, or None."""
-        # Images are decoded one by one to identify the damaged one. A clip contains both frames, so its first
+        # Images are decoded one by one to identify the damaged one. A clip contains all frames, so its first
         # frame is reported.
         clips, pair = self.index.storage == "clips", batch.pairs[row]
-        pairs = [pair] if clips else [[stored, stored] for stored in pair]
+        pairs = [pair] if clips else [[stored] * len(pair) for stored in pair]
         for frame, one_pair in zip(batch.parameters["frames"][row], pairs, strict=False):
             self._stage.submit([one_pair], batch.parameters[row : row + 1])
             try:

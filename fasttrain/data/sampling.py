@@ -1,10 +1,11 @@
-"""Draw the frame pair and the crop of each sample as a pure function of (seed, epoch, sample).
+"""Draw the frames and the crop of each sample as a pure function of (seed, epoch, sample).
 
 The random numbers come from Philox, a counter-based generator (Salmon et al., SC 2011), with (seed, epoch) as
 the key and (sample, attempt) as the counter. A sample therefore does not depend on the order of the samples,
 the rank or the number of threads.
 
-Legend: B samples, n frames in a video, V videos.
+Legend: B samples, T frames of a sample (a pair, unless objective.frames is more than 2), n frames in a
+video, V videos.
 """
 
 from __future__ import annotations
@@ -14,33 +15,37 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from fasttrain.recipe import DataRecipe
+from fasttrain.recipe import Recipe
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
-# (B,) array of dtype PARAMETERS.
+# (B,) array of the dtype `parameters_dtype`.
 SampleParameters = npt.NDArray[np.void]
 
-PARAMETERS = np.dtype(
-    [
-        ("sample", np.int64),  # video * pairs_per_video + k
-        ("video", np.int64),
-        ("frames", np.int64, 2),
-        # Top, left, bottom, right on the unit square. Both frames share the crop and the flip.
-        ("box", np.float64, 4),
-        ("flip", np.bool_),  # horizontal
-    ]
-)
-
-# Columns of the random numbers of a sample. All are always drawn, so that each has a fixed position.
+# Columns of the random numbers of a sample. All are always drawn, so that each has a fixed position. Frames
+# after the second one come last.
 _FRAMES, _CROP, _FLIP, _REPLACEMENT, _COUNT = slice(0, 2), slice(2, 6), 6, 7, 8
 
 
-class PairSampling:
-    """The sampling rule of Co-Settle (section 3 of the paper)."""
+def parameters_dtype(frames: int) -> np.dtype[np.void]:
+    """Return the dtype of the parameters of a sample of T frames."""
+    return np.dtype(
+        [
+            ("sample", np.int64),  # video * pairs_per_video + k
+            ("video", np.int64),
+            ("frames", np.int64, frames),
+            # Top, left, bottom, right on the unit square. All frames share the crop and the flip.
+            ("box", np.float64, 4),
+            ("flip", np.bool_),  # horizontal
+        ]
+    )
 
-    def __init__(self, data: DataRecipe, seed: int) -> None:
-        self.data, self.seed = data, seed
+
+class PairSampling:
+    """The sampling rule of Co-Settle (section 3 of the paper), extended to T frames."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.data, self.seed, self.frames = recipe.data, recipe.seed, recipe.objective.frames
 
     def order(self, positions: npt.ArrayLike, num_samples: int) -> tuple[Ints, Ints]:
         """Return the epochs and sample ids at positions (B,) of the training stream.
@@ -55,37 +60,44 @@ class PairSampling:
         return epochs, samples
 
     def draw(self, num_frames: Ints, epochs: Ints, samples: Ints, attempt: int = 0) -> SampleParameters:
-        """Draw the frame pairs, crops and flips of samples (B,) in epochs (B,).
+        """Draw the frames, crops and flips of samples (B,) in epochs (B,).
 
         `num_frames` (V,) are the lengths of all videos. attempt > 0 draws the replacements of
         samples that were unreadable in attempt - 1.
         """
-        uniforms = _uniforms(self.seed, epochs, samples, attempt)
+        uniforms = _uniforms(self.seed, epochs, samples, attempt, count=_COUNT + self.frames - 2)
         if attempt:
             samples = _below(uniforms[:, _REPLACEMENT], len(num_frames) * self.data.pairs_per_video)
-        drawn = np.empty(len(samples), PARAMETERS)
+        drawn = np.empty(len(samples), parameters_dtype(self.frames))
         drawn["sample"] = samples
         drawn["video"] = samples // self.data.pairs_per_video
-        drawn["frames"] = draw_pair(num_frames[drawn["video"]], uniforms[:, _FRAMES], gap=self.data.gap)
+        of_frames = np.concatenate((uniforms[:, _FRAMES], uniforms[:, _COUNT:]), axis=1)
+        drawn["frames"] = draw_frames(num_frames[drawn["video"]], of_frames, gap=self.data.gap)
         drawn["box"] = draw_crop(uniforms[:, _CROP], area=self.data.crop_area, ratio=self.data.crop_ratio)
         drawn["flip"] = uniforms[:, _FLIP] < self.data.flip
         return drawn
 
 
-def draw_pair(num_frames: npt.ArrayLike, uniforms: npt.ArrayLike, *, gap: float) -> Ints:
-    """Draw two zero-based frame numbers (B, 2) per video, from uniforms (B, 2) in [0, 1).
+def draw_frames(num_frames: npt.ArrayLike, uniforms: npt.ArrayLike, *, gap: float) -> Ints:
+    """Draw T zero-based frame numbers (B, T) per video, from uniforms (B, T) in [0, 1).
 
     `num_frames` (B,) are the lengths n of the videos. With distance = int(gap n), frame 1 is uniform on
-    [1, n - distance), as in the published implementation, and frame 2 = frame 1 + distance. If n <= 4, or if
-    distance is 0 or leaves no choice for frame 1, both frames are drawn independently from all n frames.
+    [1, n - (T - 1) distance), as in the published implementation for T = 2, and each other frame is the one
+    before plus distance. If n <= 4, or if distance is 0 or more than n - 2, which leaves two frames no
+    choice, all frames are drawn independently from all n frames. More than two frames are then sorted, and a
+    distance for which they are too many is the largest that fits.
     """
     n = np.asarray(num_frames, dtype=np.int64)
     u = np.asarray(uniforms, dtype=np.float64)
-    distance = (gap * n).astype(np.int64)
-    is_independent = (n <= 4) | (distance < 1) | (distance > n - 2)
+    last = u.shape[1] - 1
+    asked = (gap * n).astype(np.int64)
+    distance = np.minimum(asked, (n - 2) // last)
+    is_independent = (n <= 4) | (distance < 1) | (asked > n - 2)
     independent = _below(u, n[:, None])
-    first = 1 + _below(u[:, 0], np.maximum(n - distance - 1, 1))
-    spaced = np.stack([first, first + distance], axis=1)
+    if last > 1:
+        independent.sort(axis=1)
+    first = 1 + _below(u[:, 0], np.maximum(n - last * distance - 1, 1))
+    spaced = first[:, None] + distance[:, None] * np.arange(last + 1)
     return np.where(is_independent[:, None], independent, spaced)
 
 
@@ -123,13 +135,13 @@ def _below(uniforms: Floats, bounds: Ints | int) -> Ints:
     return (uniforms * bounds).astype(np.int64)
 
 
-def _uniforms(seed: int, epochs: Ints, samples: Ints, attempt: int) -> Floats:
-    """Draw numbers (B, 8) that are uniform on [0, 1), one row per (epoch, sample, attempt)."""
+def _uniforms(seed: int, epochs: Ints, samples: Ints, attempt: int, *, count: int) -> Floats:
+    """Draw numbers (B, count) that are uniform on [0, 1), one row per (epoch, sample, attempt)."""
     bits = _philox(seed, 0, (0, 0, 0, 0))
     generator = np.random.Generator(bits)
     # Setting the state of a generator is faster than constructing a new one for every sample.
     state = bits.state
-    rows = np.empty((len(samples), _COUNT))
+    rows = np.empty((len(samples), count))
     for row, epoch, sample in zip(rows, epochs, samples, strict=True):
         state["state"]["key"][1] = epoch
         state["state"]["counter"][:] = (0, sample, attempt, 0)

@@ -1,15 +1,15 @@
-"""Decode frame pairs with Pillow and transform them with PyTorch. Training uses this where DALI is missing.
+"""Decode frames with Pillow and transform them with PyTorch. Training uses this where DALI is missing.
 
 The stages have the interface of those in dali.py, except that a batch can be collected at any time:
 
-    submit(pairs, parameters)  ->  collect() -> (2, B, 3, S, S)
+    submit(pairs, parameters)  ->  collect() -> (T, B, 3, S, S)
 
 Threads decode all submitted batches in order. On a CPU (`TorchHostStage`), they also crop, resize and
 normalise each frame, with the same result as dali.HostStage. For a GPU (`TorchGpuStage`), one more thread
 sends the frames to the GPU, which transforms them on a stream of its own, as dali.GpuStage does.
 
-Legend: B frame pairs, F frames, H x W pixels of a frame or of the largest crop, S x S pixels of a resized
-crop, L pixels of the longest side, Y = 3 S rows of all colours.
+Legend: B samples of T frames, F frames, H x W pixels of a frame or of the largest crop, S x S pixels of a
+resized crop, L pixels of the longest side, Y = 3 S rows of all colours.
 """
 
 from __future__ import annotations
@@ -44,13 +44,14 @@ class TorchHostStage:
         self._pending: deque[tuple[list[Future[None]], Tensor]] = deque()
 
     def submit(self, pairs: Sequence[StoredFrames], parameters: SampleParameters) -> None:
-        """Start processing a batch of B stored frame pairs."""
-        out = torch.empty(2, len(parameters), 3, self._size, self._size)
-        frames = zip(first_then_second(pairs), [*parameters, *parameters], out.flatten(0, 1), strict=True)
+        """Start processing a batch: the stored frames of B samples."""
+        count = num_frames(parameters)
+        out = torch.empty(count, len(parameters), 3, self._size, self._size)
+        frames = zip(frame_by_frame(pairs), np.tile(parameters, count), out.flatten(0, 1), strict=True)
         self._pending.append(([self._pool.submit(self._process, *frame) for frame in frames], out))
 
     def collect(self) -> Tensor:
-        """Return the oldest batch, (2, B, 3, S, S). Raises RuntimeError if a frame cannot be decoded."""
+        """Return the oldest batch, (T, B, 3, S, S). Raises RuntimeError if a frame cannot be decoded."""
         frames, out = self._pending.popleft()
         for frame in frames:
             frame.result()
@@ -101,12 +102,12 @@ class TorchGpuStage:
             torch.cuda.set_device(self._device)
 
     def submit(self, pairs: Sequence[StoredFrames], parameters: SampleParameters) -> None:
-        """Start processing a batch of B stored frame pairs."""
-        frames = [self._decoders.submit(_decode, stored) for stored in first_then_second(pairs)]
-        self._pending.append(self._sender.submit(self._send, frames, np.tile(parameters, 2)))
+        """Start processing a batch: the stored frames of B samples."""
+        frames = [self._decoders.submit(_decode, stored) for stored in frame_by_frame(pairs)]
+        self._pending.append(self._sender.submit(self._send, frames, parameters))
 
     def collect(self) -> Tensor:
-        """Return the oldest batch, (2, B, 3, S, S), for use on the current CUDA stream.
+        """Return the oldest batch, (T, B, 3, S, S), for use on the current CUDA stream.
 
         The stream waits until the batch is complete; the host only waits until the frames are decoded. Raises
         RuntimeError if a frame cannot be decoded.
@@ -129,13 +130,15 @@ class TorchGpuStage:
         self, frames: list[Future[Frame]], parameters: SampleParameters
     ) -> tuple[Tensor, torch.cuda.Event | None]:
         """Transform the frames of a batch. Returns the batch and the event of its completion."""
+        count = num_frames(parameters)
+        parameters = np.tile(parameters, count)
         with torch.cuda.stream(self._stream):
             out = torch.empty(len(frames), 3, self._size, self._size, dtype=self._dtype, device=self._device)
             for start in range(0, len(frames), GPU_FRAMES):
                 part = slice(start, start + GPU_FRAMES)
                 out[part] = self._transform([frame.result() for frame in frames[part]], parameters[part])
             done = self._stream.record_event() if self._stream else None
-        return out.unflatten(0, (2, -1)), done
+        return out.unflatten(0, (count, -1)), done
 
     def _transform(self, frames: list[Frame], parameters: SampleParameters) -> Tensor:
         """Crop, resize, flip and normalise frames of any sizes, to (F, 3, S, S).
@@ -188,9 +191,14 @@ def resize_weights(lengths_F: npt.NDArray[np.int64], size: int, device: torch.de
     return (inside + before_FS1 * (pixels_L == 0))[:, :, margin : margin + longest]
 
 
-def first_then_second(pairs: Sequence[StoredFrames]) -> list[npt.NDArray[np.uint8]]:
-    """Return the first frames of all pairs, then the second ones."""
-    return [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
+def frame_by_frame(pairs: Sequence[StoredFrames]) -> list[npt.NDArray[np.uint8]]:
+    """Return the first frames of all samples, then the second ones, and so on."""
+    return [stored for frames in zip(*pairs, strict=True) for stored in frames]
+
+
+def num_frames(parameters: SampleParameters) -> int:
+    """Return the number T of frames of each sample."""
+    return int(parameters["frames"].shape[1])
 
 
 def _decode(stored: npt.NDArray[np.uint8]) -> Frame:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import make_sampling
 
-from fasttrain.data.sampling import draw_crop, draw_pair, evenly_spaced, pixel_box
+from fasttrain.data.sampling import draw_crop, draw_frames, evenly_spaced, pixel_box
 
 PAPER = {"area": (0.5, 1.0), "ratio": (3 / 4, 4 / 3)}
 
@@ -20,7 +20,7 @@ def uniforms(rows: int, columns: int, seed: int = 0) -> np.ndarray:
 @given(n=st.integers(5, 2000), seed=st.integers(0, 1000))
 def test_frame_2_follows_frame_1_at_the_gap(n: int, seed: int) -> None:
     gap = int(0.15 * n)
-    first, second = draw_pair(np.full(64, n), uniforms(64, 2, seed), gap=0.15).T
+    first, second = draw_frames(np.full(64, n), uniforms(64, 2, seed), gap=0.15).T
     if gap < 1:
         assert set(first) | set(second) <= set(range(n))
         assert not np.array_equal(first, second)
@@ -33,7 +33,7 @@ def test_frame_2_follows_frame_1_at_the_gap(n: int, seed: int) -> None:
 # With at most four frames, the pair is independent whatever the gap.
 @pytest.mark.parametrize(("n", "gap"), [(1, 0.15), (2, 0.15), (4, 0.5), (6, 0.15)])
 def test_frames_of_short_videos_are_independent(n: int, gap: float) -> None:
-    pairs = draw_pair(np.full(4000, n), uniforms(4000, 2), gap=gap)
+    pairs = draw_frames(np.full(4000, n), uniforms(4000, 2), gap=gap)
     counts = np.zeros((n, n))
     np.add.at(counts, (pairs[:, 0], pairs[:, 1]), 1)
     # The frequency of each of the n^2 pairs is within five standard deviations of its probability.
@@ -45,7 +45,7 @@ def test_frames_of_short_videos_are_independent(n: int, gap: float) -> None:
 @pytest.mark.parametrize("n", [7, 40])
 def test_frame_1_is_uniform_on_its_range(n: int) -> None:
     gap = int(0.15 * n)
-    first = draw_pair(np.full(20000, n), uniforms(20000, 2), gap=0.15)[:, 0]
+    first = draw_frames(np.full(20000, n), uniforms(20000, 2), gap=0.15)[:, 0]
     assert set(first) == set(range(1, n - gap))
     probability = 1 / (n - gap - 1)
     counts = np.bincount(first, minlength=n - gap)[1:]
@@ -58,7 +58,7 @@ def test_frame_1_is_uniform_on_its_range(n: int) -> None:
 @pytest.mark.parametrize("gap", [0.0, 0.15, 0.9, 1.0])
 @pytest.mark.parametrize("n", [1, 2, 5, 7, 10**6 + 3])
 def test_extreme_uniforms_give_frames_within_the_video(n: int, gap: float, u: float) -> None:
-    pair = draw_pair([n], [[u, u]], gap=gap)
+    pair = draw_frames([n], [[u, u]], gap=gap)
     assert pair.min() >= 0
     assert pair.max() < n
 

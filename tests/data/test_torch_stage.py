@@ -13,7 +13,7 @@ from test_loader import levels
 from fasttrain.data.images import decode_image
 from fasttrain.data.index import StoredFrames
 from fasttrain.data.loader import index_for_decoder
-from fasttrain.data.sampling import PARAMETERS, SampleParameters
+from fasttrain.data.sampling import SampleParameters, parameters_dtype
 from fasttrain.data.sources import open_source
 from fasttrain.data.torch_stage import GPU_FRAMES, TorchGpuStage, TorchHostStage, resize_weights
 from fasttrain.errors import InputError
@@ -34,7 +34,7 @@ def make_batch(sizes: list[tuple[int, int]] = FRAME_SIZES) -> tuple[list[StoredF
         ]
         images = [Image.fromarray(frame.astype(np.uint8)) for frame in frames]
         pairs += [[np.frombuffer(encoded(image, quality=95), np.uint8) for image in images]] * 2 * len(BOXES)
-    parameters = np.zeros(len(pairs), PARAMETERS)
+    parameters = np.zeros(len(pairs), parameters_dtype(2))
     parameters["box"] = BOXES * 2 * len(sizes)
     parameters["flip"] = ([False] * len(BOXES) + [True] * len(BOXES)) * len(sizes)
     return pairs, parameters
