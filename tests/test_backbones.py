@@ -66,19 +66,19 @@ def test_tokens_match_the_published_implementation(shared: Path, family: str, ki
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_views_equal_separate_passes(family: str) -> None:
     encoder = load_backbone(family, **TINY)
-    frames = random_images(2, 3, 3, 64, 64)
+    frames = random_images(3, 3, 3, 64, 64)
     positions = encoder.asymmetric_positions(offset=(3, 29))
     embedded, encoded = [], []
     encoder.patch_embed.register_forward_hook(lambda module, args, out: embedded.append(len(out)))
     encoder.blocks[0].register_forward_hook(lambda module, args, out: encoded.append(len(out)))
-    views_B3ND = encoder.training_views(frames, positions)
-    # One batch each: the patches of two frames are embedded, and the blocks process three views.
-    assert (embedded, encoded) == ([6], [9])
-    assert views_B3ND.shape == (3, 3, 16, 32)
-    assert views_B3ND.is_contiguous()
-    separate = [encoder.tokens(frames[0]), encoder.tokens(frames[1]), encoder.tokens(frames[0], positions)]
-    torch.testing.assert_close(views_B3ND, torch.stack(separate, 1), rtol=1e-5, atol=1e-6)
-    assert (views_B3ND[:, 2] - views_B3ND[:, 0]).abs().max() > 1e-3
+    views_B4ND = encoder.training_views(frames, positions)
+    # One batch each: the patches of three frames are embedded, and the blocks process four views.
+    assert (embedded, encoded) == ([9], [12])
+    assert views_B4ND.shape == (3, 4, 16, 32)
+    assert views_B4ND.is_contiguous()
+    separate = [*map(encoder.tokens, frames), encoder.tokens(frames[0], positions)]
+    torch.testing.assert_close(views_B4ND, torch.stack(separate, 1), rtol=1e-5, atol=1e-6)
+    assert (views_B4ND[:, 3] - views_B4ND[:, 0]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(("family", "dtype"), [("ijepa", torch.bfloat16), ("dinov2", torch.float16)])

@@ -35,7 +35,7 @@ from fasttrain.optimizer import learning_rate_factor
 from fasttrain.options import new_parser
 from fasttrain.profiling import RECORDED, RECORDED_PASS, SPANS
 from fasttrain.recipe import Recipe, TrainRecipe, load_recipe, recipe_from_dict, to_yaml
-from fasttrain.trainer import Trainer, check_bad_fraction
+from fasttrain.trainer import Trainer, check_bad_fraction, curriculum_frames
 from fasttrain.training import train
 from fasttrain.video_encoder import load_video_encoder
 
@@ -175,6 +175,20 @@ def test_a_resumed_run_is_reproducible_to_the_bit(
     crash_and_resume(tiny(frames, tmp_path), step_index)
     assert_same_bits(finished, tmp_path)
     assert [line["step"] for line in metrics(tmp_path)] == [2, 4]
+
+
+def test_a_run_with_a_curriculum_of_walks_resumes(frames: Path, finished: Path, tmp_path: Path) -> None:
+    objective = {"frames": 3, "curriculum": True}
+    whole, resumed, fixed = (tiny(frames, tmp_path / name, objective=objective) for name in "abc")
+    run(whole)
+    crash_and_resume(resumed, 3)
+    assert_same_bits(tmp_path / "a", tmp_path / "b")
+    run(dataclasses.replace(fixed, objective=dataclasses.replace(fixed.objective, curriculum=False)))
+    one, other, two_frames = (metrics(folder) for folder in (tmp_path / "a", tmp_path / "c", finished))
+    # The walks are shorter in the first half of the run, on the same frames.
+    assert one[0]["cycle"] < other[0]["cycle"]
+    assert one[0]["cycle"] != two_frames[0]["cycle"]
+    assert [curriculum_frames(4, step, 7) for step in range(7)] == [2, 2, 2, 3, 3, 4, 4]
 
 
 def test_a_resumed_run_in_fp8_keeps_its_scales(

@@ -41,34 +41,38 @@ needs_nvdec = pytest.mark.skipif(not has_nvdec(), reason="requires NVDEC (libnvc
 PAIRS = 3
 
 
-def make_stage(index: FrameIndex, depth: int = 1) -> GpuStage:
-    recipe = make_recipe(batch_size=PAIRS, image_size=SIZE)
+def make_stage(index: FrameIndex, depth: int = 1, frames: int = 2) -> GpuStage:
+    recipe = make_recipe(batch_size=PAIRS, image_size=SIZE, frames=frames)
     return GpuStage(recipe, index, CPU, num_threads=2, depth=depth)
 
 
-def draw(index: FrameIndex, number: int) -> tuple[list, SampleParameters]:
-    """Draw batch `number`: its stored pairs and their parameters."""
-    parameters = make_sampling(pairs_per_video=8).draw(
+def draw(index: FrameIndex, number: int, frames: int = 2) -> tuple[list, SampleParameters]:
+    """Draw batch `number`: its stored frames and their parameters."""
+    parameters = make_sampling(pairs_per_video=8, frames=frames).draw(
         index.num_frames, np.zeros(PAIRS, dtype=int), np.arange(PAIRS) * 7 + number
     )
     return [index.read(int(row["video"]), row["frames"]) for row in parameters], parameters
 
 
-def check_against_pillow(index: FrameIndex, truth: FrameIndex | None = None, tolerance: float = 0.5) -> None:
-    stage = make_stage(index)
-    sampling = make_sampling(pairs_per_video=8)
+def check_against_pillow(
+    index: FrameIndex, truth: FrameIndex | None = None, tolerance: float = 0.5, frames: int = 2
+) -> None:
+    stage = make_stage(index, frames=frames)
+    sampling = make_sampling(pairs_per_video=8, frames=frames)
     for number in range(2):
-        pairs, parameters = draw(index, number)
+        pairs, parameters = draw(index, number, frames)
         stage.submit(pairs, parameters)
         got = stage.collect()
-        assert got.shape == (2, PAIRS, 3, SIZE, SIZE)
+        assert got.shape == (frames, PAIRS, 3, SIZE, SIZE)
         epochs = np.zeros(PAIRS, dtype=int)
         expected = reference_pairs(truth or index, sampling, epochs, parameters["sample"], SIZE)
         assert np.abs(levels(got) - expected).mean() < tolerance
 
 
 def test_the_graph_on_images(tmp_path: Path) -> None:
-    check_against_pillow(open_source(write_folders(tmp_path, [20, 9, 30])))
+    index = open_source(write_folders(tmp_path, [20, 9, 30]))
+    for frames in (2, 3):
+        check_against_pillow(index, frames=frames)
 
 
 @pytest.mark.parametrize("source", ["davis/JPEGImages/480p", "videos"])
@@ -126,7 +130,8 @@ class Recoloured(VideoIndex):
 def test_the_graph_on_clips_with_different_matrices(tmp_path: Path, matrices: list[str]) -> None:
     clips = as_clips(vp9_videos(tmp_path), matrices)
     truth = Recoloured(dict(zip(clips.names, clips.videos, strict=True)), [])
-    check_against_pillow(clips, truth, tolerance=2)
+    for frames in (2, 4):
+        check_against_pillow(clips, truth, tolerance=2, frames=frames)
 
 
 @pytest.mark.parametrize(

@@ -49,9 +49,9 @@ def samples_of(index: FrameIndex, **changes) -> list[np.ndarray]:
 def reference_pairs(
     index: FrameIndex, sampling: PairSampling, epochs: Ints, samples: Ints, size: int
 ) -> np.ndarray:
-    """Decode, crop, resize and flip with Pillow. Returns levels 0..255, (2, B, 3, size, size)."""
+    """Decode, crop, resize and flip with Pillow. Returns levels 0..255, (T, B, 3, size, size)."""
     drawn = sampling.draw(index.num_frames, epochs, samples)
-    out = np.empty((2, len(samples), 3, size, size))
+    out = np.empty((sampling.frames, len(samples), 3, size, size))
     for b, row in enumerate(drawn):
         for view, number in enumerate(row["frames"]):
             frame = Image.fromarray(index.read_frame(int(row["video"]), int(number)))
@@ -67,11 +67,11 @@ def levels(frames: torch.Tensor) -> np.ndarray:
     return ((frames * std + mean) * 255).numpy()
 
 
-def check_pixels(index: FrameIndex, size: int) -> None:
-    sampling = make_sampling(pairs_per_video=8)
-    loader = make_loader(index, pairs_per_video=8, image_size=size, batch_size=4)
+def check_pixels(index: FrameIndex, size: int, frames: int = 2) -> None:
+    sampling = make_sampling(pairs_per_video=8, frames=frames)
+    loader = make_loader(index, pairs_per_video=8, image_size=size, batch_size=4, frames=frames)
     for number, pairs in enumerate(loader):
-        assert pairs.frames.shape == (2, 4, 3, size, size)
+        assert pairs.frames.shape == (frames, 4, 3, size, size)
         assert pairs.frames.dtype == torch.float32
         epochs, samples = sampling.order(np.arange(4 * number, 4 * number + 4), len(index) * 8)
         np.testing.assert_array_equal(pairs.samples, samples)
@@ -84,9 +84,11 @@ def check_pixels(index: FrameIndex, size: int) -> None:
 
 def test_frames_agree_with_pillow(tmp_path: Path) -> None:
     check_pixels(open_source(write_folders(tmp_path / "folders", [20, 9, 30])), size=40)
+    check_pixels(open_source(write_folders(tmp_path / "four", [20, 1, 7])), size=40, frames=4)
     for video in range(3):
         encode_video(tmp_path / f"{video}.mp4", [picture(video, t) for t in range(8)])
-    check_pixels(open_source(tmp_path, kind="videos"), size=32)
+    for frames in (2, 3):
+        check_pixels(open_source(tmp_path, kind="videos"), 32, frames)
 
 
 @pytest.mark.parametrize(("source", "size"), [("davis/JPEGImages/480p", 224), ("videos", 96)])
@@ -195,15 +197,16 @@ NUM_VIDEOS = 7
 PAIRS_PER_VIDEO = 4
 
 
-def run_ranks(index: FrameIndex, steps: int = 8, **changes: Any) -> list[list[FramePairs]]:
+def run_ranks(index: FrameIndex, steps: int = 8, frames: int = 2, **changes: Any) -> list[list[FramePairs]]:
     """Return the batches of both ranks, reading the two loaders alternately."""
-    options = {"batch_size": 2, "num_steps": steps, "pairs_per_video": PAIRS_PER_VIDEO} | changes
+    options = {"batch_size": 2, "num_steps": steps, "pairs_per_video": PAIRS_PER_VIDEO, "frames": frames}
+    options |= changes
     loaders = [make_loader(index, rank=rank, world_size=2, **options) for rank in range(2)]
     # strict=True detects a rank with fewer batches than the other.
     ranks = [list(batches) for batches in zip(*zip(*loaders, strict=True), strict=True)]
     assert [len(batches) for batches in ranks] == [steps, steps]
     for pairs in [*ranks[0], *ranks[1]]:
-        assert pairs.frames.shape == (2, options["batch_size"], 3, 32, 32)
+        assert pairs.frames.shape == (frames, options["batch_size"], 3, 32, 32)
         assert torch.isfinite(pairs.frames).all()
     for loader in loaders:
         loader.close()
@@ -233,7 +236,7 @@ def test_a_damaged_frame_is_replaced_and_reported(tmp_path: Path, case: str) -> 
     for frame in range(8):
         (bad / f"{frame}{suffix}").write_bytes(content)
     index = open_source(root)
-    first, second = run_ranks(index)
+    first, second = run_ranks(index, frames=3)
     check_replaced(index, bad_samples([*first, *second]), "bad", reason)
 
 

@@ -30,6 +30,23 @@ def test_frame_2_follows_frame_1_at_the_gap(n: int, seed: int) -> None:
         assert first.max() < n - gap
 
 
+@given(n=st.integers(1, 300), gap=st.floats(0, 1), count=st.integers(3, 9), seed=st.integers(0, 1000))
+def test_more_than_two_frames_are_in_order_and_equally_spaced(
+    n: int, gap: float, count: int, seed: int
+) -> None:
+    frames = draw_frames(np.full(32, n), uniforms(32, count, seed), gap=gap)
+    steps = np.diff(frames)
+    assert frames.min() >= 0
+    assert frames.max() < n
+    assert steps.min() >= 0
+    distance = int(gap * n)
+    if n >= 5 and 1 <= distance <= n - 2 and count + 1 <= n:
+        # The distance shrinks only as far as needed.
+        fits = 1 + (count - 1) * distance < n
+        assert set(steps.flat) == {distance if fits else (n - 2) // (count - 1)}
+        assert frames.min() >= 1
+
+
 # With at most four frames, the pair is independent whatever the gap.
 @pytest.mark.parametrize(("n", "gap"), [(1, 0.15), (2, 0.15), (4, 0.5), (6, 0.15)])
 def test_frames_of_short_videos_are_independent(n: int, gap: float) -> None:
@@ -57,10 +74,12 @@ def test_frame_1_is_uniform_on_its_range(n: int) -> None:
 # With a gap of 0.9, a video of seven frames leaves no choice for frame 1.
 @pytest.mark.parametrize("gap", [0.0, 0.15, 0.9, 1.0])
 @pytest.mark.parametrize("n", [1, 2, 5, 7, 10**6 + 3])
-def test_extreme_uniforms_give_frames_within_the_video(n: int, gap: float, u: float) -> None:
-    pair = draw_frames([n], [[u, u]], gap=gap)
-    assert pair.min() >= 0
-    assert pair.max() < n
+@pytest.mark.parametrize("count", [2, 4])
+def test_extreme_uniforms_give_frames_within_the_video(count: int, n: int, gap: float, u: float) -> None:
+    frames = draw_frames([n], [[u] * count], gap=gap)
+    assert frames.shape == (1, count)
+    assert frames.min() >= 0
+    assert frames.max() < n
 
 
 def test_crops_have_the_area_and_ratio_of_the_paper() -> None:
@@ -199,3 +218,7 @@ def test_draws_do_not_change_between_releases() -> None:
     assert draws["flip"].tolist() == [False, True]
     box = [0.01638172938400011, 0.18392816571065917, 0.9919250630687847, 0.9781142755568556]
     np.testing.assert_allclose(draws["box"][0], box, rtol=1e-12)
+    longer = make_sampling(seed=3, frames=4).draw(np.full(10, 100), np.array([0, 1]), np.array([4, 4]))
+    assert longer["frames"].tolist() == [[2, 17, 32, 47], [9, 24, 39, 54]]
+    for name in ("sample", "video", "box", "flip"):
+        np.testing.assert_array_equal(longer[name], draws[name])

@@ -24,17 +24,19 @@ FRAME_SIZES = [(256, 340), (255, 341), (480, 854), (720, 1280), (501, 37), (2, 3
 CPU = torch.device("cpu")
 
 
-def make_batch(sizes: list[tuple[int, int]] = FRAME_SIZES) -> tuple[list[StoredFrames], SampleParameters]:
-    """Return a noisy frame pair of each size with each box, with and without a flip."""
+def make_batch(
+    sizes: list[tuple[int, int]] = FRAME_SIZES, times: tuple[int, ...] = (2, 9)
+) -> tuple[list[StoredFrames], SampleParameters]:
+    """Return noisy frames of each size with each box, with and without a flip."""
     noise = np.random.default_rng(0)
     pairs: list[StoredFrames] = []
     for height, width in sizes:
         frames = [
-            picture(1, t, height, width) // 2 + noise.integers(128, size=(height, width, 3)) for t in (2, 9)
+            picture(1, t, height, width) // 2 + noise.integers(128, size=(height, width, 3)) for t in times
         ]
         images = [Image.fromarray(frame.astype(np.uint8)) for frame in frames]
         pairs += [[np.frombuffer(encoded(image, quality=95), np.uint8) for image in images]] * 2 * len(BOXES)
-    parameters = np.zeros(len(pairs), parameters_dtype(2))
+    parameters = np.zeros(len(pairs), parameters_dtype(len(times)))
     parameters["box"] = BOXES * 2 * len(sizes)
     parameters["flip"] = ([False] * len(BOXES) + [True] * len(BOXES)) * len(sizes)
     return pairs, parameters
@@ -65,10 +67,10 @@ def check_levels(frames: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("size", [32, pytest.param(224, marks=pytest.mark.slow)])
 def test_frames_are_those_of_dali(tmp_path: Path, size: int) -> None:
     dali = pytest.importorskip("fasttrain.data.dali")
-    pairs, parameters = make_batch()
-    assert 2 * len(pairs) % GPU_FRAMES  # the last part is smaller than the others
+    pairs, parameters = make_batch(times=(2, 9, 11))
+    assert 3 * len(pairs) % GPU_FRAMES  # the last part is smaller than the others
     index = open_source(write_folders(tmp_path, [1]))
-    recipe = make_recipe(image_size=size, batch_size=len(pairs))
+    recipe = make_recipe(image_size=size, batch_size=len(pairs), frames=3)
     expected = run(dali.HostStage(recipe, index, num_threads=2, depth=1), pairs, parameters)
     torch.testing.assert_close(run(host_stage(size), pairs, parameters), expected, rtol=0, atol=0)
     expected = run(dali.GpuStage(recipe, index, CPU, num_threads=2, depth=1), pairs, parameters)

@@ -308,7 +308,7 @@ PARTS = {
         ("walk", 2, 2, 10, 24, 0.1, False, "kl", torch.float16, "contiguous", "random"),
         ("walk", 2, 3, 10, 24, 0.1, True, "kl", torch.bfloat16, "contiguous", "random"),
         ("separability", 1, 5, 6, 70, 0.1, False, "mse", torch.float16, "views last", "zero tokens"),
-        ("separability", 2, 2, 7, 33, 0.1, False, "kl", torch.bfloat16, "contiguous", "random"),
+        ("separability", 2, 4, 7, 33, 0.1, False, "kl", torch.bfloat16, "contiguous", "random"),
         ("separability", 2, 2, 7, 3, 0.1, False, "kl", torch.float32, "channels first", "identical frames"),
     ],
 )
