@@ -225,10 +225,12 @@ class BackboneTrainer:
         frames = torch.zeros(shape, device=device, dtype=self.dtype)
         positions = self.asymmetric_positions(step_index=0)
         with self.world.no_sync(self.objective):
-            self._run_pass(frames, positions, diagnostics=True)
-            if self._compiles_objective or device.type == "cuda":
-                # Passes with and without diagnostics are compiled separately.
-                self._run_pass(frames, positions)
+            # Passes of each length of the walk, with and without diagnostics, are compiled separately.
+            lengths = range(2, len(frames) + 1) if recipe.objective.curriculum else (len(frames),)
+            for walk_frames in lengths:
+                self._run_pass(frames, positions, diagnostics=True, walk_frames=walk_frames)
+                if self._compiles_objective or device.type == "cuda":
+                    self._run_pass(frames, positions, walk_frames=walk_frames)
             # A graph cannot average gradients over ranks, scale the loss or change the walk.
             whole = self.world.is_single and not self.scaler.is_enabled() and not recipe.objective.curriculum
             if uses_graph and whole:

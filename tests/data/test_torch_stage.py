@@ -20,7 +20,7 @@ from fasttrain.errors import InputError
 
 # Whole frames, and parts that touch some of their sides or none.
 BOXES = [(0, 0, 1, 1), (0.1, 0.2, 0.9, 0.8), (0.33, 0.01, 0.77, 0.99), (0, 0.5, 0.4, 1)]
-FRAME_SIZES = [(256, 340), (255, 341), (480, 854), (720, 1280), (501, 37), (2, 3), (1, 1)]
+FRAME_SIZES = [(256, 340), (255, 341), (480, 854), (540, 960), (501, 37), (2, 3), (1, 1)]
 CPU = torch.device("cpu")
 
 
