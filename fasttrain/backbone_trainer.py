@@ -226,7 +226,7 @@ class BackboneTrainer:
         positions = self.asymmetric_positions(step_index=0)
         with self.world.no_sync(self.objective):
             # Passes of each length of the walk, with and without diagnostics, are compiled separately.
-            lengths = range(2, len(frames) + 1) if recipe.objective.curriculum else (len(frames),)
+            lengths = range(2, len(frames) + 1) if recipe.objective.curriculum else [None]
             for walk_frames in lengths:
                 self._run_pass(frames, positions, diagnostics=True, walk_frames=walk_frames)
                 if self._compiles_objective or device.type == "cuda":
