@@ -170,7 +170,7 @@ class EncoderRuntime:
 
     @torch.no_grad()
     def tokens(self, frames: Tensor) -> Tensor:
-        """Return the tokens (B, N, D) of frames (B, 3, H, W), normalised as for `three_views`, uncompiled."""
+        """Return tokens (B, N, D) of frames (B, 3, H, W), normalised as for `training_views`, uncompiled."""
         with self._autocast():
             return self.encoder.tokens(self._normalise(frames)).to(self._dtype)
 

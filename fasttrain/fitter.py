@@ -76,7 +76,12 @@ def gather_moments(trainer: Trainer, index: FrameIndex, pairs: int) -> list[Toke
     steps = math.ceil(pairs / (batch * world.size))
     loader = PairLoader(
         index=index,
-        recipe=replace(recipe, train=replace(recipe.train, batch_size=batch, accumulate=1)),
+        recipe=replace(
+            recipe,
+            # The moments are those of pairs, however many frames a walk of training visits.
+            objective=replace(recipe.objective, frames=2),
+            train=replace(recipe.train, batch_size=batch, accumulate=1),
+        ),
         world=world,
         first_step_index=0,
         num_steps=steps,

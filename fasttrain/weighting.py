@@ -95,7 +95,7 @@ class _Adaptive(Weighting):
     @torch.no_grad()
     def update(self, world: World) -> None:
         change = self._change(world.mean(self._terms / self._passes), world)
-        # Gradients that overflow in fp16 change nothing.
+        # Gradients change nothing if they overflow in fp16, or are zero behind the gate of a `residual` head.
         self.log_weights += RATE * change.nan_to_num(0.0, 0.0, 0.0).clamp(-1.0, 1.0)
         bound = math.log(MAX_FACTOR)
         self.log_weights.copy_(self.log_weights.clamp(self._start - bound, self._start + bound))
@@ -167,6 +167,6 @@ def distance_factor(regularizer: str, grid: tuple[int, int], channels: int) -> f
 
     With unit vectors z and p, `mse` is |z - p|^2 / D = 2 (1 - cos) / D. `kl` is the sum over 3 N tokens of a
     divergence that is, to second order, half the variance of z - p over channels: (1 - cos) / D less half the
-    square of its mean.
+    square of its mean. With T + 1 views, the objective scales that sum to three views.
     """
     return channels / 2 if regularizer == "mse" else channels / (3 * math.prod(grid))

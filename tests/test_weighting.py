@@ -133,15 +133,19 @@ def test_gradnorm_balances_the_gradients() -> None:
     assert weight == pytest.approx(1 / 5, rel=1e-2)
 
 
-def test_gradients_that_overflow_change_nothing() -> None:
-    _, weight = settle("gradnorm", lambda x: x * math.inf, lambda x: x + 1, steps=1)
+@pytest.mark.parametrize("factors", [(math.inf, 1), (0, 0)])
+def test_gradients_that_overflow_or_vanish_change_nothing(factors: tuple[float, float]) -> None:
+    """They vanish at the start of the head `residual`, whose gate is zero."""
+    cycle, separability = factors
+    _, weight = settle("gradnorm", lambda x: x * cycle, lambda x: x * separability + 1, steps=1)
     assert weight == pytest.approx(3.0)
 
 
+@pytest.mark.parametrize("views", [3, 4])
 @pytest.mark.parametrize("regularizer", ["kl", "mse"])
-def test_the_distance_is_one_minus_the_cosine(regularizer: str) -> None:
+def test_the_distance_is_one_minus_the_cosine(regularizer: str, views: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    frozen = torch.randn(2, 3, 16, 192, generator=generator)
+    frozen = torch.randn(2, views, 16, 192, generator=generator)
     frozen -= frozen.mean(-1, keepdim=True)
     projection = Projection(192)
     recipe = make_recipe("constrained", regularizer=regularizer).objective
