@@ -1,14 +1,18 @@
 """The projection in closed form: the minimum of a quadratic version of the paper's objective.
 
-With z the centred frozen tokens, T their covariance and N that of the noise (see `moments`):
+With z the centred frozen tokens and these covariances (see `moments`): T of all tokens, W within frames,
+F = T - W of the means of frames, and N of the differences of matched tokens,
 
-    cycle consistency  ->  E |W (z1 - z2)|^2 / 2 = tr(W N W^T)    over matched tokens z1, z2
-    separability       ->  E |W z - z|^2 = tr((W - I) T (W - I)^T)
-    W = argmin tr(W N W^T) + mu tr((W - I) T (W - I)^T) = mu T (N + mu T)^-1
+    noise       ->  tr(A (N + F) A^T)
+    signal      ->  tr((A - I) W (A - I)^T)
+    A = argmin tr(A (N + F) A^T) + mu tr((A - I) W (A - I)^T) = W (W + (N + F) / mu)^-1
 
-This is a Wiener filter. Let N v = rho T v. Then the filter multiplies the coordinate v^T z of a token by
-mu / (mu + rho), where 1 - rho is the correlation of this coordinate between matched tokens, its reliability.
-The greater the strength mu of separability, the nearer the projection is to the frozen features. The
+In the cycle loss, all candidates are tokens of one frame. What these share (F) cannot tell them apart, and
+what matched tokens do not share (N) misleads. Both are noise, and W is the signal. F also carries what
+separates videos, so that the strength mu trades it for consistency within videos, as in the paper.
+
+T^-p A also whitens the tokens partly. This stands for what the quadratic version leaves out: the denominator
+of the softmax rewards variance in every direction, so that few directions do not dominate the cosine. The
 derivation is in docs/theory.md.
 """
 
@@ -21,20 +25,20 @@ from fasttrain.errors import InputError
 from fasttrain.moments import TokenMoments
 from fasttrain.projection import Projection
 
-# Variance that is added in every direction, relative to the mean variance. Directions in which the tokens do
-# not vary then stay as they are, and the equations have a solution.
+# Variance that is added within frames in every direction, relative to the mean variance. Directions in which
+# the tokens do not vary then keep their gain of 1, and all powers exist.
 RIDGE = 1e-9
 
 
 class ClosedForm:
-    """The closed form of some moments for every strength, and its relatives.
+    """The closed form of some moments for every strength and whitening.
 
     Args:
         moments: The moments of the frozen tokens.
 
     Attributes:
-        reliability_D: The correlations 1 - rho of matched tokens in the closed form's directions, descending.
-            A negative value means that matched tokens differ more than any two tokens do.
+        reliability_D: The shares 1 / (1 + rho) of the signal, from 0 to 1 and descending, in the directions v
+            of the closed form, (N + F) v = rho W v.
 
     Raises:
         InputError: The tokens do not vary, or are not finite.
@@ -47,43 +51,34 @@ class ClosedForm:
                 f"data.source: the frozen tokens of {moments.num_samples} pairs have the variance "
                 f"{variance.item():g}; expected a positive number. Check the frames and the weights"
             )
-        values_D, self._vectors_DD = torch.linalg.eigh(moments.total_DD)
-        self._values_D = values_D.clamp_min(0) + RIDGE * variance
-        self._inverse_DD = self._total_to(-0.5)
-        # In whitened coordinates, T is the identity, and the eigenvectors of N are orthogonal.
-        rho_D, self._directions_DD = torch.linalg.eigh(self._inverse_DD @ moments.noise_DD @ self._inverse_DD)
-        self.reliability_D = 1 - rho_D
+        ridge_DD = RIDGE * variance * torch.eye(moments.dim, dtype=torch.float64)
+        self._total = torch.linalg.eigh(moments.total_DD + ridge_DD)
+        signal_DD = moments.within_frame_DD + ridge_DD
+        sum_ = torch.linalg.eigh(signal_DD + moments.noise_DD + moments.frame_DD)
+        self._root_DD, self._inverse_DD = _power(*sum_, 0.5), _power(*sum_, -0.5)
+        # In these coordinates, signal plus noise is the identity, and the eigenvectors are orthogonal.
+        share_D, directions_DD = torch.linalg.eigh(self._inverse_DD @ signal_DD @ self._inverse_DD)
+        self.reliability_D = share_D.flip(0).clamp(torch.finfo(torch.float64).eps, 1)
+        self._directions_DD = directions_DD.flip(1)
 
-    def _total_to(self, power: float) -> Tensor:
-        """Return the symmetric power of T."""
-        return self._vectors_DD * self._values_D**power @ self._vectors_DD.T
-
-    def solve(
-        self, strength: float, *, whitening: float = 0.0, rank: int | None = None, identity: float = 0.0
-    ) -> Tensor:
-        """Return the matrix W (D, D).
+    def solve(self, strength: float, *, whitening: float = 0.0) -> Tensor:
+        """Return the matrix T^-p A (D, D).
 
         Args:
-            strength: The weight mu > 0 of separability. Infinity gives the gain 1 to all directions.
-            whitening: 0: the minimum above. 1: the tokens are also whitened, with the same gains; values in
-                between whiten partly.
-            rank: Number of the most reliable directions to keep. None: all.
-            identity: The weight of the identity in a mixture with these gains.
+            strength: The strength mu > 0 with which the signal is kept. Infinity: A is the identity.
+            whitening: The power p. 1/2 whitens fully, and amplifies directions of little variance.
         """
-        gain_D = 1 / (1 + (1 - self.reliability_D).clamp_min(0) / strength)
-        if rank is not None:
-            gain_D[rank:] = 0
-        gain_D = identity + (1 - identity) * gain_D
+        gain_D = 1 / (1 + (1 / self.reliability_D - 1) / strength)
         filter_DD = self._directions_DD * gain_D @ self._directions_DD.T
-        return self._total_to((1 - whitening) / 2) @ filter_DD @ self._inverse_DD
+        return _power(*self._total, -whitening) @ self._root_DD @ filter_DD @ self._inverse_DD
 
 
-def solve(moments: TokenMoments, strength: float) -> Tensor:
-    """Return the matrix W (D, D) of the closed form for one strength, in float64 (see `ClosedForm`)."""
-    return ClosedForm(moments).solve(strength)
+def _power(values_D: Tensor, vectors_DD: Tensor, power: float) -> Tensor:
+    """Return the symmetric power of a positive matrix, given its eigenvalues and eigenvectors."""
+    return vectors_DD * values_D**power @ vectors_DD.T
 
 
 def linear_projection(moments: TokenMoments, weight_DD: Tensor) -> Projection:
-    """Return the projection of a matrix W: W (z - mean), scaled, and tanh, which is nearly linear there."""
+    """Return the projection of a matrix A: A (z - mean), scaled, and tanh, which is nearly linear there."""
     variance = (weight_DD @ moments.total_DD * weight_DD).sum() / moments.dim
     return Projection.from_affine(weight_DD, -weight_DD @ moments.mean_D, variance.sqrt().item())

@@ -1,4 +1,4 @@
-"""Fit projections in closed form: gather moments, choose the strength on held-out videos, write run folders.
+"""Fit projections in closed form: gather moments, choose the best on held-out videos, write run folders.
 
 A `Trainer` has set up the backbones, the data and the run folders. All ranks gather moments; rank 0 does the
 rest.
@@ -13,6 +13,7 @@ import shlex
 import time
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -32,8 +33,9 @@ from fasttrain.recipe import to_dict, to_yaml
 from fasttrain.trainer import Trainer, check_bad_fraction
 from fasttrain.video_encoder import projection_metadata
 
-# The strengths to choose from, besides infinity: the frozen features with their mean removed.
-STRENGTHS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
+# The maps to choose from. The first of all is the frozen features with their mean removed.
+STRENGTHS = (math.inf, 3.0, 1.0, 0.3, 0.1, 0.03)
+WHITENINGS = (0.0, 0.1, 0.2)
 # Unless the recipe says how many videos to hold out, eval.num_videos are, but at most one of so many.
 HELD_OUT_EVERY = 5
 # Quantiles of the reliability of directions in fit.json.
@@ -58,13 +60,13 @@ def fit_all(trainer: Trainer, pairs: int) -> dict[str, dict[str, Any]]:
 
 
 def _split(trainer: Trainer) -> tuple[FrameIndex, FrameIndex]:
-    """Return the videos whose moments are gathered, and those on which the strength is chosen."""
+    """Return the videos whose moments are gathered, and those on which the map is chosen."""
     index, recipe = trainer.index, trainer.recipe.eval
     if recipe.held_out:
         return index, trainer.validated
     number = min(recipe.num_videos, int((index.num_frames >= MIN_FRAMES).sum()) // HELD_OUT_EVERY)
     if not number:
-        trainer.say("too few videos to hold any out; the strength is chosen on those that are fitted")
+        trainer.say("too few videos to hold any out; the map is chosen on those that are fitted")
     return trainer.hold_out(index, number)
 
 
@@ -116,9 +118,9 @@ def gather_moments(trainer: Trainer, index: FrameIndex, pairs: int) -> list[Toke
 def _write(
     trainer: Trainer, backbone: BackboneTrainer, moments: TokenMoments, validated: FrameIndex
 ) -> dict[str, Any]:
-    """Choose the strength, write the run folder, and return the content of fit.json."""
+    """Choose the map, write the run folder, and return the content of fit.json."""
     recipe = backbone.recipe
-    with trainer.working("choosing the strength"):
+    with trainer.working("choosing the map"):
         form = ClosedForm(moments)
         centred = linear_projection(moments, torch.eye(moments.dim, dtype=torch.float64))
         validation = Validation(backbone.encoder, centred, validated, recipe)
@@ -127,15 +129,18 @@ def _write(
                 f"data.source: none of {count(len(validated), 'video')} can be validated; pass videos of at "
                 f"least {MIN_FRAMES} readable frames"
             )
-        scores: dict[str, float | None] = {"frozen": validation.frozen["centred"]["score"]}
-        for number, strength in enumerate(STRENGTHS):
-            projection = linear_projection(moments, form.solve(strength)).to(trainer.world.device)
-            scores[f"{strength:g}"] = validation.update(projection, number).get("after/score")
+        maps = list(product(STRENGTHS, WHITENINGS))
+        scores: list[float | None] = [validation.frozen["centred"]["score"]]
+        for number, (strength, whitening) in enumerate(maps[1:], start=1):
+            projection = linear_projection(moments, form.solve(strength, whitening=whitening))
+            measured = validation.update(projection.to(trainer.world.device), number)
+            scores.append(measured.get("after/score"))
+    strength, whitening = maps[validation.best_step if validation.beats_frozen else 0]
     quantiles = form.reliability_D.quantile(torch.tensor(QUANTILES, dtype=torch.float64))
     content = {
         "backbone": backbone.name,
-        "strength": STRENGTHS[validation.best_step] if validation.beats_frozen else None,
-        "scores": scores,
+        **_chosen(strength, whitening),
+        "scores": [{**_chosen(*each), "score": score} for each, score in zip(maps, scores, strict=True)],
         "reliability": dict(zip(map(str, QUANTILES), quantiles.tolist(), strict=True)),
         "pairs": moments.num_samples,
         "tokens": moments.num_tokens,
@@ -144,7 +149,7 @@ def _write(
     }
     kept = validation.kept
     metadata = projection_metadata(backbone.backbone_settings, backbone.encoder, kept, to_dict(recipe))
-    metadata["strength"] = "infinite" if content["strength"] is None else f"{content['strength']:g}"
+    metadata |= {"strength": f"{strength:g}", "whitening": f"{whitening:g}"}
     refusal = f"output: another run is writing to {str(backbone.folder)!r}; use another output=DIR"
     with file_lock(backbone.folder / "run.lock", refusal):
         kept.save(backbone.folder / PROJECTION_FILE, metadata)
@@ -154,20 +159,27 @@ def _write(
     return content
 
 
+def _chosen(strength: float, whitening: float) -> dict[str, float | None]:
+    """Return the parameters of a map for a JSON file, which has no infinity."""
+    return {"strength": None if math.isinf(strength) else strength, "whitening": whitening}
+
+
 def _say_results(trainer: Trainer, results: dict[str, dict[str, Any]], seconds: float) -> None:
     for backbone in trainer.backbone_trainers:
         found = results[backbone.name]
-        strength, frozen = found["strength"], "the frozen features with their mean removed"
-        score = found["scores"]["frozen"]
-        if strength is None:
-            chosen = f"none is better than {frozen} (score {score:.3f}), which are the result"
+        frozen = "the frozen features with their mean removed"
+        before, best = found["scores"][0]["score"], max(each["score"] or 0 for each in found["scores"])
+        strength, whitening = found["strength"], found["whitening"]
+        if strength is None and not whitening:
+            chosen = f"none is better than {frozen} (score {before:.3f}), which are the result"
         else:
-            chosen = f"{strength:g}, score {found['scores'][f'{strength:g}']:.3f} ({frozen}: {score:.3f})"
+            named = "infinite" if strength is None else f"{strength:g}"
+            chosen = f"strength {named}, whitening {whitening:g}; score {best:.3f} ({frozen}: {before:.3f})"
         lines = {
             "backbone": backbone.encoder.summary,
             "pairs": f"{found['pairs']:,}, with {found['matches']:,} matched tokens",
             "reliability": f"{found['reliability']['0.5']:.2f} (median over directions)",
-            "strength": f"{chosen}; chosen on {count(found['validated_videos'], 'video')}",
+            "map": f"{chosen}; chosen on {count(found['validated_videos'], 'video')}",
             "projection": str(backbone.folder / PROJECTION_FILE),
         }
         say_block("closed form", lines, trainer.console)

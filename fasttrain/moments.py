@@ -151,8 +151,13 @@ class TokenMoments:
 
     @property
     def within_frame_DD(self) -> Tensor:
-        """The mean over frames of the covariance of their tokens."""
-        return self.total_DD - self._frames.covariance_DD
+        """The mean over frames of the covariance of their tokens: W."""
+        return self.total_DD - self.frame_DD
+
+    @property
+    def frame_DD(self) -> Tensor:
+        """The covariance of the mean tokens of frames: F = T - W."""
+        return self._frames.covariance_DD
 
 
 def mutual_nearest(first_BND: Tensor, second_BND: Tensor) -> tuple[Tensor, Tensor]:

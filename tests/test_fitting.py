@@ -2,18 +2,20 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from synthetic import write_folders
+from torch import Tensor
 
 import fasttrain
 from fasttrain.__main__ import main
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
-from fasttrain.fitter import STRENGTHS, gather_moments
+from fasttrain.fitter import STRENGTHS, WHITENINGS, gather_moments
 from fasttrain.projection import Projection
 from fasttrain.recipe import load_recipe, to_dict
 from fasttrain.tools.push import write_repository
@@ -33,10 +35,21 @@ def frames(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folders(tmp_path_factory.mktemp("frames"), [8] * 6)
 
 
-def fit(frames: Path, output: Path, monkeypatch: pytest.MonkeyPatch, metric: str, **keys: Any) -> Any:
-    """Fit with the greatest value of a metric as the criterion."""
-    score = "fasttrain.evaluation.validation.score"
-    monkeypatch.setattr(score, lambda metrics: -metrics[metric] if metric else 0.0)
+def negative_rank(tokens_TND: Tensor) -> float:
+    values = torch.linalg.svdvals(tokens_TND.flatten(0, 1).double())
+    share = values / values.sum()
+    return torch.xlogy(share, share).sum().item()
+
+
+def fit(
+    frames: Path,
+    output: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    score: Callable[[Tensor], float] = negative_rank,
+    **keys: Any,
+) -> Any:
+    """Fit with another criterion."""
+    monkeypatch.setattr("fasttrain.evaluation.validation.score", score)
     return fasttrain.fit("dino", source=frames, output=output, **{**TINY, **keys})
 
 
@@ -45,13 +58,16 @@ def test_other_commands_accept_the_run_folder(
 ) -> None:
     """The strongest filter leaves the lowest effective rank, so it is chosen by this criterion."""
     folder = tmp_path / "fit"
-    fitted = fit(frames, folder, monkeypatch, "effective_rank")
+    fitted = fit(frames, folder, monkeypatch)
     content = json.loads((folder / "fit.json").read_text())
     assert fitted.results == {"dino": content}
-    assert content["strength"] == min(STRENGTHS)
+    assert (content["strength"], content["whitening"]) == (min(STRENGTHS), 0)
+    assert len(content["scores"]) == len(STRENGTHS) * len(WHITENINGS)
+    best = max(content["scores"], key=lambda each: each["score"])
+    assert (best["strength"], best["whitening"]) == (min(STRENGTHS), 0)
     # Of six videos, one is held out. An epoch has two pairs of each of the others, with 2 x 4 tokens.
     assert (content["pairs"], content["tokens"], content["validated_videos"]) == (10, 80, 1)
-    assert "strength     0.01, score " in capsys.readouterr().out
+    assert "strength 0.03, whitening 0; score " in capsys.readouterr().out
     assert torch.isfinite(fitted.encoder(torch.zeros(1, 2, 3, 32, 32))).all()
     evaluated = ["--device", "cpu", "--image-size", "32", "--num-frames", "8"]
     assert main(["eval", "consistency", "--run", str(folder), "--root", str(frames), *evaluated]) == 0
@@ -59,7 +75,7 @@ def test_other_commands_accept_the_run_folder(
     assert "a projection in closed form" in (tmp_path / "report.html").read_text()
     write_repository(folder, tmp_path / "repository", "me/fitted")
     card = (tmp_path / "repository" / "README.md").read_text()
-    assert "strength 0.01" in card
+    assert "strength 0.03, whitening 0" in card
     assert "optimizer.lr" not in card
     # The first step moves the weights by the learning rate.
     keys = {**TINY, "projection.weights": str(folder), "optimizer.lr": 1e-9}
@@ -68,11 +84,13 @@ def test_other_commands_accept_the_run_folder(
     torch.testing.assert_close(dict(end.state_dict()), dict(start.state_dict()), rtol=0, atol=1e-6)
 
 
-def test_the_frozen_features_are_kept_if_no_strength_is_better(
+def test_the_frozen_features_are_kept_if_no_map_is_better(
     frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fitted = fit(frames, tmp_path, monkeypatch, "", backbones=[{"name": "dino", **TINY["backbone"]}])
-    assert fitted.results["dino"]["strength"] is None
+    fitted = fit(
+        frames, tmp_path, monkeypatch, lambda _: 0.0, backbones=[{"name": "dino", **TINY["backbone"]}]
+    )
+    assert (fitted.results["dino"]["strength"], fitted.results["dino"]["whitening"]) == (None, 0)
     assert "none is better than the frozen features with their mean" in capsys.readouterr().out
     weight_DD = Projection.find(str(tmp_path / "dino")).linears[0].weight
     assert torch.equal(weight_DD, weight_DD[0, 0] * torch.eye(32))
@@ -92,7 +110,7 @@ def test_pairs_are_divided_among_processes(frames: Path, tmp_path: Path) -> None
     assert [rank.num_samples for rank in ranks] == [4, 3]
     ranks[0].merge(ranks[1])
     assert (ranks[0].num_tokens, ranks[0].num_matches) == (single.num_tokens, single.num_matches)
-    for name in ("mean_D", "total_DD", "noise_DD", "video_DD"):
+    for name in ("mean_D", "total_DD", "noise_DD", "frame_DD"):
         torch.testing.assert_close(getattr(ranks[0], name), getattr(single, name), rtol=1e-5, atol=1e-6)
 
 
@@ -101,10 +119,10 @@ def test_a_folder_is_used_for_one_projection(
 ) -> None:
     """The same fit may be repeated."""
     fitted, trained = tmp_path / "fit", tmp_path / "run"
-    first = fit(frames, fitted, monkeypatch, "effective_rank")
-    assert fit(frames, fitted, monkeypatch, "effective_rank") == first
+    first = fit(frames, fitted, monkeypatch)
+    assert fit(frames, fitted, monkeypatch) == first
     with pytest.raises(InputError, match=r"holds a run of another recipe \(seed: 0 -> 1\)"):
-        fit(frames, fitted, monkeypatch, "effective_rank", seed=1)
+        fit(frames, fitted, monkeypatch, seed=1)
     with pytest.raises(
         InputError, match=r"projection of `fasttrain fit`\. To start from it, pass projection"
     ):
@@ -112,7 +130,7 @@ def test_a_folder_is_used_for_one_projection(
     trained.mkdir()
     (trained / "recipe.yaml").write_text(json.dumps(to_dict(load_recipe("dino", TINY))))
     with pytest.raises(InputError, match="holds a training run; use another output=DIR"):
-        fit(frames, trained, monkeypatch, "effective_rank")
+        fit(frames, trained, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -134,5 +152,5 @@ def test_invalid_arguments_are_refused_in_one_line(
 
 def test_videos_that_cannot_be_validated_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="none of 2 videos can be validated; pass videos of at least 8"):
-        fit(write_folders(tmp_path / "short", [4] * 2), tmp_path / "fit", monkeypatch, "")
+        fit(write_folders(tmp_path / "short", [4] * 2), tmp_path / "fit", monkeypatch, lambda _: 0.0)
     assert not (tmp_path / "fit" / "recipe.yaml").exists()

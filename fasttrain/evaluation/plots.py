@@ -81,14 +81,14 @@ TITLES = {
     "lambda": "weight of the separability loss",
     "cosine_distance": "cosine distance from frozen",
     "effective_rank": "effective rank",
-    "color_r2": "propagation of colours, R²",
+    "score": "score: cycle accuracy by cosine similarity",
     "intra_normalized_95": "intra-video distance / 95 % diameter",
     "inter_normalized_95": "inter-video distance / 95 % diameter",
 }
 # Keys of metrics.jsonl that are not drawn.
 _BOOKKEEPING = (
     *("step", "epoch", "seconds", "pairs_per_second", "lr", "bad_samples", "bad_files"),
-    *("best_step", "best_score", "score"),
+    *("best_step", "best_score"),
 )
 # The lines of what training does not change.
 _FROZEN: dict[str, tuple[Literal["--", ":"], str]] = {

@@ -64,7 +64,6 @@ MEANINGS = {
     "intra_relative": "squared distance between matching tokens, relative to the spread of tokens",
     "inter_relative": "squared distance between videos, relative to the spread of tokens",
     "effective_rank": "share of the dimensions that the features use, from 0 to 1",
-    "color_r2": "how well colours are propagated: 1 if all are right, 0 if no better than the mean colour",
     "cycle_accuracy": "share of tokens found again after a walk to a frame and back",
 }  # fmt: skip
 # Settings that say which model is measured, on which machine or what is drawn, but not what is measured.

@@ -76,7 +76,7 @@ def measure_video(video_TPD: Tensor) -> VideoMeasures:
         diameter = 2 * torch.quantile(radius_N, percentile / 100)
         within[f"intra_diameter_{percentile}"] = diameter
         within[f"intra_normalized_{percentile}"] = distance / (diameter + 1e-8)
-    within["cycle_accuracy"] = _cycle_accuracy(video_TPD)
+    within["cycle_accuracy"] = cycle_accuracy(video_TPD)
     return VideoMeasures({key: value.cpu() for key, value in within.items()}, video_TPD[frames // 2].cpu())
 
 
@@ -144,7 +144,7 @@ def _effective_rank(features_ND: Tensor) -> float:
     return (-(share * share.log()).sum()).exp().item() / min(features_ND.shape)
 
 
-def _cycle_accuracy(video_TPD: Tensor) -> Tensor:
+def cycle_accuracy(video_TPD: Tensor) -> Tensor:
     """Compute the share of 2 x 2 windows to which a walk to the second frame and back most likely returns."""
     frames, patches, channels = video_TPD.shape
     side = int(patches**0.5)

@@ -5,7 +5,7 @@ tokens removed (`centred`), which costs no training, and that of the current pro
 decides which is better.
 """
 
-# Shape suffixes: T frames, S pixels per side, H W pixels, h w grid, N = h * w tokens, C colours, D channels.
+# Shape suffixes: T frames, H W pixels, N tokens, D channels.
 
 from __future__ import annotations
 
@@ -25,52 +25,24 @@ from fasttrain.data.images import UnreadableFrameError
 from fasttrain.data.index import FrameIndex
 from fasttrain.data.preprocessing import centre_crop, stream_frames
 from fasttrain.data.sampling import evenly_spaced
-from fasttrain.evaluation.propagation import propagate_labels
-from fasttrain.evaluation.trade_off import MIN_FRAMES, VideoMeasures, measure_video, summarise
+from fasttrain.evaluation.trade_off import MIN_FRAMES, VideoMeasures, cycle_accuracy, measure_video, summarise
 from fasttrain.projection import Projection
 from fasttrain.recipe import Recipe
 
 # The metrics of `trade_off` that are recorded. The plot of the trade-off shows the two normalised distances.
 RECORDED = ("cycle_accuracy", "effective_rank", "intra_normalized_95", "inter_normalized_95")
-COLOUR = "color_r2"
 
 
-def score(metrics: Mapping[str, float]) -> float:
-    """Return the number by which projections are compared; higher is better.
+def score(tokens_TND: Tensor) -> float:
+    """Return the number by which projections are compared, for the tokens of a video; higher is better.
 
-    It is how well the features propagate colours, which neither term of the objective trains. It can be
-    wrong: in a run of the demo, it preferred projections with a lower J.
-
-    Args:
-        metrics: The metrics of an encoder on the validation videos: `color_r2` and those in `RECORDED`.
-    """
-    return metrics.get(COLOUR, math.nan)
-
-
-def color_r2(tokens_TND: Tensor, frames_T3HW: Tensor, grid: tuple[int, int]) -> float:
-    """Propagate the colours of a video's first frame by label propagation, and compare them with the truth.
-
-    The colours of tokens are the means of their patches. Their propagation measures correspondence without
-    labels (Vondrick et al., "Tracking Emerges by Colorizing Videos", ECCV 2018, train by it).
-
-    Args:
-        tokens_TND: Features of the frames.
-        frames_T3HW: The frames, in any scale.
-        grid: The grid (h, w) with h * w = N.
+    It is the cycle accuracy of `trade_off` by cosine similarity. For maps without training, it ordered frozen
+    encoders nearly as label propagation does. After training, which maximises it, it is too optimistic.
 
     Returns:
-        The coefficient of determination R2 of the colours of all frames but the first: 1 if all are right, 0
-            if they are as far from the truth as the mean colour is. NaN if all colours are equal, and minus
-            infinity if a feature is not finite.
+        The share of windows that are found again, from 0 to 1; NaN if a feature is not finite.
     """
-    if not tokens_TND.isfinite().all():
-        return -math.inf
-    colors_ThwC = functional.adaptive_avg_pool2d(frames_T3HW.float(), grid).permute(0, 2, 3, 1)
-    propagated_ThwC = propagate_labels(tokens_TND.unflatten(1, grid), colors_ThwC[0])
-    truth_ThwC = colors_ThwC[1:].to(propagated_ThwC.device).double()
-    error = (propagated_ThwC[1:].double() - truth_ThwC).square().sum()
-    spread = (truth_ThwC - truth_ThwC.mean(dim=(0, 1, 2))).square().sum()
-    return 1 - (error / spread).item() if spread > 0 else math.nan
+    return cycle_accuracy(functional.normalize(tokens_TND, dim=-1)).item()
 
 
 def read_frames(index: FrameIndex, video: int, num_frames: int, image_size: int, encoder: Backbone) -> Tensor:
@@ -111,9 +83,8 @@ class Validation:
         # Scores on other videos or frames cannot be compared.
         self.settings = [recipe.eval.held_out, recipe.eval.num_videos, recipe.eval.num_frames]
         side = recipe.data.image_size
-        self._grid, self._device = encoder.grid(side, side), encoder.device
-        # The colours (T, 3, h, w) of the patches, and the frozen tokens (T, N, D).
-        self._videos: list[tuple[Tensor, Tensor]] = []
+        self._device = encoder.device
+        self._videos_TND: list[Tensor] = []
         long_enough = np.flatnonzero(index.num_frames >= MIN_FRAMES)
         for chosen in evenly_spaced(len(long_enough), recipe.eval.held_out or recipe.eval.num_videos):
             try:
@@ -123,13 +94,11 @@ class Validation:
             except UnreadableFrameError:
                 continue
             with torch.no_grad():
-                tokens_TND = encoder.tokens(frames_T3HW.to(encoder.device, encoder.dtype)).cpu()
-            colors_T3hw = functional.adaptive_avg_pool2d(frames_T3HW, self._grid)
-            self._videos.append((colors_T3hw, tokens_TND))
+                self._videos_TND.append(encoder.tokens(frames_T3HW.to(encoder.device, encoder.dtype)).cpu())
         self.frozen: dict[str, dict[str, float]] = {}
-        if self._videos:
+        if self._videos_TND:
             frozen = {"before": self._measure(nn.Identity()), "centred": self._measure(self.centred)}
-            # Undefined, for example, if every video has a single colour.
+            # Not finite if features are not.
             self.frozen = frozen if math.isfinite(frozen["centred"]["score"]) else {}
 
     @property
@@ -194,15 +163,13 @@ class Validation:
     def _measure(self, projection: nn.Module) -> dict[str, float]:
         """Return the recorded metrics and the score of a projection of the frozen tokens."""
         measured: list[VideoMeasures] = []
-        colors = []
-        for colors_T3hw, frozen_TND in self._videos:
+        scores = []
+        for frozen_TND in self._videos_TND:
             tokens_TND = projection(frozen_TND.to(self._device).float()).float()
             measured.append(measure_video(tokens_TND))
-            colors.append(color_r2(tokens_TND, colors_T3hw, self._grid))
+            scores.append(score(tokens_TND))
         summary = summarise(measured)
-        defined = [r2 for r2 in colors if not math.isnan(r2)]
-        metrics = {key: summary[key] for key in RECORDED} | {COLOUR: fmean(defined) if defined else math.nan}
-        return metrics | {"score": score(metrics)}
+        return {key: summary[key] for key in RECORDED} | {"score": fmean(scores)}
 
 
 def describe_kept(record: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
 from string import Template
@@ -240,7 +240,7 @@ def _card(
         weights=weights,
         load=load,
         dim=projection.dim,
-        training=_table(("key", "value"), _shown_keys(recipe, projection.metadata.get("strength"))),
+        training=_table(("key", "value"), _shown_keys(recipe, projection.metadata)),
         results=_results_table(evaluated),
         pictures="\n\n".join(f"![{Path(name).stem}](figures/{name})" for name in pictures),
     )
@@ -277,12 +277,14 @@ def _base_model(location: str) -> dict[str, Any]:
     return {"base_model": name, "base_model_relation": "adapter"} if name else {}
 
 
-def _shown_keys(recipe: dict[str, Any], strength: str | None) -> Iterable[tuple[str, str]]:
-    """Yield keys and values; `strength` is that of the closed form, None for a trained projection."""
-    if strength is not None:
-        yield "closed form (`fasttrain fit`)", f"strength {strength}"
+def _shown_keys(recipe: dict[str, Any], metadata: Mapping[str, str]) -> Iterable[tuple[str, str]]:
+    """Yield keys and values; only the metadata of the closed form has a strength."""
+    is_fit = "strength" in metadata
+    if is_fit:
+        parameters = f"strength {metadata['strength']}, whitening {metadata['whitening']}"
+        yield "closed form (`fasttrain fit`)", parameters
     for key in KEYS:
-        if strength is not None and key.startswith(TRAINED_ONLY):
+        if is_fit and key.startswith(TRAINED_ONLY):
             continue
         value: Any = recipe
         for part in key.split("."):

@@ -1,4 +1,4 @@
-"""Validation during training: the colours, the projection that a run keeps, and what it says."""
+"""Validation during training: the score, the projection that a run keeps, and what it says."""
 
 import dataclasses
 import json
@@ -18,7 +18,8 @@ from fasttrain.data.sources import open_source
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.evaluation import report, validation
-from fasttrain.evaluation.validation import Validation, color_r2
+from fasttrain.evaluation.trade_off import measure_video
+from fasttrain.evaluation.validation import Validation, score
 from fasttrain.loggers import read_records
 from fasttrain.projection import LAST_PROJECTION_FILE, PROJECTION_FILE, Projection
 from fasttrain.recipe import EvalRecipe, Recipe, recipe_from_dict
@@ -104,31 +105,18 @@ def assert_same(state: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) 
 # --- the measure ---------------------------------------------------------------------------------------
 
 
-def moving_squares() -> tuple[torch.Tensor, torch.Tensor]:
-    """Return tokens (T, N, D) that identify the patches, and frames whose patches move to the right."""
+def test_the_score_is_the_cycle_accuracy_by_cosine_similarity() -> None:
     generator = torch.Generator().manual_seed(0)
-    patches_hwC = torch.rand(4, 4, 3, generator=generator)
-    tokens_hwD = torch.eye(16).unflatten(0, (4, 4))
-    colors, tokens = ([each.roll(t, 1) for t in range(8)] for each in (patches_hwC, tokens_hwD))
-    frames_T3HW = torch.stack(colors).permute(0, 3, 1, 2).repeat_interleave(8, 2).repeat_interleave(8, 3)
-    return torch.stack(tokens).flatten(1, 2), frames_T3HW
-
-
-def test_colours_measure_correspondence() -> None:
-    tokens, frames = moving_squares()
-    assert color_r2(tokens, frames, (4, 4)) == pytest.approx(1, abs=1e-5)
-    # Scale and shift of the colours do not matter.
-    assert color_r2(tokens, 9 * frames - 3, (4, 4)) == pytest.approx(1, abs=1e-5)
-    # Tokens that stay in place find other patches; those that are all alike find the mean of a few.
-    assert color_r2(tokens[:1].expand(8, -1, -1), frames, (4, 4)) < 0
-    assert color_r2(torch.ones(8, 16, 3), frames, (4, 4)) < 0.5
-
-
-def test_colours_without_spread_and_features_that_are_not_finite() -> None:
-    tokens, frames = moving_squares()
-    assert math.isnan(color_r2(tokens, torch.ones_like(frames), (4, 4)))
-    tokens[3, 2] = math.nan
-    assert color_r2(tokens, frames, (4, 4)) == -math.inf
+    frame_ND = torch.randn(16, 8, generator=generator)
+    # Tokens of any length that are alike in all frames are found again.
+    tokens_TND = frame_ND * (0.1 + torch.rand(8, 16, 1, generator=generator))
+    normalized_TND = torch.nn.functional.normalize(tokens_TND, dim=-1)
+    assert score(tokens_TND) == measure_video(normalized_TND).within["cycle_accuracy"] == 1
+    assert score(tokens_TND * torch.rand(8, 16, 1, generator=generator)) == 1
+    # Tokens that are all alike return to one window.
+    assert score(torch.ones(8, 16, 3)) == pytest.approx(1 / 9)
+    tokens_TND[2, 2] = math.nan
+    assert math.isnan(score(tokens_TND))
 
 
 # --- runs ----------------------------------------------------------------------------------------------
@@ -139,11 +127,11 @@ def test_metrics_are_recorded(videos: Path, tmp_path: Path) -> None:
     recipe = dataclasses.replace(recipe, eval=dataclasses.replace(recipe.eval, every=3))
     train(recipe)
     records = read_records(tmp_path / "metrics.jsonl")
-    validated = {record["step"]: record for record in records if "after/color_r2" in record}
+    validated = {record["step"]: record for record in records if "after/score" in record}
     # Before the first step, every third one, independently of `train.log_every`, and after the last one.
     assert list(validated) == [0, 3, 4]
     for variant in ("before", "centred", "after"):
-        for key in (*validation.RECORDED, "color_r2"):
+        for key in (*validation.RECORDED, "score"):
             assert f"{variant}/{key}" in validated[3]
     # The backbone is frozen; only the projection changes.
     for variant, changes in {"before": False, "centred": False, "after": True}.items():
