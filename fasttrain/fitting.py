@@ -1,9 +1,10 @@
 """Compute a projection in closed form from one pass over training samples, in one process or under torchrun.
 
 The recipe is that of training: a YAML file, or the name of one that ships with fasttrain, such as dinov2. Its
-backbone, data, precision, device and output are used. The closed form has one parameter, the strength with
-which features are kept as they are. It is chosen on held-out videos, without labels. If no strength is better
-than the frozen features with their mean removed, the run folder gets these.
+backbone, data, precision, device and output are used. The closed form has two parameters: the strength with
+which the signal within frames is kept, and the power of a partial whitening. They are chosen on held-out
+videos, without labels. If none is better than the frozen features with their mean removed, the run folder
+gets these.
 
 The results are written to the run folder (recipe key `output`): recipe.yaml, projection.safetensors and
 fit.json. All other commands accept it like that of a training run. To start training from it, pass

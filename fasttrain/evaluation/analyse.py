@@ -70,6 +70,7 @@ class _Videos:
         return Covariances(
             noise_DD=self.tokens.noise_DD,
             total_DD=self.tokens.total_DD,
+            within_DD=self.tokens.within_frame_DD,
             # Unbiased, because there may be few videos.
             video_DD=self.means.scatter_DD / (self.means.count - 1),
         )
@@ -198,7 +199,7 @@ def _draw(
 ) -> None:
     """Draw the predicted curves and the measured points, relative to the frozen features."""
     curves = {"predicted for other videos": held_out, "predicted for the videos themselves": same}
-    drawn = {"frozen encoder": held_out[0], "strongest prediction in bounds": verdict.point}
+    drawn = {"frozen encoder": held_out[0], "best prediction in bounds": verdict.point}
     if "after" in points:
         drawn["projection, measured"] = theory.relative([points["before"], points["after"]])[1]
     plots.predicted_trade_off(

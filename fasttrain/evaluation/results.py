@@ -61,7 +61,7 @@ MEANINGS = {
     "inter_original": "distance between videos; depends on the scale of the features",
     "inter_diameter": "spread of the tokens of all videos, which is the scale of the features",
     "inter_normalized": "distance between videos, relative to the spread of tokens",
-    "intra_relative": "squared distance between matching tokens, relative to the spread of tokens",
+    "intra_relative": "squared distance between matching tokens, relative to the spread of tokens of a frame",
     "inter_relative": "squared distance between videos, relative to the spread of tokens",
     "effective_rank": "share of the dimensions that the features use, from 0 to 1",
     "cycle_accuracy": "share of tokens found again after a walk to a frame and back",

@@ -1,11 +1,12 @@
 """The theory of the projection, applied to measured covariances: its assumptions and what it predicts.
 
 docs/theory.md derives the formulas and says how the numbers are read. N is the covariance of the differences
-of matching tokens, T that of all tokens, B that of the mean tokens of videos.
+of matching tokens, T that of all tokens, W that within frames, B that of the mean tokens of videos.
 
 Shape suffixes: S tokens, D channels, P principal components or other directions.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,8 @@ SKEWED, HEAVY_TAILED = 0.5, 1.0
 ROTATIONS = 20
 # Strengths of the closed form, from the frozen features to nearly 0: six per decade.
 STRENGTHS = (math.inf, *(10 ** (1 - step / 6) for step in range(25)))
-# A projection that keeps less of the inter-video distance or of the effective rank than this is too strong.
-KEPT_INTER, KEPT_RANK = 0.95, 0.8
+# A projection that keeps less of the effective rank than this is too strong.
+KEPT_RANK = 0.8
 # The reductions of the intra-video distance from which a projection is likely to help, or may help a little.
 LIKELY, LITTLE = 0.2, 0.1
 # More videos are what is missing if they could multiply the reduction by this factor.
@@ -42,6 +43,8 @@ class Covariances:
     """N: mean of (z1 - z2)(z1 - z2)^T / 2 over the matching tokens z1 and z2 of two frames."""
     total_DD: Tensor
     """T: the covariance of all tokens."""
+    within_DD: Tensor
+    """W: the mean over frames of the covariance of their tokens."""
     video_DD: Tensor
     """B: the covariance of the mean tokens of videos."""
 
@@ -52,7 +55,7 @@ class Point(NamedTuple):
     strength: float
     """The strength mu of the closed form, infinity for features as they are."""
     intra_relative: float
-    """tr N / tr T: squared distance of matching tokens, relative to that of tokens of different frames."""
+    """tr N / tr W: squared distance of matching tokens, relative to that of tokens of one frame."""
     inter_relative: float
     """tr B / tr T: squared distance of videos, relative to that of tokens."""
     effective_rank: float
@@ -61,23 +64,29 @@ class Point(NamedTuple):
 
 def measure(covariances: Covariances) -> Point:
     """Return the point of features as they are."""
-    noise, total, video = (
+    noise, total, within, video = (
         matrix_DD.trace().item()
-        for matrix_DD in (covariances.noise_DD, covariances.total_DD, covariances.video_DD)
+        for matrix_DD in (
+            covariances.noise_DD,
+            covariances.total_DD,
+            covariances.within_DD,
+            covariances.video_DD,
+        )
     )
     values_D = torch.linalg.eigvalsh(covariances.total_DD).clamp_min(0).sqrt()
     share_D = values_D / values_D.sum()
     entropy = -torch.xlogy(share_D, share_D).sum()
-    return Point(math.inf, noise / total, video / total, entropy.exp().item() / len(values_D))
+    return Point(math.inf, noise / within, video / total, entropy.exp().item() / len(values_D))
 
 
 def trade_off_curve(maps: Iterable[tuple[float, Tensor]], measured: Covariances) -> list[Point]:
-    """Return the points of projections W (D, D), given with their strengths, on the measured features."""
+    """Return the points of projections A (D, D), given with their strengths, on the measured features."""
     points = []
     for strength, map_DD in maps:
         projected = Covariances(
             noise_DD=map_DD @ measured.noise_DD @ map_DD.T,
             total_DD=map_DD @ measured.total_DD @ map_DD.T,
+            within_DD=map_DD @ measured.within_DD @ map_DD.T,
             video_DD=map_DD @ measured.video_DD @ map_DD.T,
         )
         points.append(measure(projected)._replace(strength=strength))
@@ -193,14 +202,14 @@ class Verdict(NamedTuple):
     outlook: str
     """`likely`, `a little` or `unlikely`."""
     limit: str
-    """What ends the gain: `videos`, `separability`, `rank` or `spread`."""
+    """What ends the gain: `videos`, `rank` or `spread`."""
     point: Point
-    """The strongest projection that keeps enough, on videos that it was not computed from, relative to the
-    frozen features."""
+    """The most consistent projection that keeps enough, on videos that it was not computed from, relative to
+    the frozen features."""
     reduction: float
     """By how much it lowers the intra-video distance."""
     reduction_same: float
-    """The same on the videos that it was computed from, where a stronger one may keep enough."""
+    """The same on the videos that it was computed from, where another one may be the most consistent."""
     sentence: str
 
 
@@ -214,8 +223,8 @@ def judge(covariances: Covariances, same: Sequence[Point], held_out: Sequence[Po
         held_out: The same on other videos.
         videos: The number of videos.
     """
-    point, limit = _strongest(held_out)
-    best_same, _ = _strongest(same)
+    point, limit = _best(held_out)
+    best_same, _ = _best(same)
     reduction, reduction_same = (max(0.0, 1 - best.intra_relative) for best in (point, best_same))
     outlook = "likely" if reduction >= LIKELY else "a little" if reduction >= LITTLE else "unlikely"
     if reduction_same >= max(TOO_FEW * reduction, LITTLE):
@@ -230,7 +239,6 @@ def judge(covariances: Covariances, same: Sequence[Point], held_out: Sequence[Po
     reasons = {
         "videos": f"the number of videos ({videos}): on the videos that it is computed from, the distance "
         f"falls by {reduction_same:.0%}",
-        "separability": "the separability of videos: a stronger projection would bring them closer together",
         "rank": "the number of dimensions: a stronger projection would lose more than "
         f"{1 - KEPT_RANK:.0%} of the effective rank",
         "spread": "that what remains of the differences is spread over the directions like the tokens",
@@ -239,20 +247,15 @@ def judge(covariances: Covariances, same: Sequence[Point], held_out: Sequence[Po
     paid = f"at a cost of {cost:.0%} between videos" if round(100 * cost) > 0 else "at no cost between videos"
     sentence = (
         f"{openings[outlook]}: matching patches differ by {measure(covariances).intra_relative:.1%} of the "
-        f"variance, half of it in {shares['directions']} of {len(covariances.noise_DD)} directions, which "
-        f"carry {shares['video']:.0%} of what separates videos; on new videos, it can lower the distance "
-        f"within videos by {reduction:.0%} {paid}; what limits it is {reasons[limit]}."
+        f"variance within frames, half of it in {shares['directions']} of {len(covariances.noise_DD)} "
+        f"directions, which carry {shares['video']:.0%} of what separates videos; on new videos, it can "
+        f"lower the distance within videos by {reduction:.0%} {paid}; what limits it is {reasons[limit]}."
     )
     return Verdict(outlook, limit, point, reduction, reduction_same, sentence)
 
 
-def _strongest(curve: Sequence[Point]) -> tuple[Point, str]:
-    """Return the strongest point before one that loses too much, and what that one loses."""
-    best = curve[0]
-    for point in curve[1:]:
-        if point.inter_relative < KEPT_INTER:
-            return best, "separability"
-        if point.effective_rank < KEPT_RANK:
-            return best, "rank"
-        best = point
-    return best, "spread"
+def _best(curve: Sequence[Point]) -> tuple[Point, str]:
+    """Return the most consistent point before one that loses too much, and what ends the gain."""
+    kept = list(itertools.takewhile(lambda point: point.effective_rank >= KEPT_RANK, curve))
+    limit = "spread" if len(kept) == len(curve) else "rank"
+    return min(kept, key=lambda point: point.intra_relative), limit

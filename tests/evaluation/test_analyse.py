@@ -51,10 +51,10 @@ def analyse(*words: Any) -> int:
 
 
 def mutual_differences(run: Path, root: Path) -> tuple[np.ndarray, ...]:
-    """Compute tr N / tr T before and after the projection of a run, pair by pair."""
+    """Compute tr N / tr W before and after the projection of a run, pair by pair."""
     model = load_video_encoder(run)
     index = open_source(root)
-    squares, tokens = ([], []), ([], [])
+    squares, spreads = ([], []), ([], [])
     for video, length in enumerate(index.num_frames):
         gap = int(0.15 * length)
         for first in (0, int(length) - gap - 1) if length >= 8 else ():
@@ -68,12 +68,12 @@ def mutual_differences(run: Path, root: Path) -> tuple[np.ndarray, ...]:
             unit_2ND = torch.nn.functional.normalize(frozen_2ND, dim=-1)
             similarity_NN = (unit_2ND[0] @ unit_2ND[1].T).numpy()
             for variant, both_2ND in enumerate((frozen_2ND.double().numpy(), projected_2ND.double().numpy())):
-                tokens[variant].extend(both_2ND.reshape(-1, both_2ND.shape[-1]))
+                spreads[variant].append(both_2ND.var(axis=1).sum(-1).mean())
                 for i, row in enumerate(similarity_NN):
                     j = row.argmax()
                     if similarity_NN[:, j].argmax() == i:
                         squares[variant].append(((both_2ND[0, i] - both_2ND[1, j]) ** 2).sum() / 2)
-    return tuple(np.mean(squares[i]) / np.var(tokens[i], axis=0).sum() for i in range(2))
+    return tuple(np.mean(squares[i]) / np.mean(spreads[i]) for i in range(2))
 
 
 def test_a_run_is_analysed_on_the_videos_of_its_training(

@@ -20,16 +20,16 @@ def make(noise: list[float], video: list[float], signal: list[float], rotation_D
     return Covariances(
         noise_DD=rotation_DD @ noise_DD @ rotation_DD.T,
         total_DD=rotation_DD @ (noise_DD + video_DD + signal_DD) @ rotation_DD.T,
+        within_DD=rotation_DD @ (noise_DD + signal_DD) @ rotation_DD.T,
         video_DD=rotation_DD @ video_DD @ rotation_DD.T,
     )
 
 
 def predict(covariances: Covariances) -> list[Point]:
     def solve(strength: float) -> Tensor:
-        total_DD = covariances.total_DD
-        if strength == math.inf:
-            return torch.eye(len(total_DD)).double()
-        return strength * total_DD @ torch.linalg.inv(covariances.noise_DD + strength * total_DD)
+        within_DD = covariances.within_DD
+        noise_DD = covariances.noise_DD + covariances.video_DD
+        return within_DD @ torch.linalg.inv(within_DD + noise_DD / strength)
 
     maps = ((strength, solve(strength)) for strength in theory.STRENGTHS)
     return theory.relative(theory.trade_off_curve(maps, covariances))
@@ -46,7 +46,7 @@ def rotation(dim: int) -> Tensor:
 
 def test_measures_of_known_features() -> None:
     point = theory.measure(make([1, 1], [2, 0], [1, 3]))
-    assert point[1:] == pytest.approx((2 / 8, 2 / 8, 1.0))
+    assert point[1:] == pytest.approx((2 / 6, 2 / 8, 1.0))
     # One of four channels varies.
     assert theory.measure(make([1, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0])).effective_rank == pytest.approx(
         1 / 4
@@ -58,14 +58,19 @@ def test_curve_is_that_of_a_gain_per_direction(rotated: bool) -> None:
     noise, video, signal = torch.tensor([[0.1, 0.5, 1.0], [1.0, 0.2, 0.1], [0.4, 0.3, 0.2]]).double()
     frame_DD = rotation(3) if rotated else None
     curve = predict(make(noise.tolist(), video.tolist(), signal.tolist(), frame_DD))
-    total = noise + video + signal
+    within, total = noise + signal, noise + video + signal
     for strength, intra, inter, _ in curve:
-        power = (strength / (strength + noise / total)) ** 2 if strength < math.inf else torch.ones(3)
-        for variance, relative in ((noise, intra), (video, inter)):
-            expected = (power @ variance.to(power) / (power @ total.to(power))).item()
-            assert relative == pytest.approx(expected / (variance.sum() / total.sum()).item(), rel=1e-5)
+        power = (1 + (noise + video) / within / strength) ** -2
+        for variance, spread, relative in ((noise, within, intra), (video, total, inter)):
+            expected = (power @ variance) / (power @ spread) / (variance.sum() / spread.sum())
+            assert relative == pytest.approx(expected.item(), rel=1e-5)
     assert curve[0][1:] == (1, 1, 1)
-    assert all(later.intra_relative < point.intra_relative for point, later in pairwise(curve))
+    # What falls on every curve is all noise relative to the signal.
+    frozen, falling = noise.sum() / within.sum(), []
+    for _, intra, inter, _ in curve:
+        between = inter * video.sum() / total.sum()
+        falling.append((intra * frozen + between / (1 - between)).item())
+    assert all(later < value for value, later in pairwise(falling))
 
 
 def test_noise_in_proportion_to_everything_cannot_be_reduced() -> None:
@@ -80,27 +85,29 @@ def test_noise_in_proportion_to_everything_cannot_be_reduced() -> None:
 
 
 def test_noise_where_videos_differ_costs_separability() -> None:
-    """Noise in proportion to B alone: every gain is paid for."""
-    verdict = judge(make([2, 2, 0, 0], [4, 4, 0, 0], [0, 0, 6, 6]))
-    assert (verdict.outlook, verdict.limit) == ("unlikely", "separability")
-    assert verdict.point.inter_relative == pytest.approx(verdict.point.intra_relative)
+    """Noise in proportion to B: every gain is paid for."""
+    verdict = judge(make([2] * 2 + [0] * 6, [4] * 2 + [0] * 6, [1] * 2 + [6] * 6))
+    assert (verdict.outlook, verdict.limit) == ("likely", "rank")
+    assert verdict.point.inter_relative < 0.1
+    cost = 1 - verdict.point.inter_relative
+    assert f"at a cost of {cost:.0%} between videos" in verdict.sentence
     assert "which carry 50% of what separates videos" in verdict.sentence
 
 
 def test_noise_apart_from_what_separates_videos_can_be_removed() -> None:
-    covariances = make([1] * 4 + [0.01] * 12, [0] * 4 + [0.5] * 12, [0.1] * 4 + [1] * 12, rotation(16))
+    covariances = make([1] * 4 + [0.01] * 12, [0] * 4 + [0.02] * 12, [0.1] * 4 + [1] * 12)
     verdict = judge(covariances)
     assert (verdict.outlook, verdict.limit) == ("likely", "rank")
     assert verdict.reduction > 0.5
     assert verdict.point.inter_relative > 1
     assert theory.overlap(covariances) == pytest.approx(
-        {"directions": 3, "video": 0, "total": 3.3 / 22.52}, abs=1e-9
+        {"directions": 3, "video": 0, "total": 3.3 / 16.76}, abs=1e-9
     )
     assert "half of it in 3 of 16 directions, which carry 0% of what separates videos" in verdict.sentence
 
 
 def test_a_gain_on_the_same_videos_alone_asks_for_more_videos() -> None:
-    covariances = make([1] * 4 + [0.01] * 12, [0] * 4 + [0.5] * 12, [0.1] * 4 + [1] * 12)
+    covariances = make([1] * 4 + [0.01] * 12, [0] * 4 + [0.02] * 12, [0.1] * 4 + [1] * 12)
     same = predict(covariances)
     held_out = theory.mean_curve([same, [same[0]._replace(strength=point.strength) for point in same]])
     for point, half in zip(same, held_out, strict=True):
