@@ -9,7 +9,8 @@ samples and sequences are computed once and kept in ROOT/../method.
 
 J is that of DAVIS for one merged object, on every second frame at a short side of about 368 pixels. The other
 metrics are those of `fasttrain eval consistency` on a square part of the same frames, for L2-normalised
-tokens. Intervals are the 95 % of a bootstrap over sequences of the difference from the frozen features.
+tokens, and `score` is that of validation. Intervals are the 95 % of a bootstrap over sequences of the
+difference from the frozen features.
 """
 
 # Shape suffixes: S samples, V views, T frames, h w grid, N tokens, D channels, H W pixels, Q sequences.
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.measure import Results, command_line, run_command
-from fasttrain.backbone_trainer import BackboneTrainer
+from fasttrain.backbone_trainer import WHITENING, BackboneTrainer
 from fasttrain.closed_form import ClosedForm, linear_projection
 from fasttrain.data.loader import PairLoader
 from fasttrain.data.preprocessing import encoded_size, normalise, resize
@@ -57,7 +58,7 @@ EVALUATED, STRIDE, SHORT_SIDE, CONTEXT = 24, 2, 368, 8
 # Of the sequences that are not in the fold, each of so many is used for choosing and not for training.
 CHOOSE_EVERY = 4
 RESAMPLES = 10_000
-COMPARED = ("J", "cycle_accuracy", "intra_normalized_95", "effective_rank")
+COMPARED = ("J", "score", "cycle_accuracy", "intra_normalized_95", "effective_rank")
 Encode = Callable[[Tensor], Tensor]
 # From the names of sequences to a projection, and what was chosen without labels.
 Learn = Callable[[list[str]], tuple[Encode, Any]]
@@ -81,7 +82,7 @@ class Variant:
     start: tuple[float, float] | None = None
     """Strength and whitening of a closed form to start from."""
     keep_best: bool = False
-    """Keep the best projection by the score, or the frozen features with their mean removed."""
+    """Keep the best projection by the score, as validation does."""
 
 
 def frozen_start(**recipe: Any) -> Variant:
@@ -218,7 +219,7 @@ class Bench:
         return [name for name in names if name not in chosen], chosen
 
     def mean_score(self, encode: Encode, names: Sequence[str]) -> float:
-        """Return what decides without labels: the cycle accuracy on these sequences."""
+        """Return what decides without labels, averaged over these sequences."""
         return float(np.mean([score(self._square(encode, name)) for name in names]))
 
     def choose(self, names: Sequence[str]) -> tuple[Projection, tuple[float, float]]:
@@ -244,7 +245,8 @@ class Bench:
         generator, order = torch.Generator().manual_seed(0), torch.empty(0, dtype=torch.long)
         best, kept, best_step = -math.inf, trainer.projection, None
         if variant.keep_best:
-            kept = self.closed(learned, math.inf, 0.0)
+            untrained = [self.closed(learned, math.inf, power) for power in (0.0, WHITENING)]
+            kept = max(untrained, key=lambda each: self.mean_score(each, judged))
             best, best_step = self.mean_score(kept, judged), 0
         for step in range(self.steps):
             size = recipe.train.batch_size
@@ -296,9 +298,11 @@ class Bench:
         for fold in self.folds:
             encode, fact = learn([name for name in self.names if name not in fold])
             facts.append(fact)
-            measured = {name: measure_video(self._square(encode, name)) for name in fold}
+            squares = {name: self._square(encode, name) for name in fold}
+            measured = {name: measure_video(square_TND) for name, square_TND in squares.items()}
             for name, one in measured.items():
-                summary = summarise([one]) | {"J": self.propagate(encode, name)}
+                own = {"J": self.propagate(encode, name), "score": score(squares[name])}
+                summary = summarise([one]) | own
                 for metric in COMPARED:
                     values[metric][name] = summary[metric]
             inter.append(summarise(list(measured.values()))["inter_normalized_95"])
@@ -328,15 +332,17 @@ def compare(result: dict[str, Any], frozen: dict[str, Any], folds: list[list[str
 
 def table(variants: dict[str, dict[str, Any]]) -> str:
     """Return a Markdown table of all variants."""
-    head = "| variant | J | difference (95 %) | folds | worst | cycle accuracy | intra | inter | rank |"
-    lines = [head, "|---" * 9 + "|"]
+    head = (
+        "| variant | J | difference (95 %) | folds | worst | score | cycle accuracy | intra | inter | rank |"
+    )
+    lines = [head, "|---" * 10 + "|"]
     for name, result in variants.items():
         means, difference = result["means"], result["J_difference"]
         low, high = difference["interval"]
         lines.append(
             f"| {name} | {100 * means['J']:.1f} | {difference['mean']:+.1f} ({low:+.1f} to {high:+.1f}) | "
             f"{', '.join(f'{value:+.1f}' for value in difference['folds'])} | {difference['least']:+.1f} | "
-            f"{means['cycle_accuracy']:.3f} | {means['intra_normalized_95']:.3f} | "
+            f"{means.get('score', math.nan):.3f} | {means['cycle_accuracy']:.3f} | {means['intra_normalized_95']:.3f} | "
             f"{result['inter_normalized_95']:.3f} | {means['effective_rank']:.3f} |"
         )
     return "\n".join(lines)

@@ -22,10 +22,12 @@ from torch import Tensor
 
 from fasttrain.backbones import Backbone, load_backbone
 from fasttrain.checkpoint import save_checkpoint
+from fasttrain.closed_form import partly_whitened
 from fasttrain.cuda_graph import CapturedCall, is_recordable, recover
 from fasttrain.distributed import World
 from fasttrain.encoder_runtime import EncoderRuntime
 from fasttrain.errors import InputError, LocalInputError
+from fasttrain.moments import Covariance
 from fasttrain.objective import CosettleObjective, CosettleOutput
 from fasttrain.optimizer import build_optimizer
 from fasttrain.profiling import RECORDED_PASS, span
@@ -34,6 +36,9 @@ from fasttrain.recipe import Recipe, to_dict
 from fasttrain.video_encoder import UNSTORED, check_backbone, earlier_settings, projection_metadata
 from fasttrain.weighting import build_weighting
 from fasttrain.weights import hash_state_dict
+
+# The power of the covariance by which frozen tokens are whitened as an alternative to training.
+WHITENING = 0.2
 
 
 class Meter:
@@ -180,23 +185,25 @@ class BackboneTrainer:
 
         All ranks use the estimates of rank 0.
         """
-        self.projection.start_at_frozen_(*self.world.gather(self._mean_and_std(frames))[0])
+        tokens = self._covariance(frames)
+        std = tokens.covariance_DD.diagonal().mean().sqrt().item()
+        self.projection.start_at_frozen_(*self.world.gather((tokens.mean_D, std))[0])
 
-    def centred(self, frames: Iterable[Tensor]) -> Projection:
-        """Return the frozen encoder with its mean removed as a projection, given frames (3, S, S)."""
-        mean_D, std = self._mean_and_std(frames)
-        return Projection.from_affine(torch.eye(len(mean_D)), -mean_D, std)
+    def untrained(self, frames: Iterable[Tensor]) -> dict[float, Projection]:
+        """Return projections that need no training, by whitening, given frames (3, S, S).
 
-    def _mean_and_std(self, frames: Iterable[Tensor]) -> tuple[Tensor, float]:
-        """Return the mean (D,) of the frozen tokens, and the standard deviation of the centred tokens."""
+        They are the frozen encoder with its mean removed (0), and the same, partly whitened.
+        """
+        tokens = self._covariance(frames)
+        return {power: partly_whitened(tokens, power) for power in (0.0, WHITENING)}
+
+    def _covariance(self, frames: Iterable[Tensor]) -> Covariance:
+        """Return the mean and covariance of the frozen tokens."""
         dtype = self.dtype if self.world.device.type == "cuda" else None
-        count, sum_D, squares_D = 0, torch.zeros(()), torch.zeros(())
+        covariance = Covariance(self.encoder.embed_dim)
         for frame in frames:
-            tokens_ND = self.runtime.tokens(frame[None].to(self.world.device, dtype))[0].double().cpu()
-            count += len(tokens_ND)
-            sum_D, squares_D = sum_D + tokens_ND.sum(dim=0), squares_D + tokens_ND.square().sum(dim=0)
-        mean_D = sum_D / count
-        return mean_D, (squares_D / count - mean_D.square()).mean().sqrt().item()
+            covariance.add(self.runtime.tokens(frame[None].to(self.world.device, dtype))[0].double().cpu())
+        return covariance
 
     def calibrate(self, frames: Tensor) -> None:
         """Quantise the encoder to FP8 by its activations on frames (T, B, 3, S, S).

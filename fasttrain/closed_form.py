@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fasttrain.errors import InputError
-from fasttrain.moments import TokenMoments
+from fasttrain.moments import Covariance, TokenMoments
 from fasttrain.projection import Projection
 
 # Variance that is added within frames in every direction, relative to the mean variance. Directions in which
@@ -52,10 +52,12 @@ class ClosedForm:
                 f"{variance.item():g}; expected a positive number. Check the frames and the weights"
             )
         ridge_DD = RIDGE * variance * torch.eye(moments.dim, dtype=torch.float64)
-        self._total = torch.linalg.eigh(moments.total_DD + ridge_DD)
+        values_D, vectors_DD = torch.linalg.eigh(moments.total_DD + ridge_DD)
+        self._values_D, self._vectors_DD = values_D, vectors_DD
         signal_DD = moments.within_frame_DD + ridge_DD
-        sum_ = torch.linalg.eigh(signal_DD + moments.noise_DD + moments.frame_DD)
-        self._root_DD, self._inverse_DD = _power(*sum_, 0.5), _power(*sum_, -0.5)
+        values_D, vectors_DD = torch.linalg.eigh(signal_DD + moments.noise_DD + moments.frame_DD)
+        self._root_DD = _power(values_D, vectors_DD, 0.5)
+        self._inverse_DD = _power(values_D, vectors_DD, -0.5)
         # In these coordinates, signal plus noise is the identity, and the eigenvectors are orthogonal.
         share_D, directions_DD = torch.linalg.eigh(self._inverse_DD @ signal_DD @ self._inverse_DD)
         self.reliability_D = share_D.flip(0).clamp(torch.finfo(torch.float64).eps, 1)
@@ -70,12 +72,23 @@ class ClosedForm:
         """
         gain_D = 1 / (1 + (1 / self.reliability_D - 1) / strength)
         filter_DD = self._directions_DD * gain_D @ self._directions_DD.T
-        return _power(*self._total, -whitening) @ self._root_DD @ filter_DD @ self._inverse_DD
+        whitening_DD = _power(self._values_D, self._vectors_DD, -whitening)
+        return whitening_DD @ self._root_DD @ filter_DD @ self._inverse_DD
 
 
 def _power(values_D: Tensor, vectors_DD: Tensor, power: float) -> Tensor:
     """Return the symmetric power of a positive matrix, given its eigenvalues and eigenvectors."""
     return vectors_DD * values_D**power @ vectors_DD.T
+
+
+def partly_whitened(tokens: Covariance, power: float) -> Projection:
+    """Return the map T^-p (z - mean) of tokens z as a projection; p = 0 removes only their mean."""
+    total_DD = tokens.covariance_DD
+    ridge_DD = RIDGE * total_DD.diagonal().mean() * torch.eye(len(total_DD), dtype=torch.float64)
+    values_D, vectors_DD = torch.linalg.eigh(total_DD + ridge_DD)
+    matrix_DD = _power(values_D, vectors_DD, -power)
+    variance = (matrix_DD @ total_DD * matrix_DD).sum() / len(total_DD)
+    return Projection.from_affine(matrix_DD, -matrix_DD @ tokens.mean_D, variance.sqrt().item())
 
 
 def linear_projection(moments: TokenMoments, weight_DD: Tensor) -> Projection:

@@ -123,7 +123,7 @@ def _write(
     with trainer.working("choosing the map"):
         form = ClosedForm(moments)
         centred = linear_projection(moments, torch.eye(moments.dim, dtype=torch.float64))
-        validation = Validation(backbone.encoder, centred, validated, recipe)
+        validation = Validation(backbone.encoder, {0.0: centred}, validated, recipe)
         if not validation.frozen:
             raise InputError(
                 f"data.source: none of {count(len(validated), 'video')} can be validated; pass videos of at "

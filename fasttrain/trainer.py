@@ -637,8 +637,8 @@ class Trainer:
         """Measure the frozen features and, before the first step, the initial projections, on rank 0."""
         self.validations = {}
         for trainer in self.backbone_trainers if self.recipe.eval.every and self.world.is_main else ():
-            centred = trainer.centred(whole_frames(self.index, self.recipe.data.image_size))
-            validation = Validation(trainer.encoder, centred, self.validated, self.recipe)
+            untrained = trainer.untrained(whole_frames(self.index, self.recipe.data.image_size))
+            validation = Validation(trainer.encoder, untrained, self.validated, self.recipe)
             if not validation.frozen:
                 self.say(
                     f"warning: no video can be validated, so the last projection will be kept; pass videos "

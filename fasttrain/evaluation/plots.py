@@ -81,7 +81,7 @@ TITLES = {
     "lambda": "weight of the separability loss",
     "cosine_distance": "cosine distance from frozen",
     "effective_rank": "effective rank",
-    "score": "score: cycle accuracy by cosine similarity",
+    "score": "score: windows found again by nearest neighbours",
     "intra_normalized_95": "intra-video distance / 95 % diameter",
     "inter_normalized_95": "inter-video distance / 95 % diameter",
 }

@@ -4,7 +4,8 @@ All definitions follow the published implementation (yafeng19/Co-Settle, cal_met
 distance matches the patches of consecutive frames; the inter-video distance compares the middle frames of
 videos. Both are also given relative to a diameter of the features.
 
-Shape suffixes: V videos, T frames, P patches, D channels, S sampled patches, G = T - 7 pairs of frames.
+Shape suffixes: V videos, T frames, P patches, D channels, S sampled patches, W windows,
+G = T - 7 and C pairs of frames.
 """
 
 import math
@@ -76,7 +77,7 @@ def measure_video(video_TPD: Tensor) -> VideoMeasures:
         diameter = 2 * torch.quantile(radius_N, percentile / 100)
         within[f"intra_diameter_{percentile}"] = diameter
         within[f"intra_normalized_{percentile}"] = distance / (diameter + 1e-8)
-    within["cycle_accuracy"] = cycle_accuracy(video_TPD)
+    within["cycle_accuracy"] = _cycle_accuracy(video_TPD)
     return VideoMeasures({key: value.cpu() for key, value in within.items()}, video_TPD[frames // 2].cpu())
 
 
@@ -144,16 +145,40 @@ def _effective_rank(features_ND: Tensor) -> float:
     return (-(share * share.log()).sum()).exp().item() / min(features_ND.shape)
 
 
-def cycle_accuracy(video_TPD: Tensor) -> Tensor:
+def _cycle_accuracy(video_TPD: Tensor) -> Tensor:
     """Compute the share of 2 x 2 windows to which a walk to the second frame and back most likely returns."""
+    affinity_CWW = _window_affinities(video_TPD) / CYCLE_TEMPERATURE
+    cycle_CWW = affinity_CWW.softmax(-1) @ affinity_CWW.transpose(1, 2).softmax(-1)
+    home_W = torch.arange(cycle_CWW.shape[-1], device=cycle_CWW.device)
+    accuracy = ((cycle_CWW + 1e-6).log().argmax(-1) == home_W).float().mean()
+    return accuracy.masked_fill(~cycle_CWW.isfinite().all(), torch.nan)
+
+
+def nearest_accuracy(video_TPD: Tensor) -> Tensor:
+    """Compute the share of 2 x 2 windows that are the nearest neighbour of their nearest neighbour.
+
+    The neighbours are those by cosine similarity, in the pairs of frames of the cycle accuracy. Unlike that,
+    it depends on no temperature, so that encoders whose similarities differ in scale can be compared.
+
+    Args:
+        video_TPD: Features of the P patches of T frames, in a square grid.
+
+    Returns:
+        The share (0-d), from 0 to 1; NaN if a feature is not finite.
+    """
+    affinity_CWW = _window_affinities(functional.normalize(video_TPD.float(), dim=-1))
+    there_CW, back_CW = affinity_CWW.argmax(-1), affinity_CWW.argmax(-2)
+    home_W = torch.arange(there_CW.shape[-1], device=there_CW.device)
+    share = (back_CW.gather(1, there_CW) == home_W).float().mean()
+    return share.masked_fill(~affinity_CWW.isfinite().all(), torch.nan)
+
+
+def _window_affinities(video_TPD: Tensor) -> Tensor:
+    """Return the inner products (C, W, W) of the mean features of 2 x 2 windows in C pairs of frames."""
     frames, patches, channels = video_TPD.shape
     side = int(patches**0.5)
     grid_TDhw = video_TPD.transpose(1, 2).reshape(frames, channels, side, side)
     pooled_TWD = functional.avg_pool2d(grid_TDhw, kernel_size=2).flatten(2).transpose(1, 2)
     share = torch.tensor(CYCLE_PAIRS) * frames
     first_CWD, second_CWD = (pooled_TWD[share[:, side].long()] for side in (0, 1))
-    affinity_CWW = first_CWD @ second_CWD.transpose(1, 2) / CYCLE_TEMPERATURE
-    cycle_CWW = affinity_CWW.softmax(-1) @ affinity_CWW.transpose(1, 2).softmax(-1)
-    home_W = torch.arange(cycle_CWW.shape[-1], device=cycle_CWW.device)
-    accuracy = ((cycle_CWW + 1e-6).log().argmax(-1) == home_W).float().mean()
-    return accuracy.masked_fill(~cycle_CWW.isfinite().all(), torch.nan)
+    return first_CWD @ second_CWD.transpose(1, 2)

@@ -1,8 +1,8 @@
 """Validation during training, without labels: which projection to keep, and whether any is worth keeping.
 
 Three encoders are measured on the same frames: the frozen one (`before`), the frozen one with the mean of its
-tokens removed (`centred`), which costs no training, and that of the current projection (`after`). `score`
-decides which is better.
+tokens removed and, if that is better, partly whitened (`centred`), which costs no training, and that of the
+current projection (`after`). `score` decides which is better.
 """
 
 # Shape suffixes: T frames, H W pixels, N tokens, D channels.
@@ -18,14 +18,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fasttrain.backbones import Backbone
 from fasttrain.data.images import UnreadableFrameError
 from fasttrain.data.index import FrameIndex
 from fasttrain.data.preprocessing import centre_crop, stream_frames
 from fasttrain.data.sampling import evenly_spaced
-from fasttrain.evaluation.trade_off import MIN_FRAMES, VideoMeasures, cycle_accuracy, measure_video, summarise
+from fasttrain.evaluation.trade_off import (
+    MIN_FRAMES,
+    VideoMeasures,
+    measure_video,
+    nearest_accuracy,
+    summarise,
+)
 from fasttrain.projection import Projection
 from fasttrain.recipe import Recipe
 
@@ -36,13 +41,13 @@ RECORDED = ("cycle_accuracy", "effective_rank", "intra_normalized_95", "inter_no
 def score(tokens_TND: Tensor) -> float:
     """Return the number by which projections are compared, for the tokens of a video; higher is better.
 
-    It is the cycle accuracy of `trade_off` by cosine similarity. For maps without training, it ordered frozen
-    encoders nearly as label propagation does. After training, which maximises it, it is too optimistic.
+    Of several measures without labels, this one agreed best with label propagation (docs/benchmarks.md).
 
     Returns:
-        The share of windows that are found again, from 0 to 1; NaN if a feature is not finite.
+        The share of windows that are the nearest neighbour of their nearest neighbour, from 0 to 1; NaN if a
+            feature is not finite.
     """
-    return cycle_accuracy(functional.normalize(tokens_TND, dim=-1)).item()
+    return nearest_accuracy(tokens_TND).item()
 
 
 def read_frames(index: FrameIndex, video: int, num_frames: int, image_size: int, encoder: Backbone) -> Tensor:
@@ -64,11 +69,13 @@ class Validation:
 
     Args:
         encoder: The frozen backbone, which the trainer may have cast to a lower precision.
-        centred: The frozen encoder with its mean removed, as a projection.
+        untrained: Projections that need no training, by the power to which they whiten the frozen tokens: 0
+            removes only their mean.
         index: The videos to choose from. Those with fewer than 8 frames or unreadable ones are skipped.
         recipe: The recipe, whose section `eval` says how many to measure.
 
     Attributes:
+        centred: The best of the untrained projections.
         frozen: The metrics and scores of the frozen features, `before` and `centred`; empty if no video can
             be measured.
         best: The best projection so far, as a copy on the CPU; None before the first.
@@ -76,8 +83,9 @@ class Validation:
         best_score: Its score.
     """
 
-    def __init__(self, encoder: Backbone, centred: Projection, index: FrameIndex, recipe: Recipe) -> None:
-        self.centred = centred.to(encoder.device)
+    def __init__(
+        self, encoder: Backbone, untrained: Mapping[float, Projection], index: FrameIndex, recipe: Recipe
+    ) -> None:
         self.best: Projection | None = None
         self.best_step, self.best_score = 0, -math.inf
         # Scores on other videos or frames cannot be compared.
@@ -96,14 +104,20 @@ class Validation:
             with torch.no_grad():
                 self._videos_TND.append(encoder.tokens(frames_T3HW.to(encoder.device, encoder.dtype)).cpu())
         self.frozen: dict[str, dict[str, float]] = {}
-        if self._videos_TND:
-            frozen = {"before": self._measure(nn.Identity()), "centred": self._measure(self.centred)}
+        measured = {}
+        for power, projection in untrained.items() if self._videos_TND else ():
+            metrics = self._measure(projection.to(encoder.device)) | {"whitening": power}
             # Not finite if features are not.
-            self.frozen = frozen if math.isfinite(frozen["centred"]["score"]) else {}
+            if math.isfinite(metrics["score"]):
+                measured[power] = metrics
+        if measured:
+            power = max(measured, key=lambda each: measured[each]["score"])
+            self.centred = untrained[power]
+            self.frozen = {"before": self._measure(nn.Identity()), "centred": measured[power]}
 
     @property
     def beats_frozen(self) -> bool:
-        """Whether a projection was better than the frozen features with their mean removed."""
+        """Whether a projection was better than `centred`."""
         return self.best_score > self.frozen["centred"]["score"]
 
     def keeps(self, completed_steps: int) -> bool:
@@ -112,7 +126,7 @@ class Validation:
 
     @property
     def kept(self) -> Projection:
-        """The best projection so far, or the frozen features with their mean removed if none was better."""
+        """The best projection so far, or `centred` if none was better."""
         return self.best if self.best is not None and self.beats_frozen else self.centred
 
     def update(self, projection: Projection, completed_steps: int) -> dict[str, float | int | None]:
@@ -121,7 +135,7 @@ class Validation:
         Returns:
             The metrics `before/...`, `centred/...` and `after/...`, without undefined ones such as the
                 inter-video distance of a single video; `best_step`, which is None if no projection was better
-                than the frozen features with their mean removed, and `best_score`.
+                than `centred`, and `best_score`.
         """
         measured = self.frozen | {"after": self._measure(projection)}
         if measured["after"]["score"] > self.best_score:
@@ -179,8 +193,9 @@ def describe_kept(record: Mapping[str, Any]) -> str:
     step, best = record["best_step"], record["best_score"]
     frozen = f"frozen {record['before/score']:.3f}, without its mean {record['centred/score']:.3f}"
     if step is None:
+        whitened = " and partly whitened" if record["centred/whitening"] else ""
         return (
-            "the frozen features with their mean removed, because no projection was better on the "
+            f"the frozen features with their mean removed{whitened}, because no projection was better on the "
             f"validation videos (best score {best:.3f}; {frozen})"
         )
     return f"the projection after step {step} (score {best:.3f}; {frozen})"
