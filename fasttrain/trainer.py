@@ -68,8 +68,8 @@ PEAK_LRS, FACTOR_FAR = (2e-4, 3e-3), 10
 FEW_STEPS = 100
 # What may help if no projection is better than the frozen features.
 WHAT_TO_CHANGE = (
-    "raise objective.lambda_reg, lower optimizer.lr, train on more videos, or start at the frozen features "
-    "with projection.init=frozen"
+    "raise objective.lambda_reg, lower optimizer.lr, train on more videos, start at the frozen features with "
+    "projection.init=frozen, or fit without training: fasttrain fit"
 )
 # The facts of runs of earlier versions whose checkpoints do not state them.
 EARLIER_FACTS = {"loader": "DALI"}

@@ -88,7 +88,7 @@ TITLES = {
 # Keys of metrics.jsonl that are not drawn.
 _BOOKKEEPING = (
     *("step", "epoch", "seconds", "pairs_per_second", "lr", "bad_samples", "bad_files"),
-    *("best_step", "best_score"),
+    *("best_step", "best_score", "whitening"),
 )
 # The lines of what training does not change.
 _FROZEN: dict[str, tuple[Literal["--", ":"], str]] = {

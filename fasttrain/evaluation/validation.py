@@ -76,6 +76,7 @@ class Validation:
 
     Attributes:
         centred: The best of the untrained projections.
+        whitening: The power to which it whitens.
         frozen: The metrics and scores of the frozen features, `before` and `centred`; empty if no video can
             be measured.
         best: The best projection so far, as a copy on the CPU; None before the first.
@@ -106,14 +107,14 @@ class Validation:
         self.frozen: dict[str, dict[str, float]] = {}
         measured = {}
         for power, projection in untrained.items() if self._videos_TND else ():
-            metrics = self._measure(projection.to(encoder.device)) | {"whitening": power}
+            metrics = self._measure(projection.to(encoder.device))
             # Not finite if features are not.
             if math.isfinite(metrics["score"]):
                 measured[power] = metrics
         if measured:
-            power = max(measured, key=lambda each: measured[each]["score"])
-            self.centred = untrained[power]
-            self.frozen = {"before": self._measure(nn.Identity()), "centred": measured[power]}
+            self.whitening = max(measured, key=lambda power: measured[power]["score"])
+            self.centred = untrained[self.whitening]
+            self.frozen = {"before": self._measure(nn.Identity()), "centred": measured[self.whitening]}
 
     @property
     def beats_frozen(self) -> bool:
@@ -135,7 +136,7 @@ class Validation:
         Returns:
             The metrics `before/...`, `centred/...` and `after/...`, without undefined ones such as the
                 inter-video distance of a single video; `best_step`, which is None if no projection was better
-                than `centred`, and `best_score`.
+                than `centred`; `best_score`; and the `whitening` of `centred`.
         """
         measured = self.frozen | {"after": self._measure(projection)}
         if measured["after"]["score"] > self.best_score:
@@ -148,7 +149,8 @@ class Validation:
             if math.isfinite(value)
         }
         best_step = self.best_step if self.beats_frozen else None
-        return numbers | {"best_step": best_step, "best_score": self.best_score}
+        kept = {"best_step": best_step, "best_score": self.best_score, "whitening": self.whitening}
+        return numbers | kept
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs to continue exactly."""
@@ -193,7 +195,7 @@ def describe_kept(record: Mapping[str, Any]) -> str:
     step, best = record["best_step"], record["best_score"]
     frozen = f"frozen {record['before/score']:.3f}, without its mean {record['centred/score']:.3f}"
     if step is None:
-        whitened = " and partly whitened" if record["centred/whitening"] else ""
+        whitened = " and partly whitened" if record["whitening"] else ""
         return (
             f"the frozen features with their mean removed{whitened}, because no projection was better on the "
             f"validation videos (best score {best:.3f}; {frozen})"
