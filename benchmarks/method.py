@@ -343,7 +343,8 @@ def table(variants: dict[str, dict[str, Any]]) -> str:
             f"| {name} | {100 * means['J']:.1f} | {difference['mean']:+.1f} ({low:+.1f} to {high:+.1f}) | "
             f"{', '.join(f'{value:+.1f}' for value in difference['folds'])} | {difference['least']:+.1f} | "
             f"{means.get('score', math.nan):.3f} | {means['cycle_accuracy']:.3f} | "
-            f"{means['intra_normalized_95']:.3f} | {result['inter_normalized_95']:.3f} | {means['effective_rank']:.3f} |"
+            f"{means['intra_normalized_95']:.3f} | {result['inter_normalized_95']:.3f} | "
+            f"{means['effective_rank']:.3f} |"
         )
     return "\n".join(lines)
 
