@@ -78,8 +78,7 @@ class World:
         """Wrap `module` so that each backward pass averages its gradients over all ranks."""
         if self.is_single:
             return module
-        # Buffers are constants, the same on all ranks.
-        return DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False)
+        return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
     def no_sync(self, module: nn.Module) -> AbstractContextManager[None]:
         """Return a context in which a wrapped module accumulates gradients without averaging them."""
