@@ -3,7 +3,7 @@
 A recipe is a YAML file that is parsed strictly into frozen pydantic dataclasses. `load_recipe(recipe,
 overrides)` reads the file and the recipe that it inherits from (`base`), applies the overrides, and
 checks the name, type and range of every key. All defaults are defined here; they are the paper's (Co-Settle,
-arXiv 2603.26597). The string below a field documents the key. The table of keys in the documentation and the
+arXiv 2603.26597), but for `projection.init`. The string below a field documents the key. The table of keys in the documentation and the
 JSON schema (recipes/schema.json) are generated from these strings.
 """
 
@@ -92,7 +92,7 @@ class EncoderRecipe:
 class ProjectionRecipe:
     head: Literal["linear", "mlp2", "mlp3", "lowrank", "residual"] = "linear"
     """The paper's heads of 1, 2 or 3 linear layers, or the tokens plus a low-rank map or a gated MLP."""
-    init: Literal["published", "frozen"] = "published"
+    init: Annotated[Literal["published", "frozen"], MAY_CHANGE] = "frozen"
     """Start at random as `published`, or at the `frozen` features (lowrank and residual: always)."""
     weights: str = "random"
     """Initial projection: a run folder or file, `hf://owner/repo[/path]`, `cosettle://NAME`, or `random`."""
