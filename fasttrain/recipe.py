@@ -3,8 +3,8 @@
 A recipe is a YAML file that is parsed strictly into frozen pydantic dataclasses. `load_recipe(recipe,
 overrides)` reads the file and the recipe that it inherits from (`base`), applies the overrides, and
 checks the name, type and range of every key. All defaults are defined here; they are the paper's (Co-Settle,
-arXiv 2603.26597), but for `projection.init`. The string below a field documents the key. The table of keys in the documentation and the
-JSON schema (recipes/schema.json) are generated from these strings.
+arXiv 2603.26597), but for `projection.init`. The string below a field documents the key. The table of keys
+in the documentation and the JSON schema (recipes/schema.json) are generated from these strings.
 """
 
 from __future__ import annotations
