@@ -360,7 +360,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     bench = Bench(args.name, args.weights, args.root, 4 if args.short else args.steps)
     setting = {"steps": bench.steps, "sequences": bench.names, "folds": bench.folds, "samples": SAMPLES}
-    results = Results(f"method-{args.name}", args, setting=setting, backbone=bench.trainer.encoder.summary)
+    backbone = {"name": args.name, "weights": Path(args.weights).name}
+    results = Results(f"method-{args.name}", args, setting=setting, backbone=backbone)
 
     learners: dict[str, Learn] = {"frozen": lambda _names: (nn.Identity(), None)}
     for name, (strength, whitening) in CLOSED.items():
