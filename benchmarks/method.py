@@ -143,6 +143,8 @@ class Bench:
             file.parent.mkdir(exist_ok=True)
             torch.save(self._encode_all(), file)
         self.sequences: dict[str, Clip] = {key: Clip(**tensors) for key, tensors in torch.load(file).items()}
+        self.moments = functools.cache(self._gather)
+        self._form = functools.cache(lambda names: ClosedForm(self.moments(names)))
         self.names = list(self.sequences)
         self.folds = [self.names[i::FOLDS] for i in range(FOLDS)]
 
@@ -195,16 +197,11 @@ class Bench:
 
     # --- what a variant learns from the sequences outside of a fold -----------------------------------------
 
-    @functools.cache  # noqa: B019
-    def moments(self, names: tuple[str, ...]) -> TokenMoments:
+    def _gather(self, names: tuple[str, ...]) -> TokenMoments:
         moments = TokenMoments(self.trainer.encoder.embed_dim)
         for name in names:
             moments.add(self.sequences[name].samples_SVND[:, :2].float())
         return moments
-
-    @functools.cache  # noqa: B019
-    def _form(self, names: tuple[str, ...]) -> ClosedForm:
-        return ClosedForm(self.moments(names))
 
     def closed(self, names: Sequence[str], strength: float, whitening: float) -> Projection:
         matrix_DD = self._form(tuple(names)).solve(strength, whitening=whitening)

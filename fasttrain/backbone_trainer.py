@@ -154,6 +154,7 @@ class BackboneTrainer:
         self._encode: Callable[[Tensor, Tensor], Tensor] = self.runtime.training_views
         self._recorded_pass: CapturedCall | None = None
         self.graph_failure: str | None = None
+        self._frozen: Covariance | None = None
 
     def load_projection(self) -> None:
         """Start from the projection that the recipe names, if any. Raises InputError if it does not fit."""
@@ -198,12 +199,14 @@ class BackboneTrainer:
         return {power: partly_whitened(tokens, power) for power in (0.0, WHITENING)}
 
     def _covariance(self, frames: Iterable[Tensor]) -> Covariance:
-        """Return the mean and covariance of the frozen tokens."""
-        dtype = self.dtype if self.world.device.type == "cuda" else None
-        covariance = Covariance(self.encoder.embed_dim)
-        for frame in frames:
-            covariance.add(self.runtime.tokens(frame[None].to(self.world.device, dtype))[0].double().cpu())
-        return covariance
+        """Return the mean and covariance of the frozen tokens; only the first call encodes the frames."""
+        if self._frozen is None:
+            dtype = self.dtype if self.world.device.type == "cuda" else None
+            self._frozen = Covariance(self.encoder.embed_dim)
+            for frame in frames:
+                tokens_1ND = self.runtime.tokens(frame[None].to(self.world.device, dtype))
+                self._frozen.add(tokens_1ND[0].double().cpu())
+        return self._frozen
 
     def calibrate(self, frames: Tensor) -> None:
         """Quantise the encoder to FP8 by its activations on frames (T, B, 3, S, S).

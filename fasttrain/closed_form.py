@@ -87,11 +87,14 @@ def partly_whitened(tokens: Covariance, power: float) -> Projection:
     ridge_DD = RIDGE * total_DD.diagonal().mean() * torch.eye(len(total_DD), dtype=torch.float64)
     values_D, vectors_DD = torch.linalg.eigh(total_DD + ridge_DD)
     matrix_DD = _power(values_D, vectors_DD, -power)
+    return _projection(matrix_DD, tokens.mean_D, total_DD)
+
+
+def linear_projection(moments: TokenMoments, matrix_DD: Tensor) -> Projection:
+    """Return the map A (z - mean) of tokens z as a projection, given the matrix A."""
+    return _projection(matrix_DD, moments.mean_D, moments.total_DD)
+
+
+def _projection(matrix_DD: Tensor, mean_D: Tensor, total_DD: Tensor) -> Projection:
     variance = (matrix_DD @ total_DD * matrix_DD).sum() / len(total_DD)
-    return Projection.from_affine(matrix_DD, -matrix_DD @ tokens.mean_D, variance.sqrt().item())
-
-
-def linear_projection(moments: TokenMoments, weight_DD: Tensor) -> Projection:
-    """Return the projection of a matrix A: A (z - mean), scaled, and tanh, which is nearly linear there."""
-    variance = (weight_DD @ moments.total_DD * weight_DD).sum() / moments.dim
-    return Projection.from_affine(weight_DD, -weight_DD @ moments.mean_D, variance.sqrt().item())
+    return Projection.from_affine(matrix_DD, -matrix_DD @ mean_D, variance.sqrt().item())

@@ -67,14 +67,17 @@ class TokenMoments:
     Args:
         dim: Number of channels D.
         device: Device of the moments. Tokens are moved to it.
+
+    Attributes:
+        num_samples: Number of pairs so far.
+        num_matches: Number of their matched tokens.
     """
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
         self.dim, self.device = dim, torch.device(device)
         self._tokens = Covariance(dim, device)
         self._frames = Covariance(dim, device)
-        self._samples = Covariance(dim, device)
-        self.num_matches = 0
+        self.num_samples = self.num_matches = 0
         self._noise_DD = torch.zeros(dim, dim, dtype=torch.float64, device=device)
 
     def add(self, tokens_B2ND: Tensor, match_by_B2ND: Tensor | None = None) -> None:
@@ -91,7 +94,7 @@ class TokenMoments:
         self._tokens.add(tokens_B2ND.flatten(0, 2))
         frames_B2D = tokens_B2ND.mean(2)
         self._frames.add(frames_B2D.flatten(0, 1))
-        self._samples.add(frames_B2D.mean(1))
+        self.num_samples += len(frames_B2D)
         first_BND, second_BND = tokens_B2ND.unbind(1)
         nearest_BN, is_mutual_BN = mutual_nearest(*match_by_B2ND.unbind(1))
         partner_BND = second_BND.gather(1, nearest_BN[..., None].expand_as(second_BND))
@@ -103,8 +106,8 @@ class TokenMoments:
         """Add the moments of other pairs."""
         self._tokens.merge(other._tokens)
         self._frames.merge(other._frames)
-        self._samples.merge(other._samples)
         self._noise_DD = self._noise_DD + other._noise_DD.to(self.device)
+        self.num_samples += other.num_samples
         self.num_matches += other.num_matches
 
     def of_all_ranks(self, world: World) -> TokenMoments:
@@ -119,11 +122,6 @@ class TokenMoments:
     @property
     def num_tokens(self) -> int:
         return self._tokens.count
-
-    @property
-    def num_samples(self) -> int:
-        """The number of pairs."""
-        return self._samples.count
 
     @property
     def mean_D(self) -> Tensor:
@@ -143,11 +141,6 @@ class TokenMoments:
         covariance of the noise.
         """
         return self._noise_DD / max(1, self.num_matches)
-
-    @property
-    def video_DD(self) -> Tensor:
-        """The covariance B of the mean tokens of pairs, that is, between videos."""
-        return self._samples.covariance_DD
 
     @property
     def within_frame_DD(self) -> Tensor:

@@ -316,7 +316,7 @@ def load_recipe(recipe: str | Path | Recipe, overrides: Sequence[str] | Mapping[
 
     Args:
         recipe: The name of a recipe that ships with fasttrain, such as `dinov2`; the path of a YAML file;
-            or a `Recipe`. If there is no file `recipes/dinov2.yaml`, the path means the shipped recipe.
+            or a `Recipe`. `recipes/dinov2.yaml` means the shipped recipe unless such a file exists.
         overrides: Assignments such as `"train.epochs=3"`, whose values are parsed as YAML, or a mapping
             of keys and sections to values, such as `{"train.epochs": 3, "data": {"source": "videos"}}`.
             They are applied in order.

@@ -40,7 +40,6 @@ def two_pass(tokens_B2ND: Tensor) -> dict[str, np.ndarray]:
         "mean_D": rows.mean(0),
         "total_DD": covariance(rows),
         "noise_DD": np.array(differences).T @ np.array(differences) / 2 / len(differences),
-        "video_DD": covariance(frames.mean(1)),
         "frame_DD": covariance(frames.reshape(-1, rows.shape[1])),
         "within_frame_DD": covariance(rows) - covariance(frames.reshape(-1, rows.shape[1])),
     }

@@ -273,8 +273,7 @@ def _group(tars: list[_Tar], kind: Kind, left_out: LeftOut, source: Path) -> Tar
     videos = [(tar, *video) for tar in tars for video in _videos(tar, kind, grouped)]
     files = [name for _, name, _, is_frames in videos if not is_frames]
     frames = [name for _, name, _, is_frames in videos if is_frames]
-    # The rule for folders holds here, too: images below Annotations, for example, count as frames only if
-    # there are no other images.
+    # As in folders, images below Annotations, for example, count as frames only if all images are there.
     if not all(map(annotation_word, frames)):
         for tar, name, members, is_frames in videos:
             if is_frames and (word := annotation_word(name)):
