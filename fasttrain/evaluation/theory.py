@@ -23,7 +23,7 @@ SKEWED, HEAVY_TAILED = 0.5, 1.0
 # The random rotations that the commutator is compared with.
 ROTATIONS = 20
 # Strengths of the closed form, from the frozen features to nearly 0: six per decade.
-STRENGTHS = (math.inf, *(10 ** (1 - step / 6) for step in range(25)))
+STRENGTHS = (math.inf, *(10 ** (3 - step / 6) for step in range(37)))
 # A projection that keeps less of the effective rank than this is too strong.
 KEPT_RANK = 0.8
 # The reductions of the intra-video distance from which a projection is likely to help, or may help a little.
