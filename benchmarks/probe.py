@@ -9,6 +9,7 @@ are:
     activation   the first layer of the MLP with its GELU: separately, and in one call of cuBLASLt
     attention    scaled dot-product attention with each of PyTorch's kernels
     passes       operations that are limited by memory, compared with a copy
+    streams      four blocks: all images at once, and each half on a stream of its own
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
 from benchmarks.measure import Call, Results, command_line, copy_ceiling, matrix_ceiling, run_command
 from fasttrain.encoder_runtime import ATTENTION
+from fasttrain.errors import InputError
 
 IMAGES, TOKENS, WIDTH, HEADS = 384, 197, 768, 12
 # Input and output channels.
@@ -132,11 +135,14 @@ def attention(probe: Probe) -> dict[str, Any]:
 def passes(probe: Probe) -> dict[str, Any]:
     """Measure eager operations that read and write each element once."""
     tokens, hidden = (probe.random(probe.images * TOKENS, width) for width in (WIDTH, 4 * WIDTH))
-    weight, bias = probe.random(WIDTH), probe.random(WIDTH)
+    residual, weight, bias = torch.randn_like(tokens), probe.random(WIDTH), probe.random(WIDTH)
+    fused = torch.compile(residual_norm)
     functions: dict[str, tuple[Tensor, Call]] = {
         "GELU": (hidden, lambda: F.gelu(hidden)),
         "GELU (tanh form)": (hidden, lambda: F.gelu(hidden, approximate="tanh")),
         "LayerNorm": (tokens, lambda: F.layer_norm(tokens, (WIDTH,), weight, bias)),
+        "residual, then LayerNorm": (tokens, partial(residual_norm, tokens, residual, weight, bias)),
+        "residual and LayerNorm, compiled": (tokens, partial(fused, tokens, residual, weight, bias)),
         "copy": (hidden, lambda: hidden.clone()),
         "cast to FP8": (hidden, lambda: hidden.to(FLOAT8)),
     }
@@ -144,9 +150,42 @@ def passes(probe: Probe) -> dict[str, Any]:
     result: dict[str, Any] = {"copy_gb_per_second": copy_ceiling(probe.device) / 1e9}
     for name, row in rows.items():
         read = functions[name][0].numel()
-        moved = read * (3 if name == "cast to FP8" else 4)
+        # Bytes per element: each is read and written in bf16, and the residual stream, too.
+        moved = read * (3 if name == "cast to FP8" else 8 if name.startswith("residual") else 4)
         result[name] = {**row, "gb_per_second": moved / row["ms"] / 1e6}
     return result
+
+
+def residual_norm(tokens: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the new residual stream and its layer norm."""
+    total = tokens + residual
+    return total, F.layer_norm(total, (WIDTH,), weight, bias)
+
+
+def streams(probe: Probe) -> dict[str, Any]:
+    """Measure whether passes over memory of one half overlap with matrix products of the other."""
+    if probe.device.type != "cuda":
+        raise InputError("streams: needs a GPU")
+    blocks = nn.Sequential(*(Block(WIDTH, HEADS, qkv_bias=True) for _ in range(4)))
+    blocks.eval().to(probe.device, torch.bfloat16)
+    tokens = probe.random(probe.images, TOKENS, WIDTH)
+    halves, others = tokens.chunk(2), [torch.cuda.Stream() for _ in range(2)]
+
+    def on_two_streams() -> None:
+        current = torch.cuda.current_stream()
+        for half, stream in zip(halves, others, strict=True):
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                blocks(half)
+            current.wait_stream(stream)
+
+    return probe.time(
+        {
+            "all at once": lambda: lambda: blocks(tokens),
+            "halves, one after the other": lambda: lambda: [blocks(half) for half in halves],
+            "halves on two streams": lambda: on_two_streams,
+        }
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -156,7 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
     results = Results("probe", args, images=images, tokens=TOKENS, width=WIDTH)
     probe = Probe(results, device, images)
     with torch.no_grad():
-        for section in (matrices, activation, attention, passes):
+        for section in (matrices, activation, attention, passes, streams):
             results.record(section.__name__, partial(section, probe))
     results.finish()
 
