@@ -65,7 +65,7 @@ STEPS = {
     "training": Step(1, 150, "benchmarks.step", ["--only", "training"]),
     "baseline": Step(2, 110, "benchmarks.step", ["--only", "end_to_end", "steps"]),
     "parts": Step(2, 60, "benchmarks.step", ["--only", "parts"]),
-    "probe": Step(2, 50, "benchmarks.probe", []),
+    "probe": Step(2, 60, "benchmarks.probe", []),
     "random_shapes": Step(2, 35, "pytest", ["-n", "2", "-m", "slow", "tests/kernels/test_triton.py"]),
     "switches": Step(2, 300, "benchmarks.step", ["--only", "switches"]),
     "graphs": Step(3, 90, "benchmarks.step", ["--only", "graphs"]),

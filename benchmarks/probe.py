@@ -7,14 +7,17 @@ are:
 
     matrices     the four linear layers of a block: bf16, and FP8 with scales per row or per tensor
     activation   the first layer of the MLP with its GELU: separately, and in one call of cuBLASLt
-    attention    scaled dot-product attention with each of PyTorch's kernels
+    attention    scaled dot-product attention with each of PyTorch's kernels, and its first call at a new size
     passes       operations that are limited by memory, compared with a copy
     streams      four blocks: all images at once, and each half on a stream of its own
 """
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -24,7 +27,15 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
-from benchmarks.measure import Call, Results, command_line, copy_ceiling, matrix_ceiling, run_command
+from benchmarks.measure import (
+    Call,
+    Results,
+    command_line,
+    copy_ceiling,
+    matrix_ceiling,
+    run_command,
+    synchronize,
+)
 from fasttrain.encoder_runtime import ATTENTION
 from fasttrain.errors import InputError
 
@@ -119,17 +130,31 @@ def activation(probe: Probe) -> dict[str, Any]:
 def attention(probe: Probe) -> dict[str, Any]:
     query, key, value = (probe.random(probe.images, HEADS, TOKENS, WIDTH // HEADS) for _ in range(3))
 
-    def attend(name: str) -> Tensor:
-        with sdpa_kernel(ATTENTION[name]):
-            return F.scaled_dot_product_attention(query, key, value)
+    def attend(name: str, inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        with sdpa_kernel(ATTENTION[name]) if name in ATTENTION else nullcontext():
+            return F.scaled_dot_product_attention(*inputs)
 
-    usual: Call = partial(F.scaled_dot_product_attention, query, key, value)
-    names = ATTENTION if probe.device.type == "cuda" else ("flash", "math")
-    result = probe.time(
-        {"PyTorch's choice": lambda: usual, **{name: partial(partial, attend, name) for name in names}}
-    )
+    def first_call_ms(name: str) -> float:
+        """Return the median time of the first call at some new numbers of tokens, as in an evaluation."""
+        times = []
+        # Different sizes for each kernel, because two names may mean the same one.
+        first = TOKENS + 1 + 5 * names.index(name)
+        for tokens in range(first, first + 5):
+            image = probe.random(1, HEADS, tokens, WIDTH // HEADS)
+            synchronize()
+            start = time.perf_counter()
+            attend(name, (image, image, image))
+            synchronize()
+            times.append(1e3 * (time.perf_counter() - start))
+        return statistics.median(times)
+
+    names = ["PyTorch's choice", *(ATTENTION if probe.device.type == "cuda" else ("flash", "math"))]
+    result = probe.time({name: partial(partial, attend, name, (query, key, value)) for name in names})
     flops = 4 * probe.images * TOKENS**2 * WIDTH
-    return {name: {**row, "tflops": flops / row["ms"] / 1e9} for name, row in result.items()}
+    return {
+        name: {**row, "tflops": flops / row["ms"] / 1e9, "first_call_ms": first_call_ms(name)}
+        for name, row in result.items()
+    }
 
 
 def passes(probe: Probe) -> dict[str, Any]:
