@@ -67,7 +67,7 @@ STEPS = {
     "parts": Step(2, 60, "benchmarks.step", ["--only", "parts"]),
     "probe": Step(2, 60, "benchmarks.probe", []),
     "random_shapes": Step(2, 35, "pytest", ["-n", "2", "-m", "slow", "tests/kernels/test_triton.py"]),
-    "switches": Step(2, 300, "benchmarks.step", ["--only", "switches"]),
+    "switches": Step(2, 290, "benchmarks.step", ["--only", "switches"]),
     "graphs": Step(3, 90, "benchmarks.step", ["--only", "graphs"]),
     "loaders": Step(3, 120, "benchmarks.loaders", []),
     "propagation": Step(3, 120, "benchmarks.propagation", []),
