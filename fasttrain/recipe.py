@@ -286,6 +286,7 @@ _PACKAGE = Path(__file__).parent
 RECIPES = next(path for path in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if path.is_dir())
 # More than any recipe needs; see `_parse`.
 MAX_VALUES, MAX_DEPTH = 10_000, 20
+SUFFIXES = (".yaml", ".yml")
 
 
 # --- reading -------------------------------------------------------------------------------------------
@@ -365,7 +366,8 @@ def _find(recipe: str | Path, folder: Path = Path()) -> Path:
 def unknown_name(name: str, others: Iterable[str] = ()) -> str:
     """Return the end of a message about an unknown name: the nearest one, and the recipes there are."""
     names = shipped_recipes()
-    nearest = get_close_matches(name, [*names, *others], n=1)
+    own = [f"{name}{suffix}" for suffix in SUFFIXES if Path(f"{name}{suffix}").is_file()]
+    nearest = own or get_close_matches(name, [*names, *others], n=1)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
     return f"{hint} Recipes are YAML files, or one of {', '.join(names)}"
 
@@ -433,8 +435,11 @@ def _read_tree(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         tree = _parse(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
+        others = [path.with_suffix(suffix) for suffix in SUFFIXES if isinstance(error, FileNotFoundError)]
+        found = next((str(other) for other in others if other.is_file()), None)
+        advice = f"did you mean {found!r}?" if found else "pass a YAML file"
         raise InputError(
-            f"recipe {str(path)!r} cannot be read: {str(error.strerror).lower()}; pass a YAML file"
+            f"recipe {str(path)!r} cannot be read: {str(error.strerror).lower()}; {advice}"
         ) from None
     # Also raised for text in another encoding.
     except ValueError as error:

@@ -104,6 +104,11 @@ def test_recipe_keys_may_be_written_as_options(
             ["trian"],
             "'trian' is neither a command nor a recipe; did you mean 'train'? Recipes are YAML files, or ",
         ),
+        (["mine"], "'mine' is neither a command nor a recipe; did you mean 'mine.yaml'?"),
+        (
+            ["mine.yml"],
+            "recipe 'mine.yml' cannot be read: no such file or directory; did you mean 'mine.yaml'?",
+        ),
         (["dinov3"], "'dinov3' is neither a command nor a recipe; did you mean 'dinov2'?"),
         (["demo", "--recipe", "quikstart"], "recipe 'quikstart' does not exist; did you mean 'quickstart'?"),
         # By name.
@@ -135,6 +140,7 @@ def test_bad_input_prints_one_line_and_exits_with_code_2(
     # No signs of life, which depend on the speed of the machine.
     monkeypatch.setattr("fasttrain.loggers.SILENCE", 600)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n')
+    (tmp_path / "mine.yaml").write_text("seed: 1\n")
     assert main([str(word) for word in words]) == 2
     error = capsys.readouterr().err
     assert error.startswith("fasttrain: ")
