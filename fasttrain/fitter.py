@@ -73,7 +73,13 @@ def _split(trainer: Trainer) -> tuple[FrameIndex, FrameIndex]:
 def gather_moments(trainer: Trainer, index: FrameIndex, pairs: int) -> list[TokenMoments]:
     """Return the moments of the first pairs of the training stream, by backbone, the same on all ranks."""
     recipe, world, backbones = trainer.recipe, trainer.world, trainer.backbone_trainers
-    pairs = min(pairs, len(index) * recipe.data.pairs_per_video)
+    epoch = len(index) * recipe.data.pairs_per_video
+    if pairs > epoch:
+        trainer.say(
+            f"an epoch has {epoch:,} of the {count(pairs, 'pair')} to encode; raise data.pairs_per_video to "
+            f"{math.ceil(pairs / len(index))} for all of them"
+        )
+    pairs = min(pairs, epoch)
     batch = max(1, min(recipe.train.batch_size, pairs // world.size))
     steps = math.ceil(pairs / (batch * world.size))
     loader = PairLoader(

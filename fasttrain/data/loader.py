@@ -8,6 +8,7 @@ epoch, sample, attempt), so ranks need not communicate to stay in step.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
@@ -90,8 +91,9 @@ class PairLoader:
             raise InputError(
                 f"train.batch_size, train.accumulate: the global batch of {self.global_batch} pairs "
                 f"(batch_size {self.batch_size} x accumulate {self.accumulate} x "
-                f"{count(world.size, 'process')}) is larger than an epoch ({self.num_samples} pairs from "
-                f"{count(len(index), 'video')}). Lower one of them, or raise data.pairs_per_video"
+                f"{count(world.size, 'process')}) is larger than an epoch "
+                f"({count(self.num_samples, 'pair')} from {count(len(index), 'video')}). Lower one of "
+                f"them, or raise data.pairs_per_video to {math.ceil(self.global_batch / len(index))} or more"
             )
         self.index = index_for_decoder(index, recipe.data.decoder, world.device)
         self.num_batches = num_steps * self.accumulate

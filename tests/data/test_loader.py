@@ -179,7 +179,8 @@ def test_samples_of_step_covers_all_ranks(tmp_path: Path) -> None:
 
 def test_a_global_batch_larger_than_an_epoch_is_an_error(tmp_path: Path) -> None:
     index = open_source(write_folders(tmp_path, [6] * 3))
-    with pytest.raises(InputError, match=r"train\.accumulate: .* of 4 pairs \(batch_size .* is larger than"):
+    message = r"train\.accumulate: .* of 4 pairs \(batch_size .* larger than .*\.pairs_per_video to 2 or more"
+    with pytest.raises(InputError, match=message):
         make_loader(index, batch_size=2, world_size=2)
 
 
