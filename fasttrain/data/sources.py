@@ -213,6 +213,8 @@ def find_source(path: Path, *, kind: Kind = "auto") -> SourceFiles:
         raise InputError(
             f"{str(path)!r} is a video file, but the kind is 'list'. Pass a text file, or another kind."
         )
+    if file_suffix(path.name) in IMAGE_SUFFIXES:
+        raise InputError(f"{str(path)!r} is an image. Pass the folder of a video's frames, or of several.")
     lines = read_lines(path, "a video file or a text file that lists frame folders or video files")
     return _read_kinetics(path, lines) if _is_kinetics(lines) else _read_list(path, lines)
 

@@ -194,6 +194,7 @@ def test_the_fingerprint_depends_on_names_and_lengths(tmp_path: Path) -> None:
         (lambda root: _write(root / "x.txt", b"nowhere\n"), "auto", "no line is an existing path.*'nowhere'"),
         (lambda root: _write(root / "a.md", b"# Notes\n\nText.\n"), "auto", "was read as a list .*'Text.'"),
         (lambda root: _write(root / "x.txt", b""), "folders", "is a file, but the kind is 'folders'"),
+        (lambda root: _write(root / "x.JPG", b"\xff\xd8"), "auto", "is an image. Pass the folder"),
         (lambda root: _write(root / "x.mp4", b"no video"), "list", "is a video file, but the kind is 'list'"),
         (lambda root: _write(root / "x.mp4", b"no video"), "auto", r"\(1 skipped, first x\.mp4: "),
     ],
