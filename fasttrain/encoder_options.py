@@ -4,6 +4,7 @@ Shape suffixes: B frames, H W pixels, N tokens, D channels.
 """
 
 import argparse
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fasttrain.backbones import Backbone, load_backbone
 from fasttrain.errors import InputError
+from fasttrain.loggers import say
 from fasttrain.projection import Projection
 from fasttrain.video_encoder import UNSTORED, check_backbone, load_video_encoder, trained_backbone
 from fasttrain.weights import hash_state_dict, short_name
@@ -73,6 +75,8 @@ def load_model(arguments: argparse.Namespace, device: torch.device) -> Evaluated
         loaded = load_video_encoder(arguments.run, weights=arguments.weights)
         encoder, projection = loaded.encoder, loaded.projection
     else:
+        if arguments.weights in (None, "random") and os.environ.get("RANK", "0") == "0":
+            say("warning: the encoder has random weights, so its features are meaningless; pass --weights")
         settings: dict[str, Any] = {}
         if arguments.projection is not None:
             projection = Projection.find(arguments.projection)

@@ -55,7 +55,16 @@ from fasttrain.loggers import (
 from fasttrain.optimizer import learning_rate_factor
 from fasttrain.profiling import STEP, StepProfiler, span
 from fasttrain.projection import LAST_PROJECTION_FILE, PROJECTION_FILE
-from fasttrain.recipe import Recipe, TrainRecipe, differences, load_recipe, recipe_hash, to_dict, to_yaml
+from fasttrain.recipe import (
+    ObjectiveRecipe,
+    Recipe,
+    TrainRecipe,
+    differences,
+    load_recipe,
+    recipe_hash,
+    to_dict,
+    to_yaml,
+)
 from fasttrain.stopping import Stopping
 from fasttrain.trackers import Tracker, check_installed
 
@@ -66,11 +75,6 @@ MIN_SEEN = 1000
 # rate leaves the projection close to its initial values.
 PEAK_LRS, FACTOR_FAR = (2e-4, 3e-3), 10
 FEW_STEPS = 100
-# What may help if no projection is better than the frozen features.
-WHAT_TO_CHANGE = (
-    "raise objective.lambda_reg, lower optimizer.lr, train on more videos, start at the frozen features with "
-    "projection.init=frozen, or fit without training: fasttrain fit"
-)
 # The facts of runs of earlier versions whose checkpoints do not state them.
 EARLIER_FACTS = {"loader": "DALI"}
 
@@ -303,6 +307,7 @@ class Trainer:
                 f"a run of {count(self.total_steps, 'step')} is short; raise train.steps, train.epochs or "
                 f"data.pairs_per_video, or use a smaller global batch"
             )
+        yield from _pointless(self.recipe)
 
     def say_results(self) -> None:
         """Print where the results are, and commands to continue with."""
@@ -320,7 +325,8 @@ class Trainer:
                 found["kept"] = kept
             say_block("results", found, self.console)
             if kept and not has_improved(record):
-                self.say(f"warning: training {trainer.name} did not improve its features; {WHAT_TO_CHANGE}")
+                advice = _what_to_change(self.recipe, trainer.starts_at_frozen)
+                self.say(f"warning: training {trainer.name} did not improve its features; {advice}")
         run, source = shlex.quote(str(folders[0])), shlex.quote(self.recipe.data.source)
         load = f"import fasttrain; encoder = fasttrain.load_video_encoder({json.dumps(str(folders[0]))})"
         self.say("next, for example")
@@ -654,6 +660,40 @@ class Trainer:
                     f"{trainer.name}: only projections after step {self.completed_steps} are compared, "
                     f"because the run has not been validated in this way before"
                 )
+
+
+def _pointless(recipe: Recipe) -> Iterator[str]:
+    """Yield which settings make no sense, alone or together, and what to do about it."""
+    random = [each.name for each in recipe.backbones or (recipe.backbone,) if each.weights == "random"]
+    if random:
+        yield (
+            f"the weights of {', '.join(random)} are random, so the features are meaningless; pass "
+            f"pretrained ones as backbone.weights"
+        )
+    objective, held_out = recipe.objective, recipe.eval.held_out
+    if held_out and not recipe.eval.every:
+        yield (
+            f"eval.held_out={held_out} only leaves videos out, because nothing is validated; set eval.every, "
+            f"for example to 500"
+        )
+    if objective.frames == 2 and (objective.sub_cycles or objective.curriculum):
+        yield "objective.sub_cycles and objective.curriculum do nothing with 2 frames; raise objective.frames"
+    limit = objective.separability_limit
+    if limit != ObjectiveRecipe.separability_limit and objective.weighting != "constrained":
+        yield (
+            f"objective.separability_limit={limit:g} does nothing with objective.weighting="
+            f"{objective.weighting}; use constrained"
+        )
+
+
+def _what_to_change(recipe: Recipe, starts_at_frozen: bool) -> str:
+    """Return what may help if no projection is better than the frozen features."""
+    constrained = recipe.objective.weighting == "constrained"
+    weight = "lower objective.separability_limit" if constrained else "raise objective.lambda_reg"
+    start = "" if starts_at_frozen else "start at the frozen features with projection.init=frozen, "
+    return (
+        f"{weight}, lower optimizer.lr, train on more videos, {start}or fit without training: fasttrain fit"
+    )
 
 
 def curriculum_frames(frames: int, step_index: int, total_steps: int) -> int:

@@ -35,7 +35,7 @@ from fasttrain.optimizer import learning_rate_factor
 from fasttrain.options import new_parser
 from fasttrain.profiling import RECORDED, RECORDED_PASS, SPANS
 from fasttrain.recipe import Recipe, TrainRecipe, load_recipe, recipe_from_dict, to_yaml
-from fasttrain.trainer import Trainer, check_bad_fraction, curriculum_frames
+from fasttrain.trainer import Trainer, _what_to_change, check_bad_fraction, curriculum_frames
 from fasttrain.training import train
 from fasttrain.video_encoder import load_video_encoder
 
@@ -781,7 +781,8 @@ def test_learning_curves_are_drawn_even_if_the_run_ended_before(frames: Path, tm
 
 
 def test_a_high_learning_rate_is_named_with_the_highest_usual_one() -> None:
-    run: Any = SimpleNamespace(recipe=Recipe(), peak_lr=0.1, global_batch=16, total_steps=1000)
+    recipe = recipe_from_dict({"backbone": {"weights": "timm://x"}})
+    run: Any = SimpleNamespace(recipe=recipe, peak_lr=0.1, global_batch=16, total_steps=1000)
     assert list(Trainer._warnings(run)) == [
         "the learning rate for a global batch of 16, 0.1, is far above the 0.003 of the demo; lower "
         "optimizer.lr to 0.048 or less"
@@ -828,6 +829,36 @@ def test_only_settings_far_from_the_recipes_are_warned_about(
     lr: float, steps: int, parts: list[str], frames: Path, tmp_path: Path
 ) -> None:
     recipe = tiny(frames, tmp_path, optimizer={"lr": lr * 256 / 4}, train={"steps": steps})
-    warnings = list(Trainer(recipe, World.single())._warnings())
+    *warnings, untrained = Trainer(recipe, World.single())._warnings()
+    assert "the weights of dino are random" in untrained
     assert len(warnings) == len(parts)
     assert all(part in warning for part, warning in zip(parts, warnings, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("keys", "parts"),
+    [
+        ({"objective": {"frames": 3, "sub_cycles": True}, "eval": {"held_out": 2, "every": 1}}, []),
+        ({"objective": {"curriculum": True}}, ["objective.curriculum do nothing with 2 frames"]),
+        ({"objective": {"separability_limit": 0.2}}, ["does nothing with objective.weighting=fixed"]),
+        ({"objective": {"separability_limit": 0.2, "weighting": "constrained"}}, []),
+        ({"eval": {"held_out": 2}}, ["eval.held_out=2 only leaves videos out"]),
+        (
+            {"backbones": [{"name": "dino"}, {"name": "mae", "weights": "timm://x"}]},
+            ["the weights of dino are random"],
+        ),
+    ],
+)
+def test_settings_without_effect_are_warned_about(keys: dict[str, Any], parts: list[str]) -> None:
+    recipe = recipe_from_dict({"backbone": {"weights": "timm://x"}, **keys})
+    run: Any = SimpleNamespace(recipe=recipe, peak_lr=1e-3, global_batch=128, total_steps=1000)
+    warnings = list(Trainer._warnings(run))
+    assert len(warnings) == len(parts)
+    assert all(part in warning for part, warning in zip(parts, warnings, strict=True))
+
+
+def test_the_advice_after_training_in_vain_suits_the_recipe() -> None:
+    constrained = recipe_from_dict({"objective": {"weighting": "constrained"}})
+    assert _what_to_change(constrained, False).startswith("lower objective.separability_limit, lower optim")
+    assert "projection.init=frozen" in _what_to_change(Recipe(), False)
+    assert "projection.init=frozen" not in _what_to_change(Recipe(), True)

@@ -181,6 +181,7 @@ def test_a_run_that_loses_keeps_the_frozen_features_without_their_mean(
     printed = " ".join(capsys.readouterr().out.split())
     assert "kept the frozen features with their mean removed, because no projection was better" in printed
     assert "did not improve its features; raise objective.lambda_reg, lower optimizer.lr" in printed
+    assert "projection.init=frozen" not in printed  # It is the default.
     assert Projection.load(tmp_path / LAST_PROJECTION_FILE).head == "mlp2"
     records = read_records(tmp_path / "metrics.jsonl")
     assert records[-1]["best_step"] is None
