@@ -237,19 +237,19 @@ def judge(covariances: Covariances, same: Sequence[Point], held_out: Sequence[Po
         "unlikely": "A projection is unlikely to help here",
     }
     reasons = {
-        "videos": f"the number of videos ({videos}): on the videos that it is computed from, the distance "
-        f"falls by {reduction_same:.0%}",
-        "rank": "the number of dimensions: a stronger projection would lose more than "
+        "videos": f"by the number of videos ({videos}): on those that it is computed from, the distance "
+        f"falls by {reduction_same:.0%}. More videos may change this",
+        "rank": "by the number of dimensions: a stronger projection would lose more than "
         f"{1 - KEPT_RANK:.0%} of the effective rank",
-        "spread": "that what remains of the differences is spread over the directions like the tokens",
+        "spread": "because the differences that remain have the directions of the variance within frames",
     }
     # Negative if the projection brings videos further apart.
     paid = f"at a cost of {cost:.0%} between videos" if round(100 * cost) > 0 else "at no cost between videos"
     sentence = (
-        f"{openings[outlook]}: matching patches differ by {measure(covariances).intra_relative:.1%} of the "
+        f"{openings[outlook]}. Matching patches differ by {measure(covariances).intra_relative:.1%} of the "
         f"variance within frames, half of it in {shares['directions']} of {len(covariances.noise_DD)} "
-        f"directions, which carry {shares['video']:.0%} of what separates videos; on new videos, it can "
-        f"lower the distance within videos by {reduction:.0%} {paid}; what limits it is {reasons[limit]}."
+        f"directions, which carry {shares['video']:.0%} of what separates videos. On new videos, it can "
+        f"lower the distance within videos by {reduction:.0%} {paid}. It is limited {reasons[limit]}."
     )
     return Verdict(outlook, limit, point, reduction, reduction_same, sentence)
 

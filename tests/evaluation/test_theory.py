@@ -117,7 +117,7 @@ def test_a_gain_on_the_same_videos_alone_asks_for_more_videos() -> None:
     flat = [same[0]._replace(strength=point.strength) for point in same]
     verdict = theory.judge(covariances, same, flat, videos=7)
     assert (verdict.outlook, verdict.limit) == ("unlikely", "videos")
-    assert "what limits it is the number of videos (7)" in verdict.sentence
+    assert "It is limited by the number of videos (7)" in verdict.sentence
 
 
 def test_commutators() -> None:
