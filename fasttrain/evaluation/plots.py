@@ -81,7 +81,7 @@ TITLES = {
     "lambda": "weight of the separability loss",
     "cosine_distance": "cosine distance from frozen",
     "effective_rank": "effective rank",
-    "score": "score: windows found again by nearest neighbours",
+    "score": "score: mutual nearest neighbours",
     "intra_normalized_95": "intra-video distance / 95 % diameter",
     "inter_normalized_95": "inter-video distance / 95 % diameter",
 }
@@ -327,7 +327,7 @@ def learning_curves(runs: Sequence[Path], path: Path) -> None:
     lines: dict[str, Line2D] = {}
     for position, ((key, is_validation), curves) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(rows, columns, position, xlabel="step")
-        direction = f"{better(key)} is better" if key in TITLES else ""
+        direction = f"{side} is better" if key in TITLES and (side := better(key)) else ""
         axes.set(
             title=TITLES.get(key, key.replace("_", " ")),
             ylabel=f"validation\n{direction}" if is_validation else direction,

@@ -248,8 +248,9 @@ def with_difference(by_variant: dict[str, dict[str, float]]) -> dict[str, dict[s
 
 
 def better(metric: str) -> str:
-    """Return `higher` or `lower`, whichever is better, or nothing for a measure of the features' scale."""
-    if metric.endswith("_original") or "_diameter_" in metric:
+    """Return `higher` or `lower`, whichever is better, or nothing if neither is."""
+    is_scale = metric.endswith("_original") or "_diameter_" in metric
+    if is_scale or metric in ("lambda", "cosine_distance"):
         return ""
     is_loss = metric in ("loss", "cycle", "separability") or metric.endswith("-Decay")
     return "lower" if is_loss or metric.startswith("intra_") else "higher"

@@ -158,6 +158,21 @@ def test_training_and_validation_metrics_have_separate_panels(tmp_path: Path, fi
         plots.learning_curves([tmp_path], tmp_path / "none.png")
 
 
+def test_titles_of_curves_fit_and_only_some_metrics_have_a_better_side(
+    tmp_path: Path, figures: list[Figure]
+) -> None:
+    records = [{"step": step, **dict.fromkeys(plots.TITLES, step)} for step in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    plots.learning_curves([tmp_path], tmp_path / "curves.png")
+    figures[0].draw_without_rendering()
+    titles = plots.TITLES.values()
+    for title in figures[0].findobj(lambda artist: isinstance(artist, Text) and artist.get_text() in titles):
+        assert title.get_window_extent().width < figures[0].bbox.width / 3
+    labels = {axes.get_title(loc="left"): axes.get_ylabel() for axes in figures[0].axes}
+    neither = {title for title, label in labels.items() if not label}
+    assert neither == {"weight of the separability loss", "cosine distance from frozen"}
+
+
 def test_curves_start_at_zero_and_constant_metrics_have_no_panel(
     tmp_path: Path, figures: list[Figure]
 ) -> None:
