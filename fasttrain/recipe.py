@@ -95,7 +95,7 @@ class ProjectionRecipe:
     init: Annotated[Literal["published", "frozen"], MAY_CHANGE] = "frozen"
     """Start at random as `published`, or at the `frozen` features (lowrank and residual: always)."""
     weights: str = "random"
-    """Initial projection: a run folder or file, `hf://owner/repo[/path]`, `cosettle://NAME`, or `random`."""
+    """Initial projection: run or file, `hf://owner/repo[/path]`, `cosettle://NAME`; `random`: see `init`."""
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
