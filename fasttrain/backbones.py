@@ -19,7 +19,15 @@ import torch
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
-from fasttrain.configuration import ACTIVATIONS, Config, activation_of, colours, num_heads, timm_config
+from fasttrain.configuration import (
+    ACTIVATIONS,
+    Config,
+    activation_of,
+    colours,
+    layer_norm_eps,
+    num_heads,
+    timm_config,
+)
 from fasttrain.errors import InputError
 from fasttrain.families import (
     FAMILIES,
@@ -48,6 +56,7 @@ def load_backbone(
     depth: int | None = None,
     num_heads: int | None = None,
     activation: str | None = None,
+    layer_norm_eps: float | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     seed: int = 0,
@@ -69,6 +78,8 @@ def load_backbone(
             the weights or the timm model, else the published number for this family and embedding dimension.
         activation: Activation function of the MLPs, `gelu`, `gelu_tanh`, `quick_gelu` or `silu`. None: as for
             `num_heads`.
+        layer_norm_eps: Epsilon of the LayerNorms. None: from the configuration of the weights or the timm
+            model, else that of the family.
         mean: Mean of the RGB values (0 to 1) by which images are normalised. None: from the configuration
             of the weights or the timm model, else that of ImageNet, which the paper uses for its families.
         std: Standard deviation of the RGB values. None: as for `mean`.
@@ -95,7 +106,15 @@ def load_backbone(
             raise InputError(f"{size} is {value}; expected a positive integer")
     if activation not in (None, *ACTIVATIONS):
         raise InputError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
-    chosen = {"num_heads": given.pop("num_heads", None), "activation": activation, "mean": mean, "std": std}
+    if layer_norm_eps is not None and not 0 < layer_norm_eps < math.inf:
+        raise InputError(f"layer_norm_eps is {layer_norm_eps}; expected a positive number, such as 1e-6")
+    chosen = {
+        "num_heads": given.pop("num_heads", None),
+        "activation": activation,
+        "layer_norm_eps": layer_norm_eps,
+        "mean": mean,
+        "std": std,
+    }
     known: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
     state: StateDict = {}
     config, found = Config(), ""
@@ -181,6 +200,7 @@ class Backbone(nn.Module):
         patch_size: Patch size in pixels.
         num_heads (int): Number of attention heads.
         activation (str | None): Activation function of the MLPs, as for `load_backbone`.
+        layer_norm_eps (float | None): Epsilon of the LayerNorms; None for a ViT without any.
         image_size: Side of the square training images in pixels.
         mean (tuple[float, float, float]): Mean of the RGB values (0 to 1) by which images are normalised.
         std (tuple[float, float, float]): Standard deviation of the RGB values.
@@ -211,6 +231,7 @@ class Backbone(nn.Module):
         self.patch_size: int = vit.patch_embed.feat_ratio()
         self.num_heads = num_heads(vit)
         self.activation = activation_of(vit)
+        self.layer_norm_eps = layer_norm_eps(vit)
         self.projection_init: Init = family.projection_init
         self._norm_plain = family.norm_plain
 

@@ -25,13 +25,14 @@ _SYNONYMS = dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), "gelu_
 _SYNONYMS |= {"gelu_python": "gelu", "swish": "silu"}
 
 # config.json of transformers omits values that equal the defaults of the model's class. These are the
-# defaults of the number of heads and the activation function, by model type.
+# defaults of the number of heads, the activation function and the epsilon of LayerNorm, by model type.
 _DEFAULTS = {
-    "clip": (12, "quick_gelu"),
-    "dinov3_vit": (6, "gelu"),
-    "siglip": (12, "gelu_tanh"),
-    "siglip2": (12, "gelu_tanh"),
-    **dict.fromkeys(("deit", "dinov2", "dinov2_with_registers", "ijepa", "vit", "vit_mae"), (12, "gelu")),
+    "clip": (12, "quick_gelu", 1e-5),
+    "dinov3_vit": (6, "gelu", 1e-5),
+    "siglip": (12, "gelu_tanh", 1e-6),
+    "siglip2": (12, "gelu_tanh", 1e-6),
+    **dict.fromkeys(("dinov2", "dinov2_with_registers"), (12, "gelu", 1e-6)),
+    **dict.fromkeys(("deit", "ijepa", "vit", "vit_mae"), (12, "gelu", 1e-12)),
 }
 
 
@@ -47,6 +48,7 @@ class Config:
     num_heads: int | None = None
     activation: str | None = None
     """The activation function of the MLPs, one of `ACTIVATIONS` if fasttrain supports it."""
+    layer_norm_eps: float | None = None
     mean: Triple | None = None
     std: Triple | None = None
 
@@ -83,6 +85,11 @@ def read_config(files: Mapping[str, Any], weights: str) -> Config:
             raise InputError(
                 f"weights {weights!r}: the configuration says {name} {size!r}; expected a positive integer"
             )
+    eps = known.get("layer_norm_eps")
+    if eps is not None and not (type(eps) in (int, float) and 0 < eps < math.inf):
+        raise InputError(
+            f"weights {weights!r}: the configuration says layer_norm_eps {eps!r}; expected a positive number"
+        )
     for name in ("mean", "std"):
         if known.get(name) is not None:
             known[name] = colours(f"weights {weights!r}: the configured {name}", known[name])
@@ -94,7 +101,7 @@ def _of_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
     sections = (config.get(name) for name in ("vision_config", "backbone_config", "encoder"))
     vision = next((section for section in sections if isinstance(section, Mapping)), config)
     model = vision.get("model_type", config.get("model_type", "")).removesuffix("_vision_model")
-    heads, activation = _DEFAULTS.get(model, (None, None))
+    heads, activation, eps = _DEFAULTS.get(model, (None, None, None))
     activation = vision.get("hidden_act", activation)
     return {
         "model": model or None,
@@ -103,6 +110,7 @@ def _of_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
         "patch_size": vision.get("patch_size"),
         "num_heads": vision.get("num_attention_heads", heads),
         "activation": _SYNONYMS.get(activation, activation),
+        "layer_norm_eps": vision.get("layer_norm_eps", eps),
     }
 
 
@@ -117,12 +125,13 @@ def _of_open_clip(config: Mapping[str, Any]) -> dict[str, Any]:
         "patch_size": vision.get("patch_size"),
         "num_heads": vision["width"] // vision.get("head_width", 64),
         "activation": "quick_gelu" if model.get("quick_gelu") else "gelu",
+        "layer_norm_eps": (vision.get("norm_kwargs") or {}).get("eps", 1e-5),
     }
 
 
 def _of_timm(config: Mapping[str, Any]) -> dict[str, Any]:
     name, pretrained = config["architecture"], config.get("pretrained_cfg") or {}
-    # One block is enough to know the heads and the activation function.
+    # One block is enough to know the heads, the activation function and the epsilon.
     arguments = (config.get("model_args") or {}) | {"num_classes": 0, "depth": 1}
     try:
         vit = timm.create_model(name, **arguments)
@@ -131,7 +140,12 @@ def _of_timm(config: Mapping[str, Any]) -> dict[str, Any]:
         return {"model": name}
     tag = pretrained.get("tag")
     native = native_activation(f"{name}.{tag}") if tag else None
-    return {"model": name, "num_heads": num_heads(vit), "activation": native or activation_of(vit)}
+    return {
+        "model": name,
+        "num_heads": num_heads(vit),
+        "activation": native or activation_of(vit),
+        "layer_norm_eps": layer_norm_eps(vit),
+    }
 
 
 def native_activation(name: str) -> str | None:
@@ -152,6 +166,7 @@ def timm_config(model: Any) -> Config:
         model=pretrained.get("architecture"),
         num_heads=num_heads(model),
         activation=activation_of(model),
+        layer_norm_eps=layer_norm_eps(model),
         mean=pretrained.get("mean"),
         std=pretrained.get("std"),
     )
@@ -167,6 +182,12 @@ def activation_of(vit: Any) -> str | None:
     """Return the activation function of a ViT's MLPs, one of `ACTIVATIONS`, or None for other models."""
     parts = (type(part) for block in getattr(vit, "blocks", ()) for part in block.modules())
     return next((name for part in parts for name, kinds in ACTIVATIONS.items() if part in kinds), None)
+
+
+def layer_norm_eps(vit: Any) -> float | None:
+    """Return the epsilon of a ViT's LayerNorms, which is the same in all of them, or None without any."""
+    parts = (part for block in getattr(vit, "blocks", ()) for part in block.modules())
+    return next((part.eps for part in parts if isinstance(part, nn.LayerNorm)), None)
 
 
 def _normalisation(files: Mapping[str, Any]) -> dict[str, Any]:

@@ -64,8 +64,8 @@ def load_model(arguments: argparse.Namespace, device: torch.device) -> Evaluated
     if arguments.run is not None:
         if options:
             raise InputError(
-                "--num-heads, --activation, --mean and --std cannot be combined with --run, which "
-                "stores these values. Pass --backbone instead of --run."
+                "--num-heads, --activation, --layer-norm-eps, --mean and --std cannot be combined with "
+                "--run, which stores these values. Pass --backbone instead of --run."
             )
         if arguments.projection is not None:
             raise InputError(

@@ -32,7 +32,7 @@ class Family:
     Attributes:
         prefer: Names in a checkpoint that decide between several encoders, such as `teacher`.
         vit: Arguments of timm's VisionTransformer other than the sizes.
-        layer_norm_eps: Epsilon of every LayerNorm.
+        layer_norm_eps: Epsilon of every LayerNorm, unless the configuration of the weights has another.
         heads: Published numbers of attention heads by width, if they differ from `HEADS`.
         sincos: If set, position embeddings are initialised with fixed sines and cosines, and the first half
             of the channels encodes this axis.
@@ -147,7 +147,7 @@ def build_family(name: str, state: StateDict, config: Config, given: dict[str, i
         img_size=image_size,
         **options,
     )
-    _set_activation(vit, config.activation)
+    _configure(vit, config)
     if family.sincos:
         vit.pos_embed.data.copy_(sincos_positions(vit.patch_embed.grid_size, width, family.sincos))
     return vit
@@ -188,7 +188,7 @@ def build_timm(name: str, config: Config, given: dict[str, int], image_size: int
             f"backbone {name!r} has rotary positions with frequencies per block and head (mixed RoPE), which "
             f"are not supported; expected embedded or axial rotary positions"
         )
-    _set_activation(vit, config.activation)
+    _configure(vit, config)
     if isinstance(vit, Eva):
         _join_biases_of_eva(vit)
     return vit
@@ -218,12 +218,19 @@ def _unify_embeddings_of_naflex(vit: Any, name: str) -> None:
     embeds.proj = embeds.pos_embed = embeds.cls_token = embeds.reg_token = None
 
 
-def _set_activation(vit: Any, activation: str | None) -> None:
-    """Set the activation function of plain MLPs. Gated ones, and those of Eva, have a fixed one."""
-    if activation is not None and not isinstance(vit, Eva):
+def _configure(vit: Any, config: Config) -> None:
+    """Set the epsilon of all LayerNorms, and the activation function of plain MLPs.
+
+    Gated MLPs, and those of Eva, have a fixed activation function.
+    """
+    if config.layer_norm_eps is not None:
+        for module in vit.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = config.layer_norm_eps
+    if config.activation is not None and not isinstance(vit, Eva):
         for block in vit.blocks:
             if isinstance(getattr(block, "mlp", None), Mlp):
-                block.mlp.act = ACTIVATIONS[activation][0]()
+                block.mlp.act = ACTIVATIONS[config.activation][0]()
 
 
 def _join_biases_of_eva(vit: Eva) -> None:

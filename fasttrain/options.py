@@ -335,6 +335,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-heads", type=int, metavar="N", help=help)
     help = "activation function of the MLPs, like backbone.activation"
     parser.add_argument("--activation", metavar="NAME", help=help)
+    help = "epsilon of the LayerNorms, like backbone.layer_norm_eps"
+    parser.add_argument("--layer-norm-eps", type=float, metavar="EPS", help=help)
     help = "statistic of RGB values from 0 to 1, like the key of this name in a recipe's backbone"
     for option in ("--mean", "--std"):
         parser.add_argument(option, type=float, nargs=3, metavar=("R", "G", "B"), help=help)

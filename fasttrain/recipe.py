@@ -64,6 +64,8 @@ class BackboneRecipe:
     """Number of attention heads; null: that of the weights' configuration, the family or the timm ViT."""
     activation: Annotated[Literal["gelu", "gelu_tanh", "quick_gelu", "silu"] | None, MAY_CHANGE] = None
     """Activation function of the MLPs; null: as for num_heads."""
+    layer_norm_eps: Annotated[Positive | None, MAY_CHANGE] = None
+    """Epsilon of the LayerNorms; null: that of the weights' configuration, the family or the timm ViT."""
     mean: Annotated[tuple[Fraction, Fraction, Fraction] | None, MAY_CHANGE] = None
     """Mean of RGB values (0 to 1); null: that of the weights' configuration, the timm ViT or ImageNet."""
     std: Annotated[tuple[PositiveFraction, PositiveFraction, PositiveFraction] | None, MAY_CHANGE] = None

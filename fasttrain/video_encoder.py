@@ -28,7 +28,7 @@ from fasttrain.recipe import recipe_from_dict
 from fasttrain.weights import absolute, is_missing
 
 # Arguments of `load_backbone` that the weights alone do not determine.
-UNSTORED = ("num_heads", "activation", "mean", "std")
+UNSTORED = ("num_heads", "activation", "layer_norm_eps", "mean", "std")
 
 
 class VideoEncoder(nn.Module):
@@ -203,8 +203,10 @@ def earlier_settings(name: str, num_heads: int | None, embed_dim: int) -> dict[s
     settings: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     if name == "clip":
         settings["activation"] = "quick_gelu"
-    if name in FAMILIES and num_heads is None:
-        settings["num_heads"] = embed_dim // 64
+    if name in FAMILIES:
+        settings["layer_norm_eps"] = FAMILIES[name].layer_norm_eps
+        if num_heads is None:
+            settings["num_heads"] = embed_dim // 64
     return settings
 
 

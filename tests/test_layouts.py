@@ -132,6 +132,20 @@ def test_tokens_match_transformers(kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(named.tokens(images), encoder.tokens(images))
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_epsilon_of_the_layer_norms_comes_from_the_configuration(kind: str, tmp_path: Path) -> None:
+    """An epsilon of the order of the tokens' variance, so that another one would show."""
+    usual = random_model(kind)
+    usual.save_pretrained(tmp_path)
+    model = type(usual).from_pretrained(tmp_path, layer_norm_eps=0.3).eval()
+    model.save_pretrained(tmp_path)
+    encoder, images = load(kind, tmp_path), random_images(2, 3, 64, 64)
+    tokens = encoder.norm(encoder.tokens(images)) if kind == "ijepa" else encoder.tokens(images)
+    expected = tokens_of(model, images)
+    assert relative_error(tokens_of(usual, images), expected) > 0.01
+    assert relative_error(tokens, expected) < 1e-5
+
+
 @pytest.mark.parametrize("kind", ["dinov2 registers", "dinov3", "dinov3 gated"])
 def test_tokens_of_other_image_sizes_match_transformers(kind: str, tmp_path: Path) -> None:
     model = random_model(kind)
@@ -427,7 +441,9 @@ def test_configurations_that_contradict_the_tensors(change: Any, message: str, t
 
 def test_a_projection_remembers_what_the_configuration_says(tmp_path: Path) -> None:
     """The file of weights alone, moved away from its configuration, gives the same features."""
-    random_model("clip gelu").save_pretrained(tmp_path / "clip")
+    model = random_model("clip gelu")
+    model.config.layer_norm_eps = 1e-3
+    model.save_pretrained(tmp_path / "clip")
     processor = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.25, 0.3]}
     (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps(processor))
     run = write_run(
@@ -439,7 +455,8 @@ def test_a_projection_remembers_what_the_configuration_says(tmp_path: Path) -> N
     moved = load_video_encoder(run, weights=str(tmp_path / "moved.safetensors"))
     frames = random_images(1, 1, 3, 64, 64)
     assert torch.equal(moved(frames), trained(frames))
-    assert (moved.encoder.activation, moved.mean) == ("gelu", (0.5, 0.4, 0.3))
+    assert (moved.encoder.activation, moved.encoder.layer_norm_eps) == ("gelu", 1e-3)
+    assert moved.mean == (0.5, 0.4, 0.3)
 
 
 # --- folders and repositories --------------------------------------------------------------------------

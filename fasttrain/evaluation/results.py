@@ -68,7 +68,8 @@ MEANINGS = {
 }  # fmt: skip
 # Settings that say which model is measured, on which machine or what is drawn, but not what is measured.
 _NOT_PROTOCOL = (
-    *("task", "output", "run", "backbone", "weights", "projection", "num_heads", "activation", "mean", "std"),
+    *("task", "output", "run", "backbone", "weights", "projection"),
+    *("num_heads", "activation", "layer_norm_eps", "mean", "std"),
     *("baseline_only", "projection_only", "device", "cache", "workers", "batch_size", "pictures"),
 )
 # Settings that say where the model, the results and cached features are. The model is known by its hashes.
