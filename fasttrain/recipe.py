@@ -338,8 +338,12 @@ def load_recipe(recipe: str | Path | Recipe, overrides: Sequence[str] | Mapping[
     else:
         tree = _read_tree(_find(recipe))
     values = overrides.items() if isinstance(overrides, Mapping) else map(_assignment, overrides)
+    changes: dict[str, Any] = {}
     for key, value in values:
         tree = _override(tree, key, value)
+        if key != "backbones":
+            changes = _override(changes, key, value)
+    _check_effect(changes, tree)
     return recipe_from_dict(tree)
 
 
@@ -450,10 +454,27 @@ def _read_tree(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise InputError(f"recipe {str(path)!r}: expected `key: value` lines, got a {type(tree).__name__}")
     base = tree.pop("base", None)
     if base is None:
+        _check_effect(tree, tree)
         return tree
     if not isinstance(base, str) or "\0" in base:
         raise InputError(f"base: {_shown(base)} in {str(path)!r} is not a path; expected that of a recipe")
-    return _merge(_read_tree(_find(base, path.parent), (*heirs, path.resolve())), tree)
+    merged = _merge(_read_tree(_find(base, path.parent), (*heirs, path.resolve())), tree)
+    _check_effect(tree, merged)
+    return merged
+
+
+def _check_effect(changes: Mapping[str, Any], tree: dict[str, Any]) -> None:
+    """Raise InputError if the changes set a key of `backbone` in a recipe that lists `backbones`.
+
+    An inherited `backbone` is no error: `backbones` replace it. Resolved recipes state the defaults.
+    """
+    section, defaults = changes.get("backbone"), asdict(BackboneRecipe())
+    keys = section.items() if isinstance(section, dict) else ()
+    if tree.get("backbones") and any(defaults.get(key) != value for key, value in keys):
+        raise InputError(
+            "backbone: this section has no effect in a recipe with backbones; set its keys in the entries of "
+            "backbones, or set backbones=[] to train one backbone"
+        )
 
 
 def _parse(text: str) -> Any:

@@ -89,9 +89,9 @@ def test_other_commands_accept_the_run_folder(
 def test_the_frozen_features_are_kept_if_no_map_is_better(
     frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fitted = fit(
-        frames, tmp_path, monkeypatch, lambda _: 0.0, backbones=[{"name": "dino", **TINY["backbone"]}]
-    )
+    backbones = [{"name": "dino", **TINY["backbone"]}]
+    monkeypatch.delitem(TINY, "backbone")
+    fitted = fit(frames, tmp_path, monkeypatch, lambda _: 0.0, backbones=backbones)
     assert (fitted.results["dino"]["strength"], fitted.results["dino"]["whitening"]) == (None, 0)
     assert "none is better than the frozen features with their mean" in capsys.readouterr().out
     weight_DD = Projection.find(str(tmp_path / "dino")).linears[0].weight

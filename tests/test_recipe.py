@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -87,6 +88,29 @@ def test_anchors_and_merge_keys(tmp_path: Path) -> None:
     text = "backbones:\n  - &first {name: mae, depth: 2}\n  - {<<: *first, name: dino}\n"
     mae, dino = load_recipe(write(tmp_path, text)).backbones
     assert (mae, dino) == (BackboneRecipe(name="mae", depth=2), BackboneRecipe(name="dino", depth=2))
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides"),
+    [
+        ("base: all\nbackbone: {depth: 2}", {}),
+        ("backbones: [{name: mae}]\nbackbone: {name: dino}", {}),
+        ("base: all", {"backbone.depth": 2}),
+        ("base: base", {"backbone": {"depth": 2}, "backbones": [{"name": "mae"}]}),
+    ],
+)
+def test_a_backbone_that_the_list_of_backbones_would_hide_is_refused(
+    text: str, overrides: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"^backbone: this section has no effect .* set backbones=\[\]"):
+        load_recipe(write(tmp_path, text), overrides)
+
+
+def test_backbones_replace_an_inherited_backbone_and_the_reverse(tmp_path: Path) -> None:
+    (several,) = load_recipe("dinov2", ["backbones=[{name: mae}]"]).backbones
+    assert several.name == "mae"
+    single = load_recipe("all", ["backbones=[]", "backbone.name=dino"])
+    assert (single.backbones, single.backbone.name) == ((), "dino")
 
 
 def test_backbones_are_selected_by_name() -> None:

@@ -149,11 +149,15 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         check_installed("wandb")
 
 
-def train(videos: Path, output: Path, *overrides: str) -> int:
-    sizes = ["patch_size=16", "embed_dim=32", "depth=1", "num_heads=2"]
+SIZES = {"patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2}
+
+
+def train(videos: Path, output: Path, *overrides: str, names: tuple[str, ...] = ()) -> int:
+    backbones = [{"name": name, **SIZES} for name in names or ("dino",)]
+    encoders = f"backbones={json.dumps(backbones)}" if names else f"backbone={json.dumps(backbones[0])}"
     return main(
         [
-            *("recipes/base.yaml", "backbone.name=dino", *(f"backbone.{size}" for size in sizes)),
+            *("recipes/base.yaml", encoders),
             *("device=cpu", "data.image_size=32", f"data.source={videos}", f"output={output}"),
             *("train.accumulate=1", "train.steps=2", "train.batch_size=2", "train.precision=fp32"),
             *("train.log_every=1", "train.tensorboard=false", "data.num_threads=1", "data.pairs_per_video=4"),
@@ -164,9 +168,7 @@ def train(videos: Path, output: Path, *overrides: str) -> int:
 
 def test_several_backbones_have_a_run_each(stand_in: StandIn, tmp_path: Path) -> None:
     videos, output = write_folders(tmp_path / "videos", [8] * 4), tmp_path / "all"
-    sizes = {"patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2}
-    backbones = json.dumps([{"name": name, **sizes} for name in ("dino", "mae")])
-    assert train(videos, output, f"backbones={backbones}", "eval.every=0", "train.tracker=wandb") == 0
+    assert train(videos, output, "eval.every=0", "train.tracker=wandb", names=("dino", "mae")) == 0
     assert [settings["group"] for settings in stand_in.settings] == ["all", "all"]
     assert list(stand_in.runs) == ["dino", "mae"]
     for name, rows in stand_in.runs.items():

@@ -50,8 +50,9 @@ def test_training_by_name_returns_metrics_and_the_encoder(
 
 
 def test_a_run_of_several_backbones_returns_several_encoders(frames: Path, tmp_path: Path) -> None:
-    small = TINY["backbone"]
-    several = {**TINY, "backbones": [{"name": "dino", **small}, {"name": "mae", **small}]}
+    several, small = TINY.copy(), TINY["backbone"]
+    del several["backbone"]
+    several |= {"backbones": [{"name": "dino", **small}, {"name": "mae", **small}]}
     trained = fasttrain.train("base", source=frames, output=tmp_path, **several)
     assert list(trained.results) == list(trained.encoders) == ["dino", "mae"]
     assert trained.folders["mae"] == tmp_path / "mae"
