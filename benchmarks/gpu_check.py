@@ -17,7 +17,8 @@ OUT receives two files, which are replaced after each step. A later call with th
 
 Steps with data use the packed set data/gpu-check if it exists, and synthetic scenes otherwise; the results
 say which. Nothing is installed: the steps run with the interpreter of this command, and those whose packages
-are missing are skipped. The exit code is 1 if a step failed or ran out of time.
+are missing are skipped. The exit code is 1 if a step failed or ran out of time, and 2 if the arguments are
+invalid or PyTorch cannot be imported.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ NCU_SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "LaunchSt
 # So that the archive is easy to send.
 MOST_BYTES = 15 * 2**20
 PR_SET_CHILD_SUBREAPER = 36  # from <linux/prctl.h>
+# Python itself ends with 1 after an exception.
+NO_GPU = 3
 
 
 class Step(NamedTuple):
@@ -173,8 +176,19 @@ def main(arguments: list[str] | None = None) -> int:
     for name in names:
         if name not in STEPS:
             parser.error(f"{name!r} is not a step. Expected {', '.join(STEPS)}, or a part from 1 to 3")
-    has_gpu = "import sys, torch; sys.exit(not torch.cuda.is_available())"
-    if subprocess.run([sys.executable, "-c", has_gpu]).returncode:
+    has_gpu = f"import sys, torch; sys.exit(0 if torch.cuda.is_available() else {NO_GPU})"
+    checked = subprocess.run([sys.executable, "-c", has_gpu], stderr=subprocess.PIPE, text=True)
+    if checked.returncode not in (0, NO_GPU):
+        reason = (checked.stderr.splitlines() or [f"exit code {checked.returncode}"])[-1]
+        print(
+            f"gpu_check: {sys.executable} cannot import PyTorch ({reason}); pass an interpreter that can: "
+            f"make gpu-check PYTHON=PATH",
+            file=sys.stderr,
+        )
+        return 2
+    # PyTorch warns here of a driver that is too old, for example.
+    sys.stderr.write(checked.stderr)
+    if checked.returncode == NO_GPU:
         print("skipped: no CUDA GPU is available to PyTorch")
         return 0
     args.out.mkdir(parents=True, exist_ok=True)

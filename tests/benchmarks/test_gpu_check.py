@@ -98,3 +98,28 @@ def test_a_step_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         gpu_check.main(["out", "4"])
     assert "'4' is not a step. Expected tests, kernel_tests" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "out", "error"),
+    [
+        ("echo 'driver too old' >&2; exit 3", 0, "skipped: no CUDA GPU is available", "^driver too old\n$"),
+        (
+            "echo Traceback >&2; echo \"ModuleNotFoundError: No module named 'torch'\" >&2; exit 1",
+            *(2, "^$", r"^gpu_check: \S+ cannot import PyTorch \(\w+: No module named 'torch'\); pass .*\n$"),
+        ),
+        ("exit 139", 2, "^$", r"^gpu_check: \S+ cannot import PyTorch \(exit code 139\).*\n$"),
+    ],
+)
+def test_without_a_gpu_or_pytorch_one_line_says_so(
+    script: str, code: int, out: str, error: str, tmp_path: Path
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    arguments = [sys.executable, "-c", RUN, str(python), str(tmp_path / "out")]
+    ended = subprocess.run(arguments, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert ended.returncode == code
+    assert re.search(out, ended.stdout)
+    assert re.search(error, ended.stderr)
+    assert not (tmp_path / "out").exists()
