@@ -54,8 +54,11 @@ def full_disk() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_FSIZE, usual)
 
 
-# Dependencies that may be missing on a GPU machine on which fasttrain is not installed.
-OPTIONAL = ("av", "matplotlib", "nvidia", "nvidia.dali", "pydantic", "rich", "scipy")
+# Packages that may be missing on a GPU machine on which fasttrain is not installed.
+OPTIONAL = (
+    *("av", "matplotlib", "nvidia", "nvidia.dali", "pydantic", "rich", "scipy"),
+    *("imageio_ffmpeg", "moto", "onnxruntime", "s3fs", "transformers", "webdataset"),
+)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,10 +1,12 @@
-"""Rules for imports among modules (see docs/architecture.md)."""
+"""Rules for imports among modules (see docs/architecture.md), and of the tests."""
 
 import ast
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.conftest import OPTIONAL
 
 ROOT = Path(__file__).resolve().parents[1]
 # A module or package may import only from itself and from later entries.
@@ -58,13 +60,15 @@ ONLY_USER = {
 
 def imports(path: Path) -> set[str]:
     """Return the dotted path of every imported name; paths of relative imports begin with a dot."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names |= {f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names}
-    return names
+    return {name for node in ast.walk(ast.parse(path.read_text())) for name in imports_of(node)}
+
+
+def imports_of(node: ast.AST) -> set[str]:
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    if isinstance(node, ast.ImportFrom):
+        return {f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names}
+    return set()
 
 
 def modules(folder: str) -> list[Path]:
@@ -111,3 +115,16 @@ def test_nothing_imports_benchmarks_tests_or_recipes() -> None:
     for path in modules("fasttrain") + modules("kernels"):
         roots = {module.split(".")[0] for module in imports(path)}
         assert not roots & {"benchmarks", "tests", "recipes"}, path
+
+
+def test_test_files_that_need_optional_packages_are_skipped_without_them() -> None:
+    """Elsewhere, `make gpu-check` fails while the tests are collected."""
+    always = {"PIL", "filelock", "fsspec", "huggingface_hub", "hypothesis", "numpy", "pytest"}
+    always |= {"safetensors", "timm", "torch", "torchvision", "triton", "yaml", *sys.stdlib_module_names}
+    own = {"benchmarks", "fasttrain", "fasttrain_kernels", "tests"}
+    own |= {path.stem for path in modules("tests")} | {"reliability"}
+    for path in modules("tests"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                roots = {name.split(".")[0] for name in imports_of(node)}
+                assert roots <= always | own | set(OPTIONAL), path
