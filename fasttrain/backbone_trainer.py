@@ -211,7 +211,8 @@ class BackboneTrainer:
     def calibrate(self, frames: Tensor) -> None:
         """Quantise the encoder to FP8 by its activations on frames (T, B, 3, S, S).
 
-        All ranks use the scales of rank 0, and a resumed run those of its checkpoint.
+        Call it before the first pass if `runtime.awaits_calibration` is set. All ranks use the scales of rank
+        0, and a resumed run those of its checkpoint.
         """
         frames = frames.to(self.world.device, self.dtype if self.world.device.type == "cuda" else None)
         largest = self.runtime.calibrate(frames, self.asymmetric_positions(step_index=0))
@@ -312,6 +313,11 @@ class BackboneTrainer:
         diagnostics: bool = False,
         walk_frames: int | None = None,
     ) -> CosettleOutput:
+        if self.runtime.awaits_calibration:
+            raise RuntimeError(
+                "encoder.precision=fp8: the encoder is not quantised yet; call calibrate(frames) before the "
+                "first pass"
+            )
         with span("encoder"):
             frozen_BVND = self._encode(frames, positions)
         # With the cache enabled, a CUDA graph would replay with the weights as cast during the recording.

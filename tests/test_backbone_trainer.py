@@ -99,6 +99,19 @@ def test_all_ranks_start_at_the_mean_of_rank_0() -> None:
     assert torch.equal(trainer.projection.get_parameter("linears.0.bias"), torch.full((32,), -2.0))
 
 
+def test_an_fp8_encoder_must_be_calibrated_before_the_first_pass() -> None:
+    trainer = make_trainer(encoder={"precision": "fp8", "compile": "default"})
+    frames = torch.randn(2, 2, 3, 64, 64)
+    message = r"encoder\.precision=fp8: .* call calibrate\(frames\)"
+    with pytest.raises(RuntimeError, match=message):
+        trainer.warm_up()
+    with pytest.raises(RuntimeError, match=message):
+        trainer.forward_backward(frames, 0, last=True, diagnostics=False)
+    trainer.calibrate(frames)
+    trainer.forward_backward(frames, 0, last=True, diagnostics=False)
+    assert trainer.meter.first_non_finite(World.single()) is None
+
+
 @pytest.mark.parametrize("changed", [{"0.mlp.fc1": math.nan}, {"0.mlp.fc1": "large"}, {"9.mlp.fc1": 1.0}])
 def test_damaged_scales_of_fp8_are_refused(changed: dict[str, Any]) -> None:
     trainer, resumed = (make_trainer(encoder={"precision": "fp8"}) for _ in range(2))
