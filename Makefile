@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= build/gpu-check
 
-.PHONY: install demo notebook test test-slow test-reliability check format docs gpu-check clean
+.PHONY: install demo notebook test test-slow test-reliability check format docs kernel-hub gpu-check clean
 
 install: $(VENV)/.installed
 
@@ -51,6 +51,11 @@ format: install
 # Build the documentation in build/site. Broken links and undocumented parameters are errors.
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+# Lay the kernels out in build/kernel-hub, for the Hugging Face kernel hub.
+kernel-hub: install
+	rm -rf build/kernel-hub
+	$(BIN)/python kernels/hub/layout.py build/kernel-hub
 
 # Run the GPU tests and benchmarks with an interpreter that has torch (PYTHON), without installing anything. STEPS names
 # some steps, or parts of less than 9.5 minutes: 1, 2 or 3. See benchmarks/gpu_check.py.

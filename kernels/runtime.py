@@ -6,6 +6,7 @@ that case, the kernels are plain Python functions that are never called.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,8 +31,9 @@ else:
 Backend = Literal["auto", "triton", "eager"]
 
 # Operators are registered under the import name of the package, so that a copy of this folder in another
-# project does not collide with an installed fasttrain_kernels.
-NAMESPACE = (__package__ or "fasttrain_kernels").replace(".", "_")
+# project does not collide with an installed fasttrain_kernels. A loader may import a copy under a name
+# that is no identifier: "2-losses" becomes "_2_losses".
+NAMESPACE = re.sub(r"^(?=\d)|\W", "_", __package__ or "fasttrain_kernels", flags=re.ASCII)
 
 # Whether PyTorch was built for AMD GPUs (ROCm).
 ROCM = torch.version.hip is not None
