@@ -207,7 +207,7 @@ def pack(
     listed = f" (listed in {target.manifest_path})" if skipped else ""
     say(
         f"frames: {totals['total_frames']}, shard files: {len(done)}, "
-        f"size: {totals['total_bytes'] / 2**20:.1f} MiB, skipped files: {len(skipped)}{listed}"
+        f"size: {totals['total_bytes'] / 2**20:.1f} MiB, skipped: {len(skipped)}{listed}"
     )
 
 
