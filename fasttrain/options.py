@@ -48,6 +48,16 @@ class _Parser(argparse.ArgumentParser):
         self.register("type", Path, _local_path)
 
 
+class _TaskParser(_Parser):
+    """Reports unknown options with its own usage; argparse leaves them to the parser of the command."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return known, unknown
+
+
 def _local_path(text: str) -> Path:
     if is_url(text):
         raise argparse.ArgumentTypeError(
@@ -267,7 +277,9 @@ def add_embed_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_eval_options(parser: argparse.ArgumentParser) -> None:
-    tasks = parser.add_subparsers(dest="task", required=True, metavar="{" + ",".join(TASKS) + "}")
+    tasks = parser.add_subparsers(
+        dest="task", required=True, metavar="{" + ",".join(TASKS) + "}", parser_class=_TaskParser
+    )
     for name, (module, summary, add_options) in TASKS.items():
         task_parser = tasks.add_parser(
             name, help=summary, description=docstring(module), formatter_class=HelpFormatter

@@ -82,8 +82,9 @@ class Tracker:
         # Anything may be raised if the network, the login or the settings of the package are wrong.
         except Exception as error:
             raise InputError(
-                f"train.tracker: {package} cannot be started ({_one_line(error)}). Check its login and the "
-                f"network, or use train.tracker=none"
+                f"train.tracker: {package} cannot be started ({_one_line(error)}). Check its login, its "
+                f"environment variables ({package.upper()}_...) and the network, or use "
+                f"train.tracker=none"
             ) from error
         # Metrics of steps after the checkpoint are about to be removed from metrics.jsonl.
         write_json(path, runs | {package: {"id": identifier, "step": sent}})

@@ -1,5 +1,7 @@
 """The options, whose module repeats some names so that it need not import their definitions."""
 
+import pytest
+
 from fasttrain import options
 from fasttrain.evaluation.datasets import _LAYOUTS
 from fasttrain.evaluation.metrics import TEMPORAL_IOU
@@ -16,3 +18,13 @@ def test_help_names_the_defaults_of_options_that_have_one() -> None:
     assert "uses one per core (default: 0)" in " ".join(text.split())
     assert "default: None" not in text
     assert "default: False" not in text
+
+
+def test_an_unknown_option_of_a_task_is_answered_with_the_usage_of_the_task(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        options.new_parser("eval").parse_args(["davis", "--root", "d", "--run", "r", "--unknown"])
+    error = capsys.readouterr().err
+    assert error.startswith("usage: fasttrain eval davis [-h] --root DATASET")
+    assert error.endswith("fasttrain eval davis: error: unrecognized arguments: --unknown\n")

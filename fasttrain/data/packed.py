@@ -370,12 +370,12 @@ def _files_of_set(files: RemoteFiles) -> dict[str, dict[str, Any] | None]:
     A web server may not list its files. The manifest of a set with a single share tells their names.
     """
     try:
-        entries = files.entries() or {}
+        entries = files.entries()
     except LocalInputError as error:
         if not is_final(error.__cause__):
             raise
         entries = {}
-    listed = {name: info for name, info in entries.items() if _FILE_OF_SET.fullmatch(name)}
+    listed = {name: info for name, info in (entries or {}).items() if _FILE_OF_SET.fullmatch(name)}
     if any(map(_MANIFEST.fullmatch, listed)):
         return {**listed}
     name = "pack-1of1.json"
@@ -385,6 +385,8 @@ def _files_of_set(files: RemoteFiles) -> dict[str, dict[str, Any] | None]:
         if not isinstance(error.__cause__, FileNotFoundError):
             raise
         reason = f"it has no {name}"
+        if entries is None:
+            reason = "no such bucket or folder; check the URL"
     except (LookupError, TypeError, ValueError):
         reason = f"its {name} is damaged"
     else:

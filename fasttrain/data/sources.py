@@ -277,8 +277,8 @@ def _search_folder(root: Path, kind: Kind) -> SourceFiles:
     if first_image and source.videos:
         raise InputError(
             f"{str(root)!r} contains both images (first: {first_image}) and video files (first: "
-            f"{next(iter(source.videos))}). Choose one: data.kind=folders or data.kind=videos in training, "
-            "--kind folders or --kind videos in pack."
+            f"{next(iter(source.videos))}). Move one kind to another folder, or choose: data.kind=folders or "
+            "data.kind=videos in training, --kind folders or --kind videos in pack."
         )
     return source
 

@@ -271,7 +271,7 @@ def _group(tars: list[_Tar], kind: Kind, left_out: LeftOut, source: Path) -> Tar
     """Group the members of tars into videos."""
     grouped = TarFiles(left_out=left_out)
     videos = [(tar, *video) for tar in tars for video in _videos(tar, kind, grouped)]
-    files = [name for _, name, _, is_frames in videos if not is_frames]
+    files = [f"{tar.label}/{name}" for tar, name, _, is_frames in videos if not is_frames]
     frames = [name for _, name, _, is_frames in videos if is_frames]
     # As in folders, images below Annotations, for example, count as frames only if all images are there.
     if not all(map(annotation_word, frames)):
@@ -281,8 +281,9 @@ def _group(tars: list[_Tar], kind: Kind, left_out: LeftOut, source: Path) -> Tar
                 grouped.leave_out(f"images below {word}", label, [member.name for member in members])
         videos = [video for video in videos if not (video[3] and annotation_word(video[1]))]
     if files and frames:
+        first = next(f"{tar.label}/{name}" for tar, name, _, is_frames in videos if is_frames)
         raise InputError(
-            f"{str(source)!r} contains both images (first: {frames[0]}) and video files (first: {files[0]}). "
+            f"{str(source)!r} contains both images (first: {first}) and video files (first: {files[0]}). "
             "Choose one: --kind folders or --kind videos."
         )
     # Keys often begin anew in every tar.

@@ -439,8 +439,9 @@ def test_a_damaged_object_is_an_unreadable_frame(memory) -> None:
         (
             "memory://bucket/nothing",
             "auto",
-            r"'memory://bucket/nothing' is not a packed set \(it has no pack",
+            r"'memory://bucket/nothing' is not a packed set \(no such bucket or folder; check the URL\)",
         ),
+        ("memory://bucket/frames", "auto", r"is not a packed set \(it has no pack-1of1\.json\)"),
         ("memory://bucket/video.mp4", "auto", "only packed sets and lists of frame folders are read"),
         ("memory://bucket/packed", "folders", "only packed sets and lists of frame folders are read"),
         ("memory://bucket/list.txt", "auto", "list.txt' cannot be read: it does not exist"),
@@ -503,7 +504,7 @@ def test_a_missing_package_is_one_line(monkeypatch) -> None:
 
 
 def test_a_missing_bucket_and_missing_credentials_are_one_line(s3_url: str, monkeypatch, tmp_path) -> None:
-    with pytest.raises(InputError, match=r"is not a packed set \(it has no pack-1of1\.json"):
+    with pytest.raises(InputError, match=r"is not a packed set \(no such bucket or folder"):
         open_source("s3://missing-bucket/packed")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.setattr(s3fs.S3FileSystem, "_cache", {})

@@ -345,7 +345,7 @@ def test_no_name_leads_out_of_the_destination(tmp_path: Path) -> None:
         ("empty.tar", r"contains no readable video \(1 skipped, first empty.tar: damaged tar file \(empty"),
         ("text.tar", "damaged tar file"),
         ("photos.tar", r"files left out: 2, of which 1 \.txt .*, 1 single images with a text"),
-        ("both.tar", r"both images \(first: a\) and video files \(first: b\.mp4\)"),
+        ("both.tar", r"both images \(first: both\.tar/a\) and video files \(first: both\.tar/b\.mp4\)"),
         ("{0..3}.tar", r"0\.tar' does not exist \(missing tar files: 4 of 4\)"),
         ("photos.tar/x", "does not exist"),
         ("out", r"out' contains the tar files of SOURCE"),
