@@ -35,8 +35,8 @@ class Viewer(Protocol):
     def add_pictures(self, completed_steps: int, pictures: Mapping[str, Path]) -> None:
         """Add PNG files by name."""
 
-    def close(self) -> None:
-        """Return once everything is written."""
+    def close(self, *, failed: bool) -> None:
+        """Return once everything is written. `failed`: whether an exception ends the run."""
 
 
 class MetricsLog:
@@ -78,11 +78,17 @@ class MetricsLog:
         with naming(self._path):
             os.fsync(self._file.fileno())
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         with naming(self._path):
             self._file.close()
         for viewer in self._viewers:
-            viewer.close()
+            viewer.close(failed=failed)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self.close(failed=error is not None)
 
 
 def metric_numbers(record: Mapping[str, Any]) -> dict[str, float]:
@@ -139,7 +145,7 @@ class TensorBoardEvents:
     def _add(self, completed_steps: int, values: list[Any]) -> None:
         self._append(step=completed_steps, summary=self._summary(value=values))
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         with naming(self._path):
             self._file.close()
 

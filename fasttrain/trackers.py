@@ -108,8 +108,10 @@ class Tracker:
             )
         )
 
-    def close(self) -> None:
-        self._try(lambda: self._run.finish())
+    def close(self, *, failed: bool) -> None:
+        # trackio has no failed runs.
+        options = {"exit_code": 1} if failed and self._package == "wandb" else {}
+        self._try(lambda: self._run.finish(**options))
 
     def _try(self, action: Callable[[], None]) -> None:
         try:

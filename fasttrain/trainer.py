@@ -17,7 +17,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -608,7 +608,7 @@ class Trainer:
                             )
                         )
                     log = MetricsLog(trainer.folder, completed_steps=self.completed_steps, viewers=viewers)
-                    self.logs[trainer.name] = stack.enter_context(closing(log))
+                    self.logs[trainer.name] = stack.enter_context(log)
                 for trainer in self.backbone_trainers:
                     if trainer.runtime.awaits_calibration:
                         trainer.calibrate(calibration_frames(self.index, self.recipe.data.image_size))

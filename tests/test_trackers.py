@@ -36,7 +36,7 @@ class StandIn:
         following = max((step + 1 for step, _ in rows), default=0)
         return SimpleNamespace(
             log=lambda values, step: rows.append((step, values)),
-            finish=lambda: rows.append((-1, {})),
+            finish=lambda **options: rows.append((-1, options)),
             offline=False,
             starting_step=following,
             _next_step=following,
@@ -123,9 +123,6 @@ def test_runs_of_the_same_name_stay_apart(
 def test_a_failure_at_the_start_ends_the_command_and_later_ones_do_not(
     stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise RuntimeError("no\nlogin")
-
     lines: list[str] = []
     log = open_log("wandb", tmp_path, lines=lines)
     # Neither a number nor a picture can be logged, nor the run finished.
@@ -147,6 +144,10 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "wandb").mkdir()
     with pytest.raises(InputError, match=r"'wandb' is not installed.*\[wandb\]"):
         check_installed("wandb")
+
+
+def fail(*_: Any, **__: Any) -> None:
+    raise RuntimeError("no\nlogin")
 
 
 SIZES = {"patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2}
@@ -177,6 +178,18 @@ def test_several_backbones_have_a_run_each(stand_in: StandIn, tmp_path: Path) ->
         assert [{"step": step, **values} for step, values in rows[:2]] == records
         assert list(rows[2][1]) == ["learning"]
     assert stand_in.settings[0]["config"]["backbone"]["name"] == "dino"
+
+
+@pytest.mark.parametrize(("package", "options"), [("wandb", {"exit_code": 1}), ("trackio", {})])
+def test_a_run_that_fails_is_not_recorded_as_finished(
+    package: str, options: dict[str, int], stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    videos = write_folders(tmp_path / "videos", [8] * 4)
+    monkeypatch.setattr("fasttrain.trainer.BackboneTrainer.update", fail)
+    with pytest.raises(RuntimeError, match="no\nlogin"):
+        train(videos, tmp_path / "run", f"train.tracker={package}")
+    (rows,) = stand_in.runs.values()
+    assert rows[-1] == (-1, options)
 
 
 # --- the packages themselves ---
