@@ -111,7 +111,8 @@ def _problem(error: Exception) -> str:
         return "the Hub does not accept the token; run `hf auth login`, or set HF_TOKEN"
     if status == 403:
         return "the token may not write there; pass a repository of your own, and a token that may write"
-    reason = (str(error).splitlines() or [""])[0]
+    # The address of a mirror (HF_ENDPOINT) may contain a password.
+    reason = re.sub(r"(?<=://)[^/\s]*@", "", (str(error).splitlines() or [""])[0])
     return f"the upload failed ({type(error).__name__}: {reason}). Check the network, and repeat the command"
 
 

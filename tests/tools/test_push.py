@@ -213,6 +213,17 @@ def test_without_a_network(
     assert "the upload failed (ConnectError" in capsys.readouterr().err
 
 
+def test_the_password_of_a_mirror_is_not_printed(
+    run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mirror = f"{hub.url.replace('://', '://me:secret@')}/nowhere"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", mirror)
+    assert main(["push", str(run), "me/tiny"]) == 2
+    error = capsys.readouterr().err
+    assert f"{hub.url}/nowhere" in error
+    assert "secret" not in error
+
+
 def test_folders_without_a_run_are_refused(run: Path, hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no projection\.safetensors there"):
         push(tmp_path, "me/tiny")
