@@ -223,7 +223,7 @@ class TrainRecipe:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class EvalRecipe:
-    every: Annotated[int, Field(ge=0), MAY_CHANGE] = 0
+    every: Annotated[int, Field(ge=0), MAY_CHANGE] = 500
     """Steps between validations, without labels; the best projection is kept. 0: keep the last one."""
     held_out: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     """Number of videos that are validated and not trained on; 0: validate num_videos training videos."""

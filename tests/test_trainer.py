@@ -62,6 +62,7 @@ TINY: dict[str, Any] = {
         "save_every": 2,
         "tensorboard": False,
     },
+    "eval": {"every": 0},
 }
 
 

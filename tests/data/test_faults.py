@@ -43,6 +43,7 @@ def make_recipe(folder: Path, source: Path, max_bad_fraction: float = 1.0) -> Re
                 "save_every": STEPS,
                 "tensorboard": False,
             },
+            "eval": {"every": 0},
         }
     )
 

@@ -239,6 +239,7 @@ def recipe(source: Path, output: Path, *, tensorboard: bool) -> str:
                 "data": {"source": str(source), "image_size": 64, "num_threads": 1},
                 "optimizer": {"lr": 0.1},
                 "train": train | {"tensorboard": tensorboard},
+                "eval": {"every": 0},
             }
         )
     )

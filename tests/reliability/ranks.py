@@ -92,6 +92,7 @@ def write_recipe(folder: Path) -> Path:
                 "stall_timeout": STALL,
                 "tensorboard": False,
             },
+            "eval": {"every": 0},
         }
     )
     path = folder / "recipe.yaml"

@@ -34,6 +34,7 @@ RECIPE: dict[str, Any] = {
         "keep": 2,
         "tensorboard": False,
     },
+    "eval": {"every": 0},
     "output": "run",
 }
 
