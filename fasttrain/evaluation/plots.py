@@ -332,7 +332,7 @@ def learning_curves(runs: Sequence[Path], path: Path) -> None:
             title=TITLES.get(key, key.replace("_", " ")),
             ylabel=f"validation\n{direction}" if is_validation else direction,
         )
-        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
         axes.grid()
         for (number, variant), points in curves.items():
             style = _run_style(number)

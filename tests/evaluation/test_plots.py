@@ -186,6 +186,17 @@ def test_curves_start_at_zero_and_constant_metrics_have_no_panel(
     assert {line.get_linestyle() for line in accuracy.lines} == {"-", "--"}
 
 
+@pytest.mark.parametrize("steps", [[1], [2], [0, 1], [0, 4]])
+def test_ticks_of_short_curves_are_whole_steps(
+    steps: list[int], tmp_path: Path, figures: list[Figure]
+) -> None:
+    lines = (json.dumps({"step": step, "loss": 1.0}) for step in steps)
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    plots.learning_curves([tmp_path], tmp_path / "curves.png")
+    ticks = figures[0].axes[0].get_xticks()
+    assert np.array_equal(ticks, ticks.round())
+
+
 def test_long_curves_of_many_runs_are_smooth_and_named(tmp_path: Path, figures: list[Figure]) -> None:
     runs = [tmp_path / f"run-with-a-name-that-is-quite-long-{number}" for number in range(8)]
     for run in runs:
