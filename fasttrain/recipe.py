@@ -52,7 +52,7 @@ BelowOne = Annotated[float, Field(ge=0, lt=1)]
 class BackboneRecipe:
     name: str = "dinov2"
     """Frozen encoder: mae, ijepa, clip, blip, mocov3, ibot, dino, dinov2, or the name of a timm ViT."""
-    weights: str = "random"
+    weights: Annotated[str, MAY_CHANGE] = "random"
     """Pretrained weights: `hf://owner/repo[/path]`, `timm://name`, a local file or folder, or `random`."""
     patch_size: Count | None = None
     """Patch size in pixels; null: that of the weights (16 for `random`) or of the timm ViT."""

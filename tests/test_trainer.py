@@ -20,7 +20,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from synthetic import OneOfTwo, write_folders
+from synthetic import OneOfTwo, write_folders, write_weights
 from torch import Tensor
 
 from fasttrain.backbone_trainer import BackboneTrainer
@@ -634,6 +634,24 @@ def test_resuming_with_another_recipe_batch_data_or_weights_is_refused(frames: P
         save_checkpoint(tmp_path / "checkpoints", 4, {**state, key: "other"})
         with pytest.raises(InputError, match=f"{key} 'other', but this command has"):
             run(tiny(frames, tmp_path))
+
+
+def test_a_run_resumes_with_weights_that_have_been_moved_but_not_with_others(
+    frames: Path, tmp_path: Path
+) -> None:
+    def recipe(weights: str, steps: int) -> Recipe:
+        backbone = {"weights": weights, "embed_dim": None, "depth": None}
+        return tiny(frames, tmp_path / "run", backbone=backbone, train={"steps": steps})
+
+    weights = Path(write_weights(tmp_path / "weights.pth"))
+    run(recipe(str(weights), 2))
+    moved = weights.rename(tmp_path / "moved.pth")
+    run(recipe(str(moved), 4))
+    assert [record["step"] for record in metrics(tmp_path / "run")] == [2, 4]
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").backbone.weights == str(moved)
+    other = write_weights(tmp_path / "other.pth", shift=1.0)
+    with pytest.raises(InputError, match=r"trained with weights_hash .* Use the same .* weights"):
+        run(recipe(other, 6))
 
 
 @pytest.mark.parametrize("interrupted_at", [4, 3])
