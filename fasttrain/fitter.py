@@ -30,7 +30,7 @@ from fasttrain.loggers import Progress, count, say_block
 from fasttrain.moments import TokenMoments
 from fasttrain.projection import FIT_FILE, PROJECTION_FILE
 from fasttrain.recipe import to_dict, to_yaml
-from fasttrain.trainer import Trainer, check_bad_fraction
+from fasttrain.trainer import Trainer, check_bad_fraction, random_weights
 from fasttrain.video_encoder import projection_metadata
 
 # The maps to choose from. The first of all is the frozen features with their mean removed.
@@ -47,6 +47,8 @@ CHUNK = 16
 def fit_all(trainer: Trainer, pairs: int) -> dict[str, dict[str, Any]]:
     """Fit a projection for each backbone, and return the content of fit.json by its name, on all ranks."""
     world, start = trainer.world, time.perf_counter()
+    for warning in random_weights(trainer.recipe):
+        trainer.say(f"warning: {warning}")
     index, validated = _split(trainer)
     results: dict[str, dict[str, Any]] = {}
     gathered = gather_moments(trainer, index, pairs)

@@ -307,6 +307,7 @@ class Trainer:
                 f"a run of {count(self.total_steps, 'step')} is short; raise train.steps, train.epochs or "
                 f"data.pairs_per_video, or use a smaller global batch"
             )
+        yield from random_weights(self.recipe)
         yield from _pointless(self.recipe)
 
     def say_results(self) -> None:
@@ -325,7 +326,7 @@ class Trainer:
                 found["kept"] = kept
             say_block("results", found, self.console)
             if kept and not has_improved(record):
-                advice = _what_to_change(self.recipe, trainer.starts_at_frozen)
+                advice = _what_to_change(trainer.recipe, trainer.starts_at_frozen)
                 self.say(f"warning: training {trainer.name} did not improve its features; {advice}")
         run, source = shlex.quote(str(folders[0])), shlex.quote(self.recipe.data.source)
         load = f"import fasttrain; encoder = fasttrain.load_video_encoder({json.dumps(str(folders[0]))})"
@@ -662,14 +663,18 @@ class Trainer:
                 )
 
 
-def _pointless(recipe: Recipe) -> Iterator[str]:
-    """Yield which settings make no sense, alone or together, and what to do about it."""
+def random_weights(recipe: Recipe) -> Iterator[str]:
+    """Yield a warning if backbones have random weights."""
     random = [each.name for each in recipe.backbones or (recipe.backbone,) if each.weights == "random"]
     if random:
         yield (
             f"the weights of {', '.join(random)} are random, so the features are meaningless; pass "
             f"pretrained ones as backbone.weights"
         )
+
+
+def _pointless(recipe: Recipe) -> Iterator[str]:
+    """Yield which keys have no effect, or not the one that is asked for, and what to do about it."""
     objective, held_out = recipe.objective, recipe.eval.held_out
     if held_out and not recipe.eval.every:
         yield (
@@ -678,6 +683,11 @@ def _pointless(recipe: Recipe) -> Iterator[str]:
         )
     if objective.frames == 2 and (objective.sub_cycles or objective.curriculum):
         yield "objective.sub_cycles and objective.curriculum do nothing with 2 frames; raise objective.frames"
+    if (objective.frames - 1) * recipe.data.gap > 1:
+        yield (
+            f"objective.frames={objective.frames} with data.gap={recipe.data.gap:g} need more than a video, "
+            f"so the frames are closer to each other; lower one of them"
+        )
     limit = objective.separability_limit
     if limit != ObjectiveRecipe.separability_limit and objective.weighting != "constrained":
         yield (
@@ -690,7 +700,8 @@ def _what_to_change(recipe: Recipe, starts_at_frozen: bool) -> str:
     """Return what may help if no projection is better than the frozen features."""
     constrained = recipe.objective.weighting == "constrained"
     weight = "lower objective.separability_limit" if constrained else "raise objective.lambda_reg"
-    start = "" if starts_at_frozen else "start at the frozen features with projection.init=frozen, "
+    starts_at_random = recipe.projection.weights == "random" and not starts_at_frozen
+    start = "start at the frozen features with projection.init=frozen, " if starts_at_random else ""
     return (
         f"{weight}, lower optimizer.lr, train on more videos, {start}or fit without training: fasttrain fit"
     )

@@ -68,6 +68,7 @@ def test_other_commands_accept_the_run_folder(
     # Of six videos, one is held out. An epoch has two pairs of each of the others, with 2 x 4 tokens.
     assert (content["pairs"], content["tokens"], content["validated_videos"]) == (10, 80, 1)
     printed = capsys.readouterr().out
+    assert "warning: the weights of dino are random" in printed
     assert "an epoch has 10 of the 2,048 pairs to encode; raise data.pairs_per_video to 410" in printed
     assert "strength 0.03, whitening 0; score " in printed
     assert torch.isfinite(fitted.encoder(torch.zeros(1, 2, 3, 32, 32))).all()

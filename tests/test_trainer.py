@@ -858,6 +858,8 @@ def test_only_settings_far_from_the_recipes_are_warned_about(
     ("keys", "parts"),
     [
         ({"objective": {"frames": 3, "sub_cycles": True}, "eval": {"held_out": 2, "every": 1}}, []),
+        ({"objective": {"frames": 6}, "data": {"gap": 0.2}}, []),
+        ({"objective": {"frames": 7}, "data": {"gap": 0.2}}, ["data.gap=0.2 need more than a video"]),
         ({"objective": {"curriculum": True}}, ["objective.curriculum do nothing with 2 frames"]),
         ({"objective": {"separability_limit": 0.2}}, ["does nothing with objective.weighting=fixed"]),
         ({"objective": {"separability_limit": 0.2, "weighting": "constrained"}}, []),
@@ -881,3 +883,5 @@ def test_the_advice_after_training_in_vain_suits_the_recipe() -> None:
     assert _what_to_change(constrained, False).startswith("lower objective.separability_limit, lower optim")
     assert "projection.init=frozen" in _what_to_change(Recipe(), False)
     assert "projection.init=frozen" not in _what_to_change(Recipe(), True)
+    given = recipe_from_dict({"projection": {"weights": "runs/fit"}})
+    assert "projection.init=frozen" not in _what_to_change(given, False)
