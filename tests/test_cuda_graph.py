@@ -248,6 +248,9 @@ def test_a_failed_recording_is_survived_or_ends_the_run() -> None:
         ("encoder.compile=default",),
         ("encoder.precision=fp8",),
         ("encoder.precision=fp8", "encoder.compile=default"),
+        ("objective.weighting=gradnorm",),
+        ("objective.weighting=constrained", "train.precision=fp16"),
+        ("objective.frames=3", "objective.sub_cycles=true"),
     ],
 )
 def test_recorded_steps_equal_plain_steps(overrides: tuple[str, ...]) -> None:
