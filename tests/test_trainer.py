@@ -865,7 +865,7 @@ def test_only_settings_far_from_the_recipes_are_warned_about(
         ({"objective": {"curriculum": True}}, ["objective.curriculum do nothing with 2 frames"]),
         ({"objective": {"separability_limit": 0.2}}, ["does nothing with objective.weighting=fixed"]),
         ({"objective": {"separability_limit": 0.2, "weighting": "constrained"}}, []),
-        ({"eval": {"held_out": 2}}, ["eval.held_out=2 only leaves videos out"]),
+        ({"eval": {"held_out": 2, "every": 0}}, ["eval.held_out=2 only leaves videos out"]),
         (
             {"backbones": [{"name": "dino"}, {"name": "mae", "weights": "timm://x"}]},
             ["the weights of dino are random"],
