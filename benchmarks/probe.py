@@ -202,6 +202,8 @@ def streams(probe: Probe) -> dict[str, Any]:
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 blocks(half)
+        # Not earlier: the second half would wait for the first.
+        for stream in others:
             current.wait_stream(stream)
 
     return probe.time(
