@@ -6,7 +6,7 @@ The checks never read the elements of a tensor, so they do not synchronise with 
 from __future__ import annotations
 
 import math
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +57,7 @@ def check_number(name: str, value: float, *, zero: bool = False) -> None:
 
 def check_choice(name: str, value: str, choices: Any) -> None:
     """Check that `value` is one of the choices of the Literal type `choices`."""
-    if value not in get_args(choices):
-        expected = ", ".join(map(repr, get_args(choices)))
+    # torch.compile of PyTorch 2.6 cannot trace typing.get_args.
+    if value not in choices.__args__:
+        expected = ", ".join(map(repr, choices.__args__))
         raise ValueError(f"{name} must be one of {expected}, got {value!r}")

@@ -1,7 +1,7 @@
 """Helpers that import Triton, choose the backend, register operators and launch kernels.
 
-All modules import `jit`, `tl` and `triton` from here, so that the package can be imported without Triton. In
-that case, the kernels are plain Python functions that are never called.
+All modules import `jit`, `tl` and `triton` from here, so that the package can be imported where Triton is
+missing or old. In that case, the kernels are plain Python functions that are never called.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ else:
     try:
         import triton
         import triton.language as tl
+
+        # Older versions cannot compile functions that return tuples.
+        if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+            triton = tl = None
     except ImportError:
         triton = tl = None
 
@@ -43,7 +47,7 @@ AMD_GPUS = ("gfx90a", "gfx942")
 
 
 def jit(kernel: Callable[..., Any] | None = None, **options: Any) -> Any:
-    """Apply `triton.jit` with some options, or return the function unchanged if Triton is not installed."""
+    """Apply `triton.jit` with some options, or return the function unchanged without Triton."""
     if kernel is None:
         return partial(jit, **options)
     return kernel if triton is None else triton.jit(kernel, **options)
@@ -83,7 +87,10 @@ def use_triton(backend: str, **tensors: Tensor) -> bool:
 def _obstacle(tensors: dict[str, Tensor]) -> str | None:
     """Return why the Triton kernels do not support these tensors, or None if they do."""
     if triton is None:
-        return "backend='triton' needs the package triton. Run 'pip install triton', or pass backend='eager'."
+        return (
+            "backend='triton' needs Triton 3.3 or newer, as installed by PyTorch 2.7 or newer for CUDA. "
+            "Install it, or pass backend='eager'."
+        )
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             return f"{name} must be float16, bfloat16 or float32 for backend='triton', got {tensor.dtype}"
