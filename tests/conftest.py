@@ -46,6 +46,15 @@ def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture
+def no_code_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch.compile trace functions, but run the graphs in eager mode: to generate code takes seconds."""
+    compile = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, options=None, **others: compile(function, backend="eager", **others)
+    )
+
+
+@pytest.fixture
 def full_disk() -> Iterator[None]:
     """Let every write to a file fail, by a limit on the size of files."""
     usual = resource.getrlimit(resource.RLIMIT_FSIZE)

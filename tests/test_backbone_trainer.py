@@ -46,6 +46,7 @@ def test_meter_returns_the_first_step_with_a_non_finite_loss(bad: int) -> None:
     assert meter.first_non_finite(World.single()) == bad
 
 
+@pytest.mark.usefixtures("no_code_generation")
 def test_warm_up_has_no_side_effects() -> None:
     """With compilation on the CPU, it leaves weights, optimiser state and random state unchanged."""
     trainer = make_trainer(encoder={"compile": "default"})
