@@ -50,7 +50,9 @@ def no_code_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let torch.compile trace functions, but run the graphs in eager mode: to generate code takes seconds."""
     compile = torch.compile
     monkeypatch.setattr(
-        torch, "compile", lambda function, options=None, **others: compile(function, backend="eager", **others)
+        torch,
+        "compile",
+        lambda function, options=None, **others: compile(function, backend="eager", **others),
     )
 
 

@@ -3,16 +3,17 @@
 import os
 import pty
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
 import torch
+from processes import start
 from torch.distributed import HashStore
 
 from fasttrain.distributed import FAILED, World
@@ -153,20 +154,26 @@ with Stopping(World.single(), stall_timeout=1, say=lambda line: print(line, flus
 
 
 def run_with_signals(
-    send: Callable[[subprocess.Popen[str]], None], *, ignored: str = "", iterations: int = 500_000
+    send: Callable[[ForkServerProcess], None], *, ignored: str = "", iterations: int = 500_000
 ) -> tuple[int, str]:
     program = PROGRAM.replace("IGNORED", ignored).replace("ITERATIONS", str(iterations))
-    command = [sys.executable, "-c", program]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+    process, output = start(exec, program, {})
+    with output:
+        assert output.readline() == "ready\n"
         # A process that hangs is killed, so that the test fails.
         killer = threading.Timer(60, process.kill)
         killer.start()
         send(process)
-        output = process.stdout.read()
+        text = output.read()
+        process.join()
         killer.cancel()
-    return process.returncode, output
+    assert process.exitcode is not None
+    return process.exitcode, text
+
+
+def kill(process: ForkServerProcess, number: signal.Signals) -> None:
+    assert process.pid is not None
+    os.kill(process.pid, number)
 
 
 @pytest.mark.parametrize(
@@ -178,17 +185,17 @@ def run_with_signals(
     ],
 )
 def test_each_signal_stops_after_the_step(name: str) -> None:
-    code, output = run_with_signals(lambda process: process.send_signal(signal.Signals[name]))
+    code, output = run_with_signals(lambda process: kill(process, signal.Signals[name]))
     assert (code, output) == (0, f"received {name}; writing a checkpoint after this step\nstopped\n")
 
 
 def test_a_signal_that_arrives_twice_at_once_counts_once() -> None:
     """torchrun passes on the signals that it receives."""
 
-    def send(process: subprocess.Popen[str]) -> None:
-        process.send_signal(signal.SIGINT)
+    def send(process: ForkServerProcess) -> None:
+        kill(process, signal.SIGINT)
         time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        kill(process, signal.SIGINT)
 
     assert run_with_signals(send, iterations=3_000_000)[0] == 0
 
@@ -196,13 +203,14 @@ def test_a_signal_that_arrives_twice_at_once_counts_once() -> None:
 def test_a_second_signal_ends_the_process_at_once() -> None:
     """Even if the main thread hangs. A warning, such as SIGUSR1, does not count as the first one."""
 
-    def send(process: subprocess.Popen[str]) -> None:
-        process.send_signal(signal.SIGUSR1)
-        process.send_signal(signal.SIGTERM)
+    def send(process: ForkServerProcess) -> None:
+        kill(process, signal.SIGUSR1)
+        kill(process, signal.SIGTERM)
         # On a busy machine, SIGTERM may be handled late, and the first SIGINT then counts as the same signal.
-        while process.poll() is None:
-            time.sleep(1.2)
-            process.send_signal(signal.SIGINT)
+        process.join(1.2)
+        while process.is_alive():
+            kill(process, signal.SIGINT)
+            process.join(1.2)
 
     code, output = run_with_signals(send, iterations=10**9)
     assert code == 128 + signal.SIGINT
@@ -212,10 +220,10 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
 def test_an_ignored_signal_stays_ignored() -> None:
     """As for a command that `nohup` starts."""
 
-    def send(process: subprocess.Popen[str]) -> None:
-        process.send_signal(signal.SIGHUP)
+    def send(process: ForkServerProcess) -> None:
+        kill(process, signal.SIGHUP)
         time.sleep(0.5)
-        process.send_signal(signal.SIGUSR1)
+        kill(process, signal.SIGUSR1)
 
     code, output = run_with_signals(send, ignored="signal.signal(signal.SIGHUP, signal.SIG_IGN)")
     assert (code, output) == (0, "received SIGUSR1; writing a checkpoint after this step\nstopped\n")

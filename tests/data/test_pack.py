@@ -6,8 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import Callable
@@ -17,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
+from processes import start
 from synthetic import encode_video, make_loader, picture, write_folders
 
 from fasttrain.__main__ import main
@@ -197,6 +196,12 @@ def test_unreadable_frames_are_skipped_and_listed(tmp_path: Path, capsys: pytest
 # --- resuming ---
 
 
+def interruptible(words: list[str]) -> int:
+    # A shell may start background processes with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return main(words)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path: Path, number: signal.Signals) -> None:
     """The run is interrupted after the third shard, which must be kept."""
@@ -209,24 +214,18 @@ def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path: Path, number: 
     # The continued run does not read the first video again: the index of its shard lists this frame.
     (tmp_path / "frames" / "0" / "2.jpg").write_bytes(b"")
     stopped, options = tmp_path / "stopped", ("--workers", "1", "--shard-size", "1")
-    # A shell may start background processes with SIGINT ignored.
-    code = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "from fasttrain.__main__ import main; sys.exit(main(sys.argv[1:]))"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "pack", str(tmp_path / "frames"), str(stopped), *options],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    process, output = start(interruptible, ["pack", str(tmp_path / "frames"), str(stopped), *options])
+    assert process.pid is not None
     third = stopped / "frames-1of1-000002.npz"
     deadline = time.monotonic() + 60
-    while not third.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not third.exists() and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.001)
-    process.send_signal(number)
-    printed, _ = process.communicate(timeout=60)
+    os.kill(process.pid, number)
+    with output:
+        printed = output.read()
+    process.join()
     if number == signal.SIGINT:
-        assert process.returncode == 130
+        assert process.exitcode == 130
         assert "Run the same command again to continue" in printed
     with pytest.raises(InputError, match=r"stopped' is incomplete"):
         open_source(stopped)

@@ -1,11 +1,8 @@
 """`fasttrain eval retrieval` and `probe`, end to end on tiny synthetic datasets."""
 
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import pytest
 import timm
 import torch
 from hub_server import Hub
+from processes import run_two_ranks
 from synthetic import (
     LAYOUTS,
     clips,
@@ -232,20 +230,8 @@ def test_two_processes_give_the_results_of_one(task: str, run: Path, tmp_path: P
             lines = [line for line in path.read_text().splitlines() if line[0] != "#"]
             path.write_text("".join(f"{line[:-1]}{draw.choice('012')}\n" for line in lines))
     one, two = tmp_path / "one", tmp_path / "two"
-    command = [
-        # Without `--`, torchrun would read --run as one of its own options.
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--",
-        "fasttrain", "eval", task, "--run", run, "--output", two, *words, *SMALL,
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    completed = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
-    assert completed.returncode == 0, completed.stderr
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        assert evaluate(task, "--run", run, "--output", one, *words) == 0
-    finally:
-        torch.set_num_threads(threads)
+    run_two_ranks(["eval", task, "--run", run, "--output", two, *words, *SMALL])
+    assert evaluate(task, "--run", run, "--output", one, *words) == 0
     reports = [read(output, task) for output in (one, two)]
     for report in reports:
         del report["seconds"], report["settings"], report["date"]

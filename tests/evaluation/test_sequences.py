@@ -3,11 +3,8 @@
 import argparse
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +15,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from processes import run_two_ranks
 from scipy.io import loadmat, savemat
 from synthetic import (
     FRAMES,
@@ -216,12 +214,7 @@ def test_two_processes_give_the_results_of_one(
     roots: dict[str, Path], evaluated: dict[str, Path], projection: Path, tmp_path: Path
 ) -> None:
     words = command("davis", roots["davis"], tmp_path, "--projection", str(projection))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fasttrain"]
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    completed = subprocess.run(
-        [sys.executable, *launcher, *words], capture_output=True, text=True, env={**os.environ, **threads}
-    )
-    assert completed.returncode == 0, completed.stderr[-2000:]
+    run_two_ranks(words)
     assert_same_output(tmp_path, evaluated["davis"].parent, "davis")
 
 
