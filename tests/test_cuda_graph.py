@@ -25,7 +25,7 @@ from fasttrain.recipe import load_recipe
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "dino.yaml"
 TINY = [
-    "backbone.weights=random", "backbone.embed_dim=128", "backbone.depth=2", "data.image_size=64",
+    "backbone.weights=random", "backbone.embed_dim=128", "backbone.depth=1", "data.image_size=64",
     "train.batch_size=4", "train.accumulate=1", "encoder.compile=none",
 ]  # fmt: skip
 

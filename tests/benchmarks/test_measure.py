@@ -51,9 +51,8 @@ def test_a_failed_measurement_does_not_affect_the_others(tmp_path: Path) -> None
     def fail(error: Exception) -> dict[str, Any]:
         raise error
 
-    results = measure.Results(
-        "step", measure.command_line("step", None).parse_args(["--out", str(tmp_path / "step.json")])
-    )
+    arguments = measure.command_line("step", None).parse_args(["--out", str(tmp_path / "step.json")])
+    results = measure.Results("step", arguments, copy_bytes_per_second=1e9)
     results.record("good", lambda: {"ms": 1.0})
     results.record("absent", lambda: fail(ModuleNotFoundError("no av", name="av")))
     results.record("refused", lambda: fail(InputError("fp8 needs Ada")))
