@@ -588,7 +588,7 @@ def _first_error(error: ValidationError) -> str:
 
 def _shown(value: Any) -> str:
     """Return the representation of a value for a message, cut off if it is long."""
-    text = repr(value)
+    text = "an empty value" if value is None else repr(value)
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 

@@ -18,6 +18,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -263,6 +264,8 @@ class Trainer:
         if self.completed_steps:
             steps = f"resuming after {self.completed_steps} of {steps}"
         warm_up = min(1, train.warmup_epochs / train.epochs) * self.total_steps
+        objective, usual = asdict(self.recipe.objective), asdict(ObjectiveRecipe())
+        changed = [f"{key}={value}" for key, value in objective.items() if value != usual[key]]
         return {
             "device": f"{device}, {train.precision}",
             "backbone": "; ".join(trainer.encoder.summary for trainer in self.backbone_trainers),
@@ -272,6 +275,7 @@ class Trainer:
                 if self.backbone_trainers[0].starts_at_frozen
                 else f"weights {self.recipe.projection.weights!r}"
             ),
+            **({"objective": ", ".join(changed)} if changed else {}),
             "data": f"{data.source}: {count(videos, 'video')}, "
             f"{count(int(self.index.num_frames.sum()), 'frame')}"
             + (f"; {held_out} more held out" if (held_out := self.recipe.eval.held_out) else ""),

@@ -135,6 +135,7 @@ def test_backbones_are_selected_by_name() -> None:
         ("output=", ("output", "''", "expected a folder")),
         ("train.tensorboard=3", ("train.tensorboard: expected a valid boolean, got 3",)),
         ("train.epochs=.nan", ("train.epochs: expected a finite number, got nan",)),
+        ("resume=", ("resume: an empty value is not one of: auto, never",)),
         ("train.precision=bf15", ("train.precision: 'bf15' is not one of: fp32, bf16, fp16",)),
         ("data.crop_area=[0.9, 0.5]", ("data.crop_area: expected the smaller number first, got [0.9, 0.5]",)),
         ("data.crop_area=[0.9]", ("data.crop_area[1]: expected a value, got [0.9]",)),

@@ -813,11 +813,12 @@ def test_a_high_learning_rate_is_named_with_the_highest_usual_one() -> None:
 def test_the_first_and_last_lines_describe_the_run(
     frames: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = tiny(frames, tmp_path, optimizer={"lr": 1e-4})
+    recipe = tiny(frames, tmp_path, optimizer={"lr": 1e-4}, objective={"frames": 3, "lambda_reg": 1.0})
     with pytest.raises(RuntimeError, match="crashed"):
         Interrupted(recipe, 3, crash).train()
     out = capsys.readouterr().out
     for line in (
+        "  objective      lambda_reg=1.0, frames=3",
         "  epoch          6 pairs = 6 videos x 1 pair",
         "  global batch   4 pairs = batch_size 4 x accumulate 1 x 1 process",
         "  training       4 steps = 2.67 epochs, warm-up 1",
