@@ -37,6 +37,16 @@ def check_tensors(**tensors: tuple[Tensor, str]) -> None:
         sizes |= own_sizes
 
 
+def check_mask(mask: Tensor | None, name: str, tokens: Tensor) -> None:
+    """Check that `mask` is None or a bool tensor with one element per token of tokens (B, T, N, D)."""
+    if mask is None:
+        return
+    batch, _, count, _ = tokens.shape
+    if mask.dtype != torch.bool or mask.shape != (batch, count) or mask.device != tokens.device:
+        expected = f"a bool tensor of shape {(batch, count)} on {tokens.device}, like the tokens of {name}"
+        raise ValueError(f"mask must be {expected}, got {mask.dtype} {tuple(mask.shape)} on {mask.device}")
+
+
 def check_grid(grid: tuple[int, int], window: int, tokens: int) -> None:
     """Check that `grid` has one cell per token and is at least one window high and wide."""
     height, width = grid
