@@ -125,8 +125,8 @@ def launches_at(
     device = {"device": "meta"}
     tokens = torch.empty(samples, 3, 196, channels, dtype=dtype, **device)
     parameter, grid = torch.empty(channels, **device), (14, 14, 2, 2)
-    with_head = Epilogue(tokens, tokens, parameter, parameter, parameter, 1e-5, True, *grid, kl=True)
-    bare = Epilogue(tokens, tokens, None, None, None, 0.0, False, *grid, kl=True)
+    with_head = Epilogue(tokens, tokens, *[parameter] * 3, None, None, 1e-5, True, *grid, kl=True)
+    bare = Epilogue(tokens, tokens, *[None] * 5, 0.0, False, *grid, kl=True)
     pooled_dtype = separability.pooled_dtype(dtype)
     pooled, many = (torch.empty(samples, 3, m, channels, dtype=pooled_dtype, **device) for m in (49, 324))
     statistics = torch.empty(separability.statistics_shape(tokens, True), **device)
@@ -138,9 +138,9 @@ def launches_at(
         "head backward": lambda: separability.launch_backward(with_head, statistics, None, **gradients),
         "tokens forward": lambda: separability.launch_forward(bare, pool=True, statistics=True),
         "tokens backward": lambda: separability.launch_backward(bare, statistics, None, **gradients),
-        "cycle": lambda: cycle.launch_cycle(pooled, 0.03, grad=True),
+        "cycle": lambda: cycle.launch_cycle(pooled, None, 0.03, grad=True),
         "sum": lambda: cosettle.launch_sum(terms, rows, losses, 3.0),
-        "streaming": lambda: cycle.launch_cycle(many, 0.03, grad=True),
+        "streaming": lambda: cycle.launch_cycle(many, None, 0.03, grad=True),
     }
     recorded = {}
     for name, launch in cases.items():

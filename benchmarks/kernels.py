@@ -230,7 +230,9 @@ def measure_schedules(channels: int, rounds: int = 5, calls: int = 20) -> dict[s
     frozen, inputs = random_tokens(shape, device), random_tokens(shape, device)
     head = [torch.randn(channels, device=device) for _ in range(3)]
     window = (shape.window, shape.window)
-    epilogue = separability.Epilogue(inputs, frozen, *head, 1e-5, True, *shape.grid, *window, kl=True)
+    epilogue = separability.Epilogue(
+        inputs, frozen, *head, None, None, 1e-5, True, *shape.grid, *window, kl=True
+    )
     _, pooled, statistics = separability.launch_forward(epilogue, pool=True, statistics=True)
     grads = {"grad_loss": torch.ones((), device=device), "lambda_reg": 3.0, "grad_pooled_BTMD": pooled}
     launches = {

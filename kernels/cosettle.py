@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
-from .checks import check_choice, check_grid, check_number, check_tensors
+from .checks import check_choice, check_grid, check_mask, check_number, check_tensors
 from .cycle import grad_scale, launch_cycle
 from .reference import CosettleOutput, Reduction, Regularizer
 from .runtime import Backend, differentiate, jit, needs_grad, on_device, operator, tl, use_triton
@@ -31,9 +31,9 @@ from .separability import Epilogue, launch_backward, launch_forward, pooled_dtyp
 
 # The fields of `Epilogue`, followed by the temperature of the cycle.
 _SCHEMA = (
-    "Tensor inputs, Tensor frozen, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, "
-    "bool tanh, int height, int width, int window_height, int window_width, bool kl, bool per_sample, "
-    "float temperature, float lambda_reg"
+    "Tensor inputs, Tensor frozen, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, "
+    "Tensor? token_weights, Tensor? window_weights, float norm_eps, bool tanh, int height, int width, "
+    "int window_height, int window_width, bool kl, bool per_sample, float temperature, float lambda_reg"
 )
 
 # Bytes of the cycle matrices (in fp32) for which the diagnostics are computed at once.
@@ -87,23 +87,27 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     *given, temperature, lambda_reg, diagnostics, keep = arguments
     epilogue = Epilogue(*given)
     terms, pooled_BTMD, statistics = launch_forward(epilogue, pool=True, statistics=keep)
-    rows_BM, grad_pooled = launch_cycle(pooled_BTMD, temperature, grad=keep)
+    weights_BM = epilogue.cycle_weights
+    rows_BM, grad_pooled = launch_cycle(pooled_BTMD, weights_BM, temperature, grad=keep)
     losses = [rows_BM.new_empty(epilogue.losses_shape) for _ in range(3)]
     launch_sum(terms, rows_BM, losses, lambda_reg)
-    measured = _diagnostics(pooled_BTMD, temperature) if diagnostics else rows_BM.new_empty(0)
+    measured = _diagnostics(pooled_BTMD, weights_BM, temperature) if diagnostics else rows_BM.new_empty(0)
     return *losses, measured, grad_pooled, statistics
 
 
-def _diagnostics(walk_B3MD: Tensor, temperature: float) -> Tensor:
+def _diagnostics(walk_B3MD: Tensor, weights_BM: Tensor | None, temperature: float) -> Tensor:
     """Compute cycle accuracy and identity similarity (2,), some samples at a time to bound the memory."""
-    samples = max(1, DIAGNOSTIC_BYTES // (4 * walk_B3MD.shape[2] ** 2))
+    group = max(1, DIAGNOSTIC_BYTES // (4 * walk_B3MD.shape[2] ** 2))
+    parts = walk_B3MD.split(group)
+    exists_BM = None if weights_BM is None else weights_BM > 0
+    masks = [None] * len(parts) if exists_BM is None else exists_BM.split(group)
     # The autocast of a training step also applies inside an operator.
     with torch.autocast(walk_B3MD.device.type, enabled=False):
         rows = [
-            reference.cycle_rows(reference.cycle_affinities(part, temperature))
-            for part in walk_B3MD.split(samples)
+            reference.cycle_rows(reference.cycle_affinities(part, temperature, mask))
+            for part, mask in zip(parts, masks, strict=True)
         ]
-        return torch.stack(reference.cycle_diagnostics(torch.cat(rows, dim=1)))
+        return torch.stack(reference.cycle_diagnostics(torch.cat(rows, dim=1), exists_BM))
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -132,6 +136,10 @@ def _backward(
     """
     *given, temperature, lambda_reg = arguments
     epilogue = Epilogue(*given)
+    window_weights, cycle_weights = epilogue.window_weights, epilogue.cycle_weights
+    if window_weights is not None and cycle_weights is not None:
+        # The stored gradient is without the weights of the cycle, with which it could overflow in fp16.
+        epilogue = epilogue._replace(window_weights=window_weights * cycle_weights)
     samples, _, tokens, channels = grad_pooled.shape
     averaged = tokens if epilogue.per_sample else samples * tokens
     grad_inputs, grad_parameters = launch_backward(
@@ -170,9 +178,10 @@ _cosettle_backward = operator(
 def _save(
     arguments: tuple[Any, ...], outputs: tuple[Tensor, ...]
 ) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
-    inputs, frozen, bias, norm_weight, norm_bias, *options, _diagnostics, _keep = arguments
+    # The tensors of `Epilogue`, and its options and those of the objective.
+    tensors, (*options, _diagnostics, _keep) = arguments[:7], arguments[7:]
     *_losses, _measured, grad_pooled, statistics = outputs
-    return (grad_pooled, statistics, inputs, frozen, bias, norm_weight, norm_bias), tuple(options)
+    return (grad_pooled, statistics, *tensors), tuple(options)
 
 
 def _gradients(*arguments: Any) -> tuple[Tensor | None, ...]:
@@ -198,6 +207,7 @@ def _objective(
     backend: Backend,
     reduction: Reduction,
     diagnostics: bool,
+    mask: Tensor | None,
     norm_eps: float = 0.0,
     tanh: bool = False,
 ) -> CosettleOutput:
@@ -214,13 +224,16 @@ def _objective(
     check_choice("regularizer", regularizer, Regularizer)
     check_choice("reduction", reduction, Reduction)
     check_number("norm_eps", norm_eps, zero=True)
+    check_mask(mask, "frozen", frozen)
     inputs, *head = tensors.values()
     if not use_triton(backend, frozen=frozen, **tensors):
+        if mask is not None:
+            frozen, inputs = (reference.fill_masked(each, mask) for each in (frozen, inputs))
         if head:
             bias, norm_weight, norm_bias = head
             inputs = reference.head_epilogue(inputs, bias, norm_weight, norm_bias, norm_eps, tanh)
         return reference.cosettle_loss(
-            frozen, inputs, grid, temperature, window, lambda_reg, regularizer, reduction, diagnostics
+            frozen, inputs, grid, temperature, window, lambda_reg, regularizer, reduction, diagnostics, mask
         )
     height, width = grid
     epilogue = Epilogue(
@@ -229,6 +242,8 @@ def _objective(
         bias=tensors.get("bias"),
         norm_weight=tensors.get("norm_weight"),
         norm_bias=tensors.get("norm_bias"),
+        token_weights=None if mask is None else reference.token_weights(mask, regularizer),
+        window_weights=None if mask is None else reference.window_weights(mask, grid, window),
         norm_eps=norm_eps,
         tanh=tanh,
         height=height,
@@ -257,6 +272,7 @@ def cosettle_loss(
     *,
     reduction: Reduction = "mean",
     diagnostics: bool = True,
+    mask: Tensor | None = None,
 ) -> CosettleOutput:
     """Compute the Co-Settle objective: cycle consistency plus weighted semantic separability.
 
@@ -281,6 +297,10 @@ def cosettle_loss(
             example to weigh them. The mean of the latter equals the former up to rounding.
         diagnostics: Whether to compute cycle accuracy and identity similarity, which need the complete cycle
             matrix.
+        mask: (B, N) bool, True for the tokens that count, in all views. The others have no effect, whatever
+            they contain, and receive zero gradients. A window is averaged over its tokens that count; without
+            any, the walk neither starts there nor visits it. Sums and means of a sample are over what
+            remains; its losses are 0 if nothing does.
 
     Returns:
         A `CosettleOutput` in float32 or (for float64 tokens) float64. Its losses are 0-d or, for
@@ -290,7 +310,7 @@ def cosettle_loss(
         ValueError: If an argument has an invalid shape, dtype, device or value, or one that
             `backend="triton"` does not support.
     """
-    options = (grid, temperature, window, lambda_reg, regularizer, backend, reduction, diagnostics)
+    options = (grid, temperature, window, lambda_reg, regularizer, backend, reduction, diagnostics, mask)
     return _objective(frozen, {"projected": projected}, *options)
 
 
@@ -317,8 +337,10 @@ class CosettleLoss(nn.Module):
         self.reduction = reduction
         self.diagnostics = diagnostics
 
-    def forward(self, frozen: Tensor, projected: Tensor, grid: tuple[int, int]) -> CosettleOutput:
-        """Compute the losses of tokens (B, 3, N, D) on the grid (h, w) with h * w = N."""
+    def forward(
+        self, frozen: Tensor, projected: Tensor, grid: tuple[int, int], mask: Tensor | None = None
+    ) -> CosettleOutput:
+        """Compute the losses of tokens (B, 3, N, D) on the grid (h, w) with h * w = N, and a mask (B, N)."""
         return cosettle_loss(
             frozen,
             projected,
@@ -330,6 +352,7 @@ class CosettleLoss(nn.Module):
             self.backend,
             reduction=self.reduction,
             diagnostics=self.diagnostics,
+            mask=mask,
         )
 
 
@@ -350,6 +373,7 @@ def cosettle_head_loss(
     tanh: bool = True,
     reduction: Reduction = "mean",
     diagnostics: bool = True,
+    mask: Tensor | None = None,
 ) -> CosettleOutput:
     """Compute `cosettle_loss` of layer_norm(tanh(linear + bias)) without storing the projected tokens.
 
@@ -374,6 +398,7 @@ def cosettle_head_loss(
             example to weigh them. The mean of the latter equals the former up to rounding.
         diagnostics: Whether to compute cycle accuracy and identity similarity, which need the complete cycle
             matrix.
+        mask: (B, N) bool, True for the tokens that count, as in `cosettle_loss`.
 
     Returns:
         A `CosettleOutput` in float32 or (for float64 tokens) float64. Its losses are 0-d or, for
@@ -384,5 +409,5 @@ def cosettle_head_loss(
             `backend="triton"` does not support.
     """
     tensors = {"linear": linear, "bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
-    options = (grid, temperature, window, lambda_reg, regularizer, backend, reduction, diagnostics)
+    options = (grid, temperature, window, lambda_reg, regularizer, backend, reduction, diagnostics, mask)
     return _objective(frozen, tensors, *options, norm_eps, tanh)

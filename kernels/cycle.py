@@ -21,6 +21,9 @@ Both numerators are bounded by M at any temperature, so half precision can repre
 per view in half precision, a single kernel keeps all M x M matrices in registers. Otherwise, the kernels of
 cycle_streaming.py store two of them, for a few samples at a time.
 
+With a mask, only the tokens that count exist, and M is their number in a sample. The loss and its gradient
+are multiplied by weights that turn the mean over all tokens into one over these (`reference.mean_weights`).
+
 For other numbers of views, PyTorch computes the transition matrices and their product, of which only the
 diagonal is needed.
 
@@ -39,9 +42,9 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .checks import check_choice, check_number, check_tensors
-from .cycle_streaming import launch_streaming
-from .primitives import dot
+from .checks import check_choice, check_mask, check_number, check_tensors
+from .cycle_streaming import cross_entropy, launch_streaming, token_exists
+from .primitives import dot, drop_logits
 from .reference import CYCLE_EPS, Reduction
 from .runtime import (
     Backend,
@@ -63,7 +66,7 @@ MAX_FUSED_TOKENS = 64
 @inline
 def softmax(logits, exists, AXIS):
     """Softmax along AXIS over the entries that exist; the others are set to 0."""
-    logits = tl.where(tl.expand_dims(exists, 1 - AXIS), logits, float("-inf"))
+    logits = drop_logits(logits, tl.expand_dims(exists, 1 - AXIS))
     weights = tl.exp(logits - tl.expand_dims(tl.max(logits, AXIS), AXIS))
     return weights / tl.expand_dims(tl.sum(weights, AXIS), AXIS)
 
@@ -71,6 +74,7 @@ def softmax(logits, exists, AXIS):
 @jit
 def _cycle_kernel(
     walk_ptr,  # [B, 3, M, D], in half precision
+    weights_ptr,  # [B, M]; may be None
     loss_ptr,  # [B, M]
     grad_ptr,  # [B, 3, M, D], scaled by SCALE
     tokens, inverse_temperature,
@@ -84,7 +88,8 @@ def _cycle_kernel(
     part = tl.program_id(0) % PARTS
     sample = (tl.program_id(0) // PARTS).to(tl.int64)
     row = tl.arange(0, BLOCK_M)
-    exists = row < tokens
+    inside = row < tokens
+    exists = token_exists(weights_ptr, sample, row, tokens)
     step = tl.arange(0, BLOCK_D)
     first_ptr = walk_ptr + sample * 3 * tokens * D
     second_ptr = first_ptr + tokens * D
@@ -94,7 +99,7 @@ def _cycle_kernel(
     back_IJ = tl.zeros([BLOCK_M, BLOCK_M], dtype=tl.float32)
     for start in range(0, D, BLOCK_D):
         offsets = row[:, None] * D + start + step[None, :]
-        mask = exists[:, None] & (start + step < D)[None, :]
+        mask = inside[:, None] & (start + step < D)[None, :]
         first_IK = tl.load(first_ptr + offsets, mask=mask, other=0.0)
         second_JK = tl.load(second_ptr + offsets, mask=mask, other=0.0)
         third_IK = tl.load(third_ptr + offsets, mask=mask, other=0.0)
@@ -106,8 +111,8 @@ def _cycle_kernel(
 
     if part == 0:
         # The average over rows is taken later: Triton 3.6 fails to compile a sum over rows here for sm_100.
-        loss_I = tl.log(1.0 + tokens * EPS) - tl.log(return_I + EPS)
-        tl.store(loss_ptr + sample * tokens + row, loss_I, mask=exists)
+        loss_I = cross_entropy(return_I, weights_ptr, sample, row, tokens, EPS)
+        tl.store(loss_ptr + sample * tokens + row, loss_I, mask=inside)
 
     if GRAD:
         through_IJ = there_IJ * back_IJ / (return_I + EPS)[:, None]
@@ -119,7 +124,7 @@ def _cycle_kernel(
         grad_base = grad_ptr + sample * 3 * tokens * D
         for start in range(part * D_PER_PROGRAM, min(D, (part + 1) * D_PER_PROGRAM), BLOCK_D):
             offsets = row[:, None] * D + start + step[None, :]
-            mask = exists[:, None] & (start + step < D)[None, :]
+            mask = inside[:, None] & (start + step < D)[None, :]
             # The order of loads and products keeps few registers in use.
             zero_IK = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
             first_IK = tl.load(first_ptr + offsets, mask=mask, other=0.0)
@@ -143,18 +148,21 @@ def grad_scale(tokens: int) -> float:
     return 4096.0 / next_power_of_2(tokens)
 
 
-def launch_cycle(walk_B3MD: Tensor, temperature: float, *, grad: bool) -> tuple[Tensor, Tensor]:
+def launch_cycle(
+    walk_B3MD: Tensor, weights_BM: Tensor | None, temperature: float, *, grad: bool
+) -> tuple[Tensor, Tensor]:
     """Run the cycle kernels on three contiguous views.
 
-    Returns the cross-entropy of each row of C, (B, M) in fp32, and the gradient of the mean cross-entropy
-    times grad_scale(M) tau B M, (B, 3, M, D) in the dtype of the walk. Without `grad` it is empty.
+    Returns the cross-entropy of each row of C times its weight, (B, M) in fp32, and the gradient of the mean
+    cross-entropy times grad_scale(M) tau B M, without the weights, (B, 3, M, D) in the dtype of the walk.
+    Without `grad` it is empty. With weights, tokens that do not exist must be finite.
     """
     samples, _, tokens, channels = walk_B3MD.shape
     loss_BM = walk_B3MD.new_empty((samples, tokens), dtype=torch.float32)
     grad_B3MD = walk_B3MD.new_empty(walk_B3MD.shape if grad else (0,))
     scale = grad_scale(tokens)
     if tokens > MAX_FUSED_TOKENS or walk_B3MD.dtype == torch.float32:
-        launch_streaming(walk_B3MD, temperature, loss_BM, grad_B3MD, scale)
+        launch_streaming(walk_B3MD, weights_BM, temperature, loss_BM, grad_B3MD, scale)
         return loss_BM, grad_B3MD
     block_channels = min(max(next_power_of_2(channels), 16), 64)
     # At a batch of 128, one program per sample would leave each multiprocessor with a single program. Two
@@ -162,7 +170,7 @@ def launch_cycle(walk_B3MD: Tensor, temperature: float, *, grad: bool) -> tuple[
     parts = 2 if grad and channels > block_channels else 1
     with on_device(walk_B3MD):
         _cycle_kernel[(parts * samples,)](
-            walk_B3MD, loss_BM, grad_B3MD, tokens, 1.0 / temperature,
+            walk_B3MD, weights_BM, loss_BM, grad_B3MD, tokens, 1.0 / temperature,
             D=channels, EPS=CYCLE_EPS, SCALE=scale, GRAD=grad,
             BLOCK_M=max(next_power_of_2(tokens), 16), BLOCK_D=block_channels, PARTS=parts,
             D_PER_PROGRAM=block_channels * ceil_div(channels, parts * block_channels),
@@ -171,14 +179,22 @@ def launch_cycle(walk_B3MD: Tensor, temperature: float, *, grad: bool) -> tuple[
     return loss_BM, grad_B3MD
 
 
-def _three_views(walk: Tensor, temperature: float, per_sample: bool, keep: bool) -> tuple[Tensor, Tensor]:
+def _three_views(
+    walk: Tensor, weights: Tensor | None, temperature: float, per_sample: bool, keep: bool
+) -> tuple[Tensor, Tensor]:
     """Compute the loss (0-d or (B,), fp32) and, with `keep`, its scaled gradient (see `launch_cycle`)."""
-    loss_BM, grad_walk = launch_cycle(walk.contiguous(), temperature, grad=keep)
+    weights = None if weights is None else weights.contiguous()
+    loss_BM, grad_walk = launch_cycle(walk.contiguous(), weights, temperature, grad=keep)
     return loss_BM.mean(1) if per_sample else loss_BM.mean(), grad_walk
 
 
 def _three_views_backward(
-    grad: Tensor, loss: Tensor, grad_walk: Tensor, temperature: float, per_sample: bool
+    grad: Tensor,
+    loss: Tensor,
+    grad_walk: Tensor,
+    weights: Tensor | None,
+    temperature: float,
+    per_sample: bool,
 ) -> Tensor:
     """Multiply the scaled gradient of the walk by the incoming gradient of the loss.
 
@@ -186,14 +202,17 @@ def _three_views_backward(
     """
     samples, _, tokens, _ = grad_walk.shape
     grad = grad / (grad_scale(tokens) * temperature * tokens * (1 if per_sample else samples))
+    grad = grad.view(-1, 1, 1, 1)
+    if weights is not None:
+        grad = grad * weights[:, None, :, None]
     # In half precision, the factor alone could underflow: only the product is rounded.
-    return torch.mul(grad_walk, grad.view(-1, 1, 1, 1), out=torch.empty_like(grad_walk))
+    return torch.mul(grad_walk, grad, out=torch.empty_like(grad_walk))
 
 
 _cycle_three_views = operator(
     "cycle_three_views",
     _three_views,
-    fake=lambda walk, temperature, per_sample, keep: (
+    fake=lambda walk, weights, temperature, per_sample, keep: (
         walk.new_empty(walk.shape[: int(per_sample)], dtype=torch.float32),
         walk.new_empty(walk.shape if keep else (0,)),
     ),
@@ -205,9 +224,11 @@ _cycle_three_views_backward = operator(
 )
 
 
-def _save(inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-    _walk, *options, _keep = inputs
-    return output, tuple(options)
+def _save(
+    inputs: tuple[Any, ...], output: tuple[Tensor, ...]
+) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
+    _walk, weights, *options, _keep = inputs
+    return (*output, weights), tuple(options)
 
 
 differentiate(_cycle_three_views, lambda *args: (_cycle_three_views_backward(*args),), losses=1, save=_save)
@@ -220,6 +241,7 @@ def cycle_consistency_loss(
     backend: Backend = "auto",
     *,
     reduction: Reduction = "mean",
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Compute the cross-entropy of a random walk through the views that should end where it began.
 
@@ -238,6 +260,10 @@ def cycle_consistency_loss(
             and the tensors are on an NVIDIA GPU of compute capability 8.0 or higher and not in float64. The
             kernels are for walks that visit three views; PyTorch computes all others.
         reduction: `"mean"` averages the losses of the samples; `"none"` returns one loss per sample.
+        mask: (B, M) bool, True for the tokens that count, in all views. The walk neither starts at the others
+            nor visits them. They have no effect, whatever they contain, and receive zero gradients. The loss
+            of a sample is the mean over the tokens that count, with their number as M, and 0 if there is
+            none.
 
     Returns:
         The mean over tokens and samples as a 0-d tensor or, for `reduction="none"`, the mean over tokens
@@ -252,9 +278,14 @@ def cycle_consistency_loss(
         raise ValueError(f"walk must have at least 2 views in dimension 1, got shape {tuple(walk.shape)}")
     check_number("temperature", temperature)
     check_choice("reduction", reduction, Reduction)
+    check_mask(mask, "walk", walk)
+    if mask is not None:
+        walk = reference.fill_masked(walk, mask)
     if there_and_back:
         walk = torch.cat([walk, walk[:, :-1].flip(1)], dim=1)
     if use_triton(backend, walk=walk) and walk.shape[1] == 3:
-        loss: Tensor = _cycle_three_views(walk, temperature, reduction == "none", needs_grad(walk))[0]
+        weights = None if mask is None else reference.mean_weights(mask)
+        options = (temperature, reduction == "none", needs_grad(walk))
+        loss: Tensor = _cycle_three_views(walk, weights, *options)[0]
         return loss
-    return reference.cycle_consistency_loss(walk, temperature, reduction)
+    return reference.cycle_consistency_loss(walk, temperature, reduction, mask)

@@ -14,6 +14,9 @@ keep a running maximum, as FlashAttention does (Dao et al., 2022, arXiv 2205.141
 exp(s_ij - n_i) / S_i: near 1, this is more precise than exp(s_ij - log sum_j exp(s_ij)). Steps 4 and 5
 process a few samples at a time, so that the brackets stay in the L2 cache and need little memory.
 
+With a mask, tokens have weights (see cycle.py), and those of weight 0 do not exist. What a tile without any
+that exists adds to a sum is multiplied by 0 when the running maximum becomes that of a logit that exists.
+
 Shape suffixes: B samples, G samples of one group, M tokens of a view, P tokens with padding, D channels.
 Inside the kernels: I tokens of the first or third view, J tokens of the second view. Logarithms in the
 kernels are to base 2.
@@ -24,7 +27,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .primitives import LOG2_E, exp2, logits_tile, own_block, tile_options
+from .primitives import LOG2_E, drop_logits, exp2, logits_tile, own_block, tile_options
 from .reference import CYCLE_EPS
 from .runtime import ceil_div, inline, jit, on_device, tl
 
@@ -42,11 +45,36 @@ def _views(walk_ptr, sample, tokens, D):
 
 
 @inline
+def token_exists(weights_ptr, sample, index, tokens):
+    """Whether tokens of a sample exist: all `tokens` without weights, else those of a positive weight."""
+    exists = index < tokens
+    if weights_ptr is not None:
+        exists = tl.load(weights_ptr + sample * tokens + index, mask=exists, other=0.0) > 0
+    return exists
+
+
+@inline
+def cross_entropy(return_I, weights_ptr, sample, rows, tokens, EPS):
+    """log(1 + M e) - log(C_ii + e), where M tokens exist, times the weight of the row."""
+    if weights_ptr is None:
+        entropy_I = tl.log(1.0 + tokens * EPS) - tl.log(return_I + EPS)
+    else:
+        weight_I = tl.load(weights_ptr + sample * tokens + rows, mask=rows < tokens, other=0.0)
+        # The weight of a row that exists is the number of all tokens divided by that of those that exist.
+        existing_I = tokens / tl.maximum(weight_I, 1.0)
+        entropy_I = weight_I * (tl.log(1.0 + existing_I * EPS) - tl.log(return_I + EPS))
+    return entropy_I
+
+
+@inline
 def _transitions(
-    first_ptr, second_ptr, third_ptr, there_ptr, back_ptr, rows, columns, tokens, scale, D, BLOCK, BLOCK_K
-):
-    """Compute tiles of A_ij and A'_ji, both [I, J], from maxima and sums; 0 beyond the last token."""
-    exists = (rows < tokens)[:, None] & (columns < tokens)[None, :]
+    first_ptr, second_ptr, third_ptr, there_ptr, back_ptr, weights_ptr, sample,
+    rows, columns, tokens, scale, D, BLOCK, BLOCK_K,
+):  # fmt: skip
+    """Compute tiles of A_ij and A'_ji, both [I, J], from maxima and sums; 0 where i or j does not exist."""
+    exists_I = token_exists(weights_ptr, sample, rows, tokens)
+    exists_J = token_exists(weights_ptr, sample, columns, tokens)
+    exists = exists_I[:, None] & exists_J[None, :]
     largest_I = tl.load(there_ptr + rows, mask=rows < tokens, other=0.0)[:, None]
     inverse_I = tl.load(there_ptr + tokens + rows, mask=rows < tokens, other=0.0)[:, None]
     there_IJ = logits_tile(first_ptr, second_ptr, rows, columns, tokens, tokens, scale, D, BLOCK, BLOCK_K)
@@ -60,6 +88,7 @@ def _transitions(
 @jit
 def _back_sums_kernel(
     walk_ptr,  # [B, 3, M, D]
+    weights_ptr,  # [B, M]; may be None
     back_ptr,  # [B, 2, M]: n', 1 / S'
     tokens, scale,
     D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -73,7 +102,8 @@ def _back_sums_kernel(
     for start in range(0, tokens, BLOCK):
         rows = start + tl.arange(0, BLOCK)
         back_IJ = logits_tile(third_ptr, second_ptr, rows, columns, tokens, tokens, scale, D, BLOCK, BLOCK_K)
-        back_IJ = tl.where((rows < tokens)[:, None], back_IJ, float("-inf"))
+        exists_I = token_exists(weights_ptr, sample, rows, tokens)
+        back_IJ = drop_logits(back_IJ, exists_I[:, None])
         larger_J = tl.maximum(largest_J, tl.max(back_IJ, 0))
         total_J = total_J * exp2(largest_J - larger_J) + tl.sum(exp2(back_IJ - larger_J[None, :]), 0)
         largest_J = larger_J
@@ -85,6 +115,7 @@ def _back_sums_kernel(
 @jit
 def _return_kernel(
     walk_ptr,  # [B, 3, M, D]
+    weights_ptr,  # [B, M]; may be None
     back_ptr, there_ptr,  # [B, 2, M]: n', 1 / S' in; n, 1 / S out
     return_ptr, loss_ptr,  # [B, M]: C_ii and the cross-entropy
     tokens, scale,
@@ -100,9 +131,9 @@ def _return_kernel(
     return_I = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, tokens, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        exists = (columns < tokens)[None, :]
+        exists = token_exists(weights_ptr, sample, columns, tokens)[None, :]
         there_IJ = logits_tile(first_ptr, second_ptr, rows, columns, tokens, tokens, scale, D, BLOCK, BLOCK_K)
-        there_IJ = tl.where(exists, there_IJ, float("-inf"))
+        there_IJ = drop_logits(there_IJ, exists)
         back_IJ = logits_tile(third_ptr, second_ptr, rows, columns, tokens, tokens, scale, D, BLOCK, BLOCK_K)
         largest_J = tl.load(back_ptr + columns, mask=columns < tokens, other=0.0)[None, :]
         inverse_J = tl.load(back_ptr + tokens + columns, mask=columns < tokens, other=0.0)[None, :]
@@ -116,14 +147,18 @@ def _return_kernel(
     tl.store(there_ptr + rows, largest_I, mask=rows < tokens)
     tl.store(there_ptr + tokens + rows, 1.0 / total_I, mask=rows < tokens)
     return_I /= total_I
+    if weights_ptr is not None:
+        # For rows that do not exist, the exponentials may have overflowed.
+        return_I = tl.where(token_exists(weights_ptr, sample, rows, tokens), return_I, 0.0)
     tl.store(return_ptr + sample * tokens + rows, return_I, mask=rows < tokens)
-    loss_I = tl.log(1.0 + tokens * EPS) - tl.log(return_I + EPS)
+    loss_I = cross_entropy(return_I, weights_ptr, sample, rows, tokens, EPS)
     tl.store(loss_ptr + sample * tokens + rows, loss_I, mask=rows < tokens)
 
 
 @jit
 def _through_kernel(
     walk_ptr,  # [B, 3, M, D]
+    weights_ptr,  # [B, M]; may be None
     there_ptr, back_ptr,  # [B, 2, M]: n, 1 / S; n', 1 / S'
     return_ptr, through_ptr,  # [B, M]: C_ii in; W out
     tokens, scale,
@@ -138,7 +173,7 @@ def _through_kernel(
     for start in range(0, tokens, BLOCK):
         rows = start + tl.arange(0, BLOCK)
         there_IJ, back_IJ = _transitions(
-            first_ptr, second_ptr, third_ptr, there_ptr, back_ptr,
+            first_ptr, second_ptr, third_ptr, there_ptr, back_ptr, weights_ptr, sample,
             rows, columns, tokens, scale, D, BLOCK, BLOCK_K,
         )  # fmt: skip
         return_I = tl.load(return_ptr + sample * tokens + rows, mask=rows < tokens, other=0.0)
@@ -149,6 +184,7 @@ def _through_kernel(
 @jit(do_not_specialize=["start"])
 def _bracket_kernel(
     walk_ptr,  # [B, 3, M, D]
+    weights_ptr,  # [B, M]; may be None
     there_ptr, back_ptr,  # [B, 2, M]: n, 1 / S; n', 1 / S'
     return_ptr, through_ptr,  # [B, M]: C_ii, W
     bracket_ptr,  # [G, 2, M, pitch]: gradients of s and t, scaled by GRAD_SCALE
@@ -166,8 +202,9 @@ def _bracket_kernel(
     there_ptr += sample * 2 * tokens
     back_ptr += sample * 2 * tokens
     there_IJ, back_IJ = _transitions(
-        first_ptr, second_ptr, third_ptr, there_ptr, back_ptr, rows, columns, tokens, scale, D, BLOCK, BLOCK_K
-    )
+        first_ptr, second_ptr, third_ptr, there_ptr, back_ptr, weights_ptr, sample,
+        rows, columns, tokens, scale, D, BLOCK, BLOCK_K,
+    )  # fmt: skip
     return_I = tl.load(return_ptr + sample * tokens + rows, mask=rows < tokens, other=0.0)
     through_J = tl.load(through_ptr + sample * tokens + columns, mask=columns < tokens, other=0.0)
     path_IJ = there_IJ * back_IJ / (return_I + EPS)[:, None]
@@ -181,7 +218,12 @@ def _bracket_kernel(
 
 
 def launch_streaming(
-    walk_B3MD: Tensor, temperature: float, loss_BM: Tensor, grad_B3MD: Tensor, grad_scale: float
+    walk_B3MD: Tensor,
+    weights_BM: Tensor | None,
+    temperature: float,
+    loss_BM: Tensor,
+    grad_B3MD: Tensor,
+    grad_scale: float,
 ) -> None:
     """Write the results of `cycle.launch_cycle` into the given tensors; skip an empty `grad_B3MD`."""
     samples, _, tokens, _ = walk_B3MD.shape
@@ -192,14 +234,13 @@ def launch_streaming(
     sizes = (tokens, LOG2_E / temperature)
     with on_device(walk_B3MD):
         launch = (blocks * samples,)
-        _back_sums_kernel[launch](walk_B3MD, back_B2M, *sizes, **tile)
-        _return_kernel[launch](
-            walk_B3MD, back_B2M, there_B2M, return_BM, loss_BM, *sizes, EPS=CYCLE_EPS, **tile
-        )
+        given = (walk_B3MD, weights_BM)
+        _back_sums_kernel[launch](*given, back_B2M, *sizes, **tile)
+        _return_kernel[launch](*given, back_B2M, there_B2M, return_BM, loss_BM, *sizes, EPS=CYCLE_EPS, **tile)
         if not grad_B3MD.numel():
             return
         rows = (there_B2M, back_B2M, return_BM, through_BM)
-        _through_kernel[launch](walk_B3MD, *rows, *sizes, EPS=CYCLE_EPS, **tile)
+        _through_kernel[launch](*given, *rows, *sizes, EPS=CYCLE_EPS, **tile)
         # cuBLAS is slow if rows are not aligned to 16 bytes.
         pitch = 16 * ceil_div(tokens, 16)
         group = max(1, BRACKET_BYTES // (2 * tokens * pitch * walk_B3MD.element_size()))
@@ -208,7 +249,7 @@ def launch_streaming(
             walk_G3MD, grad_G3MD = (each[start : start + group] for each in (walk_B3MD, grad_B3MD))
             bracket = bracket_G2MP[: len(walk_G3MD)]
             _bracket_kernel[(blocks**2 * len(bracket),)](
-                walk_B3MD, *rows, bracket, start, pitch, *sizes,
+                *given, *rows, bracket, start, pitch, *sizes,
                 EPS=CYCLE_EPS, GRAD_SCALE=grad_scale, **tile,
             )  # fmt: skip
             there_GMM, back_GMM = bracket[..., :tokens].unbind(1)

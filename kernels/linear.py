@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .checks import check_tensors
+from .checks import check_mask, check_tensors
 from .cosettle import cosettle_head_loss
-from .reference import CosettleOutput, Regularizer
+from .reference import CosettleOutput, Regularizer, fill_masked
 from .runtime import Backend
 
 # Bytes of the product that exist at once by default. They fit into the L2 cache of an A100 or H100, and are
@@ -69,6 +69,7 @@ class _LinearLoss(torch.autograd.Function):
             dtype = torch.get_autocast_dtype(device)
             weight = weight.to(dtype)
         wide = torch.promote_types(dtype, torch.float32)
+        mask = options["mask"]
         losses = inputs.new_zeros(3, dtype=wide)
         wants_inputs, *wants = wanted
         totals = [
@@ -80,6 +81,10 @@ class _LinearLoss(torch.autograd.Function):
             rows = slice(start, start + chunk_size)
             part = inputs[rows].to(dtype)
             share = len(part) / samples
+            if mask is not None:
+                # In the gradient of the weight, a masked input is multiplied by 0, which leaves NaN.
+                part = fill_masked(part, mask[rows])
+                options = {**options, "mask": mask[rows]}
             part_losses, (grad_part, *grads) = _chunk_gradients(
                 frozen[rows], part, weight.detach(), tuple(head), wanted, share, options
             )
@@ -151,6 +156,7 @@ def cosettle_linear_loss(
     norm_eps: float = 1e-5,
     tanh: bool = True,
     chunk_size: int | None = None,
+    mask: Tensor | None = None,
 ) -> CosettleOutput:
     """Compute `cosettle_loss` of layer_norm(tanh(inputs weight^T + bias)), a few samples at a time.
 
@@ -176,6 +182,7 @@ def cosettle_linear_loss(
         tanh: Whether to apply tanh. Without it, the projected tokens are layer_norm(inputs weight^T + bias).
         chunk_size: Number of samples that are processed at once. By default, as many as have a product of up
             to 32 MiB.
+        mask: (B, N) bool, True for the tokens that count, as in `cosettle_loss`.
 
     Returns:
         A `CosettleOutput` of 0-d tensors without diagnostics. Only `loss` is differentiable, and only once.
@@ -198,6 +205,7 @@ def cosettle_linear_loss(
         chunk_size = max(1, CHUNK_BYTES // (frozen[0].numel() * inputs.element_size()))
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    check_mask(mask, "frozen", frozen)
     options: dict[str, Any] = {
         "grid": grid,
         "temperature": temperature,
@@ -208,6 +216,7 @@ def cosettle_linear_loss(
         "norm_eps": norm_eps,
         "tanh": tanh,
         "diagnostics": False,
+        "mask": mask,
     }
     loss, cycle, separability = _apply(tensors, chunk_size, options)
     return CosettleOutput(loss, cycle, separability, None, None)

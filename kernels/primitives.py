@@ -163,6 +163,15 @@ def logits_tile(query_ptr, key_ptr, rows, columns, queries, keys, scale, D, BLOC
 
 
 @inline
+def drop_logits(logits, exists):
+    """Replace logits that do not exist by the lowest number, so that a softmax gives them 0.
+
+    Minus infinity would turn a row without any that exists into NaN. Such a row becomes uniform instead.
+    """
+    return tl.where(exists, logits, -3.4028234663852886e38)
+
+
+@inline
 def own_block(blocks, BLOCK):
     """Return the sample that this program processes, and the tokens of its block.
 

@@ -27,6 +27,9 @@ recomputes the rows from x and z and from six numbers per token that the forward
 
 The gradients of the head's parameters are summed over all tokens.
 
+With a mask, tokens and windows have weights (see reference.py). The former multiply the terms and s, the
+latter the pooled tokens and G. Tokens of weight 0 are not loaded, and their gradients are 0.
+
 A program processes one token at a time with one or a few warps, so that reductions over channels are mostly
 warp shuffles. With a head, only as many programs are launched as the GPU can run at once. Each processes many
 cells.
@@ -45,7 +48,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .checks import check_choice, check_tensors
+from .checks import check_choice, check_mask, check_tensors
 from .primitives import LOG2_E, exp2, exp2m1, log1p, sum_two, tanh
 from .reference import Reduction, Regularizer
 from .rows import (
@@ -101,6 +104,8 @@ BACKWARD_SCHEDULE = Schedule(channels_per_warp=768, stages=1, keep_head=False)
 class Epilogue(NamedTuple):
     """Inputs of both kernels: tokens (B, T, N, D), the parameters (D,) of a head or None, and options.
 
+    With a mask, there are weights of the tokens (B, N) and, for pooling, of the windows (B, M) in fp32.
+
     The grid is divided into cells, each of which covers one window of tokens. Cells at the bottom and at the
     right may be partial.
     """
@@ -110,6 +115,8 @@ class Epilogue(NamedTuple):
     bias: Tensor | None
     norm_weight: Tensor | None
     norm_bias: Tensor | None
+    token_weights: Tensor | None
+    window_weights: Tensor | None
     norm_eps: float
     tanh: bool
     height: int
@@ -125,6 +132,11 @@ class Epilogue(NamedTuple):
         """Bias of the linear layer, weight and bias of the layer norm; empty without a head."""
         parameters = (self.bias, self.norm_weight, self.norm_bias)
         return [parameter for parameter in parameters if parameter is not None]
+
+    @property
+    def cycle_weights(self) -> Tensor | None:
+        """Weights (B, M) of the pooled tokens in the cycle loss; None without a mask."""
+        return None if self.window_weights is None else reference.mean_weights(self.window_weights > 0)
 
     @property
     def losses_shape(self) -> tuple[int, ...]:
@@ -200,6 +212,18 @@ def _load_or_zero(pointer, offset):
 
 
 @inline
+def _weight(weights_ptr, index, inside):
+    """Return the weight of a token or window, and whether it exists: without weights, if inside the grid."""
+    if weights_ptr is None:
+        weight = 1.0
+        exists = inside
+    else:
+        weight = tl.load(weights_ptr + index, mask=inside, other=0.0)
+        exists = weight > 0
+    return weight, exists
+
+
+@inline
 def _load_head(bias_ptr, norm_weight_ptr, norm_bias_ptr, D, BLOCK, CHUNKS):
     bias = load_row(bias_ptr, True, D, BLOCK, CHUNKS)
     norm_weight = load_row(norm_weight_ptr, True, D, BLOCK, CHUNKS)
@@ -212,6 +236,7 @@ def _load_head(bias_ptr, norm_weight_ptr, norm_bias_ptr, D, BLOCK, CHUNKS):
 def _forward_kernel(
     input_ptr, frozen_ptr,  # [B, T, N, D], channels contiguous
     bias_ptr, norm_weight_ptr, norm_bias_ptr,  # [D]
+    token_weights_ptr, window_weights_ptr,  # [B, N], [B, M]; may be None
     terms_ptr,  # [B, T, cells], sums over the tokens of a cell
     statistics_ptr,  # [B, T, N, STATISTICS]
     pooled_ptr,  # [B, T, M, D]
@@ -240,7 +265,8 @@ def _forward_kernel(
         cell_term = 0.0
 
         for slot in tl.range(0, WINDOW_H * WINDOW_W, num_stages=STAGES):
-            token, exists = _token_of_cell(cell, slot, height, width, WINDOW_H, WINDOW_W)
+            token, inside = _token_of_cell(cell, slot, height, width, WINDOW_H, WINDOW_W)
+            token_weight, exists = _weight(token_weights_ptr, sample * height * width + token, inside)
             values = load_row(input_base + token * input_stride_n, exists, D, BLOCK, CHUNKS)
             frozen = load_row(frozen_base + token * frozen_stride_n, exists, D, BLOCK, CHUNKS)
             if HEAD:
@@ -252,9 +278,15 @@ def _forward_kernel(
                 mean = tl.sum(sum_chunks(hidden), 0) * (1.0 / D)
                 centred = _centred(hidden, mean, D, BLOCK)
                 inverse_std = 1.0 / tl.sqrt(dot_rows(centred, centred) * (1.0 / D) + eps)
+                if token_weights_ptr is not None:
+                    # A token that does not exist may be constant, and must stay finite.
+                    inverse_std = tl.where(exists, inverse_std, 0.0)
                 standard = scale_row(centred, inverse_std)
                 values = multiply_add_rows(standard, norm_weight, norm_bias)
             scale = inverse_norm(values)
+            if token_weights_ptr is not None:
+                # Keep tokens that do not exist out of the pooled token.
+                scale = tl.where(exists, scale, 0.0)
             frozen_scale = inverse_norm(frozen)
             unit = scale_row(values, UNIT * scale)
             frozen = scale_row(frozen, UNIT * frozen_scale)
@@ -266,7 +298,7 @@ def _forward_kernel(
                 term = log1p(mean_growth) - dot_rows(weight, difference) / (UNIT * total)
             else:
                 term = dot_rows(difference, difference) / (UNIT * UNIT)
-            cell_term += tl.where(exists, term, 0.0)
+            cell_term += tl.where(exists, term * token_weight, 0.0)
             if STATISTICS:
                 statistics = statistics_ptr + (view_of_sample * height * width + token) * STATISTICS
                 if HEAD:
@@ -278,12 +310,14 @@ def _forward_kernel(
                     tl.store(statistics + 4, total, mask=exists)
                     tl.store(statistics + 5, mean_growth, mask=exists)
             if POOL:
-                # For tokens that do not exist, `unit` may be nonzero, but then no pooled token is stored.
+                # Without a mask, `unit` may be nonzero beyond the grid, but then no pooled token is stored.
                 pooled = add_rows(pooled, unit, 1.0 / (UNIT * WINDOW_H * WINDOW_W))
 
         tl.store(terms_ptr + work, cell_term * term_scale)
         if POOL:
             whole_cell, is_whole = _whole_cell(cell, height, width, WINDOW_H, WINDOW_W)
+            window_weight, _ = _weight(window_weights_ptr, sample * whole_cells + whole_cell, is_whole)
+            pooled = scale_row(pooled, window_weight)
             pooled_row = pooled_ptr + (view_of_sample * whole_cells + whole_cell) * D
             store_row(pooled_row, pooled, is_whole, D, BLOCK)
 
@@ -292,6 +326,7 @@ def _forward_kernel(
 def _backward_kernel(
     input_ptr, frozen_ptr,  # [B, T, N, D], channels contiguous
     bias_ptr, norm_weight_ptr, norm_bias_ptr,  # [D]
+    token_weights_ptr, window_weights_ptr,  # [B, N], [B, M]; may be None
     statistics_ptr,  # [B, T, N, STATISTICS]
     grad_loss_ptr, grad_cycle_ptr, grad_term_ptr,  # [], or [B] with GRAD_STRIDE = 1; may be None
     grad_pooled_ptr,  # [B, T, M, D]
@@ -336,9 +371,12 @@ def _backward_kernel(
             grad_cycle *= pooled_scale / (WINDOW_H * WINDOW_W)
             whole_cell, is_whole = _whole_cell(cell, height, width, WINDOW_H, WINDOW_W)
             pooled_row = grad_pooled_ptr + (view_of_sample * whole_cells + whole_cell) * D
+            window_weight, _ = _weight(window_weights_ptr, sample * whole_cells + whole_cell, is_whole)
+            grad_cycle *= window_weight
 
         for slot in tl.range(0, WINDOW_H * WINDOW_W, num_stages=STAGES):
-            token, exists = _token_of_cell(cell, slot, height, width, WINDOW_H, WINDOW_W)
+            token, inside = _token_of_cell(cell, slot, height, width, WINDOW_H, WINDOW_W)
+            token_weight, exists = _weight(token_weights_ptr, sample * height * width + token, inside)
             values = load_row(input_base + token * input_stride_n, exists, D, BLOCK, CHUNKS)
             frozen = load_row(frozen_base + token * frozen_stride_n, exists, D, BLOCK, CHUNKS)
             statistics = statistics_ptr + (view_of_sample * height * width + token) * STATISTICS
@@ -352,7 +390,7 @@ def _backward_kernel(
                 hidden = _hidden(values, bias, TANH, HALF)
                 standard = scale_row(_centred(hidden, mean, D, BLOCK), inverse_std)
                 values = multiply_add_rows(standard, norm_weight, norm_bias)
-            # For tokens that do not exist, a scale of 0 leaves the head's gradients unchanged.
+            # For tokens that do not exist, a scale of 0 makes all gradients 0.
             scale = tl.load(statistics + 2, mask=exists, other=0.0)
             unit = scale_row(values, UNIT * scale)
             frozen_scale = tl.load(statistics + 3, mask=exists, other=0.0)
@@ -362,12 +400,12 @@ def _backward_kernel(
                 weight, growth = _growth(frozen, difference, D, BLOCK, HALF)
                 total = tl.load(statistics + 4, mask=exists, other=1.0)
                 mean_growth = tl.load(statistics + 5, mask=exists, other=0.0)
-                factor = grad_term / (total * (1.0 + mean_growth))
+                factor = grad_term * token_weight / (total * (1.0 + mean_growth))
                 grad = ()
                 for c in tl.static_range(CHUNKS):
                     grad = append(grad, weight[c] * (growth[c] * factor - mean_growth * factor))
             else:
-                grad = scale_row(difference, 2.0 * grad_term / UNIT)
+                grad = scale_row(difference, 2.0 * grad_term * token_weight / UNIT)
             if POOL:
                 grad_pooled = load_row(pooled_row, is_whole, D, BLOCK, CHUNKS)
                 grad = add_rows(grad, grad_pooled, grad_cycle)
@@ -389,7 +427,7 @@ def _backward_kernel(
                     through = append(through, centred * (1.0 - hidden[c] * hidden[c]) if TANH else centred)
                 grad = through
                 grad_bias = add_rows(grad_bias, grad, 1.0)
-            store_row(grad_base + token * D, grad, exists, D, BLOCK)
+            store_row(grad_base + token * D, grad, inside, D, BLOCK)
 
     if HEAD:
         parameters_row = grad_parameters_ptr + program * 3 * D
@@ -484,12 +522,16 @@ def _all_cells(epilogue: Epilogue) -> int:
 
 def _shared_arguments(
     epilogue: Epilogue, pool: bool, schedule: Schedule
-) -> tuple[list[Tensor], tuple[Any, ...], dict[str, Any]]:
+) -> tuple[list[Tensor | None], tuple[Any, ...], dict[str, Any]]:
     """Arguments that both kernels share: the first tensors, the first numbers, and compile-time constants."""
     inputs, frozen = unit_stride(epilogue.inputs), unit_stride(epilogue.frozen)
     samples, views, _, channels = inputs.shape
     block, chunks = row_blocks(channels)
     parameters = [parameter.contiguous() for parameter in epilogue.head] or [inputs] * 3
+    weights = [
+        None if each is None else each.contiguous()
+        for each in (epilogue.token_weights, epilogue.window_weights)
+    ]
     # Turns the sum of the separability terms into the loss.
     term_scale = 1.0 / ((1 if epilogue.per_sample else samples) * (1 if epilogue.kl else inputs[0].numel()))
     numbers = (
@@ -506,45 +548,59 @@ def _shared_arguments(
         # Newer versions of Triton fuse multiplications and additions only on request (triton PR 11270).
         "enable_fp_fusion": True,
     }  # fmt: skip
-    return [inputs, frozen, *parameters], numbers, constants
+    return [inputs, frozen, *parameters, *weights], numbers, constants
 
 
 # --- the loss alone -----------------------------------------------------------------------------------
 
 
-def _epilogue(projected: Tensor, frozen: Tensor, kl: bool, per_sample: bool) -> Epilogue:
+def _epilogue(
+    projected: Tensor, frozen: Tensor, weights: Tensor | None, kl: bool, per_sample: bool
+) -> Epilogue:
     """Build the inputs for the loss alone. The grid matters only for pooling: use a row of 4-token cells."""
     return Epilogue(
-        projected, frozen, bias=None, norm_weight=None, norm_bias=None, norm_eps=0.0, tanh=False,
+        projected, frozen, bias=None, norm_weight=None, norm_bias=None,
+        token_weights=weights, window_weights=None, norm_eps=0.0, tanh=False,
         height=1, width=projected.shape[2], window_height=1, window_width=4, kl=kl,
         per_sample=per_sample,
     )  # fmt: skip
 
 
 def _forward(
-    projected: Tensor, frozen: Tensor, kl: bool, per_sample: bool, keep: bool
+    projected: Tensor, frozen: Tensor, weights: Tensor | None, kl: bool, per_sample: bool, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """Compute the loss, 0-d or (B,), and the statistics for the backward, which are empty without `keep`."""
-    epilogue = _epilogue(projected, frozen, kl, per_sample)
+    """Compute the loss, 0-d or (B,), and the statistics for the backward, which are empty without `keep`.
+
+    The weights (B, N) are those of the tokens.
+    """
+    epilogue = _epilogue(projected, frozen, weights, kl, per_sample)
     terms, _, statistics = launch_forward(epilogue, pool=False, statistics=keep)
     return terms.sum((1, 2)) if per_sample else terms.sum(), statistics
 
 
 def _backward(
-    grad: Tensor, statistics: Tensor, projected: Tensor, frozen: Tensor, kl: bool, per_sample: bool
+    grad: Tensor,
+    statistics: Tensor,
+    projected: Tensor,
+    frozen: Tensor,
+    weights: Tensor | None,
+    kl: bool,
+    per_sample: bool,
 ) -> Tensor:
-    return launch_backward(_epilogue(projected, frozen, kl, per_sample), statistics, grad)[0]
+    return launch_backward(_epilogue(projected, frozen, weights, kl, per_sample), statistics, grad)[0]
 
 
-def _save(inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[bool, ...]]:
-    projected, frozen, *options, _keep = inputs
-    return (output[1], projected, frozen), tuple(options)
+def _save(
+    inputs: tuple[Any, ...], output: tuple[Tensor, ...]
+) -> tuple[tuple[Tensor | None, ...], tuple[bool, ...]]:
+    *tensors, kl, per_sample, _keep = inputs
+    return (output[1], *tensors), (kl, per_sample)
 
 
 _separability = operator(
     "separability",
     _forward,
-    fake=lambda projected, frozen, kl, per_sample, keep: (
+    fake=lambda projected, frozen, weights, kl, per_sample, keep: (
         projected.new_empty(projected.shape[: int(per_sample)], dtype=torch.float32),
         projected.new_empty(statistics_shape(projected, keep), dtype=torch.float32),
     ),
@@ -564,6 +620,7 @@ def separability_loss(
     backend: Backend = "auto",
     *,
     reduction: Reduction = "mean",
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Compute the semantic separability loss: how far the projected tokens moved from the frozen ones.
 
@@ -580,6 +637,9 @@ def separability_loss(
         backend: `"triton"`, `"eager"` (plain PyTorch), or `"auto"`, which selects Triton if it is installed
             and the tensors are on an NVIDIA GPU of compute capability 8.0 or higher and not in float64.
         reduction: `"mean"` averages the losses of the samples; `"none"` returns one loss per sample.
+        mask: (B, N) bool, True for the tokens that count, in all views. The others have no effect, whatever
+            they contain, and receive zero gradients. The sum or mean of a sample is over the tokens that
+            count, and 0 if there is none.
 
     Returns:
         The loss as a 0-d tensor or, for `reduction="none"`, (B,), in float32 or (for float64 tokens) float64.
@@ -591,10 +651,14 @@ def separability_loss(
     check_tensors(frozen=(frozen, "BTND"), projected=(projected, "BTND"))
     check_choice("regularizer", regularizer, Regularizer)
     check_choice("reduction", reduction, Reduction)
+    check_mask(mask, "frozen", frozen)
     frozen = frozen.detach()
     if not use_triton(backend, frozen=frozen, projected=projected):
+        if mask is not None:
+            frozen, projected = (reference.fill_masked(each, mask) for each in (frozen, projected))
         units = reference.unit(frozen), reference.unit(projected)
-        return reference.separability_loss(*units, regularizer, reduction)
+        return reference.separability_loss(*units, regularizer, reduction, mask)
+    weights = None if mask is None else reference.token_weights(mask, regularizer)
     options = (regularizer == "kl", reduction == "none", needs_grad(projected))
-    loss: Tensor = _separability(projected, frozen, *options)[0]
+    loss: Tensor = _separability(projected, frozen, weights, *options)[0]
     return loss

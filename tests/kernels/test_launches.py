@@ -31,11 +31,13 @@ from unittest.mock import patch
 from benchmarks.kernel_resources import pretended_gpu
 from fasttrain_kernels import cosettle_head_loss, runtime
 
-def step(batch, tokens, window):
+def step(batch, tokens, window, masked=False):
     grid = (tokens // 14, 14)
     frozen, linear = torch.zeros(2, batch, 3, tokens, 64, dtype=torch.bfloat16)
     head = [torch.zeros(64, requires_grad=True) for _ in range(3)]
     options = {"window": window, "backend": "triton", "diagnostics": False}
+    if masked:
+        options["mask"] = torch.ones(batch, tokens, dtype=torch.bool)
     with pretended_gpu(90) as launches:
         cosettle_head_loss(frozen, linear.requires_grad_(), *head, grid, **options).loss.backward()
     return launches
@@ -43,6 +45,7 @@ def step(batch, tokens, window):
 with patch.object(runtime, "_is_supported", lambda device: True):
     fused = [step(batch, 196, 2) for batch in (1, 8, 16, 17)]
     streaming = [step(batch, 196, 1) for batch in (1, 300)]
+    masked = [step(batch, 196, window, masked=True) for window in (2, 1) for batch in (1, 16, 17)]
 names = [[launch.name for launch in launches] for launches in fused]
 kernels = [[id(launch.kernel) for launch in launches] for launches in fused]
 print(json.dumps({
@@ -52,6 +55,10 @@ print(json.dumps({
     "streaming": [l.name for l in streaming[0]],
     "groups": [l.grid for l in streaming[1] if l.name == "bracket_kernel"],
     "all kernels": len({id(l.kernel) for launches in streaming for l in launches}),
+    "masked": [[l.name for l in launches] for launches in masked] == 3 * [names[0]] + 3 * [
+        [l.name for l in streaming[0]]
+    ],
+    "masked kernels": len({id(l.kernel) for launches in masked for l in launches if l.name != "sum_kernel"}),
 }))
 """
     assert in_process(code) == {
@@ -65,6 +72,9 @@ print(json.dumps({
         # 16 tiles of 64 x 64 a sample, and 205 samples a group.
         "groups": [[3280], [1520]],
         "all kernels": 7,
+        "masked": True,
+        # Windows of two sizes have kernels of their own in both directions.
+        "masked kernels": 9,
     }
 
 
@@ -120,6 +130,24 @@ print(json.dumps(rows))
         "cycle": [0, cores],
         "sum": [0, None],
     }
+
+
+def test_masked_kernels_fit_without_spilling_at_the_papers_shape(in_process: Any) -> None:
+    code = """
+import json, torch
+from unittest.mock import patch
+from benchmarks.kernel_resources import pretended_gpu, resources
+from fasttrain_kernels import cosettle_head_loss, runtime
+
+frozen, linear = torch.zeros(2, 1, 3, 196, 768, dtype=torch.bfloat16)
+head = [torch.zeros(768, requires_grad=True) for _ in range(3)]
+options = {"mask": torch.ones(1, 196, dtype=torch.bool), "backend": "triton", "diagnostics": False}
+with patch.object(runtime, "_is_supported", lambda device: True), pretended_gpu(90) as launches:
+    cosettle_head_loss(frozen, linear.requires_grad_(), *head, (14, 14), **options).loss.backward()
+print(json.dumps({launch.name: resources(launch.kernel)["spill_bytes"] for launch in launches}))
+"""
+    names = ("forward_kernel", "cycle_kernel", "sum_kernel", "backward_kernel")
+    assert in_process(code) == dict.fromkeys(names, 0)
 
 
 @pytest.mark.slow

@@ -48,6 +48,22 @@ def test_it_equals_the_linear_layer_followed_by_the_loss(chunk_size: int | None,
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("chunk_size", [2, 5])
+def test_masked_tokens_have_no_effect(chunk_size: int) -> None:
+    """Chunks of two leave a chunk of one. One sample has no token that counts."""
+    tensors = tensors_of(torch.float64, "cpu")
+    mask = torch.rand(5, 6, generator=torch.Generator().manual_seed(0)) < 0.6
+    mask[3] = False
+    truth = losses_and_gradients(separate, tensors, mask=mask, **OPTIONS)
+    for tokens in tensors[:2]:
+        tokens.detach().masked_fill_(~mask[:, None, :, None], float("nan"))
+    value = losses_and_gradients(
+        cosettle_linear_loss, tensors, grid=GRID, mask=mask, chunk_size=chunk_size, **OPTIONS
+    )
+    for one, other in zip(value, truth, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("frozen_inputs", [True, False])
 def test_the_kernels_and_autocast(device: str, frozen_inputs: bool) -> None:
     """The error relative to float64 is about that of separate operations under autocast."""

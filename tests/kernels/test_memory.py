@@ -134,8 +134,8 @@ def test_any_number_of_samples_can_be_launched(launches: list[tuple[int, ...]]) 
     """CUDA limits the axes of a launch grid to 2^31 - 1, 65,535 and 65,535."""
     for tokens in (49, 70):
         walk = torch.empty(100_000, 3, tokens, 8, device="meta", dtype=torch.bfloat16)
-        cycle.launch_cycle(walk, 0.1, grad=True)
-    given = separability.Epilogue(walk, walk, None, None, None, 0.0, False, 7, 10, 1, 1, kl=True)
+        cycle.launch_cycle(walk, None, 0.1, grad=True)
+    given = separability.Epilogue(walk, walk, *[None] * 5, 0.0, False, 7, 10, 1, 1, kl=True)
     separability.launch_forward(given, pool=True, statistics=True)
     assert launches
     assert all(grid[0] < 2**31 and max((1, *grid[1:])) <= 65_535 for grid in launches)

@@ -54,7 +54,28 @@ def separability(frozen: Tensor, projected: Tensor) -> Tensor:
     return separability_loss(frozen, projected, backend="triton")
 
 
-LOSSES = [fused, fused_head, walk_there_and_back, separability]
+def mask_of(tokens: Tensor) -> Tensor:
+    """A mask (1, N) of all tokens but the last."""
+    return torch.arange(tokens.shape[2], device=tokens.device)[None] < tokens.shape[2] - 1
+
+
+def masked(frozen: Tensor, projected: Tensor) -> Tensor:
+    options = {"mask": mask_of(frozen), "backend": "triton", "diagnostics": False}
+    return cosettle_loss(frozen, projected, (2, 2), window=1, **options).loss
+
+
+def masked_walk(frozen: Tensor, walk: Tensor) -> Tensor:
+    return cycle_consistency_loss(walk, 0.1, backend="triton", mask=mask_of(walk))
+
+
+def masked_separability(frozen: Tensor, projected: Tensor) -> Tensor:
+    return separability_loss(frozen, projected, "mse", backend="triton", mask=mask_of(frozen))
+
+
+LOSSES = [
+    *(fused, fused_head, walk_there_and_back, separability),
+    *(masked, masked_walk, masked_separability),
+]
 
 
 def inputs_of(loss: Loss, device: str) -> tuple[Tensor, Tensor]:
@@ -78,8 +99,10 @@ def test_the_module_passes_its_options_to_the_function(device: str) -> None:
     frozen, projected = torch.randn(2, 2, 3, 9, 8, device=device)
     options = {"temperature": 0.1, "window": 3, "lambda_reg": 0.5, "regularizer": "mse", "reduction": "none"}
     module = CosettleLoss(**options, backend="triton", diagnostics=False)
-    value = module(frozen, projected, (3, 3))
-    truth = cosettle_loss(frozen, projected, (3, 3), **options, backend="triton", diagnostics=False)
+    mask = torch.arange(9, device=device).expand(2, 9) > 3
+    value = module(frozen, projected, (3, 3), mask)
+    options |= {"backend": "triton", "diagnostics": False, "mask": mask}
+    truth = cosettle_loss(frozen, projected, (3, 3), **options)
     assert all(torch.equal(*losses) for losses in zip(value[:3], truth[:3], strict=True))
     assert value.cycle_accuracy is None
     with pytest.raises(ValueError, match="backend must be one of"):
@@ -205,6 +228,7 @@ def test_operators_pass_opcheck(device: str) -> None:
     operators = torch.ops.fasttrain_kernels
     parameters = [tokens(16) for _ in range(3)]
     frozen = tokens(1, 3, 4, 16).detach()
+    weights = torch.tensor([[4.0, 4.0, 0.0, 4.0]], device=device) / 3
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     for operator, arguments in [
         (
@@ -213,6 +237,8 @@ def test_operators_pass_opcheck(device: str) -> None:
                 tokens(1, 3, 4, 16),
                 frozen,
                 *parameters,
+                weights,
+                weights[:, :1],
                 1e-5,
                 True,
                 2,
@@ -227,15 +253,18 @@ def test_operators_pass_opcheck(device: str) -> None:
                 True,
             ),
         ),
-        (operators.separability, (tokens(1, 3, 4, 16), frozen, True, True, True)),
-        (operators.cycle_three_views, (tokens(1, 3, 4, 16), 0.1, True, True)),
+        (operators.separability, (tokens(1, 3, 4, 16), frozen, weights, True, True, True)),
+        (operators.cycle_three_views, (tokens(1, 3, 4, 16), weights, 0.1, True, True)),
         # The outputs for the gradient and the diagnostics are empty if they are not requested.
         (
             operators.cosettle,
-            (frozen, frozen, None, None, None, 0.0, False, 2, 2, 2, 2, False, False, 0.1, 3.0, False, False),
+            (
+                *(frozen, frozen, None, None, None, None, None, 0.0, False),
+                *(2, 2, 2, 2, False, False, 0.1, 3.0, False, False),
+            ),
         ),
-        (operators.separability, (frozen, frozen, False, False, False)),
-        (operators.cycle_three_views, (frozen.bfloat16(), 0.1, False, False)),
+        (operators.separability, (frozen, frozen, None, False, False, False)),
+        (operators.cycle_three_views, (frozen.bfloat16(), None, 0.1, False, False)),
     ]:
         torch.library.opcheck(operator.default, arguments, test_utils=checks)
 
@@ -345,6 +374,23 @@ def head_loss(**changed: object) -> None:
             "norm_weight must be a non-empty tensor of shape (D) with D = 8",
             head_loss,
             {"norm_weight": torch.ones(7)},
+        ),
+        (
+            "mask must be a bool tensor of shape (1, 4) on cpu, like the tokens of frozen, got torch.float32 "
+            "(1, 4) on cpu",
+            loss,
+            {"mask": torch.ones(1, 4)},
+        ),
+        ("mask must be a bool tensor of shape (1, 4)", head_loss, {"mask": torch.ones(4, dtype=torch.bool)}),
+        (
+            "like the tokens of walk, got torch.bool (1, 3)",
+            cycle_consistency_loss,
+            {"walk": GOOD, "mask": torch.ones(1, 3, dtype=torch.bool)},
+        ),
+        (
+            "mask must be",
+            separability_loss,
+            {"frozen": GOOD, "projected": GOOD, "mask": torch.ones(1, 4, device="meta").bool()},
         ),
         ("norm_eps must be finite and at least 0, got -1.0", head_loss, {"norm_eps": -1.0}),
         ("linear must be a non-empty tensor of shape (B, 3, N, D)", head_loss, {"linear": GOOD[:, :2]}),

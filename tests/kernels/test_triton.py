@@ -122,6 +122,20 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
     return values
 
 
+def some_mask(kind: str, batch: int, count: int, device: str) -> Tensor | None:
+    """Return no mask, a mask in which about a third is False, or one whose first sample is all False."""
+    if kind == "none":
+        return None
+    mask = torch.rand(batch, count, generator=torch.Generator().manual_seed(count)) < 0.67
+    mask[0] &= kind != "first empty"
+    return mask.to(device)
+
+
+def spoilt(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Fill the masked tokens with NaN."""
+    return values if mask is None else values.masked_fill(~mask[:, None, :, None], float("nan"))
+
+
 @pytest.mark.parametrize("channels", [768, 1024, 1536])
 def test_widths_of_vision_transformers(device: str, channels: int) -> None:
     frozen = tokens(1, 3, 4, channels, device=device)
@@ -145,32 +159,52 @@ def test_walk_over_several_tiles(device: str, dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("counting", [slice(40, 63), slice(3, 30), slice(0, 0)])
+def test_tiles_without_a_token_that_counts(device: str, dtype: torch.dtype, counting: slice) -> None:
+    """In fp32, the tokens that count are in the second of three tiles, in the first, or in none.
+
+    The views are opposite: logits are near -100, but not those of masked tokens.
+    """
+    views = torch.tensor([1.0, -1.0, 1.0], device=device).view(1, 3, 1, 1)
+    walk = torch.nn.functional.normalize(views + 0.1 * tokens(1, 3, 70, 24, device=device), dim=-1)
+    mask = torch.zeros(1, 70, dtype=torch.bool, device=device)
+    mask[0, counting] = True
+
+    def loss(backend: str, walk: Tensor) -> tuple[Tensor, ...]:
+        return (cycle_consistency_loss(walk, 0.01, backend=backend, mask=mask),)
+
+    check_against_eager(loss, dtype, spoilt(walk, mask))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_streaming_matches_the_fused_kernel(
     device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three samples in groups of two."""
     walk = torch.nn.functional.normalize(tokens(3, 3, 33, 40, device=device), dim=-1).to(dtype)
-    fused, fused_grad = cycle.launch_cycle(walk, 0.5, grad=True)
+    fused, fused_grad = cycle.launch_cycle(walk, None, 0.5, grad=True)
     monkeypatch.setattr(cycle, "MAX_FUSED_TOKENS", 32)
     monkeypatch.setattr(cycle_streaming, "BRACKET_BYTES", 2 * 2 * 33 * 48 * walk.element_size())
-    streamed, streamed_grad = cycle.launch_cycle(walk, 0.5, grad=True)
+    streamed, streamed_grad = cycle.launch_cycle(walk, None, 0.5, grad=True)
     assert norm_error(streamed, fused) < 1e-6
     assert norm_error(streamed_grad, fused_grad) < 4 * torch.finfo(dtype).eps
 
 
-def test_diagnostics(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("masked", ["none", "some", "first empty"])
+def test_diagnostics(device: str, masked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two samples, one at a time."""
     monkeypatch.setattr(cosettle, "DIAGNOSTIC_BYTES", 1)
     frozen, projected = (tokens(2, 3, 16, 32, device=device, common=0.6, seed=seed) for seed in range(2))
-    truth = cosettle_loss(frozen.double(), projected.double(), (4, 4), window=1, backend="eager")
-    value = cosettle_loss(frozen, projected, (4, 4), window=1, backend="triton")
+    options = {"window": 1, "mask": some_mask(masked, 2, 16, device)}
+    truth = cosettle_loss(frozen.double(), projected.double(), (4, 4), **options, backend="eager")
+    value = cosettle_loss(frozen, projected, (4, 4), **options, backend="triton")
     assert 0 < truth.cycle_accuracy < 1
     assert value.cycle_accuracy.item() == pytest.approx(truth.cycle_accuracy.item(), abs=1e-6)
     assert value.identity_similarity.item() == pytest.approx(truth.identity_similarity.item(), rel=1e-5)
     assert not value.cycle_accuracy.requires_grad
     with torch.autocast(device, dtype=torch.bfloat16):
-        again = cosettle_loss(frozen, projected, (4, 4), window=1, backend="triton")
+        again = cosettle_loss(frozen, projected, (4, 4), **options, backend="triton")
     assert torch.equal(again.identity_similarity, value.identity_similarity)
 
 
@@ -186,6 +220,7 @@ def check_objective(
     magnitude: float,
     content: str,
     head: str,
+    masked: str = "none",
 ) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     window = min(window, *grid)
@@ -202,7 +237,9 @@ def check_objective(
         # Without a head, the gradient of a zero token would be 1e12 times any rounding error.
         frozen[:, :, 0] = 0
         inputs[:, :, 0] = 1 if head == "none" else 0
-    options = {"window": window, "temperature": temperature, "regularizer": regularizer}
+    mask = some_mask(masked, batch, shape[2], device)
+    frozen, inputs = spoilt(frozen, mask), spoilt(inputs, mask)
+    options = {"window": window, "temperature": temperature, "regularizer": regularizer, "mask": mask}
     if head == "none":
         parameters, loss = [], objective(grid, **options)
     else:
@@ -229,6 +266,7 @@ OBJECTIVES = {
     "magnitude": st.sampled_from([1e-3, 1.0, 1e3]),
     "content": st.sampled_from(["random", "close to frozen", "identical frames", "zero tokens"]),
     "head": st.sampled_from(["none", "tanh", "no tanh"]),
+    "masked": st.sampled_from(["none", "some", "first empty"]),
 }
 
 
@@ -241,6 +279,9 @@ OBJECTIVES = {
         (1, (2, 3), 16, 1, 0.03, "mse", torch.float32, "contiguous", 1e3, "zero tokens", "none"),
         (1, (3, 2), 20, 2, 0.03, "kl", torch.bfloat16, "views last", 1e-3, "random", "no tanh"),
         (2, (2, 2), 24, 2, 0.1, "kl", torch.float32, "contiguous", 1.0, "close to frozen", "none"),
+        (2, (4, 5), 20, 2, 0.1, "mse", torch.float32, "views last", 1.0, "random", "tanh", "some"),
+        (2, (3, 4), 24, 2, 0.03, "kl", torch.bfloat16, "contiguous", 1.0, "random", "none", "first empty"),
+        (3, (3, 3), 20, 1, 0.1, "mse", torch.float16, "channels first", 1.0, "random", "no tanh", "some"),
         # A row of three blocks, and a row that needs two warps.
         (1, (2, 2), 384, 2, 0.03, "kl", torch.bfloat16, "contiguous", 1.0, "random", "tanh"),
         (1, (2, 2), 1024, 1, 0.03, "kl", torch.float16, "contiguous", 1.0, "random", "tanh"),
@@ -272,6 +313,7 @@ def check_part(
     dtype: torch.dtype,
     layout: str,
     content: str,
+    masked: str = "none",
 ) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     frozen = tokens(batch, views, cells, channels, device=device)
@@ -284,13 +326,15 @@ def check_part(
         frozen[:, :, 0] = 0
     # Walks expect normalised tokens. A zero token stays zero.
     unit = torch.nn.functional.normalize(frozen if content == "zero tokens" else inputs, dim=-1)
+    mask = some_mask(masked, batch, cells, device)
+    frozen, inputs, unit = (spoilt(values, mask) for values in (frozen, inputs, unit))
 
     def loss(backend: str, *given: Tensor) -> tuple[Tensor, ...]:
         if backend == "triton":
             given = tuple(laid_out(values, layout) for values in given)
         if part == "walk":
-            return (cycle_consistency_loss(given[0], temperature, there_and_back, backend),)
-        return (separability_loss(*given, regularizer, backend),)
+            return (cycle_consistency_loss(given[0], temperature, there_and_back, backend, mask=mask),)
+        return (separability_loss(*given, regularizer, backend, mask=mask),)
 
     check_against_eager(loss, dtype, *((frozen, inputs) if part == "separability" else (unit,)))
 
@@ -303,7 +347,7 @@ PARTS = {
     "there_and_back": st.booleans(),
     **{
         name: OBJECTIVES[name]
-        for name in ("channels", "temperature", "regularizer", "dtype", "layout", "content")
+        for name in ("channels", "temperature", "regularizer", "dtype", "layout", "content", "masked")
     },
 }
 
@@ -320,6 +364,11 @@ PARTS = {
         ("separability", 2, 4, 7, 33, 0.1, False, "kl", torch.bfloat16, "contiguous", "random"),
         ("separability", 1, 3, 7, 24, 0.1, False, "kl", torch.float32, "contiguous", "close to frozen"),
         ("separability", 2, 2, 7, 3, 0.1, False, "kl", torch.float32, "channels first", "identical frames"),
+        ("walk", 2, 3, 9, 20, 0.03, False, "kl", torch.float16, "views last", "random", "some"),
+        ("walk", 2, 3, 10, 24, 0.1, False, "kl", torch.float32, "contiguous", "random", "first empty"),
+        ("walk", 2, 4, 5, 8, 0.1, False, "kl", torch.float32, "contiguous", "random", "some"),
+        ("separability", 2, 3, 7, 33, 0.1, False, "mse", torch.bfloat16, "contiguous", "random", "some"),
+        ("separability", 2, 3, 7, 9, 0.1, False, "kl", torch.float32, "views last", "random", "first empty"),
     ],
 )
 def test_shapes_layouts_and_extremes_of_single_losses(device: str, case: tuple[Any, ...]) -> None:
@@ -335,11 +384,14 @@ def test_single_losses_of_any_shape_layout_and_extreme(case: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("term", [0, 1, 2])
-def test_losses_per_sample(device: str, term: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("term", "masked"), [(0, "none"), (1, "none"), (2, "none"), (0, "some"), (2, "some")]
+)
+def test_losses_per_sample(device: str, term: int, masked: str, dtype: torch.dtype) -> None:
     """The incoming gradients of the loss, the cycle loss or the separability loss differ between samples."""
     parameters = [tokens(24, device=device, common=0.0, seed=seed) for seed in range(3)]
-    loss = head_objective((3, 2), reduction="none", regularizer="mse" if term == 2 else "kl")
+    mask = some_mask(masked, 3, 6, device)
+    loss = head_objective((3, 2), reduction="none", regularizer="mse" if term == 2 else "kl", mask=mask)
 
     def chosen_first(backend: str, *tensors: Tensor) -> tuple[Tensor, ...]:
         losses = loss(backend, *tensors)
@@ -409,6 +461,39 @@ def test_a_projected_zero_token_is_normalised_as_in_torch(device: str, factor: f
     )
     assert truth.norm() > 1e9
     assert norm_error(value, truth) < 1e-4
+
+
+@pytest.mark.parametrize("regularizer", ["kl", "mse"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_mask_that_is_true_everywhere_changes_nothing(
+    device: str, regularizer: str, dtype: torch.dtype
+) -> None:
+    frozen = tokens(2, 3, 9, 16, device=device)
+    mask = torch.ones(2, 9, dtype=torch.bool, device=device)
+    value, truth = (
+        evaluate(
+            objective((3, 3), window=1, regularizer=regularizer, mask=given),
+            "triton",
+            dtype,
+            [frozen, frozen.roll(1, dims=-1)],
+        )
+        for given in (mask, None)
+    )
+    for one, other in zip(value, truth, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("masked", [0.0, float("nan"), float("inf")])
+def test_masked_tokens_receive_exactly_zero_gradients(device: str, masked: float) -> None:
+    """Without an epsilon, the layer norm of a token that is not loaded would divide by 0."""
+    frozen, linear = (tokens(2, 3, 9, 16, device=device, seed=seed) for seed in range(2))
+    mask = some_mask("first empty", 2, 9, device)
+    linear.masked_fill_(~mask[:, None, :, None], masked)
+    parameters = [frozen.new_zeros(16), frozen.new_ones(16), frozen.new_zeros(16)]
+    loss = head_objective((3, 3), mask=mask, norm_eps=0.0)
+    results = evaluate(loss, "triton", torch.float32, [frozen, linear, *parameters])
+    assert all(each.isfinite().all() for each in results)
+    assert torch.equal(results[3].any(-1), mask[:, None].expand(2, 3, 9))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
