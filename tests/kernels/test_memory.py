@@ -99,8 +99,9 @@ def test_cycle_matrices_exist_for_one_group_of_samples_at_a_time(
     assert largest["eager"] >= 8 * pooled**2
 
 
+@pytest.mark.parametrize("masked", [False, True])
 def test_peak_memory_at_the_papers_shape_is_at_most_a_fifth_of_eager(
-    launches: list[tuple[int, ...]], device: str, monkeypatch: pytest.MonkeyPatch
+    launches: list[tuple[int, ...]], device: str, masked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Linear layer, loss and gradients in mixed precision. Two samples suffice: memory grows linearly."""
     # On a real GPU, the partial sums of all programs would need more memory than two samples. They do not
@@ -109,6 +110,7 @@ def test_peak_memory_at_the_papers_shape_is_at_most_a_fifth_of_eager(
     weight = torch.randn(768, 768, device=device, requires_grad=True)
     parameters = [torch.randn(768, device=device, requires_grad=True) for _ in range(3)]
     frozen = torch.randn(2, 3, 196, 768, device=device, dtype=torch.bfloat16)
+    mask = torch.ones(2, 196, device=device, dtype=torch.bool) if masked else None
     token_map = frozen.numel() * frozen.element_size()
     peaks = {}
     for backend in ("triton", "eager"):
@@ -116,7 +118,7 @@ def test_peak_memory_at_the_papers_shape_is_at_most_a_fifth_of_eager(
             with torch.autocast(device, dtype=torch.bfloat16):
                 linear = torch.nn.functional.linear(frozen, weight)
             out = cosettle_head_loss(
-                frozen, linear, *parameters, (14, 14), backend=backend, diagnostics=False
+                frozen, linear, *parameters, (14, 14), backend=backend, diagnostics=False, mask=mask
             )
             del linear
             out.loss.backward()
