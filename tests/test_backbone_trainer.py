@@ -46,9 +46,11 @@ def test_meter_returns_the_first_step_with_a_non_finite_loss(bad: int) -> None:
     assert meter.first_non_finite(World.single()) == bad
 
 
-@pytest.mark.usefixtures("no_code_generation")
-def test_warm_up_has_no_side_effects() -> None:
+@pytest.mark.parametrize("generates_code", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_warm_up_has_no_side_effects(generates_code: bool, request: pytest.FixtureRequest) -> None:
     """With compilation on the CPU, it leaves weights, optimiser state and random state unchanged."""
+    if not generates_code:
+        request.getfixturevalue("no_code_generation")
     trainer = make_trainer(encoder={"compile": "default"})
     before = [p.clone() for p in trainer.projection.parameters()]
     random_state = torch.get_rng_state()

@@ -21,9 +21,9 @@ def separate(frozen: Tensor, inputs: Tensor, weight: Tensor, *head: Tensor, **op
     return cosettle_head_loss(frozen, product, *head, GRID, diagnostics=False, **options)
 
 
-def tensors_of(dtype: torch.dtype, device: str) -> list[Tensor]:
-    """Frozen tokens of 5 samples, inputs of 20 channels, and the parameters."""
-    shapes = [(5, 3, 6, 24), (5, 3, 6, 20), (24, 20), (24,), (24,), (24,)]
+def tensors_of(dtype: torch.dtype, device: str, samples: int = 5) -> list[Tensor]:
+    """Frozen tokens, inputs of 20 channels, and the parameters."""
+    shapes = [(samples, 3, 6, 24), (samples, 3, 6, 20), (24, 20), (24,), (24,), (24,)]
     generator = torch.Generator().manual_seed(0)
     frozen, *others = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
     return [frozen, *(tensor.requires_grad_() for tensor in others)]
@@ -67,7 +67,7 @@ def test_masked_tokens_have_no_effect(chunk_size: int) -> None:
 @pytest.mark.parametrize("frozen_inputs", [True, False])
 def test_the_kernels_and_autocast(device: str, frozen_inputs: bool) -> None:
     """The error relative to float64 is about that of separate operations under autocast."""
-    tensors = tensors_of(torch.float32, device)
+    tensors = tensors_of(torch.float32, device, samples=3)
     tensors[0] = tensors[0].bfloat16()
     tensors[1].requires_grad_(not frozen_inputs)
     doubles = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in tensors]

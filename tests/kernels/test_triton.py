@@ -195,16 +195,16 @@ def test_streaming_matches_the_fused_kernel(
 def test_diagnostics(device: str, masked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two samples, one at a time."""
     monkeypatch.setattr(cosettle, "DIAGNOSTIC_BYTES", 1)
-    frozen, projected = (tokens(2, 3, 16, 32, device=device, common=0.6, seed=seed) for seed in range(2))
-    options = {"window": 1, "mask": some_mask(masked, 2, 16, device)}
-    truth = cosettle_loss(frozen.double(), projected.double(), (4, 4), **options, backend="eager")
-    value = cosettle_loss(frozen, projected, (4, 4), **options, backend="triton")
+    frozen, projected = (tokens(2, 3, 9, 32, device=device, common=0.6, seed=seed) for seed in range(2))
+    options = {"window": 1, "mask": some_mask(masked, 2, 9, device)}
+    truth = cosettle_loss(frozen.double(), projected.double(), (3, 3), **options, backend="eager")
+    value = cosettle_loss(frozen, projected, (3, 3), **options, backend="triton")
     assert 0 < truth.cycle_accuracy < 1
     assert value.cycle_accuracy.item() == pytest.approx(truth.cycle_accuracy.item(), abs=1e-6)
     assert value.identity_similarity.item() == pytest.approx(truth.identity_similarity.item(), rel=1e-5)
     assert not value.cycle_accuracy.requires_grad
     with torch.autocast(device, dtype=torch.bfloat16):
-        again = cosettle_loss(frozen, projected, (4, 4), **options, backend="triton")
+        again = cosettle_loss(frozen, projected, (3, 3), **options, backend="triton")
     assert torch.equal(again.identity_similarity, value.identity_similarity)
 
 
@@ -383,15 +383,23 @@ def test_single_losses_of_any_shape_layout_and_extreme(case: dict[str, Any]) -> 
     check_part(**case)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("term", "masked"), [(0, "none"), (1, "none"), (2, "none"), (0, "some"), (2, "some")]
+    ("term", "masked", "dtype"),
+    [
+        (0, "none", torch.float32),
+        (0, "none", torch.bfloat16),
+        (1, "none", torch.float32),
+        (2, "none", torch.float32),
+        (0, "some", torch.bfloat16),
+        (2, "some", torch.float32),
+    ],
 )
 def test_losses_per_sample(device: str, term: int, masked: str, dtype: torch.dtype) -> None:
     """The incoming gradients of the loss, the cycle loss or the separability loss differ between samples."""
     parameters = [tokens(24, device=device, common=0.0, seed=seed) for seed in range(3)]
     mask = some_mask(masked, 3, 6, device)
-    loss = head_objective((3, 2), reduction="none", regularizer="mse" if term == 2 else "kl", mask=mask)
+    regularizer = "mse" if term == 2 else "kl"
+    loss = head_objective((3, 2), window=1, reduction="none", regularizer=regularizer, mask=mask)
 
     def chosen_first(backend: str, *tensors: Tensor) -> tuple[Tensor, ...]:
         losses = loss(backend, *tensors)
@@ -404,7 +412,7 @@ def test_losses_per_sample(device: str, term: int, masked: str, dtype: torch.dty
 
 @pytest.mark.parametrize("part", ["walk", "separability"])
 def test_single_losses_per_sample(device: str, part: str) -> None:
-    frozen = tokens(3, 3, 6, 24, device=device)
+    frozen = tokens(3, 3, 4, 24, device=device)
     walk = torch.nn.functional.normalize(frozen, dim=-1)
 
     def loss(backend: str, *given: Tensor) -> tuple[Tensor, ...]:
@@ -419,7 +427,7 @@ def test_single_losses_per_sample(device: str, part: str) -> None:
 
 def test_an_expanded_incoming_gradient(device: str) -> None:
     """The gradient of a sum over samples is one number, expanded to all samples."""
-    frozen = tokens(3, 3, 4, 16, device=device)
+    frozen = tokens(2, 3, 4, 16, device=device)
     # Equal tokens and a single window would make both terms, and so the gradients, 0.
     projected = frozen.roll(1, dims=-1).requires_grad_()
 
@@ -427,15 +435,15 @@ def test_an_expanded_incoming_gradient(device: str) -> None:
         out = cosettle_loss(frozen, projected, (2, 2), window=1, backend="triton", reduction=reduction)
         return torch.autograd.grad(out.loss.sum(), projected)[0]
 
-    torch.testing.assert_close(gradient("none"), 3 * gradient("mean"))
+    torch.testing.assert_close(gradient("none"), 2 * gradient("mean"))
 
 
 def test_low_temperature_with_the_head(device: str, cycle_kernels: str) -> None:
     """Logits are of the order of 100, the grid is odd, and 50 channels are not a power of two."""
-    linear = 0.5 * tokens(1, 3, 15, 50, device=device, seed=1)
+    linear = 0.5 * tokens(1, 3, 9, 50, device=device, seed=1)
     parameters = [tokens(50, device=device, common=0.0, seed=seed) for seed in range(3)]
-    loss = head_objective((3, 5), window=1, temperature=0.01, regularizer="mse")
-    check_against_eager(loss, torch.bfloat16, tokens(1, 3, 15, 50, device=device), linear, *parameters)
+    loss = head_objective((3, 3), window=1, temperature=0.01, regularizer="mse")
+    check_against_eager(loss, torch.bfloat16, tokens(1, 3, 9, 50, device=device), linear, *parameters)
 
 
 def test_opposite_views_do_not_overflow_beyond_the_last_token(device: str) -> None:
@@ -498,14 +506,14 @@ def test_masked_tokens_receive_exactly_zero_gradients(device: str, masked: float
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_infinity_propagate_to_the_loss(device: str, value: float) -> None:
-    frozen, projected = (tokens(1, 3, 16, 8, device=device, seed=seed) for seed in range(2))
+    frozen, projected = (tokens(1, 3, 8, 8, device=device, seed=seed) for seed in range(2))
     broken = projected.clone()
     broken[0, 1, 5, 2] = value
-    out = cosettle_loss(frozen, broken, grid=(4, 4), backend="triton")
+    out = cosettle_loss(frozen, broken, grid=(4, 2), backend="triton")
     assert not out.cycle.isfinite()
     assert not out.separability.isfinite()
     frozen[0, 2, 3, 1] = value
-    assert not cosettle_loss(frozen, projected, grid=(4, 4), backend="triton").loss.isfinite()
+    assert not cosettle_loss(frozen, projected, grid=(4, 2), backend="triton").loss.isfinite()
 
 
 def test_dtypes_of_frozen_and_projected_may_differ(device: str) -> None:
