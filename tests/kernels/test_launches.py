@@ -1,26 +1,45 @@
-"""Tests of the launchers with Triton's own binder and compiler, in processes without Triton's interpreter.
+"""Tests of the launchers with Triton's own binder and compiler, in a process without Triton's interpreter.
 
 Triton compiles the kernels for a GPU, but its driver is replaced by one that does not run them.
 """
 
 import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import fasttrain_kernels
-from tests.kernels.test_operators import run_python
 
 FOLDER = Path(fasttrain_kernels.__file__).parent
+# Runs the programs on stdin, one JSON string a line.
+SERVER = "import json, sys\nfor line in sys.stdin: exec(json.loads(line), {}); sys.stdout.flush()"
 
 
-@pytest.fixture
-def in_process(tmp_path: Path) -> Any:
-    """Run a program that prints JSON, and return the value."""
+@pytest.fixture(scope="module")
+def in_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Any]]:
+    """Run a program that prints a line of JSON, and return the value."""
     pytest.importorskip("triton")
-    (tmp_path / "fasttrain_kernels").symlink_to(FOLDER)
-    return lambda code: json.loads(run_python(code, tmp_path, FOLDER.parent))
+    folder = tmp_path_factory.mktemp("launches")
+    (folder / "fasttrain_kernels").symlink_to(FOLDER)
+    environment = {"PATH": "", "HOME": str(folder), "PYTHONPATH": f"{folder}:{FOLDER.parent}"}
+    command = [sys.executable, "-c", SERVER]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def run(code: str) -> Any:
+            print(json.dumps(code), file=process.stdin, flush=True)
+            printed = process.stdout.readline()
+            assert printed, "the program failed; its traceback is in the output"
+            return json.loads(printed)
+
+        yield run
 
 
 def test_a_step_launches_few_kernels_and_compiles_them_once(in_process: Any) -> None:
@@ -177,6 +196,10 @@ from triton.backends.compiler import GPUTarget
 from benchmarks import kernel_resources
 
 class Driver(kernel_resources._Driver):
+    # Triton caches compiled kernels per device.
+    def get_current_device(self):
+        return int("{architecture}"[3:], 16)
+
     def get_current_target(self):
         return GPUTarget("hip", "{architecture}", 64)
 
