@@ -70,18 +70,20 @@ class CosettleObjective(nn.Module):
             return self._long_walk(frozen_BVND, grid, diagnostics, walk_frames)
         # Bias, tanh and LayerNorm of the head are fused with the losses, so their outputs are never stored.
         linear_B3ND, rest = self.projection.split(frozen_BVND)
-        return cosettle_head_loss(
-            frozen_BVND,
-            linear_B3ND,
-            **rest,
-            grid=grid,
-            temperature=self.recipe.temperature,
-            window=self.recipe.window,
-            lambda_reg=self.recipe.lambda_reg,
-            regularizer=self.recipe.regularizer,
-            backend=self.recipe.backend,
-            diagnostics=diagnostics,
-        )
+        # Without Triton, autocast would compute the affinities in half precision.
+        with torch.autocast(frozen_BVND.device.type, enabled=False):
+            return cosettle_head_loss(
+                frozen_BVND,
+                linear_B3ND,
+                **rest,
+                grid=grid,
+                temperature=self.recipe.temperature,
+                window=self.recipe.window,
+                lambda_reg=self.recipe.lambda_reg,
+                regularizer=self.recipe.regularizer,
+                backend=self.recipe.backend,
+                diagnostics=diagnostics,
+            )
 
     def _long_walk(
         self, frozen_BVND: Tensor, grid: tuple[int, int], diagnostics: bool, walk_frames: int | None

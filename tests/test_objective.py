@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from fasttrain.objective import CosettleObjective
 from fasttrain.projection import Head, Projection
 from fasttrain.recipe import ObjectiveRecipe
-from fasttrain_kernels import cosettle_loss, cycle_consistency_loss
+from fasttrain_kernels import cosettle_head_loss, cosettle_loss, cycle_consistency_loss
 
 
 @pytest.mark.parametrize("head", get_args(Head))
@@ -138,3 +138,14 @@ def test_autocast_rounds_the_projection_but_not_the_walk() -> None:
         projected = objective.projection(frozen).double()
     walk = normalize(projected, dim=-1)[:, [0, 1, 2, 1, 3]]
     torch.testing.assert_close(out.cycle.double(), cycle_consistency_loss(walk), rtol=1e-4, atol=0)
+
+
+def test_autocast_applies_to_the_matrix_products_of_the_head_only() -> None:
+    frozen, projection = random_tokens(2, 3, 16, 24).bfloat16(), Projection(24)
+    objective = CosettleObjective(projection, ObjectiveRecipe())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = objective(frozen, (4, 4), True)
+        linear, rest = projection.split(frozen)
+    assert linear.dtype == torch.bfloat16
+    exact = cosettle_head_loss(frozen, linear, **rest, grid=(4, 4))
+    torch.testing.assert_close(out, exact, rtol=0, atol=0)
