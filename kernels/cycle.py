@@ -157,6 +157,7 @@ def launch_cycle(
     cross-entropy times grad_scale(M) tau B M, without the weights, (B, 3, M, D) in the dtype of the walk.
     Without `grad` it is empty. With weights, tokens that do not exist must be finite.
     """
+    weights_BM = None if weights_BM is None else weights_BM.contiguous()
     samples, _, tokens, channels = walk_B3MD.shape
     loss_BM = walk_B3MD.new_empty((samples, tokens), dtype=torch.float32)
     grad_B3MD = walk_B3MD.new_empty(walk_B3MD.shape if grad else (0,))
@@ -183,7 +184,6 @@ def _three_views(
     walk: Tensor, weights: Tensor | None, temperature: float, per_sample: bool, keep: bool
 ) -> tuple[Tensor, Tensor]:
     """Compute the loss (0-d or (B,), fp32) and, with `keep`, its scaled gradient (see `launch_cycle`)."""
-    weights = None if weights is None else weights.contiguous()
     loss_BM, grad_walk = launch_cycle(walk.contiguous(), weights, temperature, grad=keep)
     return loss_BM.mean(1) if per_sample else loss_BM.mean(), grad_walk
 

@@ -123,10 +123,13 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
 
 
 def some_mask(kind: str, batch: int, count: int, device: str) -> Tensor | None:
-    """Return no mask, a mask in which about a third is False, or one whose first sample is all False."""
+    """Return no mask, a mask in which about a third is False, or one whose first sample is all False.
+
+    The mask is not contiguous.
+    """
     if kind == "none":
         return None
-    mask = torch.rand(batch, count, generator=torch.Generator().manual_seed(count)) < 0.67
+    mask = torch.rand(count, batch, generator=torch.Generator().manual_seed(count)).T < 0.67
     mask[0] &= kind != "first empty"
     return mask.to(device)
 
