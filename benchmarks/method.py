@@ -108,8 +108,8 @@ TRAINED: dict[str, Variant] = {
     "3 frames, curriculum": frozen_start(objective={"frames": 3, "curriculum": True}),
     "mlp2": Variant({"projection": {"head": "mlp2", "init": "frozen"}}),
     "mlp3": Variant({"projection": {"head": "mlp3", "init": "frozen"}}),
-    "lowrank": Variant({"projection": {"head": "lowrank"}}),
-    "residual": Variant({"projection": {"head": "residual"}}),
+    "lowrank": Variant({"projection": {"head": "lowrank", "init": "frozen"}}),
+    "residual": Variant({"projection": {"head": "residual", "init": "frozen"}}),
 }
 # Strength and whitening of closed forms.
 CLOSED: dict[str, tuple[float, float]] = {
@@ -152,6 +152,7 @@ class Bench:
         """Return the recipe of a trained variant: that of the paper, but with 16 pairs per step."""
         sections: dict[str, dict[str, Any]] = {
             "backbone": self.backbone,
+            "projection": {"init": "published"},
             "data": {"source": str(self.root / "JPEGImages"), "pairs_per_video": SAMPLES},
             "optimizer": {"lr": 1.6e-2},  # for 256 pairs; 1e-3 for 16
             "train": {"batch_size": 16, "precision": "fp32", "steps": self.steps},

@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -20,6 +22,18 @@ def test_the_differences_are_paired_by_sequence() -> None:
     assert difference["least"] == pytest.approx(-10.0)
     low, high = difference["interval"]
     assert -10 <= low < 0 < high <= 10
+
+
+def test_only_variants_of_the_published_method_start_at_random() -> None:
+    bench: Any = SimpleNamespace(backbone={"name": "mae"}, root=Path("davis"), steps=1)
+    starts = {
+        name: variant.start or method.Bench.recipe(bench, variant.recipe).projection.init
+        for name, variant in method.TRAINED.items()
+    }
+    assert {name for name, start in starts.items() if start == "published"} == {
+        "published",
+        "published, keep the best",
+    }
 
 
 def test_a_projection_is_evaluated_on_other_sequences_than_it_learned_from(
