@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import operator
 import os
 import shlex
 import time
@@ -39,7 +38,7 @@ from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.evaluation.trade_off import MIN_FRAMES
 from fasttrain.evaluation.validation import Validation, describe_kept, has_improved
-from fasttrain.files import file_lock, is_url, naming, write_atomically, write_json
+from fasttrain.files import is_url, write_atomically, write_json
 from fasttrain.loggers import (
     NON_FINITE,
     EnduringConsole,
@@ -56,16 +55,8 @@ from fasttrain.loggers import (
 from fasttrain.optimizer import learning_rate_factor
 from fasttrain.profiling import STEP, StepProfiler, span
 from fasttrain.projection import LAST_PROJECTION_FILE, PROJECTION_FILE
-from fasttrain.recipe import (
-    ObjectiveRecipe,
-    Recipe,
-    TrainRecipe,
-    differences,
-    load_recipe,
-    recipe_hash,
-    to_dict,
-    to_yaml,
-)
+from fasttrain.recipe import ObjectiveRecipe, Recipe, to_dict, to_yaml
+from fasttrain.run_folder import check_facts, check_length, check_run_folder, lock_run_folder, newest_common
 from fasttrain.stopping import Stopping
 from fasttrain.trackers import Tracker, check_installed
 
@@ -114,8 +105,8 @@ class Trainer:
         self.say = partial(say, console=self.console)
         self.working = partial(working, console=self.console)
         recipes = backbone_recipes(recipe)
-        # The recipes with which the run has been trained so far, if it has begun.
-        earlier = [check_run_folder(backbone_recipe) for backbone_recipe in recipes]
+        # The recipe with which the run has been trained so far, if it has begun.
+        earlier = next(filter(None, [check_run_folder(each) for each in recipes]), recipe)
         self.index, self.validated = self.hold_out(self._open_source(), recipe.eval.held_out)
         train = recipe.train
         self.global_batch = train.batch_size * train.accumulate * world.size
@@ -144,7 +135,7 @@ class Trainer:
         # The states of the validations in the checkpoint, by backbone.
         self._earlier_validations: dict[str, dict[str, Any]] = {}
         self.completed_steps = self._resume()
-        self._check_length(next(filter(None, earlier), recipe).train)
+        check_length(recipe, earlier, self.completed_steps, self.total_steps, self.say)
         if not self.completed_steps:
             for trainer in self.backbone_trainers:
                 trainer.load_projection()
@@ -165,7 +156,7 @@ class Trainer:
         """
         if self.completed_steps >= self.total_steps:
             # A folder that cannot be written, such as an archived one, is left as it is.
-            if os.access(self.recipe.output, os.W_OK):
+            if self.world.is_main and os.access(self.recipe.output, os.W_OK):
                 with ExitStack() as stack:
                     self._lock_run_folders(stack)
             self.say(f"training in {self.recipe.output!r} is already complete ({self.total_steps} steps)")
@@ -495,34 +486,14 @@ class Trainer:
             for trainer in dropped:
                 self.backbone_trainers.remove(trainer)
                 self.say(f"dropped {trainer.name}: its loss was not finite before the run was resumed")
-        saved = {
-            trainer.name: saved_steps(trainer.folder / "checkpoints") for trainer in self.backbone_trainers
-        }
-        self._saved = saved
+        self._saved = {each.name: saved_steps(each.folder / "checkpoints") for each in self.backbone_trainers}
         # Rank 0 writes the checkpoints. A rank that does not see its folder would start at another step.
-        self.world.check_same(saved, f"output: the checkpoints in {self.recipe.output}")
-        common = set.intersection(*(set(steps) for steps in saved.values()))
-        if not common:
-            if any(saved.values()):
-                last = ", ".join(f"{name}: {max(steps, default='none')}" for name, steps in saved.items())
-                raise InputError(
-                    f"output: the backbones in {self.recipe.output!r} have no checkpoint in common (last "
-                    f"steps: {last}). Use backbones=[NAME,...] to select those that can continue together, "
-                    f"or use another output=DIR"
-                )
-            return 0
-        completed_steps = max(common)
-        for trainer in self.backbone_trainers:
+        self.world.check_same(self._saved, f"output: the checkpoints in {self.recipe.output}")
+        completed_steps = newest_common(self._saved, self.recipe.output)
+        for trainer in self.backbone_trainers if completed_steps else ():
             state = load_checkpoint(trainer.folder / "checkpoints", completed_steps)
-            for key, value in (self.facts | trainer.facts).items():
-                # Checkpoints of earlier versions lack some of these.
-                trained = state.get(key, (EARLIER_FACTS | trainer.earlier_facts).get(key, value))
-                if trained != value:
-                    raise InputError(
-                        f"output: the run in {str(trainer.folder)!r} was trained with {key} {trained!r}, "
-                        f"but this command has {value!r}. Use the same global batch, data, loader (install "
-                        f"or remove DALI) and weights with their configuration, or another output=DIR"
-                    )
+            facts, earlier = self.facts | trainer.facts, EARLIER_FACTS | trainer.earlier_facts
+            check_facts(trainer.folder, state, facts, earlier)
             trainer.load_state(state)
             if "validation" in state:
                 self._earlier_validations[trainer.name] = state["validation"]
@@ -530,38 +501,11 @@ class Trainer:
             self.bad_samples, self._faults = state.get("bad_samples", 0), state.get("faults", [])
         return completed_steps
 
-    def _check_length(self, earlier: TrainRecipe) -> None:
-        """Say that the length of the run has changed, or raise InputError if it has completed more steps."""
-        if self.completed_steps > self.total_steps:
-            raise InputError(
-                f"train.steps: the run in {self.recipe.output!r} has completed {self.completed_steps} steps, "
-                f"but this command has {self.total_steps}. Raise train.steps or train.epochs, or use another "
-                f"output=DIR"
-            )
-        length = operator.attrgetter("steps", "epochs")
-        if length(earlier) != length(self.recipe.train) and self.completed_steps:
-            self.say(
-                f"the length of the run has changed: from step {self.completed_steps} on, the learning rate "
-                f"follows the schedule of {self.total_steps} steps"
-            )
-
     def _lock_run_folders(self, stack: ExitStack) -> None:
         """Lock the run folders until `stack` is closed, and delete what a killed run has left over."""
-        for trainer in self.backbone_trainers if self.world.is_main else ():
-            # Two runs in one folder would overwrite each other's files.
-            refusal = (
-                f"output: another run is writing to {str(trainer.folder)!r}. Wait until it ends, or use "
-                f"another output=DIR"
-            )
-            stack.enter_context(file_lock(trainer.folder / "run.lock", refusal))
-            if saved_steps(trainer.folder / "checkpoints") != self._saved[trainer.name]:
-                raise InputError(
-                    f"output: another run has written to {str(trainer.folder)!r} since this command started. "
-                    f"Repeat the command"
-                )
-            drop_checkpoints(
-                trainer.folder / "checkpoints", self.completed_steps, keep=self.recipe.train.keep
-            )
+        for trainer in self.backbone_trainers:
+            saved, keep = self._saved[trainer.name], self.recipe.train.keep
+            stack.enter_context(lock_run_folder(trainer.folder, saved, self.completed_steps, keep=keep))
 
     @contextmanager
     def _open_run(self) -> Iterator[None]:
@@ -588,7 +532,8 @@ class Trainer:
                         "TensorBoard is not installed, so no events are written; metrics are in metrics.jsonl"
                     )
                     tensorboard = False
-                self._lock_run_folders(stack)
+                if self.world.is_main:
+                    self._lock_run_folders(stack)
                 for trainer in self.backbone_trainers if self.world.is_main else ():
                     # Left by a run that this one extends.
                     (trainer.folder / "train.json").unlink(missing_ok=True)
@@ -714,44 +659,6 @@ def _what_to_change(recipe: Recipe, starts_at_frozen: bool) -> str:
 def curriculum_frames(frames: int, step_index: int, total_steps: int) -> int:
     """Return how many frames the walk of a step visits: from 2 to `frames`, for equally many steps each."""
     return 2 + step_index * (frames - 1) // total_steps
-
-
-def check_run_folder(recipe: Recipe) -> Recipe | None:
-    """Return the recipe of the run in the run folder, if there is one.
-
-    Raises InputError if it must not be resumed with this recipe.
-    """
-    if is_url(recipe.output):
-        raise InputError(f"output: {recipe.output!r} is a URL; expected a folder, such as a mounted one")
-    folder = Path(recipe.output)
-    path = folder / "recipe.yaml"
-    if not path.exists():
-        return None
-    if recipe.resume == "never":
-        raise InputError(
-            f"output: {str(folder)!r} already holds a run. Continue it with resume=auto, or use another "
-            f"output=DIR"
-        )
-    with naming(path):
-        content = path.read_bytes()
-    if not content.strip(b"\0"):
-        # Version 0.1.0 did not wait until this file was on disk. Some file systems fill it with zeros.
-        raise InputError(
-            f"output: {str(path)!r} is empty, as after a loss of power. If this command is the one that "
-            f"started the run, delete the file and repeat the command; otherwise use another output=DIR"
-        )
-    try:
-        existing = load_recipe(path)
-    except InputError as error:
-        raise InputError(
-            f"output: {str(path)!r} is not a recipe of this version ({error}). Use another output=DIR"
-        ) from None
-    if recipe_hash(existing) != recipe_hash(recipe):
-        changed = "; ".join(differences(existing, recipe)[:4])
-        raise InputError(
-            f"output: {str(folder)!r} holds a run of another recipe ({changed}). Use another output=DIR"
-        )
-    return existing
 
 
 def check_bad_fraction(bad: int, seen: int, limit: float, last: str) -> None:

@@ -35,6 +35,7 @@ ORDER = (
     "configuration",
     "optimizer",
     "cuda_graph",
+    "run_folder",
     "checkpoint",
     "data",
     "trackers",

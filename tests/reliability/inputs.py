@@ -43,7 +43,8 @@ from fasttrain.evaluation.sequences import evaluate_all
 from fasttrain.options import TASKS
 from fasttrain.projection import PROJECTION_FILE, Projection
 from fasttrain.recipe import load_recipe, recipe_from_dict, recipe_hash, to_yaml
-from fasttrain.trainer import Trainer, check_run_folder
+from fasttrain.run_folder import check_run_folder
+from fasttrain.trainer import Trainer
 from fasttrain.video_encoder import load_video_encoder
 from reliability import mutations
 
