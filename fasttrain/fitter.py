@@ -30,7 +30,8 @@ from fasttrain.loggers import Progress, count, say_block
 from fasttrain.moments import TokenMoments
 from fasttrain.projection import FIT_FILE, PROJECTION_FILE
 from fasttrain.recipe import to_dict, to_yaml
-from fasttrain.trainer import Trainer, check_bad_fraction, random_weights
+from fasttrain.summary import random_weights
+from fasttrain.trainer import Trainer, check_bad_fraction
 from fasttrain.video_encoder import projection_metadata
 
 # The maps to choose from. The first of all is the frozen features with their mean removed.

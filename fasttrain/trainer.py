@@ -11,22 +11,17 @@ A sample passes through `PairLoader`, `Trainer.train_step`, `BackboneTrainer.for
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-import fasttrain
 from fasttrain.backbone_trainer import BackboneTrainer, backbone_recipes
 from fasttrain.checkpoint import drop_checkpoints, load_checkpoint, saved_steps
 from fasttrain.data.index import FrameIndex
@@ -37,7 +32,7 @@ from fasttrain.data.sources import describe_left_out, open_source
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.evaluation.trade_off import MIN_FRAMES
-from fasttrain.evaluation.validation import Validation, describe_kept, has_improved
+from fasttrain.evaluation.validation import Validation
 from fasttrain.files import is_url, write_atomically, write_json
 from fasttrain.loggers import (
     NON_FINITE,
@@ -49,24 +44,18 @@ from fasttrain.loggers import (
     count,
     last_event,
     say,
-    say_block,
     working,
 )
 from fasttrain.optimizer import learning_rate_factor
 from fasttrain.profiling import STEP, StepProfiler, span
-from fasttrain.projection import LAST_PROJECTION_FILE, PROJECTION_FILE
-from fasttrain.recipe import ObjectiveRecipe, Recipe, to_dict, to_yaml
+from fasttrain.recipe import Recipe, to_dict, to_yaml
 from fasttrain.run_folder import check_facts, check_length, check_run_folder, lock_run_folder, newest_common
 from fasttrain.stopping import Stopping
+from fasttrain.summary import run_warnings, say_settings
 from fasttrain.trackers import Tracker, check_installed
 
 # Minimum denominator of the fraction of bad samples, so that one bad sample at the start does not stop a run.
 MIN_SEEN = 1000
-# The scaled learning rates of the paper (512 frame pairs) and of recipes/quickstart.yaml (16), and the factor
-# from which on a rate is far from them. AdamW moves a weight by about the learning rate in a step, so a low
-# rate leaves the projection close to its initial values.
-PEAK_LRS, FACTOR_FAR = (2e-4, 3e-3), 10
-FEW_STEPS = 100
 # The facts of runs of earlier versions whose checkpoints do not state them.
 EARLIER_FACTS = {"loader": "DALI"}
 
@@ -161,9 +150,7 @@ class Trainer:
                     self._lock_run_folders(stack)
             self.say(f"training in {self.recipe.output!r} is already complete ({self.total_steps} steps)")
             return {}
-        say_block(f"fasttrain {fasttrain.__version__}", self._describe(), self.console)
-        for warning in self._warnings():
-            self.say(f"warning: {warning}")
+        self._introduce()
         results: dict[str, dict[str, Any]] = {}
         first = self.completed_steps
         with self._open_run():
@@ -239,97 +226,6 @@ class Trainer:
         train = self.recipe.train
         intervals = (train.log_every, train.save_every, self.recipe.eval.every)
         return any(self._is_due(every, completed_steps) for every in intervals)
-
-    # --- the opening lines ---------------------------------------------------------------------------------
-
-    def _describe(self) -> dict[str, str]:
-        """Describe the run in the order in which its parts are set up: name and text of each line."""
-        data, train, world = self.recipe.data, self.recipe.train, self.world
-        if world.device.type == "cuda":
-            device = torch.cuda.get_device_name(world.device)
-        else:
-            device = f"CPU, {count(world.cores, 'core')}"
-        videos, pairs = len(self.index), len(self.index) * data.pairs_per_video
-        epochs = f"{self.total_steps / self.steps_per_epoch:.3g}"
-        steps = f"{count(self.total_steps, 'step')} = {epochs} epoch{'s' * (epochs != '1')}"
-        if self.completed_steps:
-            steps = f"resuming after {self.completed_steps} of {steps}"
-        warm_up = min(1, train.warmup_epochs / train.epochs) * self.total_steps
-        objective, usual = asdict(self.recipe.objective), asdict(ObjectiveRecipe())
-        changed = [f"{key}={value}" for key, value in objective.items() if value != usual[key]]
-        return {
-            "device": f"{device}, {train.precision}",
-            "backbone": "; ".join(trainer.encoder.summary for trainer in self.backbone_trainers),
-            "projection": f"{self.recipe.projection.head}, "
-            + (
-                "start at the frozen features"
-                if self.backbone_trainers[0].starts_at_frozen
-                else f"weights {self.recipe.projection.weights!r}"
-            ),
-            **({"objective": ", ".join(changed)} if changed else {}),
-            "data": f"{data.source}: {count(videos, 'video')}, "
-            f"{count(int(self.index.num_frames.sum()), 'frame')}"
-            + (f"; {held_out} more held out" if (held_out := self.recipe.eval.held_out) else ""),
-            "epoch": f"{count(pairs, 'pair')} = {count(videos, 'video')} x "
-            f"{count(data.pairs_per_video, 'pair')}",
-            "global batch": f"{count(self.global_batch, 'pair')} = batch_size {train.batch_size} x "
-            f"accumulate {train.accumulate} x {count(world.size, 'process')}",
-            "training": f"{steps}, warm-up {warm_up:,.0f}",
-            "learning rate": f"{self.peak_lr:.2g} at its peak = {self.recipe.optimizer.lr:g} x "
-            f"{self.global_batch} / 256",
-            "output": self.recipe.output,
-        }
-
-    def _warnings(self) -> Iterator[str]:
-        """Yield what is far from the recipes of this project, and what to do about it."""
-        (low, high), scale = PEAK_LRS, self.global_batch / 256
-        scaled = f"the learning rate for a global batch of {self.global_batch}, {self.peak_lr:.2g}, is far"
-        if self.peak_lr < low / FACTOR_FAR:
-            yield (
-                f"{scaled} below the {low:g} of the paper; raise train.accumulate, or optimizer.lr to "
-                f"{low / scale:.2g}"
-            )
-        elif self.peak_lr > high * FACTOR_FAR:
-            yield f"{scaled} above the {high:g} of the demo; lower optimizer.lr to {high / scale:.2g} or less"
-        epochs, warm_up = self.recipe.train.epochs, self.recipe.train.warmup_epochs
-        if warm_up >= epochs:
-            yield (
-                f"the learning rate only rises, because train.warmup_epochs={warm_up:g} is not less than "
-                f"train.epochs={epochs:g}; a fifth is usual: train.warmup_epochs={epochs / 5:g}"
-            )
-        if self.total_steps < FEW_STEPS:
-            yield (
-                f"a run of {count(self.total_steps, 'step')} is short; raise train.steps, train.epochs or "
-                f"data.pairs_per_video, or use a smaller global batch"
-            )
-        yield from random_weights(self.recipe)
-        yield from _pointless(self.recipe)
-
-    def say_results(self) -> None:
-        """Print where the results are, and commands to continue with."""
-        files = {
-            "projection": PROJECTION_FILE,
-            "metrics": "metrics.jsonl",
-            "learning curves": "figures/learning.png",
-            "last projection": LAST_PROJECTION_FILE,
-        }
-        folders = [trainer.folder for trainer in self.backbone_trainers]
-        for trainer, folder in zip(self.backbone_trainers, folders, strict=True):
-            found = {name: str(folder / file) for name, file in files.items() if (folder / file).exists()}
-            record = json.loads(path.read_bytes()) if (path := folder / "train.json").exists() else {}
-            if kept := describe_kept(record):
-                found["kept"] = kept
-            say_block("results", found, self.console)
-            if kept and not has_improved(record):
-                advice = _what_to_change(trainer.recipe, trainer.starts_at_frozen)
-                self.say(f"warning: training {trainer.name} did not improve its features; {advice}")
-        run, source = shlex.quote(str(folders[0])), shlex.quote(self.recipe.data.source)
-        load = f"import fasttrain; encoder = fasttrain.load_video_encoder({json.dumps(str(folders[0]))})"
-        self.say("next, for example")
-        # Not wrapped, so that they can be copied.
-        self.say(f"  fasttrain eval consistency --run {run} --root {source}")
-        self.say(f"  fasttrain report {shlex.join(map(str, folders))}")
-        self.say(f"  python -i -c {shlex.quote(load)}")
 
     # --- metrics and files -----------------------------------------------------------------------------
 
@@ -501,6 +397,22 @@ class Trainer:
             self.bad_samples, self._faults = state.get("bad_samples", 0), state.get("faults", [])
         return completed_steps
 
+    def _introduce(self) -> None:
+        """Print the settings of the run, and warnings about them."""
+        say_settings(
+            self.recipe,
+            self.world,
+            self.index,
+            self.backbone_trainers,
+            self.console,
+            global_batch=self.global_batch,
+            peak_lr=self.peak_lr,
+            completed_steps=self.completed_steps,
+            total_steps=self.total_steps,
+        )
+        for warning in run_warnings(self.recipe, self.global_batch, self.peak_lr, self.total_steps):
+            self.say(f"warning: {warning}")
+
     def _lock_run_folders(self, stack: ExitStack) -> None:
         """Lock the run folders until `stack` is closed, and delete what a killed run has left over."""
         for trainer in self.backbone_trainers:
@@ -610,50 +522,6 @@ class Trainer:
                     f"{trainer.name}: only projections after step {self.completed_steps} are compared, "
                     f"because the run has not been validated in this way before"
                 )
-
-
-def random_weights(recipe: Recipe) -> Iterator[str]:
-    """Yield a warning if backbones have random weights."""
-    random = [each.name for each in recipe.backbones or (recipe.backbone,) if each.weights == "random"]
-    if random:
-        yield (
-            f"the weights of {', '.join(random)} are random, so the features are meaningless; pass "
-            f"pretrained ones as backbone.weights"
-        )
-
-
-def _pointless(recipe: Recipe) -> Iterator[str]:
-    """Yield which keys have no effect, or not the one that is asked for, and what to do about it."""
-    objective, held_out = recipe.objective, recipe.eval.held_out
-    if held_out and not recipe.eval.every:
-        yield (
-            f"eval.held_out={held_out} only leaves videos out, because nothing is validated; set eval.every, "
-            f"for example to 500"
-        )
-    if objective.frames == 2 and (objective.sub_cycles or objective.curriculum):
-        yield "objective.sub_cycles and objective.curriculum do nothing with 2 frames; raise objective.frames"
-    if (objective.frames - 1) * recipe.data.gap > 1:
-        yield (
-            f"objective.frames={objective.frames} with data.gap={recipe.data.gap:g} need more than a video, "
-            f"so the frames are closer to each other; lower one of them"
-        )
-    limit = objective.separability_limit
-    if limit != ObjectiveRecipe.separability_limit and objective.weighting != "constrained":
-        yield (
-            f"objective.separability_limit={limit:g} does nothing with objective.weighting="
-            f"{objective.weighting}; use constrained"
-        )
-
-
-def _what_to_change(recipe: Recipe, starts_at_frozen: bool) -> str:
-    """Return what may help if no projection is better than the frozen features."""
-    constrained = recipe.objective.weighting == "constrained"
-    weight = "lower objective.separability_limit" if constrained else "raise objective.lambda_reg"
-    starts_at_random = recipe.projection.weights == "random" and not starts_at_frozen
-    start = "start at the frozen features with projection.init=frozen, " if starts_at_random else ""
-    return (
-        f"{weight}, lower optimizer.lr, train on more videos, {start}or fit without training: fasttrain fit"
-    )
 
 
 def curriculum_frames(frames: int, step_index: int, total_steps: int) -> int:

@@ -105,6 +105,7 @@ def train(
     from fasttrain import distributed
     from fasttrain.backbone_trainer import backbone_recipes
     from fasttrain.projection import FIT_FILE
+    from fasttrain.summary import say_results
     from fasttrain.trainer import Trainer
 
     for each in backbone_recipes(recipe):
@@ -124,7 +125,7 @@ def train(
             # A completed run may have ended before they were drawn.
             if missing and not has_trained:
                 _draw_learning_curves(trainer, missing)
-            trainer.say_results()
+            say_results(trainer.backbone_trainers, trainer.console)
     return TrainingResult(results=results, folders=folders)
 
 

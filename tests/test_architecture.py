@@ -17,6 +17,7 @@ ORDER = (
     "fitter",
     "training",
     "trainer",
+    "summary",
     "evaluation",
     "backbone_trainer",
     "encoder_options",

@@ -5,7 +5,6 @@ import errno
 import json
 import math
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -13,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,10 +30,9 @@ from fasttrain.errors import InputError
 from fasttrain.files import file_lock
 from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD
 from fasttrain.optimizer import learning_rate_factor
-from fasttrain.options import new_parser
 from fasttrain.profiling import RECORDED, RECORDED_PASS, SPANS
 from fasttrain.recipe import Recipe, TrainRecipe, load_recipe, recipe_from_dict, to_yaml
-from fasttrain.trainer import Trainer, _what_to_change, check_bad_fraction, curriculum_frames
+from fasttrain.trainer import Trainer, check_bad_fraction, curriculum_frames
 from fasttrain.training import train
 from fasttrain.video_encoder import load_video_encoder
 
@@ -777,92 +774,3 @@ def test_learning_curves_are_drawn_even_if_the_run_ended_before(frames: Path, tm
     drawn = picture.stat()
     train(recipe)
     assert picture.stat() == drawn
-
-
-def test_a_high_learning_rate_is_named_with_the_highest_usual_one() -> None:
-    recipe = recipe_from_dict({"backbone": {"weights": "timm://x"}})
-    run: Any = SimpleNamespace(recipe=recipe, peak_lr=0.1, global_batch=16, total_steps=1000)
-    assert list(Trainer._warnings(run)) == [
-        "the learning rate for a global batch of 16, 0.1, is far above the 0.003 of the demo; lower "
-        "optimizer.lr to 0.048 or less"
-    ]
-
-
-def test_the_first_and_last_lines_describe_the_run(
-    frames: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    recipe = tiny(frames, tmp_path, optimizer={"lr": 1e-4}, objective={"frames": 3, "lambda_reg": 1.0})
-    with pytest.raises(RuntimeError, match="crashed"):
-        Interrupted(recipe, 3, crash).train()
-    out = capsys.readouterr().out
-    for line in (
-        "  objective      lambda_reg=1.0, frames=3",
-        "  epoch          6 pairs = 6 videos x 1 pair",
-        "  global batch   4 pairs = batch_size 4 x accumulate 1 x 1 process",
-        "  training       4 steps = 2.67 epochs, warm-up 1",
-        "  learning rate  1.6e-06 at its peak = 0.0001 x 4 / 256",
-        "warning: the learning rate for a global batch of 4, 1.6e-06, is far below the 0.0002 of the paper; "
-        "raise train.accumulate, or optimizer.lr to 0.013",
-    ):
-        assert f"{line}\n" in out
-    # A long path wraps the line.
-    assert f"data {frames}: 6 videos, 48 frames epoch" in " ".join(out.split())
-    assert "warning: a run of 4 steps is short" in out
-    train(recipe)
-    out = capsys.readouterr().out
-    assert "  training       resuming after 2 of 4 steps = 2.67 epochs" in out
-    assert "trained 8 pairs in 0:00:" in out
-    assert f"  projection       {tmp_path}/projection.safetensors\n" in out
-    command = next(line for line in out.splitlines() if line.startswith("  python -i -c "))
-    code = f'import fasttrain; encoder = fasttrain.load_video_encoder("{tmp_path}")'
-    assert shlex.split(command) == ["python", "-i", "-c", code]
-    commands = [shlex.split(line)[1:] for line in out.splitlines() if line.startswith("  fasttrain ")]
-    for name, *words in commands:
-        new_parser(name).parse_args(words)
-    assert [words[0] for words in commands] == ["eval", "report"]
-
-
-@pytest.mark.parametrize(
-    ("lr", "steps", "parts"), [(1e-3, 99, ["short"]), (1e-2, 100, []), (0.1, 100, ["above"])]
-)
-def test_only_settings_far_from_the_recipes_are_warned_about(
-    lr: float, steps: int, parts: list[str], frames: Path, tmp_path: Path
-) -> None:
-    recipe = tiny(frames, tmp_path, optimizer={"lr": lr * 256 / 4}, train={"steps": steps})
-    *warnings, untrained = Trainer(recipe, World.single())._warnings()
-    assert "the weights of dino are random" in untrained
-    assert len(warnings) == len(parts)
-    assert all(part in warning for part, warning in zip(parts, warnings, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("keys", "parts"),
-    [
-        ({"objective": {"frames": 3, "sub_cycles": True}, "eval": {"held_out": 2, "every": 1}}, []),
-        ({"objective": {"frames": 6}, "data": {"gap": 0.2}}, []),
-        ({"objective": {"frames": 7}, "data": {"gap": 0.2}}, ["data.gap=0.2 need more than a video"]),
-        ({"objective": {"curriculum": True}}, ["objective.curriculum do nothing with 2 frames"]),
-        ({"objective": {"separability_limit": 0.2}}, ["does nothing with objective.weighting=fixed"]),
-        ({"objective": {"separability_limit": 0.2, "weighting": "constrained"}}, []),
-        ({"eval": {"held_out": 2, "every": 0}}, ["eval.held_out=2 only leaves videos out"]),
-        (
-            {"backbones": [{"name": "dino"}, {"name": "mae", "weights": "timm://x"}]},
-            ["the weights of dino are random"],
-        ),
-    ],
-)
-def test_settings_without_effect_are_warned_about(keys: dict[str, Any], parts: list[str]) -> None:
-    recipe = recipe_from_dict({"backbone": {"weights": "timm://x"}, **keys})
-    run: Any = SimpleNamespace(recipe=recipe, peak_lr=1e-3, global_batch=128, total_steps=1000)
-    warnings = list(Trainer._warnings(run))
-    assert len(warnings) == len(parts)
-    assert all(part in warning for part, warning in zip(parts, warnings, strict=True))
-
-
-def test_the_advice_after_training_in_vain_suits_the_recipe() -> None:
-    constrained = recipe_from_dict({"objective": {"weighting": "constrained"}})
-    assert _what_to_change(constrained, False).startswith("lower objective.separability_limit, lower optim")
-    assert "projection.init=frozen" in _what_to_change(Recipe(), False)
-    assert "projection.init=frozen" not in _what_to_change(Recipe(), True)
-    given = recipe_from_dict({"projection": {"weights": "runs/fit"}})
-    assert "projection.init=frozen" not in _what_to_change(given, False)

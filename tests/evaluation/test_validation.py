@@ -23,6 +23,7 @@ from fasttrain.evaluation.validation import Validation, score
 from fasttrain.loggers import read_records
 from fasttrain.projection import LAST_PROJECTION_FILE, PROJECTION_FILE, Projection
 from fasttrain.recipe import EvalRecipe, Recipe, recipe_from_dict
+from fasttrain.summary import say_results
 from fasttrain.trainer import Trainer
 from fasttrain.training import train
 from fasttrain.video_encoder import load_video_encoder
@@ -55,7 +56,7 @@ def make_recipe(source: Path, output: Path, **sections: dict[str, Any]) -> Recip
 def run(recipe: Recipe) -> None:
     trainer = Trainer(recipe, World.single())
     trainer.train()
-    trainer.say_results()
+    say_results(trainer.backbone_trainers, trainer.console)
 
 
 def make_eval(**keys: Any) -> EvalRecipe:
