@@ -45,10 +45,10 @@ from fasttrain.evaluation.trade_off import measure_video, summarise
 from fasttrain.evaluation.validation import score
 from fasttrain.fitter import STRENGTHS, WHITENINGS
 from fasttrain.moments import TokenMoments
+from fasttrain.objective import curriculum_frames
 from fasttrain.optimizer import learning_rate_factor
 from fasttrain.projection import Projection
 from fasttrain.recipe import Recipe, recipe_from_dict
-from fasttrain.trainer import curriculum_frames
 
 FOLDS = 3
 # Samples per sequence for training, and the frames of a sample.

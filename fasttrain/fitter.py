@@ -21,17 +21,17 @@ import torch
 from fasttrain.backbone_trainer import BackboneTrainer
 from fasttrain.closed_form import ClosedForm, linear_projection
 from fasttrain.data.index import FrameIndex
-from fasttrain.data.loader import PairLoader, calibration_frames
+from fasttrain.data.loader import PairLoader, calibration_frames, check_bad_fraction
 from fasttrain.errors import InputError
 from fasttrain.evaluation.trade_off import MIN_FRAMES
-from fasttrain.evaluation.validation import Validation
+from fasttrain.evaluation.validation import Validation, hold_out
 from fasttrain.files import file_lock, write_atomically, write_json
 from fasttrain.loggers import Progress, count, say_block
 from fasttrain.moments import TokenMoments
 from fasttrain.projection import FIT_FILE, PROJECTION_FILE
 from fasttrain.recipe import to_dict, to_yaml
 from fasttrain.summary import random_weights
-from fasttrain.trainer import Trainer, check_bad_fraction
+from fasttrain.trainer import Trainer
 from fasttrain.video_encoder import projection_metadata
 
 # The maps to choose from. The first of all is the frozen features with their mean removed.
@@ -70,7 +70,7 @@ def _split(trainer: Trainer) -> tuple[FrameIndex, FrameIndex]:
     number = min(recipe.num_videos, int((index.num_frames >= MIN_FRAMES).sum()) // HELD_OUT_EVERY)
     if not number:
         trainer.say("too few videos to hold any out; the map is chosen on those that are fitted")
-    return trainer.hold_out(index, number)
+    return hold_out(index, number)
 
 
 def gather_moments(trainer: Trainer, index: FrameIndex, pairs: int) -> list[TokenMoments]:

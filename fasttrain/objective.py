@@ -111,6 +111,11 @@ class CosettleObjective(nn.Module):
         return CosettleOutput(loss, cycle, separability, accuracy, similarity)
 
 
+def curriculum_frames(frames: int, step_index: int, total_steps: int) -> int:
+    """Return how many frames the walk of a step visits: from 2 to `frames`, for equally many steps each."""
+    return 2 + step_index * (frames - 1) // total_steps
+
+
 def _walk(pooled_BVMD: Tensor, frames: int) -> Tensor:
     """Return the views of a walk through the first frames and back, (B, 2 * frames - 1, M, D)."""
     there_BFMD, last_B1MD = pooled_BVMD[:, :frames], pooled_BVMD[:, -1:]

@@ -20,19 +20,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fasttrain.backbone_trainer import BackboneTrainer, backbone_recipes
 from fasttrain.checkpoint import drop_checkpoints, load_checkpoint, saved_steps
 from fasttrain.data.index import FrameIndex
-from fasttrain.data.loader import INSTALL_DALI, FramePairs, PairLoader, calibration_frames, whole_frames
+from fasttrain.data.loader import (
+    INSTALL_DALI,
+    FramePairs,
+    PairLoader,
+    calibration_frames,
+    check_bad_fraction,
+    whole_frames,
+)
 from fasttrain.data.nvdec import has_dali
-from fasttrain.data.sampling import evenly_spaced
 from fasttrain.data.sources import describe_left_out, open_source
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.evaluation.trade_off import MIN_FRAMES
-from fasttrain.evaluation.validation import Validation
+from fasttrain.evaluation.validation import Validation, hold_out
 from fasttrain.files import is_url, write_atomically, write_json
 from fasttrain.loggers import (
     NON_FINITE,
@@ -46,6 +50,7 @@ from fasttrain.loggers import (
     say,
     working,
 )
+from fasttrain.objective import curriculum_frames
 from fasttrain.optimizer import learning_rate_factor
 from fasttrain.profiling import STEP, StepProfiler, span
 from fasttrain.recipe import Recipe, to_dict, to_yaml
@@ -54,8 +59,6 @@ from fasttrain.stopping import Stopping
 from fasttrain.summary import run_warnings, say_settings
 from fasttrain.trackers import Tracker, check_installed
 
-# Minimum denominator of the fraction of bad samples, so that one bad sample at the start does not stop a run.
-MIN_SEEN = 1000
 # The facts of runs of earlier versions whose checkpoints do not state them.
 EARLIER_FACTS = {"loader": "DALI"}
 
@@ -96,7 +99,7 @@ class Trainer:
         recipes = backbone_recipes(recipe)
         # The recipe with which the run has been trained so far, if it has begun.
         earlier = next(filter(None, [check_run_folder(each) for each in recipes]), recipe)
-        self.index, self.validated = self.hold_out(self._open_source(), recipe.eval.held_out)
+        self.index, self.validated = hold_out(self._open_source(), recipe.eval.held_out)
         train = recipe.train
         self.global_batch = train.batch_size * train.accumulate * world.size
         samples_per_epoch = len(self.index) * recipe.data.pairs_per_video
@@ -144,7 +147,7 @@ class Trainer:
             KeyboardInterrupt: A signal was received (see `stopping`). A checkpoint has been written.
         """
         if self.completed_steps >= self.total_steps:
-            # A folder that cannot be written, such as an archived one, is left as it is.
+            # Leftover files of a killed run are deleted, but not in a folder that cannot be written.
             if self.world.is_main and os.access(self.recipe.output, os.W_OK):
                 with ExitStack() as stack:
                     self._lock_run_folders(stack)
@@ -169,8 +172,8 @@ class Trainer:
                     self._save()
                 if reports:
                     self._last_report = self.completed_steps, time.perf_counter()
-            saved = self._is_due(self.recipe.train.save_every, self.completed_steps)
-            if first < self.completed_steps < self.total_steps and not saved:
+            is_saved = self._is_due(self.recipe.train.save_every, self.completed_steps)
+            if first < self.completed_steps < self.total_steps and not is_saved:
                 # The steps since the last report are reported after the resume, as in an uninterrupted run.
                 self._drop_non_finite()
                 self._collect_bad_samples()
@@ -214,21 +217,6 @@ class Trainer:
         for trainer in self.backbone_trainers:
             trainer.update(self._lr(step_index))
 
-    def _lr(self, step_index: int) -> float:
-        return self.peak_lr * learning_rate_factor(self.recipe.train, step_index, self.total_steps)
-
-    def _is_due(self, every: int, completed_steps: int) -> bool:
-        """Return whether an action is due that is repeated every `every` steps (0: never) and at the end."""
-        return every > 0 and (completed_steps % every == 0 or completed_steps == self.total_steps)
-
-    def _is_report_due(self, completed_steps: int) -> bool:
-        """Return whether metrics are due after `completed_steps` steps."""
-        train = self.recipe.train
-        intervals = (train.log_every, train.save_every, self.recipe.eval.every)
-        return any(self._is_due(every, completed_steps) for every in intervals)
-
-    # --- metrics and files -----------------------------------------------------------------------------
-
     def _report(self) -> dict[str, dict[str, Any]]:
         """Read, log and return the metrics. Elsewhere, the host waits for the device only in `_save`."""
         self._drop_non_finite()
@@ -271,46 +259,12 @@ class Trainer:
         if self.world.is_main and self.completed_steps == self.total_steps:
             # Written before the last checkpoint, because a run that has that checkpoint counts as completed.
             for trainer in self.backbone_trainers:
-                record = {"backbone": trainer.name, **records[trainer.name]}
-                write_json(trainer.folder / "train.json", record)
+                write_json(trainer.folder / "train.json", {"backbone": trainer.name, **records[trainer.name]})
         self.stopping.advance()
         return records
 
-    def _collect_bad_samples(self) -> None:
-        """Gather and print the bad samples of all ranks."""
-        new = [line for share in self.world.gather(self._new_bad_samples) for line in share]
-        self._new_bad_samples = []
-        self._faults += new
-        self.bad_samples += len(new)
-        for line in new:
-            self.say(f"unreadable sample: {line}")
-
-    def _drop_non_finite(self) -> None:
-        """Drop the backbones whose loss is not finite; raise InputError if none is left."""
-        for trainer in tuple(self.backbone_trainers):
-            bad_step_index = trainer.meter.first_non_finite(self.world)
-            if bad_step_index is not None:
-                self._drop(trainer, bad_step_index)
-
-    def _drop(self, trainer: BackboneTrainer, bad_step_index: int) -> None:
-        """Report a non-finite loss and drop the backbone; raise InputError if no other backbone is left."""
-        number = bad_step_index + 1
-        ids, names = self.loader.samples_of_step(bad_step_index)
-        if self.world.is_main:
-            event = {"event": NON_FINITE, "samples": [int(i) for i in ids], "names": names}
-            self.logs[trainer.name].write(number, event)
-        shown = ", ".join(f"{i} ({name})" for i, name in list(zip(ids, names, strict=True))[:8])
-        message = (
-            f"{trainer.name}: the loss of step {number} is not finite. Lower optimizer.lr, use "
-            f"train.precision=fp32, or check the samples of the step: {shown} (all are in metrics.jsonl; "
-            f"replacements are listed above)"
-        )
-        self.backbone_trainers.remove(trainer)
-        if not self.backbone_trainers:
-            raise InputError(message)
-        self.say(f"dropped {message}")
-
     def _save(self) -> None:
+        """Write the projections and checkpoints, on rank 0."""
         # The losses since the last report, which all ranks average together.
         losses = [trainer.meter.losses(self.world) for trainer in self.backbone_trainers]
         if self.world.is_main:
@@ -331,6 +285,50 @@ class Trainer:
                 drop_checkpoints(folder, self.completed_steps, keep=self.recipe.train.keep)
         self.stopping.advance()
         self.world.barrier()
+
+    def _lr(self, step_index: int) -> float:
+        return self.peak_lr * learning_rate_factor(self.recipe.train, step_index, self.total_steps)
+
+    def _is_due(self, every: int, completed_steps: int) -> bool:
+        """Return whether an action is due that is repeated every `every` steps (0: never) and at the end."""
+        return every > 0 and (completed_steps % every == 0 or completed_steps == self.total_steps)
+
+    def _is_report_due(self, completed_steps: int) -> bool:
+        """Return whether metrics are due after `completed_steps` steps."""
+        train = self.recipe.train
+        intervals = (train.log_every, train.save_every, self.recipe.eval.every)
+        return any(self._is_due(every, completed_steps) for every in intervals)
+
+    def _collect_bad_samples(self) -> None:
+        """Gather and print the bad samples of all ranks."""
+        new = [line for share in self.world.gather(self._new_bad_samples) for line in share]
+        self._new_bad_samples = []
+        self._faults += new
+        self.bad_samples += len(new)
+        for line in new:
+            self.say(f"unreadable sample: {line}")
+
+    def _drop_non_finite(self) -> None:
+        """Drop the backbones whose loss is not finite; raise InputError if none is left."""
+        for trainer in tuple(self.backbone_trainers):
+            bad_step_index = trainer.meter.first_non_finite(self.world)
+            if bad_step_index is None:
+                continue
+            number = bad_step_index + 1
+            ids, names = self.loader.samples_of_step(bad_step_index)
+            if self.world.is_main:
+                event = {"event": NON_FINITE, "samples": [int(i) for i in ids], "names": names}
+                self.logs[trainer.name].write(number, event)
+            shown = ", ".join(f"{i} ({name})" for i, name in list(zip(ids, names, strict=True))[:8])
+            message = (
+                f"{trainer.name}: the loss of step {number} is not finite. Lower optimizer.lr, use "
+                f"train.precision=fp32, or check the samples of the step: {shown} (all are in metrics.jsonl; "
+                f"replacements are listed above)"
+            )
+            self.backbone_trainers.remove(trainer)
+            if not self.backbone_trainers:
+                raise InputError(message)
+            self.say(f"dropped {message}")
 
     # --- set-up ----------------------------------------------------------------------------------------
 
@@ -357,20 +355,6 @@ class Trainer:
         if single:
             self.say(f"{single} of {len(index)} videos have a single frame; their pairs contain it twice")
         return index
-
-    def hold_out(self, index: FrameIndex, held_out: int) -> tuple[FrameIndex, FrameIndex]:
-        """Return the videos to train on, and those from which to choose the ones to validate."""
-        if not held_out:
-            return index, index
-        long_enough = np.flatnonzero(index.num_frames >= MIN_FRAMES)
-        if held_out > len(long_enough) or held_out == len(index):
-            raise InputError(
-                f"eval.held_out: {held_out} is too many for {count(len(index), 'video')}, of which "
-                f"{len(long_enough)} have at least {MIN_FRAMES} frames; lower it, or pass more videos"
-            )
-        chosen = long_enough[evenly_spaced(len(long_enough), held_out)]
-        others = np.setdiff1d(np.arange(len(index)), chosen)
-        return index.select(others.tolist()), index.select(chosen.tolist())
 
     def _resume(self) -> int:
         """Load the newest checkpoint that all backbones have in common; return the number of completed steps.
@@ -413,21 +397,15 @@ class Trainer:
         for warning in run_warnings(self.recipe, self.global_batch, self.peak_lr, self.total_steps):
             self.say(f"warning: {warning}")
 
-    def _lock_run_folders(self, stack: ExitStack) -> None:
-        """Lock the run folders until `stack` is closed, and delete what a killed run has left over."""
-        for trainer in self.backbone_trainers:
-            saved, keep = self._saved[trainer.name], self.recipe.train.keep
-            stack.enter_context(lock_run_folder(trainer.folder, saved, self.completed_steps, keep=keep))
-
     @contextmanager
     def _open_run(self) -> Iterator[None]:
-        """Open the loader, run folders, logs and signal handlers for the loop, and warm up the backbones."""
+        """Prepare the first step, and open all that the loop needs until the context ends."""
+        if self.facts["loader"] != "DALI":
+            self.say(
+                "DALI is not installed, so Pillow and PyTorch load the frames, which takes more CPU time. To "
+                f"get DALI on Linux, run: {INSTALL_DALI}"
+            )
         with ExitStack() as stack:
-            if self.facts["loader"] != "DALI":
-                self.say(
-                    "DALI is not installed, so Pillow and PyTorch load the frames, which takes more CPU "
-                    f"time. To get DALI on Linux, run: {INSTALL_DALI}"
-                )
             with self.working("preparing the first step"):
                 self.loader = PairLoader(
                     index=self.index,
@@ -437,53 +415,9 @@ class Trainer:
                     num_steps=self.total_steps - self.completed_steps,
                 )
                 stack.callback(self.loader.close)
-                self.logs = {}
-                tensorboard = self.recipe.train.tensorboard
-                if tensorboard and importlib.util.find_spec("tensorboard") is None:
-                    self.say(
-                        "TensorBoard is not installed, so no events are written; metrics are in metrics.jsonl"
-                    )
-                    tensorboard = False
-                if self.world.is_main:
-                    self._lock_run_folders(stack)
-                for trainer in self.backbone_trainers if self.world.is_main else ():
-                    # Left by a run that this one extends.
-                    (trainer.folder / "train.json").unlink(missing_ok=True)
-                    write_atomically(trainer.folder / "recipe.yaml", to_yaml(trainer.recipe).encode())
-                    viewers: list[Viewer] = []
-                    if tensorboard:
-                        events = trainer.folder / "tensorboard"
-                        viewers.append(
-                            TensorBoardEvents(events, self.completed_steps, to_yaml(trainer.recipe))
-                        )
-                    if (tracker := self.recipe.train.tracker) != "none":
-                        viewers.append(
-                            Tracker(
-                                tracker,
-                                trainer.folder,
-                                config=to_dict(trainer.recipe),
-                                completed_steps=self.completed_steps,
-                                group=Path(self.recipe.output).resolve().name
-                                if self.recipe.backbones
-                                else None,
-                                say=self.say,
-                            )
-                        )
-                    log = MetricsLog(trainer.folder, completed_steps=self.completed_steps, viewers=viewers)
-                    self.logs[trainer.name] = stack.enter_context(log)
+                self.logs = self._open_run_folders(stack) if self.world.is_main else {}
                 for trainer in self.backbone_trainers:
-                    if trainer.runtime.awaits_calibration:
-                        trainer.calibrate(calibration_frames(self.index, self.recipe.data.image_size))
-                    if not self.completed_steps and trainer.starts_at_frozen:
-                        trainer.start_at_frozen(whole_frames(self.index, self.recipe.data.image_size))
-                    seconds = trainer.warm_up()
-                    if trainer.graph_failure:
-                        self.say(
-                            f"{trainer.name}: training without encoder.cuda_graph, because the recording "
-                            f"failed: {trainer.graph_failure}"
-                        )
-                    if seconds:
-                        self.say(f"{trainer.name}: warmed up in {seconds:.1f} s")
+                    self._prepare(trainer)
                 self._begin_validation()
             # From here on, signals stop the run after a step. Before, they end it at once.
             timeout = self.recipe.train.stall_timeout
@@ -500,6 +434,60 @@ class Trainer:
             self._start = time.perf_counter()
             self._last_report = self.completed_steps, self._start
             yield
+
+    def _lock_run_folders(self, stack: ExitStack) -> None:
+        """Lock the run folders until `stack` is closed, and delete what a killed run has left over."""
+        for trainer in self.backbone_trainers:
+            saved, keep = self._saved[trainer.name], self.recipe.train.keep
+            stack.enter_context(lock_run_folder(trainer.folder, saved, self.completed_steps, keep=keep))
+
+    def _open_run_folders(self, stack: ExitStack) -> dict[str, MetricsLog]:
+        """Lock the run folders, write the recipes, and open the logs by backbone, until `stack` is closed."""
+        train, logs = self.recipe.train, {}
+        tensorboard = train.tensorboard
+        if tensorboard and importlib.util.find_spec("tensorboard") is None:
+            self.say("TensorBoard is not installed, so no events are written; metrics are in metrics.jsonl")
+            tensorboard = False
+        self._lock_run_folders(stack)
+        group = Path(self.recipe.output).resolve().name if self.recipe.backbones else None
+        for trainer in self.backbone_trainers:
+            # Left by a run that this one extends.
+            (trainer.folder / "train.json").unlink(missing_ok=True)
+            recipe = to_yaml(trainer.recipe)
+            write_atomically(trainer.folder / "recipe.yaml", recipe.encode())
+            viewers: list[Viewer] = []
+            if tensorboard:
+                events = trainer.folder / "tensorboard"
+                viewers.append(TensorBoardEvents(events, self.completed_steps, recipe))
+            if train.tracker != "none":
+                viewers.append(
+                    Tracker(
+                        train.tracker,
+                        trainer.folder,
+                        config=to_dict(trainer.recipe),
+                        completed_steps=self.completed_steps,
+                        group=group,
+                        say=self.say,
+                    )
+                )
+            log = MetricsLog(trainer.folder, completed_steps=self.completed_steps, viewers=viewers)
+            logs[trainer.name] = stack.enter_context(log)
+        return logs
+
+    def _prepare(self, trainer: BackboneTrainer) -> None:
+        """Calibrate, initialise and warm up a backbone."""
+        if trainer.runtime.awaits_calibration:
+            trainer.calibrate(calibration_frames(self.index, self.recipe.data.image_size))
+        if not self.completed_steps and trainer.starts_at_frozen:
+            trainer.start_at_frozen(whole_frames(self.index, self.recipe.data.image_size))
+        seconds = trainer.warm_up()
+        if trainer.graph_failure:
+            self.say(
+                f"{trainer.name}: training without encoder.cuda_graph, because the recording failed: "
+                f"{trainer.graph_failure}"
+            )
+        if seconds:
+            self.say(f"{trainer.name}: warmed up in {seconds:.1f} s")
 
     def _begin_validation(self) -> None:
         """Measure the frozen features and, before the first step, the initial projections, on rank 0."""
@@ -522,17 +510,3 @@ class Trainer:
                     f"{trainer.name}: only projections after step {self.completed_steps} are compared, "
                     f"because the run has not been validated in this way before"
                 )
-
-
-def curriculum_frames(frames: int, step_index: int, total_steps: int) -> int:
-    """Return how many frames the walk of a step visits: from 2 to `frames`, for equally many steps each."""
-    return 2 + step_index * (frames - 1) // total_steps
-
-
-def check_bad_fraction(bad: int, seen: int, limit: float, last: str) -> None:
-    """Raise InputError if more than the fraction `limit` of all samples is unreadable."""
-    if bad > limit * max(seen, MIN_SEEN):
-        raise InputError(
-            f"data.max_bad_fraction: {bad} of {seen} samples are unreadable, which exceeds the allowed "
-            f"fraction of {limit:g}. Repair the data or raise the limit. Last unreadable sample: {last}"
-        )

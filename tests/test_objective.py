@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fasttrain.objective import CosettleObjective
+from fasttrain.objective import CosettleObjective, curriculum_frames
 from fasttrain.projection import Head, Projection
 from fasttrain.recipe import ObjectiveRecipe
 from fasttrain_kernels import cosettle_head_loss, cosettle_loss, cycle_consistency_loss
@@ -149,3 +149,7 @@ def test_autocast_applies_to_the_matrix_products_of_the_head_only() -> None:
     assert linear.dtype == torch.bfloat16
     exact = cosettle_head_loss(frozen, linear, **rest, grid=(4, 4))
     torch.testing.assert_close(out, exact, rtol=0, atol=0)
+
+
+def test_the_walks_of_a_curriculum_have_each_length_for_equally_many_steps() -> None:
+    assert [curriculum_frames(4, step, 7) for step in range(7)] == [2, 2, 2, 3, 3, 4, 4]

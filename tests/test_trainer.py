@@ -32,7 +32,7 @@ from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD
 from fasttrain.optimizer import learning_rate_factor
 from fasttrain.profiling import RECORDED, RECORDED_PASS, SPANS
 from fasttrain.recipe import Recipe, TrainRecipe, load_recipe, recipe_from_dict, to_yaml
-from fasttrain.trainer import Trainer, check_bad_fraction, curriculum_frames
+from fasttrain.trainer import Trainer
 from fasttrain.training import train
 from fasttrain.video_encoder import load_video_encoder
 
@@ -186,7 +186,6 @@ def test_a_run_with_a_curriculum_of_walks_resumes(frames: Path, finished: Path, 
     # The walks are shorter in the first half of the run, on the same frames.
     assert one[0]["cycle"] < other[0]["cycle"]
     assert one[0]["cycle"] != two_frames[0]["cycle"]
-    assert [curriculum_frames(4, step, 7) for step in range(7)] == [2, 2, 2, 3, 3, 4, 4]
 
 
 def test_a_resumed_run_in_fp8_keeps_its_scales(
@@ -755,15 +754,6 @@ def test_each_backbone_receives_the_same_frames_with_its_own_mean_and_std(
         expected = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
         torch.testing.assert_close(mae, expected, rtol=0, atol=1e-5)
     assert load_video_encoder(tmp_path / "mae").mean == mean
-
-
-def test_the_limit_of_bad_samples_is_a_fraction_of_all_samples() -> None:
-    check_bad_fraction(10, 1000, 0.01, "x")
-    check_bad_fraction(10, 30, 0.01, "x")
-    with pytest.raises(InputError, match=r"11 of 1000 samples .* Last unreadable sample: x"):
-        check_bad_fraction(11, 1000, 0.01, "x")
-    with pytest.raises(InputError):
-        check_bad_fraction(1, 30, 0.0, "x")
 
 
 def test_learning_curves_are_drawn_even_if_the_run_ended_before(frames: Path, tmp_path: Path) -> None:

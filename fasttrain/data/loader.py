@@ -42,6 +42,8 @@ MEAN_FRAMES = 128
 INSTALL_DALI = pip_install("cuda12", "cuda13")
 # After this many unreadable samples in a row, assume that nothing is readable.
 MAX_ATTEMPTS = 32
+# Minimum denominator of the fraction of bad samples, so that one bad sample at the start does not stop a run.
+MIN_SEEN = 1000
 
 
 @dataclass(frozen=True)
@@ -235,6 +237,15 @@ class PairLoader:
             except RuntimeError:
                 return int(frame)
         return None
+
+
+def check_bad_fraction(bad: int, seen: int, limit: float, last: str) -> None:
+    """Raise InputError if more than the fraction `limit` of all samples is unreadable."""
+    if bad > limit * max(seen, MIN_SEEN):
+        raise InputError(
+            f"data.max_bad_fraction: {bad} of {seen} samples are unreadable, which exceeds the allowed "
+            f"fraction of {limit:g}. Repair the data or raise the limit. Last unreadable sample: {last}"
+        )
 
 
 def decoding_threads(world: World) -> int:

@@ -24,6 +24,7 @@ from fasttrain.data.images import UnreadableFrameError
 from fasttrain.data.index import FrameIndex
 from fasttrain.data.preprocessing import centre_crop, stream_frames
 from fasttrain.data.sampling import evenly_spaced
+from fasttrain.errors import InputError
 from fasttrain.evaluation.trade_off import (
     MIN_FRAMES,
     VideoMeasures,
@@ -31,6 +32,7 @@ from fasttrain.evaluation.trade_off import (
     nearest_accuracy,
     summarise,
 )
+from fasttrain.loggers import count
 from fasttrain.projection import Projection
 from fasttrain.recipe import Recipe
 
@@ -48,6 +50,24 @@ def score(tokens_TND: Tensor) -> float:
             feature is not finite.
     """
     return nearest_accuracy(tokens_TND).item()
+
+
+def hold_out(index: FrameIndex, number: int) -> tuple[FrameIndex, FrameIndex]:
+    """Return the videos to train on, and `number` evenly spaced ones to validate. 0: all videos, for both.
+
+    Raises InputError if too few videos are long enough.
+    """
+    if not number:
+        return index, index
+    long_enough = np.flatnonzero(index.num_frames >= MIN_FRAMES)
+    if number > len(long_enough) or number == len(index):
+        raise InputError(
+            f"eval.held_out: {number} is too many for {count(len(index), 'video')}, of which "
+            f"{len(long_enough)} have at least {MIN_FRAMES} frames; lower it, or pass more videos"
+        )
+    chosen = long_enough[evenly_spaced(len(long_enough), number)]
+    others = np.setdiff1d(np.arange(len(index)), chosen)
+    return index.select(others.tolist()), index.select(chosen.tolist())
 
 
 def read_frames(index: FrameIndex, video: int, num_frames: int, image_size: int, encoder: Backbone) -> Tensor:

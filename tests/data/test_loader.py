@@ -21,7 +21,13 @@ from synthetic import (
 )
 
 from fasttrain.data.index import FrameIndex
-from fasttrain.data.loader import MAX_ATTEMPTS, FramePairs, calibration_frames, decoding_threads
+from fasttrain.data.loader import (
+    MAX_ATTEMPTS,
+    FramePairs,
+    calibration_frames,
+    check_bad_fraction,
+    decoding_threads,
+)
 from fasttrain.data.sampling import Ints, PairSampling, pixel_box
 from fasttrain.data.sources import open_source
 from fasttrain.distributed import World
@@ -379,3 +385,12 @@ def test_calibration_frames_are_whole_frames_of_all_videos(tmp_path: Path) -> No
         path.write_bytes(b"")
     with pytest.raises(InputError, match="none of 16 frames can be read"):
         calibration_frames(index, 32)
+
+
+def test_the_limit_of_bad_samples_is_a_fraction_of_all_samples() -> None:
+    check_bad_fraction(10, 1000, 0.01, "x")
+    check_bad_fraction(10, 30, 0.01, "x")
+    with pytest.raises(InputError, match=r"11 of 1000 samples .* Last unreadable sample: x"):
+        check_bad_fraction(11, 1000, 0.01, "x")
+    with pytest.raises(InputError):
+        check_bad_fraction(1, 30, 0.0, "x")
