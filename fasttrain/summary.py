@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -133,8 +134,10 @@ def settings_without_effect(recipe: Recipe) -> Iterator[str]:
         )
 
 
-def say_results(backbone_trainers: Sequence[BackboneTrainer], console: Console) -> None:
-    """Print where the results are, and commands to continue with."""
+def say_results(
+    backbone_trainers: Sequence[BackboneTrainer], results: Mapping[str, Mapping[str, Any]], console: Console
+) -> None:
+    """Print where the results are, and commands to continue with. `results` are the last metrics by name."""
     files = {
         "projection": PROJECTION_FILE,
         "metrics": "metrics.jsonl",
@@ -144,7 +147,7 @@ def say_results(backbone_trainers: Sequence[BackboneTrainer], console: Console) 
     for trainer in backbone_trainers:
         folder = trainer.folder
         found = {name: str(folder / file) for name, file in files.items() if (folder / file).exists()}
-        record = json.loads(path.read_bytes()) if (path := folder / "train.json").exists() else {}
+        record = results[trainer.name]
         if kept := describe_kept(record):
             found["kept"] = kept
         say_block("results", found, console)

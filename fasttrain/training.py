@@ -125,7 +125,7 @@ def train(
             # A completed run may have ended before they were drawn.
             if missing and not has_trained:
                 _draw_learning_curves(trainer, missing)
-            say_results(trainer.backbone_trainers, trainer.console)
+            say_results(trainer.backbone_trainers, results, trainer.console)
     return TrainingResult(results=results, folders=folders)
 
 

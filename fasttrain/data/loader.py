@@ -287,23 +287,24 @@ def whole_frames(index: FrameIndex, image_size: int, count: int = MEAN_FRAMES) -
 
     Raises InputError if no frame is readable.
     """
-    transform, readable = FrameTransform(), False
+    transform, readable, fault = FrameTransform(), False, ""
     ends = np.cumsum(index.num_frames)
     whole = np.array([([0.0, 0.0, 1.0, 1.0], False)], dtype=[("box", float, 4), ("flip", bool)])[0]
     for number in evenly_spaced(int(ends[-1]), count):
         video = int(np.searchsorted(ends, number, side="right"))
         out_3SS = torch.empty(3, image_size, image_size)
-        with suppress(UnreadableFrameError):
-            transform(
-                index.read_frame(video, number - int(ends[video]) + int(index.num_frames[video])),
-                whole,
-                out_3SS,
-            )
-            readable = True
-            yield out_3SS
+        try:
+            frame = index.read_frame(video, number - int(ends[video]) + int(index.num_frames[video]))
+            transform(frame, whole, out_3SS)
+        except UnreadableFrameError as error:
+            fault = f"{index.names[video]}: {error}"
+            continue
+        readable = True
+        yield out_3SS
     if not readable:
         raise InputError(
-            f"data.source: none of {count} frames can be read. Check that the data are undamaged"
+            f"data.source: none of {count} frames can be read. Check that the data are undamaged. Last "
+            f"unreadable frame: {fault}"
         )
 
 

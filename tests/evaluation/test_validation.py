@@ -55,8 +55,8 @@ def make_recipe(source: Path, output: Path, **sections: dict[str, Any]) -> Recip
 
 def run(recipe: Recipe) -> None:
     trainer = Trainer(recipe, World.single())
-    trainer.train()
-    say_results(trainer.backbone_trainers, trainer.console)
+    results = trainer.train()
+    say_results(trainer.backbone_trainers, results, trainer.console)
 
 
 def make_eval(**keys: Any) -> EvalRecipe:
