@@ -28,7 +28,7 @@ from fasttrain.evaluation.validation import Validation, hold_out
 from fasttrain.files import file_lock, write_atomically, write_json
 from fasttrain.loggers import Progress, count, say_block
 from fasttrain.moments import TokenMoments
-from fasttrain.projection import FIT_FILE, PROJECTION_FILE
+from fasttrain.projection import FIT_FILE, PROJECTION_FILE, Projection
 from fasttrain.recipe import to_dict, to_yaml
 from fasttrain.summary import random_weights
 from fasttrain.trainer import Trainer
@@ -50,6 +50,8 @@ def fit_all(trainer: Trainer, pairs: int) -> dict[str, dict[str, Any]]:
     world, start = trainer.world, time.perf_counter()
     for warning in random_weights(trainer.recipe):
         trainer.say(f"warning: {warning}")
+    for backbone in trainer.backbone_trainers:
+        _check_earlier(backbone)
     index, validated = _split(trainer)
     results: dict[str, dict[str, Any]] = {}
     gathered = gather_moments(trainer, index, pairs)
@@ -60,6 +62,16 @@ def fit_all(trainer: Trainer, pairs: int) -> dict[str, dict[str, Any]]:
     if world.is_main:
         _say_results(trainer, results, time.perf_counter() - start)
     return results
+
+
+def _check_earlier(backbone: BackboneTrainer) -> None:
+    """Raise InputError if the run folder has a projection for other weights; it would be overwritten."""
+    path, encoder = backbone.folder / PROJECTION_FILE, backbone.encoder
+    if path.exists() and Projection.load(path).metadata.get("weights_hash") != encoder.weights_hash:
+        raise InputError(
+            f"output: {str(backbone.folder)!r} holds a projection for other weights than {encoder.weights!r} "
+            f"(their hash differs); use another output=DIR"
+        )
 
 
 def _split(trainer: Trainer) -> tuple[FrameIndex, FrameIndex]:

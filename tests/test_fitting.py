@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from synthetic import write_folders
+from synthetic import write_folders, write_weights
 from torch import Tensor
 
 import fasttrain
@@ -16,7 +16,7 @@ from fasttrain.__main__ import main
 from fasttrain.distributed import World
 from fasttrain.errors import InputError
 from fasttrain.fitter import STRENGTHS, WHITENINGS, gather_moments
-from fasttrain.projection import Projection
+from fasttrain.projection import PROJECTION_FILE, Projection
 from fasttrain.recipe import load_recipe, to_dict
 from fasttrain.tools.push import write_repository
 from fasttrain.trainer import Trainer
@@ -126,6 +126,10 @@ def test_a_folder_is_used_for_one_projection(
     assert fit(frames, fitted, monkeypatch) == first
     with pytest.raises(InputError, match=r"holds a run of another recipe \(seed: 0 -> 1\)"):
         fit(frames, fitted, monkeypatch, seed=1)
+    other = write_weights(tmp_path / "other.pth")
+    with pytest.raises(InputError, match=r"holds a projection for other weights than .*other\.pth"):
+        fit(frames, fitted, monkeypatch, backbone=TINY["backbone"] | {"weights": other})
+    assert Projection.load(fitted / PROJECTION_FILE).metadata["weights"] == "random"
     with pytest.raises(
         InputError, match=r"projection of `fasttrain fit`\. To start from it, pass projection"
     ):
