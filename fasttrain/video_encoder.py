@@ -193,13 +193,12 @@ def trained_backbone(projection: Projection) -> dict[str, Any]:
         raise InputError(
             f"the projection's description of its backbone is damaged ({error}); copy the file again"
         ) from error
-    if "mean" not in settings:
-        settings |= earlier_settings(settings["name"], settings.get("num_heads"), projection.dim)
-    return dict(settings)
+    earlier = earlier_settings(settings["name"], settings.get("num_heads"), projection.dim)
+    return settings | {name: value for name, value in earlier.items() if settings.get(name) is None}
 
 
 def earlier_settings(name: str, num_heads: int | None, embed_dim: int) -> dict[str, Any]:
-    """Return the values of `UNSTORED` that version 0.1.0 used without storing them."""
+    """Return the values of `UNSTORED` that earlier versions used without storing them."""
     settings: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     if name == "clip":
         settings["activation"] = "quick_gelu"

@@ -13,7 +13,7 @@ from fasttrain.backbones import load_backbone
 from fasttrain.errors import InputError
 from fasttrain.normalization import IMAGENET_MEAN, IMAGENET_STD
 from fasttrain.projection import PROJECTION_FILE, Projection
-from fasttrain.video_encoder import load_video_encoder
+from fasttrain.video_encoder import load_video_encoder, trained_backbone
 
 
 def test_the_encoder_applies_backbone_and_projection_to_every_frame(tmp_path: Path) -> None:
@@ -166,6 +166,10 @@ def test_a_projection_of_0_1_0_keeps_the_heads_and_colours_of_its_training(tmp_p
     projection = Projection.load(write_run(tmp_path, name="mocov3", **sizes) / PROJECTION_FILE)
     stored = json.loads(projection.metadata["backbone"])
     assert stored["num_heads"] == 12
+    # Versions between 0.1.0 and 0.2.0 stored all but the epsilon.
+    recent = {key: value for key, value in stored.items() if key != "layer_norm_eps"}
+    projection.metadata |= {"backbone": json.dumps(recent)}
+    assert trained_backbone(projection) == stored
     earlier = {key: value for key, value in stored.items() if key not in ("mean", "std", "activation")}
     metadata = projection.metadata | {"backbone": json.dumps(earlier | {"num_heads": None})}
     projection.save(tmp_path / PROJECTION_FILE, metadata)
