@@ -343,7 +343,7 @@ def load_recipe(recipe: str | Path | Recipe, overrides: Sequence[str] | Mapping[
         tree = _override(tree, key, value)
         if key != "backbones":
             changes = _override(changes, key, value)
-    _check_effect(changes, tree)
+    _check_effect(changes, tree, harmless={})
     return recipe_from_dict(tree)
 
 
@@ -454,23 +454,24 @@ def _read_tree(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise InputError(f"recipe {str(path)!r}: expected `key: value` lines, got a {type(tree).__name__}")
     base = tree.pop("base", None)
     if base is None:
-        _check_effect(tree, tree)
+        _check_effect(tree, tree, harmless=asdict(BackboneRecipe()))
         return tree
     if not isinstance(base, str) or "\0" in base:
         raise InputError(f"base: {_shown(base)} in {str(path)!r} is not a path; expected that of a recipe")
     merged = _merge(_read_tree(_find(base, path.parent), (*heirs, path.resolve())), tree)
-    _check_effect(tree, merged)
+    _check_effect(tree, merged, harmless=asdict(BackboneRecipe()))
     return merged
 
 
-def _check_effect(changes: Mapping[str, Any], tree: dict[str, Any]) -> None:
+def _check_effect(changes: Mapping[str, Any], tree: dict[str, Any], harmless: Mapping[str, Any]) -> None:
     """Raise InputError if the changes set a key of `backbone` in a recipe that lists `backbones`.
 
-    An inherited `backbone` is no error: `backbones` replace it. Resolved recipes state the defaults.
+    An inherited `backbone` is no error: `backbones` replace it. Nor are `harmless` values: a resolved recipe
+    states the defaults.
     """
-    section, defaults = changes.get("backbone"), asdict(BackboneRecipe())
+    section = changes.get("backbone")
     keys = section.items() if isinstance(section, dict) else ()
-    if tree.get("backbones") and any(defaults.get(key) != value for key, value in keys):
+    if tree.get("backbones") and any(harmless.get(key) != value for key, value in keys):
         raise InputError(
             "backbone: this section has no effect in a recipe with backbones; set its keys in the entries of "
             "backbones, or set backbones=[] to train one backbone"

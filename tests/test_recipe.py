@@ -96,6 +96,7 @@ def test_anchors_and_merge_keys(tmp_path: Path) -> None:
         ("base: all\nbackbone: {depth: 2}", {}),
         ("backbones: [{name: mae}]\nbackbone: {name: dino}", {}),
         ("base: all", {"backbone.depth": 2}),
+        ("base: all", {"backbone.name": "dinov2"}),
         ("base: base", {"backbone": {"depth": 2}, "backbones": [{"name": "mae"}]}),
     ],
 )
