@@ -68,7 +68,7 @@ _NO_FRAME = re.compile(
 )
 _SAME_SUFFIX = {".jpeg": ".jpg", ".tiff": ".tif"}
 # The decimals of a time in seconds before the suffix, as in 0.25.jpg.
-_DECIMALS = re.compile(r"(?<=\d)\.(\d*[1-9]|0)(?=\.[^.]*$)")
+_DECIMALS = re.compile(r"(?<![.\d])(\d+\.)(\d*[1-9]|0)(?=\.[^.]*$)")
 _ALL_ZEROS = bytes.maketrans(b"123456789", b"0" * 9)
 
 # How video files begin: MP4 and MOV, Matroska and WebM, AVI, FLV, ASF and WMV, MPEG-1, MPEG-2, H.264 and
@@ -389,10 +389,10 @@ def _in_order(names: list[str]) -> list[str]:
     Names are decimal if none has a 0 at the end of several decimals: `1.10` follows `1.9` as in a section.
     """
     decimals = [_DECIMALS.search(name) for name in names]
-    width = max((len(match[1]) for match in decimals if match), default=0)
+    width = max((len(match[2]) for match in decimals if match), default=0)
 
     def key(name: str) -> list[str | int]:
-        return _natural_key(_DECIMALS.sub(lambda match: f".{match[1]:0<{width}}", name))
+        return _natural_key(_DECIMALS.sub(lambda match: f"{match[1]}{match[2]:0<{width}}", name))
 
     return sorted(names, key=key if all(decimals) else _natural_key)
 

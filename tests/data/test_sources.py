@@ -340,6 +340,7 @@ def numbered(pattern: str, count: int) -> list[str]:
         (["1_9.jpg", "1_10.JPG", "10_1.jpg"], []),
         # Times in seconds, and sections.
         (["t0.0.png", "t0.25.png", "t0.5.png", "t10.125.png"], []),
+        (["1.5.2.png", "1.5.12.png"], []),
         (["shot1.9.png", "shot1.10.png", "shot1.11.png"], []),
         (["2011-09-26T13.02.25Z.png", "2011-09-26T13.02.26Z.png"], []),
         # If no other images are left, the words mean nothing.
