@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -77,10 +78,12 @@ def check_facts(
     for key, value in facts.items():
         trained = state.get(key, earlier.get(key, value))
         if trained != value:
+            same = "Use the same global batch, data, loader (install or remove DALI) and weights"
+            if key.startswith("backbone."):
+                same = f"Set {key}={json.dumps(trained, separators=(',', ':'))}"
             raise InputError(
                 f"output: the run in {str(folder)!r} was trained with {key} {trained!r}, but this command "
-                f"has {value!r}. Use the same global batch, data, loader (install or remove DALI) and "
-                f"weights with their configuration, or another output=DIR"
+                f"has {value!r}. {same}, or use another output=DIR"
             )
 
 

@@ -104,10 +104,11 @@ def run_warnings(recipe: Recipe, global_batch: int, peak_lr: float, total_steps:
 def random_weights(recipe: Recipe) -> Iterator[str]:
     """Yield a warning if backbones have random weights."""
     random = [each.name for each in recipe.backbones or (recipe.backbone,) if each.weights == "random"]
+    where = "weights in the entries of backbones" if recipe.backbones else "backbone.weights"
     if random:
         yield (
             f"the weights of {', '.join(random)} are random, so the features are meaningless; pass "
-            f"pretrained ones as backbone.weights"
+            f"pretrained ones as {where}"
         )
 
 

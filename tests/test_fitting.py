@@ -93,8 +93,10 @@ def test_the_frozen_features_are_kept_if_no_map_is_better(
     backbones = [{"name": "dino", **TINY["backbone"]}]
     monkeypatch.delitem(TINY, "backbone")
     fitted = fit(frames, tmp_path, monkeypatch, lambda _: 0.0, backbones=backbones)
+    printed = capsys.readouterr().out
+    assert "pass pretrained ones as weights in the entries of backbones" in printed
     assert (fitted.results["dino"]["strength"], fitted.results["dino"]["whitening"]) == (None, 0)
-    assert "none is better than the frozen features with their mean" in capsys.readouterr().out
+    assert "none is better than the frozen features with their mean" in printed
     weight_DD = Projection.find(str(tmp_path / "dino")).linears[0].weight
     assert torch.equal(weight_DD, weight_DD[0, 0] * torch.eye(32))
 

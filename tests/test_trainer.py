@@ -610,6 +610,9 @@ def test_resuming_with_another_recipe_batch_data_or_weights_is_refused(frames: P
         save_checkpoint(tmp_path / "checkpoints", 4, {**state, key: "other"})
         with pytest.raises(InputError, match=f"{key} 'other', but this command has"):
             run(tiny(frames, tmp_path))
+    save_checkpoint(tmp_path / "checkpoints", 4, {**state, "backbone.mean": (0.5, 0.25, 0.5)})
+    with pytest.raises(InputError, match=r"Set backbone\.mean=\[0\.5,0\.25,0\.5\], or use another output"):
+        run(tiny(frames, tmp_path))
 
 
 def test_a_run_resumes_with_weights_that_have_been_moved_but_not_with_others(
