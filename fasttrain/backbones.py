@@ -135,6 +135,8 @@ def load_backbone(
         raise InputError(
             f"activation is {activation!r}, but {name} has a fixed one, {activation_of(vit)}; do not set it"
         )
+    if layer_norm_eps is not None and not any(isinstance(part, nn.LayerNorm) for part in vit.modules()):
+        raise InputError(f"layer_norm_eps is {layer_norm_eps}, but {name} has no LayerNorm; do not set it")
     defaults = Config() if name in FAMILIES else timm_config(vit)
     how = family.resize
     if isinstance(vit, NaFlexVit) and vit.embeds.pos_embed_interp_mode == "bilinear":

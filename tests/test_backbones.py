@@ -252,6 +252,10 @@ def test_a_timm_vit_returns_the_tokens_of_timm(name: str, sizes: dict[str, int])
         ({"name": "mae", "mean": (123, 116, 103)}, r"mean is .*expected three numbers from 0 to 1"),
         ({"name": "mae", "activation": "relu"}, "activation is 'relu'; expected one of gelu, "),
         ({"name": "mae", "layer_norm_eps": 0.0}, "layer_norm_eps is 0.0; expected a positive number"),
+        (
+            {"name": "aimv2_large_patch14_224", "depth": 1, "layer_norm_eps": 1e-6},
+            "layer_norm_eps is 1e-06, but aimv2_large_patch14_224 has no LayerNorm; do not set it",
+        ),
         ({"name": "mae", "num_heads": 0}, "num_heads is 0; expected a positive integer"),
         ({"name": "vit_small_plus_patch16_dinov3", "activation": "gelu"}, "has a fixed one, silu"),
         ({"name": "mae", "image_size": 100}, "100 x 100: mae needs multiples of 16, such as 96 x 96"),
