@@ -207,7 +207,7 @@ def separability_loss(
         terms = terms * token_weights(mask_BN, regularizer, terms.dtype)[:, None, :, None]
     if regularizer == "mse":
         return terms.mean() if reduction == "mean" else terms.mean((1, 2, 3))
-    return terms.sum() / len(terms) if reduction == "mean" else terms.sum((1, 2, 3))
+    return terms.sum() / terms.shape[0] if reduction == "mean" else terms.sum((1, 2, 3))
 
 
 def head_epilogue(

@@ -141,13 +141,18 @@ class AsModule(torch.nn.Module):
 
 
 @pytest.mark.parametrize("backend", ["triton", "eager"])
-def test_an_exported_program_gives_the_same_loss(device: str, backend: str, tmp_path: Path) -> None:
+def test_an_exported_program_gives_the_same_loss_for_any_batch_size(
+    device: str, backend: str, tmp_path: Path
+) -> None:
     loss = AsModule(lambda *tokens: cosettle_loss(*tokens, (2, 2), backend=backend).loss)
-    inputs = tuple(torch.randn(2, 1, 3, 4, 16, device=device))
-    torch.export.save(torch.export.export(loss, inputs), tmp_path / "loss.pt2")
+    small, large = (tuple(torch.randn(2, batch, 3, 4, 16, device=device)) for batch in (2, 5))
+    batch = {0: torch.export.Dim("batch", min=2, max=64)}
+    program = torch.export.export(loss, small, dynamic_shapes={"frozen": batch, "projected": batch})
+    torch.export.save(program, tmp_path / "loss.pt2")
     program = torch.export.load(tmp_path / "loss.pt2")
     assert ("fasttrain_kernels.cosettle" in str(program.graph)) == (backend == "triton")
-    assert torch.equal(program.module()(*inputs), loss(*inputs))
+    for inputs in (small, large):
+        assert torch.equal(program.module()(*inputs), loss(*inputs))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
