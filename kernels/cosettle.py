@@ -17,6 +17,7 @@ Shape suffixes: B samples, T = 3 views, N tokens, M pooled tokens, D channels.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -336,6 +337,11 @@ class CosettleLoss(nn.Module):
         self.backend = backend
         self.reduction = reduction
         self.diagnostics = diagnostics
+
+    def extra_repr(self) -> str:
+        """Return the options, which `print` shows."""
+        names = inspect.signature(type(self)).parameters
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     def forward(
         self, frozen: Tensor, projected: Tensor, grid: tuple[int, int], mask: Tensor | None = None

@@ -115,6 +115,12 @@ def test_the_defaults_of_the_module_are_those_of_the_function() -> None:
         assert parameter.default == defaults[name].default, name
 
 
+def test_the_module_prints_its_options() -> None:
+    module = CosettleLoss(window=1, regularizer="mse", backend="eager", diagnostics=False)
+    options = "temperature=0.03, window=1, lambda_reg=3.0, regularizer='mse', backend='eager'"
+    assert repr(module) == f"CosettleLoss({options}, reduction='mean', diagnostics=False)"
+
+
 def test_torch_compile_supports_a_changing_temperature(device: str) -> None:
     """torch.compile makes a float dynamic when it changes for the first time."""
 
