@@ -388,9 +388,9 @@ def cosettle_head_loss(
     Args:
         frozen: (B, 3, N, D) tokens of the frozen encoder, as in `cosettle_loss`.
         linear: (B, 3, N, D) output of the head's last linear layer, before its bias is added.
-        bias: (D,) bias of the linear layer.
-        norm_weight: (D,) weight of the layer norm.
-        norm_bias: (D,) bias of the layer norm.
+        bias: (D,) bias of the linear layer; zeros if it has none.
+        norm_weight: (D,) weight of the layer norm; ones if it has none.
+        norm_bias: (D,) bias of the layer norm; zeros if it has none.
         grid: Height and width of the token grid, with h * w = N.
         temperature: Temperature of the transition probabilities, greater than 0.
         window: Side of the pooling windows in tokens. 1 disables pooling.

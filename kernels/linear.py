@@ -168,8 +168,8 @@ def cosettle_linear_loss(
         frozen: (B, 3, N, D) tokens of the frozen encoder, as in `cosettle_loss`.
         inputs: (B, 3, N, E) input of the head's last linear layer. If the head has only one, these are the
             frozen tokens.
-        weight: (D, E) weight of the linear layer.
-        bias: (D,) bias of the linear layer.
+        weight: (D, E) weight of the linear layer, without autocast in the dtype of `inputs`.
+        bias: (D,) bias of the linear layer; zeros if it has none.
         norm_weight: (D,) weight of the layer norm.
         norm_bias: (D,) bias of the layer norm.
         grid: Height and width of the token grid, with h * w = N.
@@ -201,10 +201,13 @@ def cosettle_linear_loss(
     }
     shapes = ("B3ND", "B3NE", "DE", "D", "D", "D")
     check_tensors(**{name: (tensors[name], shape) for name, shape in zip(tensors, shapes, strict=True)})
+    if weight.dtype != inputs.dtype and not torch.is_autocast_enabled(inputs.device.type):
+        expected = f"the same dtype as inputs ({inputs.dtype}) without autocast"
+        raise ValueError(f"weight must have {expected}, got {weight.dtype}")
     if chunk_size is None:
         chunk_size = max(1, CHUNK_BYTES // (frozen[0].numel() * inputs.element_size()))
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    if not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"chunk_size must be an integer of at least 1, got {chunk_size!r}")
     check_mask(mask, "frozen", frozen)
     options: dict[str, Any] = {
         "grid": grid,
