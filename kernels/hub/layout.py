@@ -20,7 +20,7 @@ else:
     import tomli as tomllib
 
 HUB = Path(__file__).resolve().parent
-FILES = [HUB / "build.toml", HUB / "flake.nix", HUB / "CARD.md", HUB.parents[1] / "LICENSE"]
+FILES = [HUB / "build.toml", HUB / "flake.nix", HUB / "CARD.md", HUB.parent / "LICENSE"]
 SOURCES = sorted(HUB.parent.glob("*.py"))
 
 

@@ -17,6 +17,10 @@ def lay_out(output: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True)
 
 
+def test_a_copy_of_the_folder_has_the_license() -> None:
+    assert (FOLDER / "LICENSE").read_bytes() == (FOLDER.parent / "LICENSE").read_bytes()
+
+
 def test_two_variants_and_the_original_in_one_process(tmp_path: Path) -> None:
     output = tmp_path / "hub"
     lay_out(output).check_returncode()
