@@ -206,8 +206,8 @@ def cosettle_linear_loss(
         raise ValueError(f"weight must have {expected}, got {weight.dtype}")
     if chunk_size is None:
         chunk_size = max(1, CHUNK_BYTES // (frozen[0].numel() * inputs.element_size()))
-    if not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(f"chunk_size must be an integer of at least 1, got {chunk_size!r}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     check_mask(mask, "frozen", frozen)
     options: dict[str, Any] = {
         "grid": grid,
