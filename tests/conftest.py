@@ -14,6 +14,7 @@ from hypothesis import settings
 settings.register_profile("fixed", derandomize=True)
 settings.load_profile("fixed")
 
+FILE_SIZE_LIMIT = resource.getrlimit(resource.RLIMIT_FSIZE)
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -59,10 +60,18 @@ def no_code_generation(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def full_disk() -> Iterator[None]:
     """Let every write to a file fail, by a limit on the size of files."""
-    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, usual[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, FILE_SIZE_LIMIT[1]))
     yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    resource.setrlimit(resource.RLIMIT_FSIZE, FILE_SIZE_LIMIT)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, None, None]:
+    """End `full_disk` before pytest writes the outcome of the test, which may be to a file."""
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, FILE_SIZE_LIMIT)
 
 
 # Packages that may be missing on a GPU machine on which fasttrain is not installed.
