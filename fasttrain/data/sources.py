@@ -67,8 +67,6 @@ _NO_FRAME = re.compile(
     r"(?![a-z])"
 )
 _SAME_SUFFIX = {".jpeg": ".jpg", ".tiff": ".tif"}
-# The decimals of a time in seconds before the suffix, as in 0.25.jpg.
-_DECIMALS = re.compile(r"(?<![.\d])(\d+\.)(\d*[1-9]|0)(?=\.[^.]*$)")
 _ALL_ZEROS = bytes.maketrans(b"123456789", b"0" * 9)
 
 # How video files begin: MP4 and MOV, Matroska and WebM, AVI, FLV, ASF and WMV, MPEG-1, MPEG-2, H.264 and
@@ -373,7 +371,7 @@ def add_frames(
         )
     groups = patterns.pop(pattern)
     # Names of one form are already in natural order; otherwise frame9 must precede frame10.
-    frames = tuple(groups[0] if len(groups) == 1 else _in_order(list(chain(*groups))))
+    frames = tuple(groups[0] if len(groups) == 1 else sorted(chain(*groups), key=_natural_key))
     if limit is not None and not 0 < limit <= len(frames):
         return f"the list specifies {limit} frames, but the folder contains {len(frames)}"
     for other, groups in patterns.items():
@@ -381,20 +379,6 @@ def add_frames(
     frames = frames[:limit]
     source.folders[name] = folder, shared_names.setdefault(frames, frames)
     return None
-
-
-def _in_order(names: list[str]) -> list[str]:
-    """Order names by their numbers; decimal numbers by value, so that 0.25 precedes 0.5.
-
-    Names are decimal if none has a 0 at the end of several decimals: `1.10` follows `1.9` as in a section.
-    """
-    decimals = [_DECIMALS.search(name) for name in names]
-    width = max((len(match[2]) for match in decimals if match), default=0)
-
-    def key(name: str) -> list[str | int]:
-        return _natural_key(_DECIMALS.sub(lambda match: f"{match[1]}{match[2]:0<{width}}", name))
-
-    return sorted(names, key=key if all(decimals) else _natural_key)
 
 
 def _natural_key(name: str) -> list[str | int]:

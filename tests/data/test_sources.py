@@ -338,10 +338,6 @@ def numbered(pattern: str, count: int) -> list[str]:
         (numbered("{:05d}.jpg", 3), ["a.jpg", "b.jpg"]),
         # Names are in the order of all their numbers, whatever the number of digits.
         (["1_9.jpg", "1_10.JPG", "10_1.jpg"], []),
-        # Times in seconds, and sections.
-        (["t0.0.png", "t0.25.png", "t0.5.png", "t10.125.png"], []),
-        (["1.5.2.png", "1.5.12.png"], []),
-        (["shot1.9.png", "shot1.10.png", "shot1.11.png"], []),
         (["2011-09-26T13.02.25Z.png", "2011-09-26T13.02.26Z.png"], []),
         # If no other images are left, the words mean nothing.
         (numbered("cover song {}.bmp", 3), []),
