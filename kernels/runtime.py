@@ -27,7 +27,7 @@ else:
         import triton.language as tl
 
         # Older versions cannot compile functions that return tuples.
-        if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+        if tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) < (3, 3):
             triton = tl = None
     except ImportError:
         triton = tl = None

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
@@ -34,10 +35,15 @@ def run_two_ranks(words: list[Any]) -> None:
     processes, output = _start(
         _command, (torch.get_num_threads(), [*map(str, words)]), [rank | address for rank in ranks]
     )
+    # A process that hangs is killed, so that the test fails.
+    killers = [threading.Timer(300, process.kill) for process in processes]
+    for killer in killers:
+        killer.start()
     with output:
         text = output.read()
-    for process in processes:
+    for process, killer in zip(processes, killers, strict=True):
         process.join()
+        killer.cancel()
     assert [process.exitcode for process in processes] == [0, 0], text
 
 
