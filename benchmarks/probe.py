@@ -175,7 +175,7 @@ def passes(probe: Probe) -> dict[str, Any]:
     result: dict[str, Any] = {"copy_gb_per_second": copy_ceiling(probe.device) / 1e9}
     for name, row in rows.items():
         read = functions[name][0].numel()
-        # Bytes per element: each is read and written in bf16, and the residual stream, too.
+        # Bytes per element: one read and one write in bf16, or two of each with the residual stream.
         moved = read * (3 if name == "cast to FP8" else 8 if name.startswith("residual") else 4)
         result[name] = {**row, "gb_per_second": moved / row["ms"] / 1e6}
     return result

@@ -3,8 +3,9 @@
 A recipe is a YAML file that is parsed strictly into frozen pydantic dataclasses. `load_recipe(recipe,
 overrides)` reads the file and the recipe that it inherits from (`base`), applies the overrides, and
 checks the name, type and range of every key. All defaults are defined here; they are the paper's (Co-Settle,
-arXiv 2603.26597), but for `projection.init`. The string below a field documents the key. The table of keys
-in the documentation and the JSON schema (recipes/schema.json) are generated from these strings.
+arXiv 2603.26597), except for `projection.init` and `eval.every`. The string below a field documents the key.
+The table of keys in the documentation and the JSON schema (recipes/schema.json) are generated from these
+strings.
 """
 
 from __future__ import annotations
@@ -466,8 +467,8 @@ def _read_tree(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
 def _check_effect(changes: Mapping[str, Any], tree: dict[str, Any], harmless: Mapping[str, Any]) -> None:
     """Raise InputError if the changes set a key of `backbone` in a recipe that lists `backbones`.
 
-    An inherited `backbone` is no error: `backbones` replace it. Nor are `harmless` values: a resolved recipe
-    states the defaults.
+    Two cases are allowed: an inherited section `backbone`, which `backbones` replaces, and keys with the values
+    in `harmless`, because a resolved recipe contains all defaults.
     """
     section = changes.get("backbone")
     keys = section.items() if isinstance(section, dict) else ()

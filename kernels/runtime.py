@@ -35,8 +35,8 @@ else:
 Backend = Literal["auto", "triton", "eager"]
 
 # Operators are registered under the import name of the package, so that a copy of this folder in another
-# project does not collide with an installed fasttrain_kernels. A loader may import a copy under a name
-# that is no identifier: "2-losses" becomes "_2_losses".
+# project does not collide with an installed fasttrain_kernels. The namespace must be an identifier, but a
+# loader may import a copy under any name: "2-losses" becomes "_2_losses".
 NAMESPACE = re.sub(r"^(?=\d)|\W", "_", __package__ or "fasttrain_kernels", flags=re.ASCII)
 
 # Whether PyTorch was built for AMD GPUs (ROCm).
