@@ -467,8 +467,8 @@ def _read_tree(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Any]:
 def _check_effect(changes: Mapping[str, Any], tree: dict[str, Any], harmless: Mapping[str, Any]) -> None:
     """Raise InputError if the changes set a key of `backbone` in a recipe that lists `backbones`.
 
-    Two cases are allowed: an inherited section `backbone`, which `backbones` replaces, and keys with the values
-    in `harmless`, because a resolved recipe contains all defaults.
+    Two cases are allowed: an inherited section `backbone`, which `backbones` replaces, and keys with the
+    values in `harmless`, because a resolved recipe contains all defaults.
     """
     section = changes.get("backbone")
     keys = section.items() if isinstance(section, dict) else ()
